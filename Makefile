@@ -1,0 +1,62 @@
+# `make help` lists the verbs. Each one makes what it needs: .venv is created on first use.
+.DEFAULT_GOAL := help
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+PYTHON ?= python3
+BIN := .venv/bin
+# A CUDA machine gets the CUDA builds of torch and vLLM; anything else the CPU builds.
+KIND := $(shell if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then echo gpu; else echo cpu; fi)
+LOCK := .ci/requirements-$(KIND).txt
+INSTALLED := .venv/.installed-$(KIND)
+ARGS ?=
+
+.PHONY: help install train test quick lint types docs bench mutants lock clean
+
+help:  ## List the verbs
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@echo; echo "  ARGS=\"...\" adds arguments, as in: make train ARGS=\"--recipe quickstart --seed 1\""
+
+install: $(INSTALLED)  ## Create .venv with the pinned environment
+
+$(INSTALLED): $(LOCK) pyproject.toml
+	@echo "Installing the pinned $(KIND) environment into .venv (a few minutes, once) ..."
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is required, this is %s" % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	@# Made anew where it is unfinished, or was made for the other kind of machine.
+	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1 || ls .venv/.installed-* 2>/dev/null | grep -qv -- '-$(KIND)$$'; then \
+	    $(PYTHON) -m venv --clear .venv || { \
+	        echo "No virtual environment can be made: install python3-venv, or name another Python: make $(MAKECMDGOALS) PYTHON=python3.12"; \
+	        exit 1; }; fi
+	@.ci/install $(LOCK)
+	@touch $@
+
+train: $(INSTALLED)  ## Train with GRPO; without ARGS the embedded quickstart
+	$(BIN)/python drivers/train.py $(ARGS)
+
+test: $(INSTALLED)  ## The whole test suite: what CI runs
+	.ci/test $(ARGS)
+
+quick: $(INSTALLED)  ## The tests without the slow ones
+	.ci/test -m "not slow" $(ARGS)
+
+lint: $(INSTALLED)  ## Formatting and style
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(INSTALLED)  ## Static types, strict
+	$(BIN)/mypy
+
+docs: $(INSTALLED)  ## Build the documentation into site/, strictly
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet --strict --config-file .ci/mkdocs.yml --site-dir ../site
+
+bench: $(INSTALLED)  ## Speed, as ratios against a baseline of the same run
+	for script in tests/benchmarks/bench_*.py; do $(BIN)/python $$script; done
+
+mutants: $(INSTALLED)  ## Break the core by hand; every break must turn a test red
+	$(BIN)/python tests/mutants.py
+
+lock: $(INSTALLED)  ## Resolve the pinned environments anew
+	$(BIN)/pip install --quiet uv
+	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/lock
+
+clean:  ## Remove what the verbs made, runs excepted
+	rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache .hypothesis
