@@ -1,0 +1,408 @@
+r"""Reading a mathematical expression, in LaTeX or plain text, into a tree.
+
+The reader knows the notation of final answers and refuses all else, what is ambiguous included. It never looks back,
+so its time grows with the length of the text; the length, the nesting and the digits of a number are limited. A
+library's parser would not do here: latex2sympy needs a second for twelve nested parentheses, and doubles with each.
+"""
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple, NoReturn
+
+MAX_CHARS = 1000
+"""A longer text is not read."""
+
+MAX_DEPTH = 24
+"""Nesting of brackets, arguments and exponents."""
+
+MAX_DIGITS = 90
+"""Digits of one number: fewer than inexact values must agree in, so that no decimal passes for an irrational."""
+
+FUNCTIONS = {
+    "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "ln", "log", "exp",
+}  # fmt: skip
+GREEK = {
+    "alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda",
+    "mu", "nu", "xi", "rho", "sigma", "tau", "phi", "varphi", "chi", "psi", "omega", "Gamma", "Delta", "Theta",
+    "Lambda", "Xi", "Pi", "Sigma", "Phi", "Psi", "Omega", "ell", "infty", "emptyset",
+}  # fmt: skip
+_DECORATIONS = {"\\overline", "\\vec", "\\hat", "\\bar", "\\mathbb", "\\mathcal", "\\angle", "\\triangle"}
+WORDS = FUNCTIONS | {"sqrt", "pi"}
+_PAIRS = {"(": ")", "[": "]", "{": "}", "|": "|", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil"}
+_NO_FACTORS = {"\\rfloor", "\\rceil", "\\circ"}
+_TOKEN = re.compile(
+    r"\s*(?:(\d+\.?\d*(?:\\overline\{\d+\})?|\.\d+(?:\\overline\{\d+\})?)|(\\?[A-Za-z]+)|([-+*/^_()\[\]{}|!]))"
+)
+_REPEATING = re.compile(r"(\d*)\.?(\d*)\\overline\{(\d+)\}")
+
+
+class Unreadable(ValueError):
+    """The text is not an expression this reader knows, or exceeds a limit."""
+
+
+class Node(NamedTuple):
+    """An expression: what it is, its operands, and the name of a symbol or value of a number."""
+
+    kind: str
+    operands: tuple["Node", ...] = ()
+    name: str = ""
+    value: Fraction = Fraction(0)
+
+
+@lru_cache(maxsize=4096)
+def read(text: str) -> Node:
+    r"""The expression that a LaTeX or plain text denotes.
+
+    Args:
+        text: an expression whose spelling `_spelling.clean` has already unified.
+
+    Returns:
+        The tree of the expression.
+
+    Raises:
+        Unreadable: the text is no expression, is ambiguous, or is too long or too deep.
+    """
+    reader = _Reader(_tokenize(text))
+    node = reader.sum()
+    if reader.peek():
+        raise Unreadable(f"stray {reader.peek()!r}")
+    return node
+
+
+def _tokenize(text: str) -> list[str]:
+    """Numbers, commands with their backslash, single letters and marks; a word that is no function is letters."""
+    if len(text) > MAX_CHARS:
+        raise Unreadable("too long")
+    tokens: list[str] = []
+    position, text = 0, text.rstrip()
+    while position < len(text):
+        found = _TOKEN.match(text, position)
+        if not found:
+            raise Unreadable(f"unknown sign {text[position]!r}")
+        number, word, mark = found.groups()
+        if word and not word.startswith("\\"):
+            tokens += _letters(word)
+        else:
+            tokens.append(number or word or mark)
+        position = found.end()
+    return tokens
+
+
+def _letters(word: str) -> list[str]:
+    """A run of letters: a function, pi, or a product of at most three variables."""
+    if word in WORDS:
+        return ["\\surd" if word == "sqrt" else f"\\{word}"]
+    if len(word) > 3 or any(word.startswith(name) for name in WORDS):
+        raise Unreadable(f"{word!r} is a word")
+    return list(word)
+
+
+class _Reader:
+    """Recursive descent over tokens; every recursion passes `_descend`, which counts its depth."""
+
+    def __init__(self, tokens: list[str]) -> None:
+        self.tokens = tokens
+        self.position = 0
+        self.depth = 0
+
+    def peek(self, ahead: int = 0) -> str:
+        """The next token, or nothing at the end."""
+        index = self.position + ahead
+        return self.tokens[index] if index < len(self.tokens) else ""
+
+    def take(self) -> str:
+        """The next token, consumed."""
+        token = self.peek()
+        self.position += 1
+        return token
+
+    def expect(self, token: str) -> None:
+        """Consume `token` or refuse."""
+        if self.take() != token:
+            raise Unreadable(f"needs {token!r}")
+
+    def _descend(self, part: Callable[[], Node]) -> Node:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise Unreadable("too deep")
+        node = part()
+        self.depth -= 1
+        return node
+
+    def sign(self) -> int:
+        """Signs in front of a term, multiplied."""
+        sign = 1
+        while self.peek() in ("+", "-"):
+            sign = -sign if self.take() == "-" else sign
+        return sign
+
+    def sum(self) -> Node:
+        """Terms joined by plus and minus."""
+        terms = [self.signed(self.product)]
+        while self.peek() in ("+", "-"):
+            terms.append(self.signed(self.product))
+        return terms[0] if len(terms) == 1 else Node("add", tuple(terms))
+
+    def signed(self, part: Callable[[], Node]) -> Node:
+        """A part with the signs in front of it."""
+        sign = self.sign()
+        node = part()
+        return node if sign > 0 else Node("negative", (node,))
+
+    def product(self) -> Node:
+        """Factors joined by times, divided by, or nothing."""
+        factors = [self.power()]
+        after_slash = False
+        while True:
+            token = self.peek()
+            if token in ("*", "\\cdot", "\\times"):
+                self.take()
+                factors.append(self.signed(self.power))
+                after_slash = False
+            elif token in ("/", "\\div"):
+                self.take()
+                divisor = self.signed(self.power)
+                factors.append(Node("inverse", (divisor,)))
+                after_slash = divisor.kind != "number"
+            elif self.starts_factor(token):
+                if after_slash:
+                    raise Unreadable("1/ab is ambiguous")
+                factors.append(self.power())
+                if token == "{" and factors[-1].kind == "number":
+                    raise Unreadable("3{7} is typeset as 37")
+            else:
+                return factors[0] if len(factors) == 1 else Node("multiply", tuple(factors))
+
+    def starts_factor(self, token: str) -> bool:
+        """Whether a factor can follow without a sign; a number cannot, for `x2` and `1 2` are no products."""
+        return token in ("(", "[", "{") or ((token.isalpha() or token[:1] == "\\") and token not in _NO_FACTORS)
+
+    def power(self) -> Node:
+        """An atom with factorials and at most one exponent."""
+        node = self._descend(self.atom)
+        while self.peek() == "!":
+            self.take()
+            node = Node("factorial", (node,))
+        if self.peek() != "^":
+            return node
+        self.take()
+        if self.peek() == "\\circ":
+            self.take()
+            return Node("multiply", (node, Node("degree")))
+        node = Node("power", (node, self._descend(self.script)))
+        if self.peek() in ("^", "!"):
+            raise Unreadable("double exponent")
+        return node
+
+    def script(self) -> Node:
+        """An exponent: a group, or one signed number or letter."""
+        if self.peek() in ("{", "("):
+            return self.group()
+        return self.signed(lambda: self._descend(self.single))
+
+    def single(self) -> Node:
+        r"""An atom whose number has no fraction behind it: `x^2\frac{1}{2}` is no mixed exponent."""
+        return _literal(self.take()) if self.peek()[:1].isdigit() else self.atom()
+
+    def group(self) -> Node:
+        """A bracketed sum."""
+        opening = self.take()
+        node = self._descend(self.sum)
+        self.expect(_PAIRS[opening])
+        return node
+
+    def atom(self) -> Node:
+        """A number, a symbol, a bracketed sum, or a command with its arguments."""
+        token = self.peek()
+        if token in ("(", "[", "{"):
+            return self.group()
+        if token in _PAIRS:
+            return Node({"|": "absolute", "\\lfloor": "floor", "\\lceil": "ceiling"}[token], (self.group(),))
+        self.take()
+        if token[:1].isdigit() or token[:1] == ".":
+            return self.number(token)
+        if token.isalpha():
+            return self.symbol(token)
+        return self.command(token)
+
+    def number(self, token: str) -> Node:
+        """A literal; with a proper fraction behind it a mixed number, with a subscript a numeral of another base."""
+        if self.peek() == "_":
+            return self.symbol(token)
+        whole = _literal(token)
+        if self.peek() == "\\frac":
+            self.take()
+            top, bottom = self.argument(), self.argument()
+            if self.peek() == "^":
+                raise Unreadable("an exponent of a mixed number")
+            if not (top.kind == bottom.kind == "number"):
+                return Node("multiply", (whole, top, Node("inverse", (bottom,))))
+        elif self.peek().isdigit() and self.peek(1) == "/" and self.peek(2).isdigit():
+            top, _, bottom = _literal(self.take()), self.take(), _literal(self.take())
+        else:
+            return whole
+        integers = all(part.value.denominator == 1 for part in (whole, top, bottom))
+        if "." in token or not integers or not 0 < top.value < bottom.value:
+            raise Unreadable("neither a mixed number nor a product")
+        return Node("number", value=whole.value + top.value / bottom.value)
+
+    def argument(self) -> Node:
+        """An argument of a command: a group, one digit, or one symbol."""
+        token = self.peek()
+        if token == "{":
+            return self.group()
+        if token.isdigit():
+            if len(token) > 1:
+                self.tokens[self.position : self.position + 1] = [token[0], token[1:]]
+            return _literal(self.take())
+        if token.isalpha() or token == "\\pi":
+            return self._descend(self.atom)
+        raise Unreadable("needs an argument")
+
+    def symbol(self, name: str) -> Node:
+        """A variable with its subscript; `e` and `i` are the constants."""
+        if self.peek() == "_":
+            self.take()
+            name += "_" + self.raw()
+        return Node("constant" if name in ("e", "i") else "symbol", name=name)
+
+    def raw(self) -> str:
+        """The next group or token as text."""
+        if self.peek() != "{":
+            token = self.take()
+            return token if token[-1:].isalnum() else _refuse("needs a subscript")
+        self.take()
+        inner = []
+        while self.peek() not in ("{", "}", ""):
+            inner.append(self.take())
+        self.expect("}")
+        return "".join(inner)
+
+    def command(self, token: str) -> Node:
+        """What a LaTeX command stands for."""
+        name = token[1:]
+        if name == "frac":
+            top, bottom = self.argument(), self.argument()
+            return Node("multiply", (top, Node("inverse", (bottom,))))
+        if name == "binom":
+            return Node("binomial", (self.argument(), self.argument()))
+        if name == "sqrt":
+            return self.root()
+        if name == "surd":
+            inner = self.group() if self.peek() in ("(", "{") else self._descend(self.single)
+            return Node("root", (Node("number", value=Fraction(2)), inner))
+        if name in FUNCTIONS:
+            return self.function(name)
+        if name == "pi":
+            return Node("constant", name=name)
+        if name in GREEK:
+            return self.symbol(token)
+        if token in _DECORATIONS:
+            return Node("symbol", name=f"{token} {self.raw()}")
+        return _refuse(f"unknown command {token!r}")
+
+    def root(self) -> Node:
+        r"""A square root or, with an index in brackets, another; an unbraced `\sqrt12` is ambiguous."""
+        index = self.group() if self.peek() == "[" else Node("number", value=Fraction(2))
+        if self.peek().isdigit() and len(self.peek()) > 1:
+            raise Unreadable("an unbraced root")
+        return Node("root", (index, self.group() if self.peek() == "(" else self.argument()))
+
+    def function(self, name: str) -> Node:
+        """A named function; without brackets its argument runs to the next sign or function."""
+        base: tuple[Node, ...] = ()
+        if name == "log":
+            base = (Node("symbol", name="the base of log"),)
+            if self.peek() == "_":
+                self.take()
+                base = (self.argument(),)
+        exponent = None
+        if self.peek() == "^":
+            self.take()
+            exponent = self._descend(self.script)
+            if exponent.kind != "number":
+                raise Unreadable("an inverse or symbolic power of a function")
+        if self.peek() in ("(", "{", "["):
+            inner = self.group()
+        else:
+            factors = [self._descend(self.power)]
+            while self.starts_factor(self.peek()) and self.peek()[1:] not in FUNCTIONS and self.peek() != "(":
+                factors.append(self._descend(self.power))
+            inner = Node("multiply", tuple(factors))
+        node = Node("function", (inner, *base), name)
+        return node if exponent is None else Node("power", (node, exponent))
+
+
+# Spellings of a number ------------------------------------------------------------------------------------------
+
+
+def is_number(node: Node) -> bool:
+    r"""Whether an expression only spells a rational number: nothing in it is left to compute.
+
+    Args:
+        node: the tree of an expression.
+
+    Returns:
+        True of an integer, a decimal, a mixed number, `2^{10}`, a fraction of integers or of such powers, and
+        `1.5 \times 10^{3}`, with any sign. All else is arithmetic: sums, other products, roots, factorials, functions.
+    """
+    node = _unsigned(node)
+    if node.kind == "number" or _is_power(node):
+        return True
+    if node.kind != "multiply" or len(node.operands) != 2:
+        return False
+    left, right = map(_unsigned, node.operands)
+    if right.kind == "inverse":
+        return all(_is_integer(part) or _is_power(part) for part in (left, _unsigned(right.operands[0])))
+    return left.kind == "number" and _is_power(right) and right.operands[0].value == 10
+
+
+def is_infinite(node: Node) -> bool:
+    r"""Whether an expression has `\infty` or `\emptyset` beside other terms, where no arithmetic is defined.
+
+    Args:
+        node: the tree of an expression.
+
+    Returns:
+        True of `\infty - \infty`, and not of `-\infty`.
+    """
+    return _unsigned(node).kind != "symbol" and _has_infinity(node)
+
+
+def _has_infinity(node: Node) -> bool:
+    return node.name in ("\\infty", "\\emptyset") or any(map(_has_infinity, node.operands))
+
+
+def _unsigned(node: Node) -> Node:
+    while node.kind == "negative":
+        node = node.operands[0]
+    return node
+
+
+def _is_integer(node: Node) -> bool:
+    return node.kind == "number" and node.value.denominator == 1
+
+
+def _is_power(node: Node) -> bool:
+    """Whether this is an integer to an integer power."""
+    return node.kind == "power" and all(_is_integer(_unsigned(part)) for part in node.operands)
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise Unreadable(reason)
+
+
+def _literal(token: str) -> Node:
+    """The exact value of a decimal, its repeating part included."""
+    if len(token) > MAX_DIGITS:
+        raise Unreadable("too many digits")
+    repeating = _REPEATING.fullmatch(token)
+    if repeating is None:
+        return Node("number", value=Fraction(token))
+    whole, fixed, period = repeating.groups()
+    if "." not in token:
+        raise Unreadable("a repeating integer")
+    value = Fraction(f"{whole or 0}.{fixed or 0}") + Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(fixed))
+    return Node("number", value=value)

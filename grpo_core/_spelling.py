@@ -1,0 +1,211 @@
+r"""One spelling for the many of an answer: what sets type, separates thousands or names a unit is taken off.
+
+Every rule is a regular expression or a scan whose time grows with the length of the text; callers limit that length.
+"""
+
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+
+from grpo_core._expression import FUNCTIONS, GREEK, WORDS
+
+# Spelling -------------------------------------------------------------------------------------------------------
+
+_UNICODE = {
+    "−": "-", "﹣": "-", "×": r"\times ", "÷": r"\div ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "∗": "*",
+    "π": r"\pi ", "∞": r"\infty ", "√": r"\surd ", "°": r"^\circ ", "º": r"^\circ ", "±": r"\pm ", "≤": r"\le ",
+    "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "⁄": "/", "∕": "/",
+    "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
+    "⅕": r"\frac{1}{5}", "⅛": r"\frac{1}{8}", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "ℝ": r"\mathbb{R}",
+    "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "€": r"\euro ", "£": r"\pound ", "¥": r"\yen ", "\u200b": "", "\ufeff": "",
+}  # fmt: skip
+_TRANSLATION = str.maketrans(_UNICODE | {chr(0xFF01 + i): chr(0x21 + i) for i in range(94)})
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+_COMMANDS = {
+    "dfrac": r"\frac ", "tfrac": r"\frac ", "cfrac": r"\frac ", "dbinom": r"\binom ", "tbinom": r"\binom ",
+    "leq": r"\le ", "leqslant": r"\le ", "geq": r"\ge ", "geqslant": r"\ge ", "neq": r"\ne ", "lt": "<", "gt": ">",
+    "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]", "lvert": "|", "rvert": "|", "vert": "|",
+    "mid": "|",
+    "varnothing": r"\emptyset ", "ast": "*", "degree": r"^\circ ", "infin": r"\infty ", "R": r"\mathbb{R}",
+    "bigcup": r"\cup ", "textdollar": r"\$", "quad": " ", "qquad": " ", "thinspace": " ", "enspace": " ", "colon": ":",
+} | dict.fromkeys(
+    ["left", "right", "big", "Big", "bigg", "Bigg", "bigl", "bigr", "Bigl", "Bigr", "displaystyle", "textstyle"], " "
+)  # fmt: skip
+_TEXT = r"\\(?:text|textrm|textbf|textit|textnormal|mathrm|mathbf|mbox|hbox|operatorname)\s*\{([^{}]*)\}"
+_FULL_STOP = re.compile(r"(?<!\.)\.$")
+_BOLD = re.compile(r"\A\s*\*\*([^*]+)\*\*(\.?)\s*\Z")  # Markdown around the whole answer
+_ENDING = r"\s*(?:st|nd|rd|th)\s*"
+_SET_ENDING = rf"\\(?:text|textrm|textsuperscript|mathrm|mbox)\s*\{{{_ENDING}\}}"
+_ORDINAL = re.compile(
+    rf"(\d+)(?:{_ENDING.strip()}|\s*\^?\s*(?:{_SET_ENDING}|\{{(?:{_ENDING}|\s*{_SET_ENDING}\s*)\}}))"
+)
+
+
+def clean(text: str) -> str:
+    """One spelling for the many of a sign, without what only sets type: dollars, boxes, spaces, size commands."""
+    text = _BOLD.sub(r"\1", text)
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda run: "^{" + run[0].translate(_SUPERSCRIPTS) + "}", text)
+    text = re.sub(r"\\(?:left|right)\s*\.", " ", text.translate(_TRANSLATION)).replace(r"\!", "").replace("~", " ")
+    text = re.sub(r"(?<!\\)\\[,:;> ]|\\[()]|(?<!\\)\\[\[\]]", " ", text)
+    text = re.sub(r"\\([A-Za-z]+)", lambda name: _COMMANDS.get(name[1], name[0]), text)
+    text = re.sub(r"\\math(?:rm|bf|it)\s*\{([ei])\}", r"\1 ", text)
+    text = re.sub(r"\\text\w*\s*\{\s*,?\s*(or|and)\s*\}", r" \1 ", text).replace(r"\%", "%").replace("**", "^")
+    text = re.sub(r",\s*(and|or)\b", r" \1", text)
+    text = re.sub(r"\^\s*\{\s*\\circ\s*\}", r"^\\circ ", text)
+    text = re.sub(r"(\^\\circ) *([CF])\b", r"\1\\text{\2}", text)
+    text = re.sub(r"\\\{\s*\\\}", r"\\emptyset ", text)
+    text = re.sub(r"\b(?:infinity|infty)\b(?<!\\infty)", r"\\infty ", text, flags=re.IGNORECASE)
+    text = re.sub(r"(?<=\d)\{,\}(?=\d{3})", "", text)
+    text = unwrap(_undollar(text))
+    return ordinal[1] if (ordinal := _ORDINAL.fullmatch(text)) else text
+
+
+def _undollar(text: str) -> str:
+    r"""Without the dollars of mathematics mode; a lone one in front or behind is money, spelled `\$`."""
+    found = re.findall(r"(?<!\\)\$", text)
+    return re.sub(r"(?<!\\)\$", lambda _: r"\$" if len(found) == 1 else " ", text)
+
+
+def unwrap(text: str) -> str:
+    """Without a box or text command around everything, a full stop behind, and repeated space."""
+    while True:
+        inner = _FULL_STOP.sub("", text.strip())
+        found = re.match(r"\\(?:boxed|fbox)\s*\{", inner)
+        if found and closing_brace(inner, found.end() - 1) == len(inner) - 1:
+            inner = inner[found.end() : -1]
+        elif found := re.fullmatch(_TEXT, inner):
+            inner = found[1]
+        elif inner[:1] == "{" and closing_brace(inner, 0) == len(inner) - 1:
+            inner = inner[1:-1]
+        if inner == text:
+            return re.sub(r"\s+", " ", text)
+        text = inner
+
+
+def tighten(text: str) -> str:
+    """Without a space that parts no two letters or digits, or a command and a digit."""
+    return re.sub(r"(\\[A-Za-z]+) (?=\d)", r"\1", re.sub(r"(?<![^\W_]) | (?![^\W_])", "", text))
+
+
+def closing_brace(text: str, opening: int) -> int:
+    """Where the brace opened at `opening` closes, or -1; an escaped brace is a sign like any other."""
+    depth = 0
+    for found in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, opening):
+        depth += {"{": 1, "}": -1}.get(found[0], 0)
+        if depth == 0:
+            return found.start()
+    return -1
+
+
+_THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!\d|,\d)|(?<![\d.])(?<!\d )\d{1,3}(?: \d{3})+(?! ?\d)")
+
+
+def without_thousands(text: str) -> str:
+    """The text with the separators taken out of every number outside brackets that is grouped in threes."""
+    inside = [depth > 0 for _, token, depth in scan(text) for _ in token]
+    return _THOUSANDS.sub(lambda number: number[0] if inside[number.start()] else re.sub("[, ]", "", number[0]), text)
+
+
+_PIECE = re.compile(r"\\[A-Za-z]+|\\.|[A-Za-z]+|.", re.DOTALL)
+OPENERS = {"(", "[", "{", r"\{", r"\langle", r"\begin", r"\lfloor", r"\lceil"}
+CLOSERS = {")", "]", "}", r"\}", r"\rangle", r"\end", r"\rfloor", r"\rceil"}
+
+
+def scan(text: str) -> Iterator[tuple[int, str, int]]:
+    """Each command, word and sign with its position and the brackets open around it."""
+    depth = 0
+    for found in _PIECE.finditer(text):
+        depth -= found[0] in CLOSERS
+        yield found.start(), found[0], depth
+        depth += found[0] in OPENERS
+
+
+# Units ----------------------------------------------------------------------------------------------------------
+
+_UNIT_NAMES = {
+    "cm": "centimeter centimetre", "m": "meter metre", "km": "kilometer kilometre kms", "mm": "millimeter millimetre",
+    "in": "inch inches", "ft": "foot feet", "yd": "yard", "mi": "mile", "kg": "kilogram", "g": "gram",
+    "mg": "milligram", "lb": "pound lbs", "oz": "ounce", "l": "liter litre", "ml": "milliliter millilitre",
+    "s": "second sec", "min": "minute", "h": "hour hr hrs", "mph": "", "km/h": "kmh kph", "m/s": "", "hz": "hertz",
+    "rad": "radian", "degree": "deg", "percent": "", "dollar": "usd", "euro": "eur", "cent": "", "unit": "",
+    "am": "", "pm": "", "per": "", "cup": "", "day": "", "ton": "", "gal": "gallon",
+}  # fmt: skip
+_UNITS = {spelling: unit for unit, others in _UNIT_NAMES.items() for spelling in (unit, *others.split())}
+_BARE_UNITS = set(_UNITS) - {"m", "g", "l", "s", "h"}  # a bare letter is a variable
+_NO_UNITS = WORDS | GREEK | set(re.findall("[a-z]+", """
+    or and to is not no nor base mod modulo factorial choose over under plus minus times by half halves third
+    thirds quarter quarters negative positive opposite inverse reciprocal reciprocals complement conjugate false
+    wrong incorrect untrue fake invalid unknown impossible cannot none never nothing neither both null void zero
+    off cube root roots power powers first hundred hundreds thousand thousands lakh lakhs crore crores dozen dozens
+    score scores gross couple couples myriad myriads googol googols tens ones kilo mega giga grand mil mn bn tn k
+    double triple twice more less than infinity if when where otherwise except about around almost approx circa
+    between each maybe perhaps one two three four five six seven eight nine ten eleven twelve thirteen fourteen
+    fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety
+    """))  # fmt: skip
+_CHANGES_VALUE = re.compile(  # millions, sevenths but not months, halved, tenfold, quadruple, approximately
+    r"(?:illi(?:on|ard)s?|(?<!^mon)ths?|ed|fold|uples?|ly)$"
+)
+_TEXT_UNIT = re.compile(rf"^(.*[^\s\\(\[{{^_=,]){_TEXT}(\^\{{?[23]\}}?)?$")
+_BARE_UNIT = re.compile(r"^(.*[\d})\]])( ?)([A-Za-z][A-Za-z./ ]*)(\^\{?[23]\}?)?$")
+_SIGN_UNITS = {
+    "%": "percent",
+    r"^\circ": "degree",
+    r"\$": "dollar",
+    r"\euro": "euro",
+    r"\pound": "sterling",
+    r"\yen": "yen",
+}
+_HAS_FUNCTION = re.compile("|".join(sorted(FUNCTIONS)))
+
+
+def split_unit(text: str) -> tuple[str, str]:
+    r"""The value in front of a unit, and the unit in one spelling or an empty one.
+
+    Percent, degrees and currency are units like centimeters. `\sin 30^\circ` keeps its degrees: there they matter.
+    """
+    units: list[str] = []
+    for _ in range(2):  # `20^\circ\text{C}` has two
+        text, unit = _split_one_unit(text)
+        units += [unit] if unit else []
+    return text, " ".join(reversed(units))
+
+
+def _split_one_unit(text: str) -> tuple[str, str]:
+    for sign, unit in _SIGN_UNITS.items():
+        if text.endswith(sign) and len(text) > len(sign) and not _HAS_FUNCTION.search(text):
+            return text[: -len(sign)].rstrip(), unit
+        bare = text.removeprefix("-")
+        if bare.startswith(sign) and unit not in ("percent", "degree") and len(bare) > len(sign):
+            return text[: len(text) - len(bare)] + bare[len(sign) :].lstrip(), unit
+    if found := _TEXT_UNIT.match(text):
+        body, name, power = found.groups()
+        unit = _unit_name(name)
+    elif found := _BARE_UNIT.match(text):
+        body, space, name, power = found.groups()
+        words = name.lower().replace("/", " ").split()
+        known = name.lower() in _BARE_UNITS or all(word in _BARE_UNITS for word in words)
+        named = space and all(len(word) > 3 or word in _BARE_UNITS for word in words)
+        unit = _unit_name(name) if known or named else ""
+    else:
+        return text, ""
+    return (body, unit + "".join(re.findall("[23]", power or ""))) if unit else (text, "")
+
+
+@lru_cache(maxsize=1024)
+def _unit_name(text: str) -> str:
+    """One spelling of a unit: lower case, singular, abbreviated; empty if the words are no unit."""
+    words = [word.rstrip(".") for word in text.lower().replace("/", " per ").split()]
+    if not words or not all(re.fullmatch(r"[a-z]+(?:\^?[23])?", word) for word in words) or words == ["square"]:
+        return ""
+    if _NO_UNITS & set(words) or any(map(_CHANGES_VALUE.search, words)):
+        return ""
+    power = {"square": "2", "sq": "2", "cubic": "3", "cu": "3"}.get(words[0], "") if len(words) > 1 else ""
+    words = words[1:] if power else words
+    singular = [word if word in _UNITS or word.endswith("ss") else word.removesuffix("s") for word in words]
+    unit = " ".join(_UNITS.get(word, word) for word in singular).replace("^", "").replace(" per ", "/")
+    return ("mph" if unit == "mi/h" else unit) + power
+
+
+def without_text_commands(text: str) -> str:
+    r"""The text with `\text{cm}` and its like replaced by what they hold."""
+    return unwrap(re.sub(_TEXT, r" \1 ", text))
