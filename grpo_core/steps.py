@@ -1,0 +1,215 @@
+"""One micro-batch: per-token losses, aggregated, scaled for accumulation; the train steps add `backward`."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from grpo_core._check import shape_checked
+from grpo_core.aggregation import AggregationName, aggregate_token_losses
+from grpo_core.losses import LossTypeName, compute_policy_gradient_loss
+from grpo_core.masking import masked_sum
+from grpo_core.types import Metadata
+
+
+@shape_checked
+def sft_microbatch_loss(
+    policy_log_probs: Float[Tensor, "batch seq"],
+    response_mask: Bool[Tensor, "batch seq"],
+    gradient_accumulation_steps: int,
+    normalize_constant: float = 1.0,
+) -> tuple[Float[Tensor, ""], Metadata]:
+    r"""$L = -\frac{1}{K N C} \sum_{it} m_{it} \log \pi_\theta(o_{it})$: one of $K$ micro-batches' share, in nats.
+
+    Differentiable in `policy_log_probs`; gradient exactly 0 outside the mask, whatever stands there. A response
+    without tokens adds 0 and still counts in $N$.
+
+    Args:
+        policy_log_probs: $\log \pi_\theta$ of each token, in nats.
+        response_mask: $m$, True where a token belongs to the response.
+        gradient_accumulation_steps: $K \ge 1$, micro-batches per optimizer step.
+        normalize_constant: $C > 0$, in tokens; 1 sums over the tokens of a response.
+
+    Returns:
+        The loss, and detached scalars: `response_tokens` (count), `nll` (mean of $-\log \pi_\theta$ over response
+        tokens, in nats per token; 0 if there are none).
+
+    Raises:
+        ValueError: if `gradient_accumulation_steps` is less than 1, or `normalize_constant` not positive and finite.
+
+    Example:
+        >>> log_probs, mask = torch.tensor([[-1.0, -3.0]]), torch.tensor([[True, True]])
+        >>> loss, metadata = sft_microbatch_loss(log_probs, mask, gradient_accumulation_steps=2)
+        >>> loss, metadata["nll"]
+        (tensor(2.), tensor(2.))
+    """
+    accumulation = _at_least_one(gradient_accumulation_steps)
+    log_likelihood = aggregate_token_losses(
+        policy_log_probs, response_mask, "constant", normalize_constant=normalize_constant
+    )
+    return -log_likelihood / accumulation, {
+        "response_tokens": response_mask.sum().to(torch.float32),
+        "nll": _mean_over_tokens(-policy_log_probs.detach(), response_mask),
+    }
+
+
+@shape_checked
+def grpo_microbatch_loss(
+    policy_log_probs: Float[Tensor, "batch seq"],
+    response_mask: Bool[Tensor, "batch seq"],
+    gradient_accumulation_steps: int,
+    loss_type: LossTypeName,
+    raw_rewards: Float[Tensor, "batch 1"] | None = None,
+    advantages: Float[Tensor, "batch 1"] | None = None,
+    old_log_probs: Float[Tensor, "batch seq"] | None = None,
+    cliprange: float | None = None,
+    *,
+    aggregation: AggregationName = "sequence_mean",
+    normalize_constant: float | None = None,
+) -> tuple[Float[Tensor, ""], Metadata]:
+    r"""$L = \frac{1}{K} \sum_{it} w_{it} m_{it} \ell_{it}$: one of $K$ micro-batches' share in the loss of a step.
+
+    The gradients of the $K$ shares add up to the gradient of the whole batch. For "sequence_mean" and "constant" that
+    takes micro-batches of equal size; "token_mean" is not divided by $K$, for its constant counts the tokens of all.
+
+    Differentiable in `policy_log_probs` alone; gradient exactly 0 outside the mask. No value outside the mask is ever
+    read, in any argument. A response without tokens adds 0 and still counts.
+
+    Args:
+        policy_log_probs: $\log \pi_\theta$ of each token, in nats.
+        response_mask: $m$, True where a token belongs to the response.
+        gradient_accumulation_steps: $K \ge 1$, micro-batches per optimizer step.
+        loss_type: the $\ell$ of `compute_policy_gradient_loss`.
+        raw_rewards: $r_i$, for "no_baseline".
+        advantages: $A_i$, for the other losses.
+        old_log_probs: $\log \pi_{\mathrm{old}}$ of each token, in nats, for the two GRPO losses.
+        cliprange: $\epsilon$, for "grpo_clip".
+        aggregation: the $w$ of `aggregate_token_losses`.
+        normalize_constant: the $C$ of `aggregate_token_losses`, in tokens.
+
+    Returns:
+        The loss, and detached scalars, means over the response tokens (0 if there are none): `response_tokens` (their
+        count) always; `clip_fraction` for "grpo_clip"; `mean_ratio` ($\rho$) and `approx_kl` ($\rho - 1 - \log \rho$,
+        an estimate of $\mathrm{KL}(\pi_{\mathrm{old}} \Vert \pi_\theta)$ in nats) if `old_log_probs` is given.
+
+    Raises:
+        ValueError: if `gradient_accumulation_steps` is less than 1; as `compute_policy_gradient_loss` and
+            `aggregate_token_losses`.
+
+    Example:
+        >>> log_probs, mask, advantages = torch.tensor([[-1.0, -3.0]]), torch.ones(1, 2).bool(), torch.tensor([[2.0]])
+        >>> loss, _ = grpo_microbatch_loss(log_probs, mask, 2, "reinforce_with_baseline", advantages=advantages)
+        >>> loss
+        tensor(2.)
+
+    References:
+        Shao et al. 2024, arXiv:2402.03300, algorithm 1 and eq. 3; Schulman 2020, "Approximating KL divergence" (k3).
+    """
+    # The constant of "token_mean" counts the tokens of all micro-batches: a second division would be one too many.
+    accumulation = _at_least_one(gradient_accumulation_steps)
+    shares = 1 if aggregation == "token_mean" else accumulation
+    # Cleaned before the exponential: 0 * NaN would come back in its gradient, however well the result is masked; and
+    # of both, lest autograd's anomaly detection stop at padding.
+    policy_log_probs = torch.where(response_mask, policy_log_probs, 0.0)
+    if old_log_probs is not None:
+        old_log_probs = torch.where(response_mask, old_log_probs, 0.0)
+    token_losses, per_token = compute_policy_gradient_loss(
+        policy_log_probs, loss_type, raw_rewards, advantages, old_log_probs, cliprange
+    )
+    loss = aggregate_token_losses(token_losses, response_mask, aggregation, normalize_constant=normalize_constant)
+    metadata = {"response_tokens": response_mask.sum().to(torch.float32)}
+    if "is_clipped" in per_token:
+        metadata["clip_fraction"] = _mean_over_tokens(per_token["is_clipped"].to(torch.float32), response_mask)
+    if old_log_probs is not None:
+        metadata |= _drift(policy_log_probs.detach(), old_log_probs.detach(), response_mask)
+    return loss / shares, metadata
+
+
+@shape_checked
+def sft_microbatch_train_step(
+    policy_log_probs: Float[Tensor, "batch seq"],
+    response_mask: Bool[Tensor, "batch seq"],
+    gradient_accumulation_steps: int,
+    normalize_constant: float = 1.0,
+) -> tuple[Float[Tensor, ""], Metadata]:
+    r"""$L$ of `sft_microbatch_loss`, then $\nabla L$ added to the gradients of whatever made `policy_log_probs`.
+
+    Arguments, metadata and errors are those of `sft_microbatch_loss`; the loss comes back detached, in nats.
+
+    Example:
+        >>> log_probs = torch.tensor([[-1.0, -3.0]], requires_grad=True)
+        >>> loss, metadata = sft_microbatch_train_step(log_probs, torch.tensor([[True, False]]), 2)
+        >>> log_probs.grad
+        tensor([[-0.5000,  0.0000]])
+    """
+    loss, metadata = sft_microbatch_loss(
+        policy_log_probs, response_mask, gradient_accumulation_steps, normalize_constant
+    )
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach(), metadata
+
+
+@shape_checked
+def grpo_microbatch_train_step(
+    policy_log_probs: Float[Tensor, "batch seq"],
+    response_mask: Bool[Tensor, "batch seq"],
+    gradient_accumulation_steps: int,
+    loss_type: LossTypeName,
+    raw_rewards: Float[Tensor, "batch 1"] | None = None,
+    advantages: Float[Tensor, "batch 1"] | None = None,
+    old_log_probs: Float[Tensor, "batch seq"] | None = None,
+    cliprange: float | None = None,
+    *,
+    aggregation: AggregationName = "sequence_mean",
+    normalize_constant: float | None = None,
+) -> tuple[Float[Tensor, ""], Metadata]:
+    r"""$L$ of `grpo_microbatch_loss`, then $\nabla L$ added to the gradients of whatever made `policy_log_probs`.
+
+    Arguments, metadata and errors are those of `grpo_microbatch_loss`; the loss comes back detached.
+
+    Example:
+        >>> log_probs = torch.tensor([[-1.0, -3.0]], requires_grad=True)
+        >>> mask, rewards = torch.tensor([[True, False]]), torch.tensor([[1.0]])
+        >>> loss, metadata = grpo_microbatch_train_step(log_probs, mask, 2, "no_baseline", rewards)
+        >>> log_probs.grad
+        tensor([[-0.5000,  0.0000]])
+    """
+    loss, metadata = grpo_microbatch_loss(
+        policy_log_probs,
+        response_mask,
+        gradient_accumulation_steps,
+        loss_type,
+        raw_rewards,
+        advantages,
+        old_log_probs,
+        cliprange,
+        aggregation=aggregation,
+        normalize_constant=normalize_constant,
+    )
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach(), metadata
+
+
+def _at_least_one(gradient_accumulation_steps: int) -> int:
+    if gradient_accumulation_steps < 1:
+        raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps} must be at least 1")
+    return gradient_accumulation_steps
+
+
+def _mean_over_tokens(
+    values: Float[Tensor, "batch seq"], response_mask: Bool[Tensor, "batch seq"]
+) -> Float[Tensor, ""]:
+    """A metric's mean; 0 and not NaN over nothing, so that an average weighted by tokens survives an empty batch."""
+    return masked_sum(values, response_mask) / response_mask.sum().clamp(min=1)
+
+
+def _drift(
+    policy_log_probs: Float[Tensor, "batch seq"],
+    old_log_probs: Float[Tensor, "batch seq"],
+    response_mask: Bool[Tensor, "batch seq"],
+) -> Metadata:
+    """How far the policy has moved from the one that sampled: mean ratio, and k3 of KL(old || policy)."""
+    log_ratio = policy_log_probs - old_log_probs
+    return {
+        "mean_ratio": _mean_over_tokens(log_ratio.exp(), response_mask),
+        "approx_kl": _mean_over_tokens(log_ratio.expm1() - log_ratio, response_mask),
+    }

@@ -1,0 +1,91 @@
+"""Laws of entropy and log-probability."""
+
+import math
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from grpo_core import compute_entropy, select_log_probs
+from tests.strategies import floats, logits_and_labels
+
+TEMPERATURES = st.sampled_from([0.25, 1.0, 3.0])
+ANY_LOGITS = st.booleans().flatmap(logits_and_labels)
+
+
+@given(ANY_LOGITS, TEMPERATURES)
+def test_entropy_is_between_none_and_all(inputs, temperature):
+    entropy = compute_entropy(inputs[0], temperature=temperature)
+    assert (entropy >= 0).all()
+    assert (entropy <= math.log(inputs[0].shape[-1]) + 1e-12).all()
+
+
+@given(ANY_LOGITS, st.one_of(floats(-8, 8), st.sampled_from([1e4, -1e4])))
+def test_a_shift_of_the_logits_changes_nothing(inputs, shift):
+    logits, labels = inputs
+    assert_close(compute_entropy(logits + shift), compute_entropy(logits), rtol=1e-10, atol=1e-10)
+    assert_close(select_log_probs(logits + shift, labels), select_log_probs(logits, labels), rtol=1e-10, atol=1e-10)
+
+
+@given(logits_and_labels(), st.data())
+def test_the_names_of_the_tokens_do_not_matter(inputs, data):
+    logits, labels = inputs
+    order = torch.tensor(data.draw(st.permutations(range(logits.shape[-1]))))
+    assert_close(compute_entropy(logits[:, order]), compute_entropy(logits))
+    assert_close(select_log_probs(logits[:, order], order.argsort()[labels]), select_log_probs(logits, labels))
+
+
+@given(ANY_LOGITS, TEMPERATURES)
+def test_probabilities_add_up_and_entropy_is_the_mean_surprise(inputs, temperature):
+    logits, _ = inputs
+    rows, vocab = logits.shape
+    every = torch.arange(vocab).expand(rows, vocab)
+    log_probs = select_log_probs(
+        logits[:, None].expand(rows, vocab, vocab).contiguous(), every, temperature=temperature
+    )
+    assert_close(log_probs.exp().sum(dim=1), torch.ones(rows).double())
+    surprise = -torch.where(log_probs.isinf(), 0.0, log_probs) * log_probs.exp()
+    assert_close(compute_entropy(logits, temperature=temperature), surprise.sum(dim=1))
+
+
+@given(ANY_LOGITS, TEMPERATURES)
+def test_a_temperature_is_a_division_of_the_logits(inputs, temperature):
+    logits, labels = inputs
+    assert_close(compute_entropy(logits, temperature=temperature), compute_entropy(logits / temperature))
+    assert_close(
+        select_log_probs(logits, labels, temperature=temperature), select_log_probs(logits / temperature, labels)
+    )
+
+
+@given(logits_and_labels())
+def test_heat_brings_entropy(inputs):
+    """Entropy grows with temperature, strictly if the logits differ: the law that a forgotten division breaks."""
+    logits, _ = inputs
+    cold, hot = compute_entropy(logits, temperature=1.0), compute_entropy(logits, temperature=2.0)
+    differ = logits.amax(1) > logits.amin(1)
+    assert (hot[differ] > cold[differ]).all()
+    assert_close(hot[~differ], cold[~differ])
+
+
+@given(logits_and_labels(), TEMPERATURES)
+def test_gradients_by_finite_differences(inputs, temperature):
+    logits, labels = inputs[0].requires_grad_(), inputs[1]
+    assert torch.autograd.gradcheck(lambda x: compute_entropy(x, temperature=temperature), logits, fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda x: select_log_probs(x, labels, temperature=temperature), logits, fast_mode=True
+    )
+
+
+@given(logits_and_labels(unreachable=True))
+def test_an_unreachable_token_is_a_token_less(inputs):
+    """One row at a time: dropping the tokens of logit -inf changes neither value nor gradient."""
+    for row, label in zip(*inputs, strict=True):
+        kept = row > -math.inf
+        whole, part = row.clone().requires_grad_(), row[kept].requires_grad_()
+        assert_close(compute_entropy(whole), compute_entropy(part), rtol=1e-12, atol=1e-12)
+        compute_entropy(whole).backward()
+        compute_entropy(part).backward()
+        assert_close(whole.grad[kept], part.grad, rtol=1e-12, atol=1e-12)
+        assert (whole.grad[~kept] == 0.0).all()
+        assert select_log_probs(whole, label).isfinite()

@@ -1,0 +1,100 @@
+"""Laws of the per-token losses that the battery of test_family.py does not state."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from grpo_core import (
+    aggregate_token_losses,
+    compute_grpo_clip_loss,
+    compute_grpo_no_clip_loss,
+    compute_naive_policy_gradient_loss,
+)
+from tests.strategies import CLIPRANGES, Batch, batches
+
+
+def exact(actual, expected) -> None:
+    assert_close(actual, expected, rtol=0, atol=0)
+
+
+@given(batches(), CLIPRANGES)
+def test_the_on_policy_gradient_is_that_of_reinforce(batch: Batch, cliprange):
+    """At a ratio of 1: -A exactly, from every loss, and nothing is clipped."""
+    advantages, policy = batch.advantages, batch.policy_log_probs
+    gradients = []
+    for loss_of in (
+        lambda x: compute_grpo_clip_loss(advantages, x, policy, cliprange)[0],
+        lambda x: compute_grpo_no_clip_loss(advantages, x, policy)[0],
+        lambda x: compute_naive_policy_gradient_loss(advantages, x),
+    ):
+        leaf = policy.clone().requires_grad_()
+        gradients += torch.autograd.grad(loss_of(leaf).sum(), leaf)
+    for gradient in gradients:
+        exact(gradient, -advantages.expand_as(policy))
+    assert not compute_grpo_clip_loss(advantages, policy, policy, cliprange)[1]["is_clipped"].any()
+
+
+@given(batches(), CLIPRANGES)
+def test_gradient_reaches_the_policy_alone(batch: Batch, cliprange):
+    advantages, old = batch.advantages.requires_grad_(), batch.old_log_probs.requires_grad_()
+    policy = batch.policy_log_probs.requires_grad_()
+    for loss in (
+        compute_grpo_clip_loss(advantages, policy, old, cliprange)[0],
+        compute_grpo_no_clip_loss(advantages, policy, old)[0],
+        compute_naive_policy_gradient_loss(advantages, policy),
+    ):
+        loss.sum().backward()
+    assert policy.grad is not None
+    assert advantages.grad is old.grad is None
+
+
+@given(batches(), CLIPRANGES)
+def test_the_clip_is_a_pessimist(batch: Batch, cliprange):
+    """Never below the unclipped loss; above it exactly where `is_clipped` says, and then without gradient."""
+    policy = batch.policy_log_probs.requires_grad_()
+    clipped, metadata = compute_grpo_clip_loss(batch.advantages, policy, batch.old_log_probs, cliprange)
+    unclipped, nothing = compute_grpo_no_clip_loss(batch.advantages, policy, batch.old_log_probs)
+    assert nothing == {}
+    assert (clipped >= unclipped).all()
+    assert torch.equal(clipped > unclipped, metadata["is_clipped"])
+    clipped.sum().backward()
+    gradient_of_unclipped = -(policy - batch.old_log_probs).exp().detach() * batch.advantages
+    exact(policy.grad, torch.where(metadata["is_clipped"], 0.0, gradient_of_unclipped))
+
+
+@given(batches())
+def test_a_range_without_end_is_no_clip(batch: Batch):
+    inputs = batch.advantages, batch.policy_log_probs, batch.old_log_probs
+    exact(compute_grpo_clip_loss(*inputs, float("inf"))[0], compute_grpo_no_clip_loss(*inputs)[0])
+
+
+@given(batches(), CLIPRANGES, st.sampled_from([0.5, 2.0, 4.0]))
+def test_the_advantage_scales_the_loss(batch: Batch, cliprange, scale):
+    inputs = batch.policy_log_probs, batch.old_log_probs, cliprange
+    loss, metadata = compute_grpo_clip_loss(scale * batch.advantages, *inputs)
+    expected, expected_metadata = compute_grpo_clip_loss(batch.advantages, *inputs)
+    exact(loss, scale * expected)
+    assert torch.equal(metadata["is_clipped"], expected_metadata["is_clipped"])
+
+
+@given(batches(), CLIPRANGES)
+def test_a_good_token_stops_above_and_a_bad_one_below(batch: Batch, cliprange):
+    """The clip answers to the sign of the advantage: each side of the interval binds for one sign only."""
+    ratio = (batch.policy_log_probs - batch.old_log_probs).exp()
+    for advantage, beyond in ((1.0, ratio > 1 + cliprange), (-1.0, ratio < 1 - cliprange)):
+        advantages = torch.full_like(batch.advantages, advantage)
+        _, metadata = compute_grpo_clip_loss(advantages, batch.policy_log_probs, batch.old_log_probs, cliprange)
+        assert torch.equal(metadata["is_clipped"], beyond)
+
+
+@given(batches())
+def test_the_aggregations_agree_where_all_responses_are_as_long_as_the_constant(batch: Batch):
+    losses = batch.policy_log_probs
+    everything, (rows, seq) = torch.ones_like(batch.response_mask), losses.shape
+    expected = losses.mean()
+    assert_close(aggregate_token_losses(losses, everything, "sequence_mean"), expected)
+    assert_close(aggregate_token_losses(losses, everything, "constant", normalize_constant=float(seq)), expected)
+    assert_close(
+        aggregate_token_losses(losses, everything, "token_mean", normalize_constant=float(rows * seq)), expected
+    )

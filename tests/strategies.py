@@ -1,0 +1,101 @@
+"""Hypothesis strategies for the tensors of GRPO: float64, up to 4 responses of 8 tokens; drawn, so they shrink."""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import Tensor
+
+# For laws that run once per loss type and aggregation: the battery as a whole sees twice the profile's examples.
+fewer = settings(max_examples=max(10, settings.default.max_examples // 6))
+
+CLIPRANGES = st.sampled_from([0.0, 0.1, 0.2, 0.5, 1.0])
+SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 8))
+GARBAGE = st.sampled_from([float("nan"), float("inf"), -float("inf"), 1e300, -1e300, 0.0])
+
+
+def floats(low: float, high: float) -> st.SearchStrategy[float]:
+    """Floats of ordinary size: steps of 1/64 shrink to readable numbers, and two that differ, differ visibly."""
+    return st.integers(round(low * 64), round(high * 64)).map(lambda n: n / 64)
+
+
+@st.composite
+def tensors(draw, shape: tuple[int, ...], elements: st.SearchStrategy[float]) -> Tensor:
+    return torch.tensor(draw(hnp.arrays(np.float64, shape, elements=elements)), dtype=torch.float64)
+
+
+@st.composite
+def masks(draw, shape: tuple[int, ...]) -> Tensor:
+    """Any mask at all, the empty and the full one included."""
+    return torch.tensor(draw(hnp.arrays(np.bool_, shape)))
+
+
+@st.composite
+def response_masks(draw, shape: tuple[int, int]) -> Tensor:
+    """One run of True per row, as prompt, response and padding leave it; now and then an empty one."""
+    rows, seq = shape
+    starts = [draw(st.integers(0, seq - 1)) for _ in range(rows)]
+    ends = [draw(st.integers(start, seq)) for start in starts]
+    places = torch.arange(seq)
+    return torch.stack([(places >= start) & (places < end) for start, end in zip(starts, ends, strict=True)])
+
+
+@st.composite
+def masked_tensors(draw) -> tuple[Tensor, Tensor]:
+    shape = draw(SHAPES)
+    return draw(tensors(shape, floats(-8, 8))), draw(masks(shape))
+
+
+@st.composite
+def logits_and_labels(draw, unreachable: bool = False) -> tuple[Tensor, Tensor]:
+    """Logits of 2 to 6 tokens; with `unreachable`, some are -inf, at least one of each row is not."""
+    rows, vocab = draw(st.tuples(st.integers(1, 4), st.integers(2, 6)))
+    logits = draw(tensors((rows, vocab), floats(-8, 8)))
+    labels = torch.tensor(draw(st.lists(st.integers(0, vocab - 1), min_size=rows, max_size=rows)))
+    if unreachable:
+        hidden = draw(masks((rows, vocab)))
+        hidden[torch.arange(rows), labels] = False
+        logits = logits.masked_fill(hidden, -float("inf"))
+    return logits, labels
+
+
+@st.composite
+def grouped_rewards(draw) -> tuple[Tensor, int]:
+    """Up to 4 groups of 2 to 6 rewards, and the size of a group; constant groups are not rare."""
+    groups, members = draw(st.tuples(st.integers(1, 4), st.integers(2, 6)))
+    reward = st.sampled_from([0.0, 1.0]) if draw(st.booleans()) else floats(-4, 4)
+    return draw(tensors((groups * members,), reward)), members
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One call's worth of responses."""
+
+    policy_log_probs: Tensor
+    response_mask: Tensor
+    raw_rewards: Tensor
+    advantages: Tensor
+    old_log_probs: Tensor
+    cliprange: float
+
+    def rows(self, index: Tensor | slice) -> "Batch":
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: part[index] if isinstance(part, Tensor) else part for name, part in parts.items()})
+
+
+@st.composite
+def batches(draw) -> Batch:
+    """Responses sampled from an old policy, whose log-probabilities have moved since by up to 1 nat either way."""
+    rows, seq = shape = draw(SHAPES)
+    old = draw(tensors(shape, floats(-4, 0)))
+    return Batch(
+        policy_log_probs=old + draw(tensors(shape, floats(-1, 1))),
+        response_mask=draw(response_masks((rows, seq))),
+        raw_rewards=draw(tensors((rows, 1), floats(0, 1))),
+        advantages=draw(tensors((rows, 1), floats(-2, 2))),
+        old_log_probs=old,
+        cliprange=draw(CLIPRANGES),
+    )
