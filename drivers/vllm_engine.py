@@ -1,0 +1,310 @@
+"""vLLM as a rollout engine. Everything that touches vLLM's API stands in this file.
+
+Weights travel by vLLM's own weight-transfer API (`start_weight_update`, `update_weights`, `finish_weight_update`),
+never by reaching into the engine's model:
+
+- two GPUs: the engine is a process of its own on the other GPU, and the `nccl` backend broadcasts to it;
+- one GPU, or CPU: the engine lives in this process, and the `host` backend below hands it the tensors by reference.
+"""
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from vllm import LLM, SamplingParams
+from vllm.config import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import (
+    ModuleSource,
+    TrainerInitInfo,
+    TrainerWeightTransferEngine,
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+from vllm.platforms import current_platform
+
+from drivers.errors import UsageError
+from drivers.rollout import Completion, Sampling
+
+KV_CACHE_BYTES_ON_CPU = 512 << 20
+CPU_BLOCK_SIZE = (
+    32  # prefixes are shared in whole blocks; vLLM's default on CPU (128) would share none of a short prompt
+)
+
+
+# --- the `host` backend: trainer and engine in one process -----------------------------------------------------------
+
+
+@dataclass
+class HostInit(WeightTransferInitInfo):  # type: ignore[misc]
+    """Nothing to agree on beforehand."""
+
+
+@dataclass
+class HostUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]
+    """The policy's parameters, by reference."""
+
+    tensors: Any = None
+
+
+class HostWorkerEngine(WeightTransferEngine[HostInit, HostUpdate]):  # type: ignore[misc]
+    """The engine's side: load what the trainer hands over."""
+
+    init_info_cls, update_info_cls = HostInit, HostUpdate
+
+    def init_transfer_engine(self, init_info: HostInit) -> None:
+        pass
+
+    def shutdown(self) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        initialize_layerwise_reload(self.model)
+
+    @torch.no_grad()
+    def receive_weights(self, update_info: HostUpdate) -> None:
+        self.model.load_weights(iter(update_info.tensors))
+
+    def finish_weight_update(self) -> None:
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        finalize_layerwise_reload(self.model, self.model_config)
+        # On CPU a head tied to the embedding holds a packed copy of its own, which the reload above does not refresh.
+        for module in self.model.modules():
+            if isinstance(module, ParallelLMHead):
+                module.quant_method.process_weights_after_loading(module)
+
+
+@dataclass
+class HostTrainerInit(TrainerInitInfo):  # type: ignore[misc]
+    """The trainer is one process: rank 0."""
+
+    backend: ClassVar[str] = "host"
+
+
+class HostTrainerEngine(TrainerWeightTransferEngine[HostTrainerInit]):  # type: ignore[misc]
+    """The trainer's side: one call per push."""
+
+    init_info_cls = HostTrainerInit
+
+    @classmethod
+    def trainer_init(cls, init_info: HostTrainerInit, *, client: Any, source: Any = None) -> "HostTrainerEngine":
+        engine = cls(client=client, source=source, is_sender=init_info.is_sender)
+        client.init_weight_transfer_engine({})
+        return engine
+
+    @torch.no_grad()
+    def send_weights(self) -> None:
+        tensors = [(name, tensor.detach()) for name, tensor in self.source]
+        self.client.start_weight_update()
+        self.client.update_weights({"tensors": tensors})
+        self.client.finish_weight_update()
+
+
+class WorkerExtension:
+    """vLLM imports this class in each worker; importing this module is what registers the `host` backend there."""
+
+
+if "host" not in WeightTransferEngineFactory._registry:
+    WeightTransferEngineFactory.register_engine("host", HostWorkerEngine)
+    WeightTransferTrainerFactory.register_engine("host", HostTrainerEngine)
+
+
+class LocalClient:
+    """The four calls that a trainer-side transfer engine makes, answered by an `LLM` object of this process."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.llm.init_weight_transfer_engine({"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        self.llm.start_weight_update()
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.llm.update_weights({"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self.llm.finish_weight_update(weight_version)
+
+
+# --- the engine ------------------------------------------------------------------------------------------------------
+
+
+class VLLMEngine:
+    """Samples with vLLM, with the policy's weights as of the last `load_weights`."""
+
+    def __init__(
+        self,
+        model_path: str,
+        policy: nn.Module,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_model_len: int,
+        gpu_memory_utilization: float,
+        reserved_bytes: int,
+        seed: int,
+    ) -> None:
+        policy_device = next(policy.parameters()).device
+        if (device.type == "cpu") != current_platform.is_cpu():
+            raise UsageError(
+                f"rollout_device={device}: this vLLM is built for {current_platform.device_name} and samples there "
+                "alone; install the other build, or pass --engine hf"
+            )
+        own_gpu = device.type == "cuda" and device != policy_device
+        self._shares_gpu = device.type == "cuda" and not own_gpu
+        self._asleep = False
+        if self._shares_gpu:
+            total = torch.cuda.get_device_properties(device).total_memory
+            gpu_memory_utilization = min(gpu_memory_utilization, share_beside(reserved_bytes, total))
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if own_gpu else "0"
+        if policy_device.type == "cuda":  # the sending side of nccl takes the current device, and LLM() may change it
+            torch.cuda.set_device(policy_device)
+        set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+        with _hidden_from_interrupts() if own_gpu else nullcontext():
+            self._llm = LLM(
+                model=model_path,
+                dtype=str(dtype).removeprefix("torch."),
+                max_model_len=max_model_len,
+                seed=seed % 2**31,
+                load_format="dummy",  # the first push brings the weights: the policy is their one source
+                logprobs_mode="processed_logprobs",  # of the distribution that was sampled from, temperature included
+                weight_transfer_config=WeightTransferConfig(backend="nccl" if own_gpu else "host"),
+                worker_extension_cls="drivers.vllm_engine.WorkerExtension",
+                **placement(device, shared=self._shares_gpu, gpu_memory_utilization=gpu_memory_utilization),
+            )
+        # vLLM's CPU worker replaces torch.set_num_threads by a no-op and may lower the count: undo both.
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(num_threads)
+        if policy_device.type == "cuda":
+            torch.cuda.set_device(policy_device)
+        self._sender = WeightTransferTrainerFactory.trainer_init(
+            self._transfer_init(own_gpu), client=LocalClient(self._llm), source=ModuleSource(policy)
+        )
+
+    def _transfer_init(self, own_gpu: bool) -> TrainerInitInfo:
+        if not own_gpu:
+            return HostTrainerInit(rank=0)
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+        from vllm.utils.network_utils import get_open_port
+
+        return NCCLTrainerInitInfo(
+            master_address="127.0.0.1",
+            master_port=get_open_port(),
+            world_size=1 + self._llm.get_world_size(),
+            rank=0,
+            packed_buffer_size_bytes=256 << 20,
+        )
+
+    def load_weights(self, version: int) -> None:
+        """Push the policy's weights; every later sample is theirs, and says so by `version`."""
+        if self._asleep:
+            torch.cuda.empty_cache()
+            self._llm.wake_up(tags=["weights"])
+        self._sender.send_weights()
+        self._llm.update_weight_version(str(version))
+        if self._asleep:
+            self._llm.wake_up(tags=["kv_cache"])
+            self._asleep = False
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError(
+                "vLLM refused to drop its prefix cache after a weight push: it holds keys of old weights"
+            )
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[Completion]:
+        """`sampling.n` completions of each prompt, in order, all of one prompt together."""
+        requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        # vLLM gives sample k of a request the seed s + k; prompts that share s would share their noise.
+        parameters = [self._parameters(sampling, seed + index * sampling.n) for index in range(len(prompts))]
+        outputs = self._llm.generate(requests, parameters, use_tqdm=False)
+        return [_completion(output, sample) for output in outputs for sample in output.outputs]
+
+    def sleep(self) -> None:
+        """Give the shared GPU's memory to the trainer until the next `load_weights`."""
+        if self._shares_gpu:
+            self._llm.sleep(level=2)  # 2: the weights are pushed again anyway, so none need be kept
+            self._asleep = True
+
+    def close(self) -> None:
+        self._llm.llm_engine.engine_core.shutdown()
+
+    @staticmethod
+    def _parameters(sampling: Sampling, seed: int) -> SamplingParams:
+        return SamplingParams(
+            n=sampling.n,
+            temperature=sampling.temperature,
+            top_p=1.0,  # a truncated distribution has other log-probs than the policy's
+            top_k=0,
+            min_tokens=sampling.min_tokens,
+            max_tokens=sampling.max_tokens,
+            stop=list(sampling.stop),
+            include_stop_str_in_output=True,
+            seed=seed,
+            logprobs=0,  # of the sampled token alone
+            flat_logprobs=True,
+        )
+
+
+def placement(device: torch.device, *, shared: bool, gpu_memory_utilization: float) -> dict[str, Any]:
+    """Where the engine runs, and how much memory it takes there."""
+    if device.type == "cpu":
+        return {
+            "enforce_eager": True,
+            "block_size": CPU_BLOCK_SIZE,
+            "kv_cache_memory_bytes": KV_CACHE_BYTES_ON_CPU,
+            # A prompt that is prefilled in two parts ends seeded sampling: CPU generators have no offset to set.
+            "enable_chunked_prefill": False,
+        }
+    return {
+        "device_ids": [device.index or 0],
+        "gpu_memory_utilization": gpu_memory_utilization,
+        "enable_sleep_mode": shared,
+    }
+
+
+def share_beside(reserved_bytes: int, total_bytes: int) -> float:
+    """The part of a GPU left for vLLM beside what else must stay there, less a tenth for all that is not counted."""
+    share = 0.9 - reserved_bytes / total_bytes
+    if share < 0.05:
+        raise UsageError(
+            f"rollout_device: {reserved_bytes / 2**30:.1f} of the GPU's {total_bytes / 2**30:.1f} GiB are needed "
+            "beside vLLM, which leaves it no room; name a second GPU"
+        )
+    return share
+
+
+@contextmanager
+def _hidden_from_interrupts() -> Iterator[None]:
+    """Child processes that start here never see Ctrl-C: the trainer ends them, after its update and its push."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _completion(output: Any, sample: Any) -> Completion:
+    if sample.finish_reason not in ("stop", "length"):
+        raise RuntimeError(
+            f"vLLM ended a completion with finish_reason={sample.finish_reason!r}; 'stop' or 'length' is required"
+        )
+    spans = sample.weight_versions
+    return Completion(
+        text=sample.text,
+        prompt_token_ids=tuple(output.prompt_token_ids),
+        token_ids=tuple(sample.token_ids),
+        log_probs=tuple(sample.logprobs.logprobs),
+        finish_reason=sample.finish_reason,
+        weight_version=int(spans[0].version) if spans else None,
+    )

@@ -1,0 +1,119 @@
+"""Rollouts as tensors: layouts of scoring agree with a plain forward per response, in values and gradients."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from drivers.batch import make_rollout_batch, score, with_old_log_probs
+from tests.drivers.parts import clone_policy, completion, tiny_config
+from tests.tiny import make_tiny_policy
+
+TOKENS = st.lists(st.integers(2, 60), min_size=1, max_size=5)
+LONG_PROMPT, SHORT_PROMPT = list(range(5, 17)), [7, 8]
+
+
+def one_by_one(policy, rollouts, temperature):
+    """Log-probs and entropies of each response from a forward pass of its own, by log_softmax over the whole row."""
+    log_probs, entropies = [], []
+    for item in rollouts.completions:
+        ids = torch.tensor([[*item.prompt_token_ids, *item.token_ids]])
+        distribution = torch.log_softmax(policy(ids).logits[0] / temperature, dim=-1)
+        begin = len(item.prompt_token_ids) - 1
+        rows = distribution[begin : begin + len(item.token_ids)]
+        log_probs.append(rows[range(len(item.token_ids)), list(item.token_ids)])
+        entropies.append(-(rows.exp() * rows).sum(dim=-1))
+    return log_probs, entropies
+
+
+def batch_of(*pairs):
+    completions = [completion(prompt, tokens) for prompt, tokens in pairs]
+    zeros = torch.zeros(len(completions))
+    return make_rollout_batch(completions, zeros, zeros)
+
+
+@settings(max_examples=25)
+@given(
+    prompt=st.sampled_from([LONG_PROMPT, SHORT_PROMPT]),
+    responses=st.lists(TOKENS, min_size=1, max_size=4),
+    other=TOKENS,
+    temperature=st.sampled_from([0.7, 1.0]),
+)
+def test_scores_are_those_of_a_forward_per_response(prompt, responses, other, temperature):
+    """LONG_PROMPT takes the group row, SHORT_PROMPT padded rows; `other` has a prompt of its own."""
+    policy = make_tiny_policy(1).double()
+    twin = clone_policy(policy)
+    rollouts = batch_of(*[(prompt, response) for response in responses], ([9, 9, 9], other))
+    scored = score(policy, rollouts, temperature, with_entropy=True)
+    assert not scored["token_entropy"].requires_grad
+    expected, entropies = one_by_one(twin, rollouts, temperature)
+    for row, (values, entropy) in enumerate(zip(expected, entropies, strict=True)):
+        assert_close(scored["log_probs"][row, : len(values)], values, rtol=0, atol=1e-12)
+        assert_close(scored["token_entropy"][row, : len(values)], entropy, rtol=0, atol=1e-12)
+    assert (scored["log_probs"][~rollouts.response_mask] == 0).all()
+    weight = torch.arange(1.0, scored["log_probs"].numel() + 1).view_as(scored["log_probs"]).double()
+    (scored["log_probs"] * weight).sum().backward()
+    sum((values * weight[row, : len(values)]).sum() for row, values in enumerate(expected)).backward()
+    for ours, theirs in zip(policy.parameters(), twin.parameters(), strict=True):
+        assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)  # the norms inside a Llama are float32 in any case
+
+
+def test_an_empty_response_scores_nothing_and_keeps_its_row():
+    rollouts = batch_of((SHORT_PROMPT, []), (SHORT_PROMPT, [5]), (LONG_PROMPT, []), (LONG_PROMPT, [6]))
+    scored = score(make_tiny_policy(), rollouts, 1.0)["log_probs"]
+    assert rollouts.response_mask.tolist() == [[False], [True], [False], [True]]
+    assert (scored[[0, 2]] == 0).all()
+    assert (scored[[1, 3]] < 0).all()
+
+
+def test_a_group_of_empty_responses_scores_nothing():
+    scored = score(make_tiny_policy(), batch_of((LONG_PROMPT, []), (LONG_PROMPT, [])), 1.0)
+    assert scored["log_probs"].tolist() == [[0], [0]]
+
+
+def test_rows_carry_the_tokens_and_log_probs_that_were_sampled():
+    rollouts = make_rollout_batch(
+        [completion([1], [4, 5], [-0.5, -0.25]), completion([1], [6], [-2.0])],
+        torch.tensor([1.0, -1.0]),
+        torch.tensor([1.0, 0.0]),
+    )
+    assert rollouts.response_mask.tolist() == [[True, True], [True, False]]
+    assert rollouts.sampler_log_probs.tolist() == [[-0.5, -0.25], [-2.0, 0.0]]
+    assert rollouts.advantages.tolist() == [[1.0], [-1.0]]
+    assert rollouts.raw_rewards.tolist() == [[1.0], [0.0]]
+    assert rollouts.n_response_tokens == 3
+
+
+def test_parts_are_cut_to_their_longest_response():
+    rollouts = batch_of(([1], [4, 5, 6]), ([1], [4]), ([2], [7, 8]), ([2], []))
+    widths = [part.response_mask.shape for part in rollouts.split(2)]
+    assert widths == [(2, 3), (2, 2)]
+    assert [len(part) for part in rollouts.split(3)] == [3, 1]
+
+
+def test_shuffling_keeps_groups_together_and_rows_whole():
+    prompts = [[k, k] for k in range(2, 10)]
+    completions = [completion(prompt, [10 * prompt[0] + k]) for prompt in prompts for k in range(3)]
+    marks = torch.tensor([float(item.token_ids[0]) for item in completions])
+    rollouts = make_rollout_batch(completions, marks, marks)
+    shuffled = rollouts.shuffled(torch.Generator().manual_seed(0))
+    order = [item.prompt_token_ids for item in shuffled.completions]
+    assert order != [item.prompt_token_ids for item in completions]
+    assert [order[k : k + 3] for k in range(0, 24, 3)] == [[order[k]] * 3 for k in range(0, 24, 3)]
+    assert shuffled.advantages[:, 0].tolist() == [float(item.token_ids[0]) for item in shuffled.completions]
+
+
+def test_old_log_probs_are_the_policys_and_carry_no_gradient():
+    config = tiny_config(rollout_batch_size=8, group_size=4, train_batch_size=8, gradient_accumulation_steps=4)
+    policy = make_tiny_policy(2)
+    rollouts = batch_of(*[(LONG_PROMPT, [3 + k] * (1 + k % 3)) for k in range(8)])
+    old = with_old_log_probs(policy, rollouts, config).old_log_probs
+    assert not old.requires_grad
+    assert_close(old, score(policy, rollouts, 1.0)["log_probs"].detach(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("loss_type", "expected"), [("no_baseline", True), ("grpo_clip", False)])
+def test_signal_is_the_reward_without_a_baseline_and_the_advantage_with_one(loss_type, expected):
+    constant = make_rollout_batch([completion([1], [4])] * 2, torch.zeros(2), torch.ones(2))
+    assert constant.has_signal(loss_type) is expected

@@ -1,0 +1,122 @@
+"""Data files, prompts, and what is shipped."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from drivers.data import load_examples, load_prompt_template, make_questions
+from drivers.errors import UsageError
+from drivers.make_wordadd import SHOTS, make_wordadd
+from tests.tiny import make_tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write(path, *lines):
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+def test_examples_keep_their_order_their_place_and_their_alternatives(tmp_path):
+    path = write(
+        tmp_path / "a.jsonl",
+        '{"question": "1+1?", "answer": 2}',
+        "",
+        '{"question": "half?", "answer": ["1/2", 0.5], "level": 3}',
+    )
+    first, second = load_examples("--data-path", path)
+    assert (first.question, first.answer, first.source) == ("1+1?", "2", f"{path}:1")
+    assert (second.answer, second.source) == (["1/2", "0.5"], f"{path}:3")
+
+
+def test_only_a_newline_ends_a_line(tmp_path):
+    """U+2028, U+0085 and form feeds stand in questions; a byte order mark stands before the first."""
+    question = "one\u2028two\x85three\x0cfour"
+    line = json.dumps({"question": question, "answer": "1"}, ensure_ascii=False)
+    (tmp_path / "u.jsonl").write_text("\ufeff" + line + "\r\n" + line + "\n", encoding="utf-8", newline="")
+    assert [example.question for example in load_examples("-", str(tmp_path / "u.jsonl"))] == [question] * 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"question": "q", "answer": NaN}', "`answer` must be"),
+        ('{"question": "q", "answer": 1' + "0" * 5000 + "}", "not valid JSON"),
+        ('{"question": "q", "answer": "a"', "not valid JSON"),
+        ("[1, 2]", "a JSON object is required, got list"),
+        ('{"answer": "a"}', "`question` must be"),
+        ('{"question": " ", "answer": "a"}', "`question` must be"),
+        ('{"question": "q"}', "`answer` must be"),
+        ('{"question": "q", "answer": ""}', "`answer` must be"),
+        ('{"question": "q", "answer": []}', "`answer` must be"),
+        ('{"question": "q", "answer": ["a", null]}', "`answer` must be"),
+        ('{"question": "q", "answer": true}', "`answer` must be"),
+        ('{"question": "q", "response": "a"}', "keys here: ['question', 'response']"),
+    ],
+)
+def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, message):
+    path = write(tmp_path / "b.jsonl", '{"question": "q", "answer": "a"}', line)
+    with pytest.raises(UsageError, match=re.escape(f"{path}:2: ") + ".*" + re.escape(message)):
+        load_examples("--data-path", path)
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path):
+    (tmp_path / "c.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match=r"c\.jsonl: is not UTF-8"):
+        load_examples("--data-path", str(tmp_path / "c.jsonl"))
+
+
+def test_prompts_replace_the_question_and_nothing_else():
+    tokenizer = make_tiny_tokenizer()
+    example = load_examples("--data-path", "data/wordadd/validation.jsonl")[0]
+    (question,) = make_questions([example], "{x} {question} {question}", tokenizer, max_new_tokens=1, context=None)
+    assert tokenizer.decode(question.prompt_token_ids) == f"{{x}} {example.question} {example.question}"
+
+
+def test_a_question_may_hold_braces(tmp_path):
+    path = write(tmp_path / "d.jsonl", json.dumps({"question": r"$\frac{1}{2}$ {question}", "answer": "1"}))
+    tokenizer = make_tiny_tokenizer()
+    (question,) = make_questions(load_examples("-", path), "Q: {question}", tokenizer, max_new_tokens=1, context=99)
+    assert tokenizer.decode(question.prompt_token_ids) == r"Q: $\frac{1}{2}$ {question}"
+
+
+def test_the_context_must_hold_prompt_and_response(tmp_path):
+    examples = load_examples("-", write(tmp_path / "e.jsonl", '{"question": "12345", "answer": "1"}'))
+    tokenizer = make_tiny_tokenizer()
+    assert make_questions(examples, "{question}", tokenizer, max_new_tokens=3, context=8)
+    with pytest.raises(UsageError, match=r"e\.jsonl:1: its prompt is 5 tokens"):
+        make_questions(examples, "{question}", tokenizer, max_new_tokens=4, context=8)
+
+
+def test_the_r1_zero_prompt_opens_the_thought():
+    template = load_prompt_template("data/prompts/r1_zero.prompt")
+    assert template.startswith("A conversation between User and Assistant.")
+    assert template.endswith("User: {question}\nAssistant: <think>")
+    assert load_prompt_template("data/prompts/question_only.prompt") == "{question}"
+    assert load_prompt_template("data/prompts/wordadd.prompt").endswith("User: {question}\nAssistant: <think>")
+
+
+def test_shipped_data_are_what_the_script_makes():
+    for split, rows in make_wordadd().items():
+        shipped = (ROOT / f"data/wordadd/{split}.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in shipped] == rows
+
+
+def test_no_held_out_sum_is_trained_on_or_worked_out_in_the_prompt():
+    def pairs(rows):
+        return [tuple(sorted(map(int, re.findall(r"\d+", row["question"])))) for row in rows]
+
+    splits = make_wordadd()
+    train, held_out = set(pairs(splits["train"])), set(pairs(splits["validation"]))
+    assert not train & held_out
+    assert not {tuple(sorted(shot)) for shot in SHOTS} & held_out
+    assert len(train | held_out) == 51 * 8
+    assert len(splits["validation"]) >= 256
+    for rows in splits.values():
+        assert all(sum(pair) == int(row["answer"]) for pair, row in zip(pairs(rows), rows, strict=True))
+        assert len({row["question"] for row in rows}) == len(rows)
+    shots = re.findall(r"(\d+) \+ (\d+) = (\d+)", load_prompt_template("data/prompts/wordadd.prompt"))
+    assert [(int(a), int(b)) for a, b, _ in shots] == list(SHOTS)
+    assert all(int(a) + int(b) == int(c) for a, b, c in shots)

@@ -1,0 +1,269 @@
+"""One contract, every engine: the Hugging Face reference and the real vLLM."""
+
+import gc
+import warnings
+
+import pytest
+import torch
+
+from drivers.errors import UnsoundRunError, UsageError
+from drivers.optim import training_state_bytes
+from drivers.rollout import HFEngine, Sampling, make_engine
+from drivers.self_check import check_engine
+from tests.tiny import make_tiny_policy, make_tiny_tokenizer, save_tiny
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # vLLM's own deprecations
+    pytest.mark.xdist_group("vllm"),
+]
+PROMPTS = ((5, 6, 7, 8), (9, 10), (11, 12, 13))
+TOLERANCE = 1e-4
+
+
+class Subject:
+    """An engine, the policy it follows, and how to push."""
+
+    def __init__(self, kind, policy, engine):
+        self.kind, self.policy, self.engine, self.version = kind, policy, engine, -1
+
+    def push(self):
+        self.version += 1
+        self.engine.load_weights(self.version)
+
+    def perturb(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.policy.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def make_vllm(folder, policy):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from drivers.vllm_engine import VLLMEngine
+
+        save_tiny(folder)
+        return VLLMEngine(
+            str(folder),
+            policy,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            max_model_len=64,
+            gpu_memory_utilization=0.5,
+            reserved_bytes=0,
+            seed=0,
+        )
+
+
+@pytest.fixture(scope="module", params=["hf", pytest.param("vllm", marks=pytest.mark.vllm)])
+def subject(request, tmp_path_factory):
+    policy = make_tiny_policy(3)
+    if request.param == "hf":
+        engine = HFEngine(policy, make_tiny_tokenizer())
+    else:
+        engine = make_vllm(tmp_path_factory.mktemp("tiny"), policy)
+    subject = Subject(request.param, policy, engine)
+    subject.push()
+    yield subject
+    engine.close()
+    gc.collect()
+
+
+def policy_log_probs(policy, completion, temperature=1.0):
+    ids = torch.tensor([[*completion.prompt_token_ids, *completion.token_ids]])
+    with torch.no_grad():
+        rows = torch.log_softmax(policy(ids).logits[0].double() / temperature, dim=-1)
+    begin = len(completion.prompt_token_ids) - 1
+    return [rows[begin + k, token].item() for k, token in enumerate(completion.token_ids)]
+
+
+def test_completions_come_in_the_order_of_the_prompts(subject):
+    completions = subject.engine.generate(PROMPTS, Sampling(n=3, max_tokens=5, stop=()), seed=1)
+    assert [c.prompt_token_ids for c in completions] == [prompt for prompt in PROMPTS for _ in range(3)]
+    assert len({c.token_ids for c in completions}) == len(completions)  # each sample has noise of its own
+    assert all(1 <= len(c.token_ids) <= 5 for c in completions)
+    assert all(len(c.log_probs) == len(c.token_ids) for c in completions)
+
+
+def test_log_probs_are_the_policys(subject):
+    for temperature in (1.0, 0.6):
+        for c in subject.engine.generate(PROMPTS, Sampling(n=2, max_tokens=6, temperature=temperature), seed=2):
+            assert c.log_probs == pytest.approx(policy_log_probs(subject.policy, c, temperature), abs=TOLERANCE)
+
+
+def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(subject):
+    sampling = Sampling(n=2, max_tokens=6)
+    first, again, other = (
+        [c.token_ids for c in subject.engine.generate(PROMPTS, sampling, seed=seed)] for seed in (4, 4, 5000)
+    )
+    assert first == again
+    assert first != other
+
+
+def test_temperature_zero_is_the_likeliest_token(subject):
+    (c,) = subject.engine.generate(PROMPTS[:1], Sampling(temperature=0.0, max_tokens=6, stop=()), seed=0)
+    ids = torch.tensor([[*c.prompt_token_ids, *c.token_ids]])
+    with torch.no_grad():
+        likeliest = subject.policy(ids).logits[0].argmax(dim=-1).tolist()
+    begin = len(c.prompt_token_ids) - 1
+    assert list(c.token_ids) == likeliest[begin : begin + len(c.token_ids)]
+
+
+def test_a_stop_string_ends_the_response_and_stays_in_it(subject):
+    """Every character is a token, so one that is sampled somewhere serves as a stop string."""
+    (free,) = subject.engine.generate(PROMPTS[:1], Sampling(max_tokens=12, stop=()), seed=6)
+    stop = make_tiny_tokenizer().decode([free.token_ids[3]])
+    (stopped,) = subject.engine.generate(PROMPTS[:1], Sampling(max_tokens=12, stop=(stop,)), seed=6)
+    first = free.token_ids.index(free.token_ids[3])
+    assert stopped.token_ids == free.token_ids[: first + 1]
+    assert stopped.text.endswith(stop)
+    assert stopped.finish_reason == "stop"
+    assert free.finish_reason == "length"
+    assert len(free.token_ids) == 12
+
+
+def test_the_end_token_ends_the_response_and_is_kept(subject):
+    """Bias the policy towards its end token: responses end there, with its id in token_ids and not in the text."""
+    eos = make_tiny_tokenizer().eos_token_id
+    before = {name: p.detach().clone() for name, p in subject.policy.named_parameters()}
+    with torch.no_grad():  # the tied embedding of the end token points where the others do on average, only more so
+        embedding = subject.policy.model.embed_tokens.weight
+        hidden = subject.policy.model(torch.tensor([PROMPTS[0]])).last_hidden_state[0, -1]
+        embedding[eos] = 20 * hidden / hidden.norm() ** 2
+    subject.push()
+    try:
+        ended = subject.engine.generate(PROMPTS[:1], Sampling(n=4, max_tokens=8, stop=()), seed=7)
+        longer = subject.engine.generate(PROMPTS[:1], Sampling(n=4, min_tokens=3, max_tokens=8, stop=()), seed=7)
+    finally:
+        with torch.no_grad():
+            for name, parameter in subject.policy.named_parameters():
+                parameter.copy_(before[name])
+        subject.push()
+    assert [(c.token_ids, c.text, c.finish_reason) for c in ended] == [((eos,), "", "stop")] * 4
+    assert all(len(c.token_ids) >= 3 and eos not in c.token_ids[:3] for c in longer)
+
+
+def test_after_a_push_the_samples_are_the_new_policys(subject):
+    """Greedy output and log-probs follow the policy through several pushes; without a push they do not."""
+    sampling = Sampling(temperature=0.0, max_tokens=8, stop=())
+    outputs = []
+    for seed in range(3):
+        subject.perturb(seed)
+        subject.push()
+        completions = subject.engine.generate(PROMPTS, sampling, seed=0)
+        outputs.append([c.token_ids for c in completions])
+        sampled = subject.engine.generate(PROMPTS, Sampling(n=2, max_tokens=8), seed=seed)
+        assert {c.weight_version for c in sampled} == {subject.version}
+        for c in sampled:
+            assert c.log_probs == pytest.approx(policy_log_probs(subject.policy, c), abs=TOLERANCE)
+    assert outputs[0] != outputs[1] != outputs[2]
+
+
+def check(subject, version=None, sampling=None):
+    return check_engine(
+        subject.engine,
+        subject.policy,
+        PROMPTS,
+        sampling or Sampling(n=4, max_tokens=8),
+        version=subject.version if version is None else version,
+        tolerance=1e-3,
+        seed=11,
+    )
+
+
+def test_the_self_check_passes_after_a_push(subject):
+    agreement = check(subject)
+    assert agreement.largest < TOLERANCE
+    assert agreement.n_tokens > 20
+
+
+def test_the_self_check_leaves_out_the_tokens_where_the_end_is_hidden(subject):
+    """With min_tokens the sampler's log-probs differ there by nats, and the check passes all the same."""
+    assert check(subject, sampling=Sampling(n=4, min_tokens=4, max_tokens=8)).largest < TOLERANCE
+    with pytest.raises(UnsoundRunError, match="no token to compare"):
+        check(subject, sampling=Sampling(n=4, min_tokens=8, max_tokens=8))
+
+
+def test_a_skipped_push_is_noticed_by_its_version(subject):
+    with pytest.raises(UnsoundRunError, match="a weight push did not arrive"):
+        check(subject, version=subject.version + 1)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("fault", ["nothing", "stale", "partial"])
+def test_a_push_that_lies_is_noticed_by_its_log_probs(subject, fault, monkeypatch):
+    """The version says the weights arrived; they are none, the last ones, or all but the head's layer."""
+    if subject.kind == "hf":
+        pytest.skip("this engine shares the policy's weights: no push can go wrong")
+    stale = [(name, p.detach().clone()) for name, p in subject.policy.named_parameters()]
+    subject.perturb(20)
+    fresh = [(name, p.detach().clone()) for name, p in subject.policy.named_parameters()]
+    sent = {
+        "nothing": [],
+        "stale": stale,
+        "partial": [pair for pair in fresh if "layers.1" not in pair[0]] + [p for p in stale if "layers.1" in p[0]],
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(subject.engine._sender, "source", sent[fault])
+        subject.push()
+    with pytest.raises(UnsoundRunError, match="disagree on the log-probs"):
+        check(subject)
+    subject.push()
+    assert check(subject).largest < TOLERANCE
+
+
+@pytest.mark.vllm
+def test_a_shared_gpu_is_shared_by_what_training_needs():
+    from drivers.vllm_engine import share_beside
+
+    layer = torch.nn.Linear(1000, 1000, bias=False)  # 1 M parameters
+    assert share_beside(training_state_bytes(layer), 160_000_000) == pytest.approx(0.9 - 16 / 160)
+    assert share_beside(training_state_bytes(layer.bfloat16()), 160_000_000) == pytest.approx(0.9 - 18 / 160)
+    with pytest.raises(UsageError, match="name a second GPU"):
+        share_beside(training_state_bytes(layer), 18_000_000)
+
+
+@pytest.mark.vllm
+def test_the_engine_is_placed_where_it_was_asked_to_be():
+    from drivers.vllm_engine import placement
+
+    own = placement(torch.device("cuda", 1), shared=False, gpu_memory_utilization=0.85)
+    assert own == {"device_ids": [1], "gpu_memory_utilization": 0.85, "enable_sleep_mode": False}
+    shared = placement(torch.device("cuda", 0), shared=True, gpu_memory_utilization=0.3)
+    assert shared == {"device_ids": [0], "gpu_memory_utilization": 0.3, "enable_sleep_mode": True}
+    assert "device_ids" not in placement(torch.device("cpu"), shared=False, gpu_memory_utilization=0.85)
+
+
+@pytest.mark.vllm
+def test_the_other_build_of_vllm_is_one_clear_line():
+    from drivers.vllm_engine import VLLMEngine
+
+    with pytest.raises(UsageError, match="rollout_device=cuda:0: this vLLM is built for cpu"):
+        VLLMEngine(
+            "tiny",
+            make_tiny_policy(),
+            device=torch.device("cuda", 0),
+            dtype=torch.float32,
+            max_model_len=64,
+            gpu_memory_utilization=0.5,
+            reserved_bytes=0,
+            seed=0,
+        )
+
+
+@pytest.mark.vllm
+def test_an_engine_that_cannot_start_is_one_clear_line(tmp_path):
+    save_tiny(tmp_path)
+    with pytest.raises(UsageError, match="--engine vllm: vLLM cannot start: "):
+        make_engine(
+            "vllm",
+            model_path=str(tmp_path),
+            policy=make_tiny_policy(),
+            tokenizer=make_tiny_tokenizer(),
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            max_model_len=100_000,
+            gpu_memory_utilization=0.5,
+            reserved_bytes=0,
+            seed=0,
+        )

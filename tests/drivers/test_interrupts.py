@@ -1,0 +1,87 @@
+"""Ctrl-C and SIGTERM."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from drivers.interrupts import terminate_as_interrupt, uninterrupted
+from tests.tiny import save_tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_block_to_end(number):
+    done = []
+
+    def update():
+        with uninterrupted():
+            os.kill(os.getpid(), number)
+            done.append("the rest of the update")
+        done.append("never")
+
+    with terminate_as_interrupt(), pytest.raises(KeyboardInterrupt):
+        update()
+    assert done == ["the rest of the update"]
+
+
+def test_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with terminate_as_interrupt(), uninterrupted():
+        pass
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_another_thread_is_left_alone():
+    seen = []
+
+    def work():
+        with uninterrupted():
+            seen.append("ran")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == ["ran"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_a_checkpoint_of_its_last_step(tmp_path, number):
+    save_tiny(tmp_path / "tiny")
+    flags = (
+        "--recipe quickstart --model-path tiny --engine hf --dtype float32 --n-grpo-steps 100000 "
+        "--rollout-batch-size 8 --group-size 4 --train-batch-size 8 --gradient-accumulation-steps 2 "
+        "--sampling-max-tokens 4 --n-val-examples 4 --eval-steps 100000 --checkpoint-steps 100000 "
+        "--save-dir out --wandb-project None"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-u", ROOT / "drivers/train.py", *flags.split()],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step") and " 3/100000" in line:
+            break
+    process.send_signal(number)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    (folder,) = (tmp_path / "out").glob("checkpoint-*")
+    step = json.loads((folder / "trainer_state.json").read_text())["step"]
+    assert step >= 3
+    assert folder.name == f"checkpoint-{step}-stopped"
+    assert f"Stopped after step {step}" in " ".join(rest.split())
+    AutoModelForCausalLM.from_pretrained(folder)
+    rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert max(row["step"] for row in rows if row["phase"] == "train") in (step - 1, step)
+    assert (tmp_path / "out/curves.png").exists()

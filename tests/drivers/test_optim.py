@@ -1,0 +1,104 @@
+"""AdamW over float32 masters."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from drivers.errors import UnsoundRunError
+from drivers.optim import PolicyOptimizer
+
+INF = 1e9
+
+
+def linear(dtype):
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3, bias=False)
+    return layer.to(dtype)
+
+
+def backward(layer, scale=1.0):
+    loss = scale * (layer(torch.arange(4.0, dtype=layer.weight.dtype)) ** 2).sum()
+    loss.backward()
+    return loss.detach()
+
+
+def adam_by_hand(weight, grads, lr, betas=(0.9, 0.95), eps=1e-8):
+    """Adam of Kingma and Ba, without weight decay, in float64."""
+    weight, m, v = weight.double(), 0.0, 0.0
+    for t, grad in enumerate(grads, start=1):
+        m = betas[0] * m + (1 - betas[0]) * grad.double()
+        v = betas[1] * v + (1 - betas[1]) * grad.double() ** 2
+        weight = weight - lr * (m / (1 - betas[0] ** t)) / ((v / (1 - betas[1] ** t)).sqrt() + eps)
+    return weight
+
+
+def test_float32_is_adam_with_the_promised_betas_and_no_decay():
+    layer = linear(torch.float32)
+    optimizer, begin, grads = PolicyOptimizer(layer, 1e-2), layer.weight.detach().clone(), []
+    for _ in range(4):
+        loss = backward(layer)
+        grads.append(layer.weight.grad.clone())
+        optimizer.step(loss, INF)
+    assert_close(layer.weight.double(), adam_by_hand(begin, grads, 1e-2), rtol=1e-5, atol=1e-6)
+
+
+def test_clipping_scales_the_gradient_and_the_norm_returned_is_from_before():
+    layer = linear(torch.float32)
+    optimizer, begin = PolicyOptimizer(layer, 1e-2), layer.weight.detach().clone()
+    grads = []
+    for scale in (1.0, 7.0):
+        loss = backward(layer, scale)
+        grad = layer.weight.grad.clone()
+        norm = optimizer.step(loss, 0.5)
+        assert norm.item() == pytest.approx(grad.norm().item(), rel=1e-6)
+        assert norm > 0.5
+        grads.append(grad * 0.5 / grad.norm())
+    assert_close(layer.weight.double(), adam_by_hand(begin, grads, 1e-2), rtol=1e-4, atol=1e-5)
+
+
+def test_small_updates_of_a_bfloat16_policy_add_up_in_its_masters():
+    """At 1e-5 one update is below half a unit in the last place of a weight of 0.25; 200 of them are not."""
+    layer = linear(torch.bfloat16)
+    with torch.no_grad():
+        layer.weight.fill_(0.25)
+    optimizer = PolicyOptimizer(layer, 1e-5)
+    for _ in range(200):
+        optimizer.step(backward(layer), INF)
+    moved = (0.25 - layer.weight.float())[:, 1:]
+    assert_close(moved, torch.full_like(moved, 2e-3), rtol=0.3, atol=0)
+
+
+def test_gradients_of_many_micro_batches_are_summed_in_float32():
+    """In bfloat16 a sum stops growing once an addend is below half a unit in its last place: here at 256."""
+    layer = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    optimizer = PolicyOptimizer(layer, 1e-3)
+    for _ in range(1000):
+        layer(torch.ones(1, dtype=torch.bfloat16)).sum().backward()
+    assert layer.weight.grad is None
+    assert optimizer.step(torch.zeros(()), INF).item() == pytest.approx(1000, rel=1e-6)
+
+
+def test_gradients_do_not_leak_into_the_next_step():
+    layer = linear(torch.bfloat16)
+    optimizer = PolicyOptimizer(layer, 0.0)
+    norms = [optimizer.step(backward(layer), INF).item() for _ in range(2)]
+    assert norms[0] == norms[1] > 0
+    assert optimizer.step(torch.zeros(()), INF).item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("loss", "scale", "named"), [(float("nan"), 1.0, "loss is nan"), (1.0, float("inf"), "norm is")]
+)
+def test_what_is_not_finite_changes_neither_weights_nor_moments(dtype, loss, scale, named):
+    spoiled, clean = linear(dtype), linear(dtype)
+    optimizers = PolicyOptimizer(spoiled, 1e-2), PolicyOptimizer(clean, 1e-2)
+    for layer, optimizer in zip((spoiled, clean), optimizers, strict=True):
+        optimizer.step(backward(layer), 1.0)
+    backward(spoiled, scale)
+    with pytest.raises(UnsoundRunError, match=named):
+        optimizers[0].step(torch.tensor(loss), 1.0)
+    for layer, optimizer in zip((spoiled, clean), optimizers, strict=True):
+        optimizer.step(backward(layer), 1.0)
+    assert torch.equal(spoiled.weight, clean.weight)
