@@ -1,0 +1,109 @@
+"""What a person sees while a run goes on: a live panel on a terminal, plain lines anywhere else."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+
+class Display:
+    """The phase, the step, tokens per second, reward and time left; one permanent line per step above it."""
+
+    def __init__(self, n_steps: int) -> None:
+        self.console = Console()
+        self._n_steps = n_steps
+        self._begin = time.monotonic()
+        self._step_begin = self._begin
+        self._step_seconds: list[float] = []
+        self._facts: dict[str, str] = {}
+        self._progress = Progress(
+            TextColumn("[bold]{task.description:<9}"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TextColumn("{task.completed}/{task.total} steps"),
+            TimeElapsedColumn(),
+        )
+        self._task = self._progress.add_task("starting", total=n_steps)
+        self._live = Live(
+            console=self.console, auto_refresh=True, refresh_per_second=4, transient=True, get_renderable=self._panel
+        )
+
+    def __enter__(self) -> "Display":
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def phase(self, name: str, seconds: dict[str, float]) -> Iterator[None]:
+        """Show `name` as what is going on, and add its time to `seconds`."""
+        self._progress.update(self._task, description=name)
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds[name] = seconds.get(name, 0.0) + time.monotonic() - begin
+
+    def begin_step(self) -> None:
+        self._step_begin = time.monotonic()
+
+    def end_step(self, step: int, values: Mapping[str, float]) -> None:
+        """The step's line in the log, and the panel's numbers."""
+        self._step_seconds.append(time.monotonic() - self._step_begin)
+        recent = self._step_seconds[-5:]
+        left = (self._n_steps - step) * sum(recent) / len(recent)
+        self._progress.update(self._task, completed=step)
+        self._facts = {
+            "reward": f"{values['reward']:.3f}",
+            "tokens/s": f"{values['rollout_tokens_per_s']:.0f}",
+            "time left": _clock(left),
+        }
+        self.say(
+            f"step {step:>{len(str(self._n_steps))}}/{self._n_steps}  reward {values['reward']:.3f}  "
+            f"format {values['format_reward']:.3f}  {values['response_tokens']:.1f} tokens  "
+            f"entropy {values['rollout_entropy']:.2f}  grad {values['grad_norm']:.2f}  "
+            f"silent {values['zero_std_groups']:.0%}  {values['rollout_tokens_per_s']:.0f} tok/s  "
+            f"{self._step_seconds[-1]:.1f} s, {_clock(left)} left"
+        )
+
+    def show_evaluation(self, step: int, values: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> None:
+        """Accuracy, and some completions with their rewards."""
+        self.say(
+            f"eval at step {step}: accuracy {values['accuracy']:.3f} (+-{values['accuracy_stderr']:.3f}), "
+            f"format {values['format_reward']:.3f}, {values['response_tokens']:.1f} tokens, "
+            f"{int(values['n_examples'])} questions"
+        )
+        for row in rows[:4]:
+            self.say(f"  {row['reward']:g}  {_one_line(str(row['question']))}")
+            self.say(f"     {_one_line(str(row['response']))}  (answer: {row['answer']})")
+
+    def _panel(self) -> Panel:
+        facts = "   ".join(f"{name} {value}" for name, value in self._facts.items())
+        grid = Table.grid(expand=True)
+        grid.add_row(self._progress)
+        grid.add_row(Text(facts or "the first step has no numbers yet", style="dim" if not facts else ""))
+        return Panel(grid, title="GRPO", title_align="left")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _one_line(text: str, limit: int = 240) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"

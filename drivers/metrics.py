@@ -1,0 +1,66 @@
+"""From the tensors of a step to the numbers of its log line. Every key is defined in docs/metrics.md."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from drivers.batch import RolloutBatch
+from drivers.rollout import Completion
+from grpo_core import masked_mean
+
+
+class UpdateMetrics:
+    """What the updates of one step were like. Everything stays on the device until `summary`."""
+
+    def __init__(self) -> None:
+        self.skipped_micro_batches = 0
+        self._micro_batches: list[dict[str, Tensor]] = []
+        self._losses: list[Tensor] = []
+        self._grad_norms: list[Tensor] = []
+
+    def add_micro_batch(
+        self, micro: RolloutBatch, scored: Mapping[str, Tensor], metadata: Mapping[str, Tensor]
+    ) -> None:
+        """A micro-batch that was trained on, with the means over its response tokens."""
+        difference = (scored["log_probs"].detach() - micro.sampler_log_probs).abs()
+        self._micro_batches.append(
+            {
+                **metadata,
+                "entropy": masked_mean(scored["token_entropy"].detach(), micro.response_mask),
+                "sampler_log_prob_diff": masked_mean(difference, micro.response_mask),
+            }
+        )
+
+    def add_update(self, loss: Tensor, grad_norm: Tensor) -> None:
+        """An optimizer step."""
+        self._losses.append(loss)
+        self._grad_norms.append(grad_norm)
+
+    def summary(self) -> dict[str, float]:
+        """Host numbers: of optimizer steps their mean, of micro-batches the mean over all their response tokens."""
+        numbers = {"loss": torch.stack(self._losses).mean(), "grad_norm": torch.stack(self._grad_norms).mean()}
+        if self._micro_batches:
+            tokens = torch.stack([part["response_tokens"] for part in self._micro_batches])
+            for key in self._micro_batches[0].keys() - {"response_tokens"}:
+                values = torch.stack([part[key] for part in self._micro_batches])
+                numbers[key] = torch.where(tokens > 0, values * tokens, 0.0).sum() / tokens.sum().clamp(min=1)
+        host = torch.stack([value.float() for value in numbers.values()]).tolist()
+        return dict(sorted(zip(numbers, host, strict=True))) | {
+            "micro_batches": float(len(self._micro_batches)),
+            "skipped_micro_batches": float(self.skipped_micro_batches),
+        }
+
+
+def describe_completions(completions: Sequence[Completion]) -> dict[str, float]:
+    """Lengths, cut-offs, and the entropy estimate that the sampler's own log-probs give."""
+    lengths = torch.tensor([len(completion.token_ids) for completion in completions], dtype=torch.float64)
+    log_probs = torch.tensor(
+        [value for completion in completions for value in completion.log_probs], dtype=torch.float64
+    )
+    return {
+        "response_tokens": lengths.mean().item(),
+        "response_tokens_max": lengths.max().item(),
+        "truncated": sum(completion.finish_reason == "length" for completion in completions) / len(completions),
+        "rollout_entropy": -log_probs.mean().item(),
+    }

@@ -1,0 +1,248 @@
+"""The command line: flags pinned, defaults pinned, and one clear line for each mistake."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+
+from drivers import train as train_program
+from drivers.config import QUICKSTART, EvaluateConfig, GrpoConfig, flag_given, parse_train_config
+from tests.tiny import save_tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+SEEDS = {
+    "n_grpo_steps": 200,
+    "learning_rate": 1e-5,
+    "rollout_batch_size": 256,
+    "group_size": 8,
+    "train_batch_size": 256,
+    "gradient_accumulation_steps": 128,
+    "epochs_per_rollout_batch": 1,
+    "loss_type": "reinforce_with_baseline",
+    "cliprange": 0.2,
+    "use_std_normalization": True,
+    "advantage_eps": 1e-6,
+    "max_grad_norm": 1.0,
+    "eval_steps": 5,
+    "n_val_examples": 1024,
+    "checkpoint_steps": 10,
+    "sampling_temperature": 1.0,
+    "sampling_min_tokens": 4,
+    "sampling_max_tokens": 1024,
+    "gpu_memory_utilization": 0.85,
+    "seed": 0,
+}
+FLAGS = [
+    "recipe",
+    "model_path",
+    "data_path",
+    "val_data_path",
+    "prompt_path",
+    "reward",
+    "n_grpo_steps",
+    "learning_rate",
+    "rollout_batch_size",
+    "group_size",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "epochs_per_rollout_batch",
+    "loss_type",
+    "cliprange",
+    "aggregation",
+    "use_std_normalization",
+    "advantage_eps",
+    "max_grad_norm",
+    "sampling_temperature",
+    "sampling_min_tokens",
+    "sampling_max_tokens",
+    "eval_steps",
+    "n_val_examples",
+    "n_logged_completions",
+    "checkpoint_steps",
+    "save_dir",
+    "wandb_project",
+    "wandb_run_name",
+    "engine",
+    "policy_device",
+    "rollout_device",
+    "dtype",
+    "gpu_memory_utilization",
+    "self_check_tolerance",
+    "seed",
+]
+
+
+def test_the_flags_are_these_and_no_others():
+    assert [field.name for field in fields(GrpoConfig)] == FLAGS
+
+
+def test_a_model_alone_is_the_seeds_run():
+    config = asdict(parse_train_config(["--model-path", "somewhere"]))
+    assert {name: config[name] for name in SEEDS} == SEEDS
+    assert config["recipe"] is None
+    assert config["reward"] == "r1_zero"
+    assert config["prompt_path"] == "data/prompts/r1_zero.prompt"
+    assert parse_train_config(["--model-path", "somewhere"]).sampling.stop == ("</answer>",)
+    assert parse_train_config(["--model-path", "somewhere"]).micro_train_batch_size == 2
+
+
+def test_the_bare_command_is_the_quickstart_and_says_so(capsys):
+    bare = parse_train_config([])
+    assert "quickstart" in capsys.readouterr().out
+    assert bare == parse_train_config(["--recipe", "quickstart"]) == parse_train_config(["--recipe=quickstart"])
+    assert {name: getattr(bare, name) for name in QUICKSTART} == QUICKSTART
+    assert bare.n_val_examples >= 256
+    assert bare.micro_train_batch_size == bare.group_size  # a group without signal is skipped whole
+
+
+def test_flags_win_over_the_recipe():
+    config = parse_train_config(["--recipe", "quickstart", "--n_grpo_steps", "3", "--model-path", "mine"])
+    assert (config.n_grpo_steps, config.model_path, config.learning_rate) == (3, "mine", QUICKSTART["learning_rate"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [(["--recipe", "x"], "x"), (["--recipe=x"], "x"), (["--seed", "1"], None), (["--recipe"], ""), ([], None)],
+)
+def test_a_flag_is_found_in_any_spelling(arguments, value):
+    assert flag_given(arguments, "--recipe") == value
+
+
+def test_help_names_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit) as ended:
+        train_program.main(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for name in FLAGS:
+        assert "--" + name.replace("_", "-") in text
+    assert "hides the end token" in " ".join(text.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--rollout-batch-size 9", "rollout_batch_size=9 must be a multiple of group_size=8"),
+        ("--rollout-batch-size 64 --train-batch-size 48", "must be a multiple of train_batch_size=48"),
+        ("--train-batch-size 64 --gradient-accumulation-steps 5", "multiple of gradient_accumulation_steps=5"),
+        ("--group-size 1", "group_size=1 has no standard deviation"),
+        ("--group-size 1 --no-use-std-normalization", "group_size=1 makes every advantage 0"),
+        ("--loss-type ppo", "reinforce_with_baseline"),
+        ("--learning-rate 0", "learning_rate=0.0 must be greater than 0"),
+        ("--learning-rate nan", "learning_rate=nan"),
+        ("--cliprange -0.1", "cliprange=-0.1 must not be negative"),
+        ("--sampling-temperature 0", "sampling_temperature=0.0 must be greater than 0"),
+        ("--sampling-min-tokens 50", "sampling_min_tokens=50 must not exceed sampling_max_tokens=32"),
+        ("--gpu-memory-utilization 1.5", "gpu_memory_utilization=1.5 must be at most 1"),
+        ("--recipe fastest", "quickstart"),
+        ("--n-grpo-step ten", "n-grpo-step"),
+        ("--data-path nowhere.jsonl", "--data-path nowhere.jsonl: no such file"),
+        ("--val-data-path nowhere.jsonl", "--val-data-path nowhere.jsonl: no such file"),
+        ("--prompt-path nowhere.prompt", "--prompt-path nowhere.prompt"),
+        ("--data-path {bad_json}", "bad.jsonl:2: not valid JSON"),
+        ("--data-path {empty}", "holds no question"),
+        ("--data-path {no_answer}", "no_answer.jsonl:1: `answer` must be"),
+        ("--data-path {one_question}", "holds 1 questions, and a step asks 8"),
+        ("--prompt-path {no_place}", "must contain {question}"),
+        ("--save-dir {a_file}/run", "cannot be written to"),
+        ("--save-dir {old_run}", "holds another run already"),
+        ("--policy-device cuda:7", "--policy-device cuda:7: this machine has"),
+        ("--rollout-device tpu", "--rollout-device tpu"),
+        ("--model-path None", "model_path=None: a folder or hub name is required"),
+        ("--recipe None", "model_path=None: a folder or hub name is required"),
+        ("--recipe quickstart --model-path ./nowhere", "--model-path ./nowhere: no such folder"),
+        ("--model-path {old_run} --recipe quickstart", "has no config.json"),
+        ("--model-path {tiny} --recipe quickstart --sampling-max-tokens 500", "more than the model's context of 512"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = {
+        "bad_json": ("bad.jsonl", '{"question": "q", "answer": "1"}\n{"question": \n'),
+        "empty": ("empty.jsonl", "\n\n"),
+        "no_answer": ("no_answer.jsonl", '{"question": "q"}\n'),
+        "one_question": ("one.jsonl", '{"question": "q", "answer": "1"}\n'),
+        "no_place": ("no_place.prompt", "What?\n"),
+        "a_file": ("a_file", ""),
+    }
+    for name, content in files.values():
+        Path(name).write_text(content)
+    Path("old_run").mkdir()
+    Path("old_run/metrics.jsonl").touch()
+    if "{tiny}" in arguments:
+        save_tiny(tmp_path / "tiny")
+    names = {key: name for key, (name, _) in files.items()} | {"old_run": "old_run", "tiny": "tiny"}
+    with pytest.raises(SystemExit) as ended:
+        train_program.main(arguments.format(**names).split())
+    assert ended.value.code == 2
+    captured = capsys.readouterr()
+    shown = " ".join((captured.out + captured.err).replace("│", " ").split())
+    assert message in shown
+    assert "Traceback" not in shown
+    assert not list(Path().glob("runs/*/metrics.jsonl"))
+
+
+def test_a_data_path_without_the_data_says_how_to_make_it(capsys):
+    if (ROOT / "data/math/train.jsonl").exists():
+        pytest.skip("MATH has been converted into this checkout")
+    with pytest.raises(SystemExit):
+        train_program.main(["--model-path", "somewhere"])
+    assert "convert_dataset.py" in capsys.readouterr().err
+
+
+def test_without_vllm_the_message_names_the_extra(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "drivers.vllm_engine", None)
+    save_tiny(tmp_path / "tiny")
+    with pytest.raises(SystemExit) as ended:
+        train_program.main(["--recipe", "quickstart", "--model-path", "tiny", "--dtype", "float32"])
+    assert ended.value.code == 2
+    assert "pass --engine hf" in capsys.readouterr().err
+
+
+def test_the_program_runs_from_any_folder(tmp_path):
+    """A subprocess: the script's own imports and paths, the tiny model, everything a run leaves behind."""
+    save_tiny(tmp_path / "tiny")
+    flags = (
+        "--recipe quickstart --model-path tiny --engine hf --dtype float32 --n-grpo-steps 2 --rollout-batch-size 8 "
+        "--group-size 4 --train-batch-size 8 --gradient-accumulation-steps 2 --sampling-max-tokens 4 "
+        "--n-val-examples 4 --checkpoint-steps 1 --save-dir out --wandb-project None"
+    )
+    done = subprocess.run(
+        [sys.executable, ROOT / "drivers/train.py", *flags.split()], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    left = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert {"config.json", "metrics.jsonl", "completions.jsonl", "curves.png", "final_model/model.safetensors"} <= left
+    assert {"checkpoint-1/config.json", "checkpoint-2/trainer_state.json"} <= left
+    assert any(name.startswith("tensorboard/") for name in left)
+    resolved = json.loads((tmp_path / "out/config.json").read_text())
+    assert resolved["config"]["rollout_batch_size"] == 8
+    assert {"torch", "transformers", "grpo_core"} <= resolved["environment"]["versions"].keys()
+    phases = [json.loads(line)["phase"] for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert phases == ["check", "eval", "check", "train", "eval", "train"]
+    assert "reward" in done.stdout
+    assert "self-check at step 0" in done.stdout
+    assert json.loads((tmp_path / "out/checkpoint-2/trainer_state.json").read_text()) == {"step": 2}
+
+
+def test_evaluate_has_the_same_manners(capsys):
+    from drivers.evaluate import main
+
+    assert [field.name for field in fields(EvaluateConfig)][:5] == [
+        "model_path",
+        "data_path",
+        "prompt_path",
+        "reward",
+        "output_dir",
+    ]
+    for arguments, message in [
+        (["--n-samples", "0"], "n_samples=0 must be greater than 0"),
+        (["--data-path", "nowhere.jsonl"], "--data-path nowhere.jsonl: no such file"),
+    ]:
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+        assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())

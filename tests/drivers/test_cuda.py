@@ -1,0 +1,70 @@
+"""On a CUDA GPU, where there is one: the same numbers as on the CPU, and a loop that learns."""
+
+import json
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from drivers.batch import score
+from drivers.rollout import HFEngine
+from drivers.train import train
+from grpo_core import compute_entropy, compute_grpo_clip_loss, grpo_microbatch_loss, normalize_group_rewards
+from tests.drivers.parts import clone_policy, letter_reward, make_run, tiny_config, tiny_parts
+from tests.drivers.test_batch import LONG_PROMPT, SHORT_PROMPT, batch_of
+from tests.drivers.test_train import ON_POLICY, TWO_EPOCHS
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def test_the_functions_agree_with_the_cpu():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 6, 50, generator=generator)
+    policy, old = -torch.rand(4, 6, generator=generator), -torch.rand(4, 6, generator=generator)
+    mask = torch.rand(4, 6, generator=generator) < 0.7
+    rewards = torch.tensor([1.0, 0.0, 0.1, 0.1])
+
+    def everything(device):
+        advantages = normalize_group_rewards(rewards.to(device), 2)[:, None]
+        inputs = policy.to(device), old.to(device)
+        loss, _ = grpo_microbatch_loss(
+            inputs[0], mask.to(device), 2, "grpo_clip", advantages=advantages, old_log_probs=inputs[1], cliprange=0.2
+        )
+        return (
+            compute_entropy(logits.to(device)),
+            compute_grpo_clip_loss(advantages, *inputs, 0.2)[0],
+            loss,
+            advantages,
+        )
+
+    for on_gpu, on_cpu in zip(everything("cuda"), everything("cpu"), strict=True):
+        assert_close(on_gpu.cpu(), on_cpu, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prompt", [LONG_PROMPT, SHORT_PROMPT], ids=["group row", "padded rows"])
+def test_scores_agree_with_the_cpu(prompt):
+    policy = tiny_parts().policy
+    rollouts = batch_of((prompt, [5, 6, 7]), (prompt, [8]))
+    expected = score(policy, rollouts, 1.0)["log_probs"]
+    scored = score(clone_policy(policy).cuda(), rollouts.to(torch.device("cuda")), 1.0)["log_probs"]
+    assert_close(scored.cpu(), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("schedule", [ON_POLICY, TWO_EPOCHS], ids=["on-policy", "two-epochs"])
+def test_the_loop_learns(tmp_path, dtype, schedule):
+    config, parts = tiny_config(self_check_tolerance=0.1, loss_type="grpo_clip", **schedule), tiny_parts()
+    policy = parts.policy.to("cuda", dtype)
+    run = make_run(config, tmp_path, parts.tokenizer)
+    engine = HFEngine(policy, parts.tokenizer)
+    try:
+        train(config, policy, engine, letter_reward, parts.questions, parts.questions, run)
+    finally:
+        run.finish()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rewards = [row["reward"] for row in rows if row["phase"] == "train"]
+    assert rewards[0] < 0.15
+    assert sum(rewards[-3:]) / 3 > 0.9

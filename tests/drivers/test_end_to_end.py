@@ -1,0 +1,58 @@
+"""The real engine in the real loop, and the real model in the real program."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from drivers.train import train
+from tests.drivers.parts import letter_reward, make_run, tiny_config, tiny_parts
+from tests.drivers.test_engines import make_vllm
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.vllm
+@pytest.mark.xdist_group("vllm")
+@pytest.mark.filterwarnings("ignore")
+def test_the_tiny_policy_learns_with_vllm(tmp_path):
+    config, parts = tiny_config(engine="vllm"), tiny_parts()
+    engine = make_vllm(tmp_path / "tiny", parts.policy)
+    run = make_run(config, tmp_path / "run", parts.tokenizer)
+    try:
+        train(config, parts.policy, engine, letter_reward, parts.questions, parts.questions, run)
+    finally:
+        engine.close()
+        run.finish()
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if row["phase"] == "train"]
+    assert steps[0]["reward"] < 0.15
+    assert sum(row["reward"] for row in steps[-3:]) / 3 > 0.9
+    assert max(row["sampler_log_prob_diff"] for row in steps if "sampler_log_prob_diff" in row) < 1e-3
+    assert [row["step"] for row in rows if row["phase"] == "check"] == [0, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.xdist_group("vllm")
+def test_the_quickstart_learns_and_its_model_evaluates(tmp_path):
+    """The first steps of the default run on the real SmolLM2, then its checkpoint through evaluate.py."""
+    flags = f"--n-grpo-steps 5 --eval-steps 5 --n-val-examples 128 --save-dir {tmp_path}/run --wandb-project None"
+    done = subprocess.run([sys.executable, ROOT / "drivers/train.py", *flags.split()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    before, after = (row["accuracy"] for row in rows if row["phase"] == "eval")
+    assert before < 0.35
+    assert after > before + 0.15
+    flags = f"--model-path {tmp_path}/run/final_model --n-examples 128 --sampling-max-tokens 32"
+    done = subprocess.run(
+        [sys.executable, ROOT / "drivers/evaluate.py", *flags.split(), "--output-dir", tmp_path / "eval"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "eval/results.json").read_text())["results"]
+    assert results["accuracy"] == pytest.approx(after, abs=0.15)
+    assert len((tmp_path / "eval/completions.jsonl").read_text().splitlines()) == 128

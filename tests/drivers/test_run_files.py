@@ -1,0 +1,171 @@
+"""What a run writes and shows: numbers that mean what docs/metrics.md says, and logging that never ends a run."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from drivers.curves import draw_curves
+from drivers.display import _clock, _one_line
+from drivers.errors import UsageError
+from drivers.evaluate import evaluate_policy
+from drivers.metrics import UpdateMetrics, describe_completions
+from drivers.rollout import Sampling
+from drivers.run_log import RunLog, abandon_run_folder, create_run_folder
+from grpo_core import r1_zero_reward_fn
+from tests.drivers.parts import completion, letter_questions, tiny_config
+from tests.drivers.test_batch import batch_of
+from tests.drivers.test_train import run_training
+from tests.tiny import make_tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_update_metrics_weigh_micro_batches_by_their_tokens():
+    metrics = UpdateMetrics()
+    for lengths, level in [((1, 2), 1.0), ((5,), 3.0)]:
+        rollouts = batch_of(*[([1], [4] * n) for n in lengths])
+        scored = {
+            "log_probs": torch.where(rollouts.response_mask, -level, 0.0),
+            "token_entropy": torch.where(rollouts.response_mask, level, torch.nan),
+        }
+        metadata = {"response_tokens": torch.tensor(float(sum(lengths))), "clip_fraction": torch.tensor(level / 4)}
+        metrics.add_micro_batch(rollouts, scored, metadata)
+    metrics.add_update(torch.tensor(2.0), torch.tensor(1.0))
+    metrics.add_update(torch.tensor(4.0), torch.tensor(5.0))
+    metrics.skipped_micro_batches += 3
+    summary = metrics.summary()
+    assert summary["entropy"] == pytest.approx((3 * 1.0 + 5 * 3.0) / 8)
+    assert summary["clip_fraction"] == pytest.approx((3 * 0.25 + 5 * 0.75) / 8)
+    # `completion` gives every token the sampler log-prob -1.
+    assert summary["sampler_log_prob_diff"] == pytest.approx((3 * 0.0 + 5 * 2.0) / 8)
+    assert (summary["loss"], summary["grad_norm"]) == (3.0, 3.0)
+    assert (summary["micro_batches"], summary["skipped_micro_batches"]) == (2, 3)
+
+
+def test_completions_are_described_by_token():
+    described = describe_completions(
+        [completion([1], [2, 3, 4], [-1.0, -2.0, -3.0]), completion([1], [5], [-6.0], finish_reason="length")]
+    )
+    assert described == {
+        "response_tokens": 2.0,
+        "response_tokens_max": 3.0,
+        "truncated": 0.5,
+        "rollout_entropy": 3.0,
+    }
+
+
+class Scripted:
+    """An engine that says what it was told to."""
+
+    def __init__(self, *texts):
+        self.texts = texts
+
+    def generate(self, prompts, sampling, *, seed):
+        assert len(prompts) * sampling.n == len(self.texts)
+        return [completion(prompts[k // sampling.n], [3] * (k + 1), text=text) for k, text in enumerate(self.texts)]
+
+
+def test_evaluation_grades_each_response_against_its_own_question():
+    questions = letter_questions(make_tiny_tokenizer(), n=2)
+    right, wrong, plain = "so </think> <answer> a </answer>", "so </think> <answer> b </answer>", "a"
+    values, rows = evaluate_policy(
+        Scripted(right, wrong, plain, right), questions, Sampling(n=2), r1_zero_reward_fn, seed=0
+    )
+    assert [row["reward"] for row in rows] == [1, 0, 0, 1]
+    assert [row["format_reward"] for row in rows] == [1, 1, 0, 1]
+    assert values["accuracy"] == 0.5
+    assert values["format_reward"] == 0.75
+    assert values["accuracy_stderr"] == 0.0  # both questions were answered right half of the time
+    assert values["n_examples"] == 2
+    engine = Scripted(right, right, wrong, plain)
+    values, _ = evaluate_policy(engine, questions, Sampling(n=2), r1_zero_reward_fn, seed=0)
+    assert values["accuracy_stderr"] == pytest.approx(0.5)
+
+
+def test_every_logged_number_is_documented(tmp_path):
+    """docs/metrics.md has a row for each key of metrics.jsonl."""
+    documented = set(re.findall(r"^\| `(\w+)`", (ROOT / "docs/metrics.md").read_text(), flags=re.MULTILINE))
+    run_training(
+        tmp_path, n_grpo_steps=3, loss_type="grpo_clip", epochs_per_rollout_batch=2, checkpoint_steps=1, eval_steps=1
+    )
+    logged = set()
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        logged |= json.loads(line).keys()
+    assert logged - {"phase", "step"} == documented
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    folder = create_run_folder("--save-dir", str(tmp_path / "run"), "x", marker="metrics.jsonl")
+    with pytest.raises(UsageError, match="holds another run already"):
+        create_run_folder("--save-dir", str(tmp_path / "run"), "x", marker="metrics.jsonl")
+    abandon_run_folder(folder, "metrics.jsonl")
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "notes.txt").touch()
+    create_run_folder("--save-dir", str(folder), "x", marker="metrics.jsonl")
+    abandon_run_folder(folder, "metrics.jsonl")
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+def test_a_logging_service_that_fails_is_a_warning(tmp_path, monkeypatch, capsys):
+    import drivers.run_log
+
+    monkeypatch.setattr(drivers.run_log, "_open_wandb", lambda *_: (_ for _ in ()).throw(OSError("no network")))
+    log = RunLog(tmp_path, tiny_config(wandb_project="p"))
+    log.log("train", 1, {"reward": 1.0})
+    monkeypatch.setattr(log._tensorboard, "add_scalar", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    log.log("train", 2, {"reward": 1.0})
+    log.close()
+    errors = capsys.readouterr().err
+    assert "wandb failed (OSError: no network)" in errors
+    assert "TensorBoard failed (OSError: disk full)" in errors
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_wandb_is_offline_unless_logged_in(tmp_path, monkeypatch):
+    import wandb
+
+    seen = {}
+
+    class FakeRun:
+        def define_metric(self, name, step_metric=None):
+            seen.setdefault("metrics", {})[name] = step_metric
+
+        def log(self, values):
+            seen["logged"] = values
+
+        def finish(self):
+            seen["finished"] = True
+
+    monkeypatch.setattr(wandb, "init", lambda **settings: seen.update(settings) or FakeRun())
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    log = RunLog(tmp_path, tiny_config(wandb_project="p", wandb_run_name="n"))
+    log.log("eval", 5, {"accuracy": 0.5})
+    log.close()
+    assert (seen["mode"], seen["project"], seen["name"]) == ("offline", "p", "n")
+    assert seen["metrics"]["train/*"] == "train_step"
+    assert seen["metrics"]["eval/*"] == "eval_step"
+    assert seen["logged"] == {"eval/accuracy": 0.5, "eval_step": 5}
+    assert seen["finished"]
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    RunLog(tmp_path, tiny_config(wandb_project="p")).close()
+    assert seen["mode"] == "online"
+
+
+def test_curves_are_drawn_from_any_log(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert draw_curves(tmp_path).read_bytes().startswith(b"\x89PNG")
+    run_training(tmp_path / "run", n_grpo_steps=2)
+    assert (tmp_path / "run/curves.png").stat().st_size > 20_000
+
+
+def test_small_formats():
+    assert [_clock(s) for s in (0, 59.6, 61, 3725)] == ["0:00", "1:00", "1:01", "1:02:05"]
+    assert _one_line(" a\n  b ") == "a b"
+    assert len(_one_line("x" * 999)) == 240

@@ -1,0 +1,198 @@
+"""The loop on a tiny model: it learns under every loss, and equivalent settings give one trajectory."""
+
+import json
+from typing import get_args
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from drivers.batch import RolloutBatch
+from drivers.errors import UnsoundRunError
+from drivers.train import train
+from grpo_core.types import Aggregation, LossType
+from tests.drivers.parts import letter_reward, make_run, tiny_config, tiny_parts
+
+ON_POLICY: dict = {}
+TWO_UPDATES = {"train_batch_size": 16, "gradient_accumulation_steps": 2}
+TWO_EPOCHS = {"epochs_per_rollout_batch": 2}
+
+
+def run_training(folder, reward_fn=letter_reward, **changes):
+    config, parts = tiny_config(**changes), tiny_parts()
+    run = make_run(config, folder, parts.tokenizer)
+    try:
+        train(config, parts.policy, parts.engine, reward_fn, parts.questions, parts.questions, run)
+    finally:
+        run.finish()
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps, evaluations = ([row for row in rows if row["phase"] == phase] for phase in ("train", "eval"))
+    return parts.policy, steps, evaluations
+
+
+def weights(policy):
+    return torch.cat([p.detach().flatten() for p in policy.parameters()])
+
+
+@pytest.mark.parametrize("loss_type", get_args(LossType))
+@pytest.mark.parametrize(
+    "schedule", [ON_POLICY, TWO_UPDATES, TWO_EPOCHS], ids=["on-policy", "two-updates", "two-epochs"]
+)
+def test_every_loss_learns_the_letter(tmp_path, loss_type, schedule):
+    _, steps, evaluations = run_training(tmp_path, loss_type=loss_type, **schedule)
+    assert steps[0]["reward"] < 0.15
+    assert sum(row["reward"] for row in steps[-3:]) / 3 > 0.9
+    assert evaluations[-1]["reward"] > 0.9
+
+
+SHORT = {"n_grpo_steps": 3, "learning_rate": 1e-3}
+
+
+def trained_weights(folder, **changes):
+    return weights(run_training(folder, **(SHORT | changes))[0])
+
+
+@pytest.mark.parametrize("aggregation", get_args(Aggregation))
+@pytest.mark.parametrize("steps", [1, 2, 32])
+def test_accumulation_steps_do_not_change_the_trajectory(tmp_path, aggregation, steps):
+    """One micro-batch, whole groups, single responses: three splits of the same gradient."""
+    reference = trained_weights(tmp_path / "a", aggregation=aggregation, gradient_accumulation_steps=4)
+    other = trained_weights(tmp_path / "b", aggregation=aggregation, gradient_accumulation_steps=steps)
+    assert_close(other, reference, rtol=0, atol=2e-5)
+
+
+def test_aggregations_are_three_different_objectives(tmp_path):
+    results = [trained_weights(tmp_path / name, aggregation=name) for name in get_args(Aggregation)]
+    assert not torch.allclose(results[0], results[1], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo_clip", "grpo_no_clip"])
+def test_on_policy_every_ratio_loss_is_reinforce(tmp_path, loss_type):
+    reinforce = trained_weights(tmp_path / "a", loss_type="reinforce_with_baseline")
+    assert_close(trained_weights(tmp_path / "b", loss_type=loss_type), reinforce, rtol=0, atol=2e-5)
+
+
+def test_on_policy_the_ratio_is_exactly_one(tmp_path):
+    _, steps, _ = run_training(tmp_path, loss_type="grpo_clip", **SHORT)
+    assert [row["mean_ratio"] for row in steps] == [1.0] * 3
+    assert [row["clip_fraction"] for row in steps] == [0.0] * 3
+
+
+@pytest.mark.parametrize("schedule", [TWO_UPDATES, TWO_EPOCHS], ids=["two-updates", "two-epochs"])
+def test_off_policy_the_ratio_is_to_the_policy_before_the_first_update(tmp_path, schedule):
+    """Were old log-probs taken anew at each update, every ratio would be 1 and nothing would clip."""
+    _, steps, _ = run_training(tmp_path, loss_type="grpo_clip", cliprange=0.01, n_grpo_steps=8, **schedule)
+    assert max(row.get("clip_fraction", 0) for row in steps) > 0.05
+    assert max(row.get("approx_kl", 0) for row in steps) > 1e-4
+
+
+def test_off_policy_makes_an_update_per_train_batch_and_epoch(tmp_path, monkeypatch):
+    from drivers.optim import PolicyOptimizer
+
+    made = []
+    step = PolicyOptimizer.step
+    monkeypatch.setattr(PolicyOptimizer, "step", lambda self, *a: made.append(1) or step(self, *a))
+    run_training(tmp_path, n_grpo_steps=2, epochs_per_rollout_batch=3, **TWO_UPDATES)
+    assert len(made) == 2 * 3 * 2
+
+
+def test_the_same_seed_is_the_same_run_to_the_last_bit(tmp_path):
+    first, second = trained_weights(tmp_path / "a"), trained_weights(tmp_path / "b")
+    assert torch.equal(first, second)
+    assert not torch.equal(first, trained_weights(tmp_path / "c", seed=1))
+
+
+def test_skipping_silent_groups_is_exact(tmp_path, monkeypatch):
+    """A group without signal has gradient zero: running it changes no weight, only the time."""
+    skipping, steps, _ = run_training(tmp_path / "a", **SHORT)
+    assert sum(row["skipped_micro_batches"] for row in steps) > 0
+    monkeypatch.setattr(RolloutBatch, "has_signal", lambda self, loss_type: True)
+    running, steps, _ = run_training(tmp_path / "b", **SHORT)
+    assert sum(row["skipped_micro_batches"] for row in steps) == 0
+    assert_close(weights(skipping), weights(running), rtol=0, atol=1e-7)
+
+
+def test_a_step_without_any_signal_still_moves_by_momentum_only(tmp_path):
+    def silent(response, ground_truth):
+        return {"reward": 0.0, "format_reward": 0.0, "answer_reward": 0.0}
+
+    policy, steps, _ = run_training(tmp_path, reward_fn=silent, **SHORT)
+    assert torch.equal(weights(policy), weights(tiny_parts().policy))
+    assert [row["grad_norm"] for row in steps] == [0.0] * 3
+    assert "loss" in steps[0]
+    assert "entropy" not in steps[0]  # nothing was scored: no number rather than a made-up one
+
+
+def test_an_infinite_loss_stops_the_run_and_changes_nothing(tmp_path):
+    def huge(response, ground_truth):
+        return {"reward": 3e38, "format_reward": 1.0, "answer_reward": 1.0}
+
+    config, parts = tiny_config(loss_type="no_baseline"), tiny_parts()
+    before = weights(parts.policy).clone()
+    run = make_run(config, tmp_path, parts.tokenizer)
+    with pytest.raises(UnsoundRunError, match="not made"):
+        train(config, parts.policy, parts.engine, huge, parts.questions, parts.questions, run)
+    run.finish()
+    assert torch.equal(weights(parts.policy), before)
+
+
+def test_checkpoints_and_evaluations_come_when_they_are_due(tmp_path):
+    _, _, evaluations = run_training(tmp_path, n_grpo_steps=5, eval_steps=2, checkpoint_steps=2)
+    assert [row["step"] for row in evaluations] == [0, 2, 4, 5]
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+
+
+def stand_in(monkeypatch, program, config, run, parts):
+    """Have `main` run these parts instead of building some."""
+    everything = (parts.policy, parts.engine, letter_reward, parts.questions, parts.questions)
+    monkeypatch.setattr(program, "parse_train_config", lambda *_: config)
+    monkeypatch.setattr(program, "prepare", lambda *_: (run, everything))
+
+
+def test_a_stop_inside_a_step_leaves_earlier_checkpoints_alone(tmp_path, monkeypatch):
+    """Interrupted after the first of two updates of step 3: checkpoint-2 stays, what was made is saved beside it."""
+    from drivers import train as program
+    from drivers.optim import PolicyOptimizer
+
+    config, parts = tiny_config(n_grpo_steps=5, checkpoint_steps=2, **TWO_UPDATES), tiny_parts()
+    run = make_run(config, tmp_path, parts.tokenizer)
+    at_step_two, updates = {}, []
+    step = PolicyOptimizer.step
+
+    def interrupted(self, *arguments):
+        if len(updates) == 4:
+            at_step_two["weights"] = weights(parts.policy).clone()
+        norm = step(self, *arguments)
+        updates.append(norm)
+        if len(updates) == 5:
+            raise KeyboardInterrupt
+        return norm
+
+    monkeypatch.setattr(PolicyOptimizer, "step", interrupted)
+    stand_in(monkeypatch, program, config, run, parts)
+    with pytest.raises(SystemExit) as ended:
+        program.main(["--model-path", "tiny"])
+    assert ended.value.code == 130
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-2-stopped"]
+    kept, stopped = (AutoModelForCausalLM.from_pretrained(p) for p in sorted(tmp_path.glob("checkpoint-*")))
+    assert torch.equal(weights(kept), at_step_two["weights"])
+    assert torch.equal(weights(stopped), weights(parts.policy))
+    assert not torch.equal(weights(kept), weights(stopped))
+
+
+def test_a_full_disk_is_one_clear_line_and_keeps_the_log(tmp_path, monkeypatch, capsys):
+    import drivers.run
+    from drivers import train as program
+
+    config, parts = tiny_config(n_grpo_steps=3, checkpoint_steps=2), tiny_parts()
+    run = make_run(config, tmp_path, parts.tokenizer)
+    monkeypatch.setattr(
+        drivers.run, "save_checkpoint", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space"))
+    )
+    stand_in(monkeypatch, program, config, run, parts)
+    with pytest.raises(SystemExit) as ended:
+        program.main(["--model-path", "tiny"])
+    assert ended.value.code == 1
+    assert "no checkpoint can be written" in capsys.readouterr().err
+    assert (tmp_path / "curves.png").exists()
