@@ -61,19 +61,24 @@ def test_an_interrupted_run_leaves_a_checkpoint_of_its_last_step(tmp_path, numbe
         "--sampling-max-tokens 4 --n-val-examples 4 --eval-steps 100000 --checkpoint-steps 100000 "
         "--save-dir out --wandb-project None"
     )
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-u", ROOT / "drivers/train.py", *flags.split()],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step") and " 3/100000" in line:
-            break
-    process.send_signal(number)
-    rest, errors = process.communicate(timeout=60)
+        # A shell's background job is started with SIGINT ignored, and hands that on to its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("step") and " 3/100000" in line:
+                    break
+            process.send_signal(number)
+            rest, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     (folder,) = (tmp_path / "out").glob("checkpoint-*")
