@@ -74,13 +74,13 @@ def evaluate(config: EvaluateConfig) -> Path:
     """Everything from the flags to the files on disk. Returns the folder that holds them."""
     examples = load_examples("--data-path", config.data_path)[: config.n_examples]
     template = load_prompt_template(config.prompt_path)
-    folder = create_run_folder("--output-dir", config.output_dir, "evaluate", marker="results.json")
     device = choose_device("--device", config.device, default_policy_device())
     model_path = resolve_model(config.model_path)
     tokenizer = load_tokenizer(model_path)
     questions = make_questions(
         examples, template, tokenizer, max_new_tokens=config.sampling_max_tokens, context=context_length(model_path)
     )
+    folder = create_run_folder("--output-dir", config.output_dir, "evaluate", marker="results.json")
     try:
         values, rows = sample_and_grade(config, questions, model_path, tokenizer, device)
     except BaseException:

@@ -118,8 +118,8 @@ class HFEngine:
             eos_token_id=self._end_ids,
             pad_token_id=pad,
             return_dict_in_generate=True,
-            output_logits=True,
-            output_scores=True,
+            output_logits=greedy,  # one of the two: each holds every step's values for the whole vocabulary
+            output_scores=not greedy,
         )
         out = self._policy.generate(
             input_ids, attention_mask=attended, generation_config=config, tokenizer=self._tokenizer

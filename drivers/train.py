@@ -129,8 +129,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     display.say(f"Stopped after step {run.step}; the weights of the last update are in {saved}/")
                 raise
             finally:
-                run.finish()
-                engine.close()
+                try:
+                    run.finish()
+                finally:
+                    engine.close()
             display.say(f"Done: {run.summary()}. Model: {saved}/  Curves: {run.folder}/curves.png")
     except UsageError as error:
         exit_with("train.py", error, status=2)
