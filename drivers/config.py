@@ -163,6 +163,11 @@ class GrpoConfig:
         """Whether some update of a step starts from weights that did not sample the batch."""
         return self.epochs_per_rollout_batch > 1 or self.train_batch_size < self.rollout_batch_size
 
+    @property
+    def needs_old_log_probs(self) -> bool:
+        """Whether a pass before the first update must keep log-probs; on-policy, each update's own pass has them."""
+        return self.is_off_policy and self.loss_type in ("grpo_clip", "grpo_no_clip")
+
     def normalize_constant(self, n_response_tokens: int) -> float | None:
         """What `aggregation` divides by; the tokens are those of the whole optimizer step."""
         match self.aggregation:

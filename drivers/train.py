@@ -60,7 +60,7 @@ def train(
         # pi <- ascend the objective on these rollouts; off-policy, in several updates against the same pi_old.
         metrics = UpdateMetrics()
         with run.phase("update"):
-            if config.is_off_policy:
+            if config.needs_old_log_probs:
                 rollouts = with_old_log_probs(policy, rollouts, config)
             for _ in range(config.epochs_per_rollout_batch):
                 for train_batch in rollouts.shuffled(shuffle).split(config.train_batch_size):

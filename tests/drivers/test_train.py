@@ -87,6 +87,19 @@ def test_off_policy_the_ratio_is_to_the_policy_before_the_first_update(tmp_path,
     assert max(row.get("approx_kl", 0) for row in steps) > 1e-4
 
 
+@pytest.mark.parametrize(
+    ("loss_type", "passes"), [("reinforce_with_baseline", 0), ("grpo_clip", 2), ("grpo_no_clip", 2)]
+)
+def test_old_log_probs_are_computed_once_a_step_and_only_for_a_ratio(tmp_path, monkeypatch, loss_type, passes):
+    from drivers import train as program
+
+    calls = []
+    compute = program.with_old_log_probs
+    monkeypatch.setattr(program, "with_old_log_probs", lambda *a: calls.append(1) or compute(*a))
+    run_training(tmp_path, n_grpo_steps=2, loss_type=loss_type, **TWO_EPOCHS)
+    assert len(calls) == passes
+
+
 def test_off_policy_makes_an_update_per_train_batch_and_epoch(tmp_path, monkeypatch):
     from drivers.optim import PolicyOptimizer
 
