@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,18 @@ def save_checkpoint(policy: nn.Module, tokenizer: Any, folder: Path, *, step: in
 
 def write_json(path: Path, value: Any) -> None:
     """Indented JSON that replaces the file at once."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """One object per line; replaces the file at once."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Beside its final name first, then renamed: the file is the old one or the new one, never half of it."""
     unfinished = path.with_name(f"{UNFINISHED}{path.name}")
-    unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import tyro
 
-from drivers.checkpoint import UNFINISHED
+from drivers.checkpoint import write_jsonl
 from drivers.config import exit_with
 from drivers.data import read_jsonl
 from drivers.errors import UsageError
@@ -162,16 +162,13 @@ def convert(config: ConvertConfig) -> Path:
 
 
 def _replace(target: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write beside the target and rename, with the old content kept; the first backup is the original, and stays."""
+    """The rows in the target's place, with its old content kept; the first backup is the original, and stays."""
     backup = target.with_name(target.name + ".backup")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_name(f"{UNFINISHED}{target.name}")
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        unfinished.write_text(text, encoding="utf-8")
         if target.exists() and not backup.exists():
             shutil.copy2(target, backup)
-        unfinished.replace(target)
+        write_jsonl(target, rows)
     except OSError as error:
         raise UsageError(f"{target}: cannot be written ({error.strerror or error})") from error
 

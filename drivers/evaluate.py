@@ -4,7 +4,6 @@
 from drivers import environment  # noqa: F401  before torch: OpenMP reads its settings once
 
 # isort: on
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from drivers.checkpoint import write_json
+from drivers.checkpoint import write_json, write_jsonl
 from drivers.config import EvaluateConfig, exit_with, parse
 from drivers.data import Question, load_examples, load_prompt_template, make_questions
 from drivers.errors import UnsoundRunError, UsageError
@@ -86,8 +85,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     except BaseException:
         abandon_run_folder(folder, "results.json")
         raise
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (folder / "completions.jsonl").write_text(lines, encoding="utf-8")
+    write_jsonl(folder / "completions.jsonl", rows)
     write_json(
         folder / "results.json",
         {"results": values, "config": asdict(config), "environment": describe_environment()},

@@ -3,10 +3,10 @@
 The held-out set is split off by operand pair: no sum that is asked there is ever trained on, in any wording.
 """
 
-import json
 import random
 from pathlib import Path
 
+from drivers.checkpoint import write_jsonl
 from drivers.config import repository_path
 
 NAMES = ("Tom", "Anna", "Ben", "Mia", "Sam", "Lily", "Max", "Ella")
@@ -48,7 +48,7 @@ def main() -> None:
     folder = repository_path("data") / "wordadd"
     for split, rows in make_wordadd().items():
         path = Path(folder) / f"{split}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_jsonl(path, rows)
         print(f"{path}: {len(rows)} questions")
 
 
