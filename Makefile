@@ -46,7 +46,7 @@ types: $(INSTALLED)  ## Static types, strict
 	$(BIN)/mypy
 
 docs: $(INSTALLED)  ## Build the documentation into site/, strictly
-	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet --strict --config-file .ci/mkdocs.yml --site-dir ../site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file .ci/mkdocs.yml --site-dir ../site
 
 bench: $(INSTALLED)  ## Speed, as ratios against a baseline of the same run
 	for script in tests/benchmarks/bench_*.py; do $(BIN)/python $$script; done

@@ -19,8 +19,7 @@ class Display:
     def __init__(self, n_steps: int) -> None:
         self.console = Console()
         self._n_steps = n_steps
-        self._begin = time.monotonic()
-        self._step_begin = self._begin
+        self._step_begin = time.monotonic()
         self._step_seconds: list[float] = []
         self._facts: dict[str, str] = {}
         self._progress = Progress(

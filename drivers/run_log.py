@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from importlib import metadata
-from netrc import netrc
+from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -152,5 +152,5 @@ def _logged_in_to_wandb() -> bool:
         return True
     try:
         return any("wandb" in host for host in netrc().hosts)
-    except (OSError, SyntaxError):  # no netrc file, or one that is not wandb's business
+    except (OSError, NetrcParseError):  # no netrc file, or one that is not wandb's business
         return False

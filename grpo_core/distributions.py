@@ -17,7 +17,7 @@ def compute_entropy(logits: Float[Tensor, "*batch vocab"], *, temperature: float
     cannot come, adds 0 to the value and gets gradient 0. A row of nothing but $-\infty$ is no distribution: NaN.
 
     Args:
-        logits: unnormalised log-probabilities of each token of the vocabulary; bfloat16 and float16 are promoted.
+        logits: unnormalized log-probabilities of each token of the vocabulary; bfloat16 and float16 are promoted.
         temperature: $T > 0$ of the sampled distribution.
 
     Returns:
@@ -51,7 +51,7 @@ def select_log_probs(
     is kept, only its two terms. A label whose logit is $-\infty$ has log-probability $-\infty$.
 
     Args:
-        logits: unnormalised log-probabilities of each token of the vocabulary; bfloat16 and float16 are promoted.
+        logits: unnormalized log-probabilities of each token of the vocabulary; bfloat16 and float16 are promoted.
         labels: $y$, token ids in $[0, V)$; there is no "ignore" label, masks do that job.
         temperature: $T > 0$ of the sampled distribution.
 

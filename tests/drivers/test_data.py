@@ -98,6 +98,14 @@ def test_the_r1_zero_prompt_opens_the_thought():
     assert load_prompt_template("data/prompts/wordadd.prompt").endswith("User: {question}\nAssistant: <think>")
 
 
+def test_a_cache_that_cannot_be_written_is_one_clear_line(tmp_path):
+    from drivers.models import embedded_model
+
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"cannot be unpacked into .*set XDG_CACHE_HOME"):
+        embedded_model(tmp_path / "file" / "cache")
+
+
 def test_shipped_data_are_what_the_script_makes():
     for split, rows in make_wordadd().items():
         shipped = (ROOT / f"data/wordadd/{split}.jsonl").read_text().splitlines()

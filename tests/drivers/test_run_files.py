@@ -153,6 +153,12 @@ def test_wandb_is_offline_unless_logged_in(tmp_path, monkeypatch):
     assert seen["metrics"]["eval/*"] == "eval_step"
     assert seen["logged"] == {"eval/accuracy": 0.5, "eval_step": 5}
     assert seen["finished"]
+    (tmp_path / "broken").write_text("machine\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "broken"))
+    (tmp_path / ".netrc").write_text("nonsense api.wandb.ai\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    RunLog(tmp_path, tiny_config(wandb_project="p")).close()
+    assert seen.pop("mode") == "offline"  # a file that cannot be read is nobody's login, and no failure
     monkeypatch.setenv("WANDB_API_KEY", "k")
     RunLog(tmp_path, tiny_config(wandb_project="p")).close()
     assert seen["mode"] == "online"
