@@ -1,8 +1,8 @@
-"""The one run-time shape checker, and its one switch."""
+"""The one run-time shape checker, its one switch, and the checks of values that many functions share."""
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, get_args
 
 import torch
 from beartype import BeartypeConf, beartype
@@ -30,3 +30,15 @@ def shape_checked(fn: Callable[P, R]) -> Callable[P, R]:
         return checked(*args, **kwargs)
 
     return wrapper
+
+
+def check_choice(name: str, value: str, literal: Any) -> None:
+    """Raise unless `value` is one of the names of `literal`."""
+    if value not in get_args(literal):
+        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(get_args(literal))}")
+
+
+def require(fulfilled: bool, name: str, value: object, required: str) -> None:
+    """Raise unless the argument `name` is what is required of it."""
+    if not fulfilled:
+        raise ValueError(f"{name}={value} must be {required}")

@@ -1,22 +1,168 @@
-"""From one loss per token to the one number that is differentiated."""
+"""From one loss per token or response to the one number that is differentiated."""
 
 import math
-from typing import TYPE_CHECKING, TypeAlias, assert_never, get_args
+from typing import assert_never
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from grpo_core._check import shape_checked
-from grpo_core.masking import masked_sum
-from grpo_core.types import Aggregation
+from grpo_core._check import check_choice, require, shape_checked
+from grpo_core._groups import list_sizes
+from grpo_core.types import Aggregation, AggregationName, Counting, CountingName, GroupSizes
 
-if TYPE_CHECKING:
-    AggregationName: TypeAlias = Aggregation
-else:
-    # mypy holds a caller to the names; at run time any string comes in, so that a wrong one meets our own error.
-    AggregationName = str
 
-_AGGREGATIONS = get_args(Aggregation)
+@shape_checked
+def compute_token_weights(
+    response_mask: Bool[Tensor, "batch seq"],
+    aggregation: AggregationName,
+    *,
+    normalize_constant: float | None = None,
+    group_sizes: GroupSizes | None = None,
+    kept: Bool[Tensor, "batch _"] | None = None,
+    rejected_tokens: CountingName = "count",
+    empty_responses: CountingName = "count",
+) -> Float[Tensor, "batch seq"]:
+    r"""$w_{it}$ of $L = \sum_{it} w_{it} \ell_{it}$, for the $N$ responses of one optimizer step.
+
+    | aggregation | $w_{it}$ | |
+    |---|---|---|
+    | sequence_mean | $1 / (N n_i)$ | each response counts the same: GRPO |
+    | token_mean | $1 / \sum_j n_j$ | each token counts the same: DAPO as it is run |
+    | prompt_mean | $1 / (P \sum_{j \in \text{group}} n_j)$ | each question counts the same: DAPO's equation |
+    | sequence_sum | $1 / N$ | a response counts as much as it is long |
+    | constant | $1 / (N C)$ | the same, of the size of a mean: Dr. GRPO |
+
+    $n_i$ is the number of tokens of response $i$, $P$ that of questions. Call it once for all responses of a step and
+    slice the result with them: then loss and gradient do not depend on how the step is cut into micro-batches, given
+    to ranks or ordered. Exactly 0 outside the mask and where a token was not `kept`.
+
+    Args:
+        response_mask: True where a token belongs to a response.
+        aggregation: one of the five.
+        normalize_constant: $C > 0$, in tokens, for "constant": the longest possible response. "token_mean" takes it in
+            place of its count, where the batch given is a part of the step.
+        group_sizes: for "prompt_mean", the number of responses to each question; rows stand group after group.
+        kept: False for tokens (or, of one column, responses) that were rejected: by an importance ratio, an entropy.
+        rejected_tokens: whether they "count" in $n_i$, so that rejection makes the gradient smaller, or "drop" out of
+            it, so that the others weigh more. The default keeps the weights of the others as they are.
+        empty_responses: whether responses (and questions) of which no token counts still "count" in $N$ and $P$, or
+            "drop" out. The default keeps the weights of the others as they are.
+
+    Returns:
+        The weights, float64.
+
+    Raises:
+        ValueError: if a name is unknown, "constant" has no `normalize_constant` or one that is not positive and
+            finite, or "prompt_mean" has no `group_sizes` or ones that the rows do not fill.
+
+    Example:
+        >>> mask = torch.tensor([[True, True], [True, False]])
+        >>> compute_token_weights(mask, "sequence_mean")
+        tensor([[0.2500, 0.2500],
+                [0.5000, 0.0000]], dtype=torch.float64)
+        >>> compute_token_weights(mask, "sequence_mean", kept=torch.tensor([[True], [False]]), empty_responses="drop")
+        tensor([[0.2500, 0.2500],
+                [0.0000, 0.0000]], dtype=torch.float64)
+
+    References:
+        Shao et al. 2024, arXiv:2402.03300, eq. 3 (sequence_mean); Yu et al. 2025, arXiv:2503.14476, eq. 8 (token_mean
+        and, read literally, prompt_mean); Liu et al. 2025, arXiv:2503.20783, section 3.1 (constant).
+    """
+    check_choice("aggregation", aggregation, Aggregation)
+    carries, counted = _carried_and_counted(response_mask, kept, rejected_tokens, empty_responses)
+    tokens = counted.sum(dim=1).to(torch.float64)
+    responses = _count(tokens, empty_responses)
+    match aggregation:
+        case "sequence_mean":
+            per_response = 1 / (responses * tokens.clamp(min=1))
+        case "token_mean":
+            total = tokens.sum().clamp(min=1)
+            constant = total if normalize_constant is None else _positive(normalize_constant, aggregation)
+            per_response = torch.ones_like(tokens) / constant
+        case "prompt_mean":
+            if group_sizes is None:
+                raise ValueError("aggregation='prompt_mean' needs group_sizes; got None")
+            sizes = torch.tensor(list_sizes(len(tokens), group_sizes), device=tokens.device)
+            group = torch.arange(len(sizes), device=tokens.device).repeat_interleave(sizes)
+            per_group = torch.zeros(len(sizes), dtype=torch.float64, device=tokens.device).index_add(0, group, tokens)
+            per_response = 1 / (_count(per_group, empty_responses) * per_group.clamp(min=1))[group]
+        case "sequence_sum":
+            per_response = torch.ones_like(tokens) / responses
+        case "constant":
+            per_response = torch.ones_like(tokens) / (responses * _positive(normalize_constant, aggregation))
+        case _:  # pragma: no cover - mypy shows that nothing is left
+            assert_never(aggregation)
+    return torch.where(carries, per_response[:, None], 0.0)
+
+
+@shape_checked
+def compute_sequence_weights(
+    response_mask: Bool[Tensor, "batch seq"],
+    *,
+    kept: Bool[Tensor, "batch _"] | None = None,
+    rejected_tokens: CountingName = "count",
+    empty_responses: CountingName = "count",
+) -> Float[Tensor, "batch 1"]:
+    r"""$v_i = 1 / N$ of $L = \sum_i v_i \ell_i$: the weights of losses that a response has as a whole.
+
+    The only fair ones for such losses: weighed by their tokens, long responses would count more. Call it once for all
+    responses of an optimizer step. Exactly 0 for responses without a token that is kept.
+
+    Args:
+        response_mask: True where a token belongs to a response.
+        kept: False for responses (or tokens) that were rejected.
+        rejected_tokens: with "drop", a response of which all is rejected has no tokens.
+        empty_responses: whether responses without tokens "count" in $N$ or "drop" out.
+
+    Returns:
+        The weights, float64.
+
+    Raises:
+        ValueError: if a name is unknown.
+
+    Example:
+        >>> compute_sequence_weights(torch.tensor([[True, True], [False, False]]))
+        tensor([[0.5000],
+                [0.0000]], dtype=torch.float64)
+
+    References:
+        Zheng et al. 2025, arXiv:2507.18071, eq. 5.
+    """
+    carries, counted = _carried_and_counted(response_mask, kept, rejected_tokens, empty_responses)
+    responses = _count(counted.sum(dim=1).to(torch.float64), empty_responses)
+    return torch.where(carries.any(dim=1, keepdim=True), 1 / responses, 0.0)
+
+
+@shape_checked
+def sum_weighted_losses(losses: Float[Tensor, "batch cols"], weights: Float[Tensor, "batch _"]) -> Float[Tensor, ""]:
+    r"""$L = \sum_{ij} w_{ij} \ell_{ij}$, in the unit and the precision of the losses.
+
+    Differentiable in `losses`; where the weight is 0, the loss is never read and gets gradient exactly 0. The sums of
+    any parts of a batch add up to the sum of the whole.
+
+    Args:
+        losses: $\ell$, one for each token or one for each response.
+        weights: $w$ of `compute_token_weights` or `compute_sequence_weights`, as the losses demand.
+
+    Returns:
+        The sum.
+
+    Raises:
+        ValueError: if losses of responses are given weights of tokens, or the other way around.
+
+    Example:
+        >>> sum_weighted_losses(torch.tensor([[1.0, float("nan")]]), torch.tensor([[0.5, 0.0]]))
+        tensor(0.5000)
+    """
+    if losses.shape != weights.shape:
+        kinds = ["one per response" if part.shape[1] == 1 else "one per token" for part in (losses, weights)]
+        raise ValueError(
+            f"losses have shape {tuple(losses.shape)} ({kinds[0]}) and weights {tuple(weights.shape)} ({kinds[1]}):"
+            " losses of whole responses take compute_sequence_weights, those of tokens compute_token_weights"
+        )
+    weights = weights.detach()
+    return torch.where(weights != 0, losses * weights.to(losses.dtype), 0.0).sum()
 
 
 @shape_checked
@@ -26,33 +172,30 @@ def aggregate_token_losses(
     aggregation: AggregationName,
     *,
     normalize_constant: float | None = None,
+    group_sizes: GroupSizes | None = None,
 ) -> Float[Tensor, ""]:
-    r"""$L = \sum_{it} w_{it} m_{it} \ell_{it}$ over $N$ responses; the choice is that of the weights $w$.
-
-    | aggregation | $w_{it}$ | $C$ |
-    |---|---|---|
-    | sequence_mean | $1 / (N \sum_t m_{it})$ | not used |
-    | token_mean | $1 / C$ | response tokens of the whole optimizer batch |
-    | constant | $1 / (N C)$ | longest possible response, in tokens |
+    r"""$L = \sum_{it} w_{it} \ell_{it}$ with the weights of `compute_token_weights`, of a batch or a micro-batch.
 
     Differentiable in `token_losses`; a token outside the mask is never read and gets gradient exactly 0. A response
     without tokens adds 0 and still counts in $N$.
 
     Args:
         token_losses: $\ell$, the loss of each token.
-        response_mask: $m$, True where a token belongs to the response.
-        aggregation: "sequence_mean" (GRPO), "token_mean" (DAPO) or "constant" (Dr. GRPO).
-        normalize_constant: $C > 0$, in tokens; required by "token_mean" and "constant".
+        response_mask: True where a token belongs to the response.
+        aggregation: "sequence_mean" (GRPO), "token_mean" (DAPO), "prompt_mean", "sequence_sum" or "constant" (Dr.
+            GRPO).
+        normalize_constant: $C > 0$, in tokens; required by "constant" (longest possible response) and by "token_mean"
+            (response tokens of the whole optimizer batch: a mean of micro-batch means would be another objective).
+        group_sizes: required by "prompt_mean".
 
     Returns:
         The loss of the batch.
 
     Raises:
-        ValueError: if `aggregation` is none of the three, or needs a `normalize_constant` that is None, not positive
-            or not finite.
+        ValueError: if `aggregation` is none of the five, or needs an argument that is None, or a `normalize_constant`
+            that is not positive or not finite.
 
     Example:
-        >>> import torch
         >>> losses, mask = torch.tensor([[1.0, 3.0], [5.0, 7.0]]), torch.tensor([[True, True], [True, False]])
         >>> aggregate_token_losses(losses, mask, "sequence_mean")
         tensor(3.5000)
@@ -60,25 +203,44 @@ def aggregate_token_losses(
         tensor(3.)
 
     References:
-        Shao et al. 2024, arXiv:2402.03300, eq. 3 (sequence_mean); Yu et al. 2025, arXiv:2503.14476, eq. 8
-        (token_mean); Liu et al. 2025, arXiv:2503.20783, section 3.1 (constant).
+        Those of `compute_token_weights`.
     """
-    if aggregation not in _AGGREGATIONS:
-        raise ValueError(f"aggregation={aggregation!r} is unknown: choose one of {', '.join(_AGGREGATIONS)}")
-    row_sums = masked_sum(token_losses, response_mask, dim=1)
-    match aggregation:
-        case "sequence_mean":
-            # An empty row has sum 0: any positive count makes its mean 0.
-            return (row_sums / response_mask.sum(dim=1).clamp(min=1)).mean()
-        case "token_mean":
-            return row_sums.sum() / _required_constant(normalize_constant, aggregation)
-        case "constant":
-            return row_sums.mean() / _required_constant(normalize_constant, aggregation)
-        case _:  # pragma: no cover - mypy shows that nothing is left
-            assert_never(aggregation)
+    if aggregation == "token_mean":
+        _positive(normalize_constant, aggregation)
+    weights = compute_token_weights(
+        response_mask, aggregation, normalize_constant=normalize_constant, group_sizes=group_sizes
+    )
+    return sum_weighted_losses(torch.where(response_mask, token_losses, 0.0), weights)
 
 
-def _required_constant(normalize_constant: float | None, aggregation: str) -> float:
+def _carried_and_counted(
+    response_mask: Bool[Tensor, "batch seq"],
+    kept: Bool[Tensor, "batch _"] | None,
+    rejected_tokens: str,
+    empty_responses: str,
+) -> tuple[Bool[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
+    """The tokens that carry loss, and those that count in a denominator."""
+    check_choice("rejected_tokens", rejected_tokens, Counting)
+    check_choice("empty_responses", empty_responses, Counting)
+    if kept is None:
+        return response_mask, response_mask
+    require(
+        kept.shape[1] in (1, response_mask.shape[1]),
+        "kept",
+        f"[shape {tuple(kept.shape)}]",
+        f"one column, or as many as response_mask has: {response_mask.shape[1]}",
+    )
+    carries = response_mask & kept
+    return carries, response_mask if rejected_tokens == "count" else carries
+
+
+def _count(tokens: Float[Tensor, " part"], empty: str) -> Float[Tensor, ""]:
+    """How many parts there are; at least 1."""
+    parts = torch.ones_like(tokens) if empty == "count" else (tokens > 0).to(tokens)
+    return parts.sum().clamp(min=1)
+
+
+def _positive(normalize_constant: float | None, aggregation: str) -> float:
     if normalize_constant is None:
         raise ValueError(f"aggregation={aggregation!r} needs normalize_constant; got None")
     if not 0 < normalize_constant < math.inf:

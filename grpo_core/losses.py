@@ -1,37 +1,56 @@
-"""Policy-gradient losses, one value per token; nothing here masks or reduces."""
+"""Policy-gradient losses of single tokens: REINFORCE and the ratio, clipped or not. Nothing here reduces."""
 
-from typing import TYPE_CHECKING, TypeAlias, TypeVar, assert_never, get_args
+from typing import TypeVar, assert_never
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from grpo_core._check import shape_checked
-from grpo_core.types import LossType, Metadata
-
-if TYPE_CHECKING:
-    LossTypeName: TypeAlias = LossType
-else:
-    # mypy holds a caller to the names; at run time any string comes in, so that a wrong one meets our own error.
-    LossTypeName = str
+from grpo_core._check import check_choice, require, shape_checked
+from grpo_core._ratios import clip_bounds, hide, hide_flags, hold, log_ratio_of
+from grpo_core.types import Advantages, LossType, LossTypeName, Metadata
 
 T = TypeVar("T")
 
-_LOSS_TYPES = get_args(LossType)
+
+@shape_checked
+def compute_cross_entropy_loss(
+    policy_log_probs: Float[Tensor, "batch seq"], *, response_mask: Bool[Tensor, "batch seq"] | None = None
+) -> Float[Tensor, "batch seq"]:
+    r"""$\ell_{it} = -\log \pi_\theta(o_{it})$: the loss of supervised fine-tuning, in nats.
+
+    Differentiable in `policy_log_probs`: $-1$.
+
+    Args:
+        policy_log_probs: $\log \pi_\theta$ of each token, in nats.
+        response_mask: where given, the loss is exactly 0 outside it, and nothing there is read.
+
+    Returns:
+        The loss of each token.
+
+    Example:
+        >>> compute_cross_entropy_loss(torch.tensor([[-0.5, -1.0]]))
+        tensor([[0.5000, 1.0000]])
+    """
+    return -hide(policy_log_probs, response_mask)
 
 
 @shape_checked
 def compute_naive_policy_gradient_loss(
-    raw_rewards_or_advantages: Float[Tensor, "batch 1"],
+    raw_rewards_or_advantages: Advantages,
     policy_log_probs: Float[Tensor, "batch seq"],
+    *,
+    response_mask: Bool[Tensor, "batch seq"] | None = None,
 ) -> Float[Tensor, "batch seq"]:
-    r"""$\ell_{it} = -A_i \log \pi_\theta(o_{it})$: REINFORCE, whose gradient in the log-probability is $-A_i$.
+    r"""$\ell_{it} = -A_{it} \log \pi_\theta(o_{it})$: REINFORCE, whose gradient in the log-probability is $-A_{it}$.
 
-    Differentiable in `policy_log_probs` alone. Prompt and padding tokens get a value too.
+    Differentiable in `policy_log_probs` alone.
 
     Args:
-        raw_rewards_or_advantages: $A_i$, constant over the tokens of response $i$, in units of reward (or of none).
+        raw_rewards_or_advantages: $A$, in units of reward (or of none): one column, or one for each token.
         policy_log_probs: $\log \pi_\theta$ of each token, in nats.
+        response_mask: where given, the loss is exactly 0 outside it, and nothing there is read. Else prompt and
+            padding tokens get a value too.
 
     Returns:
         The loss of each token.
@@ -43,68 +62,91 @@ def compute_naive_policy_gradient_loss(
     References:
         Williams 1992, doi:10.1007/BF00992696, eq. 1.
     """
-    return -raw_rewards_or_advantages.detach() * policy_log_probs
+    return hide(-raw_rewards_or_advantages.detach() * hide(policy_log_probs, response_mask), response_mask)
 
 
 @shape_checked
 def compute_grpo_clip_loss(
-    advantages: Float[Tensor, "batch 1"],
+    advantages: Advantages,
     policy_log_probs: Float[Tensor, "batch seq"],
     old_log_probs: Float[Tensor, "batch seq"],
     cliprange: float,
+    *,
+    cliprange_high: float | None = None,
+    dual_clip: float | None = None,
+    response_mask: Bool[Tensor, "batch seq"] | None = None,
 ) -> tuple[Float[Tensor, "batch seq"], Metadata]:
-    r"""GRPO-Clip loss of each token: PPO's clipped surrogate with one advantage per response.
+    r"""GRPO-Clip loss of each token: PPO's clipped surrogate with the advantage of its response.
 
-    $$\ell_{it} = -\min\bigl(\rho_{it} A_i,\ \operatorname{clip}(\rho_{it}, 1-\epsilon, 1+\epsilon)\,A_i\bigr),
+    $$\ell_{it} = -\min\bigl(\rho_{it} A_i,\ \operatorname{clip}(\rho_{it}, 1-\epsilon, 1+\epsilon_h)\,A_i\bigr),
     \qquad \rho_{it} = \pi_\theta(o_{it}) / \pi_{\mathrm{old}}(o_{it})$$
 
-    Differentiable in `policy_log_probs` alone: $-\rho_{it} A_i$, and 0 where the clip lowered the objective. Prompt
-    and padding tokens get a value too. The ratio is not bounded: in float32 it overflows 88 nats above the old policy.
+    With `dual_clip` $c$, a token with $A_i < 0$ costs at most $-c A_i$: $\rho$ is cut at $c$ there too.
+
+    Differentiable in `policy_log_probs` alone: $-\rho_{it} A_i$, and 0 where a clip lowered the objective. $\log \rho$
+    is held within 20 nats in value; beyond, the gradient keeps its form with the $\rho$ of 20 nats.
 
     Args:
-        advantages: $A_i$, constant over the tokens of response $i$; no unit.
+        advantages: $A$, no unit: one column, constant over the tokens of a response, or one for each token.
         policy_log_probs: $\log \pi_\theta$ of each token, in nats.
         old_log_probs: $\log \pi_{\mathrm{old}}$ of each token, in nats, from the policy that sampled it.
-        cliprange: $\epsilon \ge 0$, the half-width of the trust region around a ratio of 1.
+        cliprange: $\epsilon \ge 0$, how far below 1 the ratio may fall.
+        cliprange_high: $\epsilon_h \ge 0$, how far above 1 it may rise; None takes `cliprange`. DAPO has 0.2 and 0.28.
+        dual_clip: $c > 1$; None leaves the ratio of a token with a negative advantage without an upper bound.
+        response_mask: where given, the loss is exactly 0 outside it, and nothing there is read. Else prompt and
+            padding tokens get a value too.
 
     Returns:
-        The loss of each token, and `{"is_clipped": Bool "batch seq"}`: where the clip lowered the objective.
+        The loss of each token, and where a clip lowered the objective, Bool "batch seq" each: `is_clipped_low`
+        ($A < 0$, ratio under the lower bound), `is_clipped_high` ($A > 0$, over the upper one), `is_clipped` (any);
+        with `dual_clip`, `is_clipped_dual`.
 
     Raises:
-        ValueError: if `cliprange` is negative or NaN.
+        ValueError: if `cliprange` or `cliprange_high` is negative or NaN, or `dual_clip` not above 1.
 
     Example:
         >>> old = torch.tensor([[0.5, 0.5]])
-        >>> compute_grpo_clip_loss(torch.tensor([[2.0]]), torch.tensor([[0.25, 1.0]]).log(), old.log(), 0.5)
-        (tensor([[-1., -3.]]), {'is_clipped': tensor([[False,  True]])})
+        >>> losses, metadata = compute_grpo_clip_loss(
+        ...     torch.tensor([[2.0]]), torch.tensor([[0.25, 1.0]]).log(), old.log(), 0.5
+        ... )
+        >>> losses, metadata["is_clipped"]
+        (tensor([[-1., -3.]]), tensor([[False,  True]]))
 
     References:
-        Schulman et al. 2017, arXiv:1707.06347, eq. 7; Shao et al. 2024, arXiv:2402.03300, eq. 3 without the KL term.
+        Schulman et al. 2017, arXiv:1707.06347, eq. 7; Shao et al. 2024, arXiv:2402.03300, eq. 3 without the KL term;
+        Yu et al. 2025, arXiv:2503.14476, eq. 10 (two bounds); Ye et al. 2019, arXiv:1912.09729 (dual clip).
     """
-    if not cliprange >= 0:
-        raise ValueError(f"cliprange={cliprange} must be at least 0: it is the half-width of an interval around 1")
+    low, high = clip_bounds(cliprange, cliprange_high)
     advantages = advantages.detach()
-    ratio = torch.exp(policy_log_probs - old_log_probs.detach())
-    surrogate = ratio * advantages
-    clipped = ratio.clamp(1 - cliprange, 1 + cliprange) * advantages
-    return -torch.minimum(surrogate, clipped), {"is_clipped": clipped < surrogate}
+    ratio = hold(log_ratio_of(policy_log_probs, old_log_probs, response_mask)).exp()
+    objective = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
+    flags = {"is_clipped_low": (ratio < low) & (advantages < 0), "is_clipped_high": (ratio > high) & (advantages > 0)}
+    if dual_clip is not None:
+        require(dual_clip > 1, "dual_clip", dual_clip, "above 1: it bounds ratios where the advantage is negative")
+        objective = torch.where(advantages < 0, torch.maximum(objective, dual_clip * advantages), objective)
+        flags["is_clipped_dual"] = (ratio > dual_clip) & (advantages < 0)
+    flags["is_clipped"] = torch.stack(list(flags.values())).any(dim=0)
+    return hide(-objective, response_mask), hide_flags(flags, response_mask)
 
 
 @shape_checked
 def compute_grpo_no_clip_loss(
-    advantages: Float[Tensor, "batch 1"],
+    advantages: Advantages,
     policy_log_probs: Float[Tensor, "batch seq"],
     old_log_probs: Float[Tensor, "batch seq"],
+    *,
+    response_mask: Bool[Tensor, "batch seq"] | None = None,
 ) -> tuple[Float[Tensor, "batch seq"], Metadata]:
     r"""GRPO loss of each token, unclipped: $\ell_{it} = -\rho_{it} A_i$, $\rho = \pi_\theta / \pi_{\mathrm{old}}$.
 
-    Differentiable in `policy_log_probs` alone: $-\rho_{it} A_i$. Prompt and padding tokens get a value too. For the
+    Differentiable in `policy_log_probs` alone: $-\rho_{it} A_i$, $\log \rho$ held within 20 nats in value. For the
     ablation of the clip: nothing bounds how far an update moves the policy.
 
     Args:
-        advantages: $A_i$, constant over the tokens of response $i$; no unit.
+        advantages: $A$, no unit: one column, or one for each token.
         policy_log_probs: $\log \pi_\theta$ of each token, in nats.
         old_log_probs: $\log \pi_{\mathrm{old}}$ of each token, in nats, from the policy that sampled it.
+        response_mask: where given, the loss is exactly 0 outside it, and nothing there is read.
 
     Returns:
         The loss of each token, and no metadata.
@@ -117,8 +159,8 @@ def compute_grpo_no_clip_loss(
     References:
         Schulman et al. 2017, arXiv:1707.06347, eq. 6.
     """
-    ratio = torch.exp(policy_log_probs - old_log_probs.detach())
-    return -ratio * advantages.detach(), {}
+    ratio = hold(log_ratio_of(policy_log_probs, old_log_probs, response_mask)).exp()
+    return hide(-ratio * advantages.detach(), response_mask), {}
 
 
 @shape_checked
@@ -144,8 +186,7 @@ def compute_policy_gradient_loss(
         cliprange: $\epsilon$, for "grpo_clip".
 
     Returns:
-        The loss of each token, and the metadata of the chosen loss: `is_clipped` (Bool "batch seq") for "grpo_clip",
-        nothing for the others.
+        The loss of each token, and the metadata of the chosen loss.
 
     Raises:
         ValueError: if `loss_type` is none of the four, or an argument that it needs is None.
@@ -154,8 +195,7 @@ def compute_policy_gradient_loss(
         >>> compute_policy_gradient_loss(torch.tensor([[-0.5]]), "no_baseline", raw_rewards=torch.tensor([[1.0]]))
         (tensor([[0.5000]]), {})
     """
-    if loss_type not in _LOSS_TYPES:
-        raise ValueError(f"loss_type={loss_type!r} is unknown: choose one of {', '.join(_LOSS_TYPES)}")
+    check_choice("loss_type", loss_type, LossType)
     match loss_type:
         case "no_baseline":
             raw_rewards = _required(raw_rewards, "raw_rewards", loss_type)

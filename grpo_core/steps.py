@@ -1,14 +1,72 @@
-"""One micro-batch: per-token losses, aggregated, scaled for accumulation; the train steps add `backward`."""
+"""One micro-batch: the terms of a loss put together, scaled for accumulation; the train steps add `backward`."""
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from grpo_core._check import shape_checked
-from grpo_core.aggregation import AggregationName, aggregate_token_losses
-from grpo_core.losses import LossTypeName, compute_policy_gradient_loss
+from grpo_core.aggregation import aggregate_token_losses, sum_weighted_losses
+from grpo_core.losses import compute_cross_entropy_loss, compute_policy_gradient_loss
 from grpo_core.masking import masked_sum
-from grpo_core.types import Metadata
+from grpo_core.types import AggregationName, GroupSizes, LossTypeName, Metadata
+
+
+@shape_checked
+def compose_policy_loss(
+    policy_losses: Float[Tensor, "batch cols"],
+    policy_weights: Float[Tensor, "batch _"],
+    *,
+    importance_weights: Float[Tensor, "batch _"] | None = None,
+    kl: Float[Tensor, "batch seq"] | None = None,
+    kl_coef: float = 0.0,
+    token_entropy: Float[Tensor, "batch seq"] | None = None,
+    entropy_coef: float = 0.0,
+    token_weights: Float[Tensor, "batch seq"] | None = None,
+) -> Float[Tensor, ""]:
+    r"""$L = \sum w_{ij} \kappa_{ij} \ell_{ij} + \sum_{it} w'_{it} (\beta k_{it} - c H_{it})$: one objective.
+
+    The importance weight multiplies the objective alone, after its clip: KL and entropy are the trainer's own.
+    Differentiable in `policy_losses`, `kl` and `token_entropy`; gradient exactly 0 where a weight is 0, whatever
+    stands there. Sums of parts of a batch add up to the sum of the whole, if the weights are those of the whole.
+
+    Args:
+        policy_losses: $\ell$, one for each token or one for each response.
+        policy_weights: $w$ of `compute_token_weights` or `compute_sequence_weights`, as the losses demand.
+        importance_weights: $\kappa$: one column, or one for each token if the losses are those of tokens.
+        kl: $k$ of `estimate_kl`, in nats.
+        kl_coef: $\beta \ge 0$, in units of loss per nat.
+        token_entropy: $H$ of each token's distribution, in nats, with its gradient.
+        entropy_coef: $c$, in units of loss per nat.
+        token_weights: $w'$ of `compute_token_weights`, for `kl` and `token_entropy`.
+
+    Returns:
+        The loss.
+
+    Raises:
+        ValueError: if weights do not fit the losses, or `kl` or `token_entropy` come without `token_weights`.
+
+    Example:
+        >>> losses, weights = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.5, 0.5]])
+        >>> compose_policy_loss(losses, weights, kl=torch.ones(1, 2), kl_coef=0.25, token_weights=weights)
+        tensor(2.2500)
+
+    References:
+        Shao et al. 2024, arXiv:2402.03300, eq. 3; Schulman et al. 2017, arXiv:1707.06347, eq. 9 (entropy bonus).
+    """
+    if importance_weights is not None:
+        if importance_weights.shape[1] not in (1, policy_losses.shape[1]):
+            raise ValueError(
+                f"importance_weights have shape {tuple(importance_weights.shape)} and losses"
+                f" {tuple(policy_losses.shape)}: a loss of whole responses takes one weight per response"
+            )
+        policy_losses = importance_weights.detach().to(policy_losses.dtype) * policy_losses
+    loss = sum_weighted_losses(policy_losses, policy_weights)
+    for name, coefficient, values in (("kl", kl_coef, kl), ("token_entropy", -entropy_coef, token_entropy)):
+        if values is not None and coefficient != 0:
+            if token_weights is None:
+                raise ValueError(f"{name} needs token_weights; got None")
+            loss = loss + coefficient * sum_weighted_losses(values, token_weights)
+    return loss
 
 
 @shape_checked
@@ -43,10 +101,9 @@ def sft_microbatch_loss(
         (tensor(2.), tensor(2.))
     """
     accumulation = _at_least_one(gradient_accumulation_steps)
-    log_likelihood = aggregate_token_losses(
-        policy_log_probs, response_mask, "constant", normalize_constant=normalize_constant
-    )
-    return -log_likelihood / accumulation, {
+    losses = compute_cross_entropy_loss(policy_log_probs, response_mask=response_mask)
+    loss = aggregate_token_losses(losses, response_mask, "constant", normalize_constant=normalize_constant)
+    return loss / accumulation, {
         "response_tokens": response_mask.sum().to(torch.float32),
         "nll": _mean_over_tokens(-policy_log_probs.detach(), response_mask),
     }
@@ -65,11 +122,13 @@ def grpo_microbatch_loss(
     *,
     aggregation: AggregationName = "sequence_mean",
     normalize_constant: float | None = None,
+    group_sizes: GroupSizes | None = None,
 ) -> tuple[Float[Tensor, ""], Metadata]:
     r"""$L = \frac{1}{K} \sum_{it} w_{it} m_{it} \ell_{it}$: one of $K$ micro-batches' share in the loss of a step.
 
-    The gradients of the $K$ shares add up to the gradient of the whole batch. For "sequence_mean" and "constant" that
-    takes micro-batches of equal size; "token_mean" is not divided by $K$, for its constant counts the tokens of all.
+    The gradients of the $K$ shares add up to the gradient of the whole batch. For all but "token_mean" that takes
+    micro-batches of equal size; "token_mean" is not divided by $K$, for its constant counts the tokens of all. Where
+    micro-batches differ, weigh the whole step with `compute_token_weights` and use `compose_policy_loss`.
 
     Differentiable in `policy_log_probs` alone; gradient exactly 0 outside the mask. No value outside the mask is ever
     read, in any argument. A response without tokens adds 0 and still counts.
@@ -85,6 +144,7 @@ def grpo_microbatch_loss(
         cliprange: $\epsilon$, for "grpo_clip".
         aggregation: the $w$ of `aggregate_token_losses`.
         normalize_constant: the $C$ of `aggregate_token_losses`, in tokens.
+        group_sizes: for "prompt_mean", the number of responses to each question.
 
     Returns:
         The loss, and detached scalars, means over the response tokens (0 if there are none): `response_tokens` (their
@@ -115,7 +175,13 @@ def grpo_microbatch_loss(
     token_losses, per_token = compute_policy_gradient_loss(
         policy_log_probs, loss_type, raw_rewards, advantages, old_log_probs, cliprange
     )
-    loss = aggregate_token_losses(token_losses, response_mask, aggregation, normalize_constant=normalize_constant)
+    loss = aggregate_token_losses(
+        token_losses,
+        response_mask,
+        aggregation,
+        normalize_constant=normalize_constant,
+        group_sizes=group_sizes,
+    )
     metadata = {"response_tokens": response_mask.sum().to(torch.float32)}
     if "is_clipped" in per_token:
         metadata["clip_fraction"] = _mean_over_tokens(per_token["is_clipped"].to(torch.float32), response_mask)
@@ -161,6 +227,7 @@ def grpo_microbatch_train_step(
     *,
     aggregation: AggregationName = "sequence_mean",
     normalize_constant: float | None = None,
+    group_sizes: GroupSizes | None = None,
 ) -> tuple[Float[Tensor, ""], Metadata]:
     r"""$L$ of `grpo_microbatch_loss`, then $\nabla L$ added to the gradients of whatever made `policy_log_probs`.
 
@@ -184,6 +251,7 @@ def grpo_microbatch_train_step(
         cliprange,
         aggregation=aggregation,
         normalize_constant=normalize_constant,
+        group_sizes=group_sizes,
     )
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach(), metadata

@@ -70,10 +70,12 @@ def token_loss(
 
 
 def token_weight(aggregation: str, row: int, masks: list[list[bool]], constant: float) -> float:
-    """What one response token of the row counts in the loss of the batch."""
+    """What one response token of the row counts in the loss of the batch, each response a group of its own."""
     return {
         "sequence_mean": 1 / (len(masks) * max(1, sum(masks[row]))),
         "token_mean": 1 / constant,
+        "prompt_mean": 1 / (len(masks) * max(1, sum(masks[row]))),
+        "sequence_sum": 1 / len(masks),
         "constant": 1 / (len(masks) * constant),
     }[aggregation]
 

@@ -9,8 +9,17 @@ from torch.testing import assert_close
 
 from grpo_core import (
     aggregate_token_losses,
+    compose_policy_loss,
     compute_group_normalized_rewards,
+    compute_importance_ratios,
+    compute_leave_one_out_advantages,
+    compute_maxrl_advantages,
+    compute_naive_policy_gradient_loss,
+    compute_pkpo_advantages,
     compute_policy_gradient_loss,
+    compute_remax_advantages,
+    compute_reward_to_go,
+    estimate_kl,
     grpo_microbatch_loss,
     select_log_probs,
 )
@@ -110,3 +119,135 @@ def test_the_group_mean_costs_a_known_factor(parameters, rewards, size):
     expected_reward = (policy.softmax(dim=1) * rewards).sum()
     (expected,) = torch.autograd.grad(expected_reward, policy)
     assert_close(actual, -(size - 1) / size * expected, rtol=1e-5, atol=1e-7)
+
+
+def grouped_gradient(estimator, parameters, rewards, size):
+    """E over every group of G one-token responses of mean_i A_i grad log pi(o_i), as an ascent direction."""
+    policy = parameters.clone().requires_grad_()
+    log_probs = policy.log_softmax(dim=1)[0]
+    total = torch.zeros((), dtype=torch.float64)
+    for group in itertools.product(range(VOCAB), repeat=size):
+        picked = log_probs[torch.tensor(group)]
+        advantages = estimator(rewards[torch.tensor(group)], size)
+        total = total + picked.sum().exp().detach() * (advantages * picked).mean()
+    return torch.autograd.grad(total, policy)[0]
+
+
+ONE_TOKEN = tensors((1, VOCAB), floats(-2, 2))
+
+
+@fewer
+@given(ONE_TOKEN, tensors((VOCAB,), floats(-2, 2)), st.integers(2, 4))
+def test_leave_one_out_is_unbiased(parameters, rewards, size):
+    policy = parameters.clone().requires_grad_()
+    (expected,) = torch.autograd.grad((policy.softmax(dim=1) * rewards).sum(), policy)
+    actual = grouped_gradient(compute_leave_one_out_advantages, parameters, rewards, size)
+    assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+@fewer
+@given(ONE_TOKEN, tensors((VOCAB,), floats(-2, 2)), st.integers(2, 4), st.data())
+def test_pkpo_is_unbiased_for_the_best_of_k(parameters, rewards, size, data):
+    k = data.draw(st.integers(1, size))
+    policy = parameters.clone().requires_grad_()
+    probabilities = policy.softmax(dim=1)[0]
+    best = sum(
+        probabilities[torch.tensor(draws)].prod() * rewards[torch.tensor(draws)].max()
+        for draws in itertools.product(range(VOCAB), repeat=k)
+    )
+    (expected,) = torch.autograd.grad(best, policy)
+    actual = grouped_gradient(lambda r, n: compute_pkpo_advantages(r, n, k), parameters, rewards, size)
+    assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+@fewer
+@given(ONE_TOKEN, st.sampled_from([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]), st.integers(2, 4))
+def test_maxrl_climbs_the_logarithm_of_success_term_by_term(parameters, rewards, size):
+    """G - 1 terms of grad log p = sum_k (1 - p)^(k-1) grad p: the mean of the group costs the last one."""
+    rewards = torch.tensor(rewards, dtype=torch.float64)
+    policy = parameters.clone().requires_grad_()
+    success = (policy.softmax(dim=1) * rewards).sum()
+    (expected,) = torch.autograd.grad(-sum((1 - success) ** k / k for k in range(1, size)), policy)
+    actual = grouped_gradient(compute_maxrl_advantages, parameters, rewards, size)
+    assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+def kl_gradient(estimator, policy, reference, sampler):
+    """The expected gradient of an estimate used as a loss, one token per response, sampled from `sampler`."""
+    policy = policy.clone().requires_grad_()
+    current, fixed, old = (x.log_softmax(dim=1).T for x in (policy, reference, sampler))
+    values = estimate_kl(current, fixed, estimator, old_log_probs=old)
+    return torch.autograd.grad((old.exp().detach() * values).sum(), policy)[0]
+
+
+def divergence_gradient(policy, reference, *, reverse):
+    policy = policy.clone().requires_grad_()
+    p, q = policy.log_softmax(dim=1), reference.log_softmax(dim=1)
+    value = (p.exp() * (p - q)).sum() if reverse else (q.exp() * (q - p)).sum()
+    return torch.autograd.grad(value, policy)[0]
+
+
+@given(ONE_TOKEN, ONE_TOKEN)
+def test_which_divergence_each_estimate_descends(policy, reference):
+    gradients = {name: kl_gradient(name, policy, reference, policy) for name in ("k1", "k2", "k3", "ratio_k3")}
+    reverse = divergence_gradient(policy, reference, reverse=True)
+    assert_close(gradients["k1"], torch.zeros_like(policy), rtol=0, atol=1e-12)
+    assert_close(gradients["k2"], reverse, rtol=1e-9, atol=1e-12)
+    assert_close(gradients["k3"], divergence_gradient(policy, reference, reverse=False), rtol=1e-9, atol=1e-12)
+    assert_close(gradients["ratio_k3"], reverse, rtol=1e-9, atol=1e-12)
+
+
+@given(ONE_TOKEN, ONE_TOKEN, ONE_TOKEN)
+def test_the_ratio_keeps_the_divergence_off_policy(policy, reference, sampler):
+    """Sampled from another policy, ratio_k3 still descends KL(policy || reference), and has it as its mean."""
+    actual = kl_gradient("ratio_k3", policy, reference, sampler)
+    assert_close(actual, divergence_gradient(policy, reference, reverse=True), rtol=1e-9, atol=1e-12)
+    current, fixed, old = (x.log_softmax(dim=1).T for x in (policy, reference, sampler))
+    mean = (old.exp() * estimate_kl(current, fixed, "ratio_k3", old_log_probs=old)).sum().item()
+    expected = reference_kl(policy, reference)
+    assert_close(mean, expected, rtol=1e-9, atol=1e-12)
+    for name in ("k1", "k3"):
+        mean = (current.exp() * estimate_kl(current, fixed, name)).sum().item()
+        assert_close(mean, expected, rtol=1e-9, atol=1e-12)
+
+
+def reference_kl(policy, other):
+    return reference.kl(policy.softmax(dim=1)[0].tolist(), other.softmax(dim=1)[0].tolist())
+
+
+@given(PARAMETERS, PARAMETERS, floats(0, 2))
+def test_a_penalty_in_the_reward_descends_the_divergence_of_whole_responses(parameters, other, beta):
+    """A = -beta * reward-to-go of k1 has -beta grad KL(pi || ref) over two tokens as its policy gradient."""
+    policy = parameters.clone().requires_grad_()
+    log_probs, fixed = log_probs_of(policy, RESPONSES), log_probs_of(other, RESPONSES)
+    penalty = beta * compute_reward_to_go(estimate_kl(log_probs, fixed, "k1"), MASK)
+    losses = compute_naive_policy_gradient_loss(-penalty, log_probs)
+    weights = log_probs.sum(dim=1, keepdim=True).exp().detach()
+    (actual,) = torch.autograd.grad((weights * losses).sum(), policy)
+    whole = log_probs_of(policy, RESPONSES).sum(dim=1)
+    divergence = (whole.exp() * (whole - fixed.sum(dim=1))).sum()
+    (expected,) = torch.autograd.grad(beta * divergence, policy)
+    assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+@given(PARAMETERS, PARAMETERS, REWARDS)
+def test_sequence_ratios_make_up_for_another_sampler(parameters, sampler, rewards):
+    """E over the sampler of the product ratio times REINFORCE is the gradient of E[R]: only variance is lost."""
+    policy = parameters.clone().requires_grad_()
+    log_probs, drawn = log_probs_of(policy, RESPONSES), log_probs_of(sampler, RESPONSES)
+    ratios = compute_importance_ratios(log_probs, drawn, MASK, "sequence")
+    losses = compute_naive_policy_gradient_loss(rewards, log_probs)
+    loss = compose_policy_loss(losses, drawn.sum(dim=1, keepdim=True).exp().expand(-1, 2), importance_weights=ratios)
+    (actual,) = torch.autograd.grad(loss, policy)
+    assert_close(actual, -gradient_of_expected_reward(parameters, rewards), rtol=1e-9, atol=1e-12)
+
+
+@given(PARAMETERS, REWARDS)
+def test_a_baseline_of_the_questions_own_costs_nothing(parameters, rewards):
+    """ReMax: the greedy reward does not depend on the sample, so the expected gradient is that of the reward."""
+    greedy = rewards[log_probs_of(parameters, RESPONSES).sum(dim=1).argmax()]
+    advantages = compute_remax_advantages(rewards[:, 0], len(RESPONSES), greedy)[:, None]
+    policy = parameters.clone().requires_grad_()
+    loss = expected_loss("reinforce_with_baseline", policy, parameters, advantages)
+    (actual,) = torch.autograd.grad(loss, policy)
+    assert_close(actual, -gradient_of_expected_reward(parameters, rewards), rtol=1e-9, atol=1e-9)

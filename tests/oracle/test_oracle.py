@@ -35,7 +35,7 @@ from tests.strategies import (
 from tests.tiny import CHARACTERS, make_tiny_policy, make_tiny_tokenizer
 
 LOSS_TYPES = st.sampled_from(["no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_clip"])
-AGGREGATIONS = st.sampled_from(["sequence_mean", "token_mean", "constant"])
+AGGREGATIONS = st.sampled_from(["sequence_mean", "token_mean", "prompt_mean", "sequence_sum", "constant"])
 TEMPERATURES = st.sampled_from([0.5, 1.0, 2.0])
 WORDS = st.text(CHARACTERS, max_size=6)
 
@@ -145,7 +145,7 @@ def test_token_losses_and_their_gradient(batch: Batch, loss_type):
 @given(batches(), CLIPRANGES)
 def test_is_clipped(batch: Batch, cliprange):
     _, metadata = compute_grpo_clip_loss(batch.advantages, batch.policy_log_probs, batch.old_log_probs, cliprange)
-    assert list(metadata) == ["is_clipped"]
+    assert set(metadata) == {"is_clipped", "is_clipped_low", "is_clipped_high"}
     for row, column in torch.cartesian_prod(*map(torch.arange, batch.policy_log_probs.shape)).tolist():
         binds = reference.clip_binds(
             batch.advantages[row, 0].item(),
@@ -159,7 +159,7 @@ def test_is_clipped(batch: Batch, cliprange):
 @given(batches(), AGGREGATIONS, floats(0.5, 9))
 def test_aggregation_and_its_weights(batch: Batch, aggregation, constant):
     losses, mask = batch.policy_log_probs.requires_grad_(), batch.response_mask
-    total = aggregate_token_losses(losses, mask, aggregation, normalize_constant=constant)
+    total = aggregate_token_losses(losses, mask, aggregation, normalize_constant=constant, group_sizes=1)
     total.backward()
     close(total.item(), reference.aggregate(losses.tolist(), mask.tolist(), aggregation, constant))
     weights = [reference.token_weight(aggregation, row, mask.tolist(), constant) for row in range(len(mask))]

@@ -68,7 +68,8 @@ def test_a_constant_group_has_no_advantage_at_all(constant, size, by_std, dtype,
 
 
 @given(grouped_rewards(), BY_STD, st.sampled_from([0.0, 1e-6, 1e-4]))
-def test_bit_for_bit_the_plain_formula_in_float32(inputs, by_std, eps):
+def test_the_plain_formula_in_float32_to_its_last_place(inputs, by_std, eps):
+    """Computed in float64 and rounded once: the float32 formula is off by its own rounding."""
     rewards, size = inputs[0].float(), inputs[1]
     groups = grouped(rewards, size)
     plain = groups - groups.mean(dim=1, keepdim=True)
@@ -76,7 +77,8 @@ def test_bit_for_bit_the_plain_formula_in_float32(inputs, by_std, eps):
         plain = plain / (groups.std(dim=1, keepdim=True) + eps)
     plain = torch.where(groups.amax(dim=1, keepdim=True) > groups.amin(dim=1, keepdim=True), plain, 0.0)
     advantages = normalize_group_rewards(rewards, size, advantage_eps=eps, normalize_by_std=by_std)
-    assert torch.equal(advantages, plain.flatten())
+    assert advantages.dtype == torch.float32
+    assert_close(advantages, plain.flatten(), rtol=1e-6, atol=1e-6)
 
 
 @given(grouped_rewards())

@@ -1,217 +1,376 @@
-"""One battery over every loss type and aggregation: a new member of either Literal is tested unasked."""
+"""One battery over every objective and every aggregation. A new `compute_*_loss` is tested unasked.
 
-from dataclasses import replace
+Members are found by name, their arguments by the names of their parameters: a member with a parameter that
+`arguments_of` does not know, or without an oracle in tests/oracle/objectives.py, turns these tests red.
+"""
+
+import inspect
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from grpo_core import Aggregation, LossType, grpo_microbatch_loss, grpo_microbatch_train_step
-from tests.oracle import reference
-from tests.strategies import GARBAGE, Batch, batches, fewer, tensors
+import grpo_core
+from grpo_core import Aggregation, compute_sequence_weights, compute_token_weights, sum_weighted_losses
+from tests.oracle import objectives as oracle
+from tests.strategies import GARBAGE, SHAPES, floats, masks, response_masks, tensors
 
-MEMBERS = pytest.mark.parametrize(
-    ("loss_type", "aggregation"), [(loss, agg) for loss in get_args(LossType) for agg in get_args(Aggregation)]
-)
-# In tokens; any positive number does.
+# The door to four of the others, by the name of a loss type: tests/property/test_steps.py.
+DOORS = {"compute_policy_gradient_loss"}
+MEMBERS = {
+    name: getattr(grpo_core, name)
+    for name in grpo_core.__all__
+    if name.startswith("compute_") and name.endswith("_loss") and name not in DOORS
+}
+PARAMETERS = {name: set(inspect.signature(member).parameters) for name, member in MEMBERS.items()}
+OF_RESPONSES = {"compute_gspo_loss", "compute_gmpo_loss", "compute_luspo_loss"}
+"""Members with one loss per response; everything else has one per token."""
+ONE_ADVANTAGE = OF_RESPONSES | {"compute_vespo_loss"}
+STOPPED = {"compute_cispo_loss", "compute_vespo_loss", "compute_gspo_token_loss"}
+"""Members whose gradient is defined by a stop-gradient and is not that of their value: the oracle has it."""
+PAIRS = [(name, "sequence") for name in sorted(OF_RESPONSES)] + [
+    (name, aggregation) for name in sorted(MEMBERS.keys() - OF_RESPONSES) for aggregation in get_args(Aggregation)
+]
+EACH = pytest.mark.parametrize(("name", "aggregation"), PAIRS)
+EACH_MEMBER = pytest.mark.parametrize("name", sorted(MEMBERS))
 CONSTANT = 7.0
+# Each law runs once per objective and aggregation: as a whole it sees five times the examples of a profile.
+fewer = settings(max_examples=max(5, settings.default.max_examples // 12))
+# What keeps away from a kink of every clip: on-policy, nothing is clipped and every slope is that of REINFORCE.
+HYPER = {
+    "cliprange": st.sampled_from([0.1, 0.2, 0.5]),
+    "cliprange_high": st.sampled_from([None, 0.28, 0.05]),
+    "dual_clip": st.sampled_from([None, 1.5, 3.0]),
+    "ratio_low": st.sampled_from([0.0, 0.8]),
+    "ratio_high": st.sampled_from([1.2, 5.0]),
+    "temperature_positive": st.sampled_from([1.0, 0.5]),
+    "temperature_negative": st.sampled_from([1.05, 2.0]),
+    "threshold_low": st.sampled_from([0.05, 0.2]),
+    "threshold_high": st.sampled_from([0.05, 0.3]),
+    "threshold": st.sampled_from([0.01, 0.1]),
+    "kl_coef": st.sampled_from([0.0, 0.1, 1.0]),
+    "positive": st.sampled_from([(2.0, 3.0), (1.0, 1.0)]),
+    "negative": st.sampled_from([(3.0, 2.0), (1.0, 2.0)]),
+}
+TENSORS = {
+    "advantages",
+    "raw_rewards_or_advantages",
+    "policy_log_probs",
+    "old_log_probs",
+    "response_mask",
+    "penalized",
+}
 
 
-def run(batch: Batch, loss_type: str, aggregation: str, steps: int = 1) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+@dataclass(frozen=True)
+class Case:
+    """The responses of one optimizer step, group after group."""
+
+    policy: Tensor
+    old: Tensor
+    advantages: Tensor
+    mask: Tensor
+    penalized: Tensor
+    sizes: list[int]
+    hyper: dict
+
+    def rows(self, index: list[int]) -> "Case":
+        picked = {key: getattr(self, key)[index] for key in ("policy", "old", "advantages", "mask", "penalized")}
+        return replace(self, **picked)
+
+
+@st.composite
+def cases(draw, name: str) -> Case:
+    """Ragged responses, some empty, from a policy that has moved since by up to 1 nat a token either way."""
+    rows, seq = shape = draw(SHAPES)
+    old = draw(tensors(shape, floats(-4, -1.1)))
+    columns = 1 if name in ONE_ADVANTAGE or draw(st.booleans()) else seq
+    split = draw(st.integers(0, rows))
+    return Case(
+        policy=old + draw(tensors(shape, floats(-1, 1))),
+        old=old,
+        advantages=draw(tensors((rows, columns), floats(-2, 2))),
+        mask=draw(response_masks(shape)),
+        penalized=draw(masks(shape)),
+        sizes=[size for size in (split, rows - split) if size],
+        hyper={key: draw(HYPER[key]) for key in sorted(PARAMETERS[name] - TENSORS)},
+    )
+
+
+def losses_of(name: str, case: Case, policy: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Call the member with what it asks for by name."""
+    offered = {
+        "advantages": case.advantages,
+        "raw_rewards_or_advantages": case.advantages,
+        "policy_log_probs": case.policy if policy is None else policy,
+        "old_log_probs": case.old,
+        "response_mask": case.mask,
+        "penalized": case.penalized,
+        **case.hyper,
+    }
+    result = MEMBERS[name](**{key: offered[key] for key in PARAMETERS[name]})
+    return result if isinstance(result, tuple) else (result, {})
+
+
+def weights_of(aggregation: str, case: Case, **options) -> Tensor:
+    if aggregation == "sequence":
+        return compute_sequence_weights(case.mask, **options)
+    return compute_token_weights(
+        case.mask,
+        aggregation,
+        normalize_constant=None if aggregation == "token_mean" else CONSTANT,
+        group_sizes=case.sizes,
+        **options,
+    )
+
+
+def run(name: str, case: Case, weights: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Loss, its gradient in the log-probabilities, and the metadata."""
-    policy = batch.policy_log_probs.detach().clone().requires_grad_()
-    loss, metadata = grpo_microbatch_train_step(
-        policy,
-        batch.response_mask,
-        steps,
-        loss_type,
-        batch.raw_rewards,
-        batch.advantages,
-        batch.old_log_probs,
-        batch.cliprange,
-        aggregation=aggregation,
-        normalize_constant=CONSTANT,
-    )
-    return loss, policy.grad, metadata
+    policy = case.policy.detach().clone().requires_grad_()
+    losses, metadata = losses_of(name, case, policy)
+    loss = sum_weighted_losses(losses, weights)
+    loss.backward()
+    return loss.detach(), policy.grad, metadata
 
 
-def assert_same(actual, expected, rtol: float = 1e-12, atol: float = 1e-12) -> None:
-    for one, other in zip(actual, expected, strict=True):
-        assert_close(one, other, rtol=rtol, atol=atol)
+def far_from_kinks(name: str, case: Case) -> bool:
+    """No ratio within 1e-6 of where the oracle and the function may fall on different sides."""
+    edges = [1.0 + sign * value for value in case.hyper.values() if isinstance(value, float) for sign in (-1, 1)]
+    edges += [value for value in case.hyper.values() if isinstance(value, float) and value > 0]
+    log_ratio = torch.where(case.mask, case.policy - case.old, 0.0)
+    means = log_ratio.sum(1) / case.mask.sum(1).clamp(min=1)
+    moved = torch.where(case.mask, case.policy.exp() - case.old.exp(), 0.0)
+    values = torch.cat([log_ratio.flatten(), log_ratio.exp().flatten(), means, means.exp(), moved.flatten()])
+    return all((values.abs() - abs(edge)).abs().min() > 1e-6 for edge in edges)
 
 
-@MEMBERS
+@EACH
 @fewer
-@given(batch=batches(), steps=st.integers(1, 3))
-def test_matches_the_scalar_reference(loss_type, aggregation, batch, steps):
-    loss, gradient, _ = run(batch, loss_type, aggregation, steps)
-    mask = batch.response_mask.tolist()
-    share = 1 if aggregation == "token_mean" else steps
-    total = 0.0
-    for row, column in torch.cartesian_prod(*map(torch.arange, gradient.shape)).tolist():
-        weight = reference.token_weight(aggregation, row, mask, CONSTANT) / share if mask[row][column] else 0.0
-        value, slope = reference.token_loss(
-            loss_type,
-            batch.raw_rewards[row, 0].item(),
-            batch.advantages[row, 0].item(),
-            batch.policy_log_probs[row, column].item(),
-            batch.old_log_probs[row, column].item(),
-            batch.cliprange,
-        )
-        total += weight * value
-        assert_close(gradient[row, column].item(), weight * slope, rtol=1e-10, atol=1e-12)
+@given(data=st.data())
+def test_value_slope_and_flags_are_the_oracles(name, aggregation, data):
+    """Autograd gives w * g, with w and g by their definitions; the metadata tell which side of a bound binds."""
+    case = data.draw(cases(name))
+    assume(far_from_kinks(name, case))
+    loss, gradient, metadata = run(name, case, weights_of(aggregation, case))
+    rows, seq = case.mask.shape
+    everything = [[True] * seq] * rows
+    weights = oracle.weights(aggregation, case.mask.tolist(), everything, CONSTANT, case.sizes, "count", "count")
+    advantages = case.advantages.expand(rows, seq)
+    total, expected = 0.0, torch.zeros_like(gradient)
+    for row in range(rows):
+        places = case.mask[row].nonzero().flatten().tolist()
+        if not places:
+            continue
+        tokens = [part[row, places].tolist() for part in (case.policy, case.old, advantages, case.penalized)]
+        values, slopes, flags = oracle.response_oracle(name, *tokens, case.hyper)
+        if name in OF_RESPONSES:
+            values = [values / len(places)] * len(places)
+        for index, place in enumerate(places):
+            weight = weights[row][0 if name in OF_RESPONSES else place]
+            total += weight * values[index]
+            expected[row, place] = weight * slopes[index]
+            of_place = flags if isinstance(flags, dict) else flags[index]
+            assert set(metadata) == set(of_place)
+            for key, flag in of_place.items():
+                found = metadata[key][row]
+                assert found[0 if len(found) == 1 else place].item() == flag, key
     assert_close(loss.item(), total, rtol=1e-10, atol=1e-12)
+    assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
 
 
-@MEMBERS
+@EACH
 @fewer
-@given(batch=batches())
-def test_micro_batches_of_one_add_up_to_the_batch(loss_type, aggregation, batch):
-    """k x 1 accumulated = 1 x k at once: losses and gradients, over ragged masks and empty responses."""
-    rows = len(batch.response_mask)
-    shares = [run(batch.rows(slice(row, row + 1)), loss_type, aggregation, rows) for row in range(rows)]
-    loss, gradient, _ = run(batch, loss_type, aggregation)
-    assert_same([sum(share[0] for share in shares), torch.cat([share[1] for share in shares])], [loss, gradient])
+@given(data=st.data())
+def test_any_split_and_any_order_give_the_same(name, aggregation, data):
+    """Weights are those of the step; micro-batches of any sizes, in any order, on any rank, add up to it."""
+    case = data.draw(cases(name))
+    order = data.draw(st.permutations(range(len(case.mask))))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(order)), max_size=3)))
+    weights = weights_of(aggregation, case)
+    loss, gradient, metadata = run(name, case, weights)
+    total, rows, pieces, flags = torch.zeros_like(loss), [], [], []
+    for start, end in zip([0, *cuts], [*cuts, len(order)], strict=True):
+        if part := order[start:end]:
+            share, piece, described = run(name, case.rows(part), weights[part])
+            total = total + share
+            rows += part
+            pieces.append(piece)
+            flags.append(described)
+    assert_close(total, loss, rtol=1e-12, atol=1e-12)
+    assert_close(torch.cat(pieces), gradient[rows], rtol=1e-12, atol=1e-12)
+    for key, whole in metadata.items():
+        assert torch.equal(torch.cat([part[key] for part in flags]), whole[rows])
 
 
-@pytest.mark.parametrize("loss_type", get_args(LossType))
+@EACH
 @fewer
-@given(batch=batches(), data=st.data())
-def test_token_mean_takes_micro_batches_of_any_size(loss_type, batch, data):
-    rows = len(batch.response_mask)
-    cut = data.draw(st.integers(0, rows))
-    steps = data.draw(st.integers(1, 3))
-    shares = [run(batch.rows(part), loss_type, "token_mean", steps) for part in (slice(cut), slice(cut, None))]
-    loss, gradient, _ = run(batch, loss_type, "token_mean")
-    assert_same([shares[0][0] + shares[1][0], torch.cat([share[1] for share in shares])], [loss, gradient])
-
-
-@MEMBERS
-@fewer
-@given(batch=batches(), data=st.data())
-def test_content_under_the_mask_is_never_read(loss_type, aggregation, batch, data):
-    """NaN, infinities and huge numbers outside the mask: the same bits in value, gradient and metadata."""
-    mask = batch.response_mask
-    garbage = [data.draw(tensors(tuple(mask.shape), GARBAGE)) for _ in range(2)]
-    empty = ~mask.any(dim=1, keepdim=True)
+@given(data=st.data())
+def test_content_under_the_mask_is_never_read(name, aggregation, data):
+    """NaN, infinities and huge numbers there: the same bits in value, gradient and metadata; gradient exactly 0."""
+    case = data.draw(cases(name))
+    mask = case.mask
+    garbage = [data.draw(tensors(tuple(mask.shape), GARBAGE)) for _ in range(3)]
+    hidden = ~mask.any(dim=1, keepdim=True) if case.advantages.shape[1] == 1 else ~mask
     spoiled = replace(
-        batch,
-        policy_log_probs=torch.where(mask, batch.policy_log_probs, garbage[0]),
-        old_log_probs=torch.where(mask, batch.old_log_probs, garbage[1]),
-        advantages=torch.where(empty, garbage[0][:, :1], batch.advantages),
-        raw_rewards=torch.where(empty, garbage[1][:, :1], batch.raw_rewards),
+        case,
+        policy=torch.where(mask, case.policy, garbage[0]),
+        old=torch.where(mask, case.old, garbage[1]),
+        advantages=torch.where(hidden, garbage[2][:, : case.advantages.shape[1]], case.advantages),
+        penalized=case.penalized & mask,
     )
-    loss, gradient, metadata = run(spoiled, loss_type, aggregation)
-    expected_loss, expected_gradient, expected_metadata = run(batch, loss_type, aggregation)
-    assert_same([loss, gradient], [expected_loss, expected_gradient], rtol=0, atol=0)
-    assert_close(metadata, expected_metadata, rtol=0, atol=0)
+    weights = weights_of(aggregation, case)
+    (loss, gradient, metadata), expected = run(name, spoiled, weights), run(name, case, weights)
+    assert torch.equal(loss, expected[0])
+    assert torch.equal(gradient, expected[1])
     assert (gradient[~mask] == 0.0).all()
+    for key, value in metadata.items():
+        assert torch.equal(value, expected[2][key])
+        assert value.dtype == torch.bool
+        assert not value[~mask if value.shape == mask.shape else ~mask.any(dim=1, keepdim=True)].any()
 
 
-@MEMBERS
+@EACH
 @fewer
-@given(batch=batches(), data=st.data())
-def test_padding_columns_change_nothing(loss_type, aggregation, batch, data):
+@given(data=st.data())
+def test_padding_columns_change_nothing(name, aggregation, data):
+    case = data.draw(cases(name))
     left, right = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 3))
 
     def pad(tensor: Tensor, value: float) -> Tensor:
         return torch.nn.functional.pad(tensor, (left, right), value=value)
 
+    wide = case.advantages.shape[1] == case.mask.shape[1] > 1
     padded = replace(
-        batch,
-        policy_log_probs=pad(batch.policy_log_probs, data.draw(GARBAGE)),
-        old_log_probs=pad(batch.old_log_probs, data.draw(GARBAGE)),
-        response_mask=pad(batch.response_mask, False),
+        case,
+        policy=pad(case.policy, data.draw(GARBAGE)),
+        old=pad(case.old, data.draw(GARBAGE)),
+        advantages=pad(case.advantages, data.draw(GARBAGE)) if wide else case.advantages,
+        mask=pad(case.mask, False),
+        penalized=pad(case.penalized, True),
     )
-    loss, gradient, metadata = run(padded, loss_type, aggregation)
-    expected_loss, expected_gradient, expected_metadata = run(batch, loss_type, aggregation)
-    assert_same([loss, gradient], [expected_loss, pad(expected_gradient, 0.0)])
-    assert_close(metadata, expected_metadata, rtol=1e-6, atol=1e-12)
+    loss, gradient, _ = run(name, padded, weights_of(aggregation, padded))
+    expected_loss, expected_gradient, _ = run(name, case, weights_of(aggregation, case))
+    assert_close(loss, expected_loss, rtol=1e-12, atol=1e-12)
+    assert_close(gradient, pad(expected_gradient, 0.0), rtol=1e-12, atol=1e-12)
 
 
-@MEMBERS
+@pytest.mark.parametrize(("name", "aggregation"), [pair for pair in PAIRS if pair[0] not in STOPPED])
 @fewer
-@given(batch=batches(), data=st.data())
-def test_the_order_of_the_responses_does_not_matter(loss_type, aggregation, batch, data):
-    order = torch.tensor(data.draw(st.permutations(range(len(batch.response_mask)))))
-    loss, gradient, metadata = run(batch.rows(order), loss_type, aggregation)
-    expected_loss, expected_gradient, expected_metadata = run(batch, loss_type, aggregation)
-    assert_same([loss, gradient], [expected_loss, expected_gradient[order]])
-    assert_close(metadata, expected_metadata, rtol=1e-6, atol=1e-12)
-
-
-@MEMBERS
-@fewer
-@given(batch=batches())
-def test_gradient_reaches_the_policy_alone(loss_type, aggregation, batch):
-    for tensor in (batch.policy_log_probs, batch.old_log_probs, batch.advantages, batch.raw_rewards):
-        tensor.requires_grad_()
-    loss, metadata = grpo_microbatch_loss(
-        batch.policy_log_probs,
-        batch.response_mask,
-        1,
-        loss_type,
-        batch.raw_rewards,
-        batch.advantages,
-        batch.old_log_probs,
-        batch.cliprange,
-        aggregation=aggregation,
-        normalize_constant=CONSTANT,
+@given(data=st.data())
+def test_the_gradient_is_that_of_the_value(name, aggregation, data):
+    """Finite differences."""
+    case = data.draw(cases(name))
+    assume(far_from_kinks(name, case))
+    if name == "compute_kl_cov_loss":
+        assume(((case.policy - case.old).abs() > 1e-3).all())
+    weights = weights_of(aggregation, case)
+    policy = case.policy.clone().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda log_probs: sum_weighted_losses(losses_of(name, case, log_probs)[0], weights), policy, fast_mode=True
     )
-    loss.backward()
-    assert batch.policy_log_probs.grad is not None
-    assert batch.old_log_probs.grad is batch.advantages.grad is batch.raw_rewards.grad is None
+
+
+@EACH
+@fewer
+@given(data=st.data())
+def test_gradient_reaches_the_policy_alone(name, aggregation, data):
+    case = data.draw(cases(name))
+    weights = weights_of(aggregation, case)
+    inputs = [tensor.requires_grad_() for tensor in (case.policy, case.old, case.advantages, weights)]
+    losses, metadata = losses_of(name, case)
+    sum_weighted_losses(losses, weights).backward()
+    assert inputs[0].grad is not None
+    assert inputs[1].grad is inputs[2].grad is inputs[3].grad is None
     assert not any(value.requires_grad for value in metadata.values())
 
 
-@pytest.mark.parametrize("loss_type", get_args(LossType))
-@fewer
-@given(batch=batches())
-def test_metadata(loss_type, batch):
-    """Means over response tokens of what the reference says of each; 0 where there is none."""
-    _, _, metadata = run(batch, loss_type, "sequence_mean")
-    places = batch.response_mask.nonzero().tolist()
-    tokens = [(batch.policy_log_probs[i, j].item(), batch.old_log_probs[i, j].item()) for i, j in places]
-    count = max(1, len(tokens))
-    expected = {
-        "response_tokens": float(len(tokens)),
-        "mean_ratio": sum(reference.math.exp(policy - old) for policy, old in tokens) / count,
-        "approx_kl": sum(reference.k3(*token) for token in tokens) / count,
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gap", [1e4, -1e4])
+@pytest.mark.parametrize("advantage", [1.0, -1.0, 0.0])
+def test_wild_ratios_give_finite_numbers(name, aggregation, dtype, gap, advantage):
+    """A ratio of exp(10000) either way, alone and beside an ordinary token; and a batch of nothing but padding."""
+    old = torch.tensor([[-1.0 - abs(gap), -1.0], [-1.0, -1.0], [-1.0, -1.0]], dtype=dtype)
+    moved = torch.tensor([[gap, 0.0], [0.0, 0.5], [0.0, 0.0]], dtype=dtype)
+    mask = torch.tensor([[True, True], [True, True], [False, False]])
+    hyper = {
+        key: {"cliprange_high": None, "dual_clip": None, "ratio_low": 0.0, "ratio_high": 5.0}.get(key, 0.2)
+        for key in PARAMETERS[name] - TENSORS
     }
-    if loss_type == "grpo_clip":
-        advantages = [batch.advantages[i, 0].item() for i, _ in places]
-        binds = [reference.clip_binds(a, *t, batch.cliprange) for a, t in zip(advantages, tokens, strict=True)]
-        expected["clip_fraction"] = sum(binds) / count
-    assert set(metadata) == set(expected)
-    for name, value in metadata.items():
-        assert value.shape == ()
-        assert_close(value.item(), expected[name], rtol=1e-6, atol=1e-9)
+    hyper |= {key: (2.0, 3.0) for key in ("positive", "negative") if key in hyper}
+    case = Case(
+        policy=torch.minimum(old + moved, torch.tensor(-1e-3, dtype=dtype)),
+        old=old,
+        advantages=torch.full((3, 1), advantage, dtype=dtype),
+        mask=mask,
+        penalized=mask,
+        sizes=[3],
+        hyper=hyper,
+    )
+    for batch in (case, replace(case, mask=torch.zeros_like(mask))):
+        loss, gradient, _ = run(name, batch, weights_of(aggregation, batch))
+        assert loss.dtype == dtype
+        assert loss.isfinite()
+        assert gradient.isfinite().all()
+        if not batch.mask.any():
+            assert loss == 0
 
 
-@MEMBERS
+@EACH
 @fewer
-@given(batch=batches())
-def test_the_gradient_is_that_of_the_value(loss_type, aggregation, batch):
-    """Finite differences; where the range is 0 the clip has its kink at every ratio of 1, so that case sits out."""
-    policy = batch.policy_log_probs.requires_grad_()
-    cliprange = batch.cliprange or 0.1
+@given(data=st.data())
+def test_rejected_tokens_leave_the_loss(name, aggregation, data):
+    """Weights by definition, for both ways to count what was rejected and what is empty; its gradient is exactly 0."""
+    case = data.draw(cases(name))
+    rows, seq = case.mask.shape
+    columns = 1 if data.draw(st.booleans()) else seq
+    kept = data.draw(masks((rows, columns)))
+    rejected, empty = data.draw(st.sampled_from(["count", "drop"])), data.draw(st.sampled_from(["count", "drop"]))
+    weights = weights_of(aggregation, case, kept=kept, rejected_tokens=rejected, empty_responses=empty)
+    wide = kept.expand(rows, seq)
+    expected = oracle.weights(aggregation, case.mask.tolist(), wide.tolist(), CONSTANT, case.sizes, rejected, empty)
+    assert_close(weights, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
+    _, gradient, _ = run(name, case, weights)
+    if name not in OF_RESPONSES:
+        assert (gradient[~(case.mask & wide)] == 0.0).all()
+    assert (gradient[~(case.mask & wide).any(dim=1)] == 0.0).all()
 
-    def value(log_probs: Tensor) -> Tensor:
-        return grpo_microbatch_loss(
-            log_probs,
-            batch.response_mask,
-            2,
-            loss_type,
-            batch.raw_rewards,
-            batch.advantages,
-            batch.old_log_probs,
-            cliprange,
-            aggregation=aggregation,
-            normalize_constant=CONSTANT,
-        )[0]
 
-    assert torch.autograd.gradcheck(value, policy, fast_mode=True)
+@EACH_MEMBER
+@fewer
+@given(data=st.data())
+def test_on_policy_every_objective_is_reinforce(name, data):
+    """At pi = pi_old no bound binds, and each slope is -A; of a mean over a response, its share of it."""
+    case = data.draw(cases(name))
+    case = replace(case, policy=case.old, penalized=torch.zeros_like(case.mask))
+    if name == "compute_cross_entropy_loss":
+        case = replace(case, advantages=torch.ones_like(case.advantages))
+    policy = case.policy.clone().requires_grad_()
+    losses, metadata = losses_of(name, case, policy)
+    losses.sum().backward()
+    lengths = case.mask.sum(dim=1, keepdim=True).clamp(min=1).double()
+    share = 1 / lengths if name in OF_RESPONSES - {"compute_luspo_loss"} else torch.ones_like(lengths)
+    expected = torch.where(case.mask, -case.advantages * share, 0.0)
+    assert_close(policy.grad, expected.to(policy.grad), rtol=1e-12, atol=1e-12)
+    assert not any(value.any() for value in metadata.values())
+
+
+@EACH_MEMBER
+def test_sequence_losses_refuse_weights_of_tokens(name):
+    """Length weighting by accident cannot happen: the shapes do not fit, and the error says so."""
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    hyper = dict.fromkeys(PARAMETERS[name] - TENSORS, 0.2) | {"ratio_high": 5.0, "dual_clip": None}
+    hyper |= {"positive": (2.0, 3.0), "negative": (3.0, 2.0)}
+    case = Case(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 1), mask, mask, [2], hyper)
+    losses, _ = losses_of(name, case)
+    right, wrong = compute_token_weights(mask, "token_mean"), compute_sequence_weights(mask)
+    if name in OF_RESPONSES:
+        right, wrong = wrong, right
+    sum_weighted_losses(losses, right)
+    with pytest.raises(ValueError, match="losses of whole responses take compute_sequence_weights"):
+        sum_weighted_losses(losses, wrong)

@@ -17,8 +17,10 @@ SIGNATURES = {
     "get_response_log_probs": (
         "model input_ids labels return_token_entropy=False | temperature=1.0 response_mask=None detach_entropy=False"
     ),
-    "compute_naive_policy_gradient_loss": "raw_rewards_or_advantages policy_log_probs",
-    "compute_grpo_clip_loss": "advantages policy_log_probs old_log_probs cliprange",
+    "compute_naive_policy_gradient_loss": "raw_rewards_or_advantages policy_log_probs | response_mask=None",
+    "compute_grpo_clip_loss": (
+        "advantages policy_log_probs old_log_probs cliprange | cliprange_high=None dual_clip=None response_mask=None"
+    ),
     "compute_policy_gradient_loss": (
         "policy_log_probs loss_type raw_rewards=None advantages=None old_log_probs=None cliprange=None"
     ),
@@ -26,7 +28,7 @@ SIGNATURES = {
     "masked_normalize": "tensor mask normalize_constant=1.0 dim=None",
     "grpo_microbatch_train_step": (
         "policy_log_probs response_mask gradient_accumulation_steps loss_type raw_rewards=None advantages=None"
-        " old_log_probs=None cliprange=None | aggregation='sequence_mean' normalize_constant=None"
+        " old_log_probs=None cliprange=None | aggregation='sequence_mean' normalize_constant=None group_sizes=None"
     ),
     "sft_microbatch_train_step": ("policy_log_probs response_mask gradient_accumulation_steps normalize_constant=1.0"),
     "r1_zero_reward_fn": "response ground_truth",

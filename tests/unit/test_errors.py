@@ -26,7 +26,103 @@ def step(steps=1, loss_type="reinforce_with_baseline", **arguments):
     return g.grpo_microbatch_loss(ONE, MASK, steps, loss_type, advantages=ADVANTAGE, **arguments)
 
 
+TWO = torch.tensor([1.0, 0.0])
+WIDE = torch.ones(1, 2)
+WIDE_MASK = torch.ones(1, 2, dtype=torch.bool)
 ERRORS = {
+    "3 rollouts do not fill groups of group_sizes=[2, 2]: give sizes of at least 1 that add up to 3": lambda: (
+        g.compute_gpg_advantages(torch.zeros(3), [2, 2])
+    ),
+    "2 rollouts do not fill groups of group_sizes=[2, 0]: give sizes of at least 1 that add up to 2": lambda: (
+        g.compute_leave_one_out_advantages(TWO, [2, 0])
+    ),
+    "correction=2 must be 0 or 1": lambda: g.normalize_group_rewards(TWO, 2, correction=2),
+    "correction=-1 must be 0 or 1": lambda: g.whiten_over_tokens(ONE, MASK, correction=-1),
+    "advantage_eps=-1.0 must be finite and at least 0": lambda: g.whiten_over_tokens(ONE, MASK, advantage_eps=-1.0),
+    "advantage_eps=inf must be finite and at least 0": lambda: g.compute_batch_std_advantages(
+        TWO, 2, advantage_eps=math.inf
+    ),
+    "reward_weights=[1.0, 2.0] must be 1 numbers, one per reward": lambda: g.compute_gdpo_advantages(
+        TWO[:, None], 2, reward_weights=[1.0, 2.0]
+    ),
+    "lengths=[3, -1] must be at least 0": lambda: g.compute_opo_advantages(TWO, 2, torch.tensor([3, -1])),
+    "rewards=[1.0, -1.0] must be at least 0: the mean divides": lambda: g.compute_maxrl_advantages(
+        torch.tensor([1.0, -1.0]), 2
+    ),
+    "rewards=[1.0, 0.5] must be 0 or 1: pass@k counts right answers": lambda: g.compute_pass_at_k_advantages(
+        torch.tensor([1.0, 0.5]), 2, 1
+    ),
+    "greedy_rewards=[2 values] must be one value for each of the 1 groups": lambda: g.compute_remax_advantages(
+        TWO, 2, TWO
+    ),
+    "k=3 must be between 1 and the size of the smallest group, 2": lambda: g.compute_pkpo_advantages(TWO, 2, 3),
+    "k=0 must be between 1 and the size of the smallest group, 2": lambda: g.compute_pass_at_k_advantages(TWO, 2, 0),
+    "k=5 must be between 1 and the number of samples, 4": lambda: g.estimate_pass_at_k(torch.tensor([1]), 4, 5),
+    "n_correct must lie between 0 and n_samples for every question": lambda: g.estimate_pass_at_k(
+        torch.tensor([5]), 4, 1
+    ),
+    "cliprange_high=-0.5 must be at least 0: it is the distance of a bound from the middle": lambda: (
+        g.compute_gspo_loss(ADVANTAGE, ONE, ONE, MASK, 0.1, cliprange_high=-0.5)
+    ),
+    "dual_clip=1.0 must be above 1: it bounds ratios where the advantage is negative": lambda: (
+        g.compute_grpo_clip_loss(ADVANTAGE, ONE, ONE, 0.2, dual_clip=1.0)
+    ),
+    "ratio_low=2.0 must be between 0 and ratio_high=1.0": lambda: g.compute_cispo_loss(ADVANTAGE, ONE, ONE, 2.0, 1.0),
+    "temperature_positive=0.0 must be positive": lambda: g.compute_sapo_loss(ADVANTAGE, ONE, ONE, 0.0),
+    "temperature_negative=-1.0 must be positive": lambda: g.compute_sapo_loss(ADVANTAGE, ONE, ONE, 1.0, -1.0),
+    "threshold_low=-0.1 must be at least 0: it is a difference of probabilities": lambda: g.compute_dppo_tv_loss(
+        ADVANTAGE, ONE, ONE, -0.1
+    ),
+    "threshold_high=nan must be at least 0: it is a difference of probabilities": lambda: g.compute_dppo_tv_loss(
+        ADVANTAGE, ONE, ONE, 0.1, math.nan
+    ),
+    "threshold=-0.1 must be at least 0: it is a divergence in nats": lambda: g.compute_dppo_kl_loss(
+        ADVANTAGE, ONE, ONE, -0.1
+    ),
+    "kl_coef=-1.0 must be at least 0: it holds tokens back": lambda: g.compute_kl_cov_loss(
+        ADVANTAGE, ONE, ONE, MASK, -1.0
+    ),
+    "fraction=1.5 must be between 0 and 1": lambda: g.select_high_entropy(ONE, MASK, 1.5),
+    "fraction=-0.5 must be between 0 and 1": lambda: g.select_high_covariance(ADVANTAGE, ONE, MASK, -0.5),
+    "level='word' is unknown: choose one of token, sequence, geometric": lambda: g.compute_importance_ratios(
+        ONE, ONE, MASK, "word"
+    ),
+    "low=3.0 must be between 0 and high=2.0": lambda: g.truncate_importance_weights(ONE, low=3.0, high=2.0),
+    "low=-1.0 must be between 0 and high=2.0": lambda: g.mask_importance_weights(ONE, low=-1.0, high=2.0),
+    "low=1.0 must be between 0 and high=nan": lambda: g.keep_within_bounds(ONE, low=1.0, high=math.nan),
+    "estimator='k4' is unknown: choose one of k1, k2, k3, abs, ratio_k3": lambda: g.estimate_kl(ONE, ONE, "k4"),
+    "discount=1.5 must be between 0 and 1": lambda: g.compute_reward_to_go(ONE, MASK, discount=1.5),
+    "buffer=9 must be between 0 and max_length=8": lambda: g.compute_soft_overlong_penalty(torch.tensor([1]), 8, 9),
+    "max_length=0 must be at least 1": lambda: g.compute_cosine_length_reward(torch.tensor([1]), 0, 2.0, 1.0),
+    "step=-0.1 must be at least 0": lambda: g.adapt_entropy_coefficient(0.0, 1.0, 1.0, step=-0.1),
+    "low=1.0 must be at most high=0.5": lambda: g.adapt_entropy_coefficient(0.0, 1.0, 1.0, low=1.0, high=0.5),
+    "entropy=nan must be finite": lambda: g.adapt_entropy_coefficient(0.0, math.nan, 1.0),
+    "confidence=1.0 must be between 0 and 1, both excluded": lambda: g.estimate_mean_interval(TWO, confidence=1.0),
+    "values=[] must be at least one number, all of them in [0, 1]": lambda: g.estimate_mean_interval(TWO[:0]),
+    "values=[1.5] must be at least one number, all of them in [0, 1]": lambda: g.estimate_mean_interval(
+        torch.tensor([1.5])
+    ),
+    "answers and is_correct must have the same lengths: one verdict per answer": lambda: g.compute_majority_accuracy(
+        [["a"]], [[True, False]]
+    ),
+    "aggregation='prompt_mean' needs group_sizes; got None": lambda: step(aggregation="prompt_mean"),
+    "rejected_tokens='keep' is unknown: choose one of count, drop": lambda: g.compute_token_weights(
+        MASK, "token_mean", rejected_tokens="keep"
+    ),
+    "empty_responses='skip' is unknown: choose one of count, drop": lambda: g.compute_sequence_weights(
+        MASK, empty_responses="skip"
+    ),
+    "kept=[shape (1, 2)] must be one column, or as many as response_mask has: 3": lambda: g.compute_token_weights(
+        torch.ones(1, 3).bool(), "token_mean", kept=WIDE_MASK
+    ),
+    "losses have shape (1, 1) (one per response) and weights (1, 2) (one per token): losses of whole responses take"
+    " compute_sequence_weights, those of tokens compute_token_weights": lambda: g.sum_weighted_losses(ONE, WIDE),
+    "importance_weights have shape (1, 2) and losses (1, 1): a loss of whole responses takes one weight per"
+    " response": lambda: g.compose_policy_loss(ONE, ONE, importance_weights=WIDE),
+    "kl needs token_weights; got None": lambda: g.compose_policy_loss(WIDE, WIDE, kl=WIDE, kl_coef=0.1),
+    "token_entropy needs token_weights; got None": lambda: g.compose_policy_loss(
+        WIDE, WIDE, token_entropy=WIDE, entropy_coef=0.1
+    ),
     "normalize_constant=0.0 must be finite and not 0: it divides the sum": lambda: g.masked_normalize(ONE, MASK, 0.0),
     "normalize_constant=nan must be finite and not 0: it divides the sum": lambda: g.masked_normalize(
         ONE, MASK, math.nan
@@ -47,12 +143,12 @@ ERRORS = {
     " positions too": lambda: g.select_log_probs(torch.zeros(2, 3), torch.tensor([-100, 1])),
     "labels run from 3 to 3 but the vocabulary has 3 tokens: every label must be in [0, 3), those of masked positions"
     " too": lambda: g.select_log_probs(torch.zeros(1, 3), torch.tensor([3])),
-    "3 rollouts do not fill groups of group_size=2: give whole groups": lambda: g.normalize_group_rewards(
+    "3 rollouts do not fill groups of group_sizes=2: give whole groups": lambda: g.normalize_group_rewards(
         torch.zeros(3), 2
     ),
     "2 rollouts do not fill groups of group_size=0: give whole groups": lambda: rewards(size=0),
     "5 rollouts do not fill groups of group_size=2: give whole groups": lambda: rewards(responses=5, truths="a" * 5),
-    "group_size=1 has no standard deviation: sample at least 2 responses per question, or set"
+    "a group of 1 response has no standard deviation: sample at least 2 per question, or set"
     " normalize_by_std=False": lambda: rewards(size=1),
     "advantage_eps=-1e-06 must be finite and at least 0": lambda: rewards(eps=-1e-6),
     "advantage_eps=nan must be finite and at least 0": lambda: g.normalize_group_rewards(
@@ -74,10 +170,10 @@ ERRORS = {
     "reward_fn returned reward=1e+39 for rollout 0: it must be a finite float32": lambda: rewards(
         lambda response, truth: {"reward": 1e39}
     ),
-    "cliprange=-0.1 must be at least 0: it is the half-width of an interval around 1": lambda: (
+    "cliprange=-0.1 must be at least 0: it is the distance of a bound from the middle": lambda: (
         g.compute_grpo_clip_loss(ADVANTAGE, ONE, ONE, -0.1)
     ),
-    "cliprange=nan must be at least 0: it is the half-width of an interval around 1": lambda: step(
+    "cliprange=nan must be at least 0: it is the distance of a bound from the middle": lambda: step(
         loss_type="grpo_clip", old_log_probs=ONE, cliprange=math.nan
     ),
     "loss_type='ppo' is unknown: choose one of no_baseline, reinforce_with_baseline, grpo_clip,"
@@ -91,9 +187,8 @@ ERRORS = {
     "loss_type='grpo_clip' needs cliprange; got None": lambda: step(loss_type="grpo_clip", old_log_probs=ONE),
     "loss_type='grpo_no_clip' needs advantages; got None": lambda: g.compute_policy_gradient_loss(ONE, "grpo_no_clip"),
     "loss_type='grpo_no_clip' needs old_log_probs; got None": lambda: step(loss_type="grpo_no_clip"),
-    "aggregation='mean' is unknown: choose one of sequence_mean, token_mean, constant": lambda: step(
-        aggregation="mean"
-    ),
+    "aggregation='mean' is unknown: choose one of sequence_mean, token_mean, prompt_mean, sequence_sum,"
+    " constant": lambda: step(aggregation="mean"),
     "aggregation='token_mean' needs normalize_constant; got None": lambda: step(aggregation="token_mean"),
     "aggregation='constant' needs normalize_constant; got None": lambda: step(aggregation="constant"),
     "normalize_constant=0.0 must be positive and finite: it divides the loss": lambda: step(

@@ -1,0 +1,183 @@
+"""What to look at beside a loss: intervals, votes, silent groups, and where a gradient comes from."""
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from statistics import NormalDist
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from grpo_core._check import require, shape_checked
+from grpo_core._groups import split_groups
+from grpo_core.types import GroupSizes
+
+
+@shape_checked
+def estimate_mean_interval(
+    values: Float[Tensor, " question"], *, confidence: float = 0.95
+) -> tuple[float, float, float]:
+    r"""$\bar p$, and Wilson's interval around it for values in $[0, 1]$.
+
+    $$\frac{1}{1 + z^2 / m} \Bigl(\bar p + \frac{z^2}{2m} \mp z \sqrt{\frac{\bar p (1 - \bar p)}{m} + \frac{z^2}{4
+    m^2}}\Bigr)$$
+
+    $m = n\,\bar p (1 - \bar p) / s^2$ is the number of yes-or-no questions that are worth the $n$ given ones, whose
+    values in $[0, 1]$ have variance $s^2$; for zeros and ones it is $n$ up to $n / (n - 1)$, and where all values
+    agree it is $n$. Unlike the mean plus or minus two standard errors, it stays within $[0, 1]$ and is not empty at 0
+    and 1.
+
+    Args:
+        values: one number in $[0, 1]$ per question: an accuracy, a pass@k.
+        confidence: in $(0, 1)$.
+
+    Returns:
+        The mean, and the lower and upper end of the interval.
+
+    Raises:
+        ValueError: if there are no values, one lies outside $[0, 1]$, or `confidence` outside $(0, 1)$.
+
+    Example:
+        >>> mean, low, high = estimate_mean_interval(torch.tensor([1.0, 1.0, 1.0, 1.0]))
+        >>> mean, round(low, 3), high
+        (1.0, 0.51, 1.0)
+
+    References:
+        Wilson 1927, doi:10.1080/01621459.1927.10502953.
+    """
+    require(0 < confidence < 1, "confidence", confidence, "between 0 and 1, both excluded")
+    given = values.detach().double()
+    inside = bool(((given >= 0) & (given <= 1)).all()) and len(given) > 0
+    require(inside, "values", given.tolist()[:8], "at least one number, all of them in [0, 1]")
+    n, mean = len(given), given.mean().item()
+    variance = given.var().item() if n > 1 else 0.0
+    worth = n * mean * (1 - mean) / variance if variance > 0 else n
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    middle = mean + z**2 / (2 * worth)
+    half = z * math.sqrt(max(0.0, mean * (1 - mean)) / worth + z**2 / (4 * worth**2))
+    scale = 1 + z**2 / worth
+    return mean, max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+@shape_checked
+def compute_majority_accuracy(
+    answers: Sequence[Sequence[Hashable]], is_correct: Sequence[Sequence[bool]]
+) -> Float[Tensor, " question"]:
+    r"""maj@k: 1 where the most frequent of a question's $k$ answers is right, else 0.
+
+    Answers that tie share the question: the share of them that is right. An answer of None is no vote, and a question
+    without a vote is wrong. Answers count as the same if they are equal: normalize them before.
+
+    Args:
+        answers: for each question, the answers of its responses.
+        is_correct: for each of them, whether it is right.
+
+    Returns:
+        One number in $[0, 1]$ per question, float64.
+
+    Raises:
+        ValueError: if the two do not have the same lengths.
+
+    Example:
+        >>> compute_majority_accuracy([["4", "4", "5"], ["1", "2", None]], [[True, True, False], [True, False, False]])
+        tensor([1.0000, 0.5000], dtype=torch.float64)
+
+    References:
+        Wang et al. 2022, arXiv:2203.11171 (self-consistency).
+    """
+    if [len(row) for row in answers] != [len(row) for row in is_correct]:
+        raise ValueError("answers and is_correct must have the same lengths: one verdict per answer")
+    values = []
+    for row, verdicts in zip(answers, is_correct, strict=True):
+        votes = Counter(answer for answer in row if answer is not None)
+        right = {answer for answer, verdict in zip(row, verdicts, strict=True) if verdict}
+        winners = [answer for answer, count in votes.items() if count == max(votes.values())]
+        values.append(sum(answer in right for answer in winners) / len(winners) if winners else 0.0)
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@shape_checked
+def find_signal_groups(rewards: Float[Tensor, " rollout"], group_sizes: GroupSizes) -> Bool[Tensor, " group"]:
+    r"""$\max_i r_i > \min_i r_i$ in each group, beyond rounding: the groups from which something can be learned.
+
+    What DAPO's dynamic sampling keeps; a group that is constant at 0.5 is silent as well. A response that could not be
+    scored (NaN or infinite) does not count.
+
+    Args:
+        rewards: $r$, group after group.
+        group_sizes: $G$: one number, or one for each group.
+
+    Returns:
+        True for the groups with signal.
+
+    Raises:
+        ValueError: if the rollouts do not fill the groups.
+
+    Example:
+        >>> find_signal_groups(torch.tensor([1.0, 0.0, 0.5, 0.5]), 2)
+        tensor([ True, False])
+
+    References:
+        Yu et al. 2025, arXiv:2503.14476, eq. 11.
+    """
+    return split_groups(rewards, group_sizes).has_signal.squeeze(1)
+
+
+@shape_checked
+def describe_silent_groups(
+    rewards: Float[Tensor, " rollout"], group_sizes: GroupSizes, *, best_reward: float = 1.0
+) -> dict[str, float]:
+    r"""Shares of groups without signal: all at the best reward, all at 0 or below, and all at something else.
+
+    A rising share of the first says that the questions have become too easy, of the second that they are too hard. A
+    group in which nothing could be scored counts as the last.
+
+    Args:
+        rewards: $r$, group after group; NaN or infinite where a response could not be scored.
+        group_sizes: $G$: one number, or one for each group.
+        best_reward: what a fully right response gets.
+
+    Returns:
+        `groups_all_right`, `groups_all_wrong`, `groups_all_other`.
+
+    Raises:
+        ValueError: if the rollouts do not fill the groups.
+
+    Example:
+        >>> describe_silent_groups(torch.tensor([1.0, 1.0, 0.0, 0.0]), 2)
+        {'groups_all_right': 0.5, 'groups_all_wrong': 0.5, 'groups_all_other': 0.0}
+    """
+    groups = split_groups(rewards, group_sizes)
+    silent, scored = ~groups.has_signal, groups.n_scored > 0
+    right = silent & scored & (groups.mean >= best_reward * (1 - 1e-6))
+    wrong = silent & scored & (groups.mean <= 0) & ~right
+    kinds = {"right": right, "wrong": wrong, "other": silent & ~right & ~wrong}
+    n = max(1, len(groups.rewards))
+    return {f"groups_all_{name}": kind.sum().item() / n for name, kind in kinds.items()}
+
+
+@shape_checked
+def compute_gradient_share(
+    log_prob_gradients: Float[Tensor, "batch seq"], selected: Bool[Tensor, " batch"]
+) -> Float[Tensor, ""]:
+    r"""$\sum_{i \in S} \sum_t \lvert g_{it} \rvert \big/ \sum_{it} \lvert g_{it} \rvert$: where a gradient comes from.
+
+    $g_{it} = \partial L / \partial \log \pi_\theta(o_{it})$: how much of the pull on the policy comes from the
+    selected responses: those with a positive advantage, or the long ones. Shares of selections that part the batch add
+    up to 1. 0 where there is no gradient at all.
+
+    Args:
+        log_prob_gradients: $g$, the gradient of the loss in the log-probability of each token.
+        selected: True for the responses of $S$.
+
+    Returns:
+        The share, in $[0, 1]$.
+
+    Example:
+        >>> compute_gradient_share(torch.tensor([[1.0, -2.0], [1.0, 0.0]]), torch.tensor([True, False]))
+        tensor(0.7500)
+    """
+    pull = log_prob_gradients.detach().abs().sum(dim=1)
+    total = pull.sum()
+    return torch.where(selected, pull, 0.0).sum() / torch.where(total > 0, total, 1.0)

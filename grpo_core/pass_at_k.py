@@ -1,0 +1,195 @@
+"""Best of k: its estimate, and the advantages that raise it."""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from grpo_core._check import require, shape_checked
+from grpo_core._groups import list_sizes, split_groups
+from grpo_core.types import GroupSizes
+
+
+@shape_checked
+def estimate_pass_at_k(
+    n_correct: Int[Tensor, " question"], n_samples: Int[Tensor, " question"] | int, k: int
+) -> Float[Tensor, " question"]:
+    r"""$1 - \binom{n - c}{k} \big/ \binom{n}{k}$: unbiased probability that one of $k$ responses is right.
+
+    It is the mean over all $k$-subsets of the $n$ responses. Exact in integers, then rounded to float64. Monotone in
+    $k$ and in $c$; for $k = 1$ it is $c / n$.
+
+    Args:
+        n_correct: $c$, right responses to each question.
+        n_samples: $n$, responses to each question.
+        k: $1 \le k \le n$.
+
+    Returns:
+        One probability per question.
+
+    Raises:
+        ValueError: if $k$ is less than 1 or exceeds an $n$, or a $c$ is not in $[0, n]$.
+
+    Example:
+        >>> estimate_pass_at_k(torch.tensor([0, 1, 4]), 4, k=2)
+        tensor([0.0000, 0.5000, 1.0000], dtype=torch.float64)
+
+    References:
+        Chen et al. 2021, arXiv:2107.03374, eq. 1.
+    """
+    right = n_correct.tolist()
+    samples = [n_samples] * len(right) if isinstance(n_samples, int) else n_samples.tolist()
+    require(
+        1 <= k <= min(samples, default=k), "k", k, f"between 1 and the number of samples, {min(samples, default=k)}"
+    )
+    if any(not 0 <= c <= n for c, n in zip(right, samples, strict=True)):
+        raise ValueError("n_correct must lie between 0 and n_samples for every question")
+    values = [1 - math.comb(n - c, k) / math.comb(n, k) for c, n in zip(right, samples, strict=True)]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@shape_checked
+def compute_best_of_advantages(
+    rewards: Float[Tensor, " rollout"], group_sizes: GroupSizes
+) -> Float[Tensor, " rollout"]:
+    r"""$A_i = r_{(1)} - r_{(2)}$ for the best response of a group, 0 for all others: what the best adds to the group.
+
+    In units of reward. Detached. Exactly 0 for all if two share the best reward, for a group without signal or of one
+    response, and for a response that could not be scored. `compute_pkpo_advantages` with $k = G$ is $G$ times this.
+
+    Args:
+        rewards: $r$, group after group; NaN or infinite where a response could not be scored.
+        group_sizes: $G$: one number, or one for each group.
+
+    Returns:
+        The advantage of each response.
+
+    Raises:
+        ValueError: if the rollouts do not fill the groups.
+
+    Example:
+        >>> compute_best_of_advantages(torch.tensor([1.0, 0.25, 0.0, 1.0, 1.0, 0.0]), 3)
+        tensor([0.7500, 0.0000, 0.0000, 0.0000, 0.0000, 0.0000])
+
+    References:
+        Tang et al. 2025, arXiv:2503.19595 (best of k with a leave-one-out baseline).
+    """
+    groups = split_groups(rewards, group_sizes)
+    ranked = torch.where(groups.scored, groups.rewards, -torch.inf).sort(dim=1, descending=True).values
+    best = ranked[:, :1]
+    # A group of one scored response has no signal: what stands in for its second does not matter.
+    second = ranked[:, 1:2] if ranked.shape[1] > 1 else best
+    return groups.signal_as_rollouts(torch.where(groups.rewards == best, best - second, 0.0))
+
+
+@shape_checked
+def compute_pass_at_k_advantages(
+    rewards: Float[Tensor, " rollout"], group_sizes: GroupSizes, k: int
+) -> Float[Tensor, " rollout"]:
+    r"""$A_+ = (1 - \bar R) / \sigma$, $A_- = (1 - \bar R - f) / \sigma$: the pass@k advantage in closed form.
+
+    For rewards of 0 and 1: $\bar R = 1 - \binom{N_-}{k} / \binom{N}{k}$ is the reward of a random $k$-subset of the
+    $N$ responses, $N_-$ of them wrong, $\sigma = \sqrt{\bar R (1 - \bar R)}$, and a response has the mean over the
+    subsets that hold it: $f = \binom{N_- - 1}{k-1} / \binom{N - 1}{k-1}$ of those of a wrong one fail. For $k = 1$ it
+    is the group-normalized reward with the standard deviation of a population. No unit. Detached. Exactly 0 where
+    $\sigma = 0$ (no subset fails, or all do), where fewer than $k$ responses were scored, and for a response that was
+    not. Its baseline includes the response itself, so it is biased; `compute_pkpo_advantages` is not.
+
+    Args:
+        rewards: 0 or 1, group after group; NaN or infinite where a response could not be scored.
+        group_sizes: $N$: one number, or one for each group.
+        k: $1 \le k \le N$.
+
+    Returns:
+        The advantage of each response.
+
+    Raises:
+        ValueError: if the rollouts do not fill the groups, a reward is neither 0 nor 1, or $k$ is not in $[1, N]$.
+
+    Example:
+        >>> compute_pass_at_k_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4, k=2)
+        tensor([ 1.0000, -0.3333, -0.3333, -0.3333])
+
+    References:
+        Chen et al. 2025, arXiv:2508.10751 (pass@k training, the analytical advantage).
+    """
+    _check_k(k, list_sizes(len(rewards), group_sizes))
+    groups = split_groups(rewards, group_sizes)
+    binary = (groups.rewards == 0) | (groups.rewards == 1)
+    require(bool(binary.all()), "rewards", rewards.tolist(), "0 or 1: pass@k counts right answers")
+    advantages = torch.zeros_like(groups.rewards)
+    counts = zip(groups.n_scored.flatten().int().tolist(), groups.rewards.sum(dim=1).int().tolist(), strict=True)
+    for row, (n, right) in enumerate(counts):
+        if n < k:
+            continue
+        wrong = n - right
+        success = 1 - math.comb(wrong, k) / math.comb(n, k)
+        deviation = math.sqrt(success * (1 - success))
+        if deviation == 0:
+            continue
+        failing_with_it = math.comb(wrong - 1, k - 1) / math.comb(n - 1, k - 1)
+        is_right = groups.rewards[row] == 1
+        # Not torch.where of two numbers: that is float32.
+        advantages[row] = (
+            1 - success - torch.where(is_right, 0.0, groups.rewards.new_tensor(failing_with_it))
+        ) / deviation
+    return groups.signal_as_rollouts(advantages)
+
+
+@shape_checked
+def compute_pkpo_advantages(
+    rewards: Float[Tensor, " rollout"], group_sizes: GroupSizes, k: int
+) -> Float[Tensor, " rollout"]:
+    r"""$A_i = k \operatorname{mean}_J \max(0, r_i - \max_J r)$ over the $(k-1)$-subsets $J$ of the others (PKPO).
+
+    What response $i$ adds to the best of $k$; unbiased: the mean over a group of $A_i \nabla \log \pi(o_i)$ has the
+    gradient of the expected best of $k$ as its expectation, for rewards of any kind. For $k = 1$, where there is no
+    $J$, the baseline is the mean of the others: `compute_leave_one_out_advantages`. In units of reward. Detached.
+    Exactly 0 for a group without signal, where fewer than $k$ responses were scored, and for a response that was not.
+
+    Args:
+        rewards: $r$, group after group; NaN or infinite where a response could not be scored.
+        group_sizes: $G$: one number, or one for each group.
+        k: $1 \le k \le G$.
+
+    Returns:
+        The advantage of each response; for $k > 1$ none is negative.
+
+    Raises:
+        ValueError: if the rollouts do not fill the groups, or $k$ is not in $[1, G]$.
+
+    Example:
+        >>> compute_pkpo_advantages(torch.tensor([1.0, 0.0, 0.0]), 3, k=2)
+        tensor([2., 0., 0.])
+
+    References:
+        Walder and Karkhanis 2025, arXiv:2505.15201 (PKPO, with the leave-one-out-minus-one baseline).
+    """
+    sizes = list_sizes(len(rewards), group_sizes)
+    _check_k(k, sizes)
+    groups = split_groups(rewards, group_sizes)
+    advantages = torch.zeros_like(groups.rewards)
+    for row, kept in enumerate(groups.scored):
+        n = int(kept.sum())
+        if n < k:
+            continue
+        values, order = groups.rewards[row][kept].sort()
+        if k == 1:
+            added = values - (values.sum() - values) / max(1, n - 1)
+        else:
+            # Of the (k-1)-subsets of the n-1 others, so many have the j-th smallest of them (from 0) as their best.
+            # Only those below r_i add anything, and among the others they keep their rank.
+            shares = values.new_tensor([math.comb(j, k - 2) / math.comb(n - 1, k - 1) for j in range(n)])
+            added = values * (shares.cumsum(0) - shares) - ((shares * values).cumsum(0) - shares * values)
+        advantages[row, kept.nonzero().flatten()[order]] = k * added
+    return groups.signal_as_rollouts(advantages)
+
+
+def _check_k(k: int, sizes: list[int]) -> None:
+    require(
+        1 <= k <= min(sizes, default=k),
+        "k",
+        k,
+        f"between 1 and the size of the smallest group, {min(sizes, default=k)}",
+    )

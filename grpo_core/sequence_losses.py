@@ -1,0 +1,255 @@
+"""Policy-gradient losses that look at a response as a whole. Nothing here reduces over responses."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from grpo_core._check import shape_checked
+from grpo_core._ratios import clip_bounds, hide, hide_flags, hold, log_ratio_of, mean_over_row
+from grpo_core.types import Advantages, Metadata
+
+
+@shape_checked
+def compute_gspo_loss(
+    advantages: Float[Tensor, "batch 1"],
+    policy_log_probs: Float[Tensor, "batch seq"],
+    old_log_probs: Float[Tensor, "batch seq"],
+    response_mask: Bool[Tensor, "batch seq"],
+    cliprange: float,
+    *,
+    cliprange_high: float | None = None,
+) -> tuple[Float[Tensor, "batch 1"], Metadata]:
+    r"""$\ell_i = -\min\bigl(s_i A_i, \operatorname{clip}(s_i, 1-\epsilon, 1+\epsilon_h) A_i\bigr)$ (GSPO).
+
+    $s_i = \exp \frac{1}{\lvert o_i \rvert} \sum_t \log \rho_{it}$, the geometric mean of the ratios of a response. One
+    loss per response: weigh it with `compute_sequence_weights`. Differentiable in `policy_log_probs` alone: $-s_i A_i
+    / \lvert o_i \rvert$ for each token of a response that is not clipped, else 0. The mean log ratio is held within 20
+    nats in value. A response without tokens has loss 0; outside the mask nothing is read.
+
+    Args:
+        advantages: $A_i$, no unit.
+        policy_log_probs: $\log \pi_\theta$ of each token, in nats.
+        old_log_probs: $\log \pi_{\mathrm{old}}$ of each token, in nats, from the policy that sampled it.
+        response_mask: True where a token belongs to the response.
+        cliprange: $\epsilon \ge 0$. A mean moves little: the paper has 0.0003, three orders below PPO's.
+        cliprange_high: $\epsilon_h \ge 0$; None takes `cliprange`. The paper has 0.0004.
+
+    Returns:
+        The loss of each response, and Bool "batch 1" each: `is_clipped_low`, `is_clipped_high`, `is_clipped`, where a
+        bound lowered the objective.
+
+    Raises:
+        ValueError: if `cliprange` or `cliprange_high` is negative or NaN.
+
+    Example:
+        >>> policy, old, mask = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -1.5]]), torch.ones(1, 2).bool()
+        >>> compute_gspo_loss(torch.ones(1, 1), policy, old, mask, 3e-4)[0]
+        tensor([[-1.]])
+
+    References:
+        Zheng et al. 2025, arXiv:2507.18071, eq. 5 and 7.
+    """
+    log_ratio = mean_over_row(log_ratio_of(policy_log_probs, old_log_probs, response_mask), response_mask)
+    losses, flags = _clipped(hold(log_ratio).exp(), advantages.detach(), clip_bounds(cliprange, cliprange_high))
+    has_tokens = response_mask.any(dim=1, keepdim=True)
+    return torch.where(has_tokens, losses, 0.0), {name: flag & has_tokens for name, flag in flags.items()}
+
+
+@shape_checked
+def compute_gspo_token_loss(
+    advantages: Advantages,
+    policy_log_probs: Float[Tensor, "batch seq"],
+    old_log_probs: Float[Tensor, "batch seq"],
+    response_mask: Bool[Tensor, "batch seq"],
+    cliprange: float,
+    *,
+    cliprange_high: float | None = None,
+) -> tuple[Float[Tensor, "batch seq"], Metadata]:
+    r"""$\ell_{it} = -\min(s_{it} A_{it}, \operatorname{clip}(s_{it}, 1-\epsilon, 1+\epsilon_h) A_{it})$ (GSPO-token).
+
+    $s_{it} = \operatorname{sg}[s_i]\, \pi_\theta / \operatorname{sg}[\pi_\theta]$: the ratio of the response, spread
+    over its tokens, so that each may have an advantage of its own. With one advantage per response and sequence_mean,
+    value and gradient are those of `compute_gspo_loss`. Differentiable in `policy_log_probs` alone: $-s_i A_{it}$, and
+    0 where clipped. The mean log ratio is held within 20 nats. Exactly 0 outside the mask, where nothing is read.
+
+    Args:
+        advantages: $A$, no unit: one column, or one for each token.
+        policy_log_probs: $\log \pi_\theta$ of each token, in nats.
+        old_log_probs: $\log \pi_{\mathrm{old}}$ of each token, in nats, from the policy that sampled it.
+        response_mask: True where a token belongs to the response.
+        cliprange: $\epsilon \ge 0$; the paper has 0.0003.
+        cliprange_high: $\epsilon_h \ge 0$; None takes `cliprange`. The paper has 0.0004.
+
+    Returns:
+        The loss of each token, and Bool "batch seq" each: `is_clipped_low`, `is_clipped_high`, `is_clipped`, where a
+        bound lowered the objective.
+
+    Raises:
+        ValueError: if `cliprange` or `cliprange_high` is negative or NaN.
+
+    Example:
+        >>> policy, old, mask = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -1.5]]), torch.ones(1, 2).bool()
+        >>> compute_gspo_token_loss(torch.tensor([[1.0, -2.0]]), policy, old, mask, 3e-4)[0]
+        tensor([[-1.,  2.]])
+
+    References:
+        Zheng et al. 2025, arXiv:2507.18071, eq. 13 and 14.
+    """
+    log_ratio = log_ratio_of(policy_log_probs, old_log_probs, response_mask)
+    policy = hide(policy_log_probs, response_mask)
+    ratio = hold(mean_over_row(log_ratio.detach(), response_mask)).exp() * (policy - policy.detach()).exp()
+    losses, flags = _clipped(ratio, advantages.detach(), clip_bounds(cliprange, cliprange_high))
+    return hide(losses, response_mask), hide_flags(flags, response_mask)
+
+
+@shape_checked
+def compute_gmpo_loss(
+    advantages: Float[Tensor, "batch 1"],
+    policy_log_probs: Float[Tensor, "batch seq"],
+    old_log_probs: Float[Tensor, "batch seq"],
+    response_mask: Bool[Tensor, "batch seq"],
+    cliprange: float,
+    *,
+    cliprange_high: float | None = None,
+) -> tuple[Float[Tensor, "batch 1"], Metadata]:
+    r"""$\ell_i = -A_i \exp \frac{1}{\lvert o_i \rvert} \sum_t z_{it}$ (GMPO).
+
+    $z = \min(\log \rho, \epsilon_h)$ if $A > 0$, $\max(\log \rho, -\epsilon)$ if $A < 0$: the geometric mean of token
+    ratios, each cut on the side that its advantage pushes it to, in log space. One loss per response: weigh it with
+    `compute_sequence_weights`. Differentiable in `policy_log_probs` alone: $-e^{\bar z_i} A_i / \lvert o_i \rvert$ for
+    each token that is not cut. The mean is held within 20 nats in value. A response without tokens has loss 0; outside
+    the mask nothing is read.
+
+    Args:
+        advantages: $A_i$, no unit.
+        policy_log_probs: $\log \pi_\theta$ of each token, in nats.
+        old_log_probs: $\log \pi_{\mathrm{old}}$ of each token, in nats, from the policy that sampled it.
+        response_mask: True where a token belongs to the response.
+        cliprange: $\epsilon \ge 0$, in nats; the paper has 0.4.
+        cliprange_high: $\epsilon_h \ge 0$, in nats; None takes `cliprange`.
+
+    Returns:
+        The loss of each response, and Bool "batch seq" each: `is_clipped_low`, `is_clipped_high`, `is_clipped`, where
+        the log ratio of a token was cut.
+
+    Raises:
+        ValueError: if `cliprange` or `cliprange_high` is negative or NaN.
+
+    Example:
+        >>> policy, old, mask = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-2.0, -1.6]]), torch.ones(1, 2).bool()
+        >>> compute_gmpo_loss(torch.ones(1, 1), policy, old, mask, 0.4)[0]
+        tensor([[-1.]])
+
+    References:
+        Zhao et al. 2025, arXiv:2507.20673 (GMPO).
+    """
+    low, high = clip_bounds(cliprange, cliprange_high, center=0.0)
+    advantages = advantages.detach()
+    log_ratio = log_ratio_of(policy_log_probs, old_log_probs, response_mask)
+    flags = {
+        "is_clipped_low": (log_ratio < low) & (advantages < 0),
+        "is_clipped_high": (log_ratio > high) & (advantages > 0),
+    }
+    flags["is_clipped"] = flags["is_clipped_low"] | flags["is_clipped_high"]
+    cut = torch.where(flags["is_clipped_low"], low, torch.where(flags["is_clipped_high"], high, log_ratio))
+    losses = -hold(mean_over_row(cut, response_mask)).exp() * advantages
+    return torch.where(response_mask.any(dim=1, keepdim=True), losses, 0.0), hide_flags(flags, response_mask)
+
+
+@shape_checked
+def compute_luspo_loss(
+    advantages: Float[Tensor, "batch 1"],
+    policy_log_probs: Float[Tensor, "batch seq"],
+    old_log_probs: Float[Tensor, "batch seq"],
+    response_mask: Bool[Tensor, "batch seq"],
+    cliprange: float,
+    *,
+    cliprange_high: float | None = None,
+) -> tuple[Float[Tensor, "batch 1"], Metadata]:
+    r"""$\ell_i = \lvert o_i \rvert\, \ell_i^{\mathrm{GSPO}}$ (LUSPO): GSPO with one vote per token.
+
+    One loss per response: weigh it with `compute_sequence_weights`. Differentiable in `policy_log_probs` alone:
+    $-s_i A_i$ for each token of a response that is not clipped, else 0. Everything else as in `compute_gspo_loss`.
+
+    Args:
+        advantages: $A_i$, no unit.
+        policy_log_probs: $\log \pi_\theta$ of each token, in nats.
+        old_log_probs: $\log \pi_{\mathrm{old}}$ of each token, in nats, from the policy that sampled it.
+        response_mask: True where a token belongs to the response.
+        cliprange: $\epsilon \ge 0$; the paper has 0.002.
+        cliprange_high: $\epsilon_h \ge 0$; None takes `cliprange`. The paper has 0.0025.
+
+    Returns:
+        The loss of each response, and the flags of `compute_gspo_loss`.
+
+    Raises:
+        ValueError: if `cliprange` or `cliprange_high` is negative or NaN.
+
+    Example:
+        >>> policy, old, mask = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -1.5]]), torch.ones(1, 2).bool()
+        >>> compute_luspo_loss(torch.ones(1, 1), policy, old, mask, 2e-3)[0]
+        tensor([[-2.]])
+
+    References:
+        Liu et al. 2026, arXiv:2602.05261 (LUSPO).
+    """
+    losses, flags = compute_gspo_loss(
+        advantages, policy_log_probs, old_log_probs, response_mask, cliprange, cliprange_high=cliprange_high
+    )
+    return losses * response_mask.sum(dim=1, keepdim=True), flags
+
+
+@shape_checked
+def compute_vespo_loss(
+    advantages: Float[Tensor, "batch 1"],
+    policy_log_probs: Float[Tensor, "batch seq"],
+    old_log_probs: Float[Tensor, "batch seq"],
+    response_mask: Bool[Tensor, "batch seq"],
+    positive: tuple[float, float] = (2.0, 3.0),
+    negative: tuple[float, float] = (3.0, 2.0),
+) -> tuple[Float[Tensor, "batch seq"], Metadata]:
+    r"""$\ell_{it} = -\operatorname{sg}[\varphi(W_i)] A_i \log \pi_\theta(o_{it})$ (VESPO).
+
+    $\varphi(W) = W^k e^{\lambda (1 - W)}$, $W_i = \prod_t \rho_{it}$. REINFORCE with a weight that falls off smoothly
+    on both sides of a response ratio of 1 (there it is 1); the ratio is a product over the response, not a mean.
+    Differentiable in `policy_log_probs` alone: $-\varphi A$. $\log W$ is held within 20 nats. Exactly 0 outside the
+    mask, where nothing is read.
+
+    Args:
+        advantages: $A_i$, no unit.
+        policy_log_probs: $\log \pi_\theta$ of each token, in nats.
+        old_log_probs: $\log \pi_{\mathrm{old}}$ of each token, in nats; the sampler's own, where it differs.
+        response_mask: True where a token belongs to the response.
+        positive: $(k, \lambda)$ where $A \ge 0$.
+        negative: $(k, \lambda)$ where $A < 0$.
+
+    Returns:
+        The loss of each token, and no metadata: nothing is clipped.
+
+    Example:
+        >>> policy, old, mask = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -1.5]]), torch.ones(1, 2).bool()
+        >>> compute_vespo_loss(torch.ones(1, 1), policy, old, mask)[0]
+        tensor([[1., 2.]])
+
+    References:
+        Shen et al. 2026, arXiv:2602.10693 (VESPO).
+    """
+    log_ratio = log_ratio_of(policy_log_probs, old_log_probs, response_mask).detach()
+    log_weight = hold(log_ratio.sum(dim=1, keepdim=True))
+    advantages = advantages.detach()
+    power, decay = (
+        torch.full_like(log_weight, above).masked_fill(advantages < 0, below)
+        for above, below in zip(positive, negative, strict=True)
+    )
+    weight = (power * log_weight + decay * (1 - log_weight.exp())).exp() * advantages
+    return hide(-weight * hide(policy_log_probs, response_mask), response_mask), {}
+
+
+def _clipped(
+    ratio: Float[Tensor, "batch cols"], advantages: Float[Tensor, "batch _"], bounds: tuple[float, float]
+) -> tuple[Float[Tensor, "batch cols"], Metadata]:
+    """PPO's pessimistic minimum, and where it chose the bound."""
+    low, high = bounds
+    flags = {"is_clipped_low": (ratio < low) & (advantages < 0), "is_clipped_high": (ratio > high) & (advantages > 0)}
+    flags["is_clipped"] = flags["is_clipped_low"] | flags["is_clipped_high"]
+    return -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages), flags

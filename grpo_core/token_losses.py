@@ -1,0 +1,262 @@
+"""Policy-gradient losses of single tokens beyond the clipped ratio: weighted, gated, masked. Nothing here reduces."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from grpo_core._check import require, shape_checked
+from grpo_core._ratios import hide, hide_flags, hold, log_ratio_of
+from grpo_core.types import Advantages, Metadata
+
+# Keeps the logarithm of 1 - p finite where p rounds to 1.
+_TINY = 1e-8
+
+
+@shape_checked
+def compute_cispo_loss(
+    advantages: Advantages,
+    policy_log_probs: Float[Tensor, "batch seq"],
+    old_log_probs: Float[Tensor, "batch seq"],
+    ratio_low: float = 0.0,
+    ratio_high: float = 5.0,
+    *,
+    response_mask: Bool[Tensor, "batch seq"] | None = None,
+) -> tuple[Float[Tensor, "batch seq"], Metadata]:
+    r"""$\ell_{it} = -\operatorname{sg}[\operatorname{clip}(\rho_{it}, l, h)] A_i \log \pi_\theta(o_{it})$ (CISPO).
+
+    REINFORCE with a bounded importance weight: no token ever loses its gradient, $-\operatorname{clip}(\rho) A$. The
+    bounds are absolute ratios, not distances from 1. Differentiable in `policy_log_probs` alone; $\log \rho$ is held
+    within 20 nats.
+
+    Args:
+        advantages: $A$, no unit: one column, or one for each token.
+        policy_log_probs: $\log \pi_\theta$ of each token, in nats.
+        old_log_probs: $\log \pi_{\mathrm{old}}$ of each token, in nats, from the policy that sampled it.
+        ratio_low: $l \ge 0$; 0 leaves small ratios as they are.
+        ratio_high: $h \ge l$.
+        response_mask: where given, the loss is exactly 0 outside it, and nothing there is read.
+
+    Returns:
+        The loss of each token, and Bool "batch seq" each: `is_clipped_low` and `is_clipped_high`, where the weight was
+        raised to $l$ or cut to $h$, and `is_clipped` (either).
+
+    Raises:
+        ValueError: if not $0 \le l \le h$.
+
+    Example:
+        >>> old = torch.tensor([[0.5, 0.125]])
+        >>> losses, _ = compute_cispo_loss(torch.ones(1, 1), torch.tensor([[0.5, 1.0]]).log(), old.log(), 0.0, 5.0)
+        >>> losses
+        tensor([[0.6931, -0.0000]])
+
+    References:
+        MiniMax 2025, arXiv:2506.13585, eq. 4 and 5; Khatri et al. 2025, arXiv:2510.13786 (bounds 0 and 5).
+    """
+    require(0 <= ratio_low <= ratio_high, "ratio_low", ratio_low, f"between 0 and ratio_high={ratio_high}")
+    ratio = hold(log_ratio_of(policy_log_probs, old_log_probs, response_mask)).detach().exp()
+    weight = ratio.clamp(ratio_low, ratio_high) * advantages.detach()
+    flags = {"is_clipped_low": ratio < ratio_low, "is_clipped_high": ratio > ratio_high}
+    flags["is_clipped"] = flags["is_clipped_low"] | flags["is_clipped_high"]
+    losses = hide(-weight * hide(policy_log_probs, response_mask), response_mask)
+    return losses, hide_flags(flags, response_mask)
+
+
+@shape_checked
+def compute_sapo_loss(
+    advantages: Advantages,
+    policy_log_probs: Float[Tensor, "batch seq"],
+    old_log_probs: Float[Tensor, "batch seq"],
+    temperature_positive: float = 1.0,
+    temperature_negative: float = 1.05,
+    *,
+    response_mask: Bool[Tensor, "batch seq"] | None = None,
+) -> tuple[Float[Tensor, "batch seq"], Metadata]:
+    r"""$\ell_{it} = -\frac{4}{\tau} \sigma\bigl(\tau (\rho_{it} - 1)\bigr) A_i$ (SAPO): a soft gate, no clip.
+
+    The gradient, $-4 \sigma (1 - \sigma) \rho A$, is that of the plain ratio at $\rho = 1$ and fades on both sides.
+    There the value is $-2 A / \tau$ and not $-A$: compare gradients with PPO, not values. Differentiable in
+    `policy_log_probs` alone; $\log \rho$ is held within 20 nats.
+
+    Args:
+        advantages: $A$, no unit: one column, or one for each token.
+        policy_log_probs: $\log \pi_\theta$ of each token, in nats.
+        old_log_probs: $\log \pi_{\mathrm{old}}$ of each token, in nats, from the policy that sampled it.
+        temperature_positive: $\tau > 0$ where $A > 0$.
+        temperature_negative: $\tau > 0$ elsewhere; the larger it is, the faster the gradient fades.
+        response_mask: where given, the loss is exactly 0 outside it, and nothing there is read.
+
+    Returns:
+        The loss of each token, and no metadata: nothing is clipped.
+
+    Raises:
+        ValueError: if a temperature is not positive.
+
+    Example:
+        >>> compute_sapo_loss(torch.ones(1, 1), torch.zeros(1, 1), torch.zeros(1, 1))
+        (tensor([[-2.]]), {})
+
+    References:
+        Gao et al. 2025, arXiv:2511.20347 (SAPO).
+    """
+    require(temperature_positive > 0, "temperature_positive", temperature_positive, "positive")
+    require(temperature_negative > 0, "temperature_negative", temperature_negative, "positive")
+    advantages = advantages.detach()
+    ratio = hold(log_ratio_of(policy_log_probs, old_log_probs, response_mask)).exp()
+    temperature = torch.full_like(ratio, temperature_negative).masked_fill(advantages > 0, temperature_positive)
+    losses = -4 / temperature * torch.sigmoid(temperature * (ratio - 1)) * advantages
+    return hide(losses, response_mask), {}
+
+
+@shape_checked
+def compute_dppo_tv_loss(
+    advantages: Advantages,
+    policy_log_probs: Float[Tensor, "batch seq"],
+    old_log_probs: Float[Tensor, "batch seq"],
+    threshold_low: float = 0.2,
+    threshold_high: float = 0.2,
+    *,
+    response_mask: Bool[Tensor, "batch seq"] | None = None,
+) -> tuple[Float[Tensor, "batch seq"], Metadata]:
+    r"""$\ell_{it} = -\rho_{it} A_i M_{it}$, $M$ by the distance of the two probabilities (DPPO-TV).
+
+    $M = 0$ where $p - p_\mu > \delta_h$ with $A > 0$, or $p - p_\mu < -\delta_l$ with $A < 0$; else 1. The trust
+    region is one of probabilities, not of their ratio: a rare token may change by any factor. Differentiable in
+    `policy_log_probs` alone: $-\rho A$, and 0 where $M = 0$; $\log \rho$ is held within 20 nats.
+
+    Args:
+        advantages: $A$, no unit: one column, or one for each token.
+        policy_log_probs: $\log p$ of each token, in nats.
+        old_log_probs: $\log p_\mu$ of each token, in nats, under the policy that sampled it: the sampler's own.
+        threshold_low: $\delta_l \ge 0$, a difference of probabilities.
+        threshold_high: $\delta_h \ge 0$, a difference of probabilities.
+        response_mask: where given, the loss is exactly 0 outside it, and nothing there is read.
+
+    Returns:
+        The loss of each token, and Bool "batch seq" each: `is_clipped_low` and `is_clipped_high`, where $M = 0$ with
+        $A < 0$ or $A > 0$, and `is_clipped` (either).
+
+    Raises:
+        ValueError: if a threshold is negative.
+
+    Example:
+        >>> old = torch.tensor([[0.5, 0.01]])
+        >>> losses, _ = compute_dppo_tv_loss(torch.ones(1, 1), torch.tensor([[0.75, 0.1]]).log(), old.log())
+        >>> losses
+        tensor([[  0., -10.]])
+
+    References:
+        Qi et al. 2026, arXiv:2602.04879 (DPPO, total variation).
+    """
+    require(threshold_low >= 0, "threshold_low", threshold_low, "at least 0: it is a difference of probabilities")
+    require(threshold_high >= 0, "threshold_high", threshold_high, "at least 0: it is a difference of probabilities")
+    policy, old = hide(policy_log_probs, response_mask), hide(old_log_probs.detach(), response_mask)
+    moved = policy.detach().exp() - old.exp()
+    low, high = moved < -threshold_low, moved > threshold_high
+    return _masked_ratio_loss(advantages, policy - old, low, high, response_mask)
+
+
+@shape_checked
+def compute_dppo_kl_loss(
+    advantages: Advantages,
+    policy_log_probs: Float[Tensor, "batch seq"],
+    old_log_probs: Float[Tensor, "batch seq"],
+    threshold: float,
+    *,
+    response_mask: Bool[Tensor, "batch seq"] | None = None,
+) -> tuple[Float[Tensor, "batch seq"], Metadata]:
+    r"""$\ell_{it} = -\rho_{it} A_i M_{it}$, $M$ by the binary KL divergence (DPPO-KL).
+
+    $M = 0$ where $p_\mu \log \frac{p_\mu}{p} + (1 - p_\mu) \log \frac{1 - p_\mu}{1 - p} > \delta$, the divergence of
+    "this token or another", and the policy has moved the way the advantage pushes it: up with $A > 0$, down with $A <
+    0$. Differentiable in `policy_log_probs` alone: $-\rho A$, and 0 where $M = 0$; $\log \rho$ is held within 20 nats.
+
+    Args:
+        advantages: $A$, no unit: one column, or one for each token.
+        policy_log_probs: $\log p$ of each token, in nats.
+        old_log_probs: $\log p_\mu$ of each token, in nats, under the policy that sampled it: the sampler's own.
+        threshold: $\delta \ge 0$, in nats.
+        response_mask: where given, the loss is exactly 0 outside it, and nothing there is read.
+
+    Returns:
+        The loss of each token, and Bool "batch seq" each: `is_clipped_low` and `is_clipped_high`, where $M = 0$ with
+        $A < 0$ or $A > 0$, and `is_clipped` (either).
+
+    Raises:
+        ValueError: if `threshold` is negative.
+
+    Example:
+        >>> old = torch.tensor([[0.5, 0.01]])
+        >>> losses, _ = compute_dppo_kl_loss(torch.ones(1, 1), torch.tensor([[0.9, 0.02]]).log(), old.log(), 0.1)
+        >>> losses
+        tensor([[ 0., -2.]])
+
+    References:
+        Qi et al. 2026, arXiv:2602.04879 (DPPO, binary KL).
+    """
+    require(threshold >= 0, "threshold", threshold, "at least 0: it is a divergence in nats")
+    policy, old = hide(policy_log_probs, response_mask), hide(old_log_probs.detach(), response_mask)
+    p, p_old = policy.detach().exp(), old.exp()
+    others = (1 - p_old) * ((1 - p_old + _TINY) / (1 - p + _TINY)).log()
+    far = p_old * (old - policy.detach()) + others > threshold
+    return _masked_ratio_loss(advantages, policy - old, far & (p < p_old), far & (p > p_old), response_mask)
+
+
+@shape_checked
+def compute_kl_cov_loss(
+    advantages: Advantages,
+    policy_log_probs: Float[Tensor, "batch seq"],
+    old_log_probs: Float[Tensor, "batch seq"],
+    penalized: Bool[Tensor, "batch seq"],
+    kl_coef: float = 1.0,
+    *,
+    response_mask: Bool[Tensor, "batch seq"] | None = None,
+) -> tuple[Float[Tensor, "batch seq"], Metadata]:
+    r"""$\ell_{it} = -\rho_{it} A_i + c\,\lvert \log \rho_{it} \rvert$, the second term on some tokens (KL-Cov).
+
+    The penalized tokens are those of the highest covariance of advantage and log-probability, which drive the entropy
+    down: `select_high_covariance` over the whole optimizer batch names them. No ratio is clipped. Differentiable in
+    `policy_log_probs` alone: $-\rho A + c \operatorname{sign}(\log \rho)$; $\log \rho$ is held within 20 nats in the
+    ratio.
+
+    Args:
+        advantages: $A$, no unit: one column, or one for each token.
+        policy_log_probs: $\log \pi_\theta$ of each token, in nats.
+        old_log_probs: $\log \pi_{\mathrm{old}}$ of each token, in nats, from the policy that sampled it.
+        penalized: True for the tokens that are held back.
+        kl_coef: $c \ge 0$.
+        response_mask: where given, the loss is exactly 0 outside it, and nothing there is read.
+
+    Returns:
+        The loss of each token, and `is_penalized`, Bool "batch seq".
+
+    Raises:
+        ValueError: if `kl_coef` is negative.
+
+    Example:
+        >>> policy, old = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.0, -1.5]])
+        >>> compute_kl_cov_loss(torch.zeros(1, 1), policy, old, torch.tensor([[True, True]]), 2.0)[0]
+        tensor([[0., 1.]])
+
+    References:
+        Cui et al. 2025, arXiv:2505.22617 (KL-Cov).
+    """
+    require(kl_coef >= 0, "kl_coef", kl_coef, "at least 0: it holds tokens back")
+    log_ratio = log_ratio_of(policy_log_probs, old_log_probs, response_mask)
+    penalty = torch.where(penalized, kl_coef * log_ratio.abs(), 0.0)
+    losses = -hold(log_ratio).exp() * advantages.detach() + penalty
+    return hide(losses, response_mask), hide_flags({"is_penalized": penalized}, response_mask)
+
+
+def _masked_ratio_loss(
+    advantages: Advantages,
+    log_ratio: Float[Tensor, "batch seq"],
+    too_low: Bool[Tensor, "batch seq"],
+    too_high: Bool[Tensor, "batch seq"],
+    response_mask: Bool[Tensor, "batch seq"] | None,
+) -> tuple[Float[Tensor, "batch seq"], Metadata]:
+    """The plain ratio loss where the policy has not gone too far in the direction of the advantage."""
+    advantages = advantages.detach()
+    flags = {"is_clipped_low": too_low & (advantages < 0), "is_clipped_high": too_high & (advantages > 0)}
+    flags["is_clipped"] = flags["is_clipped_low"] | flags["is_clipped_high"]
+    losses = torch.where(flags["is_clipped"], 0.0, -hold(log_ratio).exp() * advantages)
+    return hide(losses, response_mask), hide_flags(flags, response_mask)

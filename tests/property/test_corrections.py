@@ -1,0 +1,423 @@
+"""Importance ratios, KL estimates, selections, shaping and diagnostics against their definitions."""
+
+import math
+from itertools import combinations
+from typing import get_args
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+import grpo_core as g
+from tests.oracle.objectives import held
+from tests.strategies import GARBAGE, SHAPES, floats, masks, response_masks, tensors
+
+LEVELS = pytest.mark.parametrize("level", get_args(g.ImportanceLevel))
+ESTIMATORS = pytest.mark.parametrize("estimator", get_args(g.KLEstimator))
+
+
+@st.composite
+def pairs(draw, wild: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Two log-probs of the same tokens and a mask, with garbage where it is False."""
+    shape = draw(SHAPES)
+    first, mask = draw(tensors(shape, floats(-4, 0))), draw(response_masks(shape))
+    apart = draw(tensors(shape, floats(-30, 30) if wild else floats(-1, 1)))
+    first, second = torch.where(mask, first, draw(tensors(shape, GARBAGE))), torch.where(mask, first + apart, math.nan)
+    return first, second, mask
+
+
+def tokens(mask: Tensor, *parts: Tensor) -> list[list[tuple]]:
+    """The response tokens of each row, a tuple of floats each."""
+    return [list(zip(*(part[row][mask[row]].tolist() for part in parts), strict=True)) for row in range(len(mask))]
+
+
+# Importance.
+
+
+@LEVELS
+@given(pairs(wild=True))
+def test_ratios_by_definition(level, case):
+    old, sampler, mask = case
+    ratios = g.compute_importance_ratios(old.requires_grad_(), sampler, mask, level)
+    assert not ratios.requires_grad
+    for row, pair in enumerate(tokens(mask, old, sampler)):
+        gaps = [a - b for a, b in pair]
+        if level == "token":
+            expected = torch.zeros(mask.shape[1], dtype=torch.float64)
+            expected[mask[row]] = torch.tensor([math.exp(held(gap)) for gap in gaps], dtype=torch.float64)
+        else:
+            total = math.fsum(gaps) / (max(1, len(gaps)) if level == "geometric" else 1)
+            expected = torch.tensor([math.exp(held(total))], dtype=torch.float64)
+        assert_close(ratios[row], expected, rtol=1e-9, atol=0)
+
+
+@LEVELS
+@given(pairs())
+def test_the_samplers_own_log_probs_are_corrected_by_nothing(level, case):
+    """Bypass: with the sampler in the place of the old policy a second correction is one of exactly 1."""
+    _, sampler, mask = case
+    ratios = g.compute_importance_ratios(sampler, sampler.clone(), mask, level)
+    assert (ratios[mask if level == "token" else mask.any(1)] == 1).all()
+    diagnosis = g.describe_mismatch(sampler, sampler.clone(), mask)
+    assert diagnosis["mismatch_mean"] == diagnosis["mismatch_max"] == diagnosis["mismatch_kl"] == 0
+    assert diagnosis["mismatch_ess"] == (1.0 if mask.any() else 0.0)
+
+
+BOUNDS = st.tuples(floats(0, 1), floats(1, 3))
+
+
+@given(tensors((3, 4), floats(0, 4)), BOUNDS)
+def test_truncation_masking_and_rejection(ratios, bounds):
+    low, high = bounds
+    cut = g.truncate_importance_weights(ratios, low=low, high=high)
+    masked = g.mask_importance_weights(ratios, low=low, high=high)
+    kept = g.keep_within_bounds(ratios, low=low, high=high)
+    for ratio, one, other, keeps in zip(*(x.flatten().tolist() for x in (ratios, cut, masked, kept)), strict=True):
+        inside = low <= ratio <= high
+        assert one == (ratio if inside else low if ratio < low else high)
+        assert other == (ratio if inside else 0.0)
+        assert keeps == inside
+    wider = g.truncate_importance_weights(ratios, low=low, high=high + 1)
+    assert (wider >= cut).all()
+    tracked = ratios.clone().requires_grad_()
+    assert not g.truncate_importance_weights(tracked, high=high).requires_grad
+    assert not g.mask_importance_weights(tracked, high=high).requires_grad
+    assert torch.equal(g.truncate_importance_weights(ratios, high=high), ratios.clamp(max=high))
+
+
+@given(data=st.data(), columns=st.sampled_from(["one", "all"]))
+def test_self_normalization_and_effective_sample_size(data, columns):
+    shape = data.draw(SHAPES)
+    mask = data.draw(response_masks(shape))
+    counted = mask if columns == "all" or shape[1] == 1 else mask.any(dim=1, keepdim=True)
+    weights = data.draw(tensors(tuple(counted.shape), floats(0, 4)))
+    spoiled = torch.where(counted, weights, math.nan).requires_grad_()
+    kept = weights[counted].tolist()
+    normalized, share = g.self_normalize_weights(spoiled, mask), g.effective_sample_size(spoiled, mask)
+    assert not normalized.requires_grad
+    assert not share.requires_grad
+    mean = math.fsum(kept) / len(kept) if kept else 0.0
+    expected = [value / mean if mean else 0.0 for value in kept]
+    assert_close(normalized[counted].tolist(), expected, rtol=1e-9, atol=0)
+    assert (normalized[~counted] == 0).all()
+    squares = math.fsum(value**2 for value in kept)
+    ess = math.fsum(kept) ** 2 / len(kept) / squares if squares else 0.0
+    assert_close(share.item(), ess, rtol=1e-9, atol=0)
+    assert 0 <= share.item() <= 1 + 1e-12
+
+
+@given(pairs(wild=True))
+def test_mismatch_by_definition(case):
+    old, sampler, mask = case
+    gaps = [a - b for row in tokens(mask, old, sampler) for a, b in row]
+    n = max(1, len(gaps))
+    ratios = [math.exp(held(gap)) for gap in gaps]
+    squares = math.fsum(ratio**2 for ratio in ratios)
+    expected = {
+        "mismatch_mean": math.fsum(map(abs, gaps)) / n,
+        "mismatch_max": max(map(abs, gaps), default=0.0),
+        "mismatch_kl": math.fsum(ratio - 1 - held(gap) for ratio, gap in zip(ratios, gaps, strict=True)) / n,
+        "mismatch_ess": math.fsum(ratios) ** 2 / n / squares if gaps else 0.0,
+    }
+    found = g.describe_mismatch(old.requires_grad_(), sampler, mask)
+    assert set(found) == set(expected)
+    for key, value in found.items():
+        assert_close(value.item(), expected[key], rtol=1e-9, atol=1e-12)
+        assert not value.requires_grad
+
+
+# KL.
+
+
+def kl_of(estimator: str, policy: float, reference: float, old: float) -> tuple[float, float]:
+    """Value and slope in the policy's log-prob."""
+    x = reference - policy
+    ratio = math.exp(held(policy - old))
+    k3, slope = math.exp(held(x)) - 1 - x, 1 - math.exp(held(x))
+    return {
+        "k1": (-x, 1.0),
+        "k2": (x * x / 2, -x),
+        "k3": (k3, slope),
+        "abs": (abs(x), -math.copysign(1.0, x) if x else 0.0),
+        "ratio_k3": (ratio * k3, ratio * k3 + ratio * slope),
+    }[estimator]
+
+
+@ESTIMATORS
+@given(case=pairs(wild=True), data=st.data())
+def test_kl_by_definition(estimator, case, data):
+    policy, reference, mask = case
+    old = torch.where(mask, policy + data.draw(tensors(tuple(mask.shape), floats(-1, 1))), math.nan)
+    for tensor in (policy, reference, old):
+        tensor.requires_grad_()
+    kl = g.estimate_kl(policy, reference, estimator, old_log_probs=old, response_mask=mask)
+    kl.sum().backward()
+    assert reference.grad is old.grad is None
+    assert (kl[~mask] == 0).all()
+    assert (policy.grad[~mask] == 0).all()
+    for row, triples in enumerate(tokens(mask, policy.detach(), reference.detach(), old.detach())):
+        expected = [kl_of(estimator, *triple) for triple in triples]
+        assert_close(kl[row][mask[row]].tolist(), [value for value, _ in expected], rtol=1e-8, atol=1e-10)
+        assert_close(policy.grad[row][mask[row]].tolist(), [slope for _, slope in expected], rtol=1e-8, atol=1e-10)
+    if estimator != "k1":
+        assert (kl >= -1e-12).all()
+
+
+@ESTIMATORS
+@given(tensors((2, 3), floats(-4, 0)))
+def test_kl_of_the_reference_itself_is_nothing(estimator, log_probs):
+    assert (g.estimate_kl(log_probs, log_probs.clone(), estimator) == 0).all()
+
+
+def test_ratio_k3_without_an_old_policy_takes_its_own():
+    policy = torch.tensor([[-1.0, -2.0]], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([[-1.5, -1.0]], dtype=torch.float64)
+    alone = g.estimate_kl(policy, reference, "ratio_k3")
+    same = g.estimate_kl(policy, reference, "ratio_k3", old_log_probs=policy.detach())
+    assert torch.equal(alone, same)
+    (one,) = torch.autograd.grad(alone.sum(), policy)
+    (other,) = torch.autograd.grad(same.sum(), policy)
+    assert torch.equal(one, other)
+
+
+@given(data=st.data(), discount=st.sampled_from([0.0, 0.5, 0.99, 1.0]))
+def test_reward_to_go_by_definition(data, discount):
+    """Any mask, with holes: what stands in a hole is no step."""
+    shape = data.draw(SHAPES)
+    mask = data.draw(masks(shape))
+    rewards = torch.where(mask, data.draw(tensors(shape, floats(-2, 2))), data.draw(tensors(shape, GARBAGE)))
+    returns = g.compute_reward_to_go(rewards.requires_grad_(), mask, discount=discount)
+    assert not returns.requires_grad
+    assert (returns[~mask] == 0).all()
+    for row, steps in enumerate(tokens(mask, rewards.detach())):
+        values = [step[0] for step in steps]
+        expected = [
+            math.fsum(discount**ahead * value for ahead, value in enumerate(values[start:]))
+            for start in range(len(values))
+        ]
+        assert_close(returns[row][mask[row]].tolist(), expected, rtol=1e-9, atol=1e-9)
+
+
+# Selection.
+
+
+def chosen_by_rank(values: list[float], wanted: int) -> set[int]:
+    """Places of the largest values, ties with the last one included."""
+    if wanted == 0 or not values:
+        return set()
+    threshold = sorted(values, reverse=True)[:wanted][-1]
+    return {place for place, value in enumerate(values) if value >= threshold}
+
+
+@given(data=st.data(), fraction=st.sampled_from([0.0, 0.01, 0.3, 0.5, 1.0]))
+def test_high_covariance_by_definition(data, fraction):
+    rows, seq = shape = data.draw(SHAPES)
+    mask = data.draw(response_masks(shape))
+    columns = data.draw(st.sampled_from([1, seq]))
+    advantages = data.draw(tensors((rows, columns), floats(-2, 2)))
+    log_probs = torch.where(mask, data.draw(tensors(shape, floats(-4, 0))), data.draw(tensors(shape, GARBAGE)))
+    low, high = data.draw(st.sampled_from([(0.0, math.inf), (0.5, 2.0)]))
+    chosen = g.select_high_covariance(advantages, log_probs, mask, fraction, low=low, high=high)
+    assert not (chosen & ~mask).any()
+    flat = [token for row in tokens(mask, advantages.expand(shape), log_probs) for token in row]
+    n = max(1, len(flat))
+    a_mean, p_mean = math.fsum(a for a, _ in flat) / n, math.fsum(p for _, p in flat) / n
+    covariances = [(a - a_mean) * (p - p_mean) for a, p in flat]
+    assume(all(abs(c - edge) > 1e-9 for c in covariances for edge in (low, high) if c != 0))
+    gaps = [abs(x - y) for x, y in combinations(covariances, 2)]
+    assume(all(gap == 0 or gap > 1e-9 for gap in gaps))
+    inside = [place for place, c in enumerate(covariances) if low + 1e-12 < c < high]
+    wanted = max(1, math.floor(fraction * len(flat))) if fraction else 0
+    best = {inside[rank] for rank in chosen_by_rank([covariances[place] for place in inside], wanted)}
+    assert chosen[mask].nonzero().flatten().tolist() == sorted(best)
+    order = torch.tensor(data.draw(st.permutations(range(rows))))
+    again = g.select_high_covariance(advantages[order], log_probs[order], mask[order], fraction, low=low, high=high)
+    assert torch.equal(again, chosen[order])
+
+
+@given(data=st.data(), fraction=st.sampled_from([0.0, 0.2, 0.5, 1.0]))
+def test_high_entropy_by_definition(data, fraction):
+    shape = data.draw(SHAPES)
+    mask = data.draw(response_masks(shape))
+    entropy = torch.where(mask, data.draw(tensors(shape, floats(0, 3))), data.draw(tensors(shape, GARBAGE)))
+    chosen = g.select_high_entropy(entropy.requires_grad_(), mask, fraction)
+    assert not (chosen & ~mask).any()
+    values = entropy[mask].tolist()
+    expected = chosen_by_rank(values, math.ceil(fraction * len(values)))
+    assert set(chosen[mask].nonzero().flatten().tolist()) == expected
+
+
+@given(case=pairs(), data=st.data(), threshold=floats(-0.5, 0.5))
+def test_off_policy_sequences_by_definition(case, data, threshold):
+    policy, behavior, mask = case
+    advantages = data.draw(tensors((len(mask), 1), floats(-2, 2)))
+    kept = g.keep_on_policy_sequences(advantages, policy, behavior, mask, threshold)
+    for row, pair in enumerate(tokens(mask, policy, behavior)):
+        gap = math.fsum(b - p for p, b in pair) / max(1, len(pair))
+        assume(abs(gap - threshold) > 1e-9)
+        assert kept[row, 0].item() == (not (advantages[row, 0] < 0 and gap > threshold))
+
+
+@given(data=st.data())
+def test_truncated_responses_are_dropped_whole(data):
+    shape = data.draw(SHAPES)
+    mask, truncated = data.draw(masks(shape)), data.draw(masks((shape[0],)))
+    smaller = g.drop_truncated_responses(mask, truncated)
+    assert not smaller[truncated].any()
+    assert torch.equal(smaller[~truncated], mask[~truncated])
+
+
+# Shaping.
+
+
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=6), st.integers(1, 40), st.data())
+def test_overlong_penalty_by_definition(lengths, longest, data):
+    buffer = data.draw(st.integers(0, longest))
+    penalty = g.compute_soft_overlong_penalty(torch.tensor(lengths), longest, buffer)
+    for n, value in zip(lengths, penalty.tolist(), strict=True):
+        if n <= longest - buffer:
+            expected = 0.0
+        elif n <= longest:
+            expected = (longest - buffer - n) / buffer
+        else:
+            expected = -1.0
+        assert_close(value, expected, rtol=1e-6, atol=0)
+
+
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=6), st.integers(1, 40), floats(-10, 2), floats(-10, 2))
+def test_cosine_reward_by_definition(lengths, longest, start, end):
+    reward = g.compute_cosine_length_reward(torch.tensor(lengths), longest, start, end)
+    for n, value in zip(lengths, reward.tolist(), strict=True):
+        expected = end + (start - end) * math.cos(math.pi * min(n, longest) / longest / 2) ** 2
+        assert_close(value, expected, rtol=1e-5, atol=1e-5)
+
+
+@given(floats(0, 1), floats(0, 3), floats(0, 3), floats(0, 1), floats(0, 0.5), floats(0.5, 1))
+def test_the_entropy_coefficient_follows_its_target(coefficient, entropy, target, step, low, high):
+    new = g.adapt_entropy_coefficient(coefficient, entropy, target, step=step, low=low, high=high)
+    assert low <= new <= high
+    wanted = coefficient + step if entropy <= target else coefficient - step
+    assert new == sorted([low, wanted, high])[1]
+
+
+# Diagnostics.
+
+
+@given(st.data())
+def test_pass_at_k_is_the_mean_over_subsets(data):
+    n = data.draw(st.integers(1, 7))
+    k, right = data.draw(st.integers(1, n)), data.draw(st.lists(st.integers(0, n), min_size=1, max_size=4))
+    values = g.estimate_pass_at_k(torch.tensor(right), n, k).tolist()
+    for c, value in zip(right, values, strict=True):
+        subsets = list(combinations([True] * c + [False] * (n - c), k))
+        assert_close(value, sum(map(any, subsets)) / len(subsets), rtol=1e-12, atol=0)
+    assert_close(g.estimate_pass_at_k(torch.tensor(right), torch.tensor([n] * len(right)), k).tolist(), values)
+    if k < n:
+        assert (g.estimate_pass_at_k(torch.tensor(right), n, k + 1) >= torch.tensor(values).double()).all()
+
+
+def test_pass_at_k_of_many_samples_is_exact():
+    """Where a product of floats would have lost its digits: 1 - C(2000, 1000) / C(2048, 1000)."""
+    value = g.estimate_pass_at_k(torch.tensor([48]), 2048, 1000).item()
+    assert value == 1 - math.comb(2000, 1000) / math.comb(2048, 1000)
+
+
+@given(st.lists(floats(0, 1), min_size=1, max_size=12), st.sampled_from([0.8, 0.95]))
+def test_the_interval_is_wilsons(values, confidence):
+    mean, low, high = g.estimate_mean_interval(torch.tensor(values, dtype=torch.float64), confidence=confidence)
+    assert 0 <= low <= mean + 1e-12
+    assert mean - 1e-12 <= high <= 1
+    assert low < high
+    n = len(values)
+    center = math.fsum(values) / n
+    assert_close(mean, center)
+    spread = math.fsum((value - center) ** 2 for value in values) / max(1, n - 1)
+    worth = n * center * (1 - center) / spread if spread > 0 else n
+    z = {0.8: 1.2815515655446004, 0.95: 1.959963984540054}[confidence]
+    for end in (low, high):
+        if 1e-9 < end < 1 - 1e-9:  # the ends solve |center - p| = z * sqrt(p (1 - p) / m)
+            assert_close(abs(center - end), z * math.sqrt(end * (1 - end) / worth), rtol=1e-6, atol=1e-9)
+
+
+@given(st.lists(st.lists(st.sampled_from(["a", "b", "c", None]), min_size=1, max_size=6), min_size=1, max_size=4))
+def test_majority_by_definition(answers):
+    verdicts = [[answer == "a" for answer in row] for row in answers]
+    for row, value in zip(answers, g.compute_majority_accuracy(answers, verdicts).tolist(), strict=True):
+        counts = {letter: row.count(letter) for letter in "abc"}
+        top = max(counts.values())
+        winners = [letter for letter, count in counts.items() if count == top and count]
+        assert value == (winners.count("a") / len(winners) if winners else 0.0)
+
+
+@given(st.lists(st.lists(floats(0, 1) | st.just(math.nan), min_size=1, max_size=4), min_size=1, max_size=5))
+def test_silent_groups_are_counted_once(groups):
+    rewards = torch.tensor([reward for group in groups for reward in group], dtype=torch.float64)
+    sizes = [len(group) for group in groups]
+    signal = g.find_signal_groups(rewards, sizes).tolist()
+    counts = {"right": 0, "wrong": 0, "other": 0}
+    for group, has_signal in zip(groups, signal, strict=True):
+        values = {reward for reward in group if not math.isnan(reward)}
+        assert has_signal == (len(values) > 1)
+        if len(values) <= 1:
+            counts["right" if values == {1.0} else "wrong" if values == {0.0} else "other"] += 1
+    expected = {f"groups_all_{name}": count / len(groups) for name, count in counts.items()}
+    assert g.describe_silent_groups(rewards, sizes) == expected
+
+
+@given(data=st.data())
+def test_gradient_shares_by_definition(data):
+    rows, seq = data.draw(SHAPES)
+    gradients, selected = data.draw(tensors((rows, seq), floats(-2, 2))), data.draw(masks((rows,)))
+    pulls = [math.fsum(map(abs, row)) for row in gradients.tolist()]
+    wanted = math.fsum(pull for pull, keep in zip(pulls, selected.tolist(), strict=True) if keep)
+    share = g.compute_gradient_share(gradients, selected)
+    assert_close(share.item(), wanted / math.fsum(pulls) if any(pulls) else 0.0)
+    if any(pulls):
+        assert_close((share + g.compute_gradient_share(gradients, ~selected)).item(), 1.0)
+
+
+# All terms together.
+
+
+@given(data=st.data(), kl_coef=floats(0, 1), entropy_coef=floats(-1, 1))
+def test_the_terms_of_a_loss_add_up(data, kl_coef, entropy_coef):
+    rows, seq = shape = data.draw(SHAPES)
+    columns = data.draw(st.sampled_from([1, seq]))
+    parts = {name: data.draw(tensors(shape, floats(-2, 2))).requires_grad_() for name in ("kl", "token_entropy")}
+    losses = data.draw(tensors((rows, columns), floats(-2, 2))).requires_grad_()
+    weights, token_weights = data.draw(tensors((rows, columns), floats(0, 1))), data.draw(tensors(shape, floats(0, 1)))
+    importance = data.draw(tensors((rows, data.draw(st.sampled_from([1, columns]))), floats(0, 3))).requires_grad_()
+    loss = g.compose_policy_loss(
+        losses,
+        weights,
+        importance_weights=importance,
+        kl_coef=kl_coef,
+        entropy_coef=entropy_coef,
+        token_weights=token_weights,
+        **parts,
+    )
+    total = 0.0
+    for row in range(rows):
+        for column in range(columns):
+            factor = importance[row, column if importance.shape[1] > 1 else 0].item()
+            total += weights[row, column].item() * factor * losses[row, column].item()
+        for column in range(seq):
+            kl, entropy = parts["kl"][row, column].item(), parts["token_entropy"][row, column].item()
+            total += token_weights[row, column].item() * (kl_coef * kl - entropy_coef * entropy)
+    assert_close(loss.item(), total, rtol=1e-9, atol=1e-9)
+    loss.backward()
+    assert importance.grad is None
+    assert_close(losses.grad, weights * importance.detach())
+    for name, coefficient in (("kl", kl_coef), ("token_entropy", -entropy_coef)):
+        found = parts[name].grad
+        assert_close(torch.zeros(shape).double() if found is None else found, coefficient * token_weights)
+
+
+def test_without_extra_terms_the_loss_is_the_objective_alone():
+    losses, weights = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 0.25]])
+    assert g.compose_policy_loss(losses, weights) == 1.0
+    unused = torch.full((1, 2), math.nan)
+    assert g.compose_policy_loss(losses, weights, kl=unused, token_entropy=unused) == 1.0

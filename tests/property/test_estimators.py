@@ -1,0 +1,287 @@
+"""One battery over every advantage estimator. A new function of `rewards` and `group_sizes` is tested unasked."""
+
+import inspect
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+import grpo_core
+from grpo_core import (
+    compute_best_of_advantages,
+    compute_gdpo_advantages,
+    compute_gpg_advantages,
+    compute_leave_one_out_advantages,
+    compute_opo_advantages,
+    compute_pass_at_k_advantages,
+    compute_pkpo_advantages,
+    normalize_group_rewards,
+    whiten_over_tokens,
+)
+from tests.oracle import estimators as oracle
+from tests.strategies import GARBAGE, SHAPES, floats, response_masks, tensors
+
+# Several rewards in one call: tested by itself, below.
+OWN_TESTS = {"compute_gdpo_advantages"}
+MEMBERS = {
+    name: getattr(grpo_core, name)
+    for name in grpo_core.__all__
+    if name.endswith("_advantages") or name == "normalize_group_rewards"
+    if list(inspect.signature(getattr(grpo_core, name)).parameters)[:2] == ["rewards", "group_sizes"]
+    if name not in OWN_TESTS
+}
+EACH = pytest.mark.parametrize("name", sorted(MEMBERS))
+BINARY = {"compute_pass_at_k_advantages"}
+NOT_NEGATIVE = BINARY | {"compute_maxrl_advantages"}
+UNSCORED = st.sampled_from([math.nan, math.inf, -math.inf])
+
+
+@dataclass(frozen=True)
+class Case:
+    groups: list[list[float]]
+    extra: dict
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(group) for group in self.groups]
+
+    def call(self, name: str, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        extra = dict(self.extra)
+        if "lengths" in extra:
+            extra["lengths"] = torch.tensor([n for group in extra["lengths"] for n in group])
+        if "greedy_rewards" in extra:
+            extra["greedy_rewards"] = torch.tensor(extra["greedy_rewards"], dtype=dtype)
+        rewards = torch.tensor([reward for group in self.groups for reward in group], dtype=dtype)
+        return MEMBERS[name](rewards, self.sizes, **extra)
+
+    def of_oracle(self, name: str) -> list[float]:
+        groups = [[reward if math.isfinite(reward) else None for reward in group] for group in self.groups]
+        return oracle.advantages(name, groups, self.extra)
+
+
+@st.composite
+def cases(draw, name: str, unscored: bool = True) -> Case:
+    """Up to 4 groups of 2 to 6 rewards, of unequal sizes; some constant, some with rewards that are none."""
+    reward = floats(0, 4) if name in NOT_NEGATIVE else floats(-4, 4)
+    reward = st.sampled_from([0.0, 1.0]) if name in BINARY or draw(st.booleans()) else reward
+    if unscored and draw(st.booleans()):
+        reward = reward | UNSCORED
+    groups = draw(st.lists(st.lists(reward, min_size=2, max_size=6), min_size=1, max_size=4))
+    sizes = [len(group) for group in groups]
+    pool = {
+        "advantage_eps": st.sampled_from([0.0, 1e-6, 0.1]),
+        "normalize_by_std": st.booleans(),
+        "correction": st.sampled_from([0, 1]),
+        "k": st.integers(1, min(sizes)),
+        "lengths": st.tuples(*(st.lists(st.integers(0, 5), min_size=n, max_size=n) for n in sizes)).map(list),
+        "greedy_rewards": st.lists(floats(-4, 4), min_size=len(sizes), max_size=len(sizes)),
+    }
+    parameters = list(inspect.signature(MEMBERS[name]).parameters)[2:]
+    return Case(groups, {key: draw(pool[key]) for key in parameters})
+
+
+@EACH
+@given(data=st.data())
+def test_matches_the_definition(name, data):
+    case = data.draw(cases(name))
+    advantages = case.call(name)
+    assert advantages.isfinite().all()
+    assert_close(advantages.tolist(), case.of_oracle(name), rtol=1e-9, atol=1e-9)
+
+
+@EACH
+@given(data=st.data())
+def test_float32_is_as_good_as_float32_can_be(name, data):
+    case = data.draw(cases(name))
+    advantages = case.call(name, torch.float32)
+    assert advantages.dtype == torch.float32
+    assert_close(advantages.double(), case.call(name), rtol=1e-5, atol=1e-5)
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("constant", [0.1, 0.2, 0.7, 1 / 3, 1e-3, 123456.7, 0.0, 1.0])
+def test_a_constant_group_has_exactly_no_advantage(name, constant, dtype):
+    """Decided by the range: the deviation of eight times 0.1 need not be 0. And no eps, to see it."""
+    if name in BINARY and constant not in (0.0, 1.0):
+        constant = 1.0
+    rewards = torch.full((8 + 5 + 2,), constant, dtype=dtype)
+    extra = {"advantage_eps": 0.0, "k": 2, "lengths": torch.arange(15), "greedy_rewards": rewards[:3]}
+    parameters = inspect.signature(MEMBERS[name]).parameters
+    advantages = MEMBERS[name](rewards, [8, 5, 2], **{key: extra[key] for key in parameters if key in extra})
+    assert (advantages == 0).all()
+
+
+@EACH
+@given(data=st.data())
+def test_what_was_not_scored_is_as_if_it_were_not_there(name, data):
+    """It gets exactly 0, and one more of it changes no other advantage by a bit that matters."""
+    case = data.draw(cases(name, unscored=False))
+    group = data.draw(st.integers(0, len(case.groups) - 1))
+    place = data.draw(st.integers(0, len(case.groups[group])))
+    groups = [list(one) for one in case.groups]
+    groups[group].insert(place, data.draw(UNSCORED))
+    extra = dict(case.extra)
+    if "lengths" in extra:
+        extra["lengths"] = [list(one) for one in extra["lengths"]]
+        extra["lengths"][group].insert(place, 3)
+    advantages = replace(case, groups=groups, extra=extra).call(name).tolist()
+    assert advantages.pop(sum(map(len, groups[:group])) + place) == 0.0
+    assert_close(advantages, case.call(name).tolist(), rtol=1e-12, atol=1e-12)
+
+
+@EACH
+@given(data=st.data())
+def test_the_order_of_groups_and_members_does_not_matter(name, data):
+    case = data.draw(cases(name))
+    order = data.draw(st.permutations(range(len(case.groups))))
+    inner = [data.draw(st.permutations(range(len(group)))) for group in case.groups]
+    extra = dict(case.extra)
+    if "lengths" in extra:
+        extra["lengths"] = [[extra["lengths"][g][i] for i in inner[g]] for g in order]
+    if "greedy_rewards" in extra:
+        extra["greedy_rewards"] = [extra["greedy_rewards"][g] for g in order]
+    shuffled = Case([[case.groups[g][i] for i in inner[g]] for g in order], extra).call(name).tolist()
+    starts = [sum(case.sizes[:g]) for g in range(len(case.groups))]
+    original = case.call(name).tolist()
+    assert_close(shuffled, [original[starts[g] + i] for g in order for i in inner[g]], rtol=1e-9, atol=1e-9)
+
+
+@EACH
+def test_rewards_are_data(name):
+    rewards = torch.tensor([1.0, 0.0, 1.0, 1.0], requires_grad=True)
+    extra = {"k": 1, "lengths": torch.ones(4, dtype=torch.long), "greedy_rewards": torch.ones(2, requires_grad=True)}
+    parameters = inspect.signature(MEMBERS[name]).parameters
+    given_ = {key: extra[key] for key in parameters if key in extra}
+    advantages = MEMBERS[name](rewards, 2, **given_)
+    assert not advantages.requires_grad
+    assert torch.equal(advantages, MEMBERS[name](rewards, [2, 2], **given_))
+    assert MEMBERS[name](
+        torch.zeros(0), [], **{k: v[:0] if torch.is_tensor(v) else v for k, v in given_.items()}
+    ).shape == (0,)
+
+
+CENTERED = ["normalize_group_rewards", "compute_leave_one_out_advantages", "compute_batch_std_advantages"]
+
+
+@pytest.mark.parametrize("name", [*CENTERED, "compute_gpg_advantages", "compute_maxrl_advantages"])
+@given(data=st.data())
+def test_advantages_of_a_group_add_up_to_nothing(name, data):
+    case = data.draw(cases(name))
+    for part in case.call(name).split(case.sizes):
+        assert_close(part.sum().item(), 0.0, rtol=0, atol=1e-9 * max(1.0, part.abs().max().item()))
+
+
+@pytest.mark.parametrize(
+    "name", [*CENTERED, "compute_gpg_advantages", "compute_opo_advantages", "compute_pkpo_advantages"]
+)
+@given(data=st.data(), shift=floats(-4, 4))
+def test_a_shift_of_all_rewards_changes_nothing(name, data, shift):
+    case = data.draw(cases(name))
+    moved = replace(case, groups=[[reward + shift for reward in group] for group in case.groups])
+    assert_close(moved.call(name), case.call(name), rtol=1e-9, atol=1e-9)
+
+
+@given(cases("normalize_group_rewards"))
+def test_leave_one_out_is_a_multiple_of_centering(case):
+    rewards = torch.tensor([r for group in case.groups for r in group]).double()
+    centered = normalize_group_rewards(rewards, case.sizes, normalize_by_std=False).split(case.sizes)
+    for group, one, other in zip(
+        case.groups, compute_leave_one_out_advantages(rewards, case.sizes).split(case.sizes), centered, strict=True
+    ):
+        n = sum(map(math.isfinite, group))
+        assert_close(one, other * n / max(1, n - 1), rtol=1e-9, atol=1e-12)
+
+
+@given(cases("compute_pass_at_k_advantages"))
+def test_pass_at_1_is_grpo_with_the_deviation_of_a_population(case):
+    rewards = torch.tensor([r for group in case.groups for r in group]).double()
+    expected = normalize_group_rewards(rewards, case.sizes, advantage_eps=0.0, correction=0)
+    assert_close(compute_pass_at_k_advantages(rewards, case.sizes, 1), expected, rtol=1e-9, atol=1e-12)
+
+
+@given(cases("compute_best_of_advantages", unscored=False))
+def test_pkpo_lies_between_leave_one_out_and_the_best_of_all(case):
+    for group in case.groups:
+        rewards = torch.tensor(group).double()
+        assert_close(
+            compute_pkpo_advantages(rewards, len(group), 1), compute_leave_one_out_advantages(rewards, len(group))
+        )
+        expected = len(group) * compute_best_of_advantages(rewards, len(group))
+        assert_close(compute_pkpo_advantages(rewards, len(group), len(group)), expected, rtol=1e-9, atol=1e-12)
+
+
+@given(cases("compute_gpg_advantages"))
+def test_gpg_is_centering_with_the_pull_of_the_whole_batch(case):
+    rewards = torch.tensor([r for group in case.groups for r in group]).double()
+    alone = [compute_gpg_advantages(part, len(part)) for part in rewards.split(case.sizes)]
+    assert_close(torch.cat(alone), normalize_group_rewards(rewards, case.sizes, normalize_by_std=False))
+
+
+@given(cases("compute_opo_advantages"))
+def test_opo_weighed_by_length_adds_up_to_nothing(case):
+    rewards = torch.tensor([r for group in case.groups for r in group]).double()
+    lengths = torch.tensor([n for group in case.extra["lengths"] for n in group])
+    advantages = compute_opo_advantages(rewards, case.sizes, lengths)
+    for part in (lengths * advantages).split(case.sizes):
+        assert_close(part.sum().item(), 0.0, rtol=0, atol=1e-9)
+
+
+@given(cases("normalize_group_rewards"))
+def test_no_normalized_advantage_exceeds_its_bound(case):
+    """|A| <= (G - 1) / sqrt(G), reached by one right answer among G."""
+    rewards = torch.tensor([r for group in case.groups for r in group]).double()
+    for part in normalize_group_rewards(rewards, case.sizes, advantage_eps=0.0).split(case.sizes):
+        assert part.abs().max().item() <= (len(part) - 1) / math.sqrt(len(part)) + 1e-9
+
+
+@given(data=st.data(), eps=st.sampled_from([0.0, 1e-4, 0.1]))
+def test_gdpo_matches_its_definition(data, eps):
+    sizes = data.draw(st.lists(st.integers(2, 4), min_size=1, max_size=3))
+    n_rewards = data.draw(st.integers(1, 3))
+    reward = floats(-2, 2) | UNSCORED if data.draw(st.booleans()) else st.sampled_from([0.0, 1.0])
+    table = data.draw(
+        st.lists(st.lists(reward, min_size=n_rewards, max_size=n_rewards), min_size=sum(sizes), max_size=sum(sizes))
+    )
+    weights = data.draw(st.none() | st.lists(floats(-1, 2), min_size=n_rewards, max_size=n_rewards))
+    rewards = torch.tensor(table, dtype=torch.float64)
+    actual = compute_gdpo_advantages(rewards, sizes, reward_weights=weights, advantage_eps=eps)
+    columns = []
+    for column in rewards.T:
+        parts = [part.tolist() for part in column.split(sizes)]
+        columns.append([[r if math.isfinite(r) else None for r in part] for part in parts])
+    assert_close(actual.tolist(), oracle.gdpo(columns, weights or [1.0] * n_rewards, eps), rtol=1e-8, atol=1e-8)
+    assert actual.isfinite().all()
+
+
+def test_gdpo_leaves_silent_groups_alone():
+    rewards = torch.tensor([[1.0, 0.0], [0.0, 100.0], [0.1, 0.7], [0.1, 0.7]])
+    advantages = compute_gdpo_advantages(rewards, 2, reward_weights=[2.0, 1.0])
+    assert (advantages[2:] == 0).all()
+    assert advantages[0] == -advantages[1] != 0
+
+
+@given(data=st.data(), eps=st.sampled_from([0.0, 1e-8, 0.1]), correction=st.sampled_from([0, 1]))
+def test_whitening_matches_its_definition(data, eps, correction):
+    rows, seq = shape = data.draw(SHAPES)
+    mask = data.draw(response_masks(shape))
+    columns = data.draw(st.sampled_from([1, seq]))
+    values = data.draw(tensors((rows, columns), floats(-2, 2)))
+    hidden = ~mask if columns == seq else ~mask.any(dim=1, keepdim=True)
+    spoiled = torch.where(hidden, data.draw(tensors((rows, columns), GARBAGE)), values).requires_grad_()
+    white = whiten_over_tokens(spoiled, mask, advantage_eps=eps, correction=correction)
+    assert white.shape == values.shape
+    assert not white.requires_grad
+    expected = oracle.whiten(values.expand(shape).tolist(), mask.tolist(), eps, correction)
+    assert_close(torch.where(mask, white, 0.0), torch.tensor(expected, dtype=torch.float64), rtol=1e-8, atol=1e-8)
+    assert (white[hidden] == 0).all()
+
+
+@pytest.mark.parametrize("constant", [0.1, 0.7, 1 / 3])
+def test_whitening_a_constant_gives_exactly_nothing(constant):
+    mask = torch.ones(3, 7, dtype=torch.bool)
+    assert (whiten_over_tokens(torch.full((3, 1), constant), mask, advantage_eps=0.0) == 0).all()
