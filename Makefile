@@ -10,7 +10,7 @@ LOCK := .ci/requirements-$(KIND).txt
 INSTALLED := .venv/.installed-$(KIND)
 ARGS ?=
 
-.PHONY: help install train test quick lint types docs bench mutants lock clean
+.PHONY: help install train test quick lint types docs bench mutants parity lock clean
 
 help:  ## List the verbs
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -54,9 +54,18 @@ bench: $(INSTALLED)  ## Speed, as ratios against a baseline of the same run
 mutants: $(INSTALLED)  ## Break the core by hand; every break must turn a test red
 	$(BIN)/python tests/mutants.py
 
+.venv-parity/.installed: .ci/requirements-parity.txt .ci/install-parity $(INSTALLED)
+	@echo "Installing TRL, verl and Liger into .venv-parity (a minute, once) ..."
+	@.ci/install-parity
+	@touch $@
+
+parity: .venv-parity/.installed  ## Run TRL, verl and Liger beside ours; write docs/parity.md
+	OMP_WAIT_POLICY=PASSIVE .venv-parity/bin/python -m tests.parity.make_page
+	OMP_WAIT_POLICY=PASSIVE .venv-parity/bin/python -m pytest -q tests/parity $(ARGS)
+
 lock: $(INSTALLED)  ## Resolve the pinned environments anew
 	$(BIN)/pip install --quiet uv
 	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/lock
 
 clean:  ## Remove what the verbs made, runs excepted
-	rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-parity site .pytest_cache .mypy_cache .ruff_cache .hypothesis
