@@ -7,28 +7,41 @@ from typing import Any
 
 import torch
 from beartype import beartype
-from jaxtyping import Bool, Float, jaxtyped
+from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor, nn
 
 from drivers.config import GrpoConfig
 from drivers.rollout import Completion
-from grpo_core import LossType, get_group_log_probs, get_response_log_probs
+from grpo_core import get_group_log_probs, get_response_log_probs
 
 
 @jaxtyped(typechecker=beartype)
 @dataclass(frozen=True)
 class RolloutBatch:
-    """Responses with what training needs of them, in host memory; row i of each field is response i."""
+    """Responses with what training needs of them, in host memory; row i of each field is response i.
+
+    What is None was not asked for. `cols` is the number of columns of the longest response, or 1: a value for the
+    response as a whole.
+    """
 
     completions: tuple[Completion, ...]
     response_mask: Bool[Tensor, "batch seq"]
     """True on the sampled tokens, the end token included; column 0 is a response's first token."""
     raw_rewards: Float[Tensor, "batch 1"]
-    advantages: Float[Tensor, "batch 1"]
     sampler_log_probs: Float[Tensor, "batch seq"]
     """Under the distribution that the engine sampled from; 0 past the end."""
+    advantages: Float[Tensor, "batch _"] | None = None
     old_log_probs: Float[Tensor, "batch seq"] | None = None
-    """Under the policy as it was before the first update on these responses."""
+    """What a ratio is taken to, where it is not the policy of the pass itself."""
+    old_entropy: Float[Tensor, "batch seq"] | None = None
+    """Of the policy before the first update on these responses."""
+    reference_log_probs: Float[Tensor, "batch seq"] | None = None
+    policy_weights: Float[Tensor, "batch _"] | None = None
+    """Of the objective: 0 where a token or response was left out."""
+    token_weights: Float[Tensor, "batch seq"] | None = None
+    """Of divergence and entropy."""
+    importance_weights: Float[Tensor, "batch _"] | None = None
+    penalized: Bool[Tensor, "batch seq"] | None = None
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -37,27 +50,34 @@ class RolloutBatch:
     def n_response_tokens(self) -> int:
         return sum(len(completion.token_ids) for completion in self.completions)
 
+    @property
+    def lengths(self) -> Int[Tensor, " batch"]:
+        return torch.tensor([len(completion.token_ids) for completion in self.completions])
+
+    @property
+    def truncated(self) -> Bool[Tensor, " batch"]:
+        return torch.tensor([completion.finish_reason == "length" for completion in self.completions])
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Of runs of rows with the same prompt."""
+        return [len(list(rows)) for _, rows in groupby(self.completions, key=lambda row: row.prompt_token_ids)]
+
     def select(self, rows: Sequence[int]) -> "RolloutBatch":
         """These rows, cut to the longest response among them."""
-        index = torch.tensor(rows)
+        index, whole = torch.tensor(rows), self.response_mask.shape[1]
         width = max(1, *(len(self.completions[row].token_ids) for row in rows))
-        return RolloutBatch(
-            completions=tuple(self.completions[row] for row in rows),
-            response_mask=self.response_mask[index, :width],
-            raw_rewards=self.raw_rewards[index],
-            advantages=self.advantages[index],
-            sampler_log_probs=self.sampler_log_probs[index, :width],
-            old_log_probs=None if self.old_log_probs is None else self.old_log_probs[index, :width],
-        )
+
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor[index, :width] if tensor.shape[1] == whole else tensor[index]
+
+        parts = {name: cut(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, completions=tuple(self.completions[row] for row in rows), **parts)
 
     def to(self, device: torch.device) -> "RolloutBatch":
         """The same with its tensors on `device`."""
         moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
-
-    def has_signal(self, loss_type: LossType) -> bool:
-        """Whether any response has a gradient; where every advantage is 0, the loss of each token is too."""
-        return bool((self.raw_rewards if loss_type == "no_baseline" else self.advantages).any())
 
     def split(self, size: int) -> Iterator["RolloutBatch"]:
         """Consecutive parts of `size` rows."""
@@ -73,7 +93,7 @@ class RolloutBatch:
         return self.select([row for group in order for row in groups[group]])
 
 
-def make_rollout_batch(completions: Sequence[Completion], advantages: Tensor, raw_rewards: Tensor) -> RolloutBatch:
+def make_rollout_batch(completions: Sequence[Completion], raw_rewards: Tensor) -> RolloutBatch:
     """From the token ids that were sampled; text is never tokenized again."""
     lengths = torch.tensor([len(completion.token_ids) for completion in completions])
     response_mask = torch.arange(max(1, int(lengths.max())))[None] < lengths[:, None]
@@ -84,19 +104,23 @@ def make_rollout_batch(completions: Sequence[Completion], advantages: Tensor, ra
         completions=tuple(completions),
         response_mask=response_mask,
         raw_rewards=raw_rewards[:, None],
-        advantages=advantages[:, None],
         sampler_log_probs=torch.zeros(response_mask.shape).masked_scatter(response_mask, sampled),
     )
 
 
 def score(
-    policy: nn.Module, rollouts: RolloutBatch, temperature: float, *, with_entropy: bool = False
+    policy: nn.Module,
+    rollouts: RolloutBatch,
+    temperature: float,
+    *,
+    with_entropy: bool = False,
+    detach_entropy: bool = True,
 ) -> dict[str, Tensor]:
-    """`log_probs` of each response token under `policy`, and on request their `token_entropy`, without a gradient.
+    """`log_probs` of each response token under `policy`, and on request their `token_entropy`.
 
     Both are Float "batch seq", 0 past the end of a response.
     """
-    options = {"return_token_entropy": with_entropy, "temperature": temperature, "detach_entropy": True}
+    options = {"return_token_entropy": with_entropy, "temperature": temperature, "detach_entropy": detach_entropy}
     parts = [
         _score_group(policy, prompt, [completion.token_ids for completion in group], options)
         for prompt, group in groupby(rollouts.completions, key=lambda completion: completion.prompt_token_ids)
@@ -133,13 +157,16 @@ def score_padded_rows(
 
 
 @torch.no_grad()
-def with_old_log_probs(policy: nn.Module, rollouts: RolloutBatch, config: GrpoConfig) -> RolloutBatch:
-    """Log-probs before the first update, once, in the precision and the mode of training."""
-    width = rollouts.response_mask.shape[1]
-    device = next(policy.parameters()).device
+def score_all(
+    policy: nn.Module, rollouts: RolloutBatch, config: GrpoConfig, *, with_entropy: bool = False
+) -> dict[str, Tensor]:
+    """`score` of a whole rollout batch in parts, in the precision and the mode of training; in host memory."""
+    width, device = rollouts.response_mask.shape[1], next(policy.parameters()).device
     parts = [
-        score(policy, part.to(device), config.sampling_temperature)["log_probs"]
+        score(policy, part.to(device), config.sampling_temperature, with_entropy=with_entropy)
         for part in rollouts.split(config.micro_train_batch_size)
     ]
-    padded = [nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]
-    return replace(rollouts, old_log_probs=torch.cat(padded).cpu())
+    return {
+        name: torch.cat([nn.functional.pad(part[name], (0, width - part[name].shape[1])) for part in parts]).cpu()
+        for name in parts[0]
+    }

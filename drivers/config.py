@@ -10,37 +10,91 @@ from typing import Any, Literal, TypeVar
 import tyro
 
 from drivers.errors import UsageError
+from drivers.legality import RATIO_OBJECTIVES, check_combination
+from drivers.recipes import EMBEDDED_MODEL, QUICKSTART, RECIPES
 from drivers.rollout import Sampling
-from grpo_core import Aggregation, LossType
+from grpo_core import Aggregation, Counting, ImportanceLevel, KLEstimator
 
-EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
-"""The model whose weights come with the environment; `--model-path` takes this name beside a folder or hub name."""
-
-QUICKSTART: dict[str, Any] = {
-    "model_path": EMBEDDED_MODEL,
-    "data_path": "data/wordadd/train.jsonl",
-    "val_data_path": "data/wordadd/validation.jsonl",
-    "prompt_path": "data/prompts/wordadd.prompt",
-    "n_grpo_steps": 15,
-    "learning_rate": 3e-5,
-    "rollout_batch_size": 64,
-    "train_batch_size": 64,
-    "gradient_accumulation_steps": 8,
-    "sampling_min_tokens": 0,
-    "sampling_max_tokens": 32,
-    "n_val_examples": 256,
-}
-RECIPES: dict[str, dict[str, Any]] = {"quickstart": QUICKSTART}
-"""Plain data: what a recipe sets, every flag still wins over."""
+RecipeName = Literal[
+    "quickstart",
+    "grpo",
+    "dr-grpo",
+    "dapo",
+    "gspo",
+    "gspo-token",
+    "gmpo",
+    "luspo",
+    "cispo",
+    "sapo",
+    "vespo",
+    "dppo-tv",
+    "dppo-kl",
+    "clip-cov",
+    "kl-cov",
+    "rloo",
+    "reinforce-plus-plus",
+    "reinforce-plus-plus-baseline",
+    "lite-ppo",
+    "gdpo",
+    "opo",
+    "gpg",
+    "maxrl",
+    "remax",
+    "pass-at-k",
+    "pkpo",
+    "entropy",
+    "cs336",
+    "trl-default",
+    "verl-default",
+    "openrlhf-default",
+    "prime-rl-default",
+    "open-instruct-default",
+    "oat-default",
+    "nano-aha-default",
+    "skyrl-default",
+]
+Objective = Literal[
+    "no_baseline",
+    "reinforce_with_baseline",
+    "grpo_clip",
+    "grpo_no_clip",
+    "gspo",
+    "gspo_token",
+    "gmpo",
+    "luspo",
+    "cispo",
+    "sapo",
+    "vespo",
+    "dppo_tv",
+    "dppo_kl",
+    "clip_cov",
+    "kl_cov",
+]
+AdvantageName = Literal[
+    "group",
+    "leave_one_out",
+    "batch_std",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+    "gdpo",
+    "opo",
+    "gpg",
+    "maxrl",
+    "remax",
+    "best_of",
+    "pass_at_k",
+    "pkpo",
+]
 
 
 @dataclass(frozen=True)
 class GrpoConfig:
     """Train a language model with GRPO on questions whose answers can be checked."""
 
-    recipe: Literal["quickstart"] | None = None
-    """Named defaults for all other flags. `quickstart`: SmolLM2-135M learns word problems on a laptop in minutes.
-    It is what runs when neither this nor --model-path is given."""
+    recipe: RecipeName | None = None
+    """Named defaults for other flags. `quickstart`: SmolLM2-135M learns word problems on a laptop in minutes; it is
+    what runs when neither this nor --model-path is given. Any other sets an objective, on the model and data of the
+    quickstart or, with --model-path, on the defaults below."""
 
     model_path: str | None = None
     """Folder or hub name of a Hugging Face causal language model. Alone, it is the run of the defaults below."""
@@ -68,13 +122,16 @@ class GrpoConfig:
     epochs_per_rollout_batch: int = 1
     """Passes over each rollout batch; above 1 is off-policy."""
 
-    loss_type: LossType = "reinforce_with_baseline"
-    """The per-token objective. `grpo_clip` and `grpo_no_clip` use the ratio to the policy that began the step."""
+    loss_type: Objective = "reinforce_with_baseline"
+    """The objective. All but the first two use the ratio to the policy that began the step (--old-policy). `gspo`,
+    `gmpo` and `luspo` have one loss per response, all others one per token."""
     cliprange: float = 0.2
-    """Half-width of the trust region of `grpo_clip`."""
+    """How far below 1 a ratio counts (`gmpo`: a log ratio below 0, in nats; `dppo_tv`: a difference of probabilities;
+    `dppo_kl`: a divergence in nats)."""
     aggregation: Aggregation = "sequence_mean"
-    """Tokens to loss: mean over each response, mean over all tokens of an optimizer step, or sum over
-    sampling_max_tokens (`constant`: with --no-use-std-normalization, Dr. GRPO)."""
+    """Tokens to loss: mean over each response, mean over all tokens of an optimizer step, mean over the tokens of each
+    question, sum over each response, or that over sampling_max_tokens (`constant`: with --no-use-std-normalization,
+    Dr. GRPO)."""
     use_std_normalization: bool = True
     """Divide a group's centered rewards by their standard deviation."""
     advantage_eps: float = 1e-6
@@ -122,6 +179,87 @@ class GrpoConfig:
     seed: int = 0
     """Of questions, sampling and shuffling."""
 
+    advantage: AdvantageName = "group"
+    """From rewards to advantages. `group`: centered in the group and, with --use-std-normalization, scaled by it."""
+    std_correction: Literal[0, 1] = 1
+    """Of `group`: 1 divides the variance by G - 1, 0 by G."""
+    pass_k: int = 4
+    """The k of `pass_at_k` and `pkpo`."""
+    reward_weights: tuple[float, float] = (1.0, 1.0)
+    """Of `gdpo`: weights of the format reward and the answer reward."""
+    length_penalty: Literal["none", "soft_overlong", "cosine"] = "none"
+    """Added to the reward before advantages are taken. `soft_overlong`: down to -1 over the last --overlong-buffer
+    tokens. `cosine`: in place of the reward, 2 to 1 for a right answer and -10 to 0 for a wrong one, by length."""
+    overlong_buffer: int | None = None
+    """Of `soft_overlong`, in tokens; left out: a fifth of sampling_max_tokens."""
+    max_refills: int = 0
+    """Dynamic sampling: groups without signal are replaced by those of new questions, in at most so many further
+    rounds; what is missing then is left out, with a warning. 0: groups without signal stay."""
+
+    cliprange_high: float | None = None
+    """How far above 1 a ratio counts; left out: --cliprange."""
+    dual_clip: float | None = None
+    """Of `grpo_clip`: ratios of tokens with a negative advantage are cut here."""
+    ratio_low: float = 0.0
+    """Of `cispo`: weights are raised to this ratio."""
+    ratio_high: float = 5.0
+    """Of `cispo`: weights are cut at this ratio."""
+    sapo_temperatures: tuple[float, float] = (1.0, 1.05)
+    """Of `sapo`: for positive and for other advantages."""
+    covariance_fraction: float = 2e-4
+    """Of `clip_cov` and `kl_cov`: share of the tokens of an optimizer step that is dropped or penalized."""
+    covariance_bounds: tuple[float, float] = (1.0, 5.0)
+    """Of `clip_cov`: between these covariances of advantage and log-prob."""
+    kl_cov_coef: float = 1.0
+    """Of `kl_cov`: weight of |log ratio| on the penalized tokens."""
+
+    mask_truncated: bool = False
+    """Leave responses that were cut off out of loss and denominators (overlong filtering)."""
+    top_entropy_fraction: float | None = None
+    """Take the loss over this share of an optimizer step's tokens, those of the highest entropy. Left out: all."""
+    off_policy_threshold: float | None = None
+    """Leave out responses with a negative advantage that the policy finds less likely than the sampler did by more
+    than this, in nats per token (off-policy sequence masking). Left out: none."""
+    rejected_tokens: Counting = "count"
+    """Whether tokens left out by an importance ratio, an entropy or a covariance count in the denominators."""
+    empty_responses: Counting = "count"
+    """Whether responses without tokens (left) count in the number of responses."""
+
+    old_policy: Literal["trainer", "sampler"] = "trainer"
+    """Whose log-probs a ratio is taken to: the trainer's own at the start of the step, or the sampler's as they came
+    (two policies instead of three: the ratio then makes up for the sampler too)."""
+    importance: Literal["none", "truncate", "mask", "reject"] = "none"
+    """Make up for a sampler whose log-probs differ from the trainer's: weigh the objective by their ratio, cut at the
+    bounds or 0 beyond them, or leave out what lies beyond them."""
+    importance_level: ImportanceLevel = "token"
+    """The ratio of a token, or the product (`sequence`) or geometric mean of those of a response."""
+    importance_low: float = 0.0
+    """Lower bound of the ratio."""
+    importance_high: float = 2.0
+    """Upper bound of the ratio."""
+    self_normalize: bool = False
+    """Divide importance weights by their mean over the optimizer step."""
+
+    kl_coef: float = 0.0
+    """Weight of the divergence from the reference model; above 0 a second copy of the model is held."""
+    kl_estimator: KLEstimator = "k3"
+    """Its estimate, token by token; in the loss k2 and ratio_k3 descend KL(policy, reference), k3 the other way."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """As a term of the loss, or subtracted from the advantages as reward-to-go (with k1)."""
+    kl_reference: Literal["model", "sampler"] = "model"
+    """To the model that training began from, or to the policy that sampled."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus, per nat."""
+    entropy_target: float | None = None
+    """Nats per token: the coefficient rises by 0.005 after each step with less entropy and falls after the others, in
+    [0, 1], and is applied only where the last step had less. Left out: it is constant."""
+
+    sampling_top_p: float = 1.0
+    """Sample from the likeliest tokens that together have this probability. Below 1 the sampler's log-probs are of
+    another distribution than the policy's: ratios to the sampler are refused."""
+    show: bool = False
+    """Print the resolved settings and the loss as a formula, and stop."""
+
     def __post_init__(self) -> None:
         for name in _POSITIVE:
             _check_number(name, getattr(self, name), "must be greater than 0", above=0)
@@ -132,16 +270,11 @@ class GrpoConfig:
         _check_multiple(
             "train_batch_size", self.train_batch_size, "gradient_accumulation_steps", self.gradient_accumulation_steps
         )
-        if self.group_size == 1 and self.use_std_normalization:
-            raise UsageError(
-                "group_size=1 has no standard deviation to divide by: "
-                "at least 2 is required, or pass --no-use-std-normalization"
-            )
-        if self.group_size == 1 and self.loss_type != "no_baseline":
-            raise UsageError(
-                f"group_size=1 makes every advantage 0, so loss_type={self.loss_type} would learn nothing: "
-                "at least 2 is required, or pass --loss-type no_baseline"
-            )
+        for name, high in (("top_entropy_fraction", 1.0), ("covariance_fraction", 1.0), ("sampling_top_p", 1.0)):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= high:
+                raise UsageError(f"{name}={value} must be greater than 0 and at most {high:g}")
+        check_combination(self)
         if self.sampling_min_tokens > self.sampling_max_tokens:
             raise UsageError(
                 f"sampling_min_tokens={self.sampling_min_tokens} must not exceed "
@@ -164,19 +297,26 @@ class GrpoConfig:
         return self.epochs_per_rollout_batch > 1 or self.train_batch_size < self.rollout_batch_size
 
     @property
-    def needs_old_log_probs(self) -> bool:
-        """Whether a pass before the first update must keep log-probs; on-policy, each update's own pass has them."""
-        return self.is_off_policy and self.loss_type in ("grpo_clip", "grpo_no_clip")
+    def is_ratio_to_own_pass(self) -> bool:
+        """Whether the policy that began the step is still the policy of each pass."""
+        return not self.is_off_policy and self.old_policy == "trainer"
 
-    def normalize_constant(self, n_response_tokens: int) -> float | None:
-        """What `aggregation` divides by; the tokens are those of the whole optimizer step."""
-        match self.aggregation:
-            case "sequence_mean":
-                return None
-            case "token_mean":
-                return float(n_response_tokens)
-            case "constant":
-                return float(self.sampling_max_tokens)
+    @property
+    def needs_old_log_probs(self) -> bool:
+        """Whether a pass before the first update must score the rollouts; on-policy, each update's own pass has it."""
+        uses_ratio = self.loss_type in RATIO_OBJECTIVES or self.kl_estimator == "ratio_k3"
+        before_the_update = (
+            self.importance != "none"
+            or self.loss_type in ("clip_cov", "kl_cov")
+            or self.top_entropy_fraction is not None
+            or (self.kl_coef > 0 and self.kl_in == "reward")
+        )
+        return before_the_update or (self.is_off_policy and uses_ratio and self.old_policy == "trainer")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a frozen copy of the model is held."""
+        return self.kl_coef > 0 and self.kl_reference == "model"
 
     @property
     def sampling(self) -> Sampling:
@@ -186,6 +326,7 @@ class GrpoConfig:
             min_tokens=self.sampling_min_tokens,
             max_tokens=self.sampling_max_tokens,
             stop=stop_strings(self.reward),
+            top_p=self.sampling_top_p,
         )
 
 
@@ -204,8 +345,18 @@ _POSITIVE = (
     "n_val_examples",
     "checkpoint_steps",
     "gpu_memory_utilization",
+    "pass_k",
+    "kl_cov_coef",
 )
-_NOT_NEGATIVE = ("cliprange", "advantage_eps", "sampling_min_tokens", "n_logged_completions")
+_NOT_NEGATIVE = (
+    "cliprange",
+    "advantage_eps",
+    "sampling_min_tokens",
+    "n_logged_completions",
+    "max_refills",
+    "ratio_low",
+    "kl_coef",
+)
 
 
 @dataclass(frozen=True)
@@ -296,11 +447,16 @@ def flag_given(arguments: Sequence[str], flag: str) -> str | None:
 def parse_train_config(arguments: Sequence[str]) -> GrpoConfig:
     """Defaults, then the recipe's, then the flags. Without a recipe or a model, the quickstart."""
     recipe = flag_given(arguments, "--recipe")
+    has_model = flag_given(arguments, "--model-path") is not None
     asks_for_help = bool({"-h", "--help"} & set(arguments))
-    if recipe is None and flag_given(arguments, "--model-path") is None and not asks_for_help:
+    if recipe is None and not has_model and not asks_for_help:
         print("No --model-path and no --recipe: this is the embedded quickstart (--recipe quickstart).", flush=True)
         recipe = "quickstart"
-    defaults = GrpoConfig(recipe="quickstart", **QUICKSTART) if recipe == "quickstart" else GrpoConfig()
+    settings: dict[str, Any] = {}
+    if recipe in RECIPES:
+        base = QUICKSTART if recipe == "quickstart" or not has_model else {}
+        settings = {"recipe": recipe, **base, **RECIPES[recipe]}
+    defaults = GrpoConfig(**settings)
     config = parse(GrpoConfig, arguments, defaults)
     if config.model_path is None:
         raise UsageError("model_path=None: a folder or hub name is required, or --recipe quickstart, which names one")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from drivers.batch import RolloutBatch
 from drivers.rollout import Completion
-from grpo_core import masked_mean
+from grpo_core import compute_gradient_share, masked_mean
 
 
 class UpdateMetrics:
@@ -15,9 +15,14 @@ class UpdateMetrics:
 
     def __init__(self) -> None:
         self.skipped_micro_batches = 0
+        self.trained_tokens = 0
         self._micro_batches: list[dict[str, Tensor]] = []
         self._losses: list[Tensor] = []
         self._grad_norms: list[Tensor] = []
+        self._facts: list[Mapping[str, float]] = []
+        self._pulls: list[Tensor] = []
+        self._is_positive: list[Tensor] = []
+        self._lengths: list[Tensor] = []
 
     def add_micro_batch(
         self, micro: RolloutBatch, scored: Mapping[str, Tensor], metadata: Mapping[str, Tensor]
@@ -31,11 +36,17 @@ class UpdateMetrics:
                 "sampler_log_prob_diff": masked_mean(difference, micro.response_mask),
             }
         )
+        gradients = scored["log_probs"].grad
+        if gradients is not None and micro.advantages is not None:
+            self._pulls.append(gradients.abs().sum(dim=1, keepdim=True))
+            self._is_positive.append(micro.advantages[:, 0] > 0)
+            self._lengths.append(micro.response_mask.sum(dim=1))
 
-    def add_update(self, loss: Tensor, grad_norm: Tensor) -> None:
+    def add_update(self, loss: Tensor, grad_norm: Tensor, facts: Mapping[str, float]) -> None:
         """An optimizer step."""
         self._losses.append(loss)
         self._grad_norms.append(grad_norm)
+        self._facts.append(facts)
 
     def summary(self) -> dict[str, float]:
         """Host numbers: of optimizer steps their mean, of micro-batches the mean over all their response tokens."""
@@ -45,8 +56,14 @@ class UpdateMetrics:
             for key in self._micro_batches[0].keys() - {"response_tokens"}:
                 values = torch.stack([part[key] for part in self._micro_batches])
                 numbers[key] = torch.where(tokens > 0, values * tokens, 0.0).sum() / tokens.sum().clamp(min=1)
+        if self._pulls:
+            pulls, lengths = torch.cat(self._pulls), torch.cat(self._lengths)
+            numbers["gradient_share_positive"] = compute_gradient_share(pulls, torch.cat(self._is_positive))
+            numbers["gradient_share_long"] = compute_gradient_share(pulls, lengths > lengths.float().median())
         host = torch.stack([value.float() for value in numbers.values()]).tolist()
-        return dict(sorted(zip(numbers, host, strict=True))) | {
+        facts = {name: sum(one[name] for one in self._facts) / len(self._facts) for name in self._facts[0]}
+        return dict(sorted((facts | dict(zip(numbers, host, strict=True))).items())) | {
+            "trained_tokens": float(self.trained_tokens),
             "micro_batches": float(len(self._micro_batches)),
             "skipped_micro_batches": float(self.skipped_micro_batches),
         }

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from drivers.config import EMBEDDED_MODEL
 from drivers.errors import UsageError
+from drivers.recipes import EMBEDDED_MODEL
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "grpo_core"
 

@@ -15,20 +15,23 @@ from drivers.errors import UsageError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn.
-
-    There is no top-p or top-k: they would sample from another distribution than the one whose log-probs the loss uses.
-    """
+    """How completions are drawn."""
 
     n: int = 1
     temperature: float = 1.0
     min_tokens: int = 0
     max_tokens: int = 1024
     stop: tuple[str, ...] = ("</answer>",)
+    top_p: float = 1.0
+    """Below 1 the log-probs are of another distribution than the policy's: renormalized over what was kept."""
 
     def alone(self) -> "Sampling":
         """The same, one completion for each prompt."""
         return replace(self, n=1)
+
+    def greedy(self) -> "Sampling":
+        """The likeliest token each time, once for each prompt."""
+        return replace(self, n=1, temperature=0.0, top_p=1.0)
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,8 @@ class HFEngine:
         config = GenerationConfig(  # type: ignore[no-untyped-call]
             do_sample=not greedy,
             temperature=None if greedy else sampling.temperature,
-            top_k=0,
-            top_p=1.0,
+            top_k=None if greedy else 0,
+            top_p=1.0 if greedy else sampling.top_p,
             min_new_tokens=sampling.min_tokens or None,
             max_new_tokens=sampling.max_tokens,
             stop_strings=list(sampling.stop) or None,

@@ -49,7 +49,8 @@ class Run:
         self._accuracies: list[float] = []
         # A thousand tokens tell enough, whatever the length limit of the run.
         longest = min(config.sampling_max_tokens, config.sampling_min_tokens + 64)
-        self._check_sampling = replace(config.sampling, n=min(8, config.group_size), max_tokens=longest)
+        # Not top-p: its log-probs are of another distribution, however well the weights agree.
+        self._check_sampling = replace(config.sampling, n=min(8, config.group_size), max_tokens=longest, top_p=1.0)
 
     def steps(self) -> Iterator[int]:
         """1, 2, ... n_grpo_steps."""
@@ -62,9 +63,14 @@ class Run:
         """Time the block, and show it as what is going on."""
         return self.display.phase(name, self._seconds)
 
-    def sampling_seed(self, step: int) -> int:
-        """Another noise stream for each step; one response uses one seed."""
-        return ((self.config.seed << 32) + step * self.config.rollout_batch_size) % 2**62
+    def sampling_seed(self, step: int, refill: int = 0) -> int:
+        """Another noise stream for each step and each refill of it; one response uses one seed."""
+        batches = step * (1 + self.config.max_refills) + refill
+        return ((self.config.seed << 32) + batches * self.config.rollout_batch_size) % 2**62
+
+    def warn(self, text: str) -> None:
+        """What a person should know of a step, and the run survives."""
+        self.display.say(f"warning: {text}")
 
     def check_engine(
         self, engine: RolloutEngine, policy: nn.Module, prompts: Sequence[Question], *, version: int
@@ -103,11 +109,10 @@ class Run:
 
     def report(self, step: int, values: Mapping[str, float]) -> None:
         """The step's line everywhere."""
-        sampled = values["response_tokens"] * self.config.rollout_batch_size
         times = {f"time_{name}_s": seconds for name, seconds in self._seconds.items()}
         speed = {
-            "rollout_tokens_per_s": sampled / self._seconds["rollout"],
-            "update_tokens_per_s": sampled * self.config.epochs_per_rollout_batch / self._seconds["update"],
+            "rollout_tokens_per_s": values["sampled_tokens"] / self._seconds["rollout"],
+            "update_tokens_per_s": values["trained_tokens"] / self._seconds["update"],
         }
         values = {**values, **speed, **times, "learning_rate": self.config.learning_rate}
         self._log.log("train", step, values)
@@ -140,6 +145,8 @@ class Parts(NamedTuple):
     reward_fn: RewardFn
     train_set: list[Question]
     val_set: list[Question]
+    reference: nn.Module | None = None
+    """What a divergence is taken from: the model as it was before training, frozen."""
 
 
 def prepare(config: GrpoConfig, display: Display) -> tuple[Run, Parts]:
@@ -172,7 +179,13 @@ def prepare(config: GrpoConfig, display: Display) -> tuple[Run, Parts]:
         raise
     display.say(f"{len(train_set)} training and {len(val_set)} held-out questions; run folder {folder}/")
     run = Run(config, folder, tokenizer, display)
-    return run, Parts(policy, engine, REWARDS[config.reward], train_set, val_set)
+    reference = load_policy(model_path, *_place_of(policy)).requires_grad_(False) if config.needs_reference else None
+    return run, Parts(policy, engine, REWARDS[config.reward], train_set, val_set, reference)
+
+
+def _place_of(policy: nn.Module) -> tuple[torch.device, torch.dtype]:
+    parameter = next(policy.parameters())
+    return parameter.device, parameter.dtype
 
 
 def choose_devices(config: GrpoConfig) -> tuple[torch.device, torch.device]:

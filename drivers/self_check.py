@@ -42,8 +42,7 @@ def check_engine(
     The first `min_tokens` tokens of a response are left out: there only the sampler hides the end token.
     """
     completions = engine.generate(prompts, sampling, seed=seed)
-    nothing = torch.zeros(len(completions))
-    rollouts = make_rollout_batch(completions, nothing, nothing).to(next(policy.parameters()).device)
+    rollouts = make_rollout_batch(completions, torch.zeros(len(completions))).to(next(policy.parameters()).device)
     compared = rollouts.response_mask.clone()
     compared[:, : sampling.min_tokens] = False
     difference = (score(policy, rollouts, sampling.temperature)["log_probs"] - rollouts.sampler_log_probs).abs()[

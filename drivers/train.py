@@ -11,17 +11,20 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from drivers.batch import RolloutBatch, make_rollout_batch, score, with_old_log_probs
+from drivers.batch import RolloutBatch, make_rollout_batch, score
+from drivers.collect import collect
 from drivers.config import GrpoConfig, exit_with, parse_train_config
 from drivers.data import Question
 from drivers.display import Display
 from drivers.errors import UnsoundRunError, UsageError
+from drivers.formula import show
 from drivers.interrupts import terminate_as_interrupt, uninterrupted
-from drivers.metrics import UpdateMetrics, describe_completions
+from drivers.metrics import UpdateMetrics
+from drivers.objective import EntropyBonus, compute_loss, has_gradient, prepare_rollouts, weigh_step
 from drivers.optim import PolicyOptimizer
 from drivers.rollout import RolloutEngine
 from drivers.run import Run, prepare
-from grpo_core import RewardFn, compute_group_normalized_rewards, grpo_microbatch_train_step
+from grpo_core import RewardFn
 
 
 def train(
@@ -32,41 +35,34 @@ def train(
     train_set: Sequence[Question],
     val_set: Sequence[Question],
     run: Run,
+    reference: nn.Module | None = None,
 ) -> None:
     """The loop. Its parts are built by `drivers.run.prepare`, or by you."""
-    optimizer = PolicyOptimizer(policy, config.learning_rate)
+    optimizer, bonus = PolicyOptimizer(policy, config.learning_rate), EntropyBonus(config)
     draw, shuffle = random.Random(config.seed), torch.Generator().manual_seed(config.seed)
     engine.load_weights(version=0)
     run.check_engine(engine, policy, val_set, version=0)
     run.evaluate(engine, val_set, reward_fn, step=0)
 
     for step in run.steps():
-        # D_b ~ D;  o_1 .. o_G ~ pi_old(. | q) for each question q of D_b.
-        with run.phase("rollout"):
-            questions = draw.sample(train_set, config.n_prompts_per_rollout_batch)
-            prompts = [question.prompt_token_ids for question in questions]
-            completions = engine.generate(prompts, config.sampling, seed=run.sampling_seed(step))
-            engine.sleep()
+        # D_b ~ D;  o_1 .. o_G ~ pi_old(. | q) for each question q of D_b;  r_i = R(q, o_i).
+        collected = collect(config, engine, reward_fn, train_set, draw, run, step)
 
-        # r_i = R(q, o_i);  A_i = r_i, normalized within its group.
-        with run.phase("reward"):
-            responses = [completion.text for completion in completions]
-            answers = [question.answer for question in questions for _ in range(config.group_size)]
-            advantages, raw_rewards, rewards = compute_group_normalized_rewards(
-                reward_fn, responses, answers, config.group_size, config.advantage_eps, config.use_std_normalization
-            )
-            rollouts = make_rollout_batch(completions, advantages, raw_rewards)
-
-        # pi <- ascend the objective on these rollouts; off-policy, in several updates against the same pi_old.
+        # A_i = r_i against its group;  pi <- ascend the objective on these rollouts, in one update or several.
         metrics = UpdateMetrics()
         with run.phase("update"):
-            if config.needs_old_log_probs:
-                rollouts = with_old_log_probs(policy, rollouts, config)
+            rollouts = make_rollout_batch(collected.completions, collected.raw_rewards)
+            rollouts = prepare_rollouts(
+                config, policy, reference, rollouts, collected.scores, collected.greedy_rewards
+            )
             for _ in range(config.epochs_per_rollout_batch):
                 for train_batch in rollouts.shuffled(shuffle).split(config.train_batch_size):
-                    loss = accumulate_gradients(policy, train_batch, config, metrics)
+                    train_batch, facts = weigh_step(config, train_batch)
+                    loss = accumulate_gradients(policy, train_batch, config, bonus.coefficient, metrics)
                     with uninterrupted():
-                        metrics.add_update(loss, grad_norm=optimizer.step(loss, config.max_grad_norm))
+                        metrics.add_update(loss, optimizer.step(loss, config.max_grad_norm), facts)
+        summary = metrics.summary()
+        summary |= bonus.follow(summary.get("entropy"))
 
         # pi_old <- pi.
         with run.phase("push"), uninterrupted():
@@ -78,37 +74,27 @@ def train(
             run.evaluate(engine, val_set, reward_fn, step=step)
         if step % config.checkpoint_steps == 0:
             run.save(policy, f"checkpoint-{step}", step)
-        run.report(step, rewards | describe_completions(completions) | metrics.summary())
+        run.report(step, collected.facts | summary)
 
 
 def accumulate_gradients(
-    policy: nn.Module, train_batch: RolloutBatch, config: GrpoConfig, metrics: UpdateMetrics
+    policy: nn.Module, train_batch: RolloutBatch, config: GrpoConfig, entropy_coef: float, metrics: UpdateMetrics
 ) -> torch.Tensor:
-    """The loss of one optimizer step, its gradient added up over micro-batches."""
+    """The loss of one optimizer step; its gradient is added up over micro-batches of any size."""
     device = next(policy.parameters()).device
     total = torch.zeros((), device=device)
+    metrics.trained_tokens += train_batch.n_response_tokens
     for micro in train_batch.split(config.micro_train_batch_size):
-        if not micro.has_signal(config.loss_type):
-            metrics.skipped_micro_batches += 1  # every advantage is 0: so is the gradient, without a forward pass
+        if not has_gradient(config, micro, entropy_coef):
+            metrics.skipped_micro_batches += 1  # exactly 0, without a forward pass
             continue
         micro = micro.to(device)
-        scored = score(policy, micro, config.sampling_temperature, with_entropy=True)
-        # On-policy, pi_old is the policy of this very pass: the ratio is exactly 1, its gradient is not 0.
-        old_log_probs = micro.old_log_probs if config.is_off_policy else scored["log_probs"].detach()
-        loss, metadata = grpo_microbatch_train_step(
-            scored["log_probs"],
-            micro.response_mask,
-            config.gradient_accumulation_steps,
-            config.loss_type,
-            micro.raw_rewards,
-            micro.advantages,
-            old_log_probs,
-            config.cliprange,
-            aggregation=config.aggregation,
-            normalize_constant=config.normalize_constant(train_batch.n_response_tokens),
-        )
-        total += loss
-        metrics.add_micro_batch(micro, scored, metadata)
+        scored = score(policy, micro, config.sampling_temperature, with_entropy=True, detach_entropy=entropy_coef == 0)
+        scored["log_probs"].retain_grad()
+        loss, described = compute_loss(config, micro, scored, entropy_coef)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+        metrics.add_micro_batch(micro, scored, described)
     return total
 
 
@@ -116,11 +102,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: settings, parts, the loop, and how it may end."""
     try:
         config = parse_train_config(sys.argv[1:] if arguments is None else arguments)
+        if config.show:
+            print(show(config))
+            return
         with Display(config.n_grpo_steps) as display, terminate_as_interrupt():
             run, parts = prepare(config, display)
             policy, engine = parts[0], parts[1]
             try:
-                train(config, *parts, run)
+                train(config, *parts[:5], run, parts.reference)
                 saved = run.save(policy, "final_model", run.step)
             except BaseException:  # whatever ends the run, the steps that were made are kept
                 if run.step:

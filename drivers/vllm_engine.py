@@ -244,7 +244,7 @@ class VLLMEngine:
         return SamplingParams(
             n=sampling.n,
             temperature=sampling.temperature,
-            top_p=1.0,  # a truncated distribution has other log-probs than the policy's
+            top_p=sampling.top_p,
             top_k=0,
             min_tokens=sampling.min_tokens,
             max_tokens=sampling.max_tokens,

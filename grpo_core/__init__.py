@@ -9,7 +9,9 @@ from grpo_core.advantages import (
     compute_maxrl_advantages,
     compute_opo_advantages,
     compute_remax_advantages,
+    describe_rewards,
     normalize_group_rewards,
+    read_rewards,
     whiten_over_tokens,
 )
 from grpo_core.aggregation import (
@@ -70,6 +72,7 @@ from grpo_core.sequence_losses import (
 from grpo_core.shaping import adapt_entropy_coefficient, compute_cosine_length_reward, compute_soft_overlong_penalty
 from grpo_core.steps import (
     compose_policy_loss,
+    describe_policy_update,
     grpo_microbatch_loss,
     grpo_microbatch_train_step,
     sft_microbatch_loss,
@@ -149,6 +152,8 @@ __all__ = [
     "compute_token_weights",
     "compute_vespo_loss",
     "describe_mismatch",
+    "describe_policy_update",
+    "describe_rewards",
     "describe_silent_groups",
     "drop_truncated_responses",
     "effective_sample_size",
@@ -172,6 +177,7 @@ __all__ = [
     "pack_group_row",
     "question_only_reward_fn",
     "r1_zero_reward_fn",
+    "read_rewards",
     "select_high_covariance",
     "select_high_entropy",
     "select_log_probs",

@@ -1,6 +1,7 @@
 """How much better than its alternatives a response was: from rewards to advantages."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -195,7 +196,8 @@ def compute_opo_advantages(
     References:
         Hao et al. 2025, arXiv:2505.23585 (OPO, the practical length-weighted baseline).
     """
-    require(bool((lengths >= 0).all()), "lengths", lengths.tolist(), "at least 0")
+    if len(lengths) and lengths.min() < 0:
+        raise ValueError(f"lengths hold {lengths.min().item()}: each must be at least 0")
     groups = split_groups(rewards, group_sizes)
     tokens = torch.zeros_like(groups.rewards)
     tokens[groups.present] = lengths.to(tokens)
@@ -262,7 +264,10 @@ def compute_maxrl_advantages(rewards: Float[Tensor, " rollout"], group_sizes: Gr
         Tajwar et al. 2026, arXiv:2602.02710 (MaxRL).
     """
     groups = split_groups(rewards, group_sizes)
-    require(bool((groups.rewards >= 0).all()), "rewards", rewards.tolist(), "at least 0: the mean divides")
+    if groups.rewards.numel() and groups.rewards.min() < 0:
+        raise ValueError(
+            f"rewards hold {groups.rewards.min().item()}: each must be at least 0, for their mean divides"
+        )
     mean = torch.where(groups.has_signal, groups.mean, 1.0)
     return groups.signal_as_rollouts((groups.rewards - mean) / mean)
 
@@ -370,9 +375,7 @@ def compute_group_normalized_rewards(
         normalize_by_std: whether to divide by the standard deviation of the group.
 
     Returns:
-        The advantages, the raw rewards (float32 both), and the statistics of all rollouts as plain floats: `reward`
-        (mean), `reward_std` (unbiased; 0 for a single rollout), `reward_min`, `reward_max`, `format_reward` and
-        `answer_reward` (means; each only if every score has it), `zero_std_groups` (share of groups without signal).
+        The advantages, the raw rewards (float32 both), and the statistics of `describe_rewards`.
 
     Raises:
         ValueError: as `normalize_group_rewards`; if there are no rollouts, or the two lists differ in length; if
@@ -397,11 +400,65 @@ def compute_group_normalized_rewards(
     _check_group_std(list_sizes(len(rollout_responses), group_size, "group_size"), advantage_eps, normalize_by_std)
     pairs = zip(rollout_responses, repeated_ground_truths, strict=True)
     scores = [reward_fn(response, truth) for response, truth in pairs]
-    rewards = torch.tensor([_reward_of(score, index) for index, score in enumerate(scores)], dtype=torch.float32)
+    rewards = read_rewards(scores)
     advantages = normalize_group_rewards(
         rewards, group_size, advantage_eps=advantage_eps, normalize_by_std=normalize_by_std
     )
-    return advantages, rewards, _summarize(scores, rewards, group_size)
+    return advantages, rewards, describe_rewards(scores, group_size)
+
+
+@shape_checked
+def read_rewards(scores: Sequence[Any]) -> Float[Tensor, " rollout"]:
+    r"""$r_i$ of what a reward function returned for each response, float32.
+
+    Args:
+        scores: dictionaries with a finite "reward".
+
+    Returns:
+        The rewards.
+
+    Raises:
+        ValueError: if a score is no dictionary, has no "reward", or one that is not a finite float32.
+
+    Example:
+        >>> read_rewards([{"reward": 1.0}, {"reward": 0}])
+        tensor([1., 0.])
+    """
+    return torch.tensor([_reward_of(score, index) for index, score in enumerate(scores)], dtype=torch.float32)
+
+
+@shape_checked
+def describe_rewards(scores: Sequence[Any], group_sizes: GroupSizes) -> dict[str, float]:
+    r"""$\bar r$, its spread and its parts, over all rollouts, as plain floats.
+
+    Args:
+        scores: dictionaries with a finite "reward", and perhaps "format_reward" and "answer_reward".
+        group_sizes: $G$, the number of responses to each question: one number, or one for each group.
+
+    Returns:
+        `reward` (mean), `reward_std` (unbiased; 0 for a single rollout), `reward_min`, `reward_max`, `format_reward`
+        and `answer_reward` (means; each only if every score has it), `zero_std_groups` (share of groups without
+        signal).
+
+    Raises:
+        ValueError: if there are no scores, they do not fill the groups, or one has no finite "reward".
+
+    Example:
+        >>> described = describe_rewards([{"reward": 1.0}, {"reward": 0.0}], 2)
+        >>> described["reward"], described["zero_std_groups"]
+        (0.5, 0.0)
+    """
+    require(len(scores) > 0, "scores", "[]", "at least one score")
+    rewards = read_rewards(scores)
+    parts = [key for key in ("format_reward", "answer_reward") if all(key in score for score in scores)]
+    return {
+        "reward": rewards.mean().item(),
+        "reward_std": rewards.std(correction=min(1, len(scores) - 1)).item(),
+        "reward_min": rewards.min().item(),
+        "reward_max": rewards.max().item(),
+        **{key: sum(float(score[key]) for score in scores) / len(scores) for key in parts},
+        "zero_std_groups": (~split_groups(rewards, group_sizes).has_signal).float().mean().item(),
+    }
 
 
 def _check_eps(advantage_eps: float) -> None:
@@ -434,18 +491,3 @@ def _reward_of(score: object, index: int) -> float:
     if not abs(reward) <= torch.finfo(torch.float32).max:
         raise ValueError(f"reward_fn returned reward={reward} for rollout {index}: it must be a finite float32")
     return reward
-
-
-def _summarize(
-    scores: list[dict[str, float]], rewards: Float[Tensor, " rollout"], group_size: int
-) -> dict[str, float]:
-    """Statistics of a batch of rollouts; the keys are documented where they are returned."""
-    parts = [key for key in ("format_reward", "answer_reward") if all(key in score for score in scores)]
-    return {
-        "reward": rewards.mean().item(),
-        "reward_std": rewards.std(correction=min(1, len(scores) - 1)).item(),
-        "reward_min": rewards.min().item(),
-        "reward_max": rewards.max().item(),
-        **{key: sum(float(score[key]) for score in scores) / len(scores) for key in parts},
-        "zero_std_groups": (~split_groups(rewards, group_size).has_signal).float().mean().item(),
-    }

@@ -116,8 +116,9 @@ def compute_pass_at_k_advantages(
     """
     _check_k(k, list_sizes(len(rewards), group_sizes))
     groups = split_groups(rewards, group_sizes)
-    binary = (groups.rewards == 0) | (groups.rewards == 1)
-    require(bool(binary.all()), "rewards", rewards.tolist(), "0 or 1: pass@k counts right answers")
+    neither = groups.rewards[(groups.rewards != 0) & (groups.rewards != 1)].tolist()
+    if neither:
+        raise ValueError(f"rewards hold {neither[0]}: every one must be 0 or 1, for pass@k counts right answers")
     advantages = torch.zeros_like(groups.rewards)
     counts = zip(groups.n_scored.flatten().int().tolist(), groups.rewards.sum(dim=1).int().tolist(), strict=True)
     for row, (n, right) in enumerate(counts):

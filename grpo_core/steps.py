@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from grpo_core._check import shape_checked
+from grpo_core._ratios import hold, log_ratio_of
 from grpo_core.aggregation import aggregate_token_losses, sum_weighted_losses
 from grpo_core.losses import compute_cross_entropy_loss, compute_policy_gradient_loss
 from grpo_core.masking import masked_sum
@@ -67,6 +68,49 @@ def compose_policy_loss(
                 raise ValueError(f"{name} needs token_weights; got None")
             loss = loss + coefficient * sum_weighted_losses(values, token_weights)
     return loss
+
+
+@shape_checked
+def describe_policy_update(
+    policy_log_probs: Float[Tensor, "batch seq"],
+    response_mask: Bool[Tensor, "batch seq"],
+    flags: Metadata,
+    old_log_probs: Float[Tensor, "batch seq"] | None = None,
+) -> Metadata:
+    r"""$\frac{1}{n} \sum_{it} m_{it} x_{it}$ over the $n$ response tokens, of what a step is watched by.
+
+    Detached scalars, 0 if there are no tokens; outside the mask nothing is read. Means of micro-batches, weighed by
+    their `response_tokens`, are those of the step.
+
+    Args:
+        policy_log_probs: $\log \pi_\theta$ of each token, in nats.
+        response_mask: True where a token belongs to a response.
+        flags: the metadata of an objective, Bool, for each token or (one column) each response.
+        old_log_probs: $\log \pi_{\mathrm{old}}$ of each token, in nats.
+
+    Returns:
+        `response_tokens`, their count; for each flag the share of tokens it is True for, `is_clipped_low` as
+        `clip_fraction_low`, `is_penalized` as `penalized_fraction`; if `old_log_probs` is given, `mean_ratio` ($\rho$)
+        and `approx_kl` ($\rho - 1 - \log \rho$, an estimate of $\mathrm{KL}(\pi_{\mathrm{old}} \Vert \pi_\theta)$
+        in nats), $\log \rho$ held within 20 nats.
+
+    Example:
+        >>> mask, flags = torch.tensor([[True, True]]), {"is_clipped": torch.tensor([[True, False]])}
+        >>> describe_policy_update(torch.zeros(1, 2), mask, flags)
+        {'response_tokens': tensor(2.), 'clip_fraction': tensor(0.5000)}
+
+    References:
+        Schulman 2020, "Approximating KL divergence" (k3).
+    """
+    described = {"response_tokens": response_mask.sum().to(torch.float32)}
+    for name, flag in flags.items():
+        key = name.replace("is_clipped", "clip_fraction").replace("is_penalized", "penalized_fraction")
+        described[key] = _mean_over_tokens(flag.expand(response_mask.shape).to(torch.float32), response_mask)
+    if old_log_probs is not None:
+        log_ratio = hold(log_ratio_of(policy_log_probs.detach(), old_log_probs, response_mask))
+        described["mean_ratio"] = _mean_over_tokens(log_ratio.exp(), response_mask)
+        described["approx_kl"] = _mean_over_tokens(log_ratio.expm1() - log_ratio, response_mask)
+    return described
 
 
 @shape_checked
@@ -147,9 +191,7 @@ def grpo_microbatch_loss(
         group_sizes: for "prompt_mean", the number of responses to each question.
 
     Returns:
-        The loss, and detached scalars, means over the response tokens (0 if there are none): `response_tokens` (their
-        count) always; `clip_fraction` for "grpo_clip"; `mean_ratio` ($\rho$) and `approx_kl` ($\rho - 1 - \log \rho$,
-        an estimate of $\mathrm{KL}(\pi_{\mathrm{old}} \Vert \pi_\theta)$ in nats) if `old_log_probs` is given.
+        The loss, and the detached scalars of `describe_policy_update`.
 
     Raises:
         ValueError: if `gradient_accumulation_steps` is less than 1; as `compute_policy_gradient_loss` and
@@ -182,12 +224,7 @@ def grpo_microbatch_loss(
         normalize_constant=normalize_constant,
         group_sizes=group_sizes,
     )
-    metadata = {"response_tokens": response_mask.sum().to(torch.float32)}
-    if "is_clipped" in per_token:
-        metadata["clip_fraction"] = _mean_over_tokens(per_token["is_clipped"].to(torch.float32), response_mask)
-    if old_log_probs is not None:
-        metadata |= _drift(policy_log_probs.detach(), old_log_probs.detach(), response_mask)
-    return loss / shares, metadata
+    return loss / shares, describe_policy_update(policy_log_probs, response_mask, per_token, old_log_probs)
 
 
 @shape_checked
@@ -268,16 +305,3 @@ def _mean_over_tokens(
 ) -> Float[Tensor, ""]:
     """A metric's mean; 0 and not NaN over nothing, so that an average weighted by tokens survives an empty batch."""
     return masked_sum(values, response_mask) / response_mask.sum().clamp(min=1)
-
-
-def _drift(
-    policy_log_probs: Float[Tensor, "batch seq"],
-    old_log_probs: Float[Tensor, "batch seq"],
-    response_mask: Bool[Tensor, "batch seq"],
-) -> Metadata:
-    """How far the policy has moved from the one that sampled: mean ratio, and k3 of KL(old || policy)."""
-    log_ratio = policy_log_probs - old_log_probs
-    return {
-        "mean_ratio": _mean_over_tokens(log_ratio.exp(), response_mask),
-        "approx_kl": _mean_over_tokens(log_ratio.expm1() - log_ratio, response_mask),
-    }

@@ -1,12 +1,13 @@
 """Rollouts as tensors: layouts of scoring agree with a plain forward per response, in values and gradients."""
 
-import pytest
+from dataclasses import replace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from drivers.batch import make_rollout_batch, score, with_old_log_probs
+from drivers.batch import make_rollout_batch, score, score_all
 from tests.drivers.parts import clone_policy, completion, tiny_config
 from tests.tiny import make_tiny_policy
 
@@ -29,8 +30,7 @@ def one_by_one(policy, rollouts, temperature):
 
 def batch_of(*pairs):
     completions = [completion(prompt, tokens) for prompt, tokens in pairs]
-    zeros = torch.zeros(len(completions))
-    return make_rollout_batch(completions, zeros, zeros)
+    return make_rollout_batch(completions, torch.zeros(len(completions)))
 
 
 @settings(max_examples=25)
@@ -75,12 +75,10 @@ def test_a_group_of_empty_responses_scores_nothing():
 def test_rows_carry_the_tokens_and_log_probs_that_were_sampled():
     rollouts = make_rollout_batch(
         [completion([1], [4, 5], [-0.5, -0.25]), completion([1], [6], [-2.0])],
-        torch.tensor([1.0, -1.0]),
         torch.tensor([1.0, 0.0]),
     )
     assert rollouts.response_mask.tolist() == [[True, True], [True, False]]
     assert rollouts.sampler_log_probs.tolist() == [[-0.5, -0.25], [-2.0, 0.0]]
-    assert rollouts.advantages.tolist() == [[1.0], [-1.0]]
     assert rollouts.raw_rewards.tolist() == [[1.0], [0.0]]
     assert rollouts.n_response_tokens == 3
 
@@ -96,7 +94,7 @@ def test_shuffling_keeps_groups_together_and_rows_whole():
     prompts = [[k, k] for k in range(2, 10)]
     completions = [completion(prompt, [10 * prompt[0] + k]) for prompt in prompts for k in range(3)]
     marks = torch.tensor([float(item.token_ids[0]) for item in completions])
-    rollouts = make_rollout_batch(completions, marks, marks)
+    rollouts = replace(make_rollout_batch(completions, marks), advantages=marks[:, None])
     shuffled = rollouts.shuffled(torch.Generator().manual_seed(0))
     order = [item.prompt_token_ids for item in shuffled.completions]
     assert order != [item.prompt_token_ids for item in completions]
@@ -108,12 +106,19 @@ def test_old_log_probs_are_the_policys_and_carry_no_gradient():
     config = tiny_config(rollout_batch_size=8, group_size=4, train_batch_size=8, gradient_accumulation_steps=4)
     policy = make_tiny_policy(2)
     rollouts = batch_of(*[(LONG_PROMPT, [3 + k] * (1 + k % 3)) for k in range(8)])
-    old = with_old_log_probs(policy, rollouts, config).old_log_probs
+    old = score_all(policy, rollouts, config)["log_probs"]
     assert not old.requires_grad
     assert_close(old, score(policy, rollouts, 1.0)["log_probs"].detach(), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("loss_type", "expected"), [("no_baseline", True), ("grpo_clip", False)])
-def test_signal_is_the_reward_without_a_baseline_and_the_advantage_with_one(loss_type, expected):
-    constant = make_rollout_batch([completion([1], [4])] * 2, torch.zeros(2), torch.ones(2))
-    assert constant.has_signal(loss_type) is expected
+def test_a_column_stays_a_column_and_tokens_are_cut():
+    """Values of a response and values of its tokens are told apart by their width, whatever the rows."""
+    rollouts = batch_of(([1], [4, 5, 6]), ([1], [4]), ([2], [7]), ([2], [8]))
+    tokens = torch.arange(12.0).view(4, 3)
+    rollouts = replace(rollouts, advantages=tokens[:, :1], policy_weights=tokens[:, :1], token_weights=tokens)
+    part = rollouts.select([3, 1])
+    assert part.advantages.tolist() == part.policy_weights.tolist() == [[9.0], [3.0]]
+    assert part.token_weights.tolist() == [[9.0], [3.0]]
+    assert rollouts.select([2, 0]).token_weights.tolist() == tokens[[2, 0]].tolist()
+    assert rollouts.group_sizes == [2, 2]
+    assert rollouts.lengths.tolist() == [3, 1, 1, 1]

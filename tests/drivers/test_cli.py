@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from drivers import train as train_program
-from drivers.config import QUICKSTART, EvaluateConfig, GrpoConfig, flag_given, parse_train_config
+from drivers.config import EvaluateConfig, GrpoConfig, flag_given, parse_train_config
+from drivers.recipes import QUICKSTART
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,6 +73,40 @@ FLAGS = [
     "gpu_memory_utilization",
     "self_check_tolerance",
     "seed",
+    "advantage",
+    "std_correction",
+    "pass_k",
+    "reward_weights",
+    "length_penalty",
+    "overlong_buffer",
+    "max_refills",
+    "cliprange_high",
+    "dual_clip",
+    "ratio_low",
+    "ratio_high",
+    "sapo_temperatures",
+    "covariance_fraction",
+    "covariance_bounds",
+    "kl_cov_coef",
+    "mask_truncated",
+    "top_entropy_fraction",
+    "off_policy_threshold",
+    "rejected_tokens",
+    "empty_responses",
+    "old_policy",
+    "importance",
+    "importance_level",
+    "importance_low",
+    "importance_high",
+    "self_normalize",
+    "kl_coef",
+    "kl_estimator",
+    "kl_in",
+    "kl_reference",
+    "entropy_coef",
+    "entropy_target",
+    "sampling_top_p",
+    "show",
 ]
 
 

@@ -33,15 +33,15 @@ def test_update_metrics_weigh_micro_batches_by_their_tokens():
         }
         metadata = {"response_tokens": torch.tensor(float(sum(lengths))), "clip_fraction": torch.tensor(level / 4)}
         metrics.add_micro_batch(rollouts, scored, metadata)
-    metrics.add_update(torch.tensor(2.0), torch.tensor(1.0))
-    metrics.add_update(torch.tensor(4.0), torch.tensor(5.0))
+    metrics.add_update(torch.tensor(2.0), torch.tensor(1.0), {"kept_tokens": 1.0})
+    metrics.add_update(torch.tensor(4.0), torch.tensor(5.0), {"kept_tokens": 0.5})
     metrics.skipped_micro_batches += 3
     summary = metrics.summary()
     assert summary["entropy"] == pytest.approx((3 * 1.0 + 5 * 3.0) / 8)
     assert summary["clip_fraction"] == pytest.approx((3 * 0.25 + 5 * 0.75) / 8)
     # `completion` gives every token the sampler log-prob -1.
     assert summary["sampler_log_prob_diff"] == pytest.approx((3 * 0.0 + 5 * 2.0) / 8)
-    assert (summary["loss"], summary["grad_norm"]) == (3.0, 3.0)
+    assert (summary["loss"], summary["grad_norm"], summary["kept_tokens"]) == (3.0, 3.0, 0.75)
     assert (summary["micro_batches"], summary["skipped_micro_batches"]) == (2, 3)
 
 
@@ -88,12 +88,17 @@ def test_evaluation_grades_each_response_against_its_own_question():
 def test_every_logged_number_is_documented(tmp_path):
     """docs/metrics.md has a row for each key of metrics.jsonl."""
     documented = set(re.findall(r"^\| `(\w+)`", (ROOT / "docs/metrics.md").read_text(), flags=re.MULTILINE))
-    run_training(
-        tmp_path, n_grpo_steps=3, loss_type="grpo_clip", epochs_per_rollout_batch=2, checkpoint_steps=1, eval_steps=1
-    )
+    plain = {"n_grpo_steps": 3, "loss_type": "grpo_clip", "epochs_per_rollout_batch": 2, "checkpoint_steps": 1}
+    settings = [
+        {"eval_steps": 1, "dual_clip": 3.0},
+        {"advantage": "remax", "loss_type": "kl_cov", "importance": "truncate", "kl_coef": 0.1, "entropy_coef": 0.01},
+        {"max_refills": 2, "length_penalty": "soft_overlong", "top_entropy_fraction": 0.5},
+    ]
     logged = set()
-    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
-        logged |= json.loads(line).keys()
+    for number, some in enumerate(settings):
+        run_training(tmp_path / str(number), **(plain | some))
+        for line in (tmp_path / str(number) / "metrics.jsonl").read_text().splitlines():
+            logged |= json.loads(line).keys()
     assert logged - {"phase", "step"} == documented
 
 

@@ -188,6 +188,10 @@ def test_metadata(loss_type, batch):
         advantages = [batch.advantages[i, 0].item() for i, _ in places]
         binds = [reference.clip_binds(a, *t, batch.cliprange) for a, t in zip(advantages, tokens, strict=True)]
         expected["clip_fraction"] = sum(binds) / count
+        for side, sign in (("low", -1), ("high", 1)):
+            expected[f"clip_fraction_{side}"] = (
+                sum(b and a * sign > 0 for a, b in zip(advantages, binds, strict=True)) / count
+            )
     assert set(metadata) == set(expected)
     for name, value in metadata.items():
         assert value.shape == ()

@@ -45,12 +45,12 @@ ERRORS = {
     "reward_weights=[1.0, 2.0] must be 1 numbers, one per reward": lambda: g.compute_gdpo_advantages(
         TWO[:, None], 2, reward_weights=[1.0, 2.0]
     ),
-    "lengths=[3, -1] must be at least 0": lambda: g.compute_opo_advantages(TWO, 2, torch.tensor([3, -1])),
-    "rewards=[1.0, -1.0] must be at least 0: the mean divides": lambda: g.compute_maxrl_advantages(
+    "lengths hold -1: each must be at least 0": lambda: g.compute_opo_advantages(TWO, 2, torch.tensor([3, -1])),
+    "rewards hold -1.0: each must be at least 0, for their mean divides": lambda: g.compute_maxrl_advantages(
         torch.tensor([1.0, -1.0]), 2
     ),
-    "rewards=[1.0, 0.5] must be 0 or 1: pass@k counts right answers": lambda: g.compute_pass_at_k_advantages(
-        torch.tensor([1.0, 0.5]), 2, 1
+    "rewards hold 0.5: every one must be 0 or 1, for pass@k counts right answers": lambda: (
+        g.compute_pass_at_k_advantages(torch.tensor([1.0, 0.5]), 2, 1)
     ),
     "greedy_rewards=[2 values] must be one value for each of the 1 groups": lambda: g.compute_remax_advantages(
         TWO, 2, TWO

@@ -138,7 +138,8 @@ def test_one_step_of_grpo():
     assert not loss.requires_grad
     assert_close(policy.grad, torch.tensor([[-0.125, -0.125], [0.25, 0.0]]))
     assert {name: value.item() for name, value in metadata.items()} == {
-        "response_tokens": 3.0, "clip_fraction": 0.0, "mean_ratio": 1.0, "approx_kl": 0.0,
+        "response_tokens": 3.0, "mean_ratio": 1.0, "approx_kl": 0.0,
+        "clip_fraction": 0.0, "clip_fraction_low": 0.0, "clip_fraction_high": 0.0,
     }  # fmt: skip
 
 

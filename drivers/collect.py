@@ -1,0 +1,109 @@
+"""The rollouts of one step: sampled, graded, and where asked sampled again for groups that teach nothing."""
+
+import random
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from drivers.config import GrpoConfig
+from drivers.data import Question
+from drivers.metrics import describe_completions
+from drivers.objective import shape_rewards
+from drivers.rollout import Completion, RolloutEngine
+from drivers.run import Run
+from grpo_core import RewardFn, describe_rewards, describe_silent_groups, find_signal_groups, read_rewards
+
+Scores = list[dict[str, float]]
+
+
+class Collected(NamedTuple):
+    """What a step trains on, and what all that was sampled for it was like."""
+
+    completions: list[Completion]
+    scores: Scores
+    raw_rewards: Tensor
+    greedy_rewards: Tensor | None
+    """Of one greedy response to each question, where advantages are taken against it."""
+    facts: dict[str, float]
+
+
+def collect(
+    config: GrpoConfig,
+    engine: RolloutEngine,
+    reward_fn: RewardFn,
+    train_set: Sequence[Question],
+    draw: random.Random,
+    run: Run,
+    step: int,
+) -> Collected:
+    """Whole groups; with `max_refills`, only groups with signal, as far as that many further rounds find them."""
+    sampled: list[Completion] = []
+    graded: Scores = []
+    kept: list[tuple[Question, list[Completion], Scores]] = []
+    wanted, size, refill = config.n_prompts_per_rollout_batch, config.group_size, 0
+    while True:
+        with run.phase("rollout"):
+            questions = draw.sample(train_set, wanted)
+            completions = engine.generate(
+                [question.prompt_token_ids for question in questions],
+                config.sampling,
+                seed=run.sampling_seed(step, refill),
+            )
+        with run.phase("reward"):
+            answers = [question.answer for question in questions for _ in range(size)]
+            scores = [
+                reward_fn(completion.text, answer) for completion, answer in zip(completions, answers, strict=True)
+            ]
+            signal = find_signal_groups(read_rewards(scores), size).tolist() if config.max_refills else [True] * wanted
+        sampled += completions
+        graded += scores
+        groups = [
+            (question, completions[k * size : (k + 1) * size], scores[k * size : (k + 1) * size])
+            for k, question in enumerate(questions)
+        ]
+        kept += [group for group, teaches in zip(groups, signal, strict=True) if teaches]
+        if len(kept) >= wanted or refill == config.max_refills:
+            break
+        refill += 1
+    missing = max(0, wanted - len(kept))
+    if missing:
+        run.warn(
+            f"step {step}: {missing} of {wanted} groups are missing after {refill} refills, all others are silent; it "
+            "trains on what there is. Easier or harder questions, or a higher --max-refills, would fill it"
+        )
+    kept = kept[:wanted] or groups  # nothing teaches: a step of gradient 0, and not of nothing
+    with run.phase("rollout"):
+        greedy = _greedy_responses(config, engine, [question for question, _, _ in kept], run.sampling_seed(step))
+        engine.sleep()
+    with run.phase("reward"):
+        trained = [completion for _, part, _ in kept for completion in part]
+        trained_scores = [score for _, _, part in kept for score in part]
+        raw_rewards = shape_rewards(config, trained, trained_scores)
+        greedy_rewards = None
+        if greedy is not None:
+            answers = [question.answer for question, _, _ in kept]
+            greedy_scores = [reward_fn(one.text, answer) for one, answer in zip(greedy, answers, strict=True)]
+            greedy_rewards = shape_rewards(config, greedy, greedy_scores)
+        facts = {
+            **describe_rewards(graded, size),
+            **describe_silent_groups(read_rewards(graded), size),
+            **describe_completions(sampled),
+            "sampled_tokens": float(sum(len(completion.token_ids) for completion in sampled)),
+        }
+        if config.max_refills:
+            facts |= {"refills": float(refill), "missing_groups": float(missing)}
+        if config.length_penalty != "none":
+            facts["shaped_reward"] = raw_rewards.mean().item()
+        if greedy_rewards is not None:
+            facts["greedy_reward"] = greedy_rewards.mean().item()
+    return Collected(trained, trained_scores, raw_rewards, greedy_rewards, facts)
+
+
+def _greedy_responses(
+    config: GrpoConfig, engine: RolloutEngine, questions: Sequence[Question], seed: int
+) -> list[Completion] | None:
+    if config.advantage != "remax":
+        return None
+    prompts = [question.prompt_token_ids for question in questions]
+    return engine.generate(prompts, config.sampling.greedy(), seed=seed)

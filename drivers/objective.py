@@ -1,0 +1,306 @@
+"""From settings to functions of grpo_core: rewards to advantages, a step to weights, a micro-batch to its loss."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, assert_never
+
+import torch
+from torch import Tensor, nn
+
+import grpo_core as core
+from drivers.batch import RolloutBatch, score_all
+from drivers.config import GrpoConfig
+from drivers.errors import UnsoundRunError
+from drivers.legality import RATIO_OBJECTIVES, RESPONSE_OBJECTIVES
+from drivers.rollout import Completion
+
+
+def shape_rewards(
+    config: GrpoConfig, completions: Sequence[Completion], scores: Sequence[Mapping[str, float]]
+) -> Tensor:
+    """The reward of each response, with what is added for its length."""
+    rewards = core.read_rewards(list(scores))
+    lengths = torch.tensor([len(completion.token_ids) for completion in completions])
+    longest = config.sampling_max_tokens
+    match config.length_penalty:
+        case "none":
+            return rewards
+        case "soft_overlong":
+            buffer = longest // 5 if config.overlong_buffer is None else config.overlong_buffer
+            return rewards + core.compute_soft_overlong_penalty(lengths, longest, buffer)
+        case "cosine":
+            right = core.compute_cosine_length_reward(lengths, longest, 2.0, 1.0)
+            wrong = core.compute_cosine_length_reward(lengths, longest, -10.0, 0.0)
+            return torch.where(torch.tensor([score["answer_reward"] > 0 for score in scores]), right, wrong)
+
+
+def prepare_rollouts(
+    config: GrpoConfig,
+    policy: nn.Module,
+    reference: nn.Module | None,
+    rollouts: RolloutBatch,
+    scores: Sequence[Mapping[str, float]],
+    greedy_rewards: Tensor | None,
+) -> RolloutBatch:
+    """All that is one value per rollout batch: log-probs before the first update, then advantages."""
+    if config.needs_old_log_probs:
+        scored = score_all(policy, rollouts, config, with_entropy=config.top_entropy_fraction is not None)
+        rollouts = replace(rollouts, old_log_probs=scored["log_probs"], old_entropy=scored.get("token_entropy"))
+    if config.needs_reference:
+        if reference is None:
+            raise ValueError(f"kl_coef={config.kl_coef} needs reference; got None: a frozen copy of the first policy")
+        rollouts = replace(rollouts, reference_log_probs=score_all(reference, rollouts, config)["log_probs"])
+    elif config.kl_coef > 0:
+        rollouts = replace(rollouts, reference_log_probs=rollouts.sampler_log_probs)
+    try:
+        return replace(rollouts, advantages=_advantages(config, rollouts, scores, greedy_rewards))
+    except ValueError as error:  # rewards of a kind that the estimator cannot take
+        raise UnsoundRunError(f"--advantage {config.advantage}: {error}") from error
+
+
+def _advantages(
+    config: GrpoConfig,
+    rollouts: RolloutBatch,
+    scores: Sequence[Mapping[str, float]],
+    greedy_rewards: Tensor | None,
+) -> Tensor:
+    """One column, or one value for each token where the divergence is in the reward."""
+    rewards, sizes = rollouts.raw_rewards[:, 0], config.group_size
+    match config.advantage:
+        case "group":
+            advantages = core.normalize_group_rewards(
+                rewards,
+                sizes,
+                advantage_eps=config.advantage_eps,
+                normalize_by_std=config.use_std_normalization and config.group_size > 1,
+                correction=config.std_correction,
+            )
+        case "leave_one_out":
+            advantages = core.compute_leave_one_out_advantages(rewards, sizes)
+        case "batch_std":
+            advantages = core.compute_batch_std_advantages(rewards, sizes, advantage_eps=config.advantage_eps)
+        case "reinforce_plus_plus":
+            advantages = rewards
+        case "reinforce_plus_plus_baseline":
+            advantages = core.normalize_group_rewards(rewards, sizes, normalize_by_std=False)
+        case "gdpo":
+            parts = torch.tensor([[score["format_reward"], score["answer_reward"]] for score in scores])
+            advantages = core.compute_gdpo_advantages(
+                parts.float(), sizes, reward_weights=list(config.reward_weights), advantage_eps=config.advantage_eps
+            )
+        case "opo":
+            advantages = core.compute_opo_advantages(rewards, sizes, rollouts.lengths)
+        case "gpg":
+            advantages = core.compute_gpg_advantages(rewards, sizes)
+        case "maxrl":
+            advantages = core.compute_maxrl_advantages(rewards, sizes)
+        case "remax":
+            assert greedy_rewards is not None  # sampled for it
+            advantages = core.compute_remax_advantages(rewards, sizes, greedy_rewards)
+        case "best_of":
+            advantages = core.compute_best_of_advantages(rewards, sizes)
+        case "pass_at_k":
+            advantages = core.compute_pass_at_k_advantages(rewards, sizes, config.pass_k)
+        case "pkpo":
+            advantages = core.compute_pkpo_advantages(rewards, sizes, config.pass_k)
+        case _:  # pragma: no cover - mypy shows that nothing is left
+            assert_never(config.advantage)
+    column, mask = advantages[:, None], rollouts.response_mask
+    if config.kl_coef > 0 and config.kl_in == "reward":
+        assert rollouts.old_log_probs is not None  # `needs_old_log_probs` says so
+        assert rollouts.reference_log_probs is not None
+        kl = core.estimate_kl(rollouts.old_log_probs, rollouts.reference_log_probs, "k1", response_mask=mask)
+        column = column - config.kl_coef * core.compute_reward_to_go(kl, mask)
+    return core.whiten_over_tokens(column, mask) if config.advantage.startswith("reinforce_plus_plus") else column
+
+
+def weigh_step(config: GrpoConfig, batch: RolloutBatch) -> tuple[RolloutBatch, dict[str, float]]:
+    """All that is a statistic of one optimizer step, before it is cut into micro-batches; and how it came out."""
+    mask = (
+        core.drop_truncated_responses(batch.response_mask, batch.truncated)
+        if config.mask_truncated
+        else batch.response_mask
+    )
+    assert batch.advantages is not None  # `prepare_rollouts` took them
+    kept, importance = mask, None
+    facts: dict[str, float] = {}
+    if config.importance != "none":
+        importance, facts = _importance(config, batch, mask)
+        if config.importance == "reject":
+            kept = kept & core.keep_within_bounds(importance, low=config.importance_low, high=config.importance_high)
+            importance = None
+    if config.top_entropy_fraction is not None:
+        assert batch.old_entropy is not None
+        kept = kept & core.select_high_entropy(batch.old_entropy, mask, config.top_entropy_fraction)
+    penalized = None
+    if config.loss_type in ("clip_cov", "kl_cov"):
+        assert batch.old_log_probs is not None
+        low, high = config.covariance_bounds if config.loss_type == "clip_cov" else (0.0, torch.inf)
+        chosen = core.select_high_covariance(
+            batch.advantages, batch.old_log_probs, mask, config.covariance_fraction, low=low, high=high
+        )
+        kept, penalized = (kept & ~chosen, None) if config.loss_type == "clip_cov" else (kept, chosen)
+    counting: dict[str, Any] = {"rejected_tokens": config.rejected_tokens, "empty_responses": config.empty_responses}
+    sizing: dict[str, Any] = {"group_sizes": batch.group_sizes}
+    if config.aggregation == "constant":
+        sizing["normalize_constant"] = float(config.sampling_max_tokens)
+    if config.loss_type in RESPONSE_OBJECTIVES:
+        weights = core.compute_sequence_weights(mask, kept=kept, **counting)
+    else:
+        weights = core.compute_token_weights(mask, config.aggregation, kept=kept, **sizing, **counting)
+    tokens = batch.response_mask.sum().clamp(min=1)
+    if kept is not batch.response_mask:
+        facts["kept_tokens"] = (kept.sum() / tokens).item()
+    return replace(
+        batch,
+        # The sampler's own log-probs in the place of the old policy's: two policies instead of three.
+        old_log_probs=batch.sampler_log_probs if config.old_policy == "sampler" else batch.old_log_probs,
+        policy_weights=weights,
+        token_weights=core.compute_token_weights(
+            mask, config.aggregation, empty_responses=config.empty_responses, **sizing
+        ),
+        importance_weights=importance,
+        penalized=penalized,
+    ), facts
+
+
+def _importance(config: GrpoConfig, batch: RolloutBatch, mask: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Weights (or, to reject by, ratios), and the mismatch before any bound."""
+    assert batch.old_log_probs is not None  # `needs_old_log_probs` says so
+    ratios = core.compute_importance_ratios(
+        batch.old_log_probs, batch.sampler_log_probs, mask, config.importance_level
+    )
+    bounds = {"low": config.importance_low, "high": config.importance_high}
+    facts = {
+        k: v.item() for k, v in core.describe_mismatch(batch.old_log_probs, batch.sampler_log_probs, mask).items()
+    }
+    inside = core.keep_within_bounds(ratios, **bounds) & mask
+    facts["importance_in_bounds"] = (inside.sum() / mask.sum().clamp(min=1)).item()
+    if config.importance == "reject":
+        return ratios, facts
+    cut = core.truncate_importance_weights if config.importance == "truncate" else core.mask_importance_weights
+    weights = cut(ratios, **bounds)
+    facts["importance_ess"] = core.effective_sample_size(weights, mask).item()
+    return (core.self_normalize_weights(weights, mask) if config.self_normalize else weights), facts
+
+
+def has_gradient(config: GrpoConfig, micro: RolloutBatch, entropy_coef: float) -> bool:
+    """Whether any of its terms has one; where every advantage is 0, the objective has none."""
+    assert micro.advantages is not None
+    assert micro.policy_weights is not None
+    signal = micro.raw_rewards if config.loss_type == "no_baseline" else micro.advantages
+    return (
+        entropy_coef > 0
+        or (config.kl_coef > 0 and config.kl_in == "loss")
+        or (micro.penalized is not None and bool(micro.penalized.any()))
+        or bool((signal * micro.policy_weights).any())
+    )
+
+
+def compute_loss(
+    config: GrpoConfig, micro: RolloutBatch, scored: Mapping[str, Tensor], entropy_coef: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The share of a micro-batch in the loss of its optimizer step, and what it is watched by."""
+    log_probs, mask = scored["log_probs"], micro.response_mask
+    assert micro.policy_weights is not None
+    # On-policy, pi_old is the policy of this very pass: the ratio is exactly 1, its gradient is not 0.
+    old = log_probs.detach()
+    if not config.is_ratio_to_own_pass and micro.old_log_probs is not None:
+        old = micro.old_log_probs
+    losses, flags = compute_objective(config, micro, log_probs, old)
+    weights, importance = micro.policy_weights, micro.importance_weights
+    if config.off_policy_threshold is not None:
+        assert micro.advantages is not None
+        kept = core.keep_on_policy_sequences(
+            micro.advantages[:, :1], log_probs, micro.sampler_log_probs, mask, config.off_policy_threshold
+        )
+        weights = weights * kept
+    kl = None
+    if config.kl_coef > 0 and config.kl_in == "loss":
+        assert micro.reference_log_probs is not None
+        kl = core.estimate_kl(
+            log_probs, micro.reference_log_probs, config.kl_estimator, old_log_probs=old, response_mask=mask
+        )
+    loss = core.compose_policy_loss(
+        losses,
+        weights,
+        importance_weights=importance,
+        kl=kl,
+        kl_coef=config.kl_coef,
+        token_entropy=scored["token_entropy"],
+        entropy_coef=entropy_coef,
+        token_weights=micro.token_weights,
+    )
+    uses_ratio = config.loss_type in RATIO_OBJECTIVES
+    described = core.describe_policy_update(log_probs, mask, flags, old if uses_ratio else None)
+    if kl is not None:
+        described["kl"] = core.masked_sum(kl.detach(), mask) / mask.sum().clamp(min=1)
+    return loss, described
+
+
+class EntropyBonus:
+    """The coefficient of the entropy bonus, which with a target follows the entropy of the step before."""
+
+    def __init__(self, config: GrpoConfig) -> None:
+        self._target, self._value, self._is_applied = config.entropy_target, config.entropy_coef, True
+
+    @property
+    def coefficient(self) -> float:
+        """What the next step applies."""
+        return self._value if self._is_applied else 0.0
+
+    def follow(self, entropy: float | None) -> dict[str, float]:
+        """Adapt to the step that was just made. Returns what it applied, where there is such a thing."""
+        applied = self.coefficient
+        if self._target is not None and entropy is not None:
+            self._value = core.adapt_entropy_coefficient(self._value, entropy, self._target)
+            self._is_applied = entropy <= self._target
+        return {"entropy_coef": applied} if applied or self._target is not None else {}
+
+
+def compute_objective(
+    config: GrpoConfig, micro: RolloutBatch, log_probs: Tensor, old: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One loss per token or response, and where a bound binds."""
+    advantages, mask = micro.advantages, micro.response_mask
+    assert advantages is not None
+    low, high = config.cliprange, config.cliprange_high
+    match config.loss_type:
+        case "no_baseline":
+            return core.compute_naive_policy_gradient_loss(micro.raw_rewards, log_probs, response_mask=mask), {}
+        case "reinforce_with_baseline":
+            return core.compute_naive_policy_gradient_loss(advantages, log_probs, response_mask=mask), {}
+        case "grpo_clip" | "clip_cov":
+            return core.compute_grpo_clip_loss(
+                advantages, log_probs, old, low, cliprange_high=high, dual_clip=config.dual_clip, response_mask=mask
+            )
+        case "grpo_no_clip":
+            return core.compute_grpo_no_clip_loss(advantages, log_probs, old, response_mask=mask)
+        case "gspo":
+            return core.compute_gspo_loss(advantages, log_probs, old, mask, low, cliprange_high=high)
+        case "gspo_token":
+            return core.compute_gspo_token_loss(advantages, log_probs, old, mask, low, cliprange_high=high)
+        case "gmpo":
+            return core.compute_gmpo_loss(advantages, log_probs, old, mask, low, cliprange_high=high)
+        case "luspo":
+            return core.compute_luspo_loss(advantages, log_probs, old, mask, low, cliprange_high=high)
+        case "cispo":
+            return core.compute_cispo_loss(
+                advantages, log_probs, old, config.ratio_low, config.ratio_high, response_mask=mask
+            )
+        case "sapo":
+            return core.compute_sapo_loss(advantages, log_probs, old, *config.sapo_temperatures, response_mask=mask)
+        case "vespo":
+            return core.compute_vespo_loss(advantages, log_probs, old, mask)
+        case "dppo_tv":
+            upper = low if high is None else high
+            return core.compute_dppo_tv_loss(advantages, log_probs, old, low, upper, response_mask=mask)
+        case "dppo_kl":
+            return core.compute_dppo_kl_loss(advantages, log_probs, old, low, response_mask=mask)
+        case "kl_cov":
+            assert micro.penalized is not None  # `weigh_step` chose them
+            return core.compute_kl_cov_loss(
+                advantages, log_probs, old, micro.penalized, config.kl_cov_coef, response_mask=mask
+            )
+        case _:  # pragma: no cover - mypy shows that nothing is left
+            assert_never(config.loss_type)

@@ -1,0 +1,392 @@
+"""The whole family in the loop: every recipe learns, every setting composes, what is wrong together is refused."""
+
+import random
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from drivers import train as train_program
+from drivers.batch import make_rollout_batch, score
+from drivers.collect import collect
+from drivers.config import AdvantageName, GrpoConfig, Objective, RecipeName, parse_train_config
+from drivers.errors import UnsoundRunError, UsageError
+from drivers.formula import formula, show
+from drivers.metrics import UpdateMetrics
+from drivers.objective import EntropyBonus, prepare_rollouts, shape_rewards, weigh_step
+from drivers.recipes import QUICKSTART, RECIPES
+from drivers.train import accumulate_gradients
+from grpo_core import LossType, grpo_microbatch_train_step, normalize_group_rewards
+from grpo_core.types import Aggregation
+from tests.drivers.parts import clone_policy, completion, letter_reward, make_run, tiny_config, tiny_parts
+from tests.drivers.test_train import TWO_UPDATES, run_training
+from tests.tiny import make_tiny_policy
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY_RATE = {"learning_rate": 1e-2}
+
+
+def has_the_letter(response, ground_truth):
+    """Right or wrong, for advantages that count right answers."""
+    right = float(ground_truth in response)
+    return {"reward": right, "format_reward": 1.0, "answer_reward": right}
+
+
+# One of each kind in the quick suite; the others take their turn in the whole one.
+QUICK = ["dapo", "gspo", "gmpo", "cispo", "sapo", "vespo", "dppo-tv", "kl-cov", "rloo", "reinforce-plus-plus", "gdpo"]
+QUICK += ["maxrl", "remax", "pass-at-k", "pkpo", "entropy", "trl-default"]
+
+
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RECIPES]
+)
+def test_every_recipe_learns_the_letter(tmp_path, recipe):
+    settings = RECIPES[recipe] | TINY_RATE
+    reward_fn = has_the_letter if settings.get("advantage") == "pass_at_k" else letter_reward
+    _, steps, _ = run_training(tmp_path, reward_fn=reward_fn, **settings)
+    assert sum(row["reward"] for row in steps[-3:]) / 3 > 0.6 + steps[0]["reward"]
+
+
+# Off-policy, with everything on that can be on together.
+EVERYTHING = [
+    {"loss_type": "gspo", "cliprange": 0.01, "importance": "truncate", "importance_level": "sequence"},
+    {"loss_type": "gmpo", "cliprange": 0.01, "kl_coef": 0.1, "entropy_coef": 0.01},
+    {"loss_type": "cispo", "aggregation": "token_mean", "importance": "mask", "self_normalize": True},
+    {"loss_type": "clip_cov", "covariance_fraction": 0.3, "covariance_bounds": (0.0, 5.0), "rejected_tokens": "drop"},
+    {"loss_type": "kl_cov", "covariance_fraction": 0.3, "aggregation": "prompt_mean"},
+    {"loss_type": "vespo", "old_policy": "sampler", "aggregation": "constant"},
+    {"loss_type": "dppo_tv", "cliprange": 0.01, "kl_coef": 0.1, "kl_estimator": "k1", "kl_in": "reward"},
+    {"loss_type": "sapo", "top_entropy_fraction": 0.5, "off_policy_threshold": 0.001, "aggregation": "token_mean"},
+    {"advantage": "reinforce_plus_plus", "kl_coef": 0.05, "kl_estimator": "k1", "kl_in": "reward"},
+    {"importance": "reject", "importance_low": 0.5, "empty_responses": "drop", "mask_truncated": True},
+]
+
+
+def rollouts_of(config, parts, rewards=None):
+    """A step's rollouts from the tiny policy, with rewards that make a signal."""
+    prompts = [question.prompt_token_ids for question in parts.questions]
+    completions = parts.engine.generate(prompts, config.sampling, seed=3)
+    marks = torch.arange(float(len(completions))) % 3 if rewards is None else rewards
+    scores = [{"reward": r, "format_reward": 1.0, "answer_reward": r} for r in marks.tolist()]
+    return make_rollout_batch(completions, marks), scores
+
+
+@pytest.mark.parametrize("settings", EVERYTHING, ids=lambda s: s.get("loss_type") or next(iter(s)))
+def test_the_gradient_does_not_depend_on_the_micro_batches(settings, monkeypatch):
+    """Statistics are those of the optimizer step: all at once, groups and single responses give one gradient.
+
+    The policy that trains, the one that began the step and the reference are three different models. Nothing is
+    skipped here, for means are taken over what was trained on.
+    """
+    monkeypatch.setattr(train_program, "has_gradient", lambda *_: True)
+    gradients = []
+    for steps in (1, 4, 16):
+        config = tiny_config(**TWO_UPDATES | settings | {"gradient_accumulation_steps": steps})
+        parts, reference = tiny_parts(), make_tiny_policy(5) if settings.get("kl_coef") else None
+        rollouts, scores = rollouts_of(config, parts)
+        batch = prepare_rollouts(config, make_tiny_policy(1), reference, rollouts, scores, None)
+        weighed, _ = weigh_step(config, next(batch.split(config.train_batch_size)))
+        metrics = UpdateMetrics()
+        loss = accumulate_gradients(parts.policy, weighed, config, config.entropy_coef, metrics)
+        weights = torch.cat([p.grad.flatten() for p in parts.policy.parameters()])
+        metrics.add_update(loss, weights.norm(), {})
+        gradients.append((loss, weights, metrics.summary()))
+    assert gradients[0][1].abs().max() > 0.1
+    for loss, weights, summary in gradients[1:]:
+        assert_close(loss, gradients[0][0], rtol=1e-4, atol=1e-5)
+        assert_close(weights, gradients[0][1], rtol=0, atol=2e-6)
+        for name in summary.keys() - {"micro_batches", "skipped_micro_batches"}:
+            assert summary[name] == pytest.approx(gradients[0][2][name], rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize("loss_type", get_args(LossType))
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "constant", "sequence_sum"])
+def test_the_loop_has_the_gradient_of_the_named_step(loss_type, aggregation):
+    """Weights of the whole step, against `grpo_microbatch_train_step` on one micro-batch."""
+    config, parts = tiny_config(loss_type=loss_type, aggregation=aggregation), tiny_parts()
+    twin = clone_policy(parts.policy)
+    rollouts, scores = rollouts_of(config, parts)
+    batch = prepare_rollouts(config, parts.policy, None, rollouts, scores, None)
+    weighed, _ = weigh_step(config, batch)
+    loss = accumulate_gradients(parts.policy, weighed, config, 0.0, UpdateMetrics())
+    log_probs = score(twin, rollouts, 1.0)["log_probs"]
+    advantages = normalize_group_rewards(rollouts.raw_rewards[:, 0], 8)[:, None]
+    constant = {"token_mean": float(rollouts.n_response_tokens), "constant": float(config.sampling_max_tokens)}
+    expected, _ = grpo_microbatch_train_step(
+        log_probs,
+        rollouts.response_mask,
+        1,
+        loss_type,
+        rollouts.raw_rewards,
+        advantages,
+        log_probs.detach(),
+        config.cliprange,
+        aggregation=aggregation,
+        normalize_constant=constant.get(aggregation),
+    )
+    assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(parts.policy.parameters(), twin.parameters(), strict=True):
+        assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_the_sampler_in_the_place_of_the_old_policy():
+    config, parts = tiny_config(loss_type="grpo_clip", old_policy="sampler"), tiny_parts()
+    rollouts, scores = rollouts_of(config, parts)
+    batch, _ = weigh_step(config, prepare_rollouts(config, parts.policy, None, rollouts, scores, None))
+    assert torch.equal(batch.old_log_probs, rollouts.sampler_log_probs)
+    assert not config.needs_old_log_probs
+
+
+def test_importance_weights_are_the_trainers_over_the_samplers():
+    config, parts = tiny_config(importance="truncate", importance_high=1.5), tiny_parts()
+    rollouts, scores = rollouts_of(config, parts)
+    rollouts = replace(rollouts, sampler_log_probs=rollouts.sampler_log_probs - 0.25)
+    batch, facts = weigh_step(config, prepare_rollouts(config, parts.policy, None, rollouts, scores, None))
+    mask = rollouts.response_mask
+    assert_close(batch.importance_weights[mask], torch.full_like(batch.importance_weights[mask], 2.718281828**0.25))
+    assert facts["mismatch_mean"] == pytest.approx(0.25, abs=1e-4)
+    assert facts["importance_ess"] == pytest.approx(1.0, abs=1e-4)
+    narrow = replace(config, importance="reject", importance_high=1.1)
+    rejected, facts = weigh_step(narrow, prepare_rollouts(narrow, parts.policy, None, rollouts, scores, None))
+    assert facts["kept_tokens"] == 0.0
+    assert (rejected.policy_weights == 0).all()
+
+
+def test_truncated_responses_leave_loss_and_denominators():
+    config, parts = tiny_config(mask_truncated=True, aggregation="token_mean"), tiny_parts()
+    ended, cut = completion([1], [4, 5, 6]), completion([1], [7, 8, 9], finish_reason="length")
+    rollouts = make_rollout_batch([ended, cut], torch.tensor([1.0, 0.0]))
+    config = replace(config, rollout_batch_size=2, group_size=2, train_batch_size=2, gradient_accumulation_steps=1)
+    scores = [{"reward": 1.0}, {"reward": 0.0}]
+    batch, facts = weigh_step(config, prepare_rollouts(config, parts.policy, None, rollouts, scores, None))
+    assert batch.policy_weights.tolist() == [[1 / 3] * 3, [0.0] * 3]
+    assert facts["kept_tokens"] == 0.5
+    assert (batch.advantages != 0).all()  # compared with the cut one all the same
+
+
+def test_length_penalties():
+    config = tiny_config(length_penalty="soft_overlong", overlong_buffer=4, sampling_max_tokens=8)
+    completions = [completion([1], [4] * n) for n in (2, 6, 8)]
+    scores = [{"reward": 1.0, "answer_reward": a} for a in (1.0, 1.0, 0.0)]
+    assert shape_rewards(config, completions, scores).tolist() == [1.0, 0.5, 0.0]
+    cosine = tiny_config(length_penalty="cosine", sampling_max_tokens=8)
+    assert_close(shape_rewards(cosine, completions, scores)[2].item(), 0.0, rtol=0, atol=1e-6)
+    assert 1.0 < shape_rewards(cosine, completions, scores)[1] < shape_rewards(cosine, completions, scores)[0] < 2.0
+
+
+def test_a_divergence_holds_the_policy_back(tmp_path):
+    free, steps, _ = run_training(tmp_path / "free", kl_coef=1e-6)
+    held, held_steps, _ = run_training(tmp_path / "held", kl_coef=5.0, kl_estimator="k2")
+    assert steps[0]["kl"] == pytest.approx(0.0, abs=1e-9)  # before the first update the two are one
+    assert held_steps[-1]["kl"] < 0.1 * steps[-1]["kl"]
+    in_reward, reward_steps, _ = run_training(tmp_path / "r", kl_coef=5.0, kl_estimator="k1", kl_in="reward")
+    assert reward_steps[-1]["reward"] < steps[-1]["reward"]
+    del free, held, in_reward
+
+
+def test_an_entropy_bonus_keeps_the_policy_open(tmp_path):
+    _, steps, _ = run_training(tmp_path / "a")
+    _, open_steps, _ = run_training(tmp_path / "b", entropy_coef=1.0)
+    assert open_steps[-1]["rollout_entropy"] > 2 * steps[-1]["rollout_entropy"]
+
+
+def test_the_entropy_coefficient_follows_the_step_before():
+    bonus = EntropyBonus(tiny_config(entropy_coef=0.01, entropy_target=1.0))
+    assert bonus.coefficient == 0.01
+    assert bonus.follow(2.0) == {"entropy_coef": 0.01}
+    assert bonus.coefficient == 0.0  # above the target it is not applied
+    assert bonus.follow(0.5) == {"entropy_coef": 0.0}
+    assert bonus.coefficient == pytest.approx(0.01)
+    assert bonus.follow(None) == {"entropy_coef": pytest.approx(0.01)}  # a step in which nothing was trained on
+    assert EntropyBonus(tiny_config()).follow(0.5) == {}
+
+
+def test_dynamic_sampling_fills_the_step_with_groups_that_teach(tmp_path):
+    """Half of the groups are silent at first: the others are found by asking again, with other noise."""
+    _, steps, _ = run_training(tmp_path, reward_fn=has_the_letter, max_refills=4, n_grpo_steps=4)
+    assert steps[0]["zero_std_groups"] > 0
+    assert all(row["refills"] <= 4 for row in steps)
+    assert max(row["sampled_tokens"] for row in steps) > 32 * 6
+    assert all(row["trained_tokens"] <= 32 * 6 for row in steps)
+    assert any(row["micro_batches"] == 4 and row["skipped_micro_batches"] == 0 for row in steps)
+
+
+def test_dynamic_sampling_ends_where_nothing_teaches(tmp_path, capsys):
+    """An infeasible dataset: bounded refills, a warning, and a step of gradient zero."""
+
+    def hopeless(response, ground_truth):
+        return {"reward": 0.5, "format_reward": 0.0, "answer_reward": 0.0}
+
+    _, steps, _ = run_training(tmp_path, reward_fn=hopeless, max_refills=2, n_grpo_steps=2)
+    assert [row["refills"] for row in steps] == [2.0, 2.0]
+    assert [row["missing_groups"] for row in steps] == [4.0, 4.0]
+    assert [row["grad_norm"] for row in steps] == [0.0, 0.0]
+    assert "warning: step 1: 4 of 4 groups are missing after 2 refills" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_step_with_fewer_groups_has_the_denominators_of_what_it_has(tmp_path, monkeypatch):
+    """Three groups in place of four: the loss is their mean, and no micro-batch is scaled for a missing one."""
+    from drivers import collect as program
+
+    monkeypatch.setattr(program, "find_signal_groups", lambda rewards, size: torch.tensor([True, True, True, False]))
+    _, steps, _ = run_training(tmp_path, max_refills=0, n_grpo_steps=1)
+    assert steps[0]["micro_batches"] + steps[0]["skipped_micro_batches"] == 4
+    config, parts = tiny_config(), tiny_parts()
+    rollouts, scores = rollouts_of(config, parts)
+    some = rollouts.select(range(24))
+    batch, _ = weigh_step(config, prepare_rollouts(config, parts.policy, None, some, scores[:24], None))
+    lengths = some.lengths[:, None].double()
+    assert_close(batch.policy_weights.sum(1, keepdim=True), (lengths > 0).double() / 24)
+
+
+def test_a_reference_that_is_missing_is_named():
+    config, parts = tiny_config(kl_coef=0.1), tiny_parts()
+    rollouts, scores = rollouts_of(config, parts)
+    with pytest.raises(ValueError, match=r"kl_coef=0.1 needs reference; got None"):
+        prepare_rollouts(config, parts.policy, None, rollouts, scores, None)
+
+
+def test_rewards_that_an_estimator_cannot_take_are_one_clear_line(tmp_path):
+    with pytest.raises(UnsoundRunError, match=r"--advantage pass_at_k: rewards hold .* must be 0 or 1"):
+        run_training(tmp_path, advantage="pass_at_k")
+
+
+# Recipes and formulas.
+
+
+def test_the_recipes_are_those_of_the_flag_and_all_are_legal():
+    assert list(RECIPES) == list(get_args(RecipeName))
+    names = {field.name for field in fields(GrpoConfig)}
+    for recipe, settings in RECIPES.items():
+        assert settings.keys() <= names
+        for arguments in (["--recipe", recipe], ["--recipe", recipe, "--model-path", "somewhere"]):
+            config = parse_train_config(arguments)
+            assert {name: getattr(config, name) for name in settings} == settings
+            assert config.recipe == recipe
+
+
+def test_a_recipe_without_a_model_runs_on_the_quickstart_and_with_one_on_the_defaults():
+    small, large = (parse_train_config(["--recipe", "gspo", *more]) for more in ([], ["--model-path", "somewhere"]))
+    assert {name: getattr(small, name) for name in QUICKSTART} == QUICKSTART
+    assert (large.model_path, large.n_grpo_steps, large.rollout_batch_size) == ("somewhere", 200, 256)
+    assert small.loss_type == large.loss_type == "gspo"
+
+
+def test_the_papers_page_names_recipes_that_exist():
+    page = (ROOT / "docs/papers.md").read_text()
+
+    named = {
+        name
+        for cell in re.findall(r"recipes? ((?:`[a-z0-9-]+`(?:, | and )?)+)", page)
+        for name in re.findall(r"`([^`]+)`", cell)
+    }
+    assert named
+    assert named <= set(RECIPES)
+
+
+@pytest.mark.parametrize("loss_type", get_args(Objective))
+@pytest.mark.parametrize("aggregation", get_args(Aggregation))
+def test_every_objective_has_a_formula(loss_type, aggregation):
+    if loss_type in ("gspo", "gspo_token", "gmpo", "luspo") and aggregation != "sequence_mean":
+        with pytest.raises(UsageError, match="objective of whole responses"):
+            tiny_config(loss_type=loss_type, aggregation=aggregation)
+        return
+    config = tiny_config(loss_type=loss_type, aggregation=aggregation, kl_coef=0.1, entropy_coef=0.01)
+    lines = formula(config)
+    assert lines[0].startswith("r_i ")
+    assert any(line.startswith("L ") for line in lines)
+    assert "KL_it" in "\n".join(lines)
+
+
+@pytest.mark.parametrize("advantage", get_args(AdvantageName))
+def test_every_advantage_has_a_formula(advantage):
+    lines = formula(tiny_config(advantage=advantage))
+    assert lines[1].startswith("A_i      = ")
+
+
+def test_what_show_prints(capsys):
+    from drivers.train import main
+
+    main(["--recipe", "dapo", "--train-batch-size", "32", "--gradient-accumulation-steps", "4", "--show"])
+    text = capsys.readouterr().out
+    assert "* cliprange_high               0.28" in text
+    assert "* aggregation                  token_mean" in text
+    assert "loss_it  = -min(rho_it A_i, clip(rho_it, 1 - 0.2, 1 + 0.28) A_i)" in text
+    assert "rho_it   = pi(o_it) / pi_old(o_it)" in text
+    assert "L        = 1/(sum_i |o_i|) sum_i sum_t loss_it" in text
+    assert "r_i      = r1_zero(o_i) + clip((26 - |o_i|) / 6, -1, 0)" in text
+    assert show(parse_train_config(["--recipe", "dapo"])).startswith("* recipe ")
+
+
+ILLEGAL = [
+    ({"loss_type": "gspo", "aggregation": "token_mean"}, "pass --aggregation sequence_mean"),
+    ({"loss_type": "gspo_token", "aggregation": "constant"}, "pass --aggregation sequence_mean"),
+    ({"loss_type": "gmpo", "top_entropy_fraction": 0.2}, "has one loss per response"),
+    ({"loss_type": "luspo", "importance": "truncate"}, "pass --importance-level sequence or geometric"),
+    ({"loss_type": "grpo_clip", "importance": "mask", "old_policy": "sampler"}, "corrects for the sampler twice"),
+    ({"importance": "truncate", "sampling_top_p": 0.9}, "off by the mass that was kept"),
+    ({"loss_type": "grpo_clip", "old_policy": "sampler", "sampling_top_p": 0.9}, "off by the mass that was kept"),
+    ({"importance": "truncate", "sampling_min_tokens": 2}, "hides the end token in the sampler alone"),
+    ({"off_policy_threshold": 0.1, "sampling_top_p": 0.5}, "off_policy_threshold=0.1 would be off"),
+    ({"kl_coef": 0.1, "kl_reference": "sampler", "sampling_top_p": 0.5}, "kl_reference=sampler would be off"),
+    ({"old_policy": "sampler"}, "has no effect with loss_type=reinforce_with_baseline"),
+    ({"importance": "mask", "importance_low": 3.0}, "importance_low=3.0 must lie between 0 and importance_high=2.0"),
+    ({"importance": "reject", "self_normalize": True}, "there are no weights to divide"),
+    ({"kl_coef": 0.1, "kl_estimator": "k1"}, "expected gradient of 0"),
+    ({"kl_coef": 0.1, "kl_in": "reward"}, "has not the gradient of a divergence"),
+    ({"kl_coef": 0.1, "kl_in": "reward", "kl_estimator": "k1", "loss_type": "gspo"}, "pass --kl-in loss"),
+    ({"loss_type": "cispo", "cliprange_high": 0.3}, "cliprange_high=0.3 has no effect with loss_type=cispo"),
+    ({"loss_type": "cispo", "ratio_low": 6.0}, "ratio_low=6.0 must not exceed ratio_high=5.0"),
+    ({"advantage": "maxrl", "use_std_normalization": False}, "use_std_normalization=False has no effect"),
+    ({"advantage": "pkpo", "pass_k": 9}, "pass_k=9 must not exceed group_size=8"),
+    ({"advantage": "opo", "loss_type": "no_baseline"}, "takes the rewards as they are"),
+    ({"advantage": "maxrl", "length_penalty": "cosine"}, "pass --length-penalty none"),
+    ({"advantage": "gdpo", "length_penalty": "cosine"}, "pass --length-penalty none"),
+    ({"loss_type": "grpo_clip", "dual_clip": 0.5}, "dual_clip=0.5 must be greater than 1"),
+    ({"loss_type": "grpo_clip", "cliprange_high": -0.1}, "cliprange_high=-0.1 must not be negative"),
+    ({"loss_type": "sapo", "sapo_temperatures": (0.0, 1.0)}, "must be greater than 0"),
+    ({"max_refills": 1, "loss_type": "no_baseline"}, "max_refills has no meaning"),
+    ({"entropy_target": -1.0}, "entropy_target=-1.0 must be greater than 0"),
+    ({"length_penalty": "soft_overlong", "overlong_buffer": 7}, "overlong_buffer=7 must lie between 0 and"),
+    ({"overlong_buffer": 2}, "overlong_buffer=2 has no effect with length_penalty=none"),
+    ({"top_entropy_fraction": 0.0}, "top_entropy_fraction=0.0 must be greater than 0 and at most 1"),
+    ({"sampling_top_p": 1.5}, "sampling_top_p=1.5 must be greater than 0 and at most 1"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), ILLEGAL, ids=lambda value: str(value)[:60])
+def test_what_is_wrong_together_is_refused_in_one_line(settings, message):
+    with pytest.raises(UsageError) as refused:
+        tiny_config(**settings)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_top_p_samples_the_likeliest_tokens_only():
+    """The engine obeys; its log-probs are renormalized, which is why ratios to it are refused."""
+    config, parts = tiny_config(sampling_top_p=0.05), tiny_parts()
+    prompts = [question.prompt_token_ids for question in parts.questions]
+    policy = make_tiny_policy()
+    narrow, wide = (
+        parts.engine.generate(prompts, sampling, seed=1) for sampling in (config.sampling, tiny_config().sampling)
+    )
+    assert len({t for one in narrow for t in one.token_ids}) < len({t for one in wide for t in one.token_ids})
+    rollouts = make_rollout_batch(narrow, torch.zeros(len(narrow)))
+    own = score(policy, rollouts, 1.0)["log_probs"].detach()[rollouts.response_mask]
+    assert (rollouts.sampler_log_probs[rollouts.response_mask] > own + 1).all()
+
+
+def test_a_greedy_response_is_the_baseline_of_remax(tmp_path):
+    config, parts = tiny_config(advantage="remax"), tiny_parts()
+    run = make_run(config, tmp_path, parts.tokenizer)
+    collected = collect(config, parts.engine, letter_reward, parts.questions, random.Random(0), run, 1)
+    assert collected.greedy_rewards.shape == (4,)
+    batch = make_rollout_batch(collected.completions, collected.raw_rewards)
+    batch = prepare_rollouts(config, parts.policy, None, batch, collected.scores, collected.greedy_rewards)
+    expected = collected.raw_rewards - collected.greedy_rewards.repeat_interleave(8)
+    assert_close(batch.advantages[:, 0], expected)
+    run.finish()
