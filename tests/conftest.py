@@ -26,3 +26,22 @@ settings.register_profile("dev", max_examples=50, deadline=None)
 settings.register_profile("ci", max_examples=200, deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("nightly", max_examples=2000, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") == "true" else "dev"))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """How much of the family the two batteries covered: members, aggregations, laws."""
+    for title, file in (("objectives", "test_family.py"), ("advantage estimators", "test_estimators.py")):
+        passed = [
+            report.nodeid for report in terminalreporter.stats.get("passed", []) if f"/{file}::" in report.nodeid
+        ]
+        laws = {nodeid.split("::")[1].split("[")[0] for nodeid in passed}
+        parameters = [word for nodeid in passed if "[" in nodeid for word in nodeid.split("[")[1][:-1].split("-")]
+        members = {word for word in parameters if word.startswith(("compute_", "normalize_"))}
+        weighings = {
+            word for word in parameters if word.endswith(("_mean", "_sum")) or word in ("constant", "sequence")
+        }
+        if passed:
+            by = f" x {len(weighings)} aggregations" if weighings else ""
+            terminalreporter.line(
+                f"{title}: {len(members)} members{by} x {len(laws)} laws, {len(passed)} tests passed"
+            )
