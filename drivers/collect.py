@@ -42,9 +42,10 @@ def collect(
     graded: Scores = []
     kept: list[tuple[Question, list[Completion], Scores]] = []
     wanted, size, refill = config.n_prompts_per_rollout_batch, config.group_size, 0
+    open_questions = train_set
     while True:
         with run.phase("rollout"):
-            questions = draw.sample(train_set, wanted)
+            questions = draw.sample(open_questions, min(wanted, len(open_questions)))
             completions = engine.generate(
                 [question.prompt_token_ids for question in questions],
                 config.sampling,
@@ -55,7 +56,9 @@ def collect(
             scores = [
                 reward_fn(completion.text, answer) for completion, answer in zip(completions, answers, strict=True)
             ]
-            signal = find_signal_groups(read_rewards(scores), size).tolist() if config.max_refills else [True] * wanted
+            signal = [True] * len(questions)
+            if config.max_refills:
+                signal = find_signal_groups(read_rewards(scores), size).tolist()
         sampled += completions
         graded += scores
         groups = [
@@ -63,7 +66,10 @@ def collect(
             for k, question in enumerate(questions)
         ]
         kept += [group for group, teaches in zip(groups, signal, strict=True) if teaches]
-        if len(kept) >= wanted or refill == config.max_refills:
+        # No question twice in one step; a silent one may be asked again, with other noise.
+        taken = {id(question) for question, _, _ in kept}
+        open_questions = [question for question in train_set if id(question) not in taken]
+        if len(kept) >= wanted or refill == config.max_refills or not open_questions:
             break
         refill += 1
     missing = max(0, wanted - len(kept))

@@ -29,7 +29,13 @@ from drivers.models import (
 )
 from drivers.rollout import RolloutEngine, Sampling, make_engine
 from drivers.run_log import abandon_run_folder, create_run_folder, describe_environment
-from grpo_core import RewardFn, question_only_reward_fn, r1_zero_reward_fn
+from grpo_core import (
+    RewardFn,
+    estimate_mean_interval,
+    estimate_pass_at_k,
+    question_only_reward_fn,
+    r1_zero_reward_fn,
+)
 
 REWARDS: dict[str, RewardFn] = {"r1_zero": r1_zero_reward_fn, "question_only": question_only_reward_fn}
 
@@ -66,7 +72,19 @@ def evaluate_policy(
         **describe_completions(completions),
         "n_examples": float(len(questions)),
     }
+    if sampling.n > 1:
+        values |= _pass_at_powers_of_two(rows, sampling.n)
     return values, rows
+
+
+def _pass_at_powers_of_two(rows: list[dict[str, Any]], n: int) -> dict[str, float]:
+    """pass@k and its 95 % interval over questions, k = 1, 2, 4 ... up to the number of responses."""
+    right = torch.tensor([row["answer_reward"] == 1 for row in rows]).view(-1, n).sum(dim=1)
+    values = {}
+    for k in (2**power for power in range(n.bit_length()) if 2**power <= n):
+        values[f"pass_at_{k}"], low, high = estimate_mean_interval(estimate_pass_at_k(right, n, k))
+        values |= {f"pass_at_{k}_low": low, f"pass_at_{k}_high": high}
+    return values
 
 
 def evaluate(config: EvaluateConfig) -> Path:

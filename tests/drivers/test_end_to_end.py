@@ -34,6 +34,39 @@ def test_the_tiny_policy_learns_with_vllm(tmp_path):
     assert [row["step"] for row in rows if row["phase"] == "check"] == [0, 1]
 
 
+@pytest.mark.vllm
+@pytest.mark.xdist_group("vllm")
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_taken_from_vllm_itself_is_right(tmp_path):
+    """Its log-probs as the old policy and in importance weights, its greedy responses as a baseline, top-p."""
+    parts = tiny_parts()
+    engine = make_vllm(tmp_path / "tiny", parts.policy)
+    short = {"engine": "vllm", "n_grpo_steps": 3, "learning_rate": 1e-3, "loss_type": "grpo_clip"}
+    steps = {}
+    try:
+        for name, settings in {
+            "bypass": {"old_policy": "sampler"},
+            "corrected": {"importance": "truncate", "importance_level": "sequence", "advantage": "remax"},
+            "narrow": {"sampling_top_p": 0.5},
+        }.items():
+            config = tiny_config(**short, **settings)
+            run = make_run(config, tmp_path / name, parts.tokenizer)
+            try:
+                train(config, parts.policy, engine, letter_reward, parts.questions, parts.questions, run)
+            finally:
+                run.finish()
+            rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+            steps[name] = [row for row in rows if row["phase"] == "train"]
+    finally:
+        engine.close()
+    assert all(row["mean_ratio"] == pytest.approx(1.0, abs=1e-4) for row in steps["bypass"] if "mean_ratio" in row)
+    assert all(row["mismatch_max"] < 1e-3 for row in steps["corrected"])
+    assert all(row["importance_ess"] > 0.9999 for row in steps["corrected"])
+    assert all(0 <= row["greedy_reward"] <= 1 for row in steps["corrected"])
+    # Of the likeliest half, each token is about twice as likely: log 2 between the two sides, and no weight of it.
+    assert steps["narrow"][0]["sampler_log_prob_diff"] > 0.3
+
+
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.xdist_group("vllm")

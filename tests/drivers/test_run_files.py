@@ -83,6 +83,15 @@ def test_evaluation_grades_each_response_against_its_own_question():
     engine = Scripted(right, right, wrong, plain)
     values, _ = evaluate_policy(engine, questions, Sampling(n=2), r1_zero_reward_fn, seed=0)
     assert values["accuracy_stderr"] == pytest.approx(0.5)
+    # One question right twice, one never: pass@1 is 1/2, and so is pass@2.
+    assert values["pass_at_1"] == values["pass_at_2"] == 0.5
+    assert 0 < values["pass_at_2_low"] < 0.5 < values["pass_at_2_high"] < 1
+    values, _ = evaluate_policy(
+        Scripted(right, wrong, plain, right), questions, Sampling(n=2), r1_zero_reward_fn, seed=0
+    )
+    assert (values["pass_at_1"], values["pass_at_2"]) == (0.5, 1.0)
+    alone, _ = evaluate_policy(Scripted(right, wrong), questions, Sampling(n=1), r1_zero_reward_fn, seed=0)
+    assert not any(name.startswith("pass_at") for name in alone)
 
 
 def test_every_logged_number_is_documented(tmp_path):
