@@ -181,6 +181,11 @@ def _check_penalties(config: "GrpoConfig") -> None:
                 f"kl_in=reward gives each token an advantage of its own, which loss_type={config.loss_type} cannot "
                 "take: pass --kl-in loss"
             )
+        if config.off_policy_threshold is not None:
+            raise UsageError(
+                f"off_policy_threshold={config.off_policy_threshold} looks at the advantage of a response, and "
+                "kl_in=reward gives each token its own: pass --kl-in loss"
+            )
     if config.entropy_target is not None and config.entropy_target <= 0:
         raise UsageError(f"entropy_target={config.entropy_target} must be greater than 0")
     if config.overlong_buffer is not None and not 0 <= config.overlong_buffer <= config.sampling_max_tokens:

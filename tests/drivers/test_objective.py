@@ -339,6 +339,10 @@ ILLEGAL = [
     ({"kl_coef": 0.1, "kl_estimator": "k1"}, "expected gradient of 0"),
     ({"kl_coef": 0.1, "kl_in": "reward"}, "has not the gradient of a divergence"),
     ({"kl_coef": 0.1, "kl_in": "reward", "kl_estimator": "k1", "loss_type": "gspo"}, "pass --kl-in loss"),
+    (
+        {"kl_coef": 0.1, "kl_in": "reward", "kl_estimator": "k1", "off_policy_threshold": 0.1},
+        "gives each token its own",
+    ),
     ({"loss_type": "cispo", "cliprange_high": 0.3}, "cliprange_high=0.3 has no effect with loss_type=cispo"),
     ({"loss_type": "cispo", "ratio_low": 6.0}, "ratio_low=6.0 must not exceed ratio_high=5.0"),
     ({"advantage": "maxrl", "use_std_normalization": False}, "use_std_normalization=False has no effect"),
