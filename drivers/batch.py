@@ -28,6 +28,8 @@ class RolloutBatch:
     response_mask: Bool[Tensor, "batch seq"]
     """True on the sampled tokens, the end token included; column 0 is a response's first token."""
     raw_rewards: Float[Tensor, "batch 1"]
+    group_ids: Int[Tensor, "batch 1"]
+    """Rows of one question share a number: the text of the prompt would not do, for data may hold it twice."""
     sampler_log_probs: Float[Tensor, "batch seq"]
     """Under the distribution that the engine sampled from; 0 past the end."""
     advantages: Float[Tensor, "batch _"] | None = None
@@ -60,8 +62,8 @@ class RolloutBatch:
 
     @property
     def group_sizes(self) -> list[int]:
-        """Of runs of rows with the same prompt."""
-        return [len(list(rows)) for _, rows in groupby(self.completions, key=lambda row: row.prompt_token_ids)]
+        """Of runs of rows with the same question."""
+        return [len(list(rows)) for _, rows in groupby(self.group_ids[:, 0].tolist())]
 
     def select(self, rows: Sequence[int]) -> "RolloutBatch":
         """These rows, cut to the longest response among them."""
@@ -86,15 +88,14 @@ class RolloutBatch:
 
     def shuffled(self, generator: torch.Generator) -> "RolloutBatch":
         """The groups in random order, each kept together: responses to one prompt are scored in one row."""
-        groups = [
-            list(rows) for _, rows in groupby(range(len(self)), key=lambda row: self.completions[row].prompt_token_ids)
-        ]
+        ids = self.group_ids[:, 0].tolist()
+        groups = [list(rows) for _, rows in groupby(range(len(self)), key=lambda row: ids[row])]
         order = torch.randperm(len(groups), generator=generator).tolist()
         return self.select([row for group in order for row in groups[group]])
 
 
-def make_rollout_batch(completions: Sequence[Completion], raw_rewards: Tensor) -> RolloutBatch:
-    """From the token ids that were sampled; text is never tokenized again."""
+def make_rollout_batch(completions: Sequence[Completion], raw_rewards: Tensor, group_size: int = 1) -> RolloutBatch:
+    """From the token ids that were sampled; text is never tokenized again. Groups stand one after the other."""
     lengths = torch.tensor([len(completion.token_ids) for completion in completions])
     response_mask = torch.arange(max(1, int(lengths.max())))[None] < lengths[:, None]
     sampled = torch.tensor(
@@ -104,6 +105,7 @@ def make_rollout_batch(completions: Sequence[Completion], raw_rewards: Tensor) -
         completions=tuple(completions),
         response_mask=response_mask,
         raw_rewards=raw_rewards[:, None],
+        group_ids=torch.arange(len(completions))[:, None] // group_size,
         sampler_log_probs=torch.zeros(response_mask.shape).masked_scatter(response_mask, sampled),
     )
 

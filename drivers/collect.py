@@ -8,6 +8,7 @@ from torch import Tensor
 
 from drivers.config import GrpoConfig
 from drivers.data import Question
+from drivers.errors import UnsoundRunError
 from drivers.metrics import describe_completions
 from drivers.objective import shape_rewards
 from drivers.rollout import Completion, RolloutEngine
@@ -57,8 +58,12 @@ def collect(
                 reward_fn(completion.text, answer) for completion, answer in zip(completions, answers, strict=True)
             ]
             signal = [True] * len(questions)
+            try:
+                rewards = read_rewards(scores)
+            except ValueError as error:
+                raise UnsoundRunError(f"step {step}: {error}") from error
             if config.max_refills:
-                signal = find_signal_groups(read_rewards(scores), size).tolist()
+                signal = find_signal_groups(rewards, size).tolist()
         sampled += completions
         graded += scores
         groups = [
@@ -78,7 +83,7 @@ def collect(
             f"step {step}: {missing} of {wanted} groups are missing after {refill} refills, all others are silent; it "
             "trains on what there is. Easier or harder questions, or a higher --max-refills, would fill it"
         )
-    kept = kept[:wanted] or groups  # nothing teaches: a step of gradient 0, and not of nothing
+    kept = kept[:wanted] or groups  # nothing teaches: a step of silent groups, and not of nothing
     with run.phase("rollout"):
         greedy = _greedy_responses(config, engine, [question for question, _, _ in kept], run.sampling_seed(step))
         engine.sleep()
@@ -95,7 +100,7 @@ def collect(
             **describe_rewards(graded, size),
             **describe_silent_groups(read_rewards(graded), size),
             **describe_completions(sampled),
-            "sampled_tokens": float(sum(len(completion.token_ids) for completion in sampled)),
+            "sampled_tokens": float(sum(len(completion.token_ids) for completion in (*sampled, *(greedy or ())))),
         }
         if config.max_refills:
             facts |= {"refills": float(refill), "missing_groups": float(missing)}

@@ -189,7 +189,8 @@ class GrpoConfig:
     """Of `gdpo`: weights of the format reward and the answer reward."""
     length_penalty: Literal["none", "soft_overlong", "cosine"] = "none"
     """Added to the reward before advantages are taken. `soft_overlong`: down to -1 over the last --overlong-buffer
-    tokens. `cosine`: in place of the reward, 2 to 1 for a right answer and -10 to 0 for a wrong one, by length."""
+    tokens. `cosine`: in place of the reward, 2 to 1 for a right answer and -10 to 0 for a wrong one, by length; -10
+    for one that was cut off."""
     overlong_buffer: int | None = None
     """Of `soft_overlong`, in tokens; left out: a fifth of sampling_max_tokens."""
     max_refills: int = 0
@@ -214,14 +215,16 @@ class GrpoConfig:
     """Of `kl_cov`: weight of |log ratio| on the penalized tokens."""
 
     mask_truncated: bool = False
-    """Leave responses that were cut off out of loss and denominators (overlong filtering)."""
+    """Leave responses that were cut off, and their tokens, out of the loss and its token counts (overlong filtering);
+    --empty-responses says whether they still count as responses."""
     top_entropy_fraction: float | None = None
     """Take the loss over this share of an optimizer step's tokens, those of the highest entropy. Left out: all."""
     off_policy_threshold: float | None = None
     """Leave out responses with a negative advantage that the policy finds less likely than the sampler did by more
     than this, in nats per token (off-policy sequence masking). Left out: none."""
     rejected_tokens: Counting = "count"
-    """Whether tokens left out by an importance ratio, an entropy or a covariance count in the denominators."""
+    """Whether tokens left out by an importance ratio, an entropy or a covariance count in the denominators. Those of
+    --off-policy-threshold always do."""
     empty_responses: Counting = "count"
     """Whether responses without tokens (left) count in the number of responses."""
 
@@ -241,7 +244,7 @@ class GrpoConfig:
     """Divide importance weights by their mean over the optimizer step."""
 
     kl_coef: float = 0.0
-    """Weight of the divergence from the reference model; above 0 a second copy of the model is held."""
+    """Weight of the divergence from a reference; above 0, --kl-reference model holds a second copy of the model."""
     kl_estimator: KLEstimator = "k3"
     """Its estimate, token by token; in the loss k2 and ratio_k3 descend KL(policy, reference), k3 the other way."""
     kl_in: Literal["loss", "reward"] = "loss"
@@ -251,8 +254,8 @@ class GrpoConfig:
     entropy_coef: float = 0.0
     """Weight of the entropy bonus, per nat."""
     entropy_target: float | None = None
-    """Nats per token: the coefficient rises by 0.005 after each step with less entropy and falls after the others, in
-    [0, 1], and is applied only where the last step had less. Left out: it is constant."""
+    """Nats per token: in a step whose responses have less, by `rollout_entropy`, the coefficient rises by 0.005 and is
+    applied; in any other it falls, within [0, 1], and is not. Left out: it is constant."""
 
     sampling_top_p: float = 1.0
     """Sample from the likeliest tokens that together have this probability. Below 1 the sampler's log-probs are of
@@ -274,6 +277,10 @@ class GrpoConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value <= high:
                 raise UsageError(f"{name}={value} must be greater than 0 and at most {high:g}")
+        for name, value in vars(self).items():
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float) and math.isnan(number):
+                    raise UsageError(f"{name}={value} must be a number")
         check_combination(self)
         if self.sampling_min_tokens > self.sampling_max_tokens:
             raise UsageError(
@@ -297,6 +304,15 @@ class GrpoConfig:
         return self.epochs_per_rollout_batch > 1 or self.train_batch_size < self.rollout_batch_size
 
     @property
+    def has_entropy_bonus(self) -> bool:
+        return self.entropy_coef > 0 or self.entropy_target is not None
+
+    @property
+    def penalized_tokens(self) -> int:
+        """The last tokens before the limit, over which `soft_overlong` grows."""
+        return self.sampling_max_tokens // 5 if self.overlong_buffer is None else self.overlong_buffer
+
+    @property
     def is_ratio_to_own_pass(self) -> bool:
         """Whether the policy that began the step is still the policy of each pass."""
         return not self.is_off_policy and self.old_policy == "trainer"
@@ -304,7 +320,7 @@ class GrpoConfig:
     @property
     def needs_old_log_probs(self) -> bool:
         """Whether a pass before the first update must score the rollouts; on-policy, each update's own pass has it."""
-        uses_ratio = self.loss_type in RATIO_OBJECTIVES or self.kl_estimator == "ratio_k3"
+        uses_ratio = self.loss_type in RATIO_OBJECTIVES or (self.kl_coef > 0 and self.kl_estimator == "ratio_k3")
         before_the_update = (
             self.importance != "none"
             or self.loss_type in ("clip_cov", "kl_cov")
@@ -356,6 +372,7 @@ _NOT_NEGATIVE = (
     "max_refills",
     "ratio_low",
     "kl_coef",
+    "entropy_coef",
 )
 
 

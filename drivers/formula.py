@@ -22,13 +22,8 @@ def formula(config: GrpoConfig) -> list[str]:
     """The objective, a line for each of its parts."""
     lines = [f"r_i      = {_reward(config)}"]
     if config.loss_type != "no_baseline":
-        lines.append(f"A_i      = {_advantage(config)}")
-    if config.kl_coef > 0 and config.kl_in == "reward":
-        start = "        " if config.advantage.startswith("reinforce_plus_plus") else "A_it    "
-        lines.append(f"{start} = A_i - {config.kl_coef:g} sum_(s >= t) [log pi_old(o_is) - log pi_ref(o_is)]")
-    if config.advantage.startswith("reinforce_plus_plus"):
-        lines.append("A_it     = (A_it - mean) / (std + 1e-08) over all response tokens of the rollout batch")
-    if config.loss_type in RATIO_OBJECTIVES:
+        lines += _advantages(config)
+    if config.loss_type in RATIO_OBJECTIVES or (config.kl_coef > 0 and config.kl_estimator == "ratio_k3"):
         lines.append(f"rho_it   = pi(o_it) / {_old(config)}(o_it)")
     lines += [f"{'loss_' + _unit(config):8} = {_objective(config)}"]
     if config.importance in ("truncate", "mask"):
@@ -43,6 +38,25 @@ def formula(config: GrpoConfig) -> list[str]:
     return lines + [f"  where  {note}" for note in _notes(config)]
 
 
+def _advantages(config: GrpoConfig) -> list[str]:
+    """From the reward to what the objective takes, each stage under a name of its own."""
+    whitened, penalized = config.advantage.startswith("reinforce_plus_plus"), _per_token(config)
+    if not (whitened or penalized):
+        return [f"A_i      = {_advantage(config)}"]
+    lines, last = [f"B_i      = {_advantage(config)}"], "B_i"
+    if penalized:
+        name = "C_it" if whitened else "A_it"
+        reference = "mu" if config.kl_reference == "sampler" else "pi_ref"
+        lines.append(f"{name}     = B_i - {config.kl_coef:g} sum_(s >= t) [log pi_old(o_is) - log {reference}(o_is)]")
+        last = name
+    if whitened:
+        name = "A_it" if penalized else "A_i "
+        lines.append(
+            f"{name}     = ({last} - mean) / (std + 1e-08),  both over all response tokens of the rollout batch"
+        )
+    return lines
+
+
 def _unit(config: GrpoConfig) -> str:
     return "i" if config.loss_type in RESPONSE_OBJECTIVES else "it"
 
@@ -54,10 +68,13 @@ def _reward(config: GrpoConfig) -> str:
         case "none":
             return reward
         case "soft_overlong":
-            buffer = longest // 5 if config.overlong_buffer is None else config.overlong_buffer
+            buffer = config.penalized_tokens
+            if buffer == 0:
+                return f"{reward} - 1 where |o_i| > {longest}"
             return f"{reward} + clip(({longest - buffer} - |o_i|) / {buffer}, -1, 0)"
         case "cosine":
-            return f"1.5 + 0.5 cos(pi |o_i| / {longest}) if right, -5 - 5 cos(pi |o_i| / {longest}) if wrong"
+            angle = f"cos(pi |o_i| / {longest})"
+            return f"1.5 + 0.5 {angle} if right, -5 - 5 {angle} if wrong, -10 if cut off"
 
 
 def _advantage(config: GrpoConfig) -> str:
@@ -122,11 +139,9 @@ def _objective(config: GrpoConfig) -> str:
             return f"-{advantage} log pi(o_it)"
         case "grpo_clip" | "clip_cov":
             plain = f"min(rho_it {advantage}, clip(rho_it, {bounds}) {advantage})"
-            return (
-                f"-{plain}"
-                if config.dual_clip is None
-                else (f"-{plain}, and -max(that, {config.dual_clip:g} {advantage}) where {advantage} < 0")
-            )
+            if config.dual_clip is None:
+                return f"-{plain}"
+            return f"-{plain},  or -max({plain}, {config.dual_clip:g} {advantage}) where {advantage} < 0"
         case "grpo_no_clip":
             return f"-rho_it {advantage}"
         case "gspo":
@@ -212,18 +227,19 @@ def _weights(config: GrpoConfig, *, tokens: bool = False) -> str:
 def _notes(config: GrpoConfig) -> list[str]:
     per_step = config.rollout_batch_size // config.train_batch_size * config.epochs_per_rollout_batch
     notes = [
-        f"N = {config.train_batch_size} responses of an optimizer step, {per_step} of them per rollout batch of "
-        f"{config.n_prompts_per_rollout_batch} questions x {config.group_size} responses"
+        f"N = {config.train_batch_size} responses in an optimizer step; {per_step} optimizer steps on each rollout "
+        f"batch of {config.n_prompts_per_rollout_batch} questions x {config.group_size} responses"
     ]
     if config.loss_type in RATIO_OBJECTIVES and config.is_ratio_to_own_pass:
-        notes.append("pi_old is the policy of the same pass: every ratio is 1, no bound ever binds, each slope is -A")
+        notes.append("pi_old is the policy of the same pass: every ratio is 1, and no bound ever binds")
     if config.importance == "reject":
         notes.append(
             f"what has a {config.importance_level} ratio pi_old / mu outside [{config.importance_low:g}, "
             f"{config.importance_high:g}] is left out"
         )
     if config.mask_truncated:
-        notes.append("responses that were cut off are left out, of the denominators too")
+        counts = "still count" if config.empty_responses == "count" else "do not count"
+        notes.append(f"responses that were cut off are left out, their tokens of |o_i| too; they {counts} in N")
     if config.top_entropy_fraction is not None:
         notes.append(f"only the {config.top_entropy_fraction:g} of the step's tokens with the highest entropy count")
     if config.loss_type in ("clip_cov", "kl_cov"):
@@ -234,7 +250,8 @@ def _notes(config: GrpoConfig) -> list[str]:
         )
     if config.off_policy_threshold is not None:
         notes.append(
-            f"responses with A < 0 and mean_t (log mu - log pi) > {config.off_policy_threshold:g} are left out"
+            f"responses with A < 0 and mean_t (log mu - log pi) > {config.off_policy_threshold:g} are left out; they "
+            "still count in the denominators"
         )
     if "drop" in (config.rejected_tokens, config.empty_responses):
         notes.append(

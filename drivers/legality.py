@@ -25,6 +25,12 @@ RATIO_OBJECTIVES = (
 CLIPPED = ("grpo_clip", "clip_cov", "gspo", "gspo_token", "gmpo", "luspo", "dppo_tv")
 # A flag that nothing would read is a misunderstanding: where it counts, by the flag that decides it.
 READ_ONLY_BY = {
+    "cliprange": ("loss_type", (*CLIPPED, "dppo_kl")),
+    "advantage_eps": ("advantage", ("group", "batch_std", "gdpo")),
+    "importance_level": ("importance", ("truncate", "mask", "reject")),
+    "importance_low": ("importance", ("truncate", "mask", "reject")),
+    "importance_high": ("importance", ("truncate", "mask", "reject")),
+    "off_policy_threshold": ("loss_type", ("reinforce_with_baseline", *RATIO_OBJECTIVES)),
     "cliprange_high": ("loss_type", CLIPPED),
     "dual_clip": ("loss_type", ("grpo_clip", "clip_cov")),
     "ratio_low": ("loss_type", ("cispo",)),
@@ -107,9 +113,10 @@ def _check_objective(config: "GrpoConfig") -> None:
             f"top_entropy_fraction={config.top_entropy_fraction} chooses tokens, and loss_type={config.loss_type} has "
             "one loss per response: pass a loss of tokens"
         )
-    if per_response and config.importance != "none" and config.importance_level == "token":
+    of_ratio = per_response or config.loss_type == "gspo_token"
+    if of_ratio and config.importance != "none" and config.importance_level == "token":
         raise UsageError(
-            f"importance_level=token gives each token a weight, and loss_type={config.loss_type} has one loss per "
+            f"importance_level=token gives each token a weight, and loss_type={config.loss_type} has one ratio per "
             "response: pass --importance-level sequence or geometric"
         )
 
@@ -131,7 +138,8 @@ def _check_sampler(config: "GrpoConfig") -> None:
             f"sampling_min_tokens={config.sampling_min_tokens} hides the end token in the sampler alone, so that "
             f"{uses_sampler} would be off there: pass --sampling-min-tokens 0"
         )
-    if config.old_policy == "sampler" and config.loss_type not in RATIO_OBJECTIVES:
+    has_ratio = config.loss_type in RATIO_OBJECTIVES or (config.kl_coef > 0 and config.kl_estimator == "ratio_k3")
+    if config.old_policy == "sampler" and not has_ratio:
         raise UsageError(f"old_policy=sampler has no effect with loss_type={config.loss_type}, which has no ratio")
     if not 0 <= config.importance_low <= config.importance_high:
         raise UsageError(
@@ -193,5 +201,26 @@ def _check_penalties(config: "GrpoConfig") -> None:
             f"overlong_buffer={config.overlong_buffer} must lie between 0 and "
             f"sampling_max_tokens={config.sampling_max_tokens}"
         )
-    if config.max_refills and config.loss_type == "no_baseline":
-        raise UsageError("max_refills has no meaning with loss_type=no_baseline: groups of equal rewards teach it too")
+    if config.covariance_bounds[0] >= config.covariance_bounds[1]:
+        raise UsageError(f"covariance_bounds={config.covariance_bounds} must be a lower and a higher number")
+    _check_refills(config)
+
+
+def _check_refills(config: "GrpoConfig") -> None:
+    if not config.max_refills:
+        return
+    others = ("remax", "reinforce_plus_plus", "gdpo")
+    reason = (
+        "group_size=1 every group is one"
+        if config.group_size == 1
+        else "loss_type=no_baseline those teach too"
+        if config.loss_type == "no_baseline"
+        else f"advantage={config.advantage} those teach too"
+        if config.advantage in others
+        else None
+    )
+    if reason:
+        raise UsageError(
+            f"max_refills={config.max_refills} replaces groups of equal rewards, and with {reason}: pass "
+            "--max-refills 0"
+        )

@@ -26,12 +26,15 @@ def shape_rewards(
         case "none":
             return rewards
         case "soft_overlong":
-            buffer = longest // 5 if config.overlong_buffer is None else config.overlong_buffer
-            return rewards + core.compute_soft_overlong_penalty(lengths, longest, buffer)
+            return rewards + core.compute_soft_overlong_penalty(lengths, longest, config.penalized_tokens)
         case "cosine":
             right = core.compute_cosine_length_reward(lengths, longest, 2.0, 1.0)
             wrong = core.compute_cosine_length_reward(lengths, longest, -10.0, 0.0)
-            return torch.where(torch.tensor([score["answer_reward"] > 0 for score in scores]), right, wrong)
+            shaped = torch.where(torch.tensor([score["answer_reward"] > 0 for score in scores]), right, wrong)
+            # A wrong answer must not gain by running into the limit, where its cosine is best.
+            return shaped.masked_fill(
+                torch.tensor([completion.finish_reason == "length" for completion in completions]), -10.0
+            )
 
 
 def prepare_rollouts(
@@ -125,10 +128,9 @@ def weigh_step(config: GrpoConfig, batch: RolloutBatch) -> tuple[RolloutBatch, d
     kept, importance = mask, None
     facts: dict[str, float] = {}
     if config.importance != "none":
-        importance, facts = _importance(config, batch, mask)
-        if config.importance == "reject":
-            kept = kept & core.keep_within_bounds(importance, low=config.importance_low, high=config.importance_high)
-            importance = None
+        ratios, importance, facts = _importance(config, batch, mask)
+        if config.importance != "truncate":
+            kept = kept & core.keep_within_bounds(ratios, low=config.importance_low, high=config.importance_high)
     if config.top_entropy_fraction is not None:
         assert batch.old_entropy is not None
         kept = kept & core.select_high_entropy(batch.old_entropy, mask, config.top_entropy_fraction)
@@ -151,6 +153,11 @@ def weigh_step(config: GrpoConfig, batch: RolloutBatch) -> tuple[RolloutBatch, d
     tokens = batch.response_mask.sum().clamp(min=1)
     if kept is not batch.response_mask:
         facts["kept_tokens"] = (kept.sum() / tokens).item()
+    if config.kl_coef > 0 and config.kl_in == "reward":
+        assert batch.old_log_probs is not None
+        assert batch.reference_log_probs is not None
+        difference = batch.old_log_probs - batch.reference_log_probs
+        facts["kl"] = (core.masked_sum(difference, batch.response_mask) / tokens).item()
     return replace(
         batch,
         # The sampler's own log-probs in the place of the old policy's: two policies instead of three.
@@ -164,8 +171,10 @@ def weigh_step(config: GrpoConfig, batch: RolloutBatch) -> tuple[RolloutBatch, d
     ), facts
 
 
-def _importance(config: GrpoConfig, batch: RolloutBatch, mask: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Weights (or, to reject by, ratios), and the mismatch before any bound."""
+def _importance(
+    config: GrpoConfig, batch: RolloutBatch, mask: Tensor
+) -> tuple[Tensor, Tensor | None, dict[str, float]]:
+    """Ratios, weights where there are any, and the mismatch before any bound."""
     assert batch.old_log_probs is not None  # `needs_old_log_probs` says so
     ratios = core.compute_importance_ratios(
         batch.old_log_probs, batch.sampler_log_probs, mask, config.importance_level
@@ -177,11 +186,11 @@ def _importance(config: GrpoConfig, batch: RolloutBatch, mask: Tensor) -> tuple[
     inside = core.keep_within_bounds(ratios, **bounds) & mask
     facts["importance_in_bounds"] = (inside.sum() / mask.sum().clamp(min=1)).item()
     if config.importance == "reject":
-        return ratios, facts
+        return ratios, None, facts
     cut = core.truncate_importance_weights if config.importance == "truncate" else core.mask_importance_weights
     weights = cut(ratios, **bounds)
     facts["importance_ess"] = core.effective_sample_size(weights, mask).item()
-    return (core.self_normalize_weights(weights, mask) if config.self_normalize else weights), facts
+    return ratios, core.self_normalize_weights(weights, mask) if config.self_normalize else weights, facts
 
 
 def has_gradient(config: GrpoConfig, micro: RolloutBatch, entropy_coef: float) -> bool:
@@ -209,12 +218,13 @@ def compute_loss(
         old = micro.old_log_probs
     losses, flags = compute_objective(config, micro, log_probs, old)
     weights, importance = micro.policy_weights, micro.importance_weights
+    dropped = None
     if config.off_policy_threshold is not None:
         assert micro.advantages is not None
         kept = core.keep_on_policy_sequences(
             micro.advantages[:, :1], log_probs, micro.sampler_log_probs, mask, config.off_policy_threshold
         )
-        weights = weights * kept
+        weights, dropped = weights * kept, mask & ~kept
     kl = None
     if config.kl_coef > 0 and config.kl_in == "loss":
         assert micro.reference_log_probs is not None
@@ -235,27 +245,23 @@ def compute_loss(
     described = core.describe_policy_update(log_probs, mask, flags, old if uses_ratio else None)
     if kl is not None:
         described["kl"] = core.masked_sum(kl.detach(), mask) / mask.sum().clamp(min=1)
+    if dropped is not None:
+        described["off_policy_dropped"] = dropped.sum() / mask.sum().clamp(min=1)
     return loss, described
 
 
 class EntropyBonus:
-    """The coefficient of the entropy bonus, which with a target follows the entropy of the step before."""
+    """The coefficient of the entropy bonus, which with a target follows the entropy of what was sampled."""
 
     def __init__(self, config: GrpoConfig) -> None:
-        self._target, self._value, self._is_applied = config.entropy_target, config.entropy_coef, True
+        self._target, self._value = config.entropy_target, config.entropy_coef
 
-    @property
-    def coefficient(self) -> float:
-        """What the next step applies."""
-        return self._value if self._is_applied else 0.0
-
-    def follow(self, entropy: float | None) -> dict[str, float]:
-        """Adapt to the step that was just made. Returns what it applied, where there is such a thing."""
-        applied = self.coefficient
-        if self._target is not None and entropy is not None:
-            self._value = core.adapt_entropy_coefficient(self._value, entropy, self._target)
-            self._is_applied = entropy <= self._target
-        return {"entropy_coef": applied} if applied or self._target is not None else {}
+    def of_step(self, entropy: float) -> float:
+        """What a step applies whose responses, before it, have this entropy per token."""
+        if self._target is None:
+            return self._value
+        self._value = core.adapt_entropy_coefficient(self._value, entropy, self._target)
+        return self._value if entropy <= self._target else 0.0
 
 
 def compute_objective(

@@ -67,13 +67,14 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lite-ppo": {**CLIP, "advantage": "batch_std", "advantage_eps": 1e-4, "aggregation": "token_mean"},
     "gdpo": {**CLIP, "advantage": "gdpo", "advantage_eps": 1e-4},
     "opo": {"advantage": "opo", "aggregation": "token_mean"},
-    "gpg": {"advantage": "gpg"},
-    "maxrl": {"advantage": "maxrl"},
+    "gpg": {"advantage": "gpg", "aggregation": "token_mean"},
+    "maxrl": {"advantage": "maxrl", "aggregation": "sequence_sum"},
     "remax": {"advantage": "remax", "aggregation": "sequence_sum"},
     "pass-at-k": {**CLIP, "advantage": "pass_at_k", "pass_k": 4, "aggregation": "token_mean"},
-    "pkpo": {"advantage": "pkpo", "pass_k": 4},
+    "pkpo": {"advantage": "pkpo", "pass_k": 4, "aggregation": "sequence_sum"},
     "entropy": {"entropy_coef": 0.005, "entropy_target": 0.2},
-    # Programs: what they do if nothing is set, where this one can do it. docs/parity.md has the differences.
+    # Programs: objective and rate as they are if nothing is set there, on the group sizes, batches and lengths of the
+    # base. docs/parity.md has what cannot be set.
     "cs336": {"learning_rate": 1e-5, "loss_type": "reinforce_with_baseline", "aggregation": "sequence_mean"},
     "trl-default": {
         **CLIP,
@@ -121,6 +122,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "learning_rate": 5e-7,
         "use_std_normalization": False,
         "aggregation": "constant",
+        "kl_coef": 0.1,
         "importance": "truncate",
         **SAMPLER_IS_EXACT,
     },
@@ -130,6 +132,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "std_correction": 0,
         "aggregation": "token_mean",
         "kl_coef": 1e-3,
+        "sampling_top_p": 0.999,
     },
     "skyrl-default": {**CLIP, "learning_rate": 1e-6, "aggregation": "token_mean", "kl_coef": 1e-3},
 }

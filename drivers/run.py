@@ -173,19 +173,13 @@ def prepare(config: GrpoConfig, display: Display) -> tuple[Run, Parts]:
     folder = create_run_folder("--save-dir", config.save_dir, name, marker=RUN_MARKER)
     try:
         longest = max(len(question.prompt_token_ids) for question in (*train_set, *val_set))
-        policy, engine = load_policy_and_engine(config, display, model_path, tokenizer, devices, longest)
+        policy, reference, engine = load_models(config, display, model_path, tokenizer, devices, longest)
     except BaseException:
         abandon_run_folder(folder, RUN_MARKER)
         raise
     display.say(f"{len(train_set)} training and {len(val_set)} held-out questions; run folder {folder}/")
     run = Run(config, folder, tokenizer, display)
-    reference = load_policy(model_path, *_place_of(policy)).requires_grad_(False) if config.needs_reference else None
     return run, Parts(policy, engine, REWARDS[config.reward], train_set, val_set, reference)
-
-
-def _place_of(policy: nn.Module) -> tuple[torch.device, torch.dtype]:
-    parameter = next(policy.parameters())
-    return parameter.device, parameter.dtype
 
 
 def choose_devices(config: GrpoConfig) -> tuple[torch.device, torch.device]:
@@ -201,19 +195,23 @@ def choose_devices(config: GrpoConfig) -> tuple[torch.device, torch.device]:
     return policy_device, rollout_device
 
 
-def load_policy_and_engine(
+def load_models(
     config: GrpoConfig,
     display: Display,
     model_path: str,
     tokenizer: Any,
     devices: tuple[torch.device, torch.device],
     longest_prompt: int,
-) -> tuple[nn.Module, RolloutEngine]:
-    """The two that take long, and say what they are."""
+) -> tuple[nn.Module, nn.Module | None, RolloutEngine]:
+    """Policy, frozen reference where one is needed, and engine: what takes long. Says what they are."""
     display.say("Loading the model ...")
     policy_device, rollout_device = devices
     dtype = choose_dtype(config.dtype, policy_device)
     policy = load_policy(model_path, policy_device, dtype)
+    reference, reserved = None, training_state_bytes(policy)
+    if config.needs_reference:
+        reference = load_policy(model_path, policy_device, dtype).requires_grad_(False)
+        reserved += sum(p.numel() * p.element_size() for p in reference.parameters())
     engine = make_engine(
         config.engine,
         model_path=model_path,
@@ -223,11 +221,11 @@ def load_policy_and_engine(
         dtype=dtype,
         max_model_len=longest_prompt + config.sampling_max_tokens,
         gpu_memory_utilization=config.gpu_memory_utilization,
-        reserved_bytes=training_state_bytes(policy),
+        reserved_bytes=reserved,
         seed=config.seed,
     )
     display.say(
         f"{config.model_path}: {sum(p.numel() for p in policy.parameters()) / 1e6:.0f} M parameters, "
         f"{str(dtype).removeprefix('torch.')}, policy on {policy_device}, {config.engine} on {rollout_device}"
     )
-    return policy, engine
+    return policy, reference, engine

@@ -50,19 +50,18 @@ def train(
 
         # A_i = r_i against its group;  pi <- ascend the objective on these rollouts, in one update or several.
         metrics = UpdateMetrics()
+        entropy_coef = bonus.of_step(collected.facts["rollout_entropy"])
         with run.phase("update"):
-            rollouts = make_rollout_batch(collected.completions, collected.raw_rewards)
+            rollouts = make_rollout_batch(collected.completions, collected.raw_rewards, config.group_size)
             rollouts = prepare_rollouts(
                 config, policy, reference, rollouts, collected.scores, collected.greedy_rewards
             )
             for _ in range(config.epochs_per_rollout_batch):
                 for train_batch in rollouts.shuffled(shuffle).split(config.train_batch_size):
                     train_batch, facts = weigh_step(config, train_batch)
-                    loss = accumulate_gradients(policy, train_batch, config, bonus.coefficient, metrics)
+                    loss = accumulate_gradients(policy, train_batch, config, entropy_coef, metrics)
                     with uninterrupted():
                         metrics.add_update(loss, optimizer.step(loss, config.max_grad_norm), facts)
-        summary = metrics.summary()
-        summary |= bonus.follow(summary.get("entropy"))
 
         # pi_old <- pi.
         with run.phase("push"), uninterrupted():
@@ -74,7 +73,8 @@ def train(
             run.evaluate(engine, val_set, reward_fn, step=step)
         if step % config.checkpoint_steps == 0:
             run.save(policy, f"checkpoint-{step}", step)
-        run.report(step, collected.facts | summary)
+        coefficient = {"entropy_coef": entropy_coef} if config.has_entropy_bonus else {}
+        run.report(step, collected.facts | metrics.summary() | coefficient)
 
 
 def accumulate_gradients(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grpo_core.types import GroupSizes
 
-# Rewards that differ by less than this share of their size differ by rounding alone.
+# Rewards whose range is within this share of the largest of them are taken for equal: float32 rounds at 6e-8.
 RELATIVE_NOISE = 1e-6
 
 
@@ -42,7 +42,7 @@ class Groups(NamedTuple):
 
     @property
     def has_signal(self) -> Bool[Tensor, "group 1"]:
-        """False where the scored rewards differ by rounding alone: the range decides, for a std need not be 0."""
+        """False where the scored rewards are taken for equal: the range decides, for a std need not be 0."""
         high = torch.where(self.scored, self.rewards, -torch.inf).amax(dim=1, keepdim=True)
         low = torch.where(self.scored, self.rewards, torch.inf).amin(dim=1, keepdim=True)
         return high - low > RELATIVE_NOISE * self.rewards.abs().amax(dim=1, keepdim=True)

@@ -13,7 +13,9 @@ LARGEST_LOG_RATIO = 20.0
 
 def hold(log_ratio: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """`log_ratio`, its value held within 20 nats; its gradient is not cut: a ratio far out still pulls back."""
-    return log_ratio + (log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO) - log_ratio).detach()
+    # Infinities made finite first: inf - inf is NaN. Then a difference that is exactly 0, and carries the gradient.
+    finite = log_ratio.clamp(torch.finfo(log_ratio.dtype).min, torch.finfo(log_ratio.dtype).max)
+    return finite.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).detach() + (finite - finite.detach())
 
 
 def hide(values: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"] | None) -> Float[Tensor, "batch seq"]:

@@ -24,9 +24,9 @@ def normalize_group_rewards(
 ) -> Float[Tensor, " rollout"]:
     r"""$A_i = (r_i - \bar r) / (s + \epsilon)$ within each group, $s$ the standard deviation; no unit.
 
-    Rewards are data: the result is detached. A group whose rewards are all the same up to rounding carries no signal
-    and gets exactly 0; the range of the rewards decides, since in floating point their $s$ need not be 0. A response
-    that could not be scored (NaN or infinite) gets 0 and takes part in no statistic.
+    Rewards are data: the result is detached. A group whose rewards are all the same (their range is within a millionth
+    of the largest) carries no signal and gets exactly 0: in floating point their $s$ need not be 0. A response that
+    could not be scored (NaN or infinite) gets 0 and takes part in no statistic.
 
     Args:
         rewards: $r$, group after group.

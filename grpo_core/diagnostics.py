@@ -20,13 +20,11 @@ def estimate_mean_interval(
 ) -> tuple[float, float, float]:
     r"""$\bar p$, and Wilson's interval around it for values in $[0, 1]$.
 
-    $$\frac{1}{1 + z^2 / m} \Bigl(\bar p + \frac{z^2}{2m} \mp z \sqrt{\frac{\bar p (1 - \bar p)}{m} + \frac{z^2}{4
-    m^2}}\Bigr)$$
+    $$\Bigl(\bar p + \frac{z^2}{2m} \mp z \sqrt{\bar p (1 - \bar p) / m + z^2 / (4 m^2)}\Bigr) \Big/ (1 + z^2 / m)$$
 
-    $m = n\,\bar p (1 - \bar p) / s^2$ is the number of yes-or-no questions that are worth the $n$ given ones, whose
-    values in $[0, 1]$ have variance $s^2$; for zeros and ones it is $n$ up to $n / (n - 1)$, and where all values
-    agree it is $n$. Unlike the mean plus or minus two standard errors, it stays within $[0, 1]$ and is not empty at 0
-    and 1.
+    Over $m$ questions. Unlike the mean plus or minus two standard errors, it stays within $[0, 1]$ and is not empty at
+    0 and 1. For zeros and ones it is Wilson's; for values between, whose variance is less, it is too wide rather than
+    too narrow.
 
     Args:
         values: one number in $[0, 1]$ per question: an accuracy, a pass@k.
@@ -50,13 +48,11 @@ def estimate_mean_interval(
     given = values.detach().double()
     inside = bool(((given >= 0) & (given <= 1)).all()) and len(given) > 0
     require(inside, "values", given.tolist()[:8], "at least one number, all of them in [0, 1]")
-    n, mean = len(given), given.mean().item()
-    variance = given.var().item() if n > 1 else 0.0
-    worth = n * mean * (1 - mean) / variance if variance > 0 else n
+    m, mean = len(given), given.mean().item()
     z = NormalDist().inv_cdf((1 + confidence) / 2)
-    middle = mean + z**2 / (2 * worth)
-    half = z * math.sqrt(max(0.0, mean * (1 - mean)) / worth + z**2 / (4 * worth**2))
-    scale = 1 + z**2 / worth
+    middle = mean + z**2 / (2 * m)
+    half = z * math.sqrt(mean * (1 - mean) / m + z**2 / (4 * m**2))
+    scale = 1 + z**2 / m
     return mean, max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 

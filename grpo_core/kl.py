@@ -27,11 +27,11 @@ def estimate_kl(
     | k1 | $-x$ | 0: useless as a loss; right as a penalty in the reward |
     | k2 | $x^2 / 2$ | that of $\mathrm{KL}(\pi_\theta \Vert \pi_{\mathrm{ref}})$ |
     | k3 | $e^x - x - 1$ | that of $\mathrm{KL}(\pi_{\mathrm{ref}} \Vert \pi_\theta)$, the other direction |
-    | abs | $\lvert x \rvert$ | that of neither: $\mathrm{E}[-\operatorname{sign}(x) \nabla \log \pi_\theta]$ |
+    | abs | $\lvert x \rvert$ | twice that of the total variation |
     | ratio_k3 | $\rho\,(e^x - x - 1)$ | that of $\mathrm{KL}(\pi_\theta \Vert \pi_{\mathrm{ref}})$, off-policy too |
 
-    The values of k1, k3 and ratio_k3 have the divergence as their expectation, those of k2 up to third order. The
-    gradient of a whole response's divergence also has the effect of a token on those after it: that is
+    The values of k1, k3 and ratio_k3 have the divergence as their expectation, those of k2 differ from it at third
+    order. The gradient of a whole response's divergence also has the effect of a token on those after it: that is
     `compute_reward_to_go` of k1, subtracted from the advantages.
 
     Differentiable in `policy_log_probs` alone; in "ratio_k3" through $\rho$ too, which is what turns its direction.
@@ -82,8 +82,7 @@ def compute_reward_to_go(
 
     A KL penalty in the reward is $A_{it} - \beta G_{it}$ with $r = $ k1 of `estimate_kl`: its policy gradient is that
     of $\mathrm{KL}(\pi_\theta \Vert \pi_{\mathrm{ref}})$ over whole responses. Detached. Tokens outside the mask are
-    no
-    steps: what lies beyond them is carried across, undiscounted. Exactly 0 there, and nothing there is read.
+    no steps: what lies beyond them is carried across, undiscounted. Exactly 0 there, and nothing there is read.
 
     Args:
         token_rewards: $r$, in units of reward.

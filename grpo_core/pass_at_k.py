@@ -45,7 +45,8 @@ def estimate_pass_at_k(
     )
     if any(not 0 <= c <= n for c, n in zip(right, samples, strict=True)):
         raise ValueError("n_correct must lie between 0 and n_samples for every question")
-    values = [1 - math.comb(n - c, k) / math.comb(n, k) for c, n in zip(right, samples, strict=True)]
+    # One division of integers: 1 - a / b would round twice.
+    values = [(math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k) for c, n in zip(right, samples, strict=True)]
     return torch.tensor(values, dtype=torch.float64)
 
 
@@ -56,7 +57,8 @@ def compute_best_of_advantages(
     r"""$A_i = r_{(1)} - r_{(2)}$ for the best response of a group, 0 for all others: what the best adds to the group.
 
     In units of reward. Detached. Exactly 0 for all if two share the best reward, for a group without signal or of one
-    response, and for a response that could not be scored. `compute_pkpo_advantages` with $k = G$ is $G$ times this.
+    response, and for a response that could not be scored. `compute_pkpo_advantages` with $k = G$ is $G$
+    times this where all of a group were scored.
 
     Args:
         rewards: $r$, group after group; NaN or infinite where a response could not be scored.
@@ -125,7 +127,7 @@ def compute_pass_at_k_advantages(
         if n < k:
             continue
         wrong = n - right
-        success = 1 - math.comb(wrong, k) / math.comb(n, k)
+        success = (math.comb(n, k) - math.comb(wrong, k)) / math.comb(n, k)
         deviation = math.sqrt(success * (1 - success))
         if deviation == 0:
             continue

@@ -58,7 +58,7 @@ def select_high_covariance(
     count = response_mask.sum().clamp(min=1)
     covariance = (values - values.sum() / count) * (scores - scores.sum() / count)
     candidates = response_mask & (covariance > low) & (covariance < high)
-    wanted = max(1, math.floor(fraction * int(response_mask.sum()))) if fraction > 0 else 0
+    wanted = max(1, math.floor(fraction * int(response_mask.sum()) + 1e-9)) if fraction > 0 else 0
     return _largest(covariance, candidates, wanted)
 
 
@@ -90,7 +90,9 @@ def select_high_entropy(
         Wang et al. 2025, arXiv:2506.01939 (the 80/20 rule).
     """
     require(0 <= fraction <= 1, "fraction", fraction, "between 0 and 1")
-    return _largest(token_entropy.detach(), response_mask, math.ceil(fraction * int(response_mask.sum())))
+    # 0.07 * 100 is 7.000000000000001: no token more for a rounding.
+    wanted = math.ceil(fraction * int(response_mask.sum()) - 1e-9)
+    return _largest(token_entropy.detach(), response_mask, wanted)
 
 
 @shape_checked
@@ -138,8 +140,8 @@ def drop_truncated_responses(
 ) -> Bool[Tensor, "batch seq"]:
     r"""$m_{it} = 0$ for every token of a response that was cut off: overlong filtering.
 
-    Take it before the aggregation weights, so that the denominators shrink with it. Advantages still compare with the
-    reward of the cut response.
+    Take it before `compute_token_weights`: its tokens then count in no denominator, and whether it counts as a
+    response is that function's `empty_responses`. Advantages still compare with the reward of the cut response.
 
     Args:
         response_mask: True where a token belongs to a response.

@@ -210,10 +210,10 @@ def compute_vespo_loss(
 ) -> tuple[Float[Tensor, "batch seq"], Metadata]:
     r"""$\ell_{it} = -\operatorname{sg}[\varphi(W_i)] A_i \log \pi_\theta(o_{it})$ (VESPO).
 
-    $\varphi(W) = W^k e^{\lambda (1 - W)}$, $W_i = \prod_t \rho_{it}$. REINFORCE with a weight that falls off smoothly
-    on both sides of a response ratio of 1 (there it is 1); the ratio is a product over the response, not a mean.
-    Differentiable in `policy_log_probs` alone: $-\varphi A$. $\log W$ is held within 20 nats. Exactly 0 outside the
-    mask, where nothing is read.
+    $\varphi(W) = W^k e^{\lambda (1 - W)}$, $W_i = \prod_t \rho_{it}$. REINFORCE with a weight that is 1 at a response
+    ratio of 1, largest at $k / \lambda$ and falls off smoothly on both sides of that; the ratio is a product over the
+    response, not a mean. Differentiable in `policy_log_probs` alone: $-\varphi A$. $\log W$ is held within 20 nats.
+    Exactly 0 outside the mask, where nothing is read.
 
     Args:
         advantages: $A_i$, no unit.

@@ -47,7 +47,8 @@ def compute_cosine_length_reward(
     r"""$v_L + \frac{1}{2} (v_0 - v_L) \bigl(1 + \cos \frac{\pi n}{L}\bigr)$: from $v_0$ to $v_L$.
 
     In units of reward. A right answer is worth less the longer it is (2 to 1 in the paper), a wrong one costs less the
-    longer it was thought about (-10 to 0): call it once for each. Beyond the limit it stays at $v_L$.
+    longer it was thought about (-10 to 0): call it once for each. Beyond the limit it stays at $v_L$; the paper gives
+    a response that reaches the limit a penalty of its own (-10), which is the caller's to put in.
 
     Args:
         lengths: $n$, response tokens.

@@ -94,7 +94,7 @@ def test_shuffling_keeps_groups_together_and_rows_whole():
     prompts = [[k, k] for k in range(2, 10)]
     completions = [completion(prompt, [10 * prompt[0] + k]) for prompt in prompts for k in range(3)]
     marks = torch.tensor([float(item.token_ids[0]) for item in completions])
-    rollouts = replace(make_rollout_batch(completions, marks), advantages=marks[:, None])
+    rollouts = replace(make_rollout_batch(completions, marks, 3), advantages=marks[:, None])
     shuffled = rollouts.shuffled(torch.Generator().manual_seed(0))
     order = [item.prompt_token_ids for item in shuffled.completions]
     assert order != [item.prompt_token_ids for item in completions]
@@ -120,5 +120,5 @@ def test_a_column_stays_a_column_and_tokens_are_cut():
     assert part.advantages.tolist() == part.policy_weights.tolist() == [[9.0], [3.0]]
     assert part.token_weights.tolist() == [[9.0], [3.0]]
     assert rollouts.select([2, 0]).token_weights.tolist() == tokens[[2, 0]].tolist()
-    assert rollouts.group_sizes == [2, 2]
+    assert rollouts.group_sizes == [1, 1, 1, 1]
     assert rollouts.lengths.tolist() == [3, 1, 1, 1]

@@ -3,6 +3,7 @@
 import random
 import re
 from dataclasses import fields, replace
+from itertools import combinations
 from pathlib import Path
 from typing import get_args
 
@@ -10,20 +11,29 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import grpo_core as core
 from drivers import train as train_program
 from drivers.batch import make_rollout_batch, score
 from drivers.collect import collect
 from drivers.config import AdvantageName, GrpoConfig, Objective, RecipeName, parse_train_config
 from drivers.errors import UnsoundRunError, UsageError
 from drivers.formula import formula, show
+from drivers.legality import CLIPPED
 from drivers.metrics import UpdateMetrics
-from drivers.objective import EntropyBonus, prepare_rollouts, shape_rewards, weigh_step
+from drivers.objective import (
+    EntropyBonus,
+    compute_objective,
+    has_gradient,
+    prepare_rollouts,
+    shape_rewards,
+    weigh_step,
+)
 from drivers.recipes import QUICKSTART, RECIPES
 from drivers.train import accumulate_gradients
 from grpo_core import LossType, grpo_microbatch_train_step, normalize_group_rewards
 from grpo_core.types import Aggregation
 from tests.drivers.parts import clone_policy, completion, letter_reward, make_run, tiny_config, tiny_parts
-from tests.drivers.test_train import TWO_UPDATES, run_training
+from tests.drivers.test_train import TWO_UPDATES, run_training, weights
 from tests.tiny import make_tiny_policy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,8 +57,26 @@ QUICK += ["maxrl", "remax", "pass-at-k", "pkpo", "entropy", "trl-default"]
 def test_every_recipe_learns_the_letter(tmp_path, recipe):
     settings = RECIPES[recipe] | TINY_RATE
     reward_fn = has_the_letter if settings.get("advantage") == "pass_at_k" else letter_reward
-    _, steps, _ = run_training(tmp_path, reward_fn=reward_fn, **settings)
-    assert sum(row["reward"] for row in steps[-3:]) / 3 > 0.6 + steps[0]["reward"]
+    # Two updates for each rollout batch: on-policy no bound binds, and all objectives are one.
+    _, steps, _ = run_training(tmp_path, reward_fn=reward_fn, **settings | TWO_UPDATES)
+    gain = 0.1 if settings.get("kl_coef", 0.0) >= 0.1 else 0.6  # held back, as it should be
+    assert sum(row["reward"] for row in steps[-3:]) / 3 > gain + steps[0]["reward"]
+    if settings.get("loss_type") in ("grpo_clip", "gspo", "gspo_token", "gmpo", "luspo"):
+        assert max(row.get("clip_fraction", 0.0) for row in steps) > 0.01
+
+
+def test_off_policy_every_objective_is_its_own(tmp_path):
+    """What one gradient would hide: with two epochs, no two objectives end at the same weights."""
+    ends = {}
+    for loss_type in get_args(Objective):
+        settings = {"loss_type": loss_type, "covariance_bounds": (0.0, 5.0)} if loss_type == "clip_cov" else {}
+        settings |= {"covariance_fraction": 0.2} if loss_type in ("clip_cov", "kl_cov") else {}
+        settings |= {"loss_type": loss_type, "epochs_per_rollout_batch": 2, "n_grpo_steps": 3, "learning_rate": 1e-2}
+        settings |= {"cliprange": 0.05} if loss_type in (*CLIPPED, "dppo_kl") else {}
+        ends[loss_type] = weights(run_training(tmp_path / loss_type, **settings)[0])
+    for first, second in combinations(ends, 2):
+        if {first, second} != {"gspo", "gspo_token"}:  # one gradient, by design
+            assert not torch.allclose(ends[first], ends[second], rtol=0, atol=1e-6), (first, second)
 
 
 # Off-policy, with everything on that can be on together.
@@ -72,7 +100,7 @@ def rollouts_of(config, parts, rewards=None):
     completions = parts.engine.generate(prompts, config.sampling, seed=3)
     marks = torch.arange(float(len(completions))) % 3 if rewards is None else rewards
     scores = [{"reward": r, "format_reward": 1.0, "answer_reward": r} for r in marks.tolist()]
-    return make_rollout_batch(completions, marks), scores
+    return make_rollout_batch(completions, marks, config.group_size), scores
 
 
 @pytest.mark.parametrize("settings", EVERYTHING, ids=lambda s: s.get("loss_type") or next(iter(s)))
@@ -176,6 +204,8 @@ def test_length_penalties():
     cosine = tiny_config(length_penalty="cosine", sampling_max_tokens=8)
     assert_close(shape_rewards(cosine, completions, scores)[2].item(), 0.0, rtol=0, atol=1e-6)
     assert 1.0 < shape_rewards(cosine, completions, scores)[1] < shape_rewards(cosine, completions, scores)[0] < 2.0
+    cut = [replace(one, finish_reason="length") for one in completions]
+    assert shape_rewards(cosine, cut, scores).tolist() == [-10.0] * 3  # running into the limit never pays
 
 
 def test_a_divergence_holds_the_policy_back(tmp_path):
@@ -194,15 +224,22 @@ def test_an_entropy_bonus_keeps_the_policy_open(tmp_path):
     assert open_steps[-1]["rollout_entropy"] > 2 * steps[-1]["rollout_entropy"]
 
 
-def test_the_entropy_coefficient_follows_the_step_before():
+def test_the_entropy_coefficient_follows_what_was_sampled():
     bonus = EntropyBonus(tiny_config(entropy_coef=0.01, entropy_target=1.0))
-    assert bonus.coefficient == 0.01
-    assert bonus.follow(2.0) == {"entropy_coef": 0.01}
-    assert bonus.coefficient == 0.0  # above the target it is not applied
-    assert bonus.follow(0.5) == {"entropy_coef": 0.0}
-    assert bonus.coefficient == pytest.approx(0.01)
-    assert bonus.follow(None) == {"entropy_coef": pytest.approx(0.01)}  # a step in which nothing was trained on
-    assert EntropyBonus(tiny_config()).follow(0.5) == {}
+    assert bonus.of_step(2.0) == 0.0  # above the target it falls, and is not applied
+    assert bonus.of_step(0.5) == pytest.approx(0.01)
+    assert bonus.of_step(1.0) == pytest.approx(0.015)
+    assert [bonus.of_step(9.0) for _ in range(9)] == [0.0] * 9
+    assert bonus.of_step(0.5) == pytest.approx(0.005)  # never below 0
+    assert EntropyBonus(tiny_config(entropy_coef=0.02)).of_step(9.0) == 0.02
+
+
+def test_an_adaptive_bonus_is_logged_as_applied(tmp_path):
+    _, steps, _ = run_training(tmp_path, entropy_target=4.0, learning_rate=3e-2, n_grpo_steps=12)
+    applied = [row["entropy_coef"] for row in steps]
+    assert applied[0] == 0.0
+    assert all((row["entropy_coef"] > 0) == (row["rollout_entropy"] <= 4.0) for row in steps)
+    assert max(applied) > 0
 
 
 def test_dynamic_sampling_fills_the_step_with_groups_that_teach(tmp_path):
@@ -232,9 +269,11 @@ def test_a_step_with_fewer_groups_has_the_denominators_of_what_it_has(tmp_path, 
     """Three groups in place of four: the loss is their mean, and no micro-batch is scaled for a missing one."""
     from drivers import collect as program
 
-    monkeypatch.setattr(program, "find_signal_groups", lambda rewards, size: torch.tensor([True, True, True, False]))
-    _, steps, _ = run_training(tmp_path, max_refills=0, n_grpo_steps=1)
-    assert steps[0]["micro_batches"] + steps[0]["skipped_micro_batches"] == 4
+    found = iter([[True, True, True, False], [False], [False]])
+    monkeypatch.setattr(program, "find_signal_groups", lambda rewards, size: torch.tensor(next(found)))
+    _, steps, _ = run_training(tmp_path, max_refills=2, n_grpo_steps=1)
+    assert steps[0]["micro_batches"] + steps[0]["skipped_micro_batches"] == 3
+    assert (steps[0]["refills"], steps[0]["missing_groups"]) == (2.0, 1.0)
     config, parts = tiny_config(), tiny_parts()
     rollouts, scores = rollouts_of(config, parts)
     some = rollouts.select(range(24))
@@ -305,7 +344,7 @@ def test_every_objective_has_a_formula(loss_type, aggregation):
 @pytest.mark.parametrize("advantage", get_args(AdvantageName))
 def test_every_advantage_has_a_formula(advantage):
     lines = formula(tiny_config(advantage=advantage))
-    assert lines[1].startswith("A_i      = ")
+    assert lines[1].startswith(("A_i      = ", "B_i      = "))
 
 
 def test_what_show_prints(capsys):
@@ -322,7 +361,197 @@ def test_what_show_prints(capsys):
     assert show(parse_train_config(["--recipe", "dapo"])).startswith("* recipe ")
 
 
+# Each objective by its function, called by hand: what the flag must come to.
+BY_HAND = {
+    "no_baseline": lambda a, p, o, m, r: core.compute_naive_policy_gradient_loss(r, p, response_mask=m),
+    "reinforce_with_baseline": lambda a, p, o, m, r: core.compute_naive_policy_gradient_loss(a, p, response_mask=m),
+    "grpo_clip": lambda a, p, o, m, r: core.compute_grpo_clip_loss(
+        a, p, o, 0.1, cliprange_high=0.15, dual_clip=1.5, response_mask=m
+    ),
+    "clip_cov": lambda a, p, o, m, r: core.compute_grpo_clip_loss(a, p, o, 0.1, cliprange_high=0.15, response_mask=m),
+    "grpo_no_clip": lambda a, p, o, m, r: core.compute_grpo_no_clip_loss(a, p, o, response_mask=m),
+    "gspo": lambda a, p, o, m, r: core.compute_gspo_loss(a, p, o, m, 0.1, cliprange_high=0.15),
+    "gspo_token": lambda a, p, o, m, r: core.compute_gspo_token_loss(a, p, o, m, 0.1, cliprange_high=0.15),
+    "gmpo": lambda a, p, o, m, r: core.compute_gmpo_loss(a, p, o, m, 0.1, cliprange_high=0.15),
+    "luspo": lambda a, p, o, m, r: core.compute_luspo_loss(a, p, o, m, 0.1, cliprange_high=0.15),
+    "cispo": lambda a, p, o, m, r: core.compute_cispo_loss(a, p, o, 0.9, 1.2, response_mask=m),
+    "sapo": lambda a, p, o, m, r: core.compute_sapo_loss(a, p, o, 0.5, 2.0, response_mask=m),
+    "vespo": lambda a, p, o, m, r: core.compute_vespo_loss(a, p, o, m),
+    "dppo_tv": lambda a, p, o, m, r: core.compute_dppo_tv_loss(a, p, o, 0.1, 0.15, response_mask=m),
+    "dppo_kl": lambda a, p, o, m, r: core.compute_dppo_kl_loss(a, p, o, 0.1, response_mask=m),
+    "kl_cov": lambda a, p, o, m, r: core.compute_kl_cov_loss(a, p, o, m, 0.3, response_mask=m),
+}
+BY_HAND_FLAGS = {
+    "grpo_clip": {"dual_clip": 1.5},
+    "cispo": {"ratio_low": 0.9, "ratio_high": 1.2},
+    "sapo": {"sapo_temperatures": (0.5, 2.0)},
+    "kl_cov": {"kl_cov_coef": 0.3},
+    "dppo_kl": {"cliprange": 0.1},
+}
+
+
+@pytest.mark.parametrize("loss_type", get_args(Objective))
+def test_a_loss_type_is_its_function(loss_type):
+    flags = BY_HAND_FLAGS.get(loss_type, {})
+    if loss_type in CLIPPED:
+        flags = {"cliprange": 0.1, "cliprange_high": 0.15, **flags}
+    config, parts = tiny_config(loss_type=loss_type, **flags), tiny_parts()
+    rollouts, scores = rollouts_of(config, parts)
+    batch = prepare_rollouts(config, parts.policy, None, rollouts, scores, None)
+    batch = replace(batch, penalized=batch.response_mask)
+    generator = torch.Generator().manual_seed(0)
+    shape = batch.response_mask.shape
+    policy, old = (-4 * torch.rand(shape, generator=generator) for _ in range(2))
+    losses, metadata = compute_objective(config, batch, policy, old)
+    expected = BY_HAND[loss_type](batch.advantages, policy, old, batch.response_mask, batch.raw_rewards)
+    expected, flags = expected if isinstance(expected, tuple) else (expected, {})
+    assert torch.equal(losses, expected)
+    assert metadata.keys() == flags.keys()
+    assert losses.abs().max() > 0
+
+
+# Each advantage by its function, called by hand, on rewards that tell them all apart.
+REWARDS = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0] * 2 + [1.0] * 8 + [1.0, 1.0, 1.0, 0.0] * 2)
+ESTIMATES = {
+    "group": lambda r, b: core.normalize_group_rewards(r, 8, advantage_eps=0.1, correction=0),
+    "leave_one_out": lambda r, b: core.compute_leave_one_out_advantages(r, 8),
+    "batch_std": lambda r, b: core.compute_batch_std_advantages(r, 8, advantage_eps=0.1),
+    "reinforce_plus_plus": lambda r, b: core.whiten_over_tokens(r[:, None], b.response_mask)[:, 0],
+    "reinforce_plus_plus_baseline": lambda r, b: core.whiten_over_tokens(
+        core.normalize_group_rewards(r, 8, normalize_by_std=False)[:, None], b.response_mask
+    )[:, 0],
+    "gdpo": lambda r, b: core.compute_gdpo_advantages(
+        torch.stack([1 - r, r], dim=1), 8, reward_weights=[0.5, 2.0], advantage_eps=0.1
+    ),
+    "opo": lambda r, b: core.compute_opo_advantages(r, 8, b.lengths),
+    "gpg": lambda r, b: core.compute_gpg_advantages(r, 8),
+    "maxrl": lambda r, b: core.compute_maxrl_advantages(r, 8),
+    "remax": lambda r, b: core.compute_remax_advantages(r, 8, torch.tensor([0.5, 0.0, 1.0, 0.25])),
+    "best_of": lambda r, b: core.compute_best_of_advantages(r, 8),
+    "pass_at_k": lambda r, b: core.compute_pass_at_k_advantages(r, 8, 3),
+    "pkpo": lambda r, b: core.compute_pkpo_advantages(r, 8, 3),
+}
+
+
+@pytest.mark.parametrize("advantage", get_args(AdvantageName))
+def test_an_advantage_is_its_function(advantage):
+    flags = {
+        "group": {"advantage_eps": 0.1, "std_correction": 0},
+        "batch_std": {"advantage_eps": 0.1},
+        "gdpo": {"advantage_eps": 0.1, "reward_weights": (0.5, 2.0)},
+        "pass_at_k": {"pass_k": 3},
+        "pkpo": {"pass_k": 3},
+    }.get(advantage, {})
+    config, parts = tiny_config(advantage=advantage, **flags), tiny_parts()
+    completions = [completion([1 + k // 8], [4] * (1 + k % 5)) for k in range(32)]
+    scores = [{"reward": r, "format_reward": 1 - r, "answer_reward": r} for r in REWARDS.tolist()]
+    rollouts = make_rollout_batch(completions, REWARDS, 8)
+    greedy = torch.tensor([0.5, 0.0, 1.0, 0.25])
+    batch = prepare_rollouts(config, parts.policy, None, rollouts, scores, greedy)
+    assert_close(batch.advantages[:, 0], ESTIMATES[advantage](REWARDS, rollouts), rtol=0, atol=0)
+    assert batch.advantages.abs().max() > 0 or advantage == "best_of"
+
+
+@pytest.mark.parametrize("advantage", ["group", "reinforce_plus_plus"])
+def test_a_divergence_in_the_reward_is_what_lies_ahead(advantage):
+    config, parts = tiny_config(advantage=advantage, kl_coef=0.5, kl_in="reward", kl_estimator="k1"), tiny_parts()
+    rollouts, scores = rollouts_of(config, parts)
+    reference = make_tiny_policy(5)
+    batch = prepare_rollouts(config, parts.policy, reference, rollouts, scores, None)
+    mask = rollouts.response_mask
+    gap = (score(parts.policy, rollouts, 1.0)["log_probs"] - score(reference, rollouts, 1.0)["log_probs"]).detach()
+    ahead = torch.stack([torch.where(mask, gap, 0.0)[:, t:].sum(1) for t in range(mask.shape[1])], dim=1)
+    base = rollouts.raw_rewards
+    if advantage == "group":
+        base = normalize_group_rewards(base[:, 0], 8)[:, None]
+    expected = base - 0.5 * ahead
+    if advantage != "group":
+        kept = expected[mask]
+        expected = (expected - kept.mean()) / kept.std()
+    assert_close(batch.advantages[mask], expected[mask], rtol=1e-4, atol=1e-4)
+    _, facts = weigh_step(config, batch)
+    assert facts["kl"] == pytest.approx(gap[mask].mean().item(), abs=1e-4)
+
+
+def test_what_has_a_gradient():
+    """Silent rewards alone have none; a divergence, a bonus or a penalty on tokens has."""
+    parts = tiny_parts()
+    silent = torch.full((32,), 0.5)
+
+    def answer(entropy_coef=0.0, rewards=silent, **settings):
+        config = tiny_config(**settings)
+        rollouts, scores = rollouts_of(config, parts, rewards)
+        reference = make_tiny_policy(5) if config.needs_reference else None
+        batch, _ = weigh_step(config, prepare_rollouts(config, parts.policy, reference, rollouts, scores, None))
+        return has_gradient(config, batch, entropy_coef)
+
+    assert not answer()
+    assert answer(rewards=torch.arange(32.0))
+    assert answer(loss_type="no_baseline")
+    assert not answer(loss_type="no_baseline", rewards=torch.zeros(32))
+    assert answer(kl_coef=0.1)
+    assert answer(entropy_coef=0.01)
+    assert answer(kl_coef=0.1, kl_in="reward", kl_estimator="k1")
+    assert not answer(loss_type="kl_cov", covariance_fraction=0.5)  # no covariance is positive where A is constant
+    assert not answer(rewards=torch.arange(32.0), importance="reject", importance_high=1e-9)
+
+
+def test_rejected_tokens_leave_the_denominators_where_asked():
+    """By a mask of weights as by rejection."""
+    parts = tiny_parts()
+    for importance in ("mask", "reject"):
+        sums = []
+        for counting in ("count", "drop"):
+            settings = {"importance": importance, "importance_high": 1.05, "aggregation": "token_mean"}
+            config = tiny_config(**settings, rejected_tokens=counting)
+            rollouts, scores = rollouts_of(config, parts)
+            noise = torch.rand(rollouts.response_mask.shape, generator=torch.Generator().manual_seed(0)) - 0.5
+            rollouts = replace(rollouts, sampler_log_probs=rollouts.sampler_log_probs + 0.4 * noise)
+            batch, facts = weigh_step(config, prepare_rollouts(config, parts.policy, None, rollouts, scores, None))
+            assert 0.2 < facts["kept_tokens"] < 0.9
+            sums.append(batch.policy_weights.sum().item())
+        assert sums[0] < 0.9
+        assert sums[1] == pytest.approx(1.0)
+
+
+def test_formulas_name_each_stage_once():
+    lines = formula(tiny_config(advantage="reinforce_plus_plus_baseline", loss_type="grpo_clip"))
+    assert lines[1] == "B_i      = r_i - mean_group(r)"
+    assert lines[2].startswith("A_i      = (B_i - mean) / (std + 1e-08)")
+    lines = formula(tiny_config(advantage="reinforce_plus_plus", kl_coef=0.1, kl_estimator="k1", kl_in="reward"))
+    assert [line.split()[0] for line in lines[1:4]] == ["B_i", "C_it", "A_it"]
+    assert lines[4] == "loss_it  = -A_it log pi(o_it)"
+    lines = formula(tiny_config(loss_type="grpo_clip", dual_clip=3.0))
+    assert lines[3].endswith("or -max(min(rho_it A_i, clip(rho_it, 1 - 0.2, 1 + 0.2) A_i), 3 A_i) where A_i < 0")
+
+
+def test_the_same_text_twice_is_two_questions(tmp_path):
+    """Data may hold a question twice: its groups are not one."""
+    completions = [completion([1], [4, 5])] * 4
+    rollouts = make_rollout_batch(completions, torch.tensor([1.0, 0.0, 1.0, 1.0]), 2)
+    assert rollouts.group_sizes == [2, 2]
+    assert rollouts.select([2, 3, 0, 1]).group_sizes == [2, 2]
+
+
+def test_a_reward_that_is_none_is_one_clear_line(tmp_path):
+    with pytest.raises(UnsoundRunError, match=r"step 1: reward_fn returned reward=nan for rollout 0"):
+        run_training(
+            tmp_path, reward_fn=lambda *_: {"reward": float("nan"), "format_reward": 0.0, "answer_reward": 0.0}
+        )
+
+
 ILLEGAL = [
+    ({"max_refills": 2, "advantage": "remax"}, "advantage=remax those teach too"),
+    ({"max_refills": 2, "advantage": "gdpo"}, "advantage=gdpo those teach too"),
+    ({"entropy_coef": -0.1}, "entropy_coef=-0.1 must not be negative"),
+    ({"loss_type": "sapo", "sapo_temperatures": (1.0, float("nan"))}, "must be a number"),
+    ({"loss_type": "grpo_clip", "cliprange_high": float("nan")}, "cliprange_high=nan must be a number"),
+    ({"loss_type": "cispo", "cliprange": 0.1}, "cliprange=0.1 has no effect with loss_type=cispo"),
+    ({"advantage": "gpg", "advantage_eps": 0.1}, "advantage_eps=0.1 has no effect with advantage=gpg"),
+    ({"importance_high": 3.0}, "importance_high=3.0 has no effect with importance=none"),
+    ({"loss_type": "no_baseline", "off_policy_threshold": 0.1}, "off_policy_threshold=0.1 has no effect"),
+    ({"loss_type": "clip_cov", "covariance_bounds": (5.0, 1.0)}, "must be a lower and a higher number"),
+    ({"loss_type": "gspo_token", "importance": "truncate"}, "pass --importance-level sequence or geometric"),
     ({"loss_type": "gspo", "aggregation": "token_mean"}, "pass --aggregation sequence_mean"),
     ({"loss_type": "gspo_token", "aggregation": "constant"}, "pass --aggregation sequence_mean"),
     ({"loss_type": "gmpo", "top_entropy_fraction": 0.2}, "has one loss per response"),
@@ -353,7 +582,7 @@ ILLEGAL = [
     ({"loss_type": "grpo_clip", "dual_clip": 0.5}, "dual_clip=0.5 must be greater than 1"),
     ({"loss_type": "grpo_clip", "cliprange_high": -0.1}, "cliprange_high=-0.1 must not be negative"),
     ({"loss_type": "sapo", "sapo_temperatures": (0.0, 1.0)}, "must be greater than 0"),
-    ({"max_refills": 1, "loss_type": "no_baseline"}, "max_refills has no meaning"),
+    ({"max_refills": 1, "loss_type": "no_baseline"}, "loss_type=no_baseline those teach too"),
     ({"entropy_target": -1.0}, "entropy_target=-1.0 must be greater than 0"),
     ({"length_penalty": "soft_overlong", "overlong_buffer": 7}, "overlong_buffer=7 must lie between 0 and"),
     ({"overlong_buffer": 2}, "overlong_buffer=2 has no effect with length_penalty=none"),

@@ -101,7 +101,12 @@ def test_every_logged_number_is_documented(tmp_path):
     settings = [
         {"eval_steps": 1, "dual_clip": 3.0},
         {"advantage": "remax", "loss_type": "kl_cov", "importance": "truncate", "kl_coef": 0.1, "entropy_coef": 0.01},
-        {"max_refills": 2, "length_penalty": "soft_overlong", "top_entropy_fraction": 0.5},
+        {
+            "max_refills": 2,
+            "length_penalty": "soft_overlong",
+            "top_entropy_fraction": 0.5,
+            "off_policy_threshold": 0.1,
+        },
     ]
     logged = set()
     for number, some in enumerate(settings):

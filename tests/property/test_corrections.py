@@ -1,6 +1,7 @@
 """Importance ratios, KL estimates, selections, shaping and diagnostics against their definitions."""
 
 import math
+from fractions import Fraction
 from itertools import combinations
 from typing import get_args
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import grpo_core as g
+from grpo_core._ratios import hold
 from tests.oracle.objectives import held
 from tests.strategies import GARBAGE, SHAPES, floats, masks, response_masks, tensors
 
@@ -32,6 +34,17 @@ def pairs(draw, wild: bool = False) -> tuple[Tensor, Tensor, Tensor]:
 def tokens(mask: Tensor, *parts: Tensor) -> list[list[tuple]]:
     """The response tokens of each row, a tuple of floats each."""
     return [list(zip(*(part[row][mask[row]].tolist() for part in parts), strict=True)) for row in range(len(mask))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_log_ratio_is_held_whatever_its_size(dtype):
+    """Exactly 20, where an addition of large numbers would have rounded it away; with a gradient of 1."""
+    wild = torch.tensor([1e3, 1e8, 1e30, -1e9, -3.5, 0.0, math.inf, -math.inf], dtype=dtype, requires_grad=True)
+    held_values = hold(wild)
+    assert held_values.tolist() == [20.0, 20.0, 20.0, -20.0, -3.5, 0.0, 20.0, -20.0]
+    held_values.sum().backward()
+    assert wild.grad.tolist()[:6] == [1.0] * 6
+    assert wild.grad.isfinite().all()
 
 
 # Importance.
@@ -72,6 +85,7 @@ BOUNDS = st.tuples(floats(0, 1), floats(1, 3))
 @given(tensors((3, 4), floats(0, 4)), BOUNDS)
 def test_truncation_masking_and_rejection(ratios, bounds):
     low, high = bounds
+    given_ratios = ratios.clone()
     cut = g.truncate_importance_weights(ratios, low=low, high=high)
     masked = g.mask_importance_weights(ratios, low=low, high=high)
     kept = g.keep_within_bounds(ratios, low=low, high=high)
@@ -80,6 +94,7 @@ def test_truncation_masking_and_rejection(ratios, bounds):
         assert one == (ratio if inside else low if ratio < low else high)
         assert other == (ratio if inside else 0.0)
         assert keeps == inside
+    assert torch.equal(ratios, given_ratios)
     wider = g.truncate_importance_weights(ratios, low=low, high=high + 1)
     assert (wider >= cut).all()
     tracked = ratios.clone().requires_grad_()
@@ -230,7 +245,7 @@ def test_high_covariance_by_definition(data, fraction):
     gaps = [abs(x - y) for x, y in combinations(covariances, 2)]
     assume(all(gap == 0 or gap > 1e-9 for gap in gaps))
     inside = [place for place, c in enumerate(covariances) if low + 1e-12 < c < high]
-    wanted = max(1, math.floor(fraction * len(flat))) if fraction else 0
+    wanted = max(1, math.floor(Fraction(str(fraction)) * len(flat))) if fraction else 0
     best = {inside[rank] for rank in chosen_by_rank([covariances[place] for place in inside], wanted)}
     assert chosen[mask].nonzero().flatten().tolist() == sorted(best)
     order = torch.tensor(data.draw(st.permutations(range(rows))))
@@ -246,7 +261,7 @@ def test_high_entropy_by_definition(data, fraction):
     chosen = g.select_high_entropy(entropy.requires_grad_(), mask, fraction)
     assert not (chosen & ~mask).any()
     values = entropy[mask].tolist()
-    expected = chosen_by_rank(values, math.ceil(fraction * len(values)))
+    expected = chosen_by_rank(values, math.ceil(Fraction(str(fraction)) * len(values)))
     assert set(chosen[mask].nonzero().flatten().tolist()) == expected
 
 
@@ -265,7 +280,9 @@ def test_off_policy_sequences_by_definition(case, data, threshold):
 def test_truncated_responses_are_dropped_whole(data):
     shape = data.draw(SHAPES)
     mask, truncated = data.draw(masks(shape)), data.draw(masks((shape[0],)))
+    given_mask = mask.clone()
     smaller = g.drop_truncated_responses(mask, truncated)
+    assert torch.equal(mask, given_mask)
     assert not smaller[truncated].any()
     assert torch.equal(smaller[~truncated], mask[~truncated])
 
@@ -308,25 +325,28 @@ def test_the_entropy_coefficient_follows_its_target(coefficient, entropy, target
 
 @given(st.data())
 def test_pass_at_k_is_the_mean_over_subsets(data):
-    n = data.draw(st.integers(1, 7))
-    k, right = data.draw(st.integers(1, n)), data.draw(st.lists(st.integers(0, n), min_size=1, max_size=4))
-    values = g.estimate_pass_at_k(torch.tensor(right), n, k).tolist()
-    for c, value in zip(right, values, strict=True):
+    samples = data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=4))
+    n_samples, k = torch.tensor(samples), data.draw(st.integers(1, min(samples)))
+    right = torch.tensor([data.draw(st.integers(0, n)) for n in samples])
+    values = g.estimate_pass_at_k(right, n_samples, k)
+    for c, n, value in zip(right.tolist(), samples, values.tolist(), strict=True):
         subsets = list(combinations([True] * c + [False] * (n - c), k))
         assert_close(value, sum(map(any, subsets)) / len(subsets), rtol=1e-12, atol=0)
-    assert_close(g.estimate_pass_at_k(torch.tensor(right), torch.tensor([n] * len(right)), k).tolist(), values)
-    if k < n:
-        assert (g.estimate_pass_at_k(torch.tensor(right), n, k + 1) >= torch.tensor(values).double()).all()
+        assert g.estimate_pass_at_k(torch.tensor([c]), n, k).item() == value
+    if k < min(samples):
+        assert (g.estimate_pass_at_k(right, n_samples, k + 1) >= values).all()
 
 
-def test_pass_at_k_of_many_samples_is_exact():
-    """Where a product of floats would have lost its digits: 1 - C(2000, 1000) / C(2048, 1000)."""
-    value = g.estimate_pass_at_k(torch.tensor([48]), 2048, 1000).item()
-    assert value == 1 - math.comb(2000, 1000) / math.comb(2048, 1000)
+@pytest.mark.parametrize(("c", "n", "k"), [(48, 2048, 1000), (1, 3, 1), (1, 1_000_000, 1), (3, 7, 2)])
+def test_pass_at_k_is_rounded_once(c, n, k):
+    """Where a product of floats, or one minus a quotient, would have lost digits."""
+    exact = 1 - Fraction(math.comb(n - c, k), math.comb(n, k))
+    assert g.estimate_pass_at_k(torch.tensor([c]), n, k).item() == float(exact)
 
 
 @given(st.lists(floats(0, 1), min_size=1, max_size=12), st.sampled_from([0.8, 0.95]))
 def test_the_interval_is_wilsons(values, confidence):
+    """Its ends are the p from which the mean found lies z standard deviations of a p-coin away."""
     mean, low, high = g.estimate_mean_interval(torch.tensor(values, dtype=torch.float64), confidence=confidence)
     assert 0 <= low <= mean + 1e-12
     assert mean - 1e-12 <= high <= 1
@@ -334,12 +354,10 @@ def test_the_interval_is_wilsons(values, confidence):
     n = len(values)
     center = math.fsum(values) / n
     assert_close(mean, center)
-    spread = math.fsum((value - center) ** 2 for value in values) / max(1, n - 1)
-    worth = n * center * (1 - center) / spread if spread > 0 else n
     z = {0.8: 1.2815515655446004, 0.95: 1.959963984540054}[confidence]
     for end in (low, high):
         if 1e-9 < end < 1 - 1e-9:  # the ends solve |center - p| = z * sqrt(p (1 - p) / m)
-            assert_close(abs(center - end), z * math.sqrt(end * (1 - end) / worth), rtol=1e-6, atol=1e-9)
+            assert_close(abs(center - end), z * math.sqrt(end * (1 - end) / n), rtol=1e-6, atol=1e-9)
 
 
 @given(st.lists(st.lists(st.sampled_from(["a", "b", "c", None]), min_size=1, max_size=6), min_size=1, max_size=4))
@@ -352,8 +370,13 @@ def test_majority_by_definition(answers):
         assert value == (winners.count("a") / len(winners) if winners else 0.0)
 
 
-@given(st.lists(st.lists(floats(0, 1) | st.just(math.nan), min_size=1, max_size=4), min_size=1, max_size=5))
-def test_silent_groups_are_counted_once(groups):
+@given(data=st.data(), best=st.sampled_from([1.0, 0.7, 0.1]))
+def test_silent_groups_are_counted_once(data, best):
+    """Three times 0.7 have a mean that is not 0.7; rewards of -1 and 1 one of 0, and yet a signal."""
+    reward = floats(-1, 1).map(lambda value: min(value, best)) | st.sampled_from([math.nan, 0.0, best])
+    constant = st.builds(lambda value, size: [value] * size, reward, st.integers(1, 6))
+    group = st.lists(reward, min_size=1, max_size=4) | constant
+    groups = data.draw(st.lists(group, min_size=1, max_size=5))
     rewards = torch.tensor([reward for group in groups for reward in group], dtype=torch.float64)
     sizes = [len(group) for group in groups]
     signal = g.find_signal_groups(rewards, sizes).tolist()
@@ -362,9 +385,20 @@ def test_silent_groups_are_counted_once(groups):
         values = {reward for reward in group if not math.isnan(reward)}
         assert has_signal == (len(values) > 1)
         if len(values) <= 1:
-            counts["right" if values == {1.0} else "wrong" if values == {0.0} else "other"] += 1
+            kind = "right" if values == {best} else "wrong" if values and max(values) <= 0 else "other"
+            counts[kind] += 1
     expected = {f"groups_all_{name}": count / len(groups) for name, count in counts.items()}
-    assert g.describe_silent_groups(rewards, sizes) == expected
+    assert g.describe_silent_groups(rewards, sizes, best_reward=best) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("constant", [0.1, 0.7, 1 / 3, 123456.7])
+def test_the_last_bit_of_a_reward_is_no_signal(constant, dtype):
+    rewards = torch.full((7,), constant, dtype=dtype)
+    rewards[::2] = torch.nextafter(rewards[::2], torch.full_like(rewards[::2], math.inf))
+    assert rewards.unique().numel() == 2
+    assert not g.find_signal_groups(rewards, 7).any()
+    assert g.describe_silent_groups(rewards, 7, best_reward=constant)["groups_all_right"] == 1
 
 
 @given(data=st.data())
@@ -373,7 +407,8 @@ def test_gradient_shares_by_definition(data):
     gradients, selected = data.draw(tensors((rows, seq), floats(-2, 2))), data.draw(masks((rows,)))
     pulls = [math.fsum(map(abs, row)) for row in gradients.tolist()]
     wanted = math.fsum(pull for pull, keep in zip(pulls, selected.tolist(), strict=True) if keep)
-    share = g.compute_gradient_share(gradients, selected)
+    share = g.compute_gradient_share(gradients.requires_grad_(), selected)
+    assert not share.requires_grad
     assert_close(share.item(), wanted / math.fsum(pulls) if any(pulls) else 0.0)
     if any(pulls):
         assert_close((share + g.compute_gradient_share(gradients, ~selected)).item(), 1.0)
@@ -416,8 +451,48 @@ def test_the_terms_of_a_loss_add_up(data, kl_coef, entropy_coef):
         assert_close(torch.zeros(shape).double() if found is None else found, coefficient * token_weights)
 
 
+@given(data=st.data())
+def test_a_loss_without_weight_is_never_read(data):
+    """Whatever stands where the weight is 0: neither in the sum nor in the gradient, which is exactly 0 there."""
+    shape = data.draw(SHAPES)
+    losses, weights = data.draw(tensors(shape, floats(-2, 2))), data.draw(tensors(shape, floats(0, 1)))
+    weights = torch.where(data.draw(masks(shape)), weights, 0.0)
+    spoiled = torch.where(weights == 0, data.draw(tensors(shape, GARBAGE)), losses).requires_grad_()
+    loss = g.compose_policy_loss(spoiled, weights, kl=spoiled, kl_coef=2.0, token_weights=weights)
+    assert_close(loss.item(), 3 * (weights * losses).sum().item(), rtol=1e-9, atol=1e-9)
+    loss.backward()
+    assert_close(spoiled.grad, 3 * weights, rtol=1e-12, atol=0)
+
+
 def test_without_extra_terms_the_loss_is_the_objective_alone():
     losses, weights = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 0.25]])
     assert g.compose_policy_loss(losses, weights) == 1.0
     unused = torch.full((1, 2), math.nan)
     assert g.compose_policy_loss(losses, weights, kl=unused, token_entropy=unused) == 1.0
+
+
+@given(case=pairs(wild=True), data=st.data())
+def test_what_a_step_is_watched_by(case, data):
+    """Means over response tokens: a flag of a response counts for each of its tokens, a ratio is held."""
+    old, policy, mask = case
+    flags = {
+        "is_clipped": data.draw(masks(tuple(mask.shape))),
+        "is_clipped_low": data.draw(masks((len(mask), 1))),
+        "is_penalized": data.draw(masks(tuple(mask.shape))),
+    }
+    gaps = [p - q for row in tokens(mask, policy, old) for p, q in row]
+    n = max(1, len(gaps))
+    expected = {
+        "response_tokens": float(len(gaps)),
+        "clip_fraction": (flags["is_clipped"] & mask).sum().item() / n,
+        "clip_fraction_low": (flags["is_clipped_low"] & mask).sum().item() / n,
+        "penalized_fraction": (flags["is_penalized"] & mask).sum().item() / n,
+        "mean_ratio": math.fsum(math.exp(held(gap)) for gap in gaps) / n,
+        "approx_kl": math.fsum(math.exp(held(gap)) - 1 - held(gap) for gap in gaps) / n,
+    }
+    found = g.describe_policy_update(policy.requires_grad_(), mask, flags, old)
+    assert set(found) == set(expected)
+    for name, value in found.items():
+        assert not value.requires_grad
+        assert_close(value.item(), expected[name], rtol=1e-6, atol=1e-9)
+    assert set(g.describe_policy_update(policy, mask, flags)) == set(expected) - {"mean_ratio", "approx_kl"}
