@@ -304,6 +304,16 @@ class GrpoConfig:
         return self.epochs_per_rollout_batch > 1 or self.train_batch_size < self.rollout_batch_size
 
     @property
+    def warnings(self) -> list[str]:
+        """What is legal, and hardly what was meant."""
+        if self.loss_type in ("gspo", "gspo_token", "luspo") and self.cliprange >= 0.05:
+            return [
+                f"cliprange={self.cliprange:g} hardly ever binds a mean of log ratios: the papers have 0.0003 (GSPO) and "
+                "0.002 (LUSPO)"
+            ]
+        return []
+
+    @property
     def has_entropy_bonus(self) -> bool:
         return self.entropy_coef > 0 or self.entropy_target is not None
 

@@ -179,6 +179,8 @@ def prepare(config: GrpoConfig, display: Display) -> tuple[Run, Parts]:
         raise
     display.say(f"{len(train_set)} training and {len(val_set)} held-out questions; run folder {folder}/")
     run = Run(config, folder, tokenizer, display)
+    for warning in config.warnings:
+        run.warn(warning)
     return run, Parts(policy, engine, REWARDS[config.reward], train_set, val_set, reference)
 
 

@@ -514,6 +514,11 @@ def test_rejected_tokens_leave_the_denominators_where_asked():
         assert sums[1] == pytest.approx(1.0)
 
 
+def test_a_trust_region_of_ppo_around_a_mean_is_warned_of():
+    assert "hardly ever binds" in "\n".join(formula(tiny_config(loss_type="gspo")))
+    assert "hardly ever binds" not in "\n".join(formula(tiny_config(loss_type="gspo", cliprange=3e-4)))
+
+
 def test_formulas_name_each_stage_once():
     lines = formula(tiny_config(advantage="reinforce_plus_plus_baseline", loss_type="grpo_clip"))
     assert lines[1] == "B_i      = r_i - mean_group(r)"
