@@ -308,8 +308,8 @@ class GrpoConfig:
         """What is legal, and hardly what was meant."""
         if self.loss_type in ("gspo", "gspo_token", "luspo") and self.cliprange >= 0.05:
             return [
-                f"cliprange={self.cliprange:g} hardly ever binds a mean of log ratios: the papers have 0.0003 (GSPO) and "
-                "0.002 (LUSPO)"
+                f"cliprange={self.cliprange:g} hardly ever binds a mean of log ratios: the papers have 0.0003 (GSPO) "
+                "and 0.002 (LUSPO)"
             ]
         return []
 

@@ -227,8 +227,8 @@ def _weights(config: GrpoConfig, *, tokens: bool = False) -> str:
 def _notes(config: GrpoConfig) -> list[str]:
     per_step = config.rollout_batch_size // config.train_batch_size * config.epochs_per_rollout_batch
     notes = [
-        f"N = {config.train_batch_size} responses in an update; {per_step} update{'s' if per_step > 1 else ''} on each rollout batch "
-        f"of {config.n_prompts_per_rollout_batch} questions x {config.group_size} responses"
+        f"N = {config.train_batch_size} responses in an update; {per_step} update{'s' if per_step > 1 else ''} on "
+        f"each rollout batch of {config.n_prompts_per_rollout_batch} questions x {config.group_size} responses"
     ]
     if config.loss_type in RATIO_OBJECTIVES and config.is_ratio_to_own_pass:
         notes.append("pi_old is the policy of the same pass: every ratio is 1, and no bound ever binds")
