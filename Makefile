@@ -52,7 +52,7 @@ bench: $(INSTALLED)  ## Speed, as ratios against a baseline of the same run
 	for script in tests/benchmarks/bench_*.py; do $(BIN)/python $$script; done
 
 mutants: $(INSTALLED)  ## Break the core by hand; every break must turn a test red
-	$(BIN)/python tests/mutants.py
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.mutants $(ARGS)
 
 .venv-parity/.installed: .ci/requirements-parity.txt .ci/install-parity $(INSTALLED)
 	@echo "Installing TRL, verl and Liger into .venv-parity (a minute, once) ..."

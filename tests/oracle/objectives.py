@@ -115,7 +115,7 @@ def weights(aggregation, masks, kept, constant, sizes, rejected, empty):
             case "sequence_mean":
                 return 1 / responses / max(1, counted[row])
             case "token_mean":
-                return 1 / max(1, sum(counted))
+                return 1 / (constant or max(1, sum(counted)))
             case "prompt_mean":
                 return 1 / prompts / max(1, tokens_of[groups[row]])
             case "sequence_sum" | "sequence":

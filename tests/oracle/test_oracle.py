@@ -20,6 +20,7 @@ from grpo_core import (
     normalize_group_rewards,
     select_log_probs,
     sft_microbatch_loss,
+    sft_microbatch_train_step,
     tokenize_prompt_and_output,
 )
 from tests.oracle import reference
@@ -177,6 +178,10 @@ def test_sft_loss(batch: Batch, steps, constant):
     assert metadata["response_tokens"].item() == mask.sum().item()
     mean = reference.masked_mean(policy.flatten().tolist(), mask.flatten().tolist())
     close(metadata["nll"].item(), -mean if mask.any() else 0.0)
+    trained = policy.detach().clone().requires_grad_()
+    value, described = sft_microbatch_train_step(trained, mask, steps, constant)
+    assert not value.requires_grad
+    close((value, trained.grad, described), (loss.detach(), policy.grad, metadata))
 
 
 @given(st.lists(st.tuples(st.text(CHARACTERS, min_size=1, max_size=6), WORDS), min_size=1, max_size=4))

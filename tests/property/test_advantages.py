@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from grpo_core import compute_group_normalized_rewards, normalize_group_rewards
+from grpo_core import compute_group_normalized_rewards, describe_rewards, normalize_group_rewards
 from tests.strategies import floats, grouped_rewards
 
 BY_STD = st.booleans()
@@ -97,6 +97,15 @@ def test_the_reward_function_sees_each_pair_once_and_in_order(inputs):
     assert raw.tolist() == rewards.tolist()
     assert "format_reward" not in metadata
     assert "answer_reward" not in metadata
+
+
+@given(st.lists(st.sets(st.sampled_from(["format_reward", "answer_reward"])), min_size=1, max_size=4))
+def test_a_part_of_the_reward_is_described_if_every_score_has_it(parts):
+    """A mean over those that have it would be one over fewer responses, and nobody would see it."""
+    described = describe_rewards([{"reward": 1.0} | dict.fromkeys(keys, 0.5) for keys in parts], 1)
+    of_all = set.intersection(*parts)
+    assert {name for name in described if name in ("format_reward", "answer_reward")} == of_all
+    assert all(described[name] == 0.5 for name in of_all)
 
 
 @given(grouped_rewards(), BY_STD)

@@ -265,6 +265,16 @@ def test_high_entropy_by_definition(data, fraction):
     assert set(chosen[mask].nonzero().flatten().tolist()) == expected
 
 
+@pytest.mark.parametrize(("fraction", "n", "wanted"), [(0.07, 100, 7), (0.55, 20, 11), (0.29, 100, 29)])
+def test_a_share_is_that_of_the_number_as_written(fraction, n, wanted):
+    """0.07 * 100 comes out above 7 and 0.29 * 100 below 29: neither is a token more or less."""
+    values, everything = torch.arange(n).double()[None], torch.ones(1, n, dtype=torch.bool)
+    assert g.select_high_entropy(values, everything, fraction).sum() == wanted
+    # Cubed, lest two tokens at the same distance from the mean tie.
+    chosen = g.select_high_covariance(values, values**3, everything, fraction, low=-math.inf)
+    assert chosen.sum() == wanted
+
+
 @given(case=pairs(), data=st.data(), threshold=floats(-0.5, 0.5))
 def test_off_policy_sequences_by_definition(case, data, threshold):
     policy, behavior, mask = case

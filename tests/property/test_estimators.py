@@ -78,7 +78,7 @@ def cases(draw, name: str, unscored: bool = True) -> Case:
         "correction": st.sampled_from([0, 1]),
         "k": st.integers(1, min(sizes)),
         "lengths": st.tuples(*(st.lists(st.integers(0, 5), min_size=n, max_size=n) for n in sizes)).map(list),
-        "greedy_rewards": st.lists(floats(-4, 4), min_size=len(sizes), max_size=len(sizes)),
+        "greedy_rewards": st.lists(floats(-4, 4) | UNSCORED, min_size=len(sizes), max_size=len(sizes)),
     }
     parameters = list(inspect.signature(MEMBERS[name]).parameters)[2:]
     return Case(groups, {key: draw(pool[key]) for key in parameters})
@@ -113,6 +113,21 @@ def test_a_constant_group_has_exactly_no_advantage(name, constant, dtype):
     extra = {"advantage_eps": 0.0, "k": 2, "lengths": torch.arange(15), "greedy_rewards": rewards[:3]}
     parameters = inspect.signature(MEMBERS[name]).parameters
     advantages = MEMBERS[name](rewards, [8, 5, 2], **{key: extra[key] for key in parameters if key in extra})
+    assert (advantages == 0).all()
+
+
+@pytest.mark.parametrize("name", sorted(MEMBERS.keys() - BINARY))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("constant", [0.1, 0.7, 1 / 3, 1e-3, 123456.7])
+def test_the_last_bit_of_a_reward_is_no_signal(name, constant, dtype):
+    """A sum of parts in another order gives it; divided by its own deviation it would be as loud as any reward."""
+    rewards = torch.full((8 + 5 + 2,), constant, dtype=dtype)
+    noisy = rewards.clone()
+    noisy[::3] = torch.nextafter(noisy[::3], torch.full_like(noisy[::3], math.inf))
+    extra = {"advantage_eps": 0.0, "k": 2, "lengths": torch.arange(15), "greedy_rewards": rewards[:3]}
+    parameters = inspect.signature(MEMBERS[name]).parameters
+    advantages = MEMBERS[name](noisy, [8, 5, 2], **{key: extra[key] for key in parameters if key in extra})
+    assert (noisy != rewards).any()
     assert (advantages == 0).all()
 
 
@@ -179,7 +194,7 @@ def test_advantages_of_a_group_add_up_to_nothing(name, data):
 @pytest.mark.parametrize(
     "name", [*CENTERED, "compute_gpg_advantages", "compute_opo_advantages", "compute_pkpo_advantages"]
 )
-@given(data=st.data(), shift=floats(-4, 4))
+@given(data=st.data(), shift=floats(-4, 4) | st.sampled_from([-8192.0, 8192.0]))
 def test_a_shift_of_all_rewards_changes_nothing(name, data, shift):
     case = data.draw(cases(name))
     moved = replace(case, groups=[[reward + shift for reward in group] for group in case.groups])
@@ -258,11 +273,19 @@ def test_gdpo_matches_its_definition(data, eps):
     assert actual.isfinite().all()
 
 
-def test_gdpo_leaves_silent_groups_alone():
-    rewards = torch.tensor([[1.0, 0.0], [0.0, 100.0], [0.1, 0.7], [0.1, 0.7]])
-    advantages = compute_gdpo_advantages(rewards, 2, reward_weights=[2.0, 1.0])
-    assert (advantages[2:] == 0).all()
-    assert advantages[0] == -advantages[1] != 0
+@given(st.lists(tensors((3, 2), floats(-2, 2)), min_size=1, max_size=3), floats(-2, 2))
+def test_gdpo_leaves_silent_groups_alone(groups, constant):
+    """Exactly 0, though the mean of the sums, 0 by their making, need not be 0 in floating point."""
+    silent = torch.full((4, 2), constant, dtype=torch.float64)
+    advantages = compute_gdpo_advantages(torch.cat([*groups, silent]), [3] * len(groups) + [4])
+    assert (advantages[-4:] == 0).all()
+
+
+def test_gdpo_weighs_the_signs_of_two_rewards():
+    """Normalized, (1, 0) and (0, 100) are opposites: the weight decides."""
+    rewards = torch.tensor([[1.0, 0.0], [0.0, 100.0]])
+    for weights, sign in (([2.0, 1.0], 1), ([1.0, 2.0], -1)):
+        assert compute_gdpo_advantages(rewards, 2, reward_weights=weights).sign().tolist() == [sign, -sign]
 
 
 @given(data=st.data(), eps=st.sampled_from([0.0, 1e-8, 0.1]), correction=st.sampled_from([0, 1]))
@@ -281,7 +304,10 @@ def test_whitening_matches_its_definition(data, eps, correction):
     assert (white[hidden] == 0).all()
 
 
-@pytest.mark.parametrize("constant", [0.1, 0.7, 1 / 3])
-def test_whitening_a_constant_gives_exactly_nothing(constant):
-    mask = torch.ones(3, 7, dtype=torch.bool)
-    assert (whiten_over_tokens(torch.full((3, 1), constant), mask, advantage_eps=0.0) == 0).all()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("constant", [0.1, 0.7, 1 / 3, 123456.7])
+def test_whitening_a_constant_gives_exactly_nothing(constant, dtype):
+    mask, values = torch.ones(3, 7, dtype=torch.bool), torch.full((3, 1), constant, dtype=dtype)
+    assert (whiten_over_tokens(values, mask, advantage_eps=0.0) == 0).all()
+    values[1] = torch.nextafter(values[1], values.new_tensor(math.inf))
+    assert (whiten_over_tokens(values, mask, advantage_eps=0.0) == 0).all()

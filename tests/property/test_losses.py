@@ -1,12 +1,16 @@
 """Laws of the per-token losses that the battery of test_family.py does not state."""
 
+import math
+
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from grpo_core import (
     aggregate_token_losses,
+    compute_dppo_kl_loss,
+    compute_dppo_tv_loss,
     compute_grpo_clip_loss,
     compute_grpo_no_clip_loss,
     compute_naive_policy_gradient_loss,
@@ -78,14 +82,49 @@ def test_the_advantage_scales_the_loss(batch: Batch, cliprange, scale):
     assert torch.equal(metadata["is_clipped"], expected_metadata["is_clipped"])
 
 
-@given(batches(), CLIPRANGES)
-def test_a_good_token_stops_above_and_a_bad_one_below(batch: Batch, cliprange):
-    """The clip answers to the sign of the advantage: each side of the interval binds for one sign only."""
+@given(batches(), CLIPRANGES, CLIPRANGES)
+def test_a_good_token_stops_above_and_a_bad_one_below(batch: Batch, low, high):
+    """The clip answers to the sign of the advantage: each bound, 0 included, binds for one sign only."""
     ratio = (batch.policy_log_probs - batch.old_log_probs).exp()
-    for advantage, beyond in ((1.0, ratio > 1 + cliprange), (-1.0, ratio < 1 - cliprange)):
+    for advantage, beyond in ((1.0, ratio > 1 + high), (-1.0, ratio < 1 - low)):
         advantages = torch.full_like(batch.advantages, advantage)
-        _, metadata = compute_grpo_clip_loss(advantages, batch.policy_log_probs, batch.old_log_probs, cliprange)
-        assert torch.equal(metadata["is_clipped"], beyond)
+        inputs = advantages, batch.policy_log_probs, batch.old_log_probs, low
+        assert torch.equal(compute_grpo_clip_loss(*inputs, cliprange_high=high)[1]["is_clipped"], beyond)
+
+
+@given(batches(), CLIPRANGES, st.sampled_from([1.125, 1.5, 2.0]))
+def test_the_dual_clip_bounds_what_a_bad_token_costs(batch: Batch, cliprange, dual_clip):
+    """At most -c A where A is negative, and nothing else changes; the flags say where it was more."""
+    inputs = batch.advantages, batch.policy_log_probs, batch.old_log_probs, cliprange
+    (single, flags), (dual, more) = (
+        compute_grpo_clip_loss(*inputs),
+        compute_grpo_clip_loss(*inputs, dual_clip=dual_clip),
+    )
+    bad = batch.advantages < 0
+    exact(dual, torch.where(bad, torch.minimum(single, -dual_clip * batch.advantages), single))
+    beyond = bad & ((batch.policy_log_probs - batch.old_log_probs).exp() > dual_clip)
+    assert torch.equal(more["is_clipped_dual"], beyond)
+    assert torch.equal(more["is_clipped"], flags["is_clipped"] | beyond)
+
+
+# A probability of 1 is one that is met: of a token that could not be another.
+PROBABILITIES = st.integers(1, 64).map(lambda n: n / 64)
+
+
+@given(PROBABILITIES, PROBABILITIES.filter(lambda p: p < 1))
+def test_the_thresholds_of_dppo_are_the_distances_themselves(old, new):
+    """A little below the distance the token is dropped, a little above it is not; never where it moves back."""
+    assume(old != new)
+    coins = ((old, new), (1 - old, 1 - new))
+    divergence = math.fsum(a * math.log(a / b) for a, b in coins if a > 0)
+    distance = abs(new - old)
+    log_probs = torch.tensor([[new]], dtype=torch.float64).log(), torch.tensor([[old]], dtype=torch.float64).log()
+    away = torch.full((1, 1), math.copysign(1.0, new - old), dtype=torch.float64)
+    for share, dropped in ((0.99, True), (1.01, False)):
+        for advantages, expected in ((away, dropped), (-away, False)):
+            by_kl = compute_dppo_kl_loss(advantages, *log_probs, share * divergence)[1]
+            by_tv = compute_dppo_tv_loss(advantages, *log_probs, share * distance, share * distance)[1]
+            assert by_kl["is_clipped"].item() == by_tv["is_clipped"].item() == expected
 
 
 @given(batches())

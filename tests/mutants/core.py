@@ -1,0 +1,145 @@
+"""Masked means, distributions and group rows."""
+
+from tests.mutants.table import breaks
+
+ORACLE = "tests/oracle/test_oracle.py"
+MASKING = "tests/unit/test_worked_examples.py tests/unit/test_errors.py tests/property/test_masking.py"
+MASKING += " -k 'mask or test_errors and divides'"
+DISTRIBUTIONS = (
+    f"tests/unit/test_errors.py tests/unit/test_worked_examples.py tests/property/test_distributions.py {ORACLE}"
+)
+DISTRIBUTIONS += " -k 'entropy or distributions or log_probs or temperature or labels'"
+SCORING = f"tests/unit/test_worked_examples.py tests/property/test_scoring.py {ORACLE} -k 'scor or a_model'"
+GROUP_ROWS = "tests/property/test_group_rows.py"
+
+MUTANTS = [
+    *breaks(
+        "masked_sum",
+        "masking.py",
+        MASKING,
+        ("mask multiplied", "torch.where(mask, tensor, 0.0)", "tensor * mask"),
+        ("every NaN hidden", "torch.where(mask, tensor, 0.0)", "torch.nan_to_num(tensor) * mask"),
+        ("mask upside down", "torch.where(mask, tensor, 0.0)", "torch.where(mask, 0.0, tensor)"),
+        ("all dimensions", "kept.sum() if dim is None else kept.sum(dim)", "kept.sum()"),
+        ("a mean", "kept.sum() if dim is None else kept.sum(dim)", "kept.mean() if dim is None else kept.mean(dim)"),
+    ),
+    *breaks(
+        "masked_mean",
+        "masking.py",
+        MASKING,
+        ("nothing gives 0", "masked_sum(tensor, mask, dim) / count", "masked_sum(tensor, mask, dim) / count.clamp(1)"),
+        (
+            "over all entries",
+            "mask.sum() if dim is None else mask.sum(dim)",
+            "mask.numel() if dim is None else mask.shape[dim]",
+        ),
+        ("one count for all slices", "mask.sum() if dim is None else mask.sum(dim)", "mask.sum()"),
+        ("one entry fewer", "masked_sum(tensor, mask, dim) / count", "masked_sum(tensor, mask, dim) / (count - 1)"),
+        ("all dimensions", "masked_sum(tensor, mask, dim) / count", "masked_sum(tensor, mask) / mask.sum()"),
+    ),
+    *breaks(
+        "masked_normalize",
+        "masking.py",
+        MASKING,
+        ("upside down", "dim) / normalize_constant", "dim) * normalize_constant"),
+        ("the constant forgotten", "dim) / normalize_constant", "dim)"),
+        ("a mean too", "dim) / normalize_constant", "dim) / normalize_constant / mask.sum()"),
+        (
+            "all dimensions",
+            "masked_sum(tensor, mask, dim) / normalize_constant",
+            "masked_sum(tensor, mask) / normalize_constant",
+        ),
+        ("divided by 0", "if normalize_constant == 0 or not math", "if not math"),
+    ),
+    *breaks(
+        "compute_entropy",
+        "distributions.py",
+        DISTRIBUTIONS,
+        ("sign of the second term", "logsumexp(dim=-1) - (shifted", "logsumexp(dim=-1) + (shifted"),
+        ("0 times infinity", "torch.where(shifted == -math.inf, 0.0, shifted)", "shifted"),
+        ("no shift", "scaled - scaled.amax(dim=-1, keepdim=True).detach()", "scaled"),
+        ("probabilities carry no gradient", "shifted.softmax(dim=-1)", "shifted.softmax(dim=-1).detach()"),
+        ("temperature upside down", "wide / temperature", "wide * temperature"),
+        (
+            "half precision stays half",
+            "logits.to(torch.promote_types(logits.dtype, torch.float32))",
+            "logits",
+        ),
+        ("softmax over the batch", "shifted.softmax(dim=-1)", "shifted.softmax(dim=0)"),
+    ),
+    *breaks(
+        "select_log_probs",
+        "distributions.py",
+        DISTRIBUTIONS,
+        (
+            "logits, not normalized",
+            "_logits_of(scaled, labels) - scaled.logsumexp(dim=-1)",
+            "_logits_of(scaled, labels)",
+        ),
+        ("temperature above the line alone", "- scaled.logsumexp(dim=-1)", "- logits.logsumexp(dim=-1)"),
+        ("the normalizer carries no gradient", "- scaled.logsumexp(dim=-1)", "- scaled.logsumexp(dim=-1).detach()"),
+        ("against the likeliest token", "- scaled.logsumexp(dim=-1)", "- scaled.amax(dim=-1)"),
+        ("no shift", "scaled.logsumexp(dim=-1)\n", "scaled.exp().sum(dim=-1).log()\n"),
+        (
+            "another label",
+            "labels.long().unsqueeze(-1)",
+            "(labels.long() + 1).remainder(logits.shape[-1]).unsqueeze(-1)",
+        ),
+    ),
+    *breaks(
+        "get_response_log_probs",
+        "scoring.py",
+        SCORING,
+        (
+            "log-probs at another temperature",
+            "select_log_probs(logits, labels, temperature=temperature)",
+            "select_log_probs(logits, labels)",
+        ),
+        (
+            "entropy at another temperature",
+            "compute_entropy(watched, temperature=temperature)",
+            "compute_entropy(watched)",
+        ),
+        ("entropy never carries gradient", "logits.detach() if detach_entropy else logits", "logits.detach()"),
+        ("columns that every row needs", "response_mask.any(dim=0)", "response_mask.all(dim=0)"),
+        ("scores of other labels too", "torch.where(mask, values, 0.0))", "values)"),
+        ("labels that nobody asked about", "torch.where(kept, labels[:, columns], 0)", "labels[:, columns]"),
+        (
+            "every column",
+            "logits = logits_at(model, input_ids, columns)",
+            "logits = logits_at(model, input_ids, None)[:, columns]",
+        ),
+    ),
+    *breaks(
+        "pack_group_row",
+        "group_rows.py",
+        GROUP_ROWS,
+        (
+            "responses see each other",
+            "(segment[:, None] == segment[None, :]) | (",
+            "(segment[:, None] >= segment[None, :]) | (",
+        ),
+        ("the prompt is hidden", " | (segment[None, :] == 0)", ""),
+        ("the future is seen", "own_or_prompt & (place[:, None] >= place[None, :])", "own_or_prompt"),
+        ("positions run on", "prompt + within])[None]", "prompt + torch.arange(len(flat))])[None]"),
+        (
+            "a first token predicted by its neighbor",
+            "torch.where(within == 0, prompt - 1, prompt + torch.arange(len(flat)) - 1)",
+            "prompt + torch.arange(len(flat)) - 1",
+        ),
+    ),
+    *breaks(
+        "get_group_log_probs",
+        "group_rows.py",
+        GROUP_ROWS,
+        ("mask not handed on", "attention_mask=hidden[None, None], ", ""),
+        (
+            "temperature forgotten",
+            "return_token_entropy, temperature, detach_entropy",
+            "return_token_entropy, 1.0, detach_entropy",
+        ),
+        ("positions not handed on", 'hidden[None, None], position_ids=row["position_ids"]', "hidden[None, None]"),
+        ("the wrong half is hidden", 'masked_fill(~row["visible"]', 'masked_fill(row["visible"]'),
+        ("padding is NaN", "values.new_zeros(response_mask.shape)", "values.new_full(response_mask.shape, torch.nan)"),
+    ),
+]

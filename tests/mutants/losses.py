@@ -1,0 +1,625 @@
+"""Policy-gradient losses: _ratios.py, losses.py, token_losses.py, sequence_losses.py."""
+
+from tests.mutants.table import breaks
+
+FAMILY, LAWS = "tests/property/test_family.py", "tests/property/test_losses.py"
+CORRECTIONS, ERRORS = "tests/property/test_corrections.py", "tests/unit/test_errors.py"
+
+
+def in_family(name: str) -> str:
+    return f"{FAMILY} -k {name}"
+
+
+CLIP = f"{ERRORS} {LAWS} {FAMILY} -k 'test_errors and clip or test_losses or compute_grpo_clip_loss'"
+
+RATIOS = [
+    *breaks(
+        "_ratios.hold",
+        "_ratios.py",
+        f"{CORRECTIONS} {FAMILY} -k 'held or ratios_by or kl_by or wild'",
+        (
+            "the gradient is cut too",
+            "clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).detach() + (finite - finite.detach())",
+            "clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)",
+        ),
+        (
+            "the difference of two large numbers",
+            "finite.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).detach() + (finite - finite.detach())",
+            "log_ratio + (log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO) - log_ratio).detach()",
+        ),
+        ("no lower bound", "clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)", "clamp(max=LARGEST_LOG_RATIO)"),
+        ("no upper bound", "clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)", "clamp(min=-LARGEST_LOG_RATIO)"),
+        ("not held", "    return finite.clamp(", "    return finite\n    return finite.clamp("),
+        ("held twice as far out", "LARGEST_LOG_RATIO = 20.0", "LARGEST_LOG_RATIO = 40.0"),
+    ),
+    *breaks(
+        "_ratios.hide",
+        "_ratios.py",
+        f"{FAMILY} -k 'outside_the_mask or nan_in_a_response or never_read and sequence'",
+        ("mask multiplied", "torch.where(mask, values, 0.0)", "values * mask"),
+        ("what is NaN in a response is hidden too", "torch.where(mask, values, 0.0)", "values.nan_to_num(0.0) * mask"),
+        ("the caller's tensor is overwritten", "torch.where(mask, values, 0.0)", "values.masked_fill_(~mask, 0.0)"),
+        ("nothing hidden", "values if mask is None else torch.where(mask, values, 0.0)", "values"),
+        ("a large negative number for nothing", "torch.where(mask, values, 0.0)", "torch.where(mask, values, -1e9)"),
+    ),
+    *breaks(
+        "_ratios.log_ratio_of",
+        "_ratios.py",
+        f"{FAMILY} -k 'compute_grpo_clip_loss or compute_gspo_loss'",
+        ("the old policy carries gradient", "hide(old_log_probs.detach(), mask)", "hide(old_log_probs, mask)"),
+        (
+            "upside down",
+            "hide(policy_log_probs, mask) - hide(old_log_probs.detach(), mask)",
+            "hide(old_log_probs.detach(), mask) - hide(policy_log_probs, mask)",
+        ),
+        ("the policy carries none", "hide(policy_log_probs, mask) - ", "hide(policy_log_probs.detach(), mask) - "),
+        ("the old policy is not hidden", "- hide(old_log_probs.detach(), mask)", "- old_log_probs.detach()"),
+        (
+            "a difference of probabilities",
+            "hide(policy_log_probs, mask) - hide(old_log_probs.detach(), mask)",
+            "hide(policy_log_probs, mask).exp() - hide(old_log_probs.detach(), mask).exp()",
+        ),
+    ),
+    *breaks(
+        "_ratios.mean_over_row",
+        "_ratios.py",
+        f"{CORRECTIONS} {FAMILY} -k 'ratios_by or compute_gspo_loss or compute_gmpo'",
+        ("nothing over nothing", "mask.sum(dim=1, keepdim=True).clamp(min=1)", "mask.sum(dim=1, keepdim=True)"),
+        ("over padding", "/ mask.sum(dim=1, keepdim=True).clamp(min=1)", "/ mask.shape[1]"),
+        ("by the tokens of the batch", "/ mask.sum(dim=1, keepdim=True).clamp(min=1)", "/ mask.sum().clamp(min=1)"),
+        (
+            "by the mean length",
+            "/ mask.sum(dim=1, keepdim=True).clamp(min=1)",
+            "/ mask.sum(dim=1).double().mean().clamp(min=1)",
+        ),
+        ("one token too many", "mask.sum(dim=1, keepdim=True).clamp(min=1)", "(mask.sum(dim=1, keepdim=True) + 1)"),
+    ),
+    *breaks(
+        "_ratios.clip_bounds",
+        "_ratios.py",
+        f"{ERRORS} {LAWS} {FAMILY} -k 'distance or test_losses or compute_gmpo_loss'",
+        (
+            "the second bound forgotten",
+            "high = cliprange if cliprange_high is None else cliprange_high",
+            "high = cliprange",
+        ),
+        (
+            "the second bound for both",
+            "return center - cliprange, center + high",
+            "return center - high, center + high",
+        ),
+        (
+            "lower bound in log space",
+            "return center - cliprange, center + high",
+            "return center / (1 + cliprange), center + high",
+        ),
+        (
+            "a bound of 0 is none",
+            "if cliprange_high is None else cliprange_high",
+            "if not cliprange_high else cliprange_high",
+        ),
+        (
+            "bounds around 1 for log ratios too",
+            "return center - cliprange, center + high",
+            "return 1 - cliprange, 1 + high",
+        ),
+        ("negative ranges", "require(value >= 0, name", "require(value > -1, name"),
+        (
+            "the second is not looked at",
+            '(("cliprange", cliprange), ("cliprange_high", high))',
+            '(("cliprange", cliprange),)',
+        ),
+    ),
+    *breaks(
+        "_ratios.hide_flags",
+        "_ratios.py",
+        f"{FAMILY} -k 'never_read and token_mean'",
+        (
+            "flags of padding",
+            "flags if mask is None else {name: flag & mask for name, flag in flags.items()}",
+            "flags",
+        ),
+    ),
+]
+
+LOSSES = [
+    *breaks(
+        "compute_cross_entropy_loss",
+        "losses.py",
+        in_family("compute_cross_entropy_loss"),
+        ("climbs", "return -hide(policy_log_probs, response_mask)", "return hide(policy_log_probs, response_mask)"),
+        ("mask ignored", "return -hide(policy_log_probs, response_mask)", "return -policy_log_probs"),
+        (
+            "mask multiplied",
+            "return -hide(policy_log_probs, response_mask)",
+            "return -policy_log_probs if response_mask is None else -policy_log_probs * response_mask",
+        ),
+        (
+            "probability for its logarithm",
+            "return -hide(policy_log_probs, response_mask)",
+            "return -hide(policy_log_probs.exp(), response_mask)",
+        ),
+        (
+            "divided by its length",
+            "return -hide(policy_log_probs, response_mask)",
+            "return -hide(policy_log_probs, response_mask) / policy_log_probs.shape[1]",
+        ),
+    ),
+    *breaks(
+        "compute_naive_policy_gradient_loss",
+        "losses.py",
+        f"{LAWS} {FAMILY} -k 'test_losses or compute_naive'",
+        ("rewards carry gradient", "-raw_rewards_or_advantages.detach() *", "-raw_rewards_or_advantages *"),
+        ("climbs", "hide(-raw_rewards_or_advantages", "hide(raw_rewards_or_advantages"),
+        (
+            "hidden after the product alone",
+            "detach() * hide(policy_log_probs, response_mask), ",
+            "detach() * policy_log_probs, ",
+        ),
+        (
+            "hidden before the product alone",
+            "return hide(-raw_rewards_or_advantages.detach() * hide(policy_log_probs, response_mask), response_mask)",
+            "return -raw_rewards_or_advantages.detach() * hide(policy_log_probs, response_mask)",
+        ),
+        (
+            "probability for its logarithm",
+            "hide(policy_log_probs, response_mask), ",
+            "hide(policy_log_probs, response_mask).exp(), ",
+        ),
+        (
+            "a baseline of the micro-batch",
+            "-raw_rewards_or_advantages.detach() *",
+            "-(raw_rewards_or_advantages - raw_rewards_or_advantages.mean()).detach() *",
+        ),
+    ),
+    *breaks(
+        "compute_grpo_clip_loss",
+        "losses.py",
+        CLIP,
+        ("max for min", "torch.minimum(", "torch.maximum("),
+        ("advantages carry gradient", "    advantages = advantages.detach()\n", ""),
+        ("no lower bound", "ratio.clamp(low, high)", "ratio.clamp(max=high)"),
+        ("no upper bound", "ratio.clamp(low, high)", "ratio.clamp(min=low)"),
+        ("range in log space", "ratio.clamp(low, high)", "ratio.clamp(math.exp(low - 1), math.exp(high - 1))"),
+        ("low: counted where it does not bind", "(ratio < low) & (advantages < 0)", "ratio < low"),
+        ("high: counted where it does not bind", "(ratio > high) & (advantages > 0)", "ratio > high"),
+        ("counted without an advantage", "(ratio > high) & (advantages > 0)", "(ratio > high) & (advantages >= 0)"),
+        (
+            "no clip at all",
+            "torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)",
+            "ratio * advantages",
+        ),
+        (
+            "the clip alone, without the minimum",
+            "torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)",
+            "ratio.clamp(low, high) * advantages",
+        ),
+        (
+            "dual clip for every sign",
+            "torch.where(advantages < 0, torch.maximum(objective, dual_clip * advantages), objective)",
+            "torch.maximum(objective, dual_clip * advantages)",
+        ),
+        ("dual clip: min for max", "torch.maximum(objective, dual_clip", "torch.minimum(objective, dual_clip"),
+        (
+            "dual clip: a distance from 1",
+            "(objective, dual_clip * advantages)",
+            "(objective, (1 + dual_clip) * advantages)",
+        ),
+        ("dual clip: counted where it does not bind", "(ratio > dual_clip) & (advantages < 0)", "ratio > dual_clip"),
+        (
+            "dual clip: not counted among all",
+            "torch.stack(list(flags.values())).any(dim=0)",
+            'flags["is_clipped_low"] | flags["is_clipped_high"]',
+        ),
+        ("dual clip: below 1", "require(dual_clip > 1", "require(dual_clip > 0"),
+        (
+            "the ratio carries no gradient",
+            "response_mask)).exp()\n    objective",
+            "response_mask)).exp().detach() * (policy_log_probs - policy_log_probs.detach() + 1)\n    objective",
+        ),
+    ),
+    *breaks(
+        "compute_grpo_no_clip_loss",
+        "losses.py",
+        f"{LAWS} {FAMILY} -k 'test_losses or compute_grpo_no_clip_loss'",
+        ("advantages carry gradient", "-ratio * advantages.detach()", "-ratio * advantages"),
+        (
+            "the log ratio is not held",
+            "ratio = hold(log_ratio_of(policy_log_probs, old_log_probs, response_mask)).exp()\n    return",
+            "ratio = log_ratio_of(policy_log_probs, old_log_probs, response_mask).exp()\n    return",
+        ),
+        ("upside down", "response_mask)).exp()\n    return", "response_mask)).neg().exp()\n    return"),
+        ("the log ratio for the ratio", "response_mask)).exp()\n    return", "response_mask))\n    return"),
+        (
+            "not hidden",
+            "hide(-ratio * advantages.detach(), response_mask), {}",
+            "-ratio * advantages.detach(), {}",
+        ),
+        (
+            "REINFORCE with the ratio as a weight",
+            "-ratio * advantages.detach()",
+            "-ratio.detach() * advantages.detach() * hide(policy_log_probs, response_mask)",
+        ),
+        (
+            "the estimate of a divergence for the ratio",
+            "response_mask)).exp()\n    return",
+            "response_mask)).expm1()\n    return",
+        ),
+    ),
+    *breaks(
+        "compute_policy_gradient_loss",
+        "losses.py",
+        "tests/property/test_steps.py -k 'reference or metadata'",
+        (
+            "REINFORCE of the raw rewards",
+            "compute_naive_policy_gradient_loss(advantages, p",
+            "compute_naive_policy_gradient_loss(raw_rewards, p",
+        ),
+        (
+            "no baseline, of the advantages",
+            "compute_naive_policy_gradient_loss(raw_rewards, p",
+            "compute_naive_policy_gradient_loss(advantages, p",
+        ),
+        (
+            "the two policies swapped",
+            "compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprange)",
+            "compute_grpo_clip_loss(advantages, old_log_probs, policy_log_probs, cliprange)",
+        ),
+        (
+            "no clip, whatever is asked",
+            "compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprange)",
+            "compute_grpo_no_clip_loss(advantages, policy_log_probs, old_log_probs)",
+        ),
+        (
+            "a clip, whatever is asked",
+            "return compute_grpo_no_clip_loss(advantages, policy_log_probs, old_log_probs)",
+            "return compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprange or 0.2)",
+        ),
+    ),
+]
+
+TOKEN_LOSSES = [
+    *breaks(
+        "compute_cispo_loss",
+        "token_losses.py",
+        in_family("compute_cispo_loss"),
+        ("the weight carries gradient", "response_mask)).detach().exp()", "response_mask)).exp()"),
+        (
+            "bounds as distances from 1",
+            "ratio.clamp(ratio_low, ratio_high)",
+            "ratio.clamp(1 - ratio_low, 1 + ratio_high)",
+        ),
+        ("no lower bound", "ratio.clamp(ratio_low, ratio_high)", "ratio.clamp(max=ratio_high)"),
+        (
+            "a token beyond the bound loses its gradient",
+            "ratio.clamp(ratio_low, ratio_high)",
+            "torch.where(ratio > ratio_high, 0.0, ratio.clamp(min=ratio_low))",
+        ),
+        ("counted for good tokens alone", "ratio > ratio_high}", "(ratio > ratio_high) & (advantages > 0)}"),
+        (
+            "probability for its logarithm",
+            "-weight * hide(policy_log_probs,",
+            "-weight * hide(policy_log_probs.exp(),",
+        ),
+        (
+            "hidden after the product alone",
+            "-weight * hide(policy_log_probs, response_mask), ",
+            "-weight * policy_log_probs, ",
+        ),
+        (
+            "advantages carry gradient",
+            "ratio.clamp(ratio_low, ratio_high) * advantages.detach()",
+            "ratio.clamp(ratio_low, ratio_high) * advantages",
+        ),
+        (
+            "the clip of PPO on the weight",
+            "ratio.clamp(ratio_low, ratio_high) * advantages.detach()",
+            "torch.minimum(ratio * advantages, ratio.clamp(ratio_low, ratio_high) * advantages).detach()",
+        ),
+    ),
+    *breaks(
+        "compute_sapo_loss",
+        "token_losses.py",
+        in_family("compute_sapo_loss"),
+        (
+            "temperatures swapped",
+            "torch.full_like(ratio, temperature_negative).masked_fill(advantages > 0, temperature_positive)",
+            "torch.full_like(ratio, temperature_positive).masked_fill(advantages > 0, temperature_negative)",
+        ),
+        ("not divided by the temperature", "-4 / temperature * torch", "-4 * torch"),
+        ("gate not centered", "temperature * (ratio - 1)", "temperature * ratio"),
+        ("gate in log space", "temperature * (ratio - 1)", "temperature * ratio.log()"),
+        ("another gate", "torch.sigmoid(", "torch.tanh("),
+        ("advantages carry gradient", "    advantages = advantages.detach()\n    ratio", "    ratio"),
+        (
+            "the log ratio is not held",
+            "ratio = hold(log_ratio_of(policy_log_probs, old_log_probs, response_mask)).exp()\n    temperature",
+            "ratio = log_ratio_of(policy_log_probs, old_log_probs, response_mask).exp()\n    temperature",
+        ),
+        (
+            "temperature upside down",
+            "torch.sigmoid(temperature * (ratio - 1))",
+            "torch.sigmoid((ratio - 1) / temperature)",
+        ),
+    ),
+    *breaks(
+        "compute_dppo_tv_loss",
+        "token_losses.py",
+        in_family("compute_dppo_tv_loss"),
+        (
+            "a distance of ratios",
+            "moved = policy.detach().exp() - old.exp()",
+            "moved = (policy.detach() - old).exp() - 1",
+        ),
+        ("a distance of logarithms", "moved = policy.detach().exp() - old.exp()", "moved = policy.detach() - old"),
+        (
+            "half the distance",
+            "moved = policy.detach().exp() - old.exp()",
+            "moved = (policy.detach().exp() - old.exp()) / 2",
+        ),
+        (
+            "whichever way it moved",
+            "moved < -threshold_low, moved > threshold_high",
+            "moved.abs() > threshold_low, moved.abs() > threshold_high",
+        ),
+        (
+            "thresholds swapped",
+            "moved < -threshold_low, moved > threshold_high",
+            "moved < -threshold_high, moved > threshold_low",
+        ),
+        ("ratio upside down", "(advantages, policy - old, low, high", "(advantages, old - policy, low, high"),
+        (
+            "the old policy carries gradient",
+            "hide(old_log_probs.detach(), response_mask)\n    moved",
+            "hide(old_log_probs, response_mask)\n    moved",
+        ),
+    ),
+    *breaks(
+        "compute_dppo_kl_loss",
+        "token_losses.py",
+        f"{LAWS} {FAMILY} -k 'test_losses or compute_dppo_kl_loss'",
+        (
+            "the other direction",
+            "    others = (1 - p_old) * ((1 - p_old + _TINY) / (1 - p + _TINY)).log()\n"
+            "    far = p_old * (old - policy.detach()) + others > threshold\n",
+            "    others = (1 - p) * ((1 - p + _TINY) / (1 - p_old + _TINY)).log()\n"
+            "    far = p * (policy.detach() - old) + others > threshold\n",
+        ),
+        (
+            "without the other tokens",
+            "(old - policy.detach()) + others > threshold",
+            "(old - policy.detach()) > threshold",
+        ),
+        ("whichever way it moved", "far & (p < p_old), far & (p > p_old)", "far, far"),
+        ("the wrong way", "far & (p < p_old), far & (p > p_old)", "far & (p > p_old), far & (p < p_old)"),
+        ("a certain token is NaN", "((1 - p_old + _TINY) / (1 - p + _TINY)).log()", "((1 - p_old) / (1 - p)).log()"),
+        ("the log ratio alone", "p_old * (old - policy.detach()) + others", "(old - policy.detach()).abs()"),
+        ("ratio upside down", "(advantages, policy - old, far", "(advantages, old - policy, far"),
+        (
+            "the old policy carries gradient",
+            "hide(old_log_probs.detach(), response_mask)\n    p, p_old",
+            "hide(old_log_probs, response_mask)\n    p, p_old",
+        ),
+    ),
+    *breaks(
+        "compute_kl_cov_loss",
+        "token_losses.py",
+        in_family("compute_kl_cov_loss"),
+        (
+            "all tokens penalized",
+            "torch.where(penalized, kl_coef * log_ratio.abs(), 0.0)",
+            "kl_coef * log_ratio.abs()",
+        ),
+        ("signed", "kl_coef * log_ratio.abs()", "kl_coef * log_ratio"),
+        ("squared", "kl_coef * log_ratio.abs()", "kl_coef * log_ratio.square() / 2"),
+        ("a reward for moving", "advantages.detach() + penalty", "advantages.detach() - penalty"),
+        (
+            "the objective left out where penalized",
+            "losses = -hold(log_ratio).exp() * advantages.detach() + penalty",
+            "losses = torch.where(penalized, penalty, -hold(log_ratio).exp() * advantages.detach())",
+        ),
+        ("the penalty carries no gradient", "kl_coef * log_ratio.abs()", "kl_coef * log_ratio.detach().abs()"),
+        ("advantages carry gradient", "* advantages.detach() + penalty", "* advantages + penalty"),
+        ("the coefficient forgotten", "kl_coef * log_ratio.abs()", "log_ratio.abs()"),
+    ),
+    *breaks(
+        "_masked_ratio_loss",
+        "token_losses.py",
+        in_family("dppo"),
+        ("low: the sign of the advantage forgotten", "too_low & (advantages < 0)", "too_low"),
+        ("high: the sign of the advantage forgotten", "too_high & (advantages > 0)", "too_high"),
+        (
+            "clipped, the value stays",
+            'torch.where(flags["is_clipped"], 0.0, -hold(log_ratio).exp() * advantages)',
+            'torch.where(flags["is_clipped"], log_ratio.detach(), log_ratio).exp().neg() * advantages',
+        ),
+        (
+            "the log ratio is not held",
+            "0.0, -hold(log_ratio).exp() * advantages)",
+            "0.0, -log_ratio.exp() * advantages)",
+        ),
+        ("advantages carry gradient", "    advantages = advantages.detach()\n    flags", "    flags"),
+        (
+            "what moved too far up stays",
+            'torch.where(flags["is_clipped"], 0.0',
+            'torch.where(flags["is_clipped_low"], 0.0',
+        ),
+    ),
+]
+
+SEQUENCE_LOSSES = [
+    *breaks(
+        "compute_gspo_loss",
+        "sequence_losses.py",
+        in_family("compute_gspo_loss"),
+        (
+            "a product, not a mean",
+            "mean_over_row(log_ratio_of(policy_log_probs, old_log_probs, response_mask), response_mask)\n    losses",
+            "log_ratio_of(policy_log_probs, old_log_probs, response_mask).sum(dim=1, keepdim=True)\n    losses",
+        ),
+        (
+            "the arithmetic mean of the ratios",
+            "mean_over_row(log_ratio_of(policy_log_probs, old_log_probs, response_mask), response_mask)\n    losses",
+            "(1 + mean_over_row(log_ratio_of(policy_log_probs, old_log_probs, response_mask).expm1(), response_mask))"
+            ".log()\n    losses",
+        ),
+        (
+            "a mean over padding",
+            "mean_over_row(log_ratio_of(policy_log_probs, old_log_probs, response_mask), response_mask)\n    losses",
+            "log_ratio_of(policy_log_probs, old_log_probs, response_mask).mean(dim=1, keepdim=True)\n    losses",
+        ),
+        ("a loss of nothing", "torch.where(has_tokens, losses, 0.0)", "losses"),
+        (
+            "advantages carry gradient",
+            "hold(log_ratio).exp(), advantages.detach()",
+            "hold(log_ratio).exp(), advantages",
+        ),
+        ("the log ratio is not held", "_clipped(hold(log_ratio).exp()", "_clipped(log_ratio.exp()"),
+        (
+            "the ratio of the last token",
+            "mean_over_row(log_ratio_of(policy_log_probs, old_log_probs, response_mask), response_mask)\n    losses",
+            "log_ratio_of(policy_log_probs, old_log_probs, response_mask)[:, -1:]\n    losses",
+        ),
+    ),
+    *breaks(
+        "compute_gspo_token_loss",
+        "sequence_losses.py",
+        in_family("compute_gspo_token_loss"),
+        (
+            "the mean carries gradient too",
+            "mean_over_row(log_ratio.detach(), response_mask)",
+            "mean_over_row(log_ratio, response_mask)",
+        ),
+        (
+            "the stop-gradient on the other factor",
+            "hold(mean_over_row(log_ratio.detach(), response_mask)).exp() * (policy - policy.detach()).exp()",
+            "hold(mean_over_row(log_ratio, response_mask)).exp().expand_as(policy)",
+        ),
+        ("it falls where it ought to rise", "(policy - policy.detach()).exp()", "(policy.detach() - policy).exp()"),
+        (
+            "the ratio of each token",
+            "hold(mean_over_row(log_ratio.detach(), response_mask)).exp()",
+            "hold(log_ratio.detach()).exp()",
+        ),
+        (
+            "a product, not a mean",
+            "hold(mean_over_row(log_ratio.detach(), response_mask)).exp()",
+            "hold(log_ratio.detach().sum(dim=1, keepdim=True)).exp()",
+        ),
+        (
+            "not hidden",
+            "return hide(losses, response_mask), hide_flags(flags, response_mask)",
+            "return losses, hide_flags(flags, response_mask)",
+        ),
+        ("the policy is not hidden", "policy = hide(policy_log_probs, response_mask)", "policy = policy_log_probs"),
+        ("advantages carry gradient", "_clipped(ratio, advantages.detach()", "_clipped(ratio, advantages"),
+        (
+            "divided by its length",
+            "(policy - policy.detach()).exp()",
+            "mean_over_row(policy - policy.detach(), response_mask).exp()",
+        ),
+    ),
+    *breaks(
+        "compute_gmpo_loss",
+        "sequence_losses.py",
+        in_family("compute_gmpo_loss"),
+        ("low: cut whatever the sign", "(log_ratio < low) & (advantages < 0)", "log_ratio < low"),
+        ("high: cut whatever the sign", "(log_ratio > high) & (advantages > 0)", "log_ratio > high"),
+        (
+            "the mean cut, not the tokens",
+            "mean_over_row(cut, response_mask)",
+            "mean_over_row(log_ratio, response_mask).clamp(low, high)",
+        ),
+        (
+            "bounds of ratios",
+            "low, high = clip_bounds(cliprange, cliprange_high, center=0.0)",
+            "low, high = (math.log(bound) for bound in clip_bounds(cliprange, cliprange_high))",
+        ),
+        ("a product, not a mean", "mean_over_row(cut, response_mask)", "cut.sum(dim=1, keepdim=True)"),
+        (
+            "the arithmetic mean of the ratios",
+            "hold(mean_over_row(cut, response_mask)).exp()",
+            "(1 + mean_over_row(torch.where(response_mask, hold(cut).expm1(), 0.0), response_mask))",
+        ),
+        (
+            "a loss of nothing",
+            "torch.where(response_mask.any(dim=1, keepdim=True), losses, 0.0), hide",
+            "losses, hide",
+        ),
+        ("advantages carry gradient", "    advantages = advantages.detach()\n    log_ratio", "    log_ratio"),
+        (
+            "what is cut is left out",
+            'torch.where(flags["is_clipped_high"], high, log_ratio)',
+            'torch.where(flags["is_clipped_high"], 0.0, log_ratio)',
+        ),
+    ),
+    *breaks(
+        "compute_luspo_loss",
+        "sequence_losses.py",
+        in_family("compute_luspo_loss"),
+        ("the longest length", "losses * response_mask.sum(dim=1, keepdim=True)", "losses * response_mask.shape[1]"),
+        ("no length", "return losses * response_mask.sum(dim=1, keepdim=True), flags", "return losses, flags"),
+        (
+            "the mean length of the batch",
+            "losses * response_mask.sum(dim=1, keepdim=True)",
+            "losses * response_mask.sum() / len(response_mask)",
+        ),
+        (
+            "the root of the length",
+            "losses * response_mask.sum(dim=1, keepdim=True)",
+            "losses * response_mask.sum(dim=1, keepdim=True).sqrt()",
+        ),
+        ("the second bound forgotten", "cliprange, cliprange_high=cliprange_high\n    )", "cliprange\n    )"),
+        (
+            "divided by the length",
+            "losses * response_mask.sum(dim=1, keepdim=True)",
+            "losses / response_mask.sum(dim=1, keepdim=True).clamp(min=1)",
+        ),
+    ),
+    *breaks(
+        "compute_vespo_loss",
+        "sequence_losses.py",
+        in_family("compute_vespo_loss"),
+        ("the weight carries gradient", "response_mask).detach()\n    log_weight", "response_mask)\n    log_weight"),
+        (
+            "a mean, not a product",
+            "hold(log_ratio.sum(dim=1, keepdim=True))",
+            "hold(mean_over_row(log_ratio, response_mask))",
+        ),
+        (
+            "power and decay swapped",
+            "power * log_weight + decay * (1 - log_weight.exp())",
+            "decay * log_weight + power * (1 - log_weight.exp())",
+        ),
+        ("the two signs swapped", "masked_fill(advantages < 0, below)", "masked_fill(advantages >= 0, below)"),
+        ("not 1 at a ratio of 1", "decay * (1 - log_weight.exp())", "decay * -log_weight.exp()"),
+        (
+            "hidden after the product alone",
+            "hide(-weight * hide(policy_log_probs, response_mask), ",
+            "hide(-weight * policy_log_probs, ",
+        ),
+        ("advantages carry gradient", "    advantages = advantages.detach()\n    power", "    power"),
+        ("it decays with the logarithm", "decay * (1 - log_weight.exp())", "decay * -log_weight"),
+    ),
+    *breaks(
+        "_clipped",
+        "sequence_losses.py",
+        in_family("gspo"),
+        ("max for min", "torch.minimum(ratio * advantages", "torch.maximum(ratio * advantages"),
+        (
+            "the clip alone, without the minimum",
+            "torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)",
+            "(ratio.clamp(low, high) * advantages)",
+        ),
+        ("low: counted where it does not bind", "(ratio < low) & (advantages < 0)", "(ratio < low)"),
+        ("high: counted where it does not bind", "(ratio > high) & (advantages > 0)", "(ratio > high)"),
+        ("no lower bound", "ratio.clamp(low, high) * advantages)", "ratio.clamp(max=high) * advantages)"),
+        (
+            "no clip at all",
+            "-torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)",
+            "-ratio * advantages",
+        ),
+    ),
+]
+
+MUTANTS = [*RATIOS, *LOSSES, *TOKEN_LOSSES, *SEQUENCE_LOSSES]

@@ -1,0 +1,328 @@
+"""From losses to one number and one step: aggregation.py, steps.py."""
+
+from tests.mutants.table import breaks
+
+FAMILY, CORRECTIONS = "tests/property/test_family.py", "tests/property/test_corrections.py"
+ERRORS, EXAMPLES = "tests/unit/test_errors.py", "tests/unit/test_worked_examples.py"
+ORACLE = "tests/oracle/test_oracle.py"
+WEIGHTS = f"{FAMILY} -k weights_by_definition"
+STEPS = f"{EXAMPLES} tests/parity/test_conventions.py tests/property/test_steps.py -k 'step or garbage'"
+SFT = f"{EXAMPLES} {ORACLE} -k sft"
+COMPOSE = f"{ERRORS} {CORRECTIONS} -k 'terms or test_errors and weights'"
+
+GRPO_CALL = "        normalize_constant=normalize_constant,\n        group_sizes=group_sizes,\n    )\n"
+SFT_CALL = "response_mask, gradient_accumulation_steps, normalize_constant\n    )\n"
+
+AGGREGATION = [
+    *breaks(
+        "compute_token_weights",
+        "aggregation.py",
+        f"{ERRORS} {FAMILY} -k 'test_errors or weights_by_definition'",
+        (
+            "sequence_mean: by the mean length",
+            "per_response = 1 / (responses * tokens.clamp(min=1))",
+            "per_response = torch.ones_like(tokens) / (responses * tokens.mean().clamp(min=1))",
+        ),
+        (
+            "sequence_mean: over padding",
+            "per_response = 1 / (responses * tokens.clamp(min=1))",
+            "per_response = torch.ones_like(tokens) / (responses * response_mask.shape[1])",
+        ),
+        ("sequence_mean: a sum over responses", "1 / (responses * tokens.clamp(min=1))", "1 / tokens.clamp(min=1)"),
+        ("token_mean: over padding", "total = tokens.sum().clamp(min=1)", "total = response_mask.numel()"),
+        (
+            "token_mean: what was rejected counts",
+            "total = tokens.sum().clamp(min=1)",
+            "total = response_mask.sum().clamp(min=1)",
+        ),
+        (
+            "token_mean: the constant forgotten",
+            "total if normalize_constant is None else _positive(normalize_constant, aggregation)",
+            "total",
+        ),
+        (
+            "prompt_mean: a mean of the means of responses",
+            "per_response = 1 / (_count(per_group, empty_responses) * per_group.clamp(min=1))[group]",
+            "per_response = 1 / (_count(per_group, empty_responses) * sizes[group] * tokens.clamp(min=1))",
+        ),
+        ("prompt_mean: a sum over questions", "1 / (_count(per_group, empty_responses) * per_group", "1 / (per_group"),
+        (
+            "prompt_mean: rows dealt out in turn",
+            "torch.arange(len(sizes), device=tokens.device).repeat_interleave(sizes)",
+            "torch.arange(len(tokens)) % len(sizes)",
+        ),
+        ("prompt_mean: empty questions always count", "1 / (_count(per_group, empty_responses)", "1 / (len(sizes)"),
+        (
+            "sequence_sum: by the tokens",
+            "torch.ones_like(tokens) / responses",
+            "torch.ones_like(tokens) / tokens.sum().clamp(min=1)",
+        ),
+        ("sequence_sum: a sum over responses", "torch.ones_like(tokens) / responses", "torch.ones_like(tokens)"),
+        (
+            "constant: a sum over responses",
+            "/ (responses * _positive(normalize_constant, aggregation))",
+            "/ _positive(normalize_constant, aggregation)",
+        ),
+        (
+            "what was rejected keeps its weight",
+            "torch.where(carries, per_response",
+            "torch.where(response_mask, per_response",
+        ),
+        ("float32", "tokens = counted.sum(dim=1).to(torch.float64)", "tokens = counted.sum(dim=1).to(torch.float32)"),
+    ),
+    *breaks(
+        "_carried_and_counted",
+        "aggregation.py",
+        WEIGHTS,
+        (
+            "what was rejected always counts",
+            'response_mask if rejected_tokens == "count" else carries',
+            "response_mask",
+        ),
+        ("what was rejected never counts", 'response_mask if rejected_tokens == "count" else carries', "carries"),
+        (
+            "count and drop swapped",
+            'response_mask if rejected_tokens == "count"',
+            'response_mask if rejected_tokens == "drop"',
+        ),
+        ("kept padding carries loss", "carries = response_mask & kept", "carries = kept.expand_as(response_mask)"),
+        ("nothing is rejected", "carries = response_mask & kept", "carries = response_mask"),
+    ),
+    *breaks(
+        "_count",
+        "aggregation.py",
+        WEIGHTS,
+        (
+            "empty ones always count",
+            'torch.ones_like(tokens) if empty == "count" else (tokens > 0).to(tokens)',
+            "torch.ones_like(tokens)",
+        ),
+        (
+            "empty ones never count",
+            'torch.ones_like(tokens) if empty == "count" else (tokens > 0).to(tokens)',
+            "(tokens > 0).to(tokens)",
+        ),
+        ("count and drop swapped", 'if empty == "count" else', 'if empty == "drop" else'),
+        ("tokens counted", "else (tokens > 0).to(tokens)", "else tokens"),
+        ("a single token is none", "(tokens > 0)", "(tokens > 1)"),
+    ),
+    *breaks(
+        "compute_sequence_weights",
+        "aggregation.py",
+        f"{FAMILY} -k 'weights_by_definition and sequence'",
+        (
+            "by length",
+            "1 / responses, 0.0)",
+            "counted.sum(dim=1, keepdim=True) / (responses * counted.sum().clamp(min=1)), 0.0)",
+        ),
+        (
+            "a weight for nothing",
+            "torch.where(carries.any(dim=1, keepdim=True), 1",
+            "torch.where(torch.ones_like(carries[:, :1]), 1",
+        ),
+        (
+            "one token rejected, all rejected",
+            "carries.any(dim=1, keepdim=True), 1",
+            "(carries == response_mask).all(dim=1, keepdim=True), 1",
+        ),
+        ("padded responses have none", "carries.any(dim=1, keepdim=True), 1", "carries.all(dim=1, keepdim=True), 1"),
+        (
+            "what was rejected counts",
+            "_count(counted.sum(dim=1).to(torch.float64), ",
+            "_count(response_mask.sum(dim=1).to(torch.float64), ",
+        ),
+        (
+            "a mean of those that are left",
+            "1 / responses, 0.0)",
+            "1 / carries.any(dim=1).sum().double().clamp(min=1), 0.0)",
+        ),
+        ("a sum", "1 / responses, 0.0)", "1.0, 0.0).double()"),
+    ),
+    *breaks(
+        "sum_weighted_losses",
+        "aggregation.py",
+        # The sum does not ask whose losses it adds up: one member of the family is enough.
+        f"{ERRORS} {CORRECTIONS} {FAMILY} -k 'test_errors or without_weight or compute_naive'",
+        (
+            "NaN times 0",
+            "torch.where(weights != 0, losses * weights.to(losses.dtype), 0.0).sum()",
+            "(losses * weights.to(losses.dtype)).sum()",
+        ),
+        ("a mean", "losses * weights.to(losses.dtype), 0.0).sum()", "losses * weights.to(losses.dtype), 0.0).mean()"),
+        (
+            "a weighted mean",
+            "losses * weights.to(losses.dtype), 0.0).sum()",
+            "losses * weights.to(losses.dtype), 0.0).sum() / weights.sum().clamp(min=1e-9)",
+        ),
+        ("the weights carry gradient", "    weights = weights.detach()\n", ""),
+        ("the precision of the weights", "losses * weights.to(losses.dtype)", "losses * weights"),
+        ("any shape that fits", "if losses.shape != weights.shape:", "if losses.shape[0] != weights.shape[0]:"),
+    ),
+    *breaks(
+        "aggregate_token_losses",
+        "aggregation.py",
+        f"{ERRORS} {EXAMPLES} {ORACLE} -k 'test_errors and constant or aggregation'",
+        (
+            "mean over tokens",
+            "per_response = 1 / (responses * tokens.clamp(min=1))",
+            "per_response = torch.ones_like(tokens) / tokens.sum().clamp(min=1)",
+        ),
+        (
+            "sum over sequences",
+            "/ (responses * _positive(normalize_constant, aggregation))",
+            "/ _positive(normalize_constant, aggregation)",
+        ),
+        (
+            "the constant forgotten",
+            "response_mask, aggregation, normalize_constant=normalize_constant, group",
+            "response_mask, aggregation, normalize_constant=normalize_constant and 1.0, group",
+        ),
+        (
+            "token_mean of the micro-batch",
+            '    if aggregation == "token_mean":\n        _positive(normalize_constant, aggregation)\n',
+            "",
+        ),
+        (
+            "always sequence_mean",
+            "response_mask, aggregation, normalize_constant=",
+            'response_mask, "sequence_mean", normalize_constant=',
+        ),
+    ),
+]
+
+STEP = [
+    *breaks(
+        "compose_policy_loss",
+        "steps.py",
+        COMPOSE,
+        ("importance carries gradient", "importance_weights.detach().to", "importance_weights.to"),
+        (
+            "importance for its mean",
+            "importance_weights.detach().to(policy_losses.dtype)",
+            "(importance_weights / importance_weights.mean()).detach()",
+        ),
+        (
+            "importance forgotten",
+            "policy_losses = importance_weights.detach().to(policy_losses.dtype) * policy_losses",
+            "pass",
+        ),
+        (
+            "entropy is a cost",
+            '("token_entropy", -entropy_coef, token_entropy)',
+            '("token_entropy", entropy_coef, token_entropy)',
+        ),
+        ("divergence is a bonus", '(("kl", kl_coef, kl)', '(("kl", -kl_coef, kl)'),
+        ("the coefficients forgotten", "coefficient * sum_weighted_losses(values", "sum_weighted_losses(values"),
+        (
+            "KL and entropy weighed by importance",
+            "coefficient * sum_weighted_losses(values, token_weights)",
+            "coefficient * sum_weighted_losses("
+            "values if importance_weights is None else values * importance_weights.detach(), token_weights)",
+        ),
+        ("what costs nothing is read", "if values is not None and coefficient != 0:", "if values is not None:"),
+        ("the last term alone", "loss = loss + coefficient", "loss = loss * 0 + coefficient"),
+        ("costs alone, no bonus", "coefficient != 0:", "coefficient > 0:"),
+    ),
+    *breaks(
+        "grpo_microbatch_loss",
+        "steps.py",
+        STEPS,
+        ("not divided by the accumulation", "return loss / shares", "return loss"),
+        ("token_mean divided too", '1 if aggregation == "token_mean" else accumulation', "accumulation"),
+        ("policy not cleaned", "torch.where(response_mask, policy_log_probs, 0.0)", "policy_log_probs"),
+        ("old policy not cleaned", "torch.where(response_mask, old_log_probs, 0.0)", "old_log_probs"),
+        (
+            "the metrics know no old policy",
+            "describe_policy_update(policy_log_probs, response_mask, per_token, old_log_probs)",
+            "describe_policy_update(policy_log_probs, response_mask, per_token)",
+        ),
+    ),
+    *breaks(
+        "describe_policy_update",
+        "steps.py",
+        f"{CORRECTIONS} -k watched",
+        (
+            "metrics carry gradient",
+            "hold(log_ratio_of(policy_log_probs.detach(), old_log_probs, response_mask))",
+            "hold(log_ratio_of(policy_log_probs, old_log_probs, response_mask))",
+        ),
+        ("KL the other way", "log_ratio.expm1() - log_ratio", "(-log_ratio).expm1() + log_ratio"),
+        (
+            "a share of padding too",
+            "_mean_over_tokens(flag.expand(response_mask.shape).to(torch.float32), response_mask)",
+            "flag.to(torch.float32).mean()",
+        ),
+        (
+            "padding has a ratio of 1",
+            "_mean_over_tokens(log_ratio.exp(), response_mask)",
+            "log_ratio.exp().mean()",
+        ),
+        (
+            "the exponential of the mean",
+            "_mean_over_tokens(log_ratio.exp(), response_mask)",
+            "_mean_over_tokens(log_ratio, response_mask).exp()",
+        ),
+        ("nothing over nothing", "/ response_mask.sum().clamp(min=1)\n", "/ response_mask.sum()\n"),
+        (
+            "the log ratio is not held",
+            "hold(log_ratio_of(policy_log_probs.detach(), old_log_probs, response_mask))",
+            "log_ratio_of(policy_log_probs.detach(), old_log_probs, response_mask)",
+        ),
+    ),
+    *breaks(
+        "grpo_microbatch_train_step",
+        "steps.py",
+        STEPS,
+        ("no backward", f"{GRPO_CALL}    loss.backward()", GRPO_CALL),
+        ("backward twice", f"{GRPO_CALL}    loss.backward()", f"{GRPO_CALL}    (2 * loss).backward()"),
+        (
+            "the loss with its graph",
+            f"{GRPO_CALL}    loss.backward()",
+            f"{GRPO_CALL}    loss.backward()\n    return loss, metadata",
+        ),
+        (
+            "sequence_mean, whatever is asked",
+            f"        aggregation=aggregation,\n{GRPO_CALL}    loss",
+            f"{GRPO_CALL}    loss",
+        ),
+        (
+            "rewards for advantages",
+            "        loss_type,\n        raw_rewards,\n        advantages,\n",
+            "        loss_type,\n        raw_rewards,\n        raw_rewards,\n",
+        ),
+    ),
+    *breaks(
+        "sft_microbatch_loss",
+        "steps.py",
+        SFT,
+        ("climbs", "losses = compute_cross_entropy_loss(", "losses = -compute_cross_entropy_loss("),
+        ("not divided", "return loss / accumulation", "return loss"),
+        ("divided twice", "return loss / accumulation", "return loss / accumulation**2"),
+        (
+            "the constant forgotten",
+            '"constant", normalize_constant=normalize_constant)',
+            '"constant", normalize_constant=1.0)',
+        ),
+        (
+            "a mean over tokens",
+            '"constant", normalize_constant=normalize_constant)',
+            '"token_mean", normalize_constant=normalize_constant)',
+        ),
+    ),
+    *breaks(
+        "sft_microbatch_train_step",
+        "steps.py",
+        SFT,
+        ("no backward", f"{SFT_CALL}    loss.backward()", SFT_CALL),
+        ("backward twice", f"{SFT_CALL}    loss.backward()", f"{SFT_CALL}    (2 * loss).backward()"),
+        (
+            "the loss with its graph",
+            f"{SFT_CALL}    loss.backward()",
+            f"{SFT_CALL}    loss.backward()\n    return loss, metadata",
+        ),
+        ("the constant forgotten", SFT_CALL, "response_mask, gradient_accumulation_steps\n    )\n"),
+        ("not divided", SFT_CALL, "response_mask, 1, normalize_constant\n    )\n"),
+    ),
+]
+
+MUTANTS = [*AGGREGATION, *STEP]
