@@ -46,9 +46,8 @@ def has_the_letter(response, ground_truth):
     return {"reward": right, "format_reward": 1.0, "answer_reward": right}
 
 
-# One of each kind in the quick suite; the others take their turn in the whole one.
-QUICK = ["dapo", "gspo", "gmpo", "cispo", "sapo", "vespo", "dppo-tv", "kl-cov", "rloo", "reinforce-plus-plus", "gdpo"]
-QUICK += ["maxrl", "remax", "pass-at-k", "pkpo", "entropy", "trl-default"]
+# Some of each kind in the quick suite; the others take their turn in the whole one.
+QUICK = ["dapo", "gspo", "cispo", "reinforce-plus-plus", "pass-at-k", "trl-default"]
 
 
 @pytest.mark.parametrize(
@@ -65,6 +64,7 @@ def test_every_recipe_learns_the_letter(tmp_path, recipe):
         assert max(row.get("clip_fraction", 0.0) for row in steps) > 0.01
 
 
+@pytest.mark.slow
 def test_off_policy_every_objective_is_its_own(tmp_path):
     """What one gradient would hide: with two epochs, no two objectives end at the same weights."""
     ends = {}
@@ -208,6 +208,7 @@ def test_length_penalties():
     assert shape_rewards(cosine, cut, scores).tolist() == [-10.0] * 3  # running into the limit never pays
 
 
+@pytest.mark.slow
 def test_a_divergence_holds_the_policy_back(tmp_path):
     free, steps, _ = run_training(tmp_path / "free", kl_coef=1e-6)
     held, held_steps, _ = run_training(tmp_path / "held", kl_coef=5.0, kl_estimator="k2")
@@ -218,6 +219,7 @@ def test_a_divergence_holds_the_policy_back(tmp_path):
     del free, held, in_reward
 
 
+@pytest.mark.slow
 def test_an_entropy_bonus_keeps_the_policy_open(tmp_path):
     _, steps, _ = run_training(tmp_path / "a")
     _, open_steps, _ = run_training(tmp_path / "b", entropy_coef=1.0)

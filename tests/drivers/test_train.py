@@ -38,7 +38,9 @@ def weights(policy):
 
 @pytest.mark.parametrize("loss_type", get_args(LossType))
 @pytest.mark.parametrize(
-    "schedule", [ON_POLICY, TWO_UPDATES, TWO_EPOCHS], ids=["on-policy", "two-updates", "two-epochs"]
+    "schedule",
+    [pytest.param(ON_POLICY, marks=pytest.mark.slow), TWO_UPDATES, pytest.param(TWO_EPOCHS, marks=pytest.mark.slow)],
+    ids=["on-policy", "two-updates", "two-epochs"],
 )
 def test_every_loss_learns_the_letter(tmp_path, loss_type, schedule):
     _, steps, evaluations = run_training(tmp_path, loss_type=loss_type, **schedule)
@@ -55,7 +57,7 @@ def trained_weights(folder, **changes):
 
 
 @pytest.mark.parametrize("aggregation", get_args(Aggregation))
-@pytest.mark.parametrize("steps", [1, 2, 32])
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 32])
 def test_accumulation_steps_do_not_change_the_trajectory(tmp_path, aggregation, steps):
     """One micro-batch, whole groups, single responses: three splits of the same gradient."""
     reference = trained_weights(tmp_path / "a", aggregation=aggregation, gradient_accumulation_steps=4)

@@ -327,7 +327,7 @@ REWARDS = [
         "read_rewards",
         "advantages.py",
         f"{ERRORS} {ORACLE} -k 'reward_fn or group_normalized'",
-        ("a missing reward is 0", 'or "reward" not in score:', "or not score:"),
+        ("a missing reward is not told", 'or "reward" not in score:', "or not score:"),
         ("anything goes", "    if not abs(reward) <= torch.finfo(torch.float32).max:", "    if False:"),
         (
             "NaN goes",

@@ -3,8 +3,8 @@
 from tests.mutants.table import breaks
 
 ORACLE = "tests/oracle/test_oracle.py"
-MASKING = "tests/unit/test_worked_examples.py tests/unit/test_errors.py tests/property/test_masking.py"
-MASKING += " -k 'mask or test_errors and divides'"
+MASKING = "tests/unit/test_worked_examples.py tests/parity/test_conventions.py tests/unit/test_errors.py"
+MASKING += " tests/property/test_masking.py -k 'mask or mean_over_nothing or test_errors and divides'"
 DISTRIBUTIONS = (
     f"tests/unit/test_errors.py tests/unit/test_worked_examples.py tests/property/test_distributions.py {ORACLE}"
 )
