@@ -146,7 +146,7 @@ def describe_silent_groups(
     """
     groups = split_groups(rewards, group_sizes)
     silent, scored = ~groups.has_signal, groups.n_scored > 0
-    right = silent & scored & (groups.mean >= best_reward * (1 - 1e-6))
+    right = silent & scored & (groups.mean >= best_reward - 1e-6 * abs(best_reward))
     wrong = silent & scored & (groups.mean <= 0) & ~right
     kinds = {"right": right, "wrong": wrong, "other": silent & ~right & ~wrong}
     n = max(1, len(groups.rewards))

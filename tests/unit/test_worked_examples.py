@@ -200,3 +200,8 @@ def test_scores_of_a_model_that_knows_the_next_token():
     entropy = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
     assert_close(scores["token_entropy"], torch.full((1, 3), entropy).double())
     assert set(g.get_response_log_probs(Successor(), torch.tensor([[0]]), torch.tensor([[1]]))) == {"log_probs"}
+
+
+def test_a_negative_best_reward_is_still_the_best():
+    described = g.describe_silent_groups(torch.tensor([-1.0, -1.0, -2.0, -2.0]), 2, best_reward=-1.0)
+    assert described == {"groups_all_right": 0.5, "groups_all_wrong": 0.5, "groups_all_other": 0.0}
