@@ -20,8 +20,8 @@ from grpo_core import get_group_log_probs, get_response_log_probs
 class RolloutBatch:
     """Responses with what training needs of them, in host memory; row i of each field is response i.
 
-    What is None was not asked for. `cols` is the number of columns of the longest response, or 1: a value for the
-    response as a whole.
+    What is None was not asked for. A field has a column for each token of the longest response, or one column: a value
+    for the response as a whole.
     """
 
     completions: tuple[Completion, ...]

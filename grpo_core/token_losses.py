@@ -170,7 +170,7 @@ def compute_dppo_kl_loss(
     "this token or another", and the policy has moved the way the advantage pushes it: up with $A > 0$, down with $A <
     0$. Differentiable in `policy_log_probs` alone: $-\rho A$, and 0 where $M = 0$; $\log \rho$ is held within 20 nats.
 
-    Both $1 - p$ and $1 - p_\mu$ are kept above 1e-8, so the divergence stays finite where $p$ rounds to 1.
+    1e-8 is added to both $1 - p$ and $1 - p_\mu$, so the divergence stays finite where $p$ rounds to 1.
 
     Args:
         advantages: $A$, no unit: one column, or one for each token.
