@@ -28,6 +28,7 @@ from grpo_core.diagnostics import (
     find_signal_groups,
 )
 from grpo_core.distributions import compute_entropy, select_log_probs
+from grpo_core.fused_head import fused_linear_grpo_loss, fused_linear_log_probs, fused_linear_token_loss
 from grpo_core.grading import answers_match, extract_boxed_answer, normalize_answer
 from grpo_core.group_rows import get_group_log_probs, pack_group_row
 from grpo_core.importance import (
@@ -162,6 +163,9 @@ __all__ = [
     "estimate_pass_at_k",
     "extract_boxed_answer",
     "find_signal_groups",
+    "fused_linear_grpo_loss",
+    "fused_linear_log_probs",
+    "fused_linear_token_loss",
     "get_group_log_probs",
     "get_response_log_probs",
     "grpo_microbatch_loss",

@@ -19,11 +19,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.mutants import advantages, core, corrections, losses, text, weights
+from tests.mutants import advantages, core, corrections, head, losses, text, weights
 from tests.mutants.table import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLES = (core, text, advantages, losses, corrections, weights)
+TABLES = (core, head, text, advantages, losses, corrections, weights)
 MUTANTS: list[Mutant] = [mutant for table in TABLES for mutant in table.MUTANTS]
 # Of every public function.
 AT_LEAST = 5

@@ -10,10 +10,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = [
     {"types", "_check", "_expression"},
-    {"_groups", "_ratios", "masking", "distributions", "shaping", "_forward", "_symbolic", "_spelling"},
+    {"_groups", "_ratios", "masking", "distributions", "shaping", "_forward", "_symbolic", "_spelling"}
+    | {"_linear_head"},
     {"advantages", "pass_at_k", "losses", "token_losses", "sequence_losses", "selection", "kl", "importance"}
     | {"aggregation", "diagnostics", "tokenization", "scoring", "group_rows", "grading", "rewards"},
-    {"steps"},
+    {"steps", "fused_head"},
     {"__init__"},
 ]
 # Neighbors that may know each other, in one direction.

@@ -1,0 +1,378 @@
+"""From hidden states to log-probabilities and losses: the logits of a batch never stand in wide precision."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from grpo_core._check import require, shape_checked
+from grpo_core._linear_head import GradientSums, Head, Statistics, measure
+from grpo_core.aggregation import compute_token_weights, sum_weighted_losses
+from grpo_core.losses import compute_grpo_clip_loss
+from grpo_core.types import Advantages, Metadata
+
+MAX_LOGITS_BYTES = 1 << 29
+
+
+@shape_checked
+def fused_linear_log_probs(
+    hidden: Float[Tensor, "*batch width"],
+    lm_head_weight: Float[Tensor, "vocab width"],
+    labels: Int[Tensor, "*batch"],
+    *,
+    response_mask: Bool[Tensor, "*batch"] | None = None,
+    bias: Float[Tensor, " vocab"] | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    return_entropy: bool = True,
+    max_logits_bytes: int = MAX_LOGITS_BYTES,
+) -> dict[str, Float[Tensor, "*batch"]]:
+    r"""$\log p_y = z_y - \log \sum_v e^{z_v}$ and $H = -\sum_v p_v \log p_v$ of $z = (W h + b) / T$, in nats.
+
+    `select_log_probs` and `compute_entropy` of the logits $W h + b$, in less time and memory. Both values are
+    differentiable in `hidden`, `lm_head_weight` and `bias`, once; a value that no loss uses costs nothing in the
+    gradient. Logits have the precision of a matrix product of the inputs (on CUDA, float32), everything told of them
+    at least float32. Under autocast the inputs are cast as a linear layer casts them.
+
+    Args:
+        hidden: $h$, what the output layer gets, at the position before each label.
+        lm_head_weight: $W$ of the output layer.
+        labels: $y$, token ids in $[0, V)$; anything where `response_mask` is False.
+        response_mask: where given, nothing is read or computed elsewhere, and both results are exactly 0 there.
+        bias: $b$ of the output layer, if it has one.
+        temperature: $T > 0$ of the sampled distribution.
+        logit_softcap: $c > 0$ of a model whose logits are $c \tanh((W h + b) / c)$.
+        return_entropy: False for `log_probs` alone.
+        max_logits_bytes: logits that fit are kept for the gradient, and all takes three matrix products; of others one
+            block at a time exists, and the gradient computes it again: four.
+
+    Returns:
+        `log_probs` and, unless told otherwise, `token_entropy`, in float32 or the wider type of `hidden`.
+
+    Raises:
+        ValueError: if `temperature`, `logit_softcap` or `max_logits_bytes` is not positive, the types of `hidden` and
+            `lm_head_weight` differ, or a label lies outside the vocabulary (on a CPU, as in `select_log_probs`).
+
+    Example:
+        >>> fused_linear_log_probs(torch.ones(1, 2), torch.zeros(4, 2), torch.tensor([3]))
+        {'log_probs': tensor([-1.3863]), 'token_entropy': tensor([1.3863])}
+
+    References:
+        Wijmans et al. 2024, arXiv:2411.09009, section 3: log-probabilities from blocks of logits.
+    """
+    states, head = _prepare(hidden, lm_head_weight, bias, temperature, logit_softcap, max_logits_bytes)
+    rows = _rows_of(response_mask)
+    chosen, targets = _choose(states.flatten(0, -2), rows), _choose(labels.flatten(), rows)
+    _check_labels(targets, len(lm_head_weight))
+    log_probs, entropy = _apply(_LogProbs, chosen, head, targets, return_entropy)
+    values = {"log_probs": log_probs} | ({"token_entropy": entropy} if return_entropy else {})
+    return {name: _spread(value, rows, labels.shape) for name, value in values.items()}
+
+
+@shape_checked
+def fused_linear_token_loss(
+    hidden: Float[Tensor, "batch seq width"],
+    lm_head_weight: Float[Tensor, "vocab width"],
+    labels: Int[Tensor, "batch seq"],
+    loss_fn: Callable[..., Tensor],
+    *,
+    response_mask: Bool[Tensor, "batch seq"],
+    bias: Float[Tensor, " vocab"] | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    max_logits_bytes: int = MAX_LOGITS_BYTES,
+) -> tuple[Float[Tensor, ""], Metadata]:
+    r"""$L = \sum_t f(\log p_{y_t}, H_t)$ over the response tokens: loss and gradient in one sweep over the logits.
+
+    Three matrix products at any size, in the memory of one block of logits: the gradient of a block is formed while
+    its logits are at hand. That needs a loss which is a sum over tokens, each of whose terms depends on its own token
+    alone: any token objective of this library times its weights, but no objective of whole responses
+    (`fused_linear_log_probs` serves those). Differentiable in `hidden`, `lm_head_weight` and `bias`, once.
+
+    Args:
+        hidden: $h$, what the output layer gets, at the position before each label.
+        lm_head_weight: $W$ of the output layer.
+        labels: $y$, token ids in $[0, V)$; anything where `response_mask` is False.
+        loss_fn: $f$, called as `loss_fn(log_probs, token_entropy, take)` for some tokens at a time, which stand in one
+            row: both values are Float "1 tokens", in nats, and `take(tensor)` gives what a tensor of shape "batch seq"
+            or "batch 1" holds for these tokens, in that shape. It returns their share of the loss, a scalar.
+        response_mask: the tokens that the loss is of; nothing else is read or computed.
+        bias: $b$ of the output layer, if it has one.
+        temperature: $T > 0$ of the sampled distribution.
+        logit_softcap: $c > 0$ of a model whose logits are $c \tanh((W h + b) / c)$.
+        max_logits_bytes: the most that a block of logits takes.
+
+    Returns:
+        The loss, in float32 or wider; and, detached, `log_probs` and `token_entropy`, 0 outside the mask.
+
+    Raises:
+        ValueError: as `fused_linear_log_probs` does.
+
+    Example:
+        >>> advantages, weights = torch.tensor([[2.0]]), torch.tensor([[0.5, 0.5]])
+        >>> loss, told = fused_linear_token_loss(
+        ...     torch.ones(1, 2, 2), torch.zeros(4, 2), torch.tensor([[3, 1]]),
+        ...     lambda log_probs, _, take: -(take(weights) * take(advantages) * log_probs).sum(),
+        ...     response_mask=torch.tensor([[True, True]]),
+        ... )
+        >>> loss, told["log_probs"]
+        (tensor(2.7726), tensor([[-1.3863, -1.3863]]))
+    """
+    states, head = _prepare(hidden, lm_head_weight, bias, temperature, logit_softcap, max_logits_bytes)
+    rows = _rows_of(response_mask)
+    assert rows is not None
+    targets = _choose(labels.flatten(), rows)
+    _check_labels(targets, len(lm_head_weight))
+
+    def loss_of(log_probs: Tensor, entropy: Tensor, tokens: slice) -> Tensor:
+        place = rows[tokens]
+        row, column = place // labels.shape[1], place % labels.shape[1]
+        return loss_fn(log_probs, entropy, lambda tensor: tensor[row, column if tensor.shape[1] > 1 else 0][None])
+
+    chosen = _choose(states.flatten(0, 1), rows)
+    loss, log_probs, entropy = _apply(_TokenLoss, chosen, head, targets, loss_of)
+    told = {"log_probs": log_probs, "token_entropy": entropy}
+    return loss, {name: _spread(value, rows, labels.shape) for name, value in told.items()}
+
+
+@shape_checked
+def fused_linear_grpo_loss(
+    hidden: Float[Tensor, "batch seq width"],
+    lm_head_weight: Float[Tensor, "vocab width"],
+    labels: Int[Tensor, "batch seq"],
+    *,
+    response_mask: Bool[Tensor, "batch seq"],
+    advantages: Advantages,
+    old_log_probs: Float[Tensor, "batch seq"] | None,
+    cliprange: float,
+    cliprange_high: float | None = None,
+    dual_clip: float | None = None,
+    weights: Float[Tensor, "batch seq"] | None = None,
+    bias: Float[Tensor, " vocab"] | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    max_logits_bytes: int = MAX_LOGITS_BYTES,
+) -> tuple[Float[Tensor, ""], Metadata]:
+    r"""$L = \sum_{it} w_{it} \ell_{it}$, $\ell$ of `compute_grpo_clip_loss`, from hidden states in one sweep.
+
+    `fused_linear_token_loss` with the clipped ratio: loss and gradient are those of `compute_grpo_clip_loss` on the
+    log-probabilities of all logits.
+
+    Args:
+        hidden: $h$, what the output layer gets, at the position before each label.
+        lm_head_weight: $W$ of the output layer.
+        labels: $y$, token ids in $[0, V)$; anything where `response_mask` is False.
+        response_mask: the response tokens.
+        advantages: $A$, one column, or one value for each token.
+        old_log_probs: $\log \pi_{\mathrm{old}}$, in nats; None on-policy: every ratio is 1, its gradient is not 0.
+        cliprange: $\epsilon \ge 0$.
+        cliprange_high: $\epsilon_h \ge 0$; None takes `cliprange`.
+        dual_clip: $c > 1$, or None.
+        weights: $w$ of `compute_token_weights`, of the whole optimizer step cut to this batch; None takes those of
+            this batch with "sequence_mean".
+        bias: $b$ of the output layer, if it has one.
+        temperature: $T > 0$ of the sampled distribution.
+        logit_softcap: the cap of a model whose logits are $c \tanh((W h + b) / c)$.
+        max_logits_bytes: the most that a block of logits takes.
+
+    Returns:
+        The loss; and, detached, `log_probs`, `token_entropy` and the flags of `compute_grpo_clip_loss`.
+
+    Raises:
+        ValueError: as `fused_linear_log_probs` and `compute_grpo_clip_loss` do.
+
+    Example:
+        >>> loss, told = fused_linear_grpo_loss(
+        ...     torch.ones(1, 1, 2), torch.zeros(4, 2), torch.tensor([[3]]), response_mask=torch.tensor([[True]]),
+        ...     advantages=torch.tensor([[2.0]]), old_log_probs=torch.tensor([[-2.0]]), cliprange=0.2,
+        ... )
+        >>> loss, told["is_clipped"]
+        (tensor(-2.4000), tensor([[True]]))
+
+    References:
+        Shao et al. 2024, arXiv:2402.03300, eq. 3 without the KL term.
+    """
+    step_weights = compute_token_weights(response_mask, "sequence_mean") if weights is None else weights
+    bounds: dict[str, Any] = {"cliprange_high": cliprange_high, "dual_clip": dual_clip}
+
+    def loss_fn(log_probs: Tensor, _: Tensor, take: Callable[[Tensor], Tensor]) -> Tensor:
+        old = log_probs if old_log_probs is None else take(old_log_probs)
+        losses, _flags = compute_grpo_clip_loss(take(advantages), log_probs, old, cliprange, **bounds)
+        return sum_weighted_losses(losses, take(step_weights))
+
+    loss, told = fused_linear_token_loss(
+        hidden,
+        lm_head_weight,
+        labels,
+        loss_fn,
+        response_mask=response_mask,
+        bias=bias,
+        temperature=temperature,
+        logit_softcap=logit_softcap,
+        max_logits_bytes=max_logits_bytes,
+    )
+    old = told["log_probs"] if old_log_probs is None else old_log_probs
+    _, flags = compute_grpo_clip_loss(
+        advantages, told["log_probs"], old, cliprange, response_mask=response_mask, **bounds
+    )
+    return loss, told | flags
+
+
+class _LogProbs(torch.autograd.Function):
+    """Log-probs and entropies forward; their logits, kept or made again, become their own gradient backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Float[Tensor, "tokens width"],
+        weight: Float[Tensor, "vocab width"],
+        bias: Float[Tensor, " vocab"] | None,
+        labels: Int[Tensor, " tokens"],
+        head: Head,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        head = head._replace(weight=weight, bias=bias)
+        parts, logits = [], None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in head.blocks(len(hidden)):
+                logits = head.logits(hidden[rows])
+                parts.append(measure(head, logits, labels[rows], with_entropy))
+        told = _join(parts)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, weight, bias, labels, *told)
+        ctx.head = head._replace(weight=weight.new_empty(0), bias=None)
+        ctx.kept = logits if any(ctx.needs_input_grad) and head.fits(len(hidden)) else None
+        return told.log_probs[:, 0], None if told.entropy is None else told.entropy[:, 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_log_prob: Tensor | None, by_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if by_log_prob is None and by_entropy is None:
+            return (None,) * 6
+        hidden, weight, bias, labels, log_probs, normalizer, entropy = ctx.saved_tensors
+        head = ctx.head._replace(weight=weight, bias=bias)
+        # A second backward pass through the same graph makes the logits again: the first one overwrites them.
+        kept, ctx.kept = ctx.kept, None
+        sums = GradientSums(head, hidden, ctx.needs_input_grad[:3])
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in head.blocks(len(hidden)):
+                logits = head.logits(hidden[rows]) if kept is None else kept
+                slopes = (None if slope is None else slope[rows, None] for slope in (by_log_prob, by_entropy))
+                told = Statistics(log_probs[rows], normalizer[rows], None if entropy is None else entropy[rows])
+                sums.add(rows, logits, labels[rows], told, *slopes)
+        return *sums.result(), None, None, None
+
+
+class _TokenLoss(torch.autograd.Function):
+    """The loss and, block by block, its gradients, which then wait for backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Float[Tensor, "tokens width"],
+        weight: Float[Tensor, "vocab width"],
+        bias: Float[Tensor, " vocab"] | None,
+        labels: Int[Tensor, " tokens"],
+        head: Head,
+        loss_of: Callable[[Tensor, Tensor, slice], Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        head = head._replace(weight=weight, bias=bias)
+        loss, parts = hidden.new_zeros((), dtype=head.wide), []
+        sums = GradientSums(head, hidden, ctx.needs_input_grad[:3])
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in head.blocks(len(hidden)):
+                logits = head.logits(hidden[rows])
+                told = measure(head, logits, labels[rows], with_entropy=True)
+                share, slopes = _slopes(loss_of, told, rows)
+                loss += share
+                parts.append(told)
+                sums.add(rows, logits, labels[rows], told, *slopes)
+        log_probs, _, entropy = (part[:, 0] for part in _join(parts) if part is not None)
+        ctx.sums = sums
+        ctx.mark_non_differentiable(log_probs, entropy)
+        return loss, log_probs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return *ctx.sums.result(by_loss), None, None, None
+
+
+def _slopes(
+    loss_of: Callable[[Tensor, Tensor, slice], Tensor], told: Statistics, rows: slice
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    """The loss of a block, and its derivatives by log-prob and by entropy, None where it has none."""
+    assert told.entropy is not None
+    with torch.enable_grad():
+        leaves = [value.detach().requires_grad_() for value in (told.log_probs, told.entropy)]
+        share = loss_of(leaves[0].t(), leaves[1].t(), rows)
+        if not share.requires_grad:
+            return share, (None, None)
+        by_log_prob, by_entropy = torch.autograd.grad(share, leaves, allow_unused=True)
+    return share.detach(), (by_log_prob, by_entropy)
+
+
+def _join(parts: list[Statistics]) -> Statistics:
+    """Of blocks, one after the other."""
+    entropies = [part.entropy for part in parts if part.entropy is not None]
+    return Statistics(
+        torch.cat([part.log_probs for part in parts]),
+        torch.cat([part.normalizer for part in parts]),
+        torch.cat(entropies) if entropies else None,
+    )
+
+
+def _prepare(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    logit_softcap: float | None,
+    max_logits_bytes: int,
+) -> tuple[Tensor, Head]:
+    """Checked, and in one precision."""
+    require(0 < temperature < float("inf"), "temperature", temperature, "positive and finite")
+    require(logit_softcap is None or logit_softcap > 0, "logit_softcap", logit_softcap, "positive, or None for no cap")
+    require(max_logits_bytes > 0, "max_logits_bytes", max_logits_bytes, "positive: a row of logits needs room")
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    require(
+        hidden.dtype == weight.dtype,
+        "lm_head_weight",
+        f"[{weight.dtype}]",
+        f"of the type of hidden, {hidden.dtype}: cast one of them",
+    )
+    return hidden, Head(weight, bias, temperature, logit_softcap, max_logits_bytes)
+
+
+def _apply(function: Any, hidden: Tensor, head: Head, labels: Tensor, argument: object) -> Any:
+    return function.apply(hidden, head.weight, head.bias, labels, head, argument)
+
+
+def _rows_of(mask: Tensor | None) -> Int[Tensor, " tokens"] | None:
+    return None if mask is None else mask.flatten().nonzero()[:, 0]
+
+
+def _choose(values: Tensor, rows: Tensor | None) -> Tensor:
+    return values if rows is None else values.index_select(0, rows)
+
+
+def _spread(values: Float[Tensor, " tokens"], rows: Tensor | None, shape: torch.Size) -> Tensor:
+    """Back in their places, 0 elsewhere."""
+    if rows is None:
+        return values.view(shape)
+    return values.new_zeros(shape.numel()).index_copy(0, rows, values).view(shape)
+
+
+def _check_labels(labels: Int[Tensor, " tokens"], vocab: int) -> None:
+    """On a CPU; a GPU would have to wait, and reports it by its own assertion."""
+    if labels.device.type != "cpu" or labels.numel() == 0:
+        return
+    low, high = int(labels.min()), int(labels.max())
+    require(
+        low >= 0 and high < vocab, "labels", f"[from {low} to {high}]", f"in [0, {vocab}): the vocabulary of the head"
+    )

@@ -1,0 +1,98 @@
+"""The fused head."""
+
+from tests.mutants.table import breaks
+
+HEAD = "tests/property/test_fused_head.py -k 'not loss'"
+LOSS = "tests/property/test_fused_head.py -k 'loss or products or float16'"
+
+MUTANTS = [
+    *breaks(
+        "fused_linear_log_probs",
+        "_linear_head.py",
+        HEAD,
+        ("no shift", "picked = shifted.sub_(top).gather", "picked = shifted.gather"),
+        ("the likeliest token", ".gather(1, labels[tile, None])\n        total", ".amax(1, True)\n        total"),
+        ("the normalizer without its shift", "top + log_total\n", "log_total\n"),
+        ("0 times infinity in the value", "weights.mul_(shifted.clamp_(min=_NEVER))", "weights.mul_(shifted)"),
+        ("0 times infinity in the slope", "log_p.clamp_(min=_NEVER).add_", "log_p.add_"),
+        ("sign of the entropy's mean", "entropy[tile] = log_total - mean", "entropy[tile] = log_total + mean"),
+        ("entropy of weights, not probabilities", ".sum(dim=1, keepdim=True) / total", ".sum(dim=1, keepdim=True)"),
+        ("slope without 1/T", "by_log_prob / head.temperature", "by_log_prob"),
+        ("entropy slope without 1/T", "pull = by_entropy[tile] / head.temperature", "pull = by_entropy[tile]"),
+        ("entropy slope without H", ".add_(told.entropy[tile]).mul_(-pull)", ".mul_(-pull)"),
+        ("entropy slope turned around", ".mul_(-pull).sub_", ".mul_(pull).sub_"),
+        ("slope of the label forgotten", "        p.scatter_add_(1, labels[tile, None], by_log_prob[tile])\n", ""),
+        ("the cap has no slope", "p if slope is None else p.mul_(slope)", "p"),
+        ("slope of the cap at another temperature", "(head.temperature / head.softcap)", "(1 / head.softcap)"),
+        ("temperature inside the cap", "out.div_(head.softcap).tanh_()", "out.div_(head.temperature).tanh_()"),
+        ("no temperature", "elif head.temperature != 1:", "elif head.temperature < 0:"),
+        ("narrow arithmetic", "torch.promote_types(self.weight.dtype, torch.float32)", "self.weight.dtype"),
+        ("the bias forgotten", "product if self.bias is None else product.add_(self.bias)", "product"),
+        ("only the last block", "self._of_weight is None else self._widened", "True else self._widened"),
+        ("sums that stay narrow", "return part.to(self._head.wide)", "return part"),
+        ("one tile of each block", "return _slices(rows, _tile_rows(self))", "return _slices(rows, rows)"),
+        ("blocks that overlap", "min(start + size, total)", "min(start + size + 1, total)"),
+        ("always made again", "return tokens <= self._rows_that_fit()", "return False"),
+        ("always kept", "return tokens <= self._rows_that_fit()", "return True"),
+    ),
+    *breaks(
+        "fused_linear_log_probs",
+        "fused_head.py",
+        HEAD,
+        ("kept logits used twice", "kept, ctx.kept = ctx.kept, None", "kept = ctx.kept"),
+        ("masked rows computed", "rows = _rows_of(response_mask)\n    chosen", "rows = None\n    chosen"),
+        ("labels not checked", "_check_labels(targets, len(lm_head_weight))\n    log_probs", "\n    log_probs"),
+        (
+            "another order of the values",
+            "values.new_zeros(shape.numel()).index_copy",
+            "values.new_ones(shape.numel()).index_copy",
+        ),
+        ("the same temperature for all", "Head(weight, bias, temperature,", "Head(weight, bias, 1.0,"),
+        ("no cap", "temperature, logit_softcap, max_logits_bytes)\n\n", "temperature, None, max_logits_bytes)\n\n"),
+        ("autocast ignored", "if torch.is_autocast_enabled(hidden.device.type):", "if False:"),
+        ("types may differ", "hidden.dtype == weight.dtype,", "True,"),
+    ),
+    *breaks(
+        "fused_linear_token_loss",
+        "fused_head.py",
+        LOSS,
+        ("values of other tokens", "place = rows[tokens]", "place = rows[: tokens.stop - tokens.start]"),
+        ("columns of a batch of one row", "column = place // labels.shape[1], place", "column = place * 0, place"),
+        ("a scale after it ignored", "*ctx.sums.result(by_loss),", "*ctx.sums.result(),"),
+        ("only the last share", "loss += share", "loss = share"),
+        (
+            "slopes exchanged",
+            "by_log_prob, by_entropy = torch.autograd.grad",
+            "by_entropy, by_log_prob = torch.autograd.grad",
+        ),
+        (
+            "entropy has no slope",
+            "return share.detach(), (by_log_prob, by_entropy)",
+            "return share.detach(), (by_log_prob, None)",
+        ),
+        ("what is told has a slope", "ctx.mark_non_differentiable(log_probs, entropy)", "pass"),
+        ("a loss without a slope fails", "if not share.requires_grad:", "if False:"),
+    ),
+    *breaks(
+        "fused_linear_token_loss",
+        "_linear_head.py",
+        LOSS,
+        ("small slopes lost in float16", "if self._narrow:", "if False:"),
+        ("the scale of small slopes stays", "return part if largest is None else", "return part if True else"),
+    ),
+    *breaks(
+        "fused_linear_grpo_loss",
+        "fused_head.py",
+        LOSS,
+        ("one bound", '{"cliprange_high": cliprange_high, "dual_clip"', '{"cliprange_high": None, "dual_clip"'),
+        ("no dual clip", '"dual_clip": dual_clip}', '"dual_clip": None}'),
+        ("the ratio to its own pass", "else take(old_log_probs)", "else log_probs"),
+        ("weights of its own", "if weights is None else weights", "if True else weights"),
+        ("tokens weigh the same", "sum_weighted_losses(losses, take(step_weights))", "losses.sum()"),
+        (
+            "flags of the sampler",
+            'told["log_probs"], old, cliprange, response_mask',
+            "old, old, cliprange, response_mask",
+        ),
+    ),
+]

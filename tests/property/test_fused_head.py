@@ -1,0 +1,502 @@
+"""The fused head: the slow path's numbers and slopes, from blocks of any size, in fewer products."""
+
+import inspect
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+import grpo_core
+from grpo_core import (
+    _linear_head,
+    compute_entropy,
+    compute_grpo_clip_loss,
+    compute_token_weights,
+    fused_linear_grpo_loss,
+    fused_linear_log_probs,
+    fused_linear_token_loss,
+    select_log_probs,
+    sum_weighted_losses,
+)
+from tests.oracle import reference
+from tests.strategies import GARBAGE, fewer, floats, masks, tensors
+
+NAMES = ("hidden", "weight", "bias")
+# Sequence objectives have no loss per token, VESPO and GSPO-token a ratio of the whole response.
+NOT_LOCAL = {
+    "compute_gspo_loss",
+    "compute_gspo_token_loss",
+    "compute_gmpo_loss",
+    "compute_luspo_loss",
+    "compute_vespo_loss",
+    "compute_policy_gradient_loss",
+}
+LOCAL = sorted(
+    name
+    for name in grpo_core.__all__
+    if name.startswith("compute_") and name.endswith("_loss") and name not in NOT_LOCAL
+)
+
+
+class Case:
+    """One call's worth of everything, float64."""
+
+    def __init__(self, draw) -> None:
+        rows, seq, width, vocab = draw(st.tuples(*[st.integers(1, high) for high in (3, 4, 3, 7)]))
+        self.shape, self.vocab = (rows, seq), vocab
+        self.hidden = draw(tensors((rows, seq, width), floats(-2, 2)))
+        self.weight = draw(tensors((vocab, width), floats(-2, 2)))
+        self.bias = draw(st.one_of(st.none(), tensors((vocab,), floats(-2, 2))))
+        self.labels = torch.tensor(draw(st.lists(st.integers(0, vocab - 1), min_size=rows * seq, max_size=rows * seq)))
+        self.labels = self.labels.view(self.shape)
+        self.mask = draw(masks(self.shape))
+        self.g, self.g_entropy = (draw(tensors(self.shape, floats(-2, 2))) for _ in range(2))
+        self.options = {
+            "temperature": draw(st.sampled_from([0.5, 1.0, 2.0])),
+            "logit_softcap": draw(st.sampled_from([None, None, 1.5, 30.0])),
+            # All logits at once, or blocks of one, two or three rows.
+            "max_logits_bytes": draw(st.sampled_from([1 << 20, 8 * vocab, 16 * vocab, 24 * vocab])),
+        }
+
+    def leaves(self) -> dict[str, torch.Tensor]:
+        tensors = {"hidden": self.hidden, "weight": self.weight, "bias": self.bias}
+        return {k: v.detach().clone().requires_grad_() for k, v in tensors.items() if v is not None}
+
+    def slow(self, leaves, labels=None) -> dict[str, torch.Tensor]:
+        """Through all logits, with the functions that are proven by themselves."""
+        logits = nn.functional.linear(leaves["hidden"], leaves["weight"], leaves.get("bias"))
+        cap, temperature = self.options["logit_softcap"], self.options["temperature"]
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        return {
+            "log_probs": select_log_probs(logits, self.labels if labels is None else labels, temperature=temperature),
+            "token_entropy": compute_entropy(logits, temperature=temperature),
+        }
+
+    def fused(self, leaves, **options) -> dict[str, torch.Tensor]:
+        return fused_linear_log_probs(
+            leaves["hidden"],
+            leaves["weight"],
+            self.labels,
+            **({"response_mask": self.mask, "bias": leaves.get("bias")} | self.options | options),
+        )
+
+
+@st.composite
+def cases(draw) -> Case:
+    return Case(draw)
+
+
+@pytest.fixture(autouse=True, params=[1, 2, 1000], ids=["tiles_of_1", "tiles_of_2", "one_tile"])
+def _tile_rows(request, monkeypatch):
+    """Tiles of a row, of two, and of all rows of a block."""
+    monkeypatch.setattr(_linear_head, "_tile_rows", lambda head: request.param)
+
+
+def close(actual, expected, tolerance=1e-10) -> None:
+    assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@given(cases())
+def test_values_and_slopes_are_those_of_all_logits(case):
+    ours, theirs = case.leaves(), case.leaves()
+    fused, slow = case.fused(ours), case.slow(theirs)
+    for name in ("log_probs", "token_entropy"):
+        close(fused[name], torch.where(case.mask, slow[name], 0.0))
+    for values in (fused, slow):
+        (
+            torch.where(case.mask, values["log_probs"] * case.g, 0.0).sum()
+            + torch.where(case.mask, values["token_entropy"] * case.g_entropy, 0.0).sum()
+        ).backward()
+    for name, leaf in ours.items():
+        close(leaf.grad, theirs[name].grad, 1e-9)
+
+
+@fewer
+@given(cases(), st.sampled_from(["log_probs", "token_entropy"]))
+def test_the_slope_of_one_value_alone(case, name):
+    ours, theirs = case.leaves(), case.leaves()
+    (torch.where(case.mask, case.fused(ours)[name], 0.0) * case.g).sum().backward()
+    (torch.where(case.mask, case.slow(theirs)[name], 0.0) * case.g).sum().backward()
+    for key, leaf in ours.items():
+        close(leaf.grad, theirs[key].grad, 1e-9)
+    without = case.fused(case.leaves(), return_entropy=False)
+    assert set(without) == {"log_probs"}
+    close(without["log_probs"], case.fused(case.leaves())["log_probs"], 0)
+
+
+@fewer
+@given(cases())
+def test_by_hand(case):
+    """Against numbers computed with nothing but Python's floats."""
+    values = case.fused(case.leaves(), response_mask=None)
+    cap, temperature = case.options["logit_softcap"], case.options["temperature"]
+    for i, row in enumerate(case.hidden.tolist()):
+        for t, state in enumerate(row):
+            bias = [0.0] * case.vocab if case.bias is None else case.bias.tolist()
+            logits = [
+                sum(w * h for w, h in zip(weights, state, strict=True)) + b
+                for weights, b in zip(case.weight.tolist(), bias, strict=True)
+            ]
+            if cap is not None:
+                logits = [cap * math.tanh(z / cap) for z in logits]
+            logits = [z / temperature for z in logits]
+            probability = reference.probabilities(logits)[case.labels[i, t]]
+            assert values["log_probs"][i, t].item() == pytest.approx(math.log(probability), rel=1e-10, abs=1e-12)
+            entropy = reference.entropy(logits)
+            assert values["token_entropy"][i, t].item() == pytest.approx(entropy, rel=1e-10, abs=1e-12)
+
+
+@fewer
+@given(cases())
+def test_gradients_by_finite_differences(case):
+    leaves = case.leaves()
+
+    def values(*inputs):
+        fused = case.fused(dict(zip(leaves, inputs, strict=True)))
+        return fused["log_probs"], fused["token_entropy"]
+
+    assert torch.autograd.gradcheck(values, tuple(leaves.values()), fast_mode=True, nondet_tol=1e-12)
+
+
+@given(cases(), GARBAGE, st.sampled_from([-100, 10**6]))
+def test_outside_the_mask_nothing_is_read_and_nothing_pulls(case, garbage, label):
+    clean, dirty = case.leaves(), case.leaves()
+    with torch.no_grad():
+        dirty["hidden"][~case.mask] = garbage
+    expected = case.fused(clean)
+    case.labels = case.labels.masked_fill(~case.mask, label)
+    values = case.fused(dirty)
+    for name, value in values.items():
+        assert torch.equal(value, expected[name])
+        assert (value[~case.mask] == 0).all()
+    for parts in (values, expected):
+        (parts["log_probs"] * case.g + parts["token_entropy"] * case.g_entropy).sum().backward()
+    for name, leaf in dirty.items():
+        assert torch.equal(leaf.grad, clean[name].grad)
+    assert (dirty["hidden"].grad[~case.mask] == 0).all()
+
+
+@fewer
+@given(cases())
+def test_a_flat_batch_is_a_batch(case):
+    flat = fused_linear_log_probs(
+        case.hidden.flatten(0, 1), case.weight, case.labels.flatten(), bias=case.bias, **case.options
+    )
+    for name, value in case.fused(case.leaves(), response_mask=None).items():
+        assert torch.equal(flat[name].view(case.shape), value)
+
+
+@fewer
+@given(cases(), st.integers(0, 6))
+def test_a_token_that_cannot_come(case, token):
+    """A bias of -inf: nothing in value and slope, and no NaN."""
+    token %= case.vocab
+    case.bias = torch.zeros(case.vocab).double()
+    case.options["logit_softcap"] = None
+    case.bias[token] = -math.inf
+    case.mask = case.mask & (case.labels != token)
+    if case.vocab == 1:
+        return
+    ours = case.leaves()
+    values = case.fused(ours)
+    (values["log_probs"] * case.g + values["token_entropy"] * case.g_entropy).sum().backward()
+    others = [k for k in range(case.vocab) if k != token]
+    twin = case.leaves()
+    twin = {"hidden": twin["hidden"], "weight": case.weight[others].clone().requires_grad_()}
+    renamed = case.labels - (case.labels > token).long()
+    slow = case.slow(twin, labels=renamed.clamp(max=len(others) - 1))
+    for name, value in values.items():
+        close(value, torch.where(case.mask, slow[name], 0.0))
+    torch.where(case.mask, slow["log_probs"] * case.g + slow["token_entropy"] * case.g_entropy, 0.0).sum().backward()
+    close(ours["hidden"].grad, twin["hidden"].grad, 1e-9)
+    close(ours["weight"].grad[others], twin["weight"].grad, 1e-9)
+    assert (ours["weight"].grad[token] == 0).all()
+
+
+@fewer
+@given(cases())
+def test_a_second_backward_pass_gives_the_same(case):
+    """The first overwrites the logits it kept."""
+    leaves = case.leaves()
+    values = case.fused(leaves)
+    loss = (values["log_probs"] * case.g + values["token_entropy"] * case.g_entropy).sum()
+    first = torch.autograd.grad(loss, list(leaves.values()), retain_graph=True)
+    second = torch.autograd.grad(loss, list(leaves.values()))
+    for one, other in zip(first, second, strict=True):
+        close(one, other, 1e-12)
+
+
+@fewer
+@given(cases(), st.sampled_from(NAMES))
+def test_what_is_frozen_gets_no_gradient_and_changes_no_other(case, frozen):
+    every, some = case.leaves(), case.leaves()
+    if frozen in some:
+        some[frozen].requires_grad_(False)
+    for leaves in (every, some):
+        values = case.fused(leaves)
+        if any(leaf.requires_grad for leaf in leaves.values()):
+            (values["log_probs"] * case.g + values["token_entropy"] * case.g_entropy).sum().backward()
+    for name, leaf in some.items():
+        if name == frozen:
+            assert leaf.grad is None
+        else:
+            close(leaf.grad, every[name].grad, 1e-12)
+
+
+# The loss inside the sweep
+
+
+def arguments_of(name, case, log_probs, entropy, take):
+    """What a token objective of the family asks for by name, for the tokens at hand."""
+    old, advantages = take(case.g), take(case.g_entropy[:, :1])
+    offered = {
+        "advantages": advantages,
+        "raw_rewards_or_advantages": advantages,
+        "policy_log_probs": log_probs,
+        "old_log_probs": old - 2.0,
+        "cliprange": 0.2,
+        "threshold_low": 0.1,
+        "threshold_high": 0.1,
+        "threshold": 0.05,
+        "penalized": take(case.mask),
+        "kl_coef": 1.0,
+    }
+    wanted = inspect.signature(getattr(grpo_core, name)).parameters
+    return {key: value for key, value in offered.items() if key in wanted}
+
+
+@pytest.mark.parametrize("name", LOCAL)
+@fewer
+@given(case=cases(), entropy_coef=st.sampled_from([0.0, 0.5]), scale=st.sampled_from([1.0, -3.0]))
+def test_a_loss_inside_is_the_loss_outside(name, case, entropy_coef, scale):
+    """Any token objective, any blocks: loss, gradients, and what is told of the tokens."""
+    weights = compute_token_weights(case.mask, "sequence_mean")
+
+    def loss_fn(log_probs, entropy, take):
+        result = getattr(grpo_core, name)(**arguments_of(name, case, log_probs, entropy, take))
+        losses = result[0] if isinstance(result, tuple) else result
+        bonus = sum_weighted_losses(entropy, take(weights)) * entropy_coef if entropy_coef else 0.0
+        return sum_weighted_losses(losses, take(weights)) - bonus
+
+    ours, theirs = case.leaves(), case.leaves()
+    options = {"bias": ours.get("bias"), "response_mask": case.mask, **case.options}
+    loss, told = fused_linear_token_loss(ours["hidden"], ours["weight"], case.labels, loss_fn, **options)
+    (loss * scale).backward()
+
+    values = case.slow(theirs)
+    rows, columns = case.mask.nonzero(as_tuple=True)
+    expected = loss_fn(
+        values["log_probs"][rows, columns][None],
+        values["token_entropy"][rows, columns][None],
+        lambda tensor: tensor.expand(case.shape)[rows, columns][None],
+    )
+    close(loss.detach(), expected.detach())
+    for key in ("log_probs", "token_entropy"):
+        assert not told[key].requires_grad
+        close(told[key], torch.where(case.mask, values[key], 0.0).detach())
+    if case.mask.any():
+        (expected * scale).backward()
+    for key, leaf in ours.items():
+        close(leaf.grad, torch.zeros_like(leaf) if theirs[key].grad is None else theirs[key].grad, 1e-9)
+
+
+@given(
+    cases(),
+    st.sampled_from([None, 0.3]),
+    st.sampled_from([None, 2.0]),
+    st.booleans(),
+    st.sampled_from([None, "token_mean"]),
+)
+def test_the_grpo_loss_is_the_clip_loss_of_all_logits(case, high, dual_clip, on_policy, aggregation):
+    bounds = {"cliprange_high": high, "dual_clip": dual_clip}
+    weights = None if aggregation is None else compute_token_weights(case.mask, aggregation)
+    ours, theirs = case.leaves(), case.leaves()
+    old = None if on_policy else case.g - 2.0
+    loss, told = fused_linear_grpo_loss(
+        ours["hidden"],
+        ours["weight"],
+        case.labels,
+        response_mask=case.mask,
+        advantages=case.g_entropy[:, :1],
+        old_log_probs=old,
+        cliprange=0.2,
+        weights=weights,
+        bias=ours.get("bias"),
+        **bounds,
+        **case.options,
+    )
+    loss.backward()
+    log_probs = case.slow(theirs)["log_probs"]
+    losses, flags = compute_grpo_clip_loss(
+        case.g_entropy[:, :1],
+        log_probs,
+        log_probs.detach() if on_policy else old,
+        0.2,
+        response_mask=case.mask,
+        **bounds,
+    )
+    if weights is None:
+        weights = compute_token_weights(case.mask, "sequence_mean")
+    expected = sum_weighted_losses(losses, weights)
+    expected.backward()
+    close(loss.detach(), expected.detach())
+    assert told.keys() == {"log_probs", "token_entropy", *flags}
+    if not on_policy:  # there every ratio is 1 to the last bit or next to it, and a bound of width .2 is far
+        for name, flag in flags.items():
+            assert torch.equal(told[name], flag)
+    for key, leaf in ours.items():
+        close(leaf.grad, theirs[key].grad, 1e-9)
+
+
+def test_a_loss_without_a_slope_has_a_gradient_of_zero():
+    hidden, weight = torch.ones(1, 2, 3, requires_grad=True), torch.ones(5, 3, requires_grad=True)
+    labels, mask = torch.tensor([[1, 2]]), torch.tensor([[True, True]])
+    loss, _ = fused_linear_token_loss(
+        hidden, weight, labels, lambda log_probs, *_: log_probs.detach().sum(), response_mask=mask
+    )
+    loss.backward()
+    assert (hidden.grad == 0).all()
+    assert (weight.grad == 0).all()
+
+
+# What it costs, counted
+
+
+def products(run) -> float:
+    """Multiply-adds in units of one product of all counted rows with the weight."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() / (2 * 6 * 3 * 50)
+
+
+@pytest.mark.parametrize(("room", "generic", "inside"), [(1 << 20, 3, 3), (2 * 50 * 4, 4, 3)])
+def test_three_matrix_products_or_four_where_logits_do_not_fit(room, generic, inside):
+    hidden, weight = torch.randn(3, 4, 3, requires_grad=True), torch.randn(50, 3, requires_grad=True)
+    labels, mask = torch.randint(50, (3, 4)), torch.zeros(3, 4, dtype=torch.bool)
+    mask[:, 1:3] = True  # 6 of 12 are counted
+
+    def through_values():
+        values = fused_linear_log_probs(hidden, weight, labels, response_mask=mask, max_logits_bytes=room)
+        (values["log_probs"].sum() - values["token_entropy"].sum()).backward()
+
+    def through_loss():
+        loss, _ = fused_linear_grpo_loss(
+            hidden,
+            weight,
+            labels,
+            response_mask=mask,
+            advantages=torch.ones(3, 1),
+            old_log_probs=None,
+            cliprange=0.2,
+            max_logits_bytes=room,
+        )
+        loss.backward()
+
+    assert products(through_values) == generic
+    assert products(through_loss) == inside
+    with torch.no_grad():
+        assert products(lambda: fused_linear_log_probs(hidden, weight, labels, response_mask=mask)) == 1
+
+
+# Precision
+
+
+@pytest.mark.parametrize(
+    ("dtype", "of_values", "of_slopes"), [(torch.float32, 1.5e-5, 3e-6), (torch.bfloat16, 6e-2, 2e-2)]
+)
+@pytest.mark.parametrize("room", [1 << 29, 100 << 10], ids=["kept", "blocks"])
+def test_errors_against_float64(dtype, of_values, of_slopes, room):
+    """Of a vocabulary of thousands, with logits of a trained model's size, from the same rounded inputs."""
+    torch.manual_seed(0)
+    hidden = torch.randn(1, 100, 64).to(dtype).requires_grad_()
+    weight = (torch.randn(3000, 64) * 0.5).to(dtype).requires_grad_()
+    labels, g = torch.randint(3000, (1, 100)), torch.randn(1, 100)
+    exact = [leaf.detach().double().requires_grad_() for leaf in (hidden, weight)]
+    logits = nn.functional.linear(*exact)
+    slow = {"log_probs": select_log_probs(logits, labels), "token_entropy": compute_entropy(logits)}
+    fused = fused_linear_log_probs(hidden, weight, labels, max_logits_bytes=room)
+    for values in (fused, slow):
+        (values["log_probs"] * g + 0.5 * values["token_entropy"]).sum().backward()
+    for name, value in fused.items():
+        assert value.dtype == torch.float32
+        assert (value - slow[name]).abs().max() < of_values
+    for leaf, truth in zip((hidden, weight), exact, strict=True):
+        assert leaf.grad.dtype == dtype
+        assert (leaf.grad - truth.grad).abs().max() < of_slopes * truth.grad.abs().max()
+
+
+def test_sums_over_blocks_are_wide():
+    """A thousand blocks of bfloat16 gradients: rounding each sum would lose what comes late."""
+    hidden = torch.ones(1, 1000, 2, dtype=torch.bfloat16)
+    weight = torch.zeros(4, 2, dtype=torch.bfloat16, requires_grad=True)
+    values = fused_linear_log_probs(
+        hidden, weight, torch.zeros(1, 1000, dtype=torch.long), max_logits_bytes=8, return_entropy=False
+    )
+    values["log_probs"].sum().backward()
+    assert_close(weight.grad[:, 0].float(), torch.tensor([750.0, -250.0, -250.0, -250.0]), rtol=4e-3, atol=0)
+
+
+def test_float16_keeps_small_gradients_under_a_loss_scale():
+    """Weights of 1e-6 vanish in float16 unless the scale of the loss meets them there."""
+    hidden = torch.full((1, 1, 2), 1.0, dtype=torch.float16, requires_grad=True)
+    weight = torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float16, requires_grad=True)
+    mask = torch.tensor([[True]])
+    loss, _ = fused_linear_token_loss(
+        hidden, weight, torch.tensor([[0]]), lambda log_probs, *_: -1e-8 * log_probs.sum(), response_mask=mask
+    )
+    (loss * 2.0**20).backward()
+    p = math.exp(1) / (math.exp(1) + 1)
+    assert_close(weight.grad[0, 0].item(), -(1 - p) * 1e-8 * 2**20, rtol=2e-3, atol=0)
+
+
+def test_autocast_is_that_of_a_linear_layer():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 5, 8), torch.randn(30, 8)
+    labels = torch.randint(30, (2, 5))
+    grads = []
+    for fused in (True, False):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            if fused:
+                log_probs = fused_linear_log_probs(*leaves, labels)["log_probs"]
+            else:
+                log_probs = select_log_probs(nn.functional.linear(*leaves), labels)
+        log_probs.sum().backward()
+        grads.append([log_probs.detach(), *(leaf.grad for leaf in leaves)])
+    assert grads[0][1].dtype == torch.float32
+    assert_close(grads[0][0], grads[1][0], rtol=1e-6, atol=1e-6)
+    # Logits were rounded to bfloat16 indeed.
+    assert (grads[0][0] - fused_linear_log_probs(hidden, weight, labels)["log_probs"]).abs().max() > 1e-4
+    for ours, theirs in zip(*grads, strict=True):
+        assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "temperature=0.0 must be positive and finite"),
+        ({"temperature": math.inf}, "temperature=inf must be positive and finite"),
+        ({"logit_softcap": 0.0}, "logit_softcap=0.0 must be positive, or None"),
+        ({"max_logits_bytes": 0}, "max_logits_bytes=0 must be positive"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        fused_linear_log_probs(torch.ones(1, 2), torch.ones(3, 2), torch.tensor([0]), **options)
+
+
+def test_types_that_differ_and_labels_outside_are_refused():
+    with pytest.raises(ValueError, match=r"lm_head_weight=\[torch.bfloat16\] must be of the type of hidden"):
+        fused_linear_log_probs(torch.ones(1, 2), torch.ones(3, 2).bfloat16(), torch.tensor([0]))
+    for label in (-1, 3):
+        with pytest.raises(ValueError, match=r"must be in \[0, 3\)"):
+            fused_linear_log_probs(torch.ones(2, 2), torch.ones(3, 2), torch.tensor([0, label]))
