@@ -1,4 +1,4 @@
-"""The rollouts of one step as tensors, and the policy's log-probs of them."""
+"""The rollouts of one step as tensors."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from beartype import beartype
 from jaxtyping import Bool, Float, Int, jaxtyped
-from torch import Tensor, nn
+from torch import Tensor
 
-from drivers.config import GrpoConfig
 from drivers.rollout import Completion
-from grpo_core import get_group_log_probs, get_response_log_probs
 
 
 @jaxtyped(typechecker=beartype)
@@ -108,67 +106,3 @@ def make_rollout_batch(completions: Sequence[Completion], raw_rewards: Tensor, g
         group_ids=torch.arange(len(completions))[:, None] // group_size,
         sampler_log_probs=torch.zeros(response_mask.shape).masked_scatter(response_mask, sampled),
     )
-
-
-def score(
-    policy: nn.Module,
-    rollouts: RolloutBatch,
-    temperature: float,
-    *,
-    with_entropy: bool = False,
-    detach_entropy: bool = True,
-) -> dict[str, Tensor]:
-    """`log_probs` of each response token under `policy`, and on request their `token_entropy`.
-
-    Both are Float "batch seq", 0 past the end of a response.
-    """
-    options = {"return_token_entropy": with_entropy, "temperature": temperature, "detach_entropy": detach_entropy}
-    parts = [
-        _score_group(policy, prompt, [completion.token_ids for completion in group], options)
-        for prompt, group in groupby(rollouts.completions, key=lambda completion: completion.prompt_token_ids)
-    ]
-    width = rollouts.response_mask.shape[1]
-    return {
-        name: torch.cat([nn.functional.pad(part[name], (0, width - part[name].shape[1])) for part in parts])
-        for name in parts[0]
-    }
-
-
-def _score_group(
-    policy: nn.Module, prompt: tuple[int, ...], responses: list[tuple[int, ...]], options: dict[str, Any]
-) -> dict[str, Tensor]:
-    """One row for the group where the shared prompt is the larger part of it, else one padded row per response."""
-    if len(prompt) >= max(map(len, responses)) > 0:
-        return get_group_log_probs(policy, prompt, responses, **options)
-    return score_padded_rows(policy, prompt, responses, options)
-
-
-def score_padded_rows(
-    policy: nn.Module, prompt: tuple[int, ...], responses: list[tuple[int, ...]], options: dict[str, Any]
-) -> dict[str, Tensor]:
-    """The same from one row per response, cut to the columns of the responses."""
-    device = next(policy.parameters()).device
-    width = max(1, *map(len, responses))
-    # Right padding under a causal mask is seen by no real token, so any id will do.
-    rows = torch.tensor([(*prompt, *r, *(prompt[0],) * (width - len(r))) for r in responses], device=device)
-    lengths = torch.tensor([[len(response)] for response in responses], device=device)
-    columns = torch.arange(rows.shape[1] - 1, device=device) - (len(prompt) - 1)
-    response_mask = (columns >= 0) & (columns < lengths)
-    scored = get_response_log_probs(policy, rows[:, :-1], rows[:, 1:], response_mask=response_mask, **options)
-    return {name: values[:, len(prompt) - 1 :] for name, values in scored.items()}
-
-
-@torch.no_grad()
-def score_all(
-    policy: nn.Module, rollouts: RolloutBatch, config: GrpoConfig, *, with_entropy: bool = False
-) -> dict[str, Tensor]:
-    """`score` of a whole rollout batch in parts, in the precision and the mode of training; in host memory."""
-    width, device = rollouts.response_mask.shape[1], next(policy.parameters()).device
-    parts = [
-        score(policy, part.to(device), config.sampling_temperature, with_entropy=with_entropy)
-        for part in rollouts.split(config.micro_train_batch_size)
-    ]
-    return {
-        name: torch.cat([nn.functional.pad(part[name], (0, width - part[name].shape[1])) for part in parts]).cpu()
-        for name in parts[0]
-    }

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -118,7 +118,8 @@ class GrpoConfig:
     train_batch_size: int = 256
     """Responses per optimizer step; below rollout_batch_size, a step holds several updates (off-policy)."""
     gradient_accumulation_steps: int = 128
-    """Micro-batches per optimizer step; one holds train_batch_size / this many responses."""
+    """Micro-batches per optimizer step; one holds train_batch_size / this many responses. Given, it wins over a
+    recipe's --micro-batch-tokens."""
     epochs_per_rollout_batch: int = 1
     """Passes over each rollout batch; above 1 is off-policy."""
 
@@ -260,6 +261,9 @@ class GrpoConfig:
     sampling_top_p: float = 1.0
     """Sample from the likeliest tokens that together have this probability. Below 1 the sampler's log-probs are of
     another distribution than the policy's: ratios to the sampler are refused."""
+    micro_batch_tokens: int | None = None
+    """Micro-batches of at most so many tokens, padding counted, in place of --gradient-accumulation-steps. However a
+    batch is cut, the gradient is the same: more is faster, and takes more memory."""
     show: bool = False
     """Print the resolved settings and the loss as a formula, and stop."""
 
@@ -270,9 +274,11 @@ class GrpoConfig:
             _check_number(name, getattr(self, name), "must not be negative", least=0)
         _check_multiple("rollout_batch_size", self.rollout_batch_size, "group_size", self.group_size)
         _check_multiple("rollout_batch_size", self.rollout_batch_size, "train_batch_size", self.train_batch_size)
-        _check_multiple(
-            "train_batch_size", self.train_batch_size, "gradient_accumulation_steps", self.gradient_accumulation_steps
-        )
+        if self.micro_batch_tokens is None:
+            steps = self.gradient_accumulation_steps
+            _check_multiple("train_batch_size", self.train_batch_size, "gradient_accumulation_steps", steps)
+        else:
+            _check_number("micro_batch_tokens", self.micro_batch_tokens, "must be greater than 0", above=0)
         for name, high in (("top_entropy_fraction", 1.0), ("covariance_fraction", 1.0), ("sampling_top_p", 1.0)):
             value = getattr(self, name)
             if value is not None and not 0 < value <= high:
@@ -485,6 +491,12 @@ def parse_train_config(arguments: Sequence[str]) -> GrpoConfig:
         settings = {"recipe": recipe, **base, **RECIPES[recipe]}
     defaults = GrpoConfig(**settings)
     config = parse(GrpoConfig, arguments, defaults)
+    if flag_given(arguments, "--gradient-accumulation-steps") is not None:
+        if flag_given(arguments, "--micro-batch-tokens") is not None:
+            raise UsageError(
+                "--gradient-accumulation-steps and --micro-batch-tokens both say how a train batch is cut: pass one"
+            )
+        config = replace(config, micro_batch_tokens=None)
     if config.model_path is None:
         raise UsageError("model_path=None: a folder or hub name is required, or --recipe quickstart, which names one")
     return config

@@ -14,7 +14,7 @@ class UpdateMetrics:
     """What the updates of one step were like. Everything stays on the device until `summary`."""
 
     def __init__(self) -> None:
-        self.skipped_micro_batches = 0
+        self.skipped_responses = 0
         self.trained_tokens = 0
         self._micro_batches: list[dict[str, Tensor]] = []
         self._losses: list[Tensor] = []
@@ -65,7 +65,7 @@ class UpdateMetrics:
         return dict(sorted((facts | dict(zip(numbers, host, strict=True))).items())) | {
             "trained_tokens": float(self.trained_tokens),
             "micro_batches": float(len(self._micro_batches)),
-            "skipped_micro_batches": float(self.skipped_micro_batches),
+            "skipped_responses": float(self.skipped_responses),
         }
 
 

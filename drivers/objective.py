@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 import grpo_core as core
-from drivers.batch import RolloutBatch, score_all
+from drivers.batch import RolloutBatch
 from drivers.config import GrpoConfig
 from drivers.errors import UnsoundRunError
 from drivers.legality import RATIO_OBJECTIVES, RESPONSE_OBJECTIVES
 from drivers.rollout import Completion
+from drivers.scoring import score_all
 
 
 def shape_rewards(
@@ -193,17 +194,18 @@ def _importance(
     return ratios, core.self_normalize_weights(weights, mask) if config.self_normalize else weights, facts
 
 
-def has_gradient(config: GrpoConfig, micro: RolloutBatch, entropy_coef: float) -> bool:
-    """Whether any of its terms has one; where every advantage is 0, the objective has none."""
-    assert micro.advantages is not None
-    assert micro.policy_weights is not None
-    signal = micro.raw_rewards if config.loss_type == "no_baseline" else micro.advantages
-    return (
-        entropy_coef > 0
-        or (config.kl_coef > 0 and config.kl_in == "loss")
-        or (micro.penalized is not None and bool(micro.penalized.any()))
-        or bool((signal * micro.policy_weights).any())
-    )
+def rows_with_gradient(config: GrpoConfig, batch: RolloutBatch, entropy_coef: float) -> list[int]:
+    """The responses of which any term has one; where the advantage is 0, the objective has none."""
+    assert batch.advantages is not None
+    assert batch.policy_weights is not None
+    rows = range(len(batch))
+    if entropy_coef > 0 or (config.kl_coef > 0 and config.kl_in == "loss"):
+        return list(rows)
+    signal = batch.raw_rewards if config.loss_type == "no_baseline" else batch.advantages
+    pulls = (signal * batch.policy_weights != 0).any(dim=1)
+    if batch.penalized is not None:
+        pulls |= batch.penalized.any(dim=1)
+    return [row for row in rows if pulls[row]]
 
 
 def compute_loss(

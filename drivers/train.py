@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from drivers.batch import RolloutBatch, make_rollout_batch, score
+from drivers.batch import RolloutBatch, make_rollout_batch
 from drivers.collect import collect
 from drivers.config import GrpoConfig, exit_with, parse_train_config
 from drivers.data import Question
@@ -20,10 +20,11 @@ from drivers.errors import UnsoundRunError, UsageError
 from drivers.formula import show
 from drivers.interrupts import terminate_as_interrupt, uninterrupted
 from drivers.metrics import UpdateMetrics
-from drivers.objective import EntropyBonus, compute_loss, has_gradient, prepare_rollouts, weigh_step
+from drivers.objective import EntropyBonus, compute_loss, prepare_rollouts, rows_with_gradient, weigh_step
 from drivers.optim import PolicyOptimizer
 from drivers.rollout import RolloutEngine
 from drivers.run import Run, prepare
+from drivers.scoring import plan_micro_batches, score
 from grpo_core import RewardFn
 
 
@@ -84,11 +85,10 @@ def accumulate_gradients(
     device = next(policy.parameters()).device
     total = torch.zeros((), device=device)
     metrics.trained_tokens += train_batch.n_response_tokens
-    for micro in train_batch.split(config.micro_train_batch_size):
-        if not has_gradient(config, micro, entropy_coef):
-            metrics.skipped_micro_batches += 1  # exactly 0, without a forward pass
-            continue
-        micro = micro.to(device)
+    pulling = rows_with_gradient(config, train_batch, entropy_coef)
+    metrics.skipped_responses += len(train_batch) - len(pulling)  # exactly 0, without a forward pass
+    for members in plan_micro_batches(config, policy, train_batch, pulling):
+        micro = train_batch.select(members).to(device)
         scored = score(policy, micro, config.sampling_temperature, with_entropy=True, detach_entropy=entropy_coef == 0)
         scored["log_probs"].retain_grad()
         loss, described = compute_loss(config, micro, scored, entropy_coef)

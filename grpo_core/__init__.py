@@ -30,7 +30,7 @@ from grpo_core.diagnostics import (
 from grpo_core.distributions import compute_entropy, select_log_probs
 from grpo_core.fused_head import fused_linear_grpo_loss, fused_linear_log_probs, fused_linear_token_loss
 from grpo_core.grading import answers_match, extract_boxed_answer, normalize_answer
-from grpo_core.group_rows import get_group_log_probs, pack_group_row
+from grpo_core.group_rows import get_group_log_probs, mask_group_rows, pack_group_rows
 from grpo_core.importance import (
     compute_importance_ratios,
     describe_mismatch,
@@ -172,13 +172,14 @@ __all__ = [
     "grpo_microbatch_train_step",
     "keep_on_policy_sequences",
     "keep_within_bounds",
+    "mask_group_rows",
     "mask_importance_weights",
     "masked_mean",
     "masked_normalize",
     "masked_sum",
     "normalize_answer",
     "normalize_group_rewards",
-    "pack_group_row",
+    "pack_group_rows",
     "question_only_reward_fn",
     "r1_zero_reward_fn",
     "read_rewards",

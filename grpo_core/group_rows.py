@@ -6,57 +6,99 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from grpo_core._check import shape_checked
+from grpo_core._check import require, shape_checked
 from grpo_core._forward import logits_at
 from grpo_core.scoring import score_logits
 
+_PADDING = -1
+
 
 @shape_checked
-def pack_group_row(
-    prompt_token_ids: Sequence[int], response_token_ids: Sequence[Sequence[int]]
-) -> dict[str, Int[Tensor, "..."] | Bool[Tensor, "..."]]:
-    r"""$x = (q, o_1, \dots, o_G)$ with positions that restart after $q$, and who may look at whom.
+def pack_group_rows(
+    prompt_token_ids: Sequence[Sequence[int]], response_token_ids: Sequence[Sequence[Sequence[int]]]
+) -> dict[str, Int[Tensor, "..."]]:
+    r"""$x_k = (q_k, o_{k1}, \dots, o_{kG})$ with positions that restart after $q_k$: a row for each group.
 
-    Attending as `visible` says and rotating by `position_ids`, a causal model gives each response token the same
-    logits as in a row $(q, o_i)$ of its own, so $G$ rows of $|q| + |o_i|$ tokens become one of $|q| + \sum_i |o_i|$.
+    With `mask_group_rows` as the attention mask, a causal model gives each response token the same logits as in a row
+    $(q, o_i)$ of its own, so that $G$ rows of $|q| + |o_i|$ tokens become one of $|q| + \sum_i |o_i|$. A row with one
+    response is the plain row, and needs no mask but the causal one.
 
     Args:
-        prompt_token_ids: $q$, at least one token.
-        response_token_ids: $o_1 \dots o_G$; an empty response takes no place.
+        prompt_token_ids: $q_k$ of each row, at least one token.
+        response_token_ids: $o_{k1} \dots o_{kG}$ of each row; an empty response takes no place.
 
     Returns:
-        `input_ids` and `position_ids` (Int "1 row"); `visible` (Bool "row row"), True where the query (first axis) may
-        attend to the key; and, one entry per response token in order, `sources` (Int " token"), the place in the row
-        whose logits predict it, and `labels` (Int " token"), its id.
+        Int "rows seq" each: `input_ids`, `position_ids` and `segments`, which is 0 on the prompt, $i$ on response $i$
+        and -1 on the padding at the end. One entry per response token, in order, Int " token" each: `sources`, the
+        place in the flattened rows whose logits predict it, and `labels`, its id.
 
     Raises:
-        ValueError: If the prompt is empty: the first response token would have nothing to be predicted from.
+        ValueError: if there is no row, or a prompt is empty: its first response token would have nothing to be
+            predicted from.
 
     Example:
-        >>> row = pack_group_row([7, 8], [[1, 2], [3]])
-        >>> row["input_ids"].tolist(), row["position_ids"].tolist()
-        ([[7, 8, 1, 2, 3]], [[0, 1, 2, 3, 2]])
-        >>> row["sources"].tolist(), row["labels"].tolist()
-        ([1, 2, 1], [1, 2, 3])
-        >>> row["visible"][4].tolist()
-        [True, True, False, False, True]
+        >>> rows = pack_group_rows([[7, 8], [9]], [[[1, 2], [3]], [[4]]])
+        >>> rows["input_ids"].tolist(), rows["position_ids"].tolist()
+        ([[7, 8, 1, 2, 3], [9, 4, 9, 9, 9]], [[0, 1, 2, 3, 2], [0, 1, 0, 0, 0]])
+        >>> rows["segments"].tolist()
+        [[0, 0, 1, 1, 2], [0, 1, -1, -1, -1]]
+        >>> rows["sources"].tolist(), rows["labels"].tolist()
+        ([1, 2, 1, 5], [1, 2, 3, 4])
     """
-    prompt, lengths = len(prompt_token_ids), [len(response) for response in response_token_ids]
-    if prompt == 0:
-        raise ValueError("prompt_token_ids is empty; at least one token is required: begin with the BOS token")
-    flat = [token for response in response_token_ids for token in response]
-    within = torch.cat([torch.arange(0), *map(torch.arange, lengths)])
-    # Segment 0 is the prompt, which all see; response i is segment i.
-    segment = torch.repeat_interleave(torch.arange(len(lengths) + 1), torch.tensor([prompt, *lengths]))
-    place = torch.arange(len(segment))
-    own_or_prompt = (segment[:, None] == segment[None, :]) | (segment[None, :] == 0)
+    require(len(prompt_token_ids) > 0, "prompt_token_ids", "[]", "of at least one row")
+    require(
+        len(prompt_token_ids) == len(response_token_ids),
+        "response_token_ids",
+        f"[{len(response_token_ids)} rows]",
+        f"as many rows as prompt_token_ids: {len(prompt_token_ids)}",
+    )
+    ids: list[list[int]] = []
+    positions: list[list[int]] = []
+    segments: list[list[int]] = []
+    places: list[list[int]] = []
+    for prompt, responses in zip(prompt_token_ids, response_token_ids, strict=True):
+        if len(prompt) == 0:
+            raise ValueError("prompt_token_ids is empty; at least one token is required: begin with the BOS token")
+        row, position, segment, source = list(prompt), [*range(len(prompt))], [0] * len(prompt), []
+        for number, response in enumerate(responses, start=1):
+            if response:
+                source += [len(prompt) - 1, *range(len(row), len(row) + len(response) - 1)]
+            row += response
+            position += range(len(prompt), len(prompt) + len(response))
+            segment += [number] * len(response)
+        for rows, part in zip((ids, positions, segments, places), (row, position, segment, source), strict=True):
+            rows.append(part)
+    width = max(map(len, ids))
+    labels = [token for responses in response_token_ids for response in responses for token in response]
     return {
-        "input_ids": torch.tensor([[*prompt_token_ids, *flat]]),
-        "position_ids": torch.cat([torch.arange(prompt), prompt + within])[None],
-        "visible": own_or_prompt & (place[:, None] >= place[None, :]),
-        "sources": torch.where(within == 0, prompt - 1, prompt + torch.arange(len(flat)) - 1),
-        "labels": torch.tensor(flat, dtype=torch.long),
+        # Any id will do: padding stands after all else, and nothing looks at it.
+        "input_ids": torch.tensor([row + [row[0]] * (width - len(row)) for row in ids]),
+        "position_ids": torch.tensor([row + [0] * (width - len(row)) for row in positions]),
+        "segments": torch.tensor([row + [_PADDING] * (width - len(row)) for row in segments]),
+        "sources": torch.tensor([k * width + place for k, row in enumerate(places) for place in row]).long(),
+        "labels": torch.tensor(labels).long(),
     }
+
+
+@shape_checked
+def mask_group_rows(segments: Int[Tensor, "rows seq"]) -> Bool[Tensor, "rows seq seq"]:
+    r"""$M_{st} = 1[t \le s]\, 1[c_t \in \{0, c_s\}]$, $c$ = `segments`: True where query $s$ may look at key $t$.
+
+    Padding looks at padding, so that no query looks at nothing, which attention makes NaN of.
+
+    Args:
+        segments: of `pack_group_rows`.
+
+    Returns:
+        The mask.
+
+    Example:
+        >>> mask_group_rows(torch.tensor([[0, 1, 2]])).int().tolist()
+        [[[1, 0, 0], [1, 1, 0], [1, 0, 1]]]
+    """
+    place = torch.arange(segments.shape[1], device=segments.device)
+    query, key = segments[:, :, None], segments[:, None, :]
+    return ((key == query) | (key == 0)) & (place[:, None] >= place[None, :])
 
 
 @shape_checked
@@ -95,19 +137,19 @@ def get_group_log_probs(
     References:
         Shao et al. 2024, arXiv:2402.03300, eq. 3: $\pi_\theta(o_{i,t} \mid q, o_{i,<t})$.
     """
-    row = pack_group_row(prompt_token_ids, response_token_ids)
-    if row["labels"].numel() == 0:
+    rows = pack_group_rows([prompt_token_ids], [response_token_ids])
+    if rows["labels"].numel() == 0:
         raise ValueError("response_token_ids holds no token; at least one response must be non-empty: skip this group")
     first = next(model.parameters())
-    row = {name: tensor.to(first.device) for name, tensor in row.items()}
-    hidden = torch.zeros_like(row["visible"], dtype=first.dtype)
-    hidden = hidden.masked_fill(~row["visible"], torch.finfo(first.dtype).min)
+    rows = {name: tensor.to(first.device) for name, tensor in rows.items()}
+    visible = mask_group_rows(rows["segments"])[:, None]
+    hidden = torch.zeros_like(visible, dtype=first.dtype).masked_fill(~visible, torch.finfo(first.dtype).min)
     logits = logits_at(
-        model, row["input_ids"], row["sources"], attention_mask=hidden[None, None], position_ids=row["position_ids"]
+        model, rows["input_ids"], rows["sources"], attention_mask=hidden, position_ids=rows["position_ids"]
     )[0]
     lengths = torch.tensor([len(response) for response in response_token_ids], device=first.device)
     response_mask = torch.arange(int(lengths.max()), device=first.device)[None] < lengths[:, None]
-    scored = score_logits(logits, row["labels"], return_token_entropy, temperature, detach_entropy)
+    scored = score_logits(logits, rows["labels"], return_token_entropy, temperature, detach_entropy)
     return {
         name: values.new_zeros(response_mask.shape).masked_scatter(response_mask, values)
         for name, values in scored.items()

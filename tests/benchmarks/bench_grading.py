@@ -28,7 +28,11 @@ def answers_per_second(forms: list[tuple[str, str]], seconds: float = 1.0) -> fl
     return count / elapsed
 
 
-if __name__ == "__main__":
+def main() -> None:
     r1_zero_reward_fn(r"</think> <answer> \sqrt{8} </answer>", r"2\sqrt{2}")  # the imports
     for kind, forms in KINDS.items():
         print(f"{kind:>24}: {answers_per_second(forms):>8,.0f} answers/s")
+
+
+if __name__ == "__main__":
+    main()

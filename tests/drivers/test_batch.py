@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from drivers.batch import make_rollout_batch, score, score_all
+from drivers.batch import make_rollout_batch
+from drivers.scoring import score, score_all
 from tests.drivers.parts import clone_policy, completion, tiny_config
 from tests.tiny import make_tiny_policy
 

@@ -10,6 +10,7 @@ import pytest
 
 from drivers import train as train_program
 from drivers.config import EvaluateConfig, GrpoConfig, flag_given, parse_train_config
+from drivers.errors import UsageError
 from drivers.recipes import QUICKSTART
 from tests.tiny import save_tiny
 
@@ -106,6 +107,7 @@ FLAGS = [
     "entropy_coef",
     "entropy_target",
     "sampling_top_p",
+    "micro_batch_tokens",
     "show",
 ]
 
@@ -130,7 +132,15 @@ def test_the_bare_command_is_the_quickstart_and_says_so(capsys):
     assert bare == parse_train_config(["--recipe", "quickstart"]) == parse_train_config(["--recipe=quickstart"])
     assert {name: getattr(bare, name) for name in QUICKSTART} == QUICKSTART
     assert bare.n_val_examples >= 256
-    assert bare.micro_train_batch_size == bare.group_size  # a group without signal is skipped whole
+
+
+def test_accumulation_steps_keep_their_meaning_where_they_are_given(capsys):
+    assert parse_train_config([]).micro_batch_tokens == QUICKSTART["micro_batch_tokens"]
+    given = parse_train_config(["--recipe", "quickstart", "--gradient_accumulation_steps", "16"])
+    assert (given.micro_batch_tokens, given.micro_train_batch_size) == (None, 4)
+    assert parse_train_config(["--model-path", "somewhere"]).micro_batch_tokens is None
+    with pytest.raises(UsageError, match="both say how a train batch is cut"):
+        parse_train_config(["--gradient-accumulation-steps", "8", "--micro-batch-tokens", "100"])
 
 
 def test_flags_win_over_the_recipe():
@@ -165,6 +175,7 @@ def test_help_names_every_flag_with_its_default(capsys):
         ("--group-size 1", "group_size=1 has no standard deviation"),
         ("--group-size 1 --no-use-std-normalization", "group_size=1 makes every advantage 0"),
         ("--loss-type ppo", "reinforce_with_baseline"),
+        ("--micro-batch-tokens 0", "micro_batch_tokens=0 must be greater than 0"),
         ("--learning-rate 0", "learning_rate=0.0 must be greater than 0"),
         ("--learning-rate nan", "learning_rate=nan"),
         ("--cliprange -0.1", "cliprange=-0.1 must not be negative"),

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from drivers.batch import score
 from drivers.rollout import HFEngine
+from drivers.scoring import score
 from drivers.train import train
 from grpo_core import compute_entropy, compute_grpo_clip_loss, grpo_microbatch_loss, normalize_group_rewards
 from tests.drivers.parts import clone_policy, letter_reward, make_run, tiny_config, tiny_parts

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import grpo_core as core
 from drivers import train as train_program
-from drivers.batch import make_rollout_batch, score
+from drivers.batch import make_rollout_batch
 from drivers.collect import collect
 from drivers.config import AdvantageName, GrpoConfig, Objective, RecipeName, parse_train_config
 from drivers.errors import UnsoundRunError, UsageError
@@ -23,12 +23,13 @@ from drivers.metrics import UpdateMetrics
 from drivers.objective import (
     EntropyBonus,
     compute_objective,
-    has_gradient,
     prepare_rollouts,
+    rows_with_gradient,
     shape_rewards,
     weigh_step,
 )
 from drivers.recipes import QUICKSTART, RECIPES
+from drivers.scoring import score
 from drivers.train import accumulate_gradients
 from grpo_core import LossType, grpo_microbatch_train_step, normalize_group_rewards
 from grpo_core.types import Aggregation
@@ -105,15 +106,18 @@ def rollouts_of(config, parts, rewards=None):
 
 @pytest.mark.parametrize("settings", EVERYTHING, ids=lambda s: s.get("loss_type") or next(iter(s)))
 def test_the_gradient_does_not_depend_on_the_micro_batches(settings, monkeypatch):
-    """Statistics are those of the optimizer step: all at once, groups and single responses give one gradient.
+    """Statistics are those of the optimizer step: all at once, groups, single responses, and sorted rows that fill a
+    budget of tokens give one gradient.
 
     The policy that trains, the one that began the step and the reference are three different models. Nothing is
     skipped here, for means are taken over what was trained on.
     """
-    monkeypatch.setattr(train_program, "has_gradient", lambda *_: True)
+    monkeypatch.setattr(train_program, "rows_with_gradient", lambda _, batch, __: list(range(len(batch))))
     gradients = []
-    for steps in (1, 4, 16):
-        config = tiny_config(**TWO_UPDATES | settings | {"gradient_accumulation_steps": steps})
+    cuts = [{"gradient_accumulation_steps": steps} for steps in (1, 4, 16)]
+    cuts += [{"micro_batch_tokens": tokens} for tokens in (1, 40, 60, 1000)]
+    for cut in cuts:
+        config = tiny_config(**TWO_UPDATES | settings | cut)
         parts, reference = tiny_parts(), make_tiny_policy(5) if settings.get("kl_coef") else None
         rollouts, scores = rollouts_of(config, parts)
         batch = prepare_rollouts(config, make_tiny_policy(1), reference, rollouts, scores, None)
@@ -127,7 +131,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(settings, monkeypatch
     for loss, weights, summary in gradients[1:]:
         assert_close(loss, gradients[0][0], rtol=1e-4, atol=1e-5)
         assert_close(weights, gradients[0][1], rtol=0, atol=2e-6)
-        for name in summary.keys() - {"micro_batches", "skipped_micro_batches"}:
+        for name in summary.keys() - {"micro_batches", "skipped_responses"}:
             assert summary[name] == pytest.approx(gradients[0][2][name], rel=1e-3, abs=1e-5), name
 
 
@@ -251,7 +255,7 @@ def test_dynamic_sampling_fills_the_step_with_groups_that_teach(tmp_path):
     assert all(row["refills"] <= 4 for row in steps)
     assert max(row["sampled_tokens"] for row in steps) > 32 * 6
     assert all(row["trained_tokens"] <= 32 * 6 for row in steps)
-    assert any(row["micro_batches"] == 4 and row["skipped_micro_batches"] == 0 for row in steps)
+    assert any(row["micro_batches"] == 4 and row["skipped_responses"] == 0 for row in steps)
 
 
 def test_dynamic_sampling_ends_where_nothing_teaches(tmp_path, capsys):
@@ -274,7 +278,7 @@ def test_a_step_with_fewer_groups_has_the_denominators_of_what_it_has(tmp_path, 
     found = iter([[True, True, True, False], [False], [False]])
     monkeypatch.setattr(program, "find_signal_groups", lambda rewards, size: torch.tensor(next(found)))
     _, steps, _ = run_training(tmp_path, max_refills=2, n_grpo_steps=1)
-    assert steps[0]["micro_batches"] + steps[0]["skipped_micro_batches"] == 3
+    assert 8 * steps[0]["micro_batches"] + steps[0]["skipped_responses"] == 24
     assert (steps[0]["refills"], steps[0]["missing_groups"]) == (2.0, 1.0)
     config, parts = tiny_config(), tiny_parts()
     rollouts, scores = rollouts_of(config, parts)
@@ -485,7 +489,7 @@ def test_what_has_a_gradient():
         rollouts, scores = rollouts_of(config, parts, rewards)
         reference = make_tiny_policy(5) if config.needs_reference else None
         batch, _ = weigh_step(config, prepare_rollouts(config, parts.policy, reference, rollouts, scores, None))
-        return has_gradient(config, batch, entropy_coef)
+        return bool(rows_with_gradient(config, batch, entropy_coef))
 
     assert not answer()
     assert answer(rewards=torch.arange(32.0))

@@ -35,14 +35,14 @@ def test_update_metrics_weigh_micro_batches_by_their_tokens():
         metrics.add_micro_batch(rollouts, scored, metadata)
     metrics.add_update(torch.tensor(2.0), torch.tensor(1.0), {"kept_tokens": 1.0})
     metrics.add_update(torch.tensor(4.0), torch.tensor(5.0), {"kept_tokens": 0.5})
-    metrics.skipped_micro_batches += 3
+    metrics.skipped_responses += 3
     summary = metrics.summary()
     assert summary["entropy"] == pytest.approx((3 * 1.0 + 5 * 3.0) / 8)
     assert summary["clip_fraction"] == pytest.approx((3 * 0.25 + 5 * 0.75) / 8)
     # `completion` gives every token the sampler log-prob -1.
     assert summary["sampler_log_prob_diff"] == pytest.approx((3 * 0.0 + 5 * 2.0) / 8)
     assert (summary["loss"], summary["grad_norm"], summary["kept_tokens"]) == (3.0, 3.0, 0.75)
-    assert (summary["micro_batches"], summary["skipped_micro_batches"]) == (2, 3)
+    assert (summary["micro_batches"], summary["skipped_responses"]) == (2, 3)
 
 
 def test_completions_are_described_by_token():

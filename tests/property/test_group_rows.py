@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from grpo_core import get_group_log_probs, pack_group_row
+from grpo_core import get_group_log_probs, mask_group_rows, pack_group_rows
 from tests.tiny import make_tiny_policy
 
 IDS = st.integers(0, 97)
@@ -14,28 +14,45 @@ PROMPT = st.lists(IDS, min_size=1, max_size=5)
 RESPONSES = st.lists(st.lists(IDS, max_size=4), min_size=1, max_size=4)
 
 
-@given(PROMPT, RESPONSES)
-def test_the_row_is_the_rows_it_stands_for(prompt, responses):
+@given(st.lists(st.tuples(PROMPT, RESPONSES), min_size=1, max_size=3))
+def test_a_row_is_the_rows_it_stands_for(groups):
     """Follow each response back: what it sees, in order, is the row (prompt, response) with its plain positions."""
-    row = pack_group_row(prompt, responses)
-    ids, positions = row["input_ids"][0].tolist(), row["position_ids"][0].tolist()
-    assert len(ids) == len(prompt) + sum(map(len, responses))
-    begin, token = len(prompt), 0
-    for response in responses:
-        alone = prompt + response
-        for t, label in enumerate(response):
-            place = begin + t
-            seen = row["visible"][place].nonzero()[:, 0].tolist()
-            assert [ids[k] for k in seen] == alone[: len(prompt) + t + 1]
-            assert [positions[k] for k in seen] == list(range(len(prompt) + t + 1))
-            source = row["sources"][token].item()
-            assert row["labels"][token].item() == label
-            assert source == (place - 1 if t else len(prompt) - 1)
-            token += 1
-        begin += len(response)
-    assert token == len(row["labels"]) == len(row["sources"])
-    for place in range(len(prompt)):
-        assert row["visible"][place].tolist() == [k <= place for k in range(len(ids))]
+    rows = pack_group_rows([prompt for prompt, _ in groups], [responses for _, responses in groups])
+    visible = mask_group_rows(rows["segments"])
+    width = max(len(prompt) + sum(map(len, responses)) for prompt, responses in groups)
+    assert rows["input_ids"].shape == rows["position_ids"].shape == rows["segments"].shape == (len(groups), width)
+    token = 0
+    for k, (prompt, responses) in enumerate(groups):
+        ids, positions = rows["input_ids"][k].tolist(), rows["position_ids"][k].tolist()
+        begin = len(prompt)
+        for response in responses:
+            alone = prompt + response
+            for t, label in enumerate(response):
+                place = begin + t
+                seen = visible[k, place].nonzero()[:, 0].tolist()
+                assert [ids[s] for s in seen] == alone[: len(prompt) + t + 1]
+                assert [positions[s] for s in seen] == list(range(len(prompt) + t + 1))
+                source = rows["sources"][token].item() - k * width
+                assert rows["labels"][token].item() == label
+                assert source == (place - 1 if t else len(prompt) - 1)
+                token += 1
+            begin += len(response)
+        for place in range(len(prompt)):
+            assert visible[k, place].tolist() == [s <= place for s in range(width)]
+        for place in range(begin, width):  # padding looks at padding, and nobody at it
+            assert rows["segments"][k, place] == -1
+            assert visible[k, place, place]
+            assert not visible[k, :begin, place].any()
+    assert token == len(rows["labels"]) == len(rows["sources"])
+
+
+@given(st.lists(st.integers(-1, 3), min_size=1, max_size=6))
+def test_the_mask_by_its_definition(segments):
+    """One entry after the other, in plain Python."""
+    visible = mask_group_rows(torch.tensor([segments]))[0].tolist()
+    for s, own in enumerate(segments):
+        for t, other in enumerate(segments):
+            assert visible[s][t] == (t <= s and other in (0, own))
 
 
 @settings(max_examples=30)
@@ -81,8 +98,39 @@ def test_both_attention_implementations_and_precisions_obey_the_mask(attention, 
     assert not torch.equal(first[0], other[0])
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_rows_of_many_groups_in_one_pass(attention):
+    """Padding included, the logits at the sources are those of a forward pass per response."""
+    policy = make_tiny_policy(7).double()
+    policy.set_attn_implementation(attention)
+    prompts, responses = [[5, 9, 2], [4], [8, 8]], [[[7, 8], [7, 1, 3]], [[30]], [[], [6]]]
+    rows = pack_group_rows(prompts, responses)
+    visible = mask_group_rows(rows["segments"])[:, None]
+    mask = torch.zeros_like(visible, dtype=torch.float64).masked_fill(~visible, torch.finfo(torch.float64).min)
+    logits = policy(rows["input_ids"], attention_mask=mask, position_ids=rows["position_ids"]).logits
+    assert logits.isfinite().all()
+    found = iter(logits.flatten(0, 1)[rows["sources"]])
+    for prompt, group in zip(prompts, responses, strict=True):
+        for response in group:
+            alone = policy(torch.tensor([[*prompt, *response]])).logits[0]
+            for t in range(len(response)):
+                assert_close(next(found), alone[len(prompt) - 1 + t], rtol=1e-9, atol=1e-9)
+
+
+def test_a_row_of_one_response_needs_no_mask():
+    rows = pack_group_rows([[5, 9], [4]], [[[7, 8]], [[30]]])
+    causal = torch.ones(4, 4, dtype=torch.bool).tril()
+    visible = mask_group_rows(rows["segments"])
+    for k, length in enumerate((4, 2)):
+        assert torch.equal(visible[k, :length], causal[:length])
+
+
 def test_what_cannot_be_scored_is_refused():
     with pytest.raises(ValueError, match="prompt_token_ids is empty"):
-        pack_group_row([], [[1]])
+        pack_group_rows([[]], [[[1]]])
+    with pytest.raises(ValueError, match=r"prompt_token_ids=\[\] must be of at least one row"):
+        pack_group_rows([], [])
+    with pytest.raises(ValueError, match=r"response_token_ids=\[2 rows\] must be as many rows as prompt_token_ids: 1"):
+        pack_group_rows([[1]], [[[1]], [[2]]])
     with pytest.raises(ValueError, match="holds no token"):
         get_group_log_probs(make_tiny_policy(), [1], [[], []])
