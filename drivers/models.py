@@ -1,7 +1,10 @@
 """The policy and its tokenizer: where they come from, on what device, in what precision."""
 
+import contextlib
+import ctypes
 import importlib.util
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -12,6 +15,8 @@ from torch import nn
 
 from drivers.errors import UsageError
 from drivers.recipes import EMBEDDED_MODEL
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "grpo_core"
 
@@ -90,14 +95,22 @@ def context_length(model_path: str) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
-def load_policy(model_path: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+SHORT_ROW = 512
+"""Tokens of a row up to which attention on a CPU is faster from plain products than from torch's own kernel, and what
+it keeps, the square of that for each head and layer, is no more than the rest of the layer."""
+
+
+def load_policy(
+    model_path: str, device: torch.device, dtype: torch.dtype, longest_row: int | None = None
+) -> nn.Module:
     """The model in `dtype` on `device`, in `eval` mode: no dropout, so that log-probs agree between passes.
 
-    Its attention is `sdpa`, which obeys the mask of a group row.
+    Its attention is `sdpa` or, on a CPU for rows known to be short, `eager`: both obey the mask of a group row.
     """
+    short = device.type == "cpu" and longest_row is not None and longest_row <= SHORT_ROW
     load = _quiet_transformers().AutoModelForCausalLM.from_pretrained
     try:
-        policy: Any = load(model_path, dtype=dtype, attn_implementation="sdpa")
+        policy: Any = load(model_path, dtype=dtype, attn_implementation="eager" if short else "sdpa")
     except (OSError, ValueError) as error:
         raise UsageError(f"--model-path {model_path}: no model can be loaded ({_first_line(error)})") from error
     policy = policy.to(device).eval()
@@ -131,6 +144,19 @@ def default_rollout_device(policy_device: torch.device) -> torch.device:
         return policy_device
     others = [torch.device("cuda", k) for k in range(torch.cuda.device_count()) if k != policy_device.index]
     return others[0] if others else policy_device
+
+
+def keep_freed_memory() -> None:
+    """Let the C library hand freed memory to the next tensor, where it would return it to the system each time.
+
+    On a CPU, new pages cost 25 ms for 100 MB, as much as a matrix product over them. What the environment says wins.
+    """
+    if not sys.platform.startswith("linux") or {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys():
+        return
+    with contextlib.suppress(OSError, AttributeError):  # a C library without mallopt
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_MAX, 0)
+        library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -14,7 +14,7 @@ QUICKSTART: dict[str, Any] = {
     "learning_rate": 3e-5,
     "rollout_batch_size": 64,
     "train_batch_size": 64,
-    "micro_batch_tokens": 1536,
+    "micro_batch_tokens": 1024,
     "sampling_min_tokens": 0,
     "sampling_max_tokens": 32,
     "n_val_examples": 256,

@@ -22,6 +22,7 @@ from drivers.models import (
     context_length,
     default_policy_device,
     default_rollout_device,
+    keep_freed_memory,
     load_policy,
     load_tokenizer,
     resolve_model,
@@ -209,10 +210,13 @@ def load_models(
     display.say("Loading the model ...")
     policy_device, rollout_device = devices
     dtype = choose_dtype(config.dtype, policy_device)
-    policy = load_policy(model_path, policy_device, dtype)
+    if policy_device.type == "cpu":
+        keep_freed_memory()
+    longest_row = longest_prompt + config.group_size * config.sampling_max_tokens
+    policy = load_policy(model_path, policy_device, dtype, longest_row)
     reference, reserved = None, training_state_bytes(policy)
     if config.needs_reference:
-        reference = load_policy(model_path, policy_device, dtype).requires_grad_(False)
+        reference = load_policy(model_path, policy_device, dtype, longest_row).requires_grad_(False)
         reserved += sum(p.numel() * p.element_size() for p in reference.parameters())
     engine = make_engine(
         config.engine,

@@ -6,7 +6,6 @@ documentation it also returns, by name; `--write` puts them there. In .venv-pari
 
 import argparse
 import importlib
-import inspect
 import re
 from pathlib import Path
 
@@ -25,17 +24,17 @@ def write_table(page: str, name: str, table: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__, add_help=False)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--write", action="store_true", help=f"put the tables into {PAGE.parent.name}/{PAGE.name}")
     chosen, rest = parser.parse_known_args()
     if unknown := set(chosen.names) - set(NAMES):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}: choose from {', '.join(NAMES)}")
     if rest and len(chosen.names) != 1:
-        parser.error(f"{' '.join(rest)}: arguments need the one benchmark that they are for")
+        parser.print_help()  # NAME --help is answered by the benchmark
+        parser.exit(0 if rest in (["-h"], ["--help"]) else 2)
     for name in chosen.names or NAMES:
-        run = importlib.import_module(f"tests.benchmarks.bench_{name}").main
-        tables = run(rest) if inspect.signature(run).parameters else run()
+        tables = importlib.import_module(f"tests.benchmarks.bench_{name}").main(rest)
         if chosen.write:
             for table_name, table in (tables or {}).items():
                 PAGE.write_text(write_table(PAGE.read_text(), table_name, table))

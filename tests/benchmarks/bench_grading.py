@@ -28,7 +28,7 @@ def answers_per_second(forms: list[tuple[str, str]], seconds: float = 1.0) -> fl
     return count / elapsed
 
 
-def main() -> None:
+def main(_: list[str] | None = None) -> None:
     r1_zero_reward_fn(r"</think> <answer> \sqrt{8} </answer>", r"2\sqrt{2}")  # the imports
     for kind, forms in KINDS.items():
         print(f"{kind:>24}: {answers_per_second(forms):>8,.0f} answers/s")

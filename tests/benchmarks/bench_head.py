@@ -356,11 +356,13 @@ def _error(value: Tensor, reference: Tensor, relative: bool = False) -> float:
     return float(error / reference.abs().max() if relative else error)
 
 
-def make_head_table(size: tuple[int, ...], dtype: str, device: str, rounds: int, entropy_coef: float) -> str:
+def make_head_table(
+    names: list[str], size: tuple[int, ...], dtype: str, device: str, rounds: int, entropy_coef: float
+) -> str:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "inputs.pt")
         counted = write_inputs(path, size, dtype, device, entropy_coef)
-        ways = [name for name, way in WAYS.items() if way.bonus in (None, entropy_coef > 0)]
+        ways = [name for name in (BASELINE, *names) if WAYS[name].bonus in (None, entropy_coef > 0)]
         options = {"path": str(path), "device": device}
         measured = measure(__spec__.name, ways, options, rounds=rounds, warmups=2)
     vocab, width, batch, seq = size
@@ -396,10 +398,12 @@ def main(arguments: list[str]) -> dict[str, str]:
     parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES), help="which of the usual sizes")
     for name in ("vocab", "width", "batch", "seq"):
         parser.add_argument(f"--{name}", type=int, help="a size of your own; what is left out is that of `short`")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help=f"beside {BASELINE}")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     chosen = parser.parse_args(arguments)
+    names = [name for name in chosen.ways if name != BASELINE]
     own = (chosen.vocab, chosen.width, chosen.batch, chosen.seq)
     sizes = {name: SIZES[name] for name in chosen.size}
     if any(own):
@@ -409,7 +413,7 @@ def main(arguments: list[str]) -> dict[str, str]:
         parts = []
         for entropy_coef in (0.0, ENTROPY_COEF) if name in (WITH_BONUS, "own") else (0.0,):
             for dtype in chosen.dtype:
-                parts.append(make_head_table(size, dtype, chosen.device, chosen.rounds, entropy_coef))
+                parts.append(make_head_table(names, size, dtype, chosen.device, chosen.rounds, entropy_coef))
                 print(f"\n{parts[-1]}", flush=True)
         tables[f"head-{name}"] = "\n\n".join(parts)
     return tables

@@ -15,7 +15,6 @@ import time
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from drivers.batch import score_padded_rows
 from drivers.models import cpu_bfloat16_is_fast
 from grpo_core import get_group_log_probs, get_response_log_probs
 
@@ -41,8 +40,11 @@ def group_row(policy, prompt, responses):
 
 
 def padded_rows(policy, prompt, responses):
-    options = {"return_token_entropy": True, "detach_entropy": True}
-    return score_padded_rows(policy, tuple(prompt), [tuple(r) for r in responses], options)["log_probs"]
+    rows = torch.tensor([[*prompt, *response] for response in responses])
+    mask = (torch.arange(1, rows.shape[1]) >= len(prompt)).expand(len(rows), -1)
+    options = {"response_mask": mask, "return_token_entropy": True, "detach_entropy": True}
+    scored = get_response_log_probs(policy, rows[:, :-1], rows[:, 1:], **options)
+    return scored["log_probs"][:, len(prompt) - 1 :]
 
 
 def full_logits(policy, prompt, responses):
@@ -52,7 +54,7 @@ def full_logits(policy, prompt, responses):
     return scored["log_probs"][:, len(prompt) - 1 :]
 
 
-def main():
+def main(_: list[str] | None = None):
     dtype = torch.bfloat16 if cpu_bfloat16_is_fast() else torch.float32
     policy = make_policy(dtype)
     tokens = torch.randint(3, 49152, (PROMPT + RESPONSES * TOKENS,)).tolist()
