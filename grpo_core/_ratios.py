@@ -1,10 +1,13 @@
 """Ratios of probabilities, from their logarithms."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from grpo_core._check import require
+from grpo_core._check import is_traced, require
 from grpo_core.types import Metadata
 
 # exp(20) is 5e8: far outside any trust region, and far inside float32.
@@ -13,9 +16,38 @@ LARGEST_LOG_RATIO = 20.0
 
 def hold(log_ratio: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """`log_ratio`, its value held within 20 nats; its gradient is not cut: a ratio far out still pulls back."""
+    held = log_ratio.detach().clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+    return with_slope(held, None, log_ratio)
+
+
+def with_slope(
+    values: Float[Tensor, "*shape"], slope: Float[Tensor, "*shape"] | None, of: Float[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
+    """`values`, whose derivative in `of`, entry by entry, is `slope`: 1 where it is None.
+
+    Where a formula and its derivative are both known, a tape of its intermediate results is not needed.
+    """
+    if not (torch.is_grad_enabled() and of.requires_grad) and not is_traced():
+        return values
+    if not is_traced():
+        return _WithSlope.apply(values, slope, of)  # type: ignore[no-any-return, no-untyped-call]
     # Infinities made finite first: inf - inf is NaN. Then a difference that is exactly 0, and carries the gradient.
-    finite = log_ratio.clamp(torch.finfo(log_ratio.dtype).min, torch.finfo(log_ratio.dtype).max)
-    return finite.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).detach() + (finite - finite.detach())
+    finite = of.clamp(torch.finfo(of.dtype).min, torch.finfo(of.dtype).max)
+    nothing = finite - finite.detach()
+    return values + (nothing if slope is None else nothing * slope)
+
+
+class _WithSlope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, slope: Tensor | None, _: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return values.view_as(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor]:
+        (slope,) = ctx.saved_tensors
+        return None, None, gradient if slope is None else gradient * slope
 
 
 def hide(values: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"] | None) -> Float[Tensor, "batch seq"]:
@@ -30,6 +62,19 @@ def log_ratio_of(
 ) -> Float[Tensor, "batch seq"]:
     """Differentiable in the policy alone; 0 outside the mask."""
     return hide(policy_log_probs, mask) - hide(old_log_probs.detach(), mask)
+
+
+@torch.no_grad()
+def ratio_of(
+    policy_log_probs: Float[Tensor, "batch seq"],
+    old_log_probs: Float[Tensor, "batch seq"],
+    mask: Bool[Tensor, "batch seq"] | None = None,
+) -> Float[Tensor, "batch seq"]:
+    """The ratio itself, 1 outside the mask, without a gradient; in one new tensor."""
+    difference = policy_log_probs - old_log_probs
+    if mask is not None:
+        difference.masked_fill_(~mask, 0.0)
+    return difference.clamp_(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp_()
 
 
 def mean_over_row(values: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]) -> Float[Tensor, "batch 1"]:

@@ -1,12 +1,15 @@
 """From the logits of a vocabulary to one number per token."""
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from grpo_core._check import shape_checked
+from grpo_core._check import is_traced, shape_checked
+from grpo_core._sweep import Scaling, Statistics, check_labels, measure, wide_type, write_gradient
 
 
 @shape_checked
@@ -33,12 +36,8 @@ def compute_entropy(logits: Float[Tensor, "*batch vocab"], *, temperature: float
     References:
         Shannon 1948, "A Mathematical Theory of Communication", section 6.
     """
-    scaled = _scale(logits, temperature)
-    # H does not feel a shift. With the maximum at 0 neither term is negative, and neither loses digits to the offset.
-    shifted = scaled - scaled.amax(dim=-1, keepdim=True).detach()
-    # 0 * -inf is NaN, in the value and again in the gradient: the product never sees the infinity.
-    reachable = torch.where(shifted == -math.inf, 0.0, shifted)
-    return shifted.logsumexp(dim=-1) - (shifted.softmax(dim=-1) * reachable).sum(dim=-1)
+    entropy: Tensor = measure_logits(logits, None, temperature, with_entropy=True)[1]
+    return entropy
 
 
 @shape_checked
@@ -66,28 +65,66 @@ def select_log_probs(
         >>> select_log_probs(torch.tensor([[0.0, 0.0], [0.0, float("-inf")]]), torch.tensor([1, 0]))
         tensor([-0.6931,  0.0000])
     """
-    scaled = _scale(logits, temperature)
-    return _logits_of(scaled, labels) - scaled.logsumexp(dim=-1)
+    log_probs: Tensor = measure_logits(logits, labels, temperature, with_entropy=False)[0]
+    return log_probs
 
 
-def _scale(logits: Float[Tensor, "*batch vocab"], temperature: float) -> Float[Tensor, "*batch vocab"]:
-    """Logits over the temperature, in at least float32."""
+def measure_logits(
+    logits: Float[Tensor, "*batch vocab"], labels: Int[Tensor, "*batch"] | None, temperature: float, with_entropy: bool
+) -> tuple[Any, Any]:
+    """Both of the above from one sweep, None where there are no labels or no entropy is asked for."""
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature={temperature} must be positive and finite; for greedy decoding take the argmax")
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    # The logits of a batch are the largest tensor of the step: no copy is made of them where none is needed.
-    return wide if temperature == 1 else wide / temperature
+    if is_traced():
+        return _plain_expressions(logits, labels, temperature, with_entropy)
+    rows = logits.flatten(0, -2) if logits.ndim > 1 else logits[None]
+    flat = None if labels is None else labels.reshape(-1).long()
+    if flat is not None:
+        check_labels(flat, logits.shape[-1])
+    values = _Measured.apply(rows, flat, Scaling(temperature), with_entropy)  # type: ignore[no-untyped-call]
+    log_probs, entropy = (None if value is None else value.view(logits.shape[:-1]) for value in values)
+    return log_probs, entropy
 
 
-def _logits_of(logits: Float[Tensor, "*batch vocab"], labels: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-    """The logit of each label; a ValueError in place of gather's own message if a label is out of range."""
-    try:
-        return logits.gather(-1, labels.long().unsqueeze(-1)).squeeze(-1)
-    except RuntimeError as error:
-        low, high, vocab = int(labels.min()), int(labels.max()), logits.shape[-1]
-        if low >= 0 and high < vocab:
-            raise
-        raise ValueError(
-            f"labels run from {low} to {high} but the vocabulary has {vocab} tokens: every label must be in"
-            f" [0, {vocab}), those of masked positions too"
-        ) from error
+class _Measured(torch.autograd.Function):
+    """Eager torch would keep, and pass over, several tensors of the size of the logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor | None, scaling: Scaling, with_entropy: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        told = measure(logits, labels, scaling, with_entropy)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, labels, told.normalizer, told.entropy)
+        ctx.scaling = scaling
+        return tuple(None if value is None else value[:, 0] for value in (told.log_probs, told.entropy))  # type: ignore[return-value]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_log_prob: Tensor | None, by_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if by_log_prob is None and by_entropy is None:
+            return (None,) * 4
+        logits, labels, normalizer, entropy = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        slopes = (None if slope is None else slope[:, None] for slope in (by_log_prob, by_entropy))
+        # Without a pull on the label's log-prob there is none on the label.
+        pulled = None if by_log_prob is None else labels
+        write_gradient(logits, gradient, pulled, ctx.scaling, Statistics(None, normalizer, entropy), *slopes)
+        return gradient, None, None, None
+
+
+def _plain_expressions(
+    logits: Float[Tensor, "*batch vocab"], labels: Int[Tensor, "*batch"] | None, temperature: float, with_entropy: bool
+) -> tuple[Any, Any]:
+    """The same for torch.compile, which fuses them, and torch.func, which takes them apart."""
+    z = logits.to(wide_type(logits)) / temperature
+    # Neither value feels a shift. With the maximum at 0 no digit is lost to it.
+    z = z - z.amax(dim=-1, keepdim=True).detach()
+    normalizer, log_probs, entropy = z.logsumexp(dim=-1), None, None
+    if labels is not None:
+        log_probs = z.gather(-1, labels.long().unsqueeze(-1)).squeeze(-1) - normalizer
+    if with_entropy:
+        # 0 * -inf is NaN, in the value and again in the gradient: the product never sees the infinity.
+        reachable = torch.where(z == -math.inf, 0.0, z)
+        entropy = normalizer - (z.softmax(dim=-1) * reachable).sum(dim=-1)
+    return log_probs, entropy

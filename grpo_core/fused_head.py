@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from grpo_core._check import require, shape_checked
-from grpo_core._linear_head import GradientSums, Head, Statistics, measure
+from grpo_core._linear_head import GradientSums, Head
+from grpo_core._sweep import Scaling, Statistics, check_labels, measure, wide_type
 from grpo_core.aggregation import compute_token_weights, sum_weighted_losses
 from grpo_core.losses import compute_grpo_clip_loss
 from grpo_core.types import Advantages, Metadata
@@ -66,7 +67,7 @@ def fused_linear_log_probs(
     states, head = _prepare(hidden, lm_head_weight, bias, temperature, logit_softcap, max_logits_bytes)
     rows = _rows_of(response_mask)
     chosen, targets = _choose(states.flatten(0, -2), rows), _choose(labels.flatten(), rows)
-    _check_labels(targets, len(lm_head_weight))
+    check_labels(targets, len(lm_head_weight))
     log_probs, entropy = _apply(_LogProbs, chosen, head, targets, return_entropy)
     values = {"log_probs": log_probs} | ({"token_entropy": entropy} if return_entropy else {})
     return {name: _spread(value, rows, labels.shape) for name, value in values.items()}
@@ -125,7 +126,7 @@ def fused_linear_token_loss(
     rows = _rows_of(response_mask)
     assert rows is not None
     targets = _choose(labels.flatten(), rows)
-    _check_labels(targets, len(lm_head_weight))
+    check_labels(targets, len(lm_head_weight))
 
     def loss_of(log_probs: Tensor, entropy: Tensor, tokens: slice) -> Tensor:
         place = rows[tokens]
@@ -233,19 +234,19 @@ class _LogProbs(torch.autograd.Function):
         labels: Int[Tensor, " tokens"],
         head: Head,
         with_entropy: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, ...]:
         head = head._replace(weight=weight, bias=bias)
         parts, logits = [], None
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in head.blocks(len(hidden)):
                 logits = head.logits(hidden[rows])
-                parts.append(measure(head, logits, labels[rows], with_entropy))
+                parts.append(measure(logits, labels[rows], head.scaling, with_entropy))
         told = _join(parts)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, labels, *told)
         ctx.head = head._replace(weight=weight.new_empty(0), bias=None)
         ctx.kept = logits if any(ctx.needs_input_grad) and head.fits(len(hidden)) else None
-        return told.log_probs[:, 0], None if told.entropy is None else told.entropy[:, 0]
+        return tuple(None if value is None else value[:, 0] for value in (told.log_probs, told.entropy))
 
     @staticmethod
     @once_differentiable
@@ -280,12 +281,12 @@ class _TokenLoss(torch.autograd.Function):
         loss_of: Callable[[Tensor, Tensor, slice], Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
         head = head._replace(weight=weight, bias=bias)
-        loss, parts = hidden.new_zeros((), dtype=head.wide), []
+        loss, parts = hidden.new_zeros((), dtype=wide_type(hidden)), []
         sums = GradientSums(head, hidden, ctx.needs_input_grad[:3])
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in head.blocks(len(hidden)):
                 logits = head.logits(hidden[rows])
-                told = measure(head, logits, labels[rows], with_entropy=True)
+                told = measure(logits, labels[rows], head.scaling, with_entropy=True)
                 share, slopes = _slopes(loss_of, told, rows)
                 loss += share
                 parts.append(told)
@@ -305,9 +306,9 @@ def _slopes(
     loss_of: Callable[[Tensor, Tensor, slice], Tensor], told: Statistics, rows: slice
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
     """The loss of a block, and its derivatives by log-prob and by entropy, None where it has none."""
-    assert told.entropy is not None
     with torch.enable_grad():
-        leaves = [value.detach().requires_grad_() for value in (told.log_probs, told.entropy)]
+        values = (told.log_probs, told.entropy)
+        leaves = [value.detach().requires_grad_() for value in values if value is not None]
         share = loss_of(leaves[0].t(), leaves[1].t(), rows)
         if not share.requires_grad:
             return share, (None, None)
@@ -317,12 +318,8 @@ def _slopes(
 
 def _join(parts: list[Statistics]) -> Statistics:
     """Of blocks, one after the other."""
-    entropies = [part.entropy for part in parts if part.entropy is not None]
-    return Statistics(
-        torch.cat([part.log_probs for part in parts]),
-        torch.cat([part.normalizer for part in parts]),
-        torch.cat(entropies) if entropies else None,
-    )
+    columns = ([part for part in column if part is not None] for column in zip(*parts, strict=True))
+    return Statistics(*(torch.cat(column) if column else None for column in columns))  # type: ignore[arg-type]
 
 
 def _prepare(
@@ -346,7 +343,7 @@ def _prepare(
         f"[{weight.dtype}]",
         f"of the type of hidden, {hidden.dtype}: cast one of them",
     )
-    return hidden, Head(weight, bias, temperature, logit_softcap, max_logits_bytes)
+    return hidden, Head(weight, bias, Scaling(temperature, logit_softcap), max_logits_bytes)
 
 
 def _apply(function: Any, hidden: Tensor, head: Head, labels: Tensor, argument: object) -> Any:
@@ -366,13 +363,3 @@ def _spread(values: Float[Tensor, " tokens"], rows: Tensor | None, shape: torch.
     if rows is None:
         return values.view(shape)
     return values.new_zeros(shape.numel()).index_copy(0, rows, values).view(shape)
-
-
-def _check_labels(labels: Int[Tensor, " tokens"], vocab: int) -> None:
-    """On a CPU; a GPU would have to wait, and reports it by its own assertion."""
-    if labels.device.type != "cpu" or labels.numel() == 0:
-        return
-    low, high = int(labels.min()), int(labels.max())
-    require(
-        low >= 0 and high < vocab, "labels", f"[from {low} to {high}]", f"in [0, {vocab}): the vocabulary of the head"
-    )

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from grpo_core._check import check_choice, require, shape_checked
-from grpo_core._ratios import clip_bounds, hide, hide_flags, hold, log_ratio_of
+from grpo_core._ratios import clip_bounds, hide, hide_flags, ratio_of, with_slope
 from grpo_core.types import Advantages, LossType, LossTypeName, Metadata
 
 T = TypeVar("T")
@@ -117,16 +117,25 @@ def compute_grpo_clip_loss(
         Yu et al. 2025, arXiv:2503.14476, eq. 10 (two bounds); Ye et al. 2019, arXiv:1912.09729 (dual clip).
     """
     low, high = clip_bounds(cliprange, cliprange_high)
-    advantages = advantages.detach()
-    ratio = hold(log_ratio_of(policy_log_probs, old_log_probs, response_mask)).exp()
-    objective = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
-    flags = {"is_clipped_low": (ratio < low) & (advantages < 0), "is_clipped_high": (ratio > high) & (advantages > 0)}
     if dual_clip is not None:
         require(dual_clip > 1, "dual_clip", dual_clip, "above 1: it bounds ratios where the advantage is negative")
-        objective = torch.where(advantages < 0, torch.maximum(objective, dual_clip * advantages), objective)
-        flags["is_clipped_dual"] = (ratio > dual_clip) & (advantages < 0)
-    flags["is_clipped"] = torch.stack(list(flags.values())).any(dim=0)
-    return hide(-objective, response_mask), hide_flags(flags, response_mask)
+    advantages = advantages.detach()
+    with torch.no_grad():
+        ratio = ratio_of(policy_log_probs, old_log_probs, response_mask)
+        # The minimum over both surrogates is one, of a ratio with the bound that lowers it: from below where A < 0.
+        lower = torch.full_like(advantages, -torch.inf).masked_fill_(advantages < 0, low)
+        upper = torch.full_like(advantages, torch.inf).masked_fill_(advantages > 0, high)
+        flags = {"is_clipped_low": ratio < lower, "is_clipped_high": ratio > upper}
+        if dual_clip is not None:
+            upper.masked_fill_(advantages < 0, dual_clip)
+            flags["is_clipped_dual"] = (ratio > upper) & (advantages < 0)
+        flags["is_clipped"] = flags["is_clipped_low"] | (ratio > upper)
+        losses = ratio.clamp(lower, upper).mul_(-advantages)
+        slope = ratio.mul_(-advantages).masked_fill_(flags["is_clipped"], 0)
+        if response_mask is not None:
+            losses.masked_fill_(~response_mask, 0)
+            slope.masked_fill_(~response_mask, 0)
+    return with_slope(losses, slope, policy_log_probs), hide_flags(flags, response_mask)
 
 
 @shape_checked
@@ -159,8 +168,11 @@ def compute_grpo_no_clip_loss(
     References:
         Schulman et al. 2017, arXiv:1707.06347, eq. 6.
     """
-    ratio = hold(log_ratio_of(policy_log_probs, old_log_probs, response_mask)).exp()
-    return hide(-ratio * advantages.detach(), response_mask), {}
+    with torch.no_grad():
+        losses = ratio_of(policy_log_probs, old_log_probs, response_mask) * -advantages.detach()
+        losses = hide(losses, response_mask)
+    # The ratio is its own derivative.
+    return with_slope(losses, losses, policy_log_probs), {}
 
 
 @shape_checked

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from grpo_core._check import shape_checked
 from grpo_core._forward import logits_at
-from grpo_core.distributions import compute_entropy, select_log_probs
+from grpo_core.distributions import measure_logits
 
 
 @shape_checked
@@ -70,11 +70,10 @@ def score_logits(
     detach_entropy: bool,
 ) -> dict[str, Float[Tensor, "*batch"]]:
     """`log_probs` of the labels and, if asked for, `token_entropy` of each distribution."""
-    scores = {"log_probs": select_log_probs(logits, labels, temperature=temperature)}
-    if return_token_entropy:
-        watched = logits.detach() if detach_entropy else logits
-        scores["token_entropy"] = compute_entropy(watched, temperature=temperature)
-    return scores
+    log_probs, entropy = measure_logits(logits, labels, temperature, return_token_entropy)
+    if not return_token_entropy:
+        return {"log_probs": log_probs}
+    return {"log_probs": log_probs, "token_entropy": entropy.detach() if detach_entropy else entropy}
 
 
 def _spread(

@@ -102,14 +102,19 @@ def describe_policy_update(
     References:
         Schulman 2020, "Approximating KL divergence" (k3).
     """
-    described = {"response_tokens": response_mask.sum().to(torch.float32)}
+    tokens = response_mask.sum()
+    described = {"response_tokens": tokens.to(torch.float32)}
+    # Of nothing 0 and not NaN, so that an average weighted by tokens survives an empty batch.
+    counted = tokens.clamp(min=1)
     for name, flag in flags.items():
         key = name.replace("is_clipped", "clip_fraction").replace("is_penalized", "penalized_fraction")
-        described[key] = _mean_over_tokens(flag.expand(response_mask.shape).to(torch.float32), response_mask)
+        described[key] = (flag & response_mask).sum() / counted
     if old_log_probs is not None:
-        log_ratio = hold(log_ratio_of(policy_log_probs.detach(), old_log_probs, response_mask))
-        described["mean_ratio"] = _mean_over_tokens(log_ratio.exp(), response_mask)
-        described["approx_kl"] = _mean_over_tokens(log_ratio.expm1() - log_ratio, response_mask)
+        with torch.no_grad():
+            log_ratio = hold(log_ratio_of(policy_log_probs, old_log_probs, response_mask))
+            growth = log_ratio.expm1()
+            described["mean_ratio"] = (growth.sum() + tokens) / counted
+            described["approx_kl"] = growth.sub_(log_ratio).sum() / counted
     return described
 
 
@@ -303,5 +308,5 @@ def _at_least_one(gradient_accumulation_steps: int) -> int:
 def _mean_over_tokens(
     values: Float[Tensor, "batch seq"], response_mask: Bool[Tensor, "batch seq"]
 ) -> Float[Tensor, ""]:
-    """A metric's mean; 0 and not NaN over nothing, so that an average weighted by tokens survives an empty batch."""
+    """A metric's mean; 0 over nothing."""
     return masked_sum(values, response_mask) / response_mask.sum().clamp(min=1)

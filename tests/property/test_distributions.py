@@ -2,15 +2,27 @@
 
 import math
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from grpo_core import compute_entropy, select_log_probs
+from grpo_core import _sweep, compute_entropy, distributions, select_log_probs
 from tests.strategies import floats, logits_and_labels
 
 TEMPERATURES = st.sampled_from([0.25, 1.0, 3.0])
+
+
+@pytest.fixture(autouse=True, params=["sweep", "plain"])
+def _way(request, monkeypatch):
+    """Tile by tile, and the plain expressions that torch.compile and torch.func get."""
+    if request.param == "plain":
+        monkeypatch.setattr(distributions, "is_traced", lambda: True)
+    else:
+        monkeypatch.setattr(_sweep, "_tile_rows", lambda logits: 2)
+
+
 ANY_LOGITS = st.booleans().flatmap(logits_and_labels)
 
 
@@ -26,6 +38,20 @@ def test_a_shift_of_the_logits_changes_nothing(inputs, shift):
     logits, labels = inputs
     assert_close(compute_entropy(logits + shift), compute_entropy(logits), rtol=1e-10, atol=1e-10)
     assert_close(select_log_probs(logits + shift, labels), select_log_probs(logits, labels), rtol=1e-10, atol=1e-10)
+
+
+@given(logits_and_labels(), st.sampled_from([1e4, -1e4]))
+def test_an_offset_costs_no_digits_in_float32(inputs, offset):
+    """Exactly, for offsets in steps that float32 has there."""
+    logits, labels = (inputs[0] * 64).round().float() / 64, inputs[1]
+    assert_close(compute_entropy(logits + offset), compute_entropy(logits), rtol=1e-5, atol=1e-6)
+    assert_close(select_log_probs(logits + offset, labels), select_log_probs(logits, labels), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_labels_outside_the_vocabulary_are_refused(label):
+    with pytest.raises((ValueError, RuntimeError), match="labels run from|out of bounds"):
+        select_log_probs(torch.zeros(2, 3), torch.tensor([0, label]))
 
 
 @given(logits_and_labels(), st.data())

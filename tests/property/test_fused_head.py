@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import grpo_core
 from grpo_core import (
-    _linear_head,
+    _sweep,
     compute_entropy,
     compute_grpo_clip_loss,
     compute_token_weights,
@@ -95,7 +95,7 @@ def cases(draw) -> Case:
 @pytest.fixture(autouse=True, params=[1, 2, 1000], ids=["tiles_of_1", "tiles_of_2", "one_tile"])
 def _tile_rows(request, monkeypatch):
     """Tiles of a row, of two, and of all rows of a block."""
-    monkeypatch.setattr(_linear_head, "_tile_rows", lambda head: request.param)
+    monkeypatch.setattr(_sweep, "_tile_rows", lambda logits: request.param)
 
 
 def close(actual, expected, tolerance=1e-10) -> None:

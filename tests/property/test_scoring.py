@@ -102,3 +102,13 @@ def test_an_empty_mask_scores_nothing_and_still_differentiates():
     (gradient,) = torch.autograd.grad(scores["log_probs"].sum(), POLICY.lm_head.weight)
     assert not scores["log_probs"].any()
     assert not gradient.any()
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_scoring_hands_out_an_entropy_with_a_gradient_or_without(detach):
+    batch = tokenize([("ab", "cd")])
+    scored = get_response_log_probs(
+        POLICY, batch["input_ids"], batch["labels"], return_token_entropy=True, detach_entropy=detach
+    )
+    assert scored["token_entropy"].requires_grad is not detach
+    assert scored["log_probs"].requires_grad

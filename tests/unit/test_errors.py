@@ -224,9 +224,3 @@ ERRORS = {
 def test_the_error_says_what_was_given_and_what_to_do(message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         ERRORS[message]()
-
-
-def test_another_failure_of_the_lookup_keeps_its_own_words():
-    """Labels in range: whatever went wrong, it was not them."""
-    with pytest.raises(RuntimeError, match="same number of dimensions"):
-        g.select_log_probs.__wrapped__(torch.zeros(1, 3), torch.zeros(2, 2, dtype=torch.long))

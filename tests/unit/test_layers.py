@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = [
-    {"types", "_check", "_expression"},
+    {"types", "_check", "_expression", "_sweep"},
     {"_groups", "_ratios", "masking", "distributions", "shaping", "_forward", "_symbolic", "_spelling"}
     | {"_linear_head"},
     {"advantages", "pass_at_k", "losses", "token_losses", "sequence_losses", "selection", "kl", "importance"}
