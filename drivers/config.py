@@ -337,13 +337,25 @@ class GrpoConfig:
     def needs_old_log_probs(self) -> bool:
         """Whether a pass before the first update must score the rollouts; on-policy, each update's own pass has it."""
         uses_ratio = self.loss_type in RATIO_OBJECTIVES or (self.kl_coef > 0 and self.kl_estimator == "ratio_k3")
-        before_the_update = (
-            self.importance != "none"
-            or self.loss_type in ("clip_cov", "kl_cov")
+        corrects_before = self.importance != "none" and not self.corrects_in_pass
+        off_policy = self.is_off_policy and uses_ratio and self.old_policy == "trainer"
+        return corrects_before or off_policy or self._chooses_by_old_policy
+
+    @property
+    def _chooses_by_old_policy(self) -> bool:
+        """Whether tokens or rewards are weighed by what the policy said of a whole batch before the update."""
+        return (
+            self.loss_type in ("clip_cov", "kl_cov")
             or self.top_entropy_fraction is not None
             or (self.kl_coef > 0 and self.kl_in == "reward")
         )
-        return before_the_update or (self.is_off_policy and uses_ratio and self.old_policy == "trainer")
+
+    @property
+    def corrects_in_pass(self) -> bool:
+        """Whether importance weights come from the same pass as the loss: each then needs its own response alone."""
+        of_each_response = not self.self_normalize and self.rejected_tokens == "count"
+        own_pass = self.is_ratio_to_own_pass and not self._chooses_by_old_policy
+        return self.importance != "none" and of_each_response and own_pass
 
     @property
     def needs_reference(self) -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from drivers.batch import RolloutBatch
+from drivers.objective import describe_correction
 from drivers.rollout import Completion
 from grpo_core import compute_gradient_share, masked_mean
 
@@ -20,14 +21,21 @@ class UpdateMetrics:
         self._losses: list[Tensor] = []
         self._grad_norms: list[Tensor] = []
         self._facts: list[Mapping[str, float]] = []
+        self._watched: list[Mapping[str, Tensor]] = []
         self._pulls: list[Tensor] = []
         self._is_positive: list[Tensor] = []
         self._lengths: list[Tensor] = []
 
     def add_micro_batch(
-        self, micro: RolloutBatch, scored: Mapping[str, Tensor], metadata: Mapping[str, Tensor]
+        self,
+        micro: RolloutBatch,
+        scored: Mapping[str, Tensor],
+        metadata: Mapping[str, Tensor],
+        watched: Mapping[str, Tensor] | None = None,
     ) -> None:
         """A micro-batch that was trained on, with the means over its response tokens."""
+        if watched is not None:
+            self._watched.append(watched)
         difference = (scored["log_probs"].detach() - micro.sampler_log_probs).abs()
         self._micro_batches.append(
             {
@@ -62,6 +70,8 @@ class UpdateMetrics:
             numbers["gradient_share_long"] = compute_gradient_share(pulls, lengths > lengths.float().median())
         host = torch.stack([value.float() for value in numbers.values()]).tolist()
         facts = {name: sum(one[name] for one in self._facts) / len(self._facts) for name in self._facts[0]}
+        if self._watched:
+            facts |= describe_correction(self._watched)
         return dict(sorted((facts | dict(zip(numbers, host, strict=True))).items())) | {
             "trained_tokens": float(self.trained_tokens),
             "micro_batches": float(len(self._micro_batches)),

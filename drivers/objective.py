@@ -128,10 +128,12 @@ def weigh_step(config: GrpoConfig, batch: RolloutBatch) -> tuple[RolloutBatch, d
     assert batch.advantages is not None  # `prepare_rollouts` took them
     kept, importance = mask, None
     facts: dict[str, float] = {}
-    if config.importance != "none":
-        ratios, importance, facts = _importance(config, batch, mask)
+    if config.importance != "none" and not config.corrects_in_pass:
+        assert batch.old_log_probs is not None  # `needs_old_log_probs` says so
+        importance, inside, watched = correct_for_sampler(config, batch, batch.old_log_probs, mask)
+        facts = describe_correction([watched])
         if config.importance != "truncate":
-            kept = kept & core.keep_within_bounds(ratios, low=config.importance_low, high=config.importance_high)
+            kept = kept & inside
     if config.top_entropy_fraction is not None:
         assert batch.old_entropy is not None
         kept = kept & core.select_high_entropy(batch.old_entropy, mask, config.top_entropy_fraction)
@@ -172,26 +174,35 @@ def weigh_step(config: GrpoConfig, batch: RolloutBatch) -> tuple[RolloutBatch, d
     ), facts
 
 
-def _importance(
-    config: GrpoConfig, batch: RolloutBatch, mask: Tensor
-) -> tuple[Tensor, Tensor | None, dict[str, float]]:
-    """Ratios, weights where there are any, and the mismatch before any bound."""
-    assert batch.old_log_probs is not None  # `needs_old_log_probs` says so
-    ratios = core.compute_importance_ratios(
-        batch.old_log_probs, batch.sampler_log_probs, mask, config.importance_level
-    )
+def correct_for_sampler(
+    config: GrpoConfig, batch: RolloutBatch, old_log_probs: Tensor, mask: Tensor
+) -> tuple[Tensor | None, Tensor, dict[str, Tensor]]:
+    """Importance weights, if there are any; which ratios lie within the bounds; and what both are described by."""
+    sampler = batch.sampler_log_probs
+    ratios = core.compute_importance_ratios(old_log_probs, sampler, mask, config.importance_level)
     bounds = {"low": config.importance_low, "high": config.importance_high}
-    facts = {
-        k: v.item() for k, v in core.describe_mismatch(batch.old_log_probs, batch.sampler_log_probs, mask).items()
-    }
-    inside = core.keep_within_bounds(ratios, **bounds) & mask
-    facts["importance_in_bounds"] = (inside.sum() / mask.sum().clamp(min=1)).item()
-    if config.importance == "reject":
-        return ratios, None, facts
-    cut = core.truncate_importance_weights if config.importance == "truncate" else core.mask_importance_weights
-    weights = cut(ratios, **bounds)
-    facts["importance_ess"] = core.effective_sample_size(weights, mask).item()
-    return ratios, core.self_normalize_weights(weights, mask) if config.self_normalize else weights, facts
+    inside = core.keep_within_bounds(ratios, **bounds)
+    weights = None
+    if config.importance != "reject":
+        cut = core.truncate_importance_weights if config.importance == "truncate" else core.mask_importance_weights
+        weights = cut(ratios, **bounds)
+        if config.self_normalize:
+            weights = core.self_normalize_weights(weights, mask)
+    watched = {"old": old_log_probs, "sampler": sampler, "mask": mask, "inside": (inside & mask).float()}
+    if weights is not None:
+        per_token = weights.shape == mask.shape
+        watched |= {"weights": weights, "weighed": mask if per_token else mask.any(dim=1, keepdim=True)}
+    return weights, inside, {name: value.detach().reshape(1, -1) for name, value in watched.items()}
+
+
+def describe_correction(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """The mismatch of policy and sampler before any bound, and what the bounds left of it, over all the parts."""
+    whole = {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
+    facts = dict(core.describe_mismatch(whole["old"], whole["sampler"], whole["mask"]))
+    facts["importance_in_bounds"] = whole["inside"].sum() / whole["mask"].sum().clamp(min=1)
+    if "weights" in whole:
+        facts["importance_ess"] = core.effective_sample_size(whole["weights"], whole["weighed"])
+    return dict(zip(facts, torch.stack([value.double() for value in facts.values()]).tolist(), strict=True))
 
 
 def rows_with_gradient(config: GrpoConfig, batch: RolloutBatch, entropy_coef: float) -> list[int]:
@@ -210,8 +221,11 @@ def rows_with_gradient(config: GrpoConfig, batch: RolloutBatch, entropy_coef: fl
 
 def compute_loss(
     config: GrpoConfig, micro: RolloutBatch, scored: Mapping[str, Tensor], entropy_coef: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The share of a micro-batch in the loss of its optimizer step, and what it is watched by."""
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor] | None]:
+    """The share of a micro-batch in the loss of its optimizer step, and what it is watched by.
+
+    Last comes what the correction for the sampler is described by, where it is made here.
+    """
     log_probs, mask = scored["log_probs"], micro.response_mask
     assert micro.policy_weights is not None
     # On-policy, pi_old is the policy of this very pass: the ratio is exactly 1, its gradient is not 0.
@@ -220,7 +234,13 @@ def compute_loss(
         old = micro.old_log_probs
     losses, flags = compute_objective(config, micro, log_probs, old)
     weights, importance = micro.policy_weights, micro.importance_weights
-    dropped = None
+    dropped, watched = None, None
+    if config.corrects_in_pass:
+        assert micro.token_weights is not None
+        counted = mask & (micro.token_weights > 0)
+        importance, inside, watched = correct_for_sampler(config, micro, log_probs.detach(), counted)
+        if config.importance != "truncate":
+            weights = weights * inside
     if config.off_policy_threshold is not None:
         assert micro.advantages is not None
         kept = core.keep_on_policy_sequences(
@@ -247,9 +267,11 @@ def compute_loss(
     described = core.describe_policy_update(log_probs, mask, flags, old if uses_ratio else None)
     if kl is not None:
         described["kl"] = core.masked_sum(kl.detach(), mask) / mask.sum().clamp(min=1)
+    if watched is not None and config.importance != "truncate":
+        described["kept_tokens"] = watched["inside"].sum() / mask.sum().clamp(min=1)
     if dropped is not None:
         described["off_policy_dropped"] = dropped.sum() / mask.sum().clamp(min=1)
-    return loss, described
+    return loss, described, watched
 
 
 class EntropyBonus:

@@ -91,10 +91,10 @@ def accumulate_gradients(
         micro = train_batch.select(members).to(device)
         scored = score(policy, micro, config.sampling_temperature, with_entropy=True, detach_entropy=entropy_coef == 0)
         scored["log_probs"].retain_grad()
-        loss, described = compute_loss(config, micro, scored, entropy_coef)
+        loss, described, watched = compute_loss(config, micro, scored, entropy_coef)
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
-        metrics.add_micro_batch(micro, scored, described)
+        metrics.add_micro_batch(micro, scored, described, watched)
     return total
 
 

@@ -174,7 +174,7 @@ def test_the_sampler_in_the_place_of_the_old_policy():
 
 
 def test_importance_weights_are_the_trainers_over_the_samplers():
-    config, parts = tiny_config(importance="truncate", importance_high=1.5), tiny_parts()
+    config, parts = tiny_config(importance="truncate", importance_high=1.5, **TWO_UPDATES), tiny_parts()
     rollouts, scores = rollouts_of(config, parts)
     rollouts = replace(rollouts, sampler_log_probs=rollouts.sampler_log_probs - 0.25)
     batch, facts = weigh_step(config, prepare_rollouts(config, parts.policy, None, rollouts, scores, None))
@@ -186,6 +186,46 @@ def test_importance_weights_are_the_trainers_over_the_samplers():
     rejected, facts = weigh_step(narrow, prepare_rollouts(narrow, parts.policy, None, rollouts, scores, None))
     assert facts["kept_tokens"] == 0.0
     assert (rejected.policy_weights == 0).all()
+
+
+@pytest.mark.parametrize("importance", ["truncate", "mask", "reject"])
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
+@pytest.mark.parametrize("mask_truncated", [False, True])
+def test_on_policy_the_correction_comes_from_the_pass_itself(importance, level, mask_truncated, monkeypatch):
+    """Without a pass before it: the same gradient, and the same account of it."""
+    config = tiny_config(
+        importance=importance,
+        importance_level=level,
+        importance_low=0.8,
+        importance_high=1.1,
+        mask_truncated=mask_truncated,
+        loss_type="gspo" if level == "sequence" else "grpo_clip",
+    )
+    found = []
+    for in_pass in (True, False):
+        if not in_pass:
+            monkeypatch.setattr(GrpoConfig, "corrects_in_pass", False)
+        assert config.corrects_in_pass is in_pass
+        assert config.needs_old_log_probs is not in_pass
+        parts = tiny_parts()
+        rollouts, scores = rollouts_of(config, parts)
+        noise = torch.rand(rollouts.response_mask.shape, generator=torch.Generator().manual_seed(0)) - 0.5
+        rollouts = replace(rollouts, sampler_log_probs=rollouts.sampler_log_probs + 0.4 * noise)
+        batch, facts = weigh_step(config, prepare_rollouts(config, parts.policy, None, rollouts, scores, None))
+        metrics = UpdateMetrics()
+        monkeypatch.setattr(train_program, "rows_with_gradient", lambda _, batch, __: list(range(len(batch))))
+        loss = accumulate_gradients(parts.policy, batch, config, 0.0, metrics)
+        weights = torch.cat([p.grad.flatten() for p in parts.policy.parameters()])
+        metrics.add_update(loss, weights.norm(), facts)
+        found.append((loss, weights, metrics.summary()))
+    (loss, weights, summary), (other_loss, other_weights, other_summary) = found
+    assert weights.abs().max() > 0.01
+    assert_close(loss, other_loss, rtol=1e-4, atol=1e-6)
+    assert_close(weights, other_weights, rtol=0, atol=2e-6)
+    assert summary.keys() == other_summary.keys()
+    assert 0.05 < summary["importance_in_bounds"] < 1.0
+    for name, value in summary.items():
+        assert value == pytest.approx(other_summary[name], rel=1e-3, abs=1e-5), name
 
 
 def test_truncated_responses_leave_loss_and_denominators():
@@ -499,7 +539,7 @@ def test_what_has_a_gradient():
     assert answer(entropy_coef=0.01)
     assert answer(kl_coef=0.1, kl_in="reward", kl_estimator="k1")
     assert not answer(loss_type="kl_cov", covariance_fraction=0.5)  # no covariance is positive where A is constant
-    assert not answer(rewards=torch.arange(32.0), importance="reject", importance_high=1e-9)
+    assert not answer(rewards=torch.arange(32.0), importance="reject", importance_high=1e-9, **TWO_UPDATES)
 
 
 def test_rejected_tokens_leave_the_denominators_where_asked():
@@ -508,7 +548,7 @@ def test_rejected_tokens_leave_the_denominators_where_asked():
     for importance in ("mask", "reject"):
         sums = []
         for counting in ("count", "drop"):
-            settings = {"importance": importance, "importance_high": 1.05, "aggregation": "token_mean"}
+            settings = {"importance": importance, "importance_high": 1.05, "aggregation": "token_mean", **TWO_UPDATES}
             config = tiny_config(**settings, rejected_tokens=counting)
             rollouts, scores = rollouts_of(config, parts)
             noise = torch.rand(rollouts.response_mask.shape, generator=torch.Generator().manual_seed(0)) - 0.5
