@@ -1,7 +1,9 @@
 """The rollouts of one step: sampled, graded, and where asked sampled again for groups that teach nothing."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
 from typing import NamedTuple
 
 from torch import Tensor
@@ -27,6 +29,45 @@ class Collected(NamedTuple):
     greedy_rewards: Tensor | None
     """Of one greedy response to each question, where advantages are taken against it."""
     facts: dict[str, float]
+
+
+class Rollouts:
+    """The batches of a run. With `async_steps`, that of the next step is sampled while this one is trained on."""
+
+    def __init__(self, collect_step: Callable[[Run, int], Collected], run: Run, async_steps: int) -> None:
+        self._collect, self._run = collect_step, run
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="rollouts") if async_steps else None
+        self._ahead: tuple[int, Run, Future[Collected]] | None = None
+
+    def __enter__(self) -> "Rollouts":
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        """Whatever is being sampled is sampled to its end: the engine has no other owner."""
+        if self._worker is not None:
+            self._worker.shutdown(cancel_futures=True)
+
+    def of(self, step: int) -> Collected:
+        """The batch of this step: what was begun for it, or else sampled now."""
+        if self._ahead is None:
+            return self._collect(self._run, step)
+        begun, twin, future = self._ahead
+        assert begun == step
+        self._ahead = None
+        self._run.add_times(twin)
+        return future.result()
+
+    def begin(self, step: int) -> None:
+        """Sample the batch of this step in the background, from the weights that the engine has now."""
+        if self._worker is not None and step <= self._run.config.n_grpo_steps:
+            twin = self._run.in_background()
+            self._ahead = step, twin, self._worker.submit(self._collect, twin, step)
+
+    def wait(self) -> None:
+        """Until nothing is being sampled: only then may the engine be given other weights."""
+        if self._ahead is not None:
+            with self._run.phase("wait"):
+                self._ahead[2].result()
 
 
 def collect(
@@ -102,6 +143,9 @@ def collect(
             **describe_completions(sampled),
             "sampled_tokens": float(sum(len(completion.token_ids) for completion in (*sampled, *(greedy or ())))),
         }
+        versions = [completion.weight_version for completion in trained if completion.weight_version is not None]
+        if versions:
+            facts["staleness"] = step - 1 - sum(versions) / len(versions)
         if config.max_refills:
             facts |= {"refills": float(refill), "missing_groups": float(missing)}
         if config.length_penalty != "none":

@@ -264,6 +264,9 @@ class GrpoConfig:
     micro_batch_tokens: int | None = None
     """Micro-batches of at most so many tokens, padding counted, in place of --gradient-accumulation-steps. However a
     batch is cut, the gradient is the same: more is faster, and takes more memory."""
+    async_steps: Literal[0, 1] = 0
+    """1: while a batch is trained on, vLLM samples the next one with the weights from before the update, on a GPU of
+    its own or on shared cores. One update off-policy: it asks for --importance, or --old-policy sampler."""
     show: bool = False
     """Print the resolved settings and the loss as a formula, and stop."""
 

@@ -47,9 +47,10 @@ class Display:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
-    def phase(self, name: str, seconds: dict[str, float]) -> Iterator[None]:
+    def phase(self, name: str, seconds: dict[str, float], *, shown: bool = True) -> Iterator[None]:
         """Show `name` as what is going on, and add its time to `seconds`."""
-        self._progress.update(self._task, description=name)
+        if shown:
+            self._progress.update(self._task, description=name)
         begin = time.monotonic()
         try:
             yield

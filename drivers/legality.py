@@ -54,6 +54,7 @@ def check_combination(config: "GrpoConfig") -> None:
     _check_objective(config)
     _check_sampler(config)
     _check_penalties(config)
+    _check_async(config)
 
 
 def _check_unread(config: "GrpoConfig") -> None:
@@ -157,6 +158,21 @@ def _check_sampler(config: "GrpoConfig") -> None:
         raise UsageError(f"cliprange_high={config.cliprange_high} must not be negative")
     if min(config.sapo_temperatures) <= 0:
         raise UsageError(f"sapo_temperatures={config.sapo_temperatures} must be greater than 0")
+
+
+def _check_async(config: "GrpoConfig") -> None:
+    if not config.async_steps:
+        return
+    if config.engine == "hf":
+        raise UsageError(
+            f"async_steps={config.async_steps} samples from weights that the policy has left behind, and engine=hf "
+            "has the policy's own: pass --engine vllm, or --async-steps 0"
+        )
+    if config.importance == "none" and config.old_policy == "trainer":
+        raise UsageError(
+            f"async_steps={config.async_steps} trains on samples of the policy before the last update, which nothing "
+            "corrects: pass --importance truncate, or --old-policy sampler with a loss that has a ratio"
+        )
 
 
 def _uses_sampler(config: "GrpoConfig") -> str | None:

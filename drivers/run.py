@@ -1,5 +1,6 @@
 """A run around its loop: the parts that it is built from, and what it shows, writes and checks on the way."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
@@ -47,6 +48,7 @@ class Run:
         """The last step whose updates are all in the weights."""
         self._log = RunLog(folder, config)
         self._seconds: dict[str, float] = {}
+        self._is_in_background = False
         self._accuracies: list[float] = []
         # A thousand tokens tell enough, whatever the length limit of the run.
         longest = min(config.sampling_max_tokens, config.sampling_min_tokens + 64)
@@ -62,7 +64,18 @@ class Run:
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Time the block, and show it as what is going on."""
-        return self.display.phase(name, self._seconds)
+        return self.display.phase(name, self._seconds, shown=not self._is_in_background)
+
+    def in_background(self) -> "Run":
+        """The same run for another thread: its times are its own, and what it does is not shown as going on."""
+        twin = copy.copy(self)
+        twin._seconds, twin._is_in_background = {}, True
+        return twin
+
+    def add_times(self, twin: "Run") -> None:
+        """What was done in the background for this step."""
+        for name, seconds in twin._seconds.items():
+            self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
     def sampling_seed(self, step: int, refill: int = 0) -> int:
         """Another noise stream for each step and each refill of it; one response uses one seed."""
@@ -194,6 +207,11 @@ def choose_devices(config: GrpoConfig) -> tuple[torch.device, torch.device]:
         raise UsageError(
             f"--rollout-device {rollout_device}: the policy is on {policy_device}; both on the CPU or both on CUDA is "
             "required, and with --engine hf the same device"
+        )
+    if config.async_steps and rollout_device == policy_device and policy_device.type == "cuda":
+        raise UsageError(
+            f"--async-steps {config.async_steps}: policy and engine take turns on {policy_device}: a second GPU is "
+            "required (--rollout-device), or pass --async-steps 0"
         )
     return policy_device, rollout_device
 

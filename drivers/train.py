@@ -7,12 +7,13 @@ from drivers import environment  # noqa: F401  before torch: OpenMP reads its se
 import random
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
 from drivers.batch import RolloutBatch, make_rollout_batch
-from drivers.collect import collect
+from drivers.collect import Rollouts, collect
 from drivers.config import GrpoConfig, exit_with, parse_train_config
 from drivers.data import Question
 from drivers.display import Display
@@ -45,37 +46,41 @@ def train(
     run.check_engine(engine, policy, val_set, version=0)
     run.evaluate(engine, val_set, reward_fn, step=0)
 
-    for step in run.steps():
-        # D_b ~ D;  o_1 .. o_G ~ pi_old(. | q) for each question q of D_b;  r_i = R(q, o_i).
-        collected = collect(config, engine, reward_fn, train_set, draw, run, step)
+    sample = partial(collect, config, engine, reward_fn, train_set, draw)
+    with Rollouts(sample, run, config.async_steps) as batches:
+        for step in run.steps():
+            # D_b ~ D;  o_1 .. o_G ~ pi_old(. | q) for each question q of D_b;  r_i = R(q, o_i).
+            collected = batches.of(step)
+            batches.begin(step + 1)
 
-        # A_i = r_i against its group;  pi <- ascend the objective on these rollouts, in one update or several.
-        metrics = UpdateMetrics()
-        entropy_coef = bonus.of_step(collected.facts["rollout_entropy"])
-        with run.phase("update"):
-            rollouts = make_rollout_batch(collected.completions, collected.raw_rewards, config.group_size)
-            rollouts = prepare_rollouts(
-                config, policy, reference, rollouts, collected.scores, collected.greedy_rewards
-            )
-            for _ in range(config.epochs_per_rollout_batch):
-                for train_batch in rollouts.shuffled(shuffle).split(config.train_batch_size):
-                    train_batch, facts = weigh_step(config, train_batch)
-                    loss = accumulate_gradients(policy, train_batch, config, entropy_coef, metrics)
-                    with uninterrupted():
-                        metrics.add_update(loss, optimizer.step(loss, config.max_grad_norm), facts)
+            # A_i = r_i against its group;  pi <- ascend the objective on these rollouts, in one update or several.
+            metrics = UpdateMetrics()
+            entropy_coef = bonus.of_step(collected.facts["rollout_entropy"])
+            with run.phase("update"):
+                rollouts = make_rollout_batch(collected.completions, collected.raw_rewards, config.group_size)
+                rollouts = prepare_rollouts(
+                    config, policy, reference, rollouts, collected.scores, collected.greedy_rewards
+                )
+                for _ in range(config.epochs_per_rollout_batch):
+                    for train_batch in rollouts.shuffled(shuffle).split(config.train_batch_size):
+                        train_batch, facts = weigh_step(config, train_batch)
+                        loss = accumulate_gradients(policy, train_batch, config, entropy_coef, metrics)
+                        with uninterrupted():
+                            metrics.add_update(loss, optimizer.step(loss, config.max_grad_norm), facts)
 
-        # pi_old <- pi.
-        with run.phase("push"), uninterrupted():
-            engine.load_weights(version=step)
-            run.step = step
-        if step == 1:
-            run.check_engine(engine, policy, val_set, version=step)
-        if step % config.eval_steps == 0 or step == config.n_grpo_steps:
-            run.evaluate(engine, val_set, reward_fn, step=step)
-        if step % config.checkpoint_steps == 0:
-            run.save(policy, f"checkpoint-{step}", step)
-        coefficient = {"entropy_coef": entropy_coef} if config.has_entropy_bonus else {}
-        run.report(step, collected.facts | metrics.summary() | coefficient)
+            # pi_old <- pi.
+            batches.wait()
+            with run.phase("push"), uninterrupted():
+                engine.load_weights(version=step)
+                run.step = step
+            if step == 1:
+                run.check_engine(engine, policy, val_set, version=step)
+            if step % config.eval_steps == 0 or step == config.n_grpo_steps:
+                run.evaluate(engine, val_set, reward_fn, step=step)
+            if step % config.checkpoint_steps == 0:
+                run.save(policy, f"checkpoint-{step}", step)
+            coefficient = {"entropy_coef": entropy_coef} if config.has_entropy_bonus else {}
+            run.report(step, collected.facts | metrics.summary() | coefficient)
 
 
 def accumulate_gradients(

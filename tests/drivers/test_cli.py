@@ -108,6 +108,7 @@ FLAGS = [
     "entropy_target",
     "sampling_top_p",
     "micro_batch_tokens",
+    "async_steps",
     "show",
 ]
 

@@ -599,6 +599,8 @@ ILLEGAL = [
     ({"loss_type": "grpo_clip", "cliprange_high": float("nan")}, "cliprange_high=nan must be a number"),
     ({"loss_type": "cispo", "cliprange": 0.1}, "cliprange=0.1 has no effect with loss_type=cispo"),
     ({"advantage": "gpg", "advantage_eps": 0.1}, "advantage_eps=0.1 has no effect with advantage=gpg"),
+    ({"async_steps": 1, "engine": "vllm"}, "which nothing corrects: pass --importance truncate"),
+    ({"async_steps": 1, "importance": "truncate"}, "engine=hf has the policy's own"),
     ({"importance_high": 3.0}, "importance_high=3.0 has no effect with importance=none"),
     ({"loss_type": "no_baseline", "off_policy_threshold": 0.1}, "off_policy_threshold=0.1 has no effect"),
     ({"loss_type": "clip_cov", "covariance_bounds": (5.0, 1.0)}, "must be a lower and a higher number"),

@@ -17,6 +17,7 @@ from drivers.run_log import RunLog, abandon_run_folder, create_run_folder
 from grpo_core import r1_zero_reward_fn
 from tests.drivers.parts import completion, letter_questions, tiny_config
 from tests.drivers.test_batch import batch_of
+from tests.drivers.test_overlap import run_overlapped
 from tests.drivers.test_train import run_training
 from tests.tiny import make_tiny_tokenizer
 
@@ -113,6 +114,8 @@ def test_every_logged_number_is_documented(tmp_path):
         run_training(tmp_path / str(number), **(plain | some))
         for line in (tmp_path / str(number) / "metrics.jsonl").read_text().splitlines():
             logged |= json.loads(line).keys()
+    _, _, overlapped = run_overlapped(tmp_path / "overlapped", n_grpo_steps=2)
+    logged |= {name for row in overlapped for name in row}
     assert logged - {"phase", "step"} == documented
 
 

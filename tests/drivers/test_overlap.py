@@ -1,0 +1,111 @@
+"""`--async-steps 1`: the next batch is sampled while this one is trained on, and is exactly one update old."""
+
+import json
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+from drivers.errors import UsageError
+from drivers.rollout import HFEngine
+from drivers.run import choose_devices
+from drivers.train import train
+from tests.drivers.parts import clone_policy, letter_reward, make_run, tiny_config, tiny_parts
+from tests.drivers.test_train import weights
+
+OVERLAPPED = {"async_steps": 1, "engine": "vllm", "importance": "truncate", "loss_type": "grpo_clip"}
+
+
+class SnapshotEngine(HFEngine):
+    """Samples from a copy of the policy as it was at the last push, as vLLM does; notes who sampled what, where."""
+
+    def __init__(self, policy, tokenizer):
+        super().__init__(clone_policy(policy), tokenizer)
+        self.source, self.busy, self.calls = policy, False, []
+
+    def load_weights(self, version):
+        assert not self.busy, "a push while samples are being drawn"
+        self._policy.load_state_dict(self.source.state_dict())
+        super().load_weights(version)
+
+    def generate(self, prompts, sampling, *, seed):
+        self.busy = True
+        completions = super().generate(prompts, sampling, seed=seed)
+        self.calls.append((threading.current_thread().name, self._version, weights(self._policy), completions))
+        self.busy = False
+        return completions
+
+
+def run_overlapped(folder, **changes):
+    config, parts = tiny_config(**OVERLAPPED | changes), tiny_parts()
+    run, engine = make_run(config, folder, parts.tokenizer), SnapshotEngine(parts.policy, parts.tokenizer)
+    try:
+        train(config, parts.policy, engine, letter_reward, parts.questions, parts.questions, run)
+    finally:
+        run.finish()
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return parts.policy, engine, [row for row in rows if row["phase"] == "train"]
+
+
+def test_each_batch_but_the_first_is_one_update_old(tmp_path):
+    _, engine, steps = run_overlapped(tmp_path, n_grpo_steps=4, learning_rate=1e-3)
+    assert [row["staleness"] for row in steps] == [0.0, 1.0, 1.0, 1.0]
+    in_background = [call for call in engine.calls if call[0].startswith("rollouts")]
+    assert [version for _, version, _, _ in in_background] == [0, 1, 2]
+    # The rollouts that were begun in step k have the weights that step k began with.
+    pushed = {version: sampled for _, version, sampled, _ in engine.calls}
+    for earlier, later in ((0, 1), (1, 2)):
+        assert not torch.equal(pushed[earlier], pushed[later])
+    assert all(row["time_wait_s"] >= 0 for row in steps[:-1])
+    assert all(row["mismatch_mean"] > 0 for row in steps[1:])
+    assert steps[0]["mismatch_mean"] < 1e-5
+
+
+def test_without_overlap_nothing_is_stale_and_nothing_runs_elsewhere(tmp_path):
+    _, engine, steps = run_overlapped(tmp_path, n_grpo_steps=3, async_steps=0)
+    assert {row["staleness"] for row in steps} == {0.0}
+    assert {thread for thread, *_ in engine.calls} == {"MainThread"}
+    assert all("time_wait_s" not in row for row in steps)
+
+
+def test_the_questions_and_seeds_are_those_of_a_run_without_overlap(tmp_path):
+    """Only the weights behind them differ: at a rate of next to nothing, so do the trajectories."""
+    first, one, _ = run_overlapped(tmp_path / "a", n_grpo_steps=3, learning_rate=1e-12)
+    second, other, _ = run_overlapped(tmp_path / "b", n_grpo_steps=3, learning_rate=1e-12, async_steps=0)
+    sampled = [
+        sorted(c.prompt_token_ids + c.token_ids for call in engine.calls for c in call[3]) for engine in (one, other)
+    ]
+    assert sampled[0] == sampled[1]
+    assert torch.allclose(weights(first), weights(second), atol=1e-9)
+
+
+@pytest.mark.parametrize("correction", [{}, {"importance": "none", "old_policy": "sampler"}], ids=["truncate", "two"])
+def test_one_update_late_it_learns_all_the_same(tmp_path, correction):
+    _, _, steps = run_overlapped(tmp_path, n_grpo_steps=40, **correction)
+    assert steps[0]["reward"] < 0.15
+    assert sum(row["reward"] for row in steps[-3:]) / 3 > 0.9
+
+
+def test_an_error_in_the_background_ends_the_run_as_itself(tmp_path):
+    calls = []
+
+    def failing(response, ground_truth):
+        calls.append(1)
+        if len(calls) > 40:
+            raise RuntimeError("the grader is gone")
+        return letter_reward(response, ground_truth)
+
+    config, parts = tiny_config(**OVERLAPPED, n_grpo_steps=4), tiny_parts()
+    run, engine = make_run(config, tmp_path, parts.tokenizer), SnapshotEngine(parts.policy, parts.tokenizer)
+    with pytest.raises(RuntimeError, match="the grader is gone"):
+        train(config, parts.policy, engine, failing, parts.questions, parts.questions, run)
+    run.finish()
+    assert not any(thread.name.startswith("rollouts") for thread in threading.enumerate())
+
+
+def test_on_one_gpu_policy_and_engine_cannot_overlap(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    config = replace(tiny_config(**OVERLAPPED), policy_device="cuda", rollout_device="cuda")
+    with pytest.raises(UsageError, match="a second GPU is required"):
+        choose_devices(config)
