@@ -66,15 +66,10 @@ def log_ratio_of(
 
 @torch.no_grad()
 def ratio_of(
-    policy_log_probs: Float[Tensor, "batch seq"],
-    old_log_probs: Float[Tensor, "batch seq"],
-    mask: Bool[Tensor, "batch seq"] | None = None,
+    policy_log_probs: Float[Tensor, "batch seq"], old_log_probs: Float[Tensor, "batch seq"]
 ) -> Float[Tensor, "batch seq"]:
-    """The ratio itself, 1 outside the mask, without a gradient; in one new tensor."""
-    difference = policy_log_probs - old_log_probs
-    if mask is not None:
-        difference.masked_fill_(~mask, 0.0)
-    return difference.clamp_(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp_()
+    """The ratio itself, without a gradient and of every token: what lies outside a mask is hidden in the result."""
+    return (policy_log_probs - old_log_probs).clamp_(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp_()
 
 
 def mean_over_row(values: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]) -> Float[Tensor, "batch 1"]:

@@ -121,17 +121,19 @@ def compute_grpo_clip_loss(
         require(dual_clip > 1, "dual_clip", dual_clip, "above 1: it bounds ratios where the advantage is negative")
     advantages = advantages.detach()
     with torch.no_grad():
-        ratio = ratio_of(policy_log_probs, old_log_probs, response_mask)
-        # The minimum over both surrogates is one, of a ratio with the bound that lowers it: from below where A < 0.
+        ratio = ratio_of(policy_log_probs, old_log_probs)
+        # The minimum of both surrogates is one, of a ratio with the bound that lowers it: from below where A < 0.
         lower = torch.full_like(advantages, -torch.inf).masked_fill_(advantages < 0, low)
         upper = torch.full_like(advantages, torch.inf).masked_fill_(advantages > 0, high)
         flags = {"is_clipped_low": ratio < lower, "is_clipped_high": ratio > upper}
+        flags["is_clipped"] = flags["is_clipped_low"] | flags["is_clipped_high"]
         if dual_clip is not None:
+            flags["is_clipped_dual"] = (ratio > dual_clip) & (advantages < 0)
+            flags["is_clipped"] |= flags["is_clipped_dual"]
             upper.masked_fill_(advantages < 0, dual_clip)
-            flags["is_clipped_dual"] = (ratio > upper) & (advantages < 0)
-        flags["is_clipped"] = flags["is_clipped_low"] | (ratio > upper)
-        losses = ratio.clamp(lower, upper).mul_(-advantages)
-        slope = ratio.mul_(-advantages).masked_fill_(flags["is_clipped"], 0)
+        losses = torch.maximum(ratio, lower)
+        torch.minimum(losses, upper, out=losses).mul_(-advantages)
+        slope = ratio.mul_(-advantages).mul_(~flags["is_clipped"])
         if response_mask is not None:
             losses.masked_fill_(~response_mask, 0)
             slope.masked_fill_(~response_mask, 0)
@@ -169,7 +171,7 @@ def compute_grpo_no_clip_loss(
         Schulman et al. 2017, arXiv:1707.06347, eq. 6.
     """
     with torch.no_grad():
-        losses = ratio_of(policy_log_probs, old_log_probs, response_mask) * -advantages.detach()
+        losses = ratio_of(policy_log_probs, old_log_probs) * -advantages.detach()
         losses = hide(losses, response_mask)
     # The ratio is its own derivative.
     return with_slope(losses, losses, policy_log_probs), {}

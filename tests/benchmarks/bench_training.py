@@ -36,6 +36,7 @@ from tests.benchmarks._harness import ROOT, Result, describe, digits, make_table
 BASELINE = "ours"
 PHASES = ("rollout", "reward", "update", "push")
 CLIPRANGE, ADVANTAGE_EPS = 0.2, 1e-4  # TRL's defaults
+WARMUP = 1  # steps at the start of a run that do not count
 REPORT = "steps.jsonl"
 
 StepFacts = dict[str, float]  # seconds, and what shows that both sides do the same

@@ -334,9 +334,10 @@ KL = [
         ("k1: its sign", "            return -x\n", "            return x\n"),
         ("policy and reference swapped", "x = -log_ratio_of(", "x = log_ratio_of("),
         ("k2: not halved", "x.square() / 2", "x.square()"),
-        ("k3: not held", "k3 = hold(x).expm1() - x", "k3 = x.expm1() - x"),
-        ("k3: both terms held", "k3 = hold(x).expm1() - x", "k3 = hold(x).expm1() - hold(x)"),
-        ("k3: 1 forgotten", "hold(x).expm1() - x", "hold(x).exp() - x"),
+        ("k3: not held", "growth = hold(x).expm1()", "growth = x.expm1()"),
+        ("k3: both terms held", "value = growth - x", "value = growth - hold(x)"),
+        ("k3: a slope of 1", "with_slope(value, growth, x)", "with_slope(value, None, x)"),
+        ("k3: 1 forgotten", "value = growth - x", "value = growth + 1 - x"),
         (
             "ratio_k3: the ratio carries no gradient",
             "response_mask)).exp() * k3",
