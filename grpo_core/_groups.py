@@ -73,12 +73,16 @@ def list_sizes(rollouts: int, group_sizes: GroupSizes, name: str = "group_sizes"
 
 def split_groups(rewards: Float[Tensor, " rollout"], group_sizes: GroupSizes) -> Groups:
     """One row per question, detached. A reward that is NaN or infinite could not be scored."""
-    lengths = torch.tensor(list_sizes(len(rewards), group_sizes), device=rewards.device)
-    width = int(lengths.max()) if len(lengths) else 1
-    present = torch.arange(width, device=rewards.device) < lengths[:, None]
+    sizes = list_sizes(len(rewards), group_sizes)
     wide = rewards.detach().to(torch.float64)
-    padded = torch.full(present.shape, torch.nan, dtype=torch.float64, device=rewards.device)
-    padded[present] = wide
+    if isinstance(group_sizes, int):
+        padded = wide.view(len(sizes), group_sizes)
+        present = torch.ones_like(padded, dtype=torch.bool)
+    else:
+        lengths = torch.tensor(sizes, device=rewards.device)
+        present = torch.arange(max(sizes, default=1), device=rewards.device) < lengths[:, None]
+        padded = torch.full(present.shape, torch.nan, dtype=torch.float64, device=rewards.device)
+        padded[present] = wide
     scored = padded.isfinite()
     dtype = torch.promote_types(rewards.dtype, torch.float32)
     return Groups(torch.where(scored, padded, 0.0), scored, present, dtype)

@@ -66,8 +66,10 @@ def write_gradient(
     $\partial / \partial z_v = g\,(1[v = y] - p_v) - g_H\, p_v (\log p_v + H)$, times $1 / T$ and the slope of the cap.
     """
     pull = torch.zeros_like(told.normalizer) if by_log_prob is None else by_log_prob / scaling.temperature
-    for tile, log_p, p in _tiles(logits):
+    for tile, log_p, room in _tiles(logits):
         z = _scale(logits[tile], scaling, log_p)
+        # Where the gradient is wide itself, no copy is made of it.
+        p = gradient[tile] if gradient.dtype == room.dtype else room
         slope = None if scaling.softcap is None else 1 - (z * (scaling.temperature / scaling.softcap)).square_()
         torch.sub(z, told.normalizer[tile], out=log_p)
         torch.exp(log_p, out=p)
@@ -79,7 +81,10 @@ def write_gradient(
             p.mul_(log_p.clamp_(min=_NEVER).add_(told.entropy[tile]).mul_(-spread).sub_(pull[tile]))
         if labels is not None:
             p.scatter_add_(1, labels[tile, None], pull[tile])
-        gradient[tile] = p if slope is None else p.mul_(slope)
+        if slope is not None:
+            p.mul_(slope)
+        if p is room:
+            gradient[tile] = room
 
 
 def wide_type(logits: Tensor) -> torch.dtype:

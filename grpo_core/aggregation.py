@@ -1,7 +1,6 @@
 """From one loss per token or response to the one number that is differentiated."""
 
 import math
-from typing import assert_never
 
 import torch
 from jaxtyping import Bool, Float
@@ -9,6 +8,8 @@ from torch import Tensor
 
 from grpo_core._check import check_choice, require, shape_checked
 from grpo_core._groups import list_sizes
+from grpo_core._ratios import with_slope
+from grpo_core.masking import masked_sum
 from grpo_core.types import Aggregation, AggregationName, Counting, CountingName, GroupSizes
 
 
@@ -69,30 +70,8 @@ def compute_token_weights(
         Shao et al. 2024, arXiv:2402.03300, eq. 3 (sequence_mean); Yu et al. 2025, arXiv:2503.14476, eq. 8 (token_mean
         and, read literally, prompt_mean); Liu et al. 2025, arXiv:2503.20783, section 3.1 (constant).
     """
-    check_choice("aggregation", aggregation, Aggregation)
     carries, counted = _carried_and_counted(response_mask, kept, rejected_tokens, empty_responses)
-    tokens = counted.sum(dim=1).to(torch.float64)
-    responses = _count(tokens, empty_responses)
-    match aggregation:
-        case "sequence_mean":
-            per_response = 1 / (responses * tokens.clamp(min=1))
-        case "token_mean":
-            total = tokens.sum().clamp(min=1)
-            constant = total if normalize_constant is None else _positive(normalize_constant, aggregation)
-            per_response = torch.ones_like(tokens) / constant
-        case "prompt_mean":
-            if group_sizes is None:
-                raise ValueError("aggregation='prompt_mean' needs group_sizes; got None")
-            sizes = torch.tensor(list_sizes(len(tokens), group_sizes), device=tokens.device)
-            group = torch.arange(len(sizes), device=tokens.device).repeat_interleave(sizes)
-            per_group = torch.zeros(len(sizes), dtype=torch.float64, device=tokens.device).index_add(0, group, tokens)
-            per_response = 1 / (_count(per_group, empty_responses) * per_group.clamp(min=1))[group]
-        case "sequence_sum":
-            per_response = torch.ones_like(tokens) / responses
-        case "constant":
-            per_response = torch.ones_like(tokens) / (responses * _positive(normalize_constant, aggregation))
-        case _:  # pragma: no cover - mypy shows that nothing is left
-            assert_never(aggregation)
+    per_response = _per_response(counted, aggregation, normalize_constant, group_sizes, empty_responses)
     return torch.where(carries, per_response[:, None], 0.0)
 
 
@@ -161,8 +140,10 @@ def sum_weighted_losses(losses: Float[Tensor, "batch cols"], weights: Float[Tens
             f"losses have shape {tuple(losses.shape)} ({kinds[0]}) and weights {tuple(weights.shape)} ({kinds[1]}):"
             " losses of whole responses take compute_sequence_weights, those of tokens compute_token_weights"
         )
-    weights = weights.detach()
-    return torch.where(weights != 0, losses * weights.to(losses.dtype), 0.0).sum()
+    with torch.no_grad():
+        slope = weights.to(losses.dtype)
+        weighted = (losses * slope).masked_fill_(weights == 0, 0.0)
+    return with_slope(weighted, slope, losses).sum()
 
 
 @shape_checked
@@ -207,10 +188,39 @@ def aggregate_token_losses(
     """
     if aggregation == "token_mean":
         _positive(normalize_constant, aggregation)
-    weights = compute_token_weights(
-        response_mask, aggregation, normalize_constant=normalize_constant, group_sizes=group_sizes
-    )
-    return sum_weighted_losses(torch.where(response_mask, token_losses, 0.0), weights)
+    weights = _per_response(response_mask, aggregation, normalize_constant, group_sizes, "count")
+    return (masked_sum(token_losses, response_mask, dim=1) * weights.to(token_losses.dtype)).sum()
+
+
+def _per_response(
+    counted: Bool[Tensor, "batch seq"],
+    aggregation: str,
+    normalize_constant: float | None,
+    group_sizes: GroupSizes | None,
+    empty_responses: str,
+) -> Float[Tensor, " batch"]:
+    """The weight of each token of a response."""
+    check_choice("aggregation", aggregation, Aggregation)
+    tokens = counted.sum(dim=1).to(torch.float64)
+    responses = _count(tokens, empty_responses)
+    match aggregation:
+        case "sequence_mean":
+            return 1 / (responses * tokens.clamp(min=1))
+        case "token_mean":
+            total = tokens.sum().clamp(min=1)
+            constant = total if normalize_constant is None else _positive(normalize_constant, aggregation)
+            return torch.ones_like(tokens) / constant
+        case "prompt_mean":
+            if group_sizes is None:
+                raise ValueError("aggregation='prompt_mean' needs group_sizes; got None")
+            sizes = torch.tensor(list_sizes(len(tokens), group_sizes), device=tokens.device)
+            group = torch.arange(len(sizes), device=tokens.device).repeat_interleave(sizes)
+            per_group = torch.zeros(len(sizes), dtype=torch.float64, device=tokens.device).index_add(0, group, tokens)
+            return 1 / (_count(per_group, empty_responses) * per_group.clamp(min=1))[group]
+        case "sequence_sum":
+            return torch.ones_like(tokens) / responses
+        case _:  # constant
+            return torch.ones_like(tokens) / (responses * _positive(normalize_constant, aggregation))
 
 
 def _carried_and_counted(

@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from grpo_core._check import check_choice, require, shape_checked
-from grpo_core._ratios import hold, log_ratio_of, mean_over_row
+from grpo_core._ratios import hold, log_ratio_of, mean_over_row, ratio_of
 from grpo_core.masking import masked_sum
 from grpo_core.types import ImportanceLevel, ImportanceLevelName, Metadata
 
@@ -51,9 +51,9 @@ def compute_importance_ratios(
         Ionides 2008, "Truncated Importance Sampling"; Munos et al. 2016, arXiv:1606.02647 (per-step weights).
     """
     check_choice("level", level, ImportanceLevel)
-    log_ratio = log_ratio_of(old_log_probs.detach(), sampler_log_probs, response_mask)
     if level == "token":
-        return torch.where(response_mask, hold(log_ratio).exp(), 0.0)
+        return ratio_of(old_log_probs, sampler_log_probs).masked_fill_(~response_mask, 0.0)
+    log_ratio = log_ratio_of(old_log_probs.detach(), sampler_log_probs, response_mask)
     total = mean_over_row(log_ratio, response_mask) if level == "geometric" else log_ratio.sum(dim=1, keepdim=True)
     return hold(total).exp()
 

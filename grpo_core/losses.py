@@ -185,6 +185,8 @@ def compute_policy_gradient_loss(
     advantages: Float[Tensor, "batch 1"] | None = None,
     old_log_probs: Float[Tensor, "batch seq"] | None = None,
     cliprange: float | None = None,
+    *,
+    response_mask: Bool[Tensor, "batch seq"] | None = None,
 ) -> tuple[Float[Tensor, "batch seq"], Metadata]:
     r"""$\ell_{it}$ of the chosen objective: one door to the losses of this file.
 
@@ -198,6 +200,7 @@ def compute_policy_gradient_loss(
         advantages: $A_i$, for the other three.
         old_log_probs: $\log \pi_{\mathrm{old}}$ of each token, in nats, for the two GRPO losses.
         cliprange: $\epsilon$, for "grpo_clip".
+        response_mask: where given, the loss is exactly 0 outside it, and nothing there is read.
 
     Returns:
         The loss of each token, and the metadata of the chosen loss.
@@ -213,19 +216,21 @@ def compute_policy_gradient_loss(
     match loss_type:
         case "no_baseline":
             raw_rewards = _required(raw_rewards, "raw_rewards", loss_type)
-            return compute_naive_policy_gradient_loss(raw_rewards, policy_log_probs), {}
+            return compute_naive_policy_gradient_loss(raw_rewards, policy_log_probs, response_mask=response_mask), {}
         case "reinforce_with_baseline":
             advantages = _required(advantages, "advantages", loss_type)
-            return compute_naive_policy_gradient_loss(advantages, policy_log_probs), {}
+            return compute_naive_policy_gradient_loss(advantages, policy_log_probs, response_mask=response_mask), {}
         case "grpo_clip":
             advantages = _required(advantages, "advantages", loss_type)
             old_log_probs = _required(old_log_probs, "old_log_probs", loss_type)
             cliprange = _required(cliprange, "cliprange", loss_type)
-            return compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprange)
+            return compute_grpo_clip_loss(
+                advantages, policy_log_probs, old_log_probs, cliprange, response_mask=response_mask
+            )
         case "grpo_no_clip":
             advantages = _required(advantages, "advantages", loss_type)
             old_log_probs = _required(old_log_probs, "old_log_probs", loss_type)
-            return compute_grpo_no_clip_loss(advantages, policy_log_probs, old_log_probs)
+            return compute_grpo_no_clip_loss(advantages, policy_log_probs, old_log_probs, response_mask=response_mask)
         case _:  # pragma: no cover - mypy shows that nothing is left
             assert_never(loss_type)
 

@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from grpo_core._check import shape_checked
-from grpo_core._ratios import hold, log_ratio_of
+from grpo_core._ratios import hold
 from grpo_core.aggregation import aggregate_token_losses, sum_weighted_losses
 from grpo_core.losses import compute_cross_entropy_loss, compute_policy_gradient_loss
 from grpo_core.masking import masked_sum
@@ -111,7 +111,7 @@ def describe_policy_update(
         described[key] = (flag & response_mask).sum() / counted
     if old_log_probs is not None:
         with torch.no_grad():
-            log_ratio = hold(log_ratio_of(policy_log_probs, old_log_probs, response_mask))
+            log_ratio = hold(policy_log_probs - old_log_probs).masked_fill_(~response_mask, 0.0)
             growth = log_ratio.expm1()
             described["mean_ratio"] = (growth.sum() + tokens) / counted
             described["approx_kl"] = growth.sub_(log_ratio).sum() / counted
@@ -214,13 +214,8 @@ def grpo_microbatch_loss(
     # The constant of "token_mean" counts the tokens of all micro-batches: a second division would be one too many.
     accumulation = _at_least_one(gradient_accumulation_steps)
     shares = 1 if aggregation == "token_mean" else accumulation
-    # Cleaned before the exponential: 0 * NaN would come back in its gradient, however well the result is masked; and
-    # of both, lest autograd's anomaly detection stop at padding.
-    policy_log_probs = torch.where(response_mask, policy_log_probs, 0.0)
-    if old_log_probs is not None:
-        old_log_probs = torch.where(response_mask, old_log_probs, 0.0)
     token_losses, per_token = compute_policy_gradient_loss(
-        policy_log_probs, loss_type, raw_rewards, advantages, old_log_probs, cliprange
+        policy_log_probs, loss_type, raw_rewards, advantages, old_log_probs, cliprange, response_mask=response_mask
     )
     loss = aggregate_token_losses(
         token_losses,

@@ -202,7 +202,7 @@ def our_cases(given: Inputs) -> dict:
         "masked sum of rows over a constant": lambda: grpo_core.masked_normalize(given.policy, given.mask, seq, dim=1),
         "group advantages": lambda: grpo_core.normalize_group_rewards(given.rewards, GROUP),
         "clip loss of tokens": lambda: grpo_core.compute_grpo_clip_loss(policy_log_probs=given.policy, **clip)[0],
-        "sequence mean of losses": aggregate,
+        "sequence mean of losses": lambda: grpo_core.aggregate_token_losses(given.policy, given.mask, "sequence_mean"),
         "clip step with metrics": lambda: grpo_core.grpo_microbatch_loss(
             given.policy, given.mask, 1, "grpo_clip", **clip
         )[0],

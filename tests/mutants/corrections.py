@@ -147,10 +147,10 @@ IMPORTANCE = [
         RATIOS,
         (
             "upside down",
-            "log_ratio_of(old_log_probs.detach(), sampler_log_probs, response_mask)\n    if",
-            "log_ratio_of(sampler_log_probs, old_log_probs, response_mask).detach()\n    if",
+            "ratio_of(old_log_probs, sampler_log_probs).masked",
+            "ratio_of(sampler_log_probs, old_log_probs).masked",
         ),
-        ("1 outside the mask", "torch.where(response_mask, hold(log_ratio).exp(), 0.0)", "hold(log_ratio).exp()"),
+        ("1 outside the mask", ".masked_fill_(~response_mask, 0.0)\n    log_ratio", "\n    log_ratio"),
         ("geometric and sequence swapped", 'if level == "geometric" else', 'if level == "sequence" else'),
         (
             "the arithmetic mean of the ratios",
@@ -159,8 +159,8 @@ IMPORTANCE = [
         ),
         (
             "the old policy carries gradient",
-            "log_ratio_of(old_log_probs.detach(), sampler_log_probs, response_mask)\n    if",
-            "log_ratio_of(old_log_probs, sampler_log_probs, response_mask)\n    if",
+            "log_ratio_of(old_log_probs.detach(), sampler_log_probs, response_mask)\n    total",
+            "log_ratio_of(old_log_probs, sampler_log_probs, response_mask)\n    total",
         ),
         ("the product is not held", "return hold(total).exp()", "return total.exp()"),
         (

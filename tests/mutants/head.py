@@ -16,7 +16,7 @@ MUTANTS = [
         ("entropy slope without 1/T", "spread = by_entropy[tile] / scaling.temperature", "spread = by_entropy[tile]"),
         ("entropy slope without H", ".add_(told.entropy[tile]).mul_(-spread)", ".mul_(-spread)"),
         ("entropy slope turned around", ".mul_(-spread).sub_", ".mul_(spread).sub_"),
-        ("the cap has no slope", "p if slope is None else p.mul_(slope)", "p"),
+        ("the cap has no slope", "            p.mul_(slope)\n", "            pass\n"),
         (
             "slope of the cap at another temperature",
             "(scaling.temperature / scaling.softcap)",

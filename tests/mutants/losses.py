@@ -267,18 +267,18 @@ LOSSES = [
         ),
         (
             "the two policies swapped",
-            "compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprange)",
-            "compute_grpo_clip_loss(advantages, old_log_probs, policy_log_probs, cliprange)",
+            "compute_grpo_clip_loss(\n                advantages, policy_log_probs, old_log_probs, cliprange,",
+            "compute_grpo_clip_loss(\n                advantages, old_log_probs, policy_log_probs, cliprange,",
         ),
         (
             "no clip, whatever is asked",
-            "compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprange)",
-            "compute_grpo_no_clip_loss(advantages, policy_log_probs, old_log_probs)",
+            "compute_grpo_clip_loss(\n                advantages, policy_log_probs, old_log_probs, cliprange,",
+            "compute_grpo_no_clip_loss(\n                advantages, policy_log_probs, old_log_probs,",
         ),
         (
             "a clip, whatever is asked",
-            "return compute_grpo_no_clip_loss(advantages, policy_log_probs, old_log_probs)",
-            "return compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprange or 0.2)",
+            'case "grpo_clip":',
+            'case "grpo_clip" | "grpo_no_clip":\n            cliprange = cliprange or 0.2',
         ),
     ),
 ]

@@ -143,19 +143,11 @@ AGGREGATION = [
         "aggregation.py",
         # The sum does not ask whose losses it adds up: one member of the family is enough.
         f"{ERRORS} {CORRECTIONS} {FAMILY} -k 'test_errors or without_weight or compute_naive'",
-        (
-            "NaN times 0",
-            "torch.where(weights != 0, losses * weights.to(losses.dtype), 0.0).sum()",
-            "(losses * weights.to(losses.dtype)).sum()",
-        ),
-        ("a mean", "losses * weights.to(losses.dtype), 0.0).sum()", "losses * weights.to(losses.dtype), 0.0).mean()"),
-        (
-            "a weighted mean",
-            "losses * weights.to(losses.dtype), 0.0).sum()",
-            "losses * weights.to(losses.dtype), 0.0).sum() / weights.sum().clamp(min=1e-9)",
-        ),
-        ("the weights carry gradient", "    weights = weights.detach()\n", ""),
-        ("the precision of the weights", "losses * weights.to(losses.dtype)", "losses * weights"),
+        ("NaN times 0", ".masked_fill_(weights == 0, 0.0)", ""),
+        ("a mean", "with_slope(weighted, slope, losses).sum()", "with_slope(weighted, slope, losses).mean()"),
+        ("a weighted mean", "losses).sum()\n", "losses).sum() / weights.sum().clamp(min=1e-9)\n"),
+        ("a slope of 1", "with_slope(weighted, slope, losses)", "with_slope(weighted, None, losses)"),
+        ("the precision of the weights", "slope = weights.to(losses.dtype)", "slope = weights"),
         ("any shape that fits", "if losses.shape != weights.shape:", "if losses.shape[0] != weights.shape[0]:"),
     ),
     *breaks(
@@ -164,8 +156,8 @@ AGGREGATION = [
         f"{ERRORS} {EXAMPLES} {ORACLE} -k 'test_errors and constant or aggregation'",
         (
             "mean over tokens",
-            "per_response = 1 / (responses * tokens.clamp(min=1))",
-            "per_response = torch.ones_like(tokens) / tokens.sum().clamp(min=1)",
+            "return 1 / (responses * tokens.clamp(min=1))",
+            "return torch.ones_like(tokens) / tokens.sum().clamp(min=1)",
         ),
         (
             "sum over sequences",
@@ -174,8 +166,8 @@ AGGREGATION = [
         ),
         (
             "the constant forgotten",
-            "response_mask, aggregation, normalize_constant=normalize_constant, group",
-            "response_mask, aggregation, normalize_constant=normalize_constant and 1.0, group",
+            "_per_response(response_mask, aggregation, normalize_constant,",
+            "_per_response(response_mask, aggregation, normalize_constant and 1.0,",
         ),
         (
             "token_mean of the micro-batch",
@@ -184,8 +176,8 @@ AGGREGATION = [
         ),
         (
             "always sequence_mean",
-            "response_mask, aggregation, normalize_constant=",
-            'response_mask, "sequence_mean", normalize_constant=',
+            "_per_response(response_mask, aggregation,",
+            '_per_response(response_mask, "sequence_mean",',
         ),
     ),
 ]
@@ -229,8 +221,8 @@ STEP = [
         STEPS,
         ("not divided by the accumulation", "return loss / shares", "return loss"),
         ("token_mean divided too", '1 if aggregation == "token_mean" else accumulation', "accumulation"),
-        ("policy not cleaned", "torch.where(response_mask, policy_log_probs, 0.0)", "policy_log_probs"),
-        ("old policy not cleaned", "torch.where(response_mask, old_log_probs, 0.0)", "old_log_probs"),
+        ("padding is read", "cliprange, response_mask=response_mask", "cliprange, response_mask=None"),
+        ("losses of tokens doubled", "(\n        token_losses,\n", "(\n        2 * token_losses,\n"),
         (
             "the metrics know no old policy",
             "describe_policy_update(policy_log_probs, response_mask, per_token, old_log_probs)",
@@ -257,8 +249,8 @@ STEP = [
         ("nothing over nothing", "counted = tokens.clamp(min=1)", "counted = tokens"),
         (
             "the log ratio is not held",
-            "log_ratio = hold(log_ratio_of(policy_log_probs, old_log_probs, response_mask))",
-            "log_ratio = log_ratio_of(policy_log_probs, old_log_probs, response_mask)",
+            "hold(policy_log_probs - old_log_probs)",
+            "(policy_log_probs - old_log_probs)",
         ),
     ),
     *breaks(

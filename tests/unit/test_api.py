@@ -23,6 +23,7 @@ SIGNATURES = {
     ),
     "compute_policy_gradient_loss": (
         "policy_log_probs loss_type raw_rewards=None advantages=None old_log_probs=None cliprange=None"
+        " | response_mask=None"
     ),
     "masked_mean": "tensor mask dim=None",
     "masked_normalize": "tensor mask normalize_constant=1.0 dim=None",
