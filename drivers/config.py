@@ -264,6 +264,12 @@ class GrpoConfig:
     micro_batch_tokens: int | None = None
     """Micro-batches of at most so many tokens, padding counted, in place of --gradient-accumulation-steps. However a
     batch is cut, the gradient is the same: more is faster, and takes more memory."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
+    """Of the policy. Flash attention, where it is installed, packs responses into one sequence without padding; the
+    others share a group's prompt where that is cheaper. auto: sdpa, or eager for short rows on a CPU."""
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Keep what enters each layer and run it again in the backward pass: a third more time, far less memory. auto:
+    where a micro-batch would not fit otherwise."""
     async_steps: Literal[0, 1] = 0
     """1: while a batch is trained on, vLLM samples the next one with the weights from before the update, on a GPU of
     its own or on shared cores. One update off-policy: it asks for --importance, or --old-policy sampler."""

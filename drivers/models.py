@@ -101,17 +101,23 @@ it keeps, the square of that for each head and layer, is no more than the rest o
 
 
 def load_policy(
-    model_path: str, device: torch.device, dtype: torch.dtype, longest_row: int | None = None
+    model_path: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    longest_row: int | None = None,
+    attention: str = "auto",
 ) -> nn.Module:
     """The model in `dtype` on `device`, in `eval` mode: no dropout, so that log-probs agree between passes.
 
-    Its attention is `sdpa` or, on a CPU for rows known to be short, `eager`: both obey the mask of a group row.
+    `auto` attention is `sdpa` or, on a CPU for rows known to be short, `eager`: both obey the mask of a group row.
     """
-    short = device.type == "cpu" and longest_row is not None and longest_row <= SHORT_ROW
+    if attention == "auto":
+        short = device.type == "cpu" and longest_row is not None and longest_row <= SHORT_ROW
+        attention = "eager" if short else "sdpa"
     load = _quiet_transformers().AutoModelForCausalLM.from_pretrained
     try:
-        policy: Any = load(model_path, dtype=dtype, attn_implementation="eager" if short else "sdpa")
-    except (OSError, ValueError) as error:
+        policy: Any = load(model_path, dtype=dtype, attn_implementation=attention)
+    except (OSError, ValueError, ImportError) as error:
         raise UsageError(f"--model-path {model_path}: no model can be loaded ({_first_line(error)})") from error
     policy = policy.to(device).eval()
     assert isinstance(policy, nn.Module)

@@ -95,10 +95,13 @@ class HFEngine:
         repeated = [tuple(prompt) for prompt in prompts for _ in range(sampling.n)]
         devices = [self._policy.device] if self._policy.device.type == "cuda" else []
         completions: list[Completion] = []
+        training = self._policy.training  # as gradient checkpointing has it
+        self._policy.eval()
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             torch.manual_seed(seed)
             for start in range(0, len(repeated), self._batch_size):
                 completions += self._generate_batch(repeated[start : start + self._batch_size], sampling)
+        self._policy.train(training)
         return completions
 
     def _generate_batch(self, prompts: list[tuple[int, ...]], sampling: Sampling) -> list[Completion]:

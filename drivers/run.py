@@ -17,6 +17,7 @@ from drivers.data import Question, load_examples, load_prompt_template, make_que
 from drivers.display import Display
 from drivers.errors import UnsoundRunError, UsageError
 from drivers.evaluate import REWARDS, evaluate_policy
+from drivers.memory import settle_memory, weight_bytes
 from drivers.models import (
     choose_device,
     choose_dtype,
@@ -231,11 +232,12 @@ def load_models(
     if policy_device.type == "cpu":
         keep_freed_memory()
     longest_row = longest_prompt + config.group_size * config.sampling_max_tokens
-    policy = load_policy(model_path, policy_device, dtype, longest_row)
-    reference, reserved = None, training_state_bytes(policy)
+    policy = load_policy(model_path, policy_device, dtype, longest_row, config.attention)
+    reference, reference_bytes = None, 0
     if config.needs_reference:
-        reference = load_policy(model_path, policy_device, dtype, longest_row).requires_grad_(False)
-        reserved += sum(p.numel() * p.element_size() for p in reference.parameters())
+        reference = load_policy(model_path, policy_device, dtype, longest_row, config.attention).requires_grad_(False)
+        reference_bytes = weight_bytes(reference)
+    plan = settle_memory(config, policy, longest_prompt, reference_bytes, rollout_device)
     engine = make_engine(
         config.engine,
         model_path=model_path,
@@ -245,11 +247,14 @@ def load_models(
         dtype=dtype,
         max_model_len=longest_prompt + config.sampling_max_tokens,
         gpu_memory_utilization=config.gpu_memory_utilization,
-        reserved_bytes=reserved,
+        reserved_bytes=training_state_bytes(policy) + reference_bytes,
         seed=config.seed,
     )
     display.say(
         f"{config.model_path}: {sum(p.numel() for p in policy.parameters()) / 1e6:.0f} M parameters, "
         f"{str(dtype).removeprefix('torch.')}, policy on {policy_device}, {config.engine} on {rollout_device}"
     )
+    display.say(f"memory: {plan}")
+    if not plan.fits:
+        display.say("warning: that may not fit: lower --micro-batch-tokens, or pass --gradient-checkpointing on")
     return policy, reference, engine

@@ -33,21 +33,25 @@ class Row(NamedTuple):
     """How long it is."""
 
 
-def plan_rows(
-    rollouts: RolloutBatch, wanted: Sequence[int], attention_share: float, max_tokens: float = inf
-) -> list[Row]:
-    """Each of these responses in one row, in order; those without tokens are left out.
+def packs_rows(policy: Any) -> bool:
+    """Whether rows stand one after the other in one sequence without padding.
 
-    `attention_share` is the cost of attention to one token, by the cost of all else that a token takes.
+    Flash attention keeps them apart by their positions; it takes no mask, so each response is a row of its own there.
     """
+    return str(policy.config._attn_implementation).startswith("flash")
+
+
+def plan_rows(policy: Any, rollouts: RolloutBatch, wanted: Sequence[int], max_tokens: float = inf) -> list[Row]:
+    """Each of these responses in one row, in order; those without tokens are left out."""
     rows: list[Row] = []
+    share = inf if packs_rows(policy) else attention_share(policy)
     for _, run in groupby(wanted, key=lambda i: rollouts.completions[i].prompt_token_ids):
         members = [i for i in run if rollouts.completions[i].token_ids]
         while members:
             prompt = rollouts.completions[members[0]].prompt_token_ids
             lengths = [len(rollouts.completions[i].token_ids) for i in members]
             count = max(1, sum(len(prompt) + length <= max_tokens for length in accumulate(lengths)))
-            rows += _one_row_or_many(prompt, members[:count], lengths[:count], attention_share)
+            rows += _one_row_or_many(prompt, members[:count], lengths[:count], share)
             members = members[count:]
     return rows
 
@@ -55,7 +59,10 @@ def plan_rows(
 def _one_row_or_many(
     prompt: tuple[int, ...], members: list[int], lengths: list[int], attention_share: float
 ) -> list[Row]:
-    """What takes fewer operations."""
+    """What takes fewer operations.
+
+    `attention_share` is the cost of attention to one token, by the cost of all else that a token takes.
+    """
     together = len(prompt) + sum(lengths)
     # Under a mask of its own attention computes the half that it hides; the causal mask of a plain row skips it.
     one_row = together * (1 + attention_share * together)
@@ -78,10 +85,13 @@ def plan_micro_batches(
         for _, members in groupby(wanted, key=lambda i: i // config.micro_train_batch_size):
             yield list(members)
         return
-    rows = plan_rows(rollouts, wanted, attention_share(policy), config.micro_batch_tokens)
+    rows = plan_rows(policy, rollouts, wanted, config.micro_batch_tokens)
     rows.sort(key=lambda row: (-row.tokens, row.members))
+    packed = packs_rows(policy)
     while rows:
-        count = max(1, config.micro_batch_tokens // rows[0].tokens)
+        # Padded, each row is as long as the first; packed, as long as it is.
+        sizes = accumulate(row.tokens if packed else rows[0].tokens for row in rows)
+        count = max(1, sum(size <= config.micro_batch_tokens for size in sizes))
         yield [i for row in rows[:count] for i in row.members]
         rows = rows[count:]
 
@@ -146,7 +156,7 @@ def score(
 
     Both are Float "batch seq", 0 past the end of a response.
     """
-    rows = plan_rows(rollouts, range(len(rollouts)), attention_share(policy))
+    rows = plan_rows(policy, rollouts, range(len(rollouts)))
     options = {"temperature": temperature, "with_entropy": with_entropy, "detach_entropy": detach_entropy}
     width, device = rollouts.response_mask.shape[1], next(policy.parameters()).device
     if not rows:
@@ -167,12 +177,14 @@ def _score_rows(policy: Any, rollouts: RolloutBatch, rows: list[Row], options: d
     """Of the response tokens, row after row. All that is planned on the host goes to the device, and nothing back."""
     responses = [[rollouts.completions[i].token_ids for i in row.members] for row in rows]
     first = next(policy.parameters())
-    packed = {
-        name: tensor.to(first.device, non_blocking=True)
-        for name, tensor in pack_group_rows([row.prompt for row in rows], responses).items()
-    }
+    packed = pack_group_rows([row.prompt for row in rows], responses)
+    if packs_rows(policy):
+        packed = _without_padding(packed)
+    packed = {name: tensor.to(first.device, non_blocking=True) for name, tensor in packed.items()}
     inputs: dict[str, Any] = {"input_ids": packed["input_ids"], "use_cache": False}
-    if any(len(row.members) > 1 for row in rows):  # else the causal mask does
+    if packs_rows(policy):
+        inputs["position_ids"] = packed["position_ids"]
+    elif any(len(row.members) > 1 for row in rows):  # else the causal mask does
         visible = mask_group_rows(packed["segments"])[:, None]
         hidden = torch.zeros_like(visible, dtype=first.dtype).masked_fill(~visible, torch.finfo(first.dtype).min)
         inputs |= {"attention_mask": hidden, "position_ids": packed["position_ids"]}
@@ -194,6 +206,14 @@ def _score_rows(policy: Any, rollouts: RolloutBatch, rows: list[Row], options: d
         name: value.detach() if name == "token_entropy" and options["detach_entropy"] else value
         for name, value in scored.items()
     }
+
+
+def _without_padding(packed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All rows in one."""
+    real = packed["segments"].flatten() >= 0
+    place = real.cumsum(0) - 1
+    rows = {name: packed[name].flatten()[real][None] for name in ("input_ids", "position_ids", "segments")}
+    return packed | rows | {"sources": place[packed["sources"]]}
 
 
 def _score_logits(

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from grpo_core._sweep import Scaling, Statistics, slices, wide_type, write_gradient
+from grpo_core._sweep import Scaling, Statistics, slices, turn_into_gradient, wide_type
 
 # Past a thousand rows a matrix product is no faster.
 _BLOCK_ROWS = 1024
@@ -54,13 +54,13 @@ class GradientSums:
     def add(
         self,
         rows: slice,
-        logits: Float[Tensor, "rows vocab"],
+        weights: Float[Tensor, "rows vocab"],
         labels: Int[Tensor, " rows"],
         told: Statistics,
         by_log_prob: Float[Tensor, "rows 1"] | None,
         by_entropy: Float[Tensor, "rows 1"] | None,
     ) -> None:
-        """The block of these rows, whose logits are overwritten."""
+        """The block of these rows, whose weights are overwritten."""
         if not any(self._needed):
             return
         largest = None
@@ -68,9 +68,9 @@ class GradientSums:
             slopes = [slope for slope in (by_log_prob, by_entropy) if slope is not None]
             largest = torch.stack([slope.abs().amax() for slope in slopes]).amax().clamp(min=1e-30)
             by_log_prob, by_entropy = (None if s is None else s / largest for s in (by_log_prob, by_entropy))
-        same = logits.dtype == self._hidden.dtype
-        gradient = logits if same else torch.empty_like(logits, dtype=self._hidden.dtype)
-        write_gradient(logits, gradient, labels, self._head.scaling, told, by_log_prob, by_entropy)
+        same = weights.dtype == self._hidden.dtype
+        gradient = weights if same else torch.empty_like(weights, dtype=self._hidden.dtype)
+        turn_into_gradient(weights, gradient, labels, self._head.scaling, told, by_log_prob, by_entropy)
         if self._needed[0]:
             self._of_hidden.append(self._restored(gradient @ self._head.weight, largest))
         if self._needed[1]:

@@ -26,65 +26,120 @@ class Statistics(NamedTuple):
     """Of some rows of logits, one column each."""
 
     log_probs: Float[Tensor, "rows 1"] | None
-    normalizer: Float[Tensor, "rows 1"]
-    """Logarithm of the sum of all exponentials."""
+    top: Float[Tensor, "rows 1"]
+    """The largest $z$."""
+    total: Float[Tensor, "rows 1"]
+    """The sum of all $e^{z - top}$, the weights."""
     entropy: Float[Tensor, "rows 1"] | None
 
 
 def measure(
-    logits: Float[Tensor, "rows vocab"], labels: Int[Tensor, " rows"] | None, scaling: Scaling, with_entropy: bool
+    logits: Float[Tensor, "rows vocab"],
+    labels: Int[Tensor, " rows"] | None,
+    scaling: Scaling,
+    *,
+    with_entropy: bool,
+    keeps_weights: bool = False,
 ) -> Statistics:
-    """Log-probs where there are labels, and entropies where asked for."""
+    """Log-probs where there are labels, and entropies where asked for.
+
+    With `keeps_weights`, logits give way to their weights: all that `turn_into_gradient` needs, without exponentials.
+    """
     dtype = wide_type(logits)
-    log_probs, normalizer, entropy = (logits.new_empty(len(logits), 1, dtype=dtype) for _ in range(3))
+    log_probs, top, total, entropy = logits.new_empty(4, len(logits), 1, dtype=dtype)
     for tile, shifted, weights in _tiles(logits):
         z = _scale(logits[tile], scaling, shifted)
-        top = z.amax(dim=1, keepdim=True)
-        torch.sub(z, top, out=shifted)
-        total = torch.exp(shifted, out=weights).sum(dim=1, keepdim=True)
-        log_total = total.log()
-        normalizer[tile] = top + log_total
+        torch.amax(z, dim=1, keepdim=True, out=top[tile])
+        torch.sub(z, top[tile], out=shifted)
+        torch.sum(torch.exp(shifted, out=weights), dim=1, keepdim=True, out=total[tile])
+        if keeps_weights:
+            logits[tile] = weights
         if labels is not None:
-            log_probs[tile] = shifted.gather(1, labels[tile, None]) - log_total
+            log_probs[tile] = shifted.gather(1, labels[tile, None])
         if with_entropy:
-            mean = weights.mul_(shifted.clamp_(min=_NEVER)).sum(dim=1, keepdim=True) / total
-            entropy[tile] = log_total - mean
-    return Statistics(None if labels is None else log_probs, normalizer, entropy if with_entropy else None)
+            torch.sum(weights.mul_(shifted.clamp_(min=_NEVER)), dim=1, keepdim=True, out=entropy[tile])
+    log_total = total.log()
+    return Statistics(
+        None if labels is None else log_probs.sub_(log_total),
+        top,
+        total,
+        log_total - entropy.div_(total) if with_entropy else None,
+    )
 
 
 def write_gradient(
     logits: Float[Tensor, "rows vocab"],
     gradient: Float[Tensor, "rows vocab"],
     labels: Int[Tensor, " rows"] | None,
+    temperature: float,
+    told: Statistics,
+    by_log_prob: Float[Tensor, "rows 1"] | None,
+    by_entropy: Float[Tensor, "rows 1"] | None,
+) -> None:
+    r"""Into `gradient`: that of a loss in each logit, from its slopes $g$ in the log-prob and $g_H$ in the entropy.
+
+    $\partial / \partial z_v = g\,(1[v = y] - p_v) - g_H\, p_v (\log p_v + H)$, times $1 / T$.
+    """
+    normalizer = told.top + told.total.log()
+    for tile, log_p, room in _tiles(logits):
+        # Where the gradient is wide itself, no copy is made of it.
+        p = gradient[tile] if gradient.dtype == room.dtype else room
+        torch.sub(_scale(logits[tile], Scaling(temperature), log_p), normalizer[tile], out=log_p)
+        torch.exp(log_p, out=p)
+        _pull(p, log_p, labels, tile, temperature, told, by_log_prob, by_entropy)
+        if p is room:
+            gradient[tile] = room
+
+
+def turn_into_gradient(
+    weights: Float[Tensor, "rows vocab"],
+    gradient: Float[Tensor, "rows vocab"],
+    labels: Int[Tensor, " rows"],
     scaling: Scaling,
     told: Statistics,
     by_log_prob: Float[Tensor, "rows 1"] | None,
     by_entropy: Float[Tensor, "rows 1"] | None,
 ) -> None:
-    r"""Into `gradient`, which may be `logits`: that of a loss in each logit, from its slopes $g$ and $g_H$.
+    """The same from the weights that `measure` kept, into `gradient`, which may be `weights`; through a cap too.
 
-    $\partial / \partial z_v = g\,(1[v = y] - p_v) - g_H\, p_v (\log p_v + H)$, times $1 / T$ and the slope of the cap.
+    Rounded to bfloat16, a weight is off by as much as the gradient is rounded by; that of the likeliest token is 1.
     """
-    pull = torch.zeros_like(told.normalizer) if by_log_prob is None else by_log_prob / scaling.temperature
-    for tile, log_p, room in _tiles(logits):
-        z = _scale(logits[tile], scaling, log_p)
-        # Where the gradient is wide itself, no copy is made of it.
-        p = gradient[tile] if gradient.dtype == room.dtype else room
-        slope = None if scaling.softcap is None else 1 - (z * (scaling.temperature / scaling.softcap)).square_()
-        torch.sub(z, told.normalizer[tile], out=log_p)
-        torch.exp(log_p, out=p)
-        if by_entropy is None:
-            p.mul_(-pull[tile])
+    for tile, log_p, p in _tiles(weights):
+        p.copy_(weights[tile])
+        if by_entropy is not None or scaling.softcap is not None:
+            torch.log(p.div_(told.total[tile]), out=log_p).clamp_(min=_NEVER)
+            slope = None
+            if scaling.softcap is not None:
+                z = log_p + (told.top[tile] + told.total[tile].log())
+                slope = 1 - z.mul_(scaling.temperature / scaling.softcap).square_()
+            _pull(p, log_p, labels, tile, scaling.temperature, told, by_log_prob, by_entropy)
+            gradient[tile] = p if slope is None else p.mul_(slope)
         else:
-            assert told.entropy is not None
-            spread = by_entropy[tile] / scaling.temperature
-            p.mul_(log_p.clamp_(min=_NEVER).add_(told.entropy[tile]).mul_(-spread).sub_(pull[tile]))
-        if labels is not None:
-            p.scatter_add_(1, labels[tile, None], pull[tile])
-        if slope is not None:
-            p.mul_(slope)
-        if p is room:
-            gradient[tile] = room
+            pull = torch.zeros_like(told.total) if by_log_prob is None else by_log_prob
+            pull = pull[tile] / scaling.temperature
+            gradient[tile] = p.mul_(-pull / told.total[tile]).scatter_add_(1, labels[tile, None], pull)
+
+
+def _pull(
+    p: Float[Tensor, "rows vocab"],
+    log_p: Float[Tensor, "rows vocab"],
+    labels: Int[Tensor, " rows"] | None,
+    tile: slice,
+    temperature: float,
+    told: Statistics,
+    by_log_prob: Float[Tensor, "rows 1"] | None,
+    by_entropy: Float[Tensor, "rows 1"] | None,
+) -> None:
+    """Probabilities of a tile become what pulls at their logits; `log_p` is used up."""
+    pull = torch.zeros_like(told.total[tile]) if by_log_prob is None else by_log_prob[tile] / temperature
+    if by_entropy is None:
+        p.mul_(-pull)
+    else:
+        assert told.entropy is not None
+        spread = by_entropy[tile] / temperature
+        p.mul_(log_p.clamp_(min=_NEVER).add_(told.entropy[tile]).mul_(-spread).sub_(pull))
+    if labels is not None:
+        p.scatter_add_(1, labels[tile, None], pull)
 
 
 def wide_type(logits: Tensor) -> torch.dtype:

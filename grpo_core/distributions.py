@@ -81,7 +81,7 @@ def measure_logits(
     flat = None if labels is None else labels.reshape(-1).long()
     if flat is not None:
         check_labels(flat, logits.shape[-1])
-    values = _Measured.apply(rows, flat, Scaling(temperature), with_entropy)  # type: ignore[no-untyped-call]
+    values = _Measured.apply(rows, flat, temperature, with_entropy)  # type: ignore[no-untyped-call]
     log_probs, entropy = (None if value is None else value.view(logits.shape[:-1]) for value in values)
     return log_probs, entropy
 
@@ -91,12 +91,12 @@ class _Measured(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor | None, scaling: Scaling, with_entropy: bool
+        ctx: Any, logits: Tensor, labels: Tensor | None, temperature: float, with_entropy: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        told = measure(logits, labels, scaling, with_entropy)
+        told = measure(logits, labels, Scaling(temperature), with_entropy=with_entropy)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, labels, told.normalizer, told.entropy)
-        ctx.scaling = scaling
+        ctx.save_for_backward(logits, labels, told.top, told.total, told.entropy)
+        ctx.temperature = temperature
         return tuple(None if value is None else value[:, 0] for value in (told.log_probs, told.entropy))  # type: ignore[return-value]
 
     @staticmethod
@@ -104,12 +104,12 @@ class _Measured(torch.autograd.Function):
     def backward(ctx: Any, by_log_prob: Tensor | None, by_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if by_log_prob is None and by_entropy is None:
             return (None,) * 4
-        logits, labels, normalizer, entropy = ctx.saved_tensors
+        logits, labels, *told = ctx.saved_tensors
         gradient = torch.empty_like(logits)
         slopes = (None if slope is None else slope[:, None] for slope in (by_log_prob, by_entropy))
         # Without a pull on the label's log-prob there is none on the label.
         pulled = None if by_log_prob is None else labels
-        write_gradient(logits, gradient, pulled, ctx.scaling, Statistics(None, normalizer, entropy), *slopes)
+        write_gradient(logits, gradient, pulled, ctx.temperature, Statistics(None, *told), *slopes)
         return gradient, None, None, None
 
 

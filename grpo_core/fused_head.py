@@ -223,7 +223,7 @@ def fused_linear_grpo_loss(
 
 
 class _LogProbs(torch.autograd.Function):
-    """Log-probs and entropies forward; their logits, kept or made again, become their own gradient backward."""
+    """Log-probs and entropies forward; what is kept of the logits, or made again, becomes their gradient backward."""
 
     @staticmethod
     def forward(
@@ -237,15 +237,17 @@ class _LogProbs(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         head = head._replace(weight=weight, bias=bias)
         parts, logits = [], None
+        keeps = any(ctx.needs_input_grad) and head.fits(len(hidden))
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in head.blocks(len(hidden)):
                 logits = head.logits(hidden[rows])
-                parts.append(measure(logits, labels[rows], head.scaling, with_entropy))
+                told = measure(logits, labels[rows], head.scaling, with_entropy=with_entropy, keeps_weights=keeps)
+                parts.append(told)
         told = _join(parts)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, labels, *told)
         ctx.head = head._replace(weight=weight.new_empty(0), bias=None)
-        ctx.kept = logits if any(ctx.needs_input_grad) and head.fits(len(hidden)) else None
+        ctx.kept = logits if keeps else None
         return tuple(None if value is None else value[:, 0] for value in (told.log_probs, told.entropy))
 
     @staticmethod
@@ -253,17 +255,21 @@ class _LogProbs(torch.autograd.Function):
     def backward(ctx: Any, by_log_prob: Tensor | None, by_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if by_log_prob is None and by_entropy is None:
             return (None,) * 6
-        hidden, weight, bias, labels, log_probs, normalizer, entropy = ctx.saved_tensors
+        hidden, weight, bias, labels, *told = ctx.saved_tensors
         head = ctx.head._replace(weight=weight, bias=bias)
-        # A second backward pass through the same graph makes the logits again: the first one overwrites them.
+        # A second backward pass through the same graph makes the weights again: the first one overwrites them.
         kept, ctx.kept = ctx.kept, None
         sums = GradientSums(head, hidden, ctx.needs_input_grad[:3])
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in head.blocks(len(hidden)):
-                logits = head.logits(hidden[rows]) if kept is None else kept
                 slopes = (None if slope is None else slope[rows, None] for slope in (by_log_prob, by_entropy))
-                told = Statistics(log_probs[rows], normalizer[rows], None if entropy is None else entropy[rows])
-                sums.add(rows, logits, labels[rows], told, *slopes)
+                if kept is not None:
+                    weights, part = kept, Statistics(*told)
+                else:
+                    weights, chosen = head.logits(hidden[rows]), labels[rows]
+                    of_entropy = by_entropy is not None
+                    part = measure(weights, chosen, head.scaling, with_entropy=of_entropy, keeps_weights=True)
+                sums.add(rows, weights, labels[rows], part, *slopes)
         return *sums.result(), None, None, None
 
 
@@ -286,12 +292,15 @@ class _TokenLoss(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in head.blocks(len(hidden)):
                 logits = head.logits(hidden[rows])
-                told = measure(logits, labels[rows], head.scaling, with_entropy=True)
+                told = measure(logits, labels[rows], head.scaling, with_entropy=True, keeps_weights=True)
                 share, slopes = _slopes(loss_of, told, rows)
                 loss += share
                 parts.append(told)
                 sums.add(rows, logits, labels[rows], told, *slopes)
-        log_probs, _, entropy = (part[:, 0] for part in _join(parts) if part is not None)
+        told = _join(parts)
+        assert told.log_probs is not None
+        assert told.entropy is not None
+        log_probs, entropy = told.log_probs[:, 0], told.entropy[:, 0]
         ctx.sums = sums
         ctx.mark_non_differentiable(log_probs, entropy)
         return loss, log_probs, entropy

@@ -2,13 +2,15 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from drivers import scoring
 from drivers.batch import make_rollout_batch
-from drivers.scoring import score, score_all
+from drivers.scoring import find_head, plan_micro_batches, plan_rows, score, score_all
 from tests.drivers.parts import clone_policy, completion, tiny_config
 from tests.tiny import make_tiny_policy
 
@@ -123,3 +125,70 @@ def test_a_column_stays_a_column_and_tokens_are_cut():
     assert rollouts.select([2, 0]).token_weights.tolist() == tokens[[2, 0]].tolist()
     assert rollouts.group_sizes == [1, 1, 1, 1]
     assert rollouts.lengths.tolist() == [3, 1, 1, 1]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packed_rows_are_the_padded_ones(attention, monkeypatch):
+    """One sequence without padding, kept apart by its positions alone, as flash attention has it."""
+    policy = make_tiny_policy(3).double()
+    policy.set_attn_implementation(attention)
+    rollouts = batch_of((LONG_PROMPT, [3, 4, 5]), (LONG_PROMPT, [6]), (SHORT_PROMPT, [7, 8]), ([9], []), ([4], [2, 2]))
+    expected = score(policy, rollouts, 0.7, with_entropy=True)
+    monkeypatch.setattr(scoring, "packs_rows", lambda policy: True)
+    assert all(len(row.members) == 1 for row in plan_rows(policy, rollouts, range(len(rollouts))))
+    seen = []
+    policy.model.register_forward_pre_hook(lambda *call: seen.append(call[2]), with_kwargs=True)
+    for name, values in score(policy, rollouts, 0.7, with_entropy=True).items():
+        assert_close(values, expected[name], rtol=0, atol=1e-9)
+    assert seen[0]["input_ids"].shape == (1, 15 + 13 + 4 + 3)
+    assert "attention_mask" not in seen[0]
+
+
+ROLLOUTS = st.lists(
+    st.tuples(st.sampled_from([tuple(LONG_PROMPT), tuple(SHORT_PROMPT), (9,)]), st.lists(st.just(5), max_size=9)),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(ROLLOUTS, st.integers(1, 60), st.booleans(), st.data())
+def test_a_plan_scores_each_wanted_response_once_within_its_budget(pairs, budget, packed, data):
+    rollouts, policy = batch_of(*pairs), make_tiny_policy()
+    wanted = sorted(data.draw(st.sets(st.integers(0, len(pairs) - 1))))
+    config = tiny_config(micro_batch_tokens=budget)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(scoring, "packs_rows", lambda policy: packed)
+        parts = list(plan_micro_batches(config, policy, rollouts, wanted))
+        assert sorted(i for part in parts for i in part) == [i for i in wanted if pairs[i][1]]
+        for part in parts:
+            rows = plan_rows(policy, rollouts, part, budget)
+            slots = sum(r.tokens for r in rows) if packed else len(rows) * max(r.tokens for r in rows)
+            assert slots <= budget or len(part) == 1
+
+
+def test_what_is_cheaper_is_one_row_or_many():
+    """A long prompt is shared; where responses are long, the mask of one row would cost more than it saves."""
+    policy = make_tiny_policy()
+    shared = batch_of(*[([5] * 100, [6] * 10)] * 4)
+    assert [row.members for row in plan_rows(policy, shared, range(4))] == [(0, 1, 2, 3)]
+    alone = batch_of(*[([5], [6] * 300)] * 4)
+    assert [row.members for row in plan_rows(policy, alone, range(4))] == [(0,), (1,), (2,), (3,)]
+
+
+def test_a_model_whose_output_is_more_than_a_product_takes_all_its_logits():
+    policy = make_tiny_policy(2).double()
+    assert find_head(policy) is not None
+    scaled = clone_policy(policy)
+    forward = scaled.forward
+
+    def divided(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits = out.logits / 3
+        return out
+
+    scaled.forward = divided
+    assert find_head(scaled) is None
+    rollouts = batch_of((LONG_PROMPT, [3, 4, 5]), (LONG_PROMPT, [6]), (SHORT_PROMPT, [7]))
+    expected = score(policy, rollouts, 3.0, with_entropy=True)
+    for name, values in score(scaled, rollouts, 1.0, with_entropy=True).items():
+        assert_close(values, expected[name], rtol=0, atol=1e-9)

@@ -108,6 +108,8 @@ FLAGS = [
     "entropy_target",
     "sampling_top_p",
     "micro_batch_tokens",
+    "attention",
+    "gradient_checkpointing",
     "async_steps",
     "show",
 ]

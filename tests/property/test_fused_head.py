@@ -219,6 +219,21 @@ def test_a_token_that_cannot_come(case, token):
     assert (ours["weight"].grad[token] == 0).all()
 
 
+def test_under_a_cap_a_token_too_unlikely_for_a_number_pulls_at_nothing():
+    """Its probability is 0, its logarithm is not there: neither may become NaN."""
+    hidden, weight = torch.tensor([[[1.0]]]).double(), torch.tensor([[900.0], [-900.0], [899.0]]).double()
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    values = fused_linear_log_probs(*leaves, torch.tensor([[2]]), logit_softcap=1e4)
+    (values["log_probs"] + values["token_entropy"]).sum().backward()
+    ours = [leaf.grad.clone() for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    logits = 1e4 * torch.tanh(nn.functional.linear(*leaves) / 1e4)
+    (select_log_probs(logits, torch.tensor([[2]])) + compute_entropy(logits)).sum().backward()
+    for mine, leaf in zip(ours, leaves, strict=True):
+        close(mine, leaf.grad, 1e-9)
+
+
 @fewer
 @given(cases())
 def test_a_second_backward_pass_gives_the_same(case):
