@@ -48,8 +48,9 @@ types: $(INSTALLED)  ## Static types, strict
 docs: $(INSTALLED)  ## Build the documentation into site/, strictly
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file .ci/mkdocs.yml --site-dir ../site
 
-bench: $(INSTALLED)  ## Speed, as ratios against a baseline of the same run
-	for script in tests/benchmarks/bench_*.py; do $(BIN)/python $$script; done
+bench: $(INSTALLED)  ## Speed and memory, as ratios within one run; beside TRL, verl and others after `make parity`
+	if [ -e .venv-parity/.installed ]; then python=.venv-parity/bin/python; else python=$(BIN)/python; fi; \
+	$$python -m tests.benchmarks $(ARGS)
 
 mutants: $(INSTALLED)  ## Break the core by hand; every break must turn a test red
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.mutants $(ARGS)

@@ -75,8 +75,9 @@ class RolloutBatch:
         return replace(self, completions=tuple(self.completions[row] for row in rows), **parts)
 
     def to(self, device: torch.device) -> "RolloutBatch":
-        """The same with its tensors on `device`."""
-        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        """The same with its tensors on `device`; the host does not wait for the copies."""
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in tensors.items()}
         return replace(self, **moved)
 
     def split(self, size: int) -> Iterator["RolloutBatch"]:

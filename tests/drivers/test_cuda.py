@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from drivers.metrics import UpdateMetrics
+from drivers.objective import prepare_rollouts, weigh_step
 from drivers.rollout import HFEngine
 from drivers.scoring import score
-from drivers.train import train
+from drivers.train import accumulate_gradients, train
 from grpo_core import compute_entropy, compute_grpo_clip_loss, grpo_microbatch_loss, normalize_group_rewards
-from tests.drivers.parts import clone_policy, letter_reward, make_run, tiny_config, tiny_parts
+from tests.drivers.parts import clone_policy, letter_reward, make_run, rollouts_of, tiny_config, tiny_parts
 from tests.drivers.test_batch import LONG_PROMPT, SHORT_PROMPT, batch_of
 from tests.drivers.test_train import ON_POLICY, TWO_EPOCHS
 
@@ -51,6 +53,19 @@ def test_scores_agree_with_the_cpu(prompt):
     expected = score(policy, rollouts, 1.0)["log_probs"]
     scored = score(clone_policy(policy).cuda(), rollouts.to(torch.device("cuda")), 1.0)["log_probs"]
     assert_close(scored.cpu(), expected, rtol=0, atol=1e-4)
+
+
+def test_the_host_waits_for_nothing_inside_the_loop_of_micro_batches():
+    config, parts = tiny_config(micro_batch_tokens=60, loss_type="grpo_clip", importance="truncate"), tiny_parts()
+    policy = parts.policy.cuda()
+    rollouts, scores = rollouts_of(config, tiny_parts())
+    batch, _ = weigh_step(config, prepare_rollouts(config, policy, None, rollouts, scores, None))
+    score(policy, batch.select([0]), 1.0)  # the probe of the head
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        accumulate_gradients(policy, batch, config, 0.0, UpdateMetrics())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -33,7 +33,7 @@ from drivers.scoring import score
 from drivers.train import accumulate_gradients
 from grpo_core import LossType, grpo_microbatch_train_step, normalize_group_rewards
 from grpo_core.types import Aggregation
-from tests.drivers.parts import clone_policy, completion, letter_reward, make_run, tiny_config, tiny_parts
+from tests.drivers.parts import clone_policy, completion, letter_reward, make_run, rollouts_of, tiny_config, tiny_parts
 from tests.drivers.test_train import TWO_UPDATES, run_training, weights
 from tests.tiny import make_tiny_policy
 
@@ -93,15 +93,6 @@ EVERYTHING = [
     {"advantage": "reinforce_plus_plus", "kl_coef": 0.05, "kl_estimator": "k1", "kl_in": "reward"},
     {"importance": "reject", "importance_low": 0.5, "empty_responses": "drop", "mask_truncated": True},
 ]
-
-
-def rollouts_of(config, parts, rewards=None):
-    """A step's rollouts from the tiny policy, with rewards that make a signal."""
-    prompts = [question.prompt_token_ids for question in parts.questions]
-    completions = parts.engine.generate(prompts, config.sampling, seed=3)
-    marks = torch.arange(float(len(completions))) % 3 if rewards is None else rewards
-    scores = [{"reward": r, "format_reward": 1.0, "answer_reward": r} for r in marks.tolist()]
-    return make_rollout_batch(completions, marks, config.group_size), scores
 
 
 @pytest.mark.parametrize("settings", EVERYTHING, ids=lambda s: s.get("loss_type") or next(iter(s)))

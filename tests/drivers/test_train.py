@@ -6,13 +6,16 @@ from typing import get_args
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from drivers.errors import UnsoundRunError
+from drivers.metrics import UpdateMetrics
+from drivers.objective import prepare_rollouts, weigh_step
 from drivers.run import Parts
 from drivers.train import train
 from grpo_core.types import Aggregation, LossType
-from tests.drivers.parts import clone_policy, letter_reward, make_run, tiny_config, tiny_parts
+from tests.drivers.parts import clone_policy, letter_reward, make_run, rollouts_of, tiny_config, tiny_parts
 
 ON_POLICY: dict = {}
 TWO_UPDATES = {"train_batch_size": 16, "gradient_accumulation_steps": 2}
@@ -112,6 +115,62 @@ def test_off_policy_makes_an_update_per_train_batch_and_epoch(tmp_path, monkeypa
     monkeypatch.setattr(PolicyOptimizer, "step", lambda self, *a: made.append(1) or step(self, *a))
     run_training(tmp_path, n_grpo_steps=2, epochs_per_rollout_batch=3, **TWO_UPDATES)
     assert len(made) == 2 * 3 * 2
+
+
+class NeverWaits(TorchDispatchMode):
+    """Fails where a value would have to come back to the host, on a GPU: a number, a size that depends on values."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        asks = name in self.WAITS or (
+            name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
+        )
+        assert not asks, f"{function} makes the host wait for the device"
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("cut", [{"micro_batch_tokens": 60}, {"gradient_accumulation_steps": 4}])
+@pytest.mark.parametrize("loss", [{"loss_type": "grpo_clip", "importance": "truncate"}, {"entropy_coef": 0.01}])
+def test_the_host_waits_for_nothing_inside_the_loop_of_micro_batches(cut, loss, monkeypatch):
+    """Everything that is planned is planned on the host; metrics are read once a step."""
+    from drivers import train as program
+    from grpo_core import fused_head
+
+    with pytest.raises(AssertionError, match="makes the host wait"), NeverWaits():
+        torch.ones(1).item()
+    monkeypatch.setattr(fused_head, "check_labels", lambda labels, vocab: None)  # on a CPU alone
+    config, parts = tiny_config(**cut, **loss), tiny_parts()
+    rollouts, scores = rollouts_of(config, parts)
+    batch = prepare_rollouts(config, parts.policy, None, rollouts, scores, None)
+    batch, facts = weigh_step(config, batch)
+    metrics, score = UpdateMetrics(), program.score
+    score(parts.policy, batch.select([0, 1]), 1.0)  # the probe of the head is not part of the loop
+
+    def watched(*args, **kwargs):
+        with NeverWaits():
+            return score(*args, **kwargs)
+
+    monkeypatch.setattr(program, "score", watched)
+    for name in ("compute_loss",):
+        original = getattr(program, name)
+
+        def patched(*args, original=original):
+            with NeverWaits():
+                return original(*args)
+
+        monkeypatch.setattr(program, name, patched)
+    add = metrics.add_micro_batch
+
+    def adding(*args):
+        with NeverWaits():
+            add(*args)
+
+    monkeypatch.setattr(metrics, "add_micro_batch", adding)
+    loss = program.accumulate_gradients(parts.policy, batch, config, config.entropy_coef, metrics)
+    metrics.add_update(loss, loss, facts)
+    assert metrics.summary()["micro_batches"] >= 2
 
 
 def test_the_same_seed_is_the_same_run_to_the_last_bit(tmp_path):
