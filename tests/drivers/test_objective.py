@@ -556,6 +556,12 @@ def test_a_trust_region_of_ppo_around_a_mean_is_warned_of():
     assert "hardly ever binds" not in "\n".join(formula(tiny_config(loss_type="gspo", cliprange=3e-4)))
 
 
+def test_the_formula_says_whose_samples_an_overlapped_run_has():
+    config = {"async_steps": 1, "engine": "vllm", "importance": "truncate"}
+    assert "mu is the policy before the last update" in "\n".join(formula(tiny_config(**config)))
+    assert "before the last update" not in "\n".join(formula(tiny_config()))
+
+
 def test_formulas_name_each_stage_once():
     lines = formula(tiny_config(advantage="reinforce_plus_plus_baseline", loss_type="grpo_clip"))
     assert lines[1] == "B_i      = r_i - mean_group(r)"
