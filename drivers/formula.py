@@ -233,7 +233,7 @@ def _notes(config: GrpoConfig) -> list[str]:
     if config.loss_type in RATIO_OBJECTIVES and config.is_ratio_to_own_pass:
         notes.append("pi_old is the policy of the same pass: every ratio is 1, and no bound ever binds")
     if config.async_steps:
-        notes.append("mu is the policy before the last update: each batch is sampled while the one before is trained on")
+        notes.append("mu is the policy before the last update: a batch is sampled while the one before is trained on")
     notes += config.warnings
     if config.importance == "reject":
         notes.append(
