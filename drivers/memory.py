@@ -35,7 +35,7 @@ class MemoryPlan:
     @property
     def fits(self) -> bool:
         """With a tenth to spare for what no plan knows of."""
-        return self.total < 0.9 * self.available
+        return self.available == 0 or self.total < 0.9 * self.available
 
     def __str__(self) -> str:
         parts = {
@@ -104,7 +104,8 @@ def most_tokens(config: GrpoConfig, longest_prompt: int) -> int:
 def activation_bytes(policy: Any, row: int) -> int:
     """What a layer of the Llama kind keeps of one token: the inputs of its products, norms in float32, rotations."""
     config, size = policy.config.get_text_config(), next(policy.parameters()).element_size()
-    width, inner = config.hidden_size, config.intermediate_size
+    width = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * width
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or width // heads
     keys = (getattr(config, "num_key_value_heads", None) or heads) * head_dim

@@ -31,8 +31,8 @@ def with_slope(
         return values
     if not is_traced():
         return _WithSlope.apply(values, slope, of)  # type: ignore[no-any-return, no-untyped-call]
-    # Infinities made finite first: inf - inf is NaN. Then a difference that is exactly 0, and carries the gradient.
-    finite = of.clamp(torch.finfo(of.dtype).min, torch.finfo(of.dtype).max)
+    # Made finite first, for inf - inf is NaN. Then a difference that is exactly 0, and carries the gradient.
+    finite = of.nan_to_num()
     nothing = finite - finite.detach()
     return values + (nothing if slope is None else nothing * slope)
 

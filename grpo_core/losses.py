@@ -123,8 +123,8 @@ def compute_grpo_clip_loss(
     with torch.no_grad():
         ratio = ratio_of(policy_log_probs, old_log_probs)
         # The minimum of both surrogates is one, of a ratio with the bound that lowers it: from below where A < 0.
-        lower = torch.full_like(advantages, -torch.inf).masked_fill_(advantages < 0, low)
-        upper = torch.full_like(advantages, torch.inf).masked_fill_(advantages > 0, high)
+        lower = torch.full_like(advantages, -torch.inf, dtype=ratio.dtype).masked_fill_(advantages < 0, low)
+        upper = torch.full_like(advantages, torch.inf, dtype=ratio.dtype).masked_fill_(advantages > 0, high)
         flags = {"is_clipped_low": ratio < lower, "is_clipped_high": ratio > upper}
         flags["is_clipped"] = flags["is_clipped_low"] | flags["is_clipped_high"]
         if dual_clip is not None:
