@@ -51,6 +51,18 @@ def _kind_of(value: object) -> object:
     return type(value) if value is None or isinstance(value, bool | int | float | str) else None
 
 
+def eager_alone(fn: Callable[P, R]) -> Callable[P, R]:
+    """For what is no graph: torch.compile goes around `fn`."""
+
+    @functools.wraps(fn)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():  # asked for here, for it imports the compiler
+            return torch.compiler.disable(fn)(*args, **kwargs)  # type: ignore[no-any-return, no-untyped-call]
+        return fn(*args, **kwargs)
+
+    return wrapper
+
+
 def is_traced() -> bool:
     """Whether torch.compile or torch.func is looking on: both want plain expressions, which one of them fuses."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()

@@ -64,8 +64,8 @@ class GradientSums:
         if not any(self._needed):
             return
         largest = None
-        if self._narrow:
-            slopes = [slope for slope in (by_log_prob, by_entropy) if slope is not None]
+        slopes = [slope for slope in (by_log_prob, by_entropy) if slope is not None and len(slope)]
+        if self._narrow and slopes:
             largest = torch.stack([slope.abs().amax() for slope in slopes]).amax().clamp(min=1e-30)
             by_log_prob, by_entropy = (None if s is None else s / largest for s in (by_log_prob, by_entropy))
         same = weights.dtype == self._hidden.dtype
@@ -80,10 +80,9 @@ class GradientSums:
             part = self._restored(gradient.sum(dim=0, dtype=wide_type(self._hidden)), largest)
             self._of_bias = part if self._of_bias is None else self._of_bias.add_(part)
 
-    def result(self, by_loss: Tensor | float = 1.0) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Times the slope of what follows, in the types of the inputs."""
-        sums = (torch.cat(self._of_hidden) if self._needed[0] else None, self._of_weight, self._of_bias)
-        return tuple(None if part is None else _times(part, by_loss).to(self._hidden.dtype) for part in sums)  # type: ignore[return-value]
+    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """As wide as they were summed; autograd narrows them, after what is multiplied yet."""
+        return torch.cat(self._of_hidden) if self._needed[0] else None, self._of_weight, self._of_bias
 
     def _widened(self, part: Tensor) -> Tensor:
         return part.to(wide_type(part))
@@ -92,10 +91,9 @@ class GradientSums:
         return part if largest is None else self._widened(part) * largest
 
 
-def _times(part: Tensor, factor: Tensor | float) -> Tensor:
+def scale(part: Tensor, factor: Tensor) -> Tensor:
     """Without a copy where the factor is known to be 1; looking would make a GPU wait."""
-    known = isinstance(factor, float) or factor.device.type == "cpu"
-    return part if known and factor == 1 else part * factor
+    return part if factor.device.type == "cpu" and factor == 1 else part * factor
 
 
 def _wide_product(left: Tensor, right: Tensor) -> Tensor:

@@ -17,31 +17,33 @@ LARGEST_LOG_RATIO = 20.0
 def hold(log_ratio: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """`log_ratio`, its value held within 20 nats; its gradient is not cut: a ratio far out still pulls back."""
     held = log_ratio.detach().clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+    if is_traced():
+        # Made finite first, for inf - inf is NaN. Then a difference that is exactly 0, and carries the gradient.
+        finite = log_ratio.nan_to_num()
+        return held + (finite - finite.detach())
     return with_slope(held, None, log_ratio)
 
 
 def with_slope(
     values: Float[Tensor, "*shape"], slope: Float[Tensor, "*shape"] | None, of: Float[Tensor, "*shape"]
 ) -> Float[Tensor, "*shape"]:
-    """`values`, whose derivative in `of`, entry by entry, is `slope`: 1 where it is None.
+    """`values`, whose derivative in `of`, entry by entry, is `slope`: 1 where it is None. `values` must be fresh.
 
-    Where a formula and its derivative are both known, a tape of its intermediate results is not needed.
+    Where a formula and its derivative are both known, a tape of its intermediate results is not needed. Eager alone:
+    those who trace take the formula itself, which has a second derivative and a forward mode too.
     """
-    if not (torch.is_grad_enabled() and of.requires_grad) and not is_traced():
+    if not (torch.is_grad_enabled() and of.requires_grad):
         return values
-    if not is_traced():
-        return _WithSlope.apply(values, slope, of)  # type: ignore[no-any-return, no-untyped-call]
-    # Made finite first, for inf - inf is NaN. Then a difference that is exactly 0, and carries the gradient.
-    finite = of.nan_to_num()
-    nothing = finite - finite.detach()
-    return values + (nothing if slope is None else nothing * slope)
+    return _WithSlope.apply(values, slope, of)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _WithSlope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, slope: Tensor | None, _: Tensor) -> Tensor:
         ctx.save_for_backward(slope)
-        return values.view_as(values)
+        # Handed on as it is: a view could not be changed in place by those who get it.
+        ctx.mark_dirty(values)
+        return values
 
     @staticmethod
     @once_differentiable
@@ -83,6 +85,24 @@ def clip_bounds(cliprange: float, cliprange_high: float | None, center: float = 
     for name, value in (("cliprange", cliprange), ("cliprange_high", high)):
         require(value >= 0, name, value, "at least 0: it is the distance of a bound from the middle")
     return center - cliprange, center + high
+
+
+def clip_surrogate(
+    ratio: Float[Tensor, "batch cols"],
+    advantages: Float[Tensor, "batch _"],
+    bounds: tuple[float, float],
+    dual_clip: float | None = None,
+) -> tuple[Float[Tensor, "batch cols"], Metadata]:
+    """PPO's pessimistic minimum, and where it chose the bound."""
+    low, high = bounds
+    flags = {"is_clipped_low": (ratio < low) & (advantages < 0), "is_clipped_high": (ratio > high) & (advantages > 0)}
+    flags["is_clipped"] = flags["is_clipped_low"] | flags["is_clipped_high"]
+    objective = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
+    if dual_clip is not None:
+        flags["is_clipped_dual"] = (ratio > dual_clip) & (advantages < 0)
+        flags["is_clipped"] = flags["is_clipped"] | flags["is_clipped_dual"]
+        objective = torch.where(flags["is_clipped_dual"], dual_clip * advantages, objective)
+    return -objective, flags
 
 
 def hide_flags(flags: Metadata, mask: Bool[Tensor, "batch seq"] | None) -> Metadata:

@@ -32,6 +32,13 @@ class Statistics(NamedTuple):
     """The sum of all $e^{z - top}$, the weights."""
     entropy: Float[Tensor, "rows 1"] | None
 
+    def results(self) -> tuple[Float[Tensor, " rows"] | None, Float[Tensor, " rows"] | None]:
+        """Log-probs and entropies to hand out; no views, for those could not be changed in place."""
+        log_probs, entropy = (
+            None if value is None else value[:, 0].clone() for value in (self.log_probs, self.entropy)
+        )
+        return log_probs, entropy
+
 
 def measure(
     logits: Float[Tensor, "rows vocab"],
@@ -140,6 +147,14 @@ def _pull(
         p.mul_(log_p.clamp_(min=_NEVER).add_(told.entropy[tile]).mul_(-spread).sub_(pull))
     if labels is not None:
         p.scatter_add_(1, labels[tile, None], pull)
+
+
+def join(parts: list[Statistics]) -> Statistics:
+    """Of parts, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    columns = ([part for part in column if part is not None] for column in zip(*parts, strict=True))
+    return Statistics(*(torch.cat(column) if column else None for column in columns))  # type: ignore[arg-type]
 
 
 def wide_type(logits: Tensor) -> torch.dtype:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from grpo_core._check import check_choice, require, shape_checked
+from grpo_core._check import check_choice, is_traced, require, shape_checked
 from grpo_core._groups import list_sizes
 from grpo_core._ratios import with_slope
 from grpo_core.masking import masked_sum
@@ -140,6 +140,8 @@ def sum_weighted_losses(losses: Float[Tensor, "batch cols"], weights: Float[Tens
             f"losses have shape {tuple(losses.shape)} ({kinds[0]}) and weights {tuple(weights.shape)} ({kinds[1]}):"
             " losses of whole responses take compute_sequence_weights, those of tokens compute_token_weights"
         )
+    if is_traced():
+        return (torch.where(weights == 0, 0.0, losses) * weights.detach().to(losses.dtype)).sum()
     with torch.no_grad():
         slope = weights.to(losses.dtype)
         weighted = (losses * slope).masked_fill_(weights == 0, 0.0)
@@ -189,7 +191,9 @@ def aggregate_token_losses(
     if aggregation == "token_mean":
         _positive(normalize_constant, aggregation)
     weights = _per_response(response_mask, aggregation, normalize_constant, group_sizes, "count")
-    return (masked_sum(token_losses, response_mask, dim=1) * weights.to(token_losses.dtype)).sum()
+    # The sum of a long row, before it is weighed, may be more than float16 holds.
+    sums = masked_sum(token_losses.to(torch.promote_types(token_losses.dtype, torch.float32)), response_mask, dim=1)
+    return (sums * weights.to(sums.dtype)).sum().to(token_losses.dtype)
 
 
 def _per_response(

@@ -1,6 +1,7 @@
 """From the logits of a vocabulary to one number per token."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from grpo_core._check import is_traced, shape_checked
-from grpo_core._sweep import Scaling, Statistics, check_labels, measure, wide_type, write_gradient
+from grpo_core._sweep import Scaling, Statistics, check_labels, join, measure, wide_type, write_gradient
 
 
 @shape_checked
@@ -77,11 +78,10 @@ def measure_logits(
         raise ValueError(f"temperature={temperature} must be positive and finite; for greedy decoding take the argmax")
     if is_traced():
         return _plain_expressions(logits, labels, temperature, with_entropy)
-    rows = logits.flatten(0, -2) if logits.ndim > 1 else logits[None]
     flat = None if labels is None else labels.reshape(-1).long()
     if flat is not None:
         check_labels(flat, logits.shape[-1])
-    values = _Measured.apply(rows, flat, temperature, with_entropy)  # type: ignore[no-untyped-call]
+    values = _Measured.apply(logits, flat, temperature, with_entropy)  # type: ignore[no-untyped-call]
     log_probs, entropy = (None if value is None else value.view(logits.shape[:-1]) for value in values)
     return log_probs, entropy
 
@@ -93,11 +93,16 @@ class _Measured(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor | None, temperature: float, with_entropy: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        told = measure(logits, labels, Scaling(temperature), with_entropy=with_entropy)
+        scaling = Scaling(temperature)
+        parts = [
+            measure(rows, None if labels is None else labels[place], scaling, with_entropy=with_entropy)
+            for place, rows in _row_views(logits)
+        ]
+        told = join(parts)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, labels, told.top, told.total, told.entropy)
         ctx.temperature = temperature
-        return tuple(None if value is None else value[:, 0] for value in (told.log_probs, told.entropy))  # type: ignore[return-value]
+        return told.results()
 
     @staticmethod
     @once_differentiable
@@ -105,12 +110,29 @@ class _Measured(torch.autograd.Function):
         if by_log_prob is None and by_entropy is None:
             return (None,) * 4
         logits, labels, *told = ctx.saved_tensors
-        gradient = torch.empty_like(logits)
-        slopes = (None if slope is None else slope[:, None] for slope in (by_log_prob, by_entropy))
-        # Without a pull on the label's log-prob there is none on the label.
-        pulled = None if by_log_prob is None else labels
-        write_gradient(logits, gradient, pulled, ctx.temperature, Statistics(None, *told), *slopes)
+        gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        rows_of_gradient = gradient.view(-1, logits.shape[-1])
+        for place, rows in _row_views(logits):
+            slopes = (None if slope is None else slope[place, None] for slope in (by_log_prob, by_entropy))
+            # Without a pull on the label's log-prob there is none on the label.
+            pulled = None if by_log_prob is None else labels[place]
+            part = Statistics(None, *(None if value is None else value[place] for value in told))  # type: ignore[arg-type]
+            write_gradient(rows, rows_of_gradient[place], pulled, ctx.temperature, part, *slopes)
         return gradient, None, None, None
+
+
+def _row_views(logits: Float[Tensor, "*batch vocab"]) -> Iterator[tuple[slice, Float[Tensor, "rows vocab"]]]:
+    """All rows where they lie: at once, or part by part where memory has gaps, as in `logits[:, :-1]`. No copy."""
+    start, waiting = 0, [logits]
+    while waiting:
+        part = waiting.pop(0)
+        try:
+            rows = part.view(-1, part.shape[-1])
+        except RuntimeError:
+            waiting[:0] = part.unbind(0)
+            continue
+        yield slice(start, start + len(rows)), rows
+        start += len(rows)
 
 
 def _plain_expressions(

@@ -1,4 +1,7 @@
-"""From hidden states to log-probabilities and losses: the logits of a batch never stand in wide precision."""
+"""From hidden states to log-probabilities and losses, a block of logits at a time.
+
+Blocks are no graph: torch.compile goes around these functions, and the transforms of torch.func refuse them.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +11,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo_core._check import require, shape_checked
-from grpo_core._linear_head import GradientSums, Head
-from grpo_core._sweep import Scaling, Statistics, check_labels, measure, wide_type
+from grpo_core._check import eager_alone, require, shape_checked
+from grpo_core._linear_head import GradientSums, Head, scale
+from grpo_core._sweep import Scaling, Statistics, check_labels, join, measure, wide_type
 from grpo_core.aggregation import compute_token_weights, sum_weighted_losses
 from grpo_core.losses import compute_grpo_clip_loss
 from grpo_core.types import Advantages, Metadata
@@ -18,6 +21,7 @@ from grpo_core.types import Advantages, Metadata
 MAX_LOGITS_BYTES = 1 << 29
 
 
+@eager_alone
 @shape_checked
 def fused_linear_log_probs(
     hidden: Float[Tensor, "*batch width"],
@@ -66,13 +70,14 @@ def fused_linear_log_probs(
     """
     states, head = _prepare(hidden, lm_head_weight, bias, temperature, logit_softcap, max_logits_bytes)
     rows = _rows_of(response_mask)
-    chosen, targets = _choose(states.flatten(0, -2), rows), _choose(labels.flatten(), rows)
+    chosen, targets = _choose(states, rows), _choose(labels.reshape(-1).long(), rows)
     check_labels(targets, len(lm_head_weight))
     log_probs, entropy = _apply(_LogProbs, chosen, head, targets, return_entropy)
     values = {"log_probs": log_probs} | ({"token_entropy": entropy} if return_entropy else {})
     return {name: _spread(value, rows, labels.shape) for name, value in values.items()}
 
 
+@eager_alone
 @shape_checked
 def fused_linear_token_loss(
     hidden: Float[Tensor, "batch seq width"],
@@ -125,7 +130,7 @@ def fused_linear_token_loss(
     states, head = _prepare(hidden, lm_head_weight, bias, temperature, logit_softcap, max_logits_bytes)
     rows = _rows_of(response_mask)
     assert rows is not None
-    targets = _choose(labels.flatten(), rows)
+    chosen, targets = _choose(states, rows), _choose(labels.reshape(-1).long(), rows)
     check_labels(targets, len(lm_head_weight))
 
     def loss_of(log_probs: Tensor, entropy: Tensor, tokens: slice) -> Tensor:
@@ -133,12 +138,12 @@ def fused_linear_token_loss(
         row, column = place // labels.shape[1], place % labels.shape[1]
         return loss_fn(log_probs, entropy, lambda tensor: tensor[row, column if tensor.shape[1] > 1 else 0][None])
 
-    chosen = _choose(states.flatten(0, 1), rows)
     loss, log_probs, entropy = _apply(_TokenLoss, chosen, head, targets, loss_of)
     told = {"log_probs": log_probs, "token_entropy": entropy}
     return loss, {name: _spread(value, rows, labels.shape) for name, value in told.items()}
 
 
+@eager_alone
 @shape_checked
 def fused_linear_grpo_loss(
     hidden: Float[Tensor, "batch seq width"],
@@ -243,12 +248,12 @@ class _LogProbs(torch.autograd.Function):
                 logits = head.logits(hidden[rows])
                 told = measure(logits, labels[rows], head.scaling, with_entropy=with_entropy, keeps_weights=keeps)
                 parts.append(told)
-        told = _join(parts)
+        told = join(parts)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, labels, *told)
         ctx.head = head._replace(weight=weight.new_empty(0), bias=None)
         ctx.kept = logits if keeps else None
-        return tuple(None if value is None else value[:, 0] for value in (told.log_probs, told.entropy))
+        return told.results()
 
     @staticmethod
     @once_differentiable
@@ -285,7 +290,7 @@ class _TokenLoss(torch.autograd.Function):
         labels: Int[Tensor, " tokens"],
         head: Head,
         loss_of: Callable[[Tensor, Tensor, slice], Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor | None, ...]:
         head = head._replace(weight=weight, bias=bias)
         loss, parts = hidden.new_zeros((), dtype=wide_type(hidden)), []
         sums = GradientSums(head, hidden, ctx.needs_input_grad[:3])
@@ -297,18 +302,16 @@ class _TokenLoss(torch.autograd.Function):
                 loss += share
                 parts.append(told)
                 sums.add(rows, logits, labels[rows], told, *slopes)
-        told = _join(parts)
-        assert told.log_probs is not None
-        assert told.entropy is not None
-        log_probs, entropy = told.log_probs[:, 0], told.entropy[:, 0]
-        ctx.sums = sums
+        log_probs, entropy = join(parts).results()
+        # Kept by autograd, which lets them go after backward unless it is told to retain the graph.
+        ctx.save_for_backward(*sums.result())
         ctx.mark_non_differentiable(log_probs, entropy)
         return loss, log_probs, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return *ctx.sums.result(by_loss), None, None, None
+        return *(None if part is None else scale(part, by_loss) for part in ctx.saved_tensors), None, None, None
 
 
 def _slopes(
@@ -323,12 +326,6 @@ def _slopes(
             return share, (None, None)
         by_log_prob, by_entropy = torch.autograd.grad(share, leaves, allow_unused=True)
     return share.detach(), (by_log_prob, by_entropy)
-
-
-def _join(parts: list[Statistics]) -> Statistics:
-    """Of blocks, one after the other."""
-    columns = ([part for part in column if part is not None] for column in zip(*parts, strict=True))
-    return Statistics(*(torch.cat(column) if column else None for column in columns))  # type: ignore[arg-type]
 
 
 def _prepare(
@@ -352,7 +349,8 @@ def _prepare(
         f"[{weight.dtype}]",
         f"of the type of hidden, {hidden.dtype}: cast one of them",
     )
-    return hidden, Head(weight, bias, Scaling(temperature, logit_softcap), max_logits_bytes)
+    states = hidden.reshape(-1, hidden.shape[-1])
+    return states, Head(weight, bias, Scaling(temperature, logit_softcap), max_logits_bytes)
 
 
 def _apply(function: Any, hidden: Tensor, head: Head, labels: Tensor, argument: object) -> Any:

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from grpo_core._check import check_choice, require, shape_checked
+from grpo_core._check import check_choice, is_traced, require, shape_checked
 from grpo_core._ratios import hide, hold, log_ratio_of, with_slope
 from grpo_core.types import KLEstimator, KLEstimatorName
 
@@ -67,10 +67,13 @@ def estimate_kl(
             return x.square() / 2
         case "abs":
             return x.abs()
-    with torch.no_grad():
-        growth = hold(x).expm1()
-        value = growth - x
-    k3 = with_slope(value, growth, x)
+    if is_traced():
+        k3 = hold(x).expm1() - x
+    else:
+        with torch.no_grad():
+            growth = hold(x).expm1()
+            value = growth - x
+        k3 = with_slope(value, growth, x)
     if estimator == "k3":
         return k3
     old = policy_log_probs if old_log_probs is None else old_log_probs

@@ -6,8 +6,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from grpo_core._check import check_choice, require, shape_checked
-from grpo_core._ratios import clip_bounds, hide, hide_flags, ratio_of, with_slope
+from grpo_core._check import check_choice, is_traced, require, shape_checked
+from grpo_core._ratios import (
+    clip_bounds,
+    clip_surrogate,
+    hide,
+    hide_flags,
+    hold,
+    log_ratio_of,
+    ratio_of,
+    with_slope,
+)
 from grpo_core.types import Advantages, LossType, LossTypeName, Metadata
 
 T = TypeVar("T")
@@ -120,6 +129,10 @@ def compute_grpo_clip_loss(
     if dual_clip is not None:
         require(dual_clip > 1, "dual_clip", dual_clip, "above 1: it bounds ratios where the advantage is negative")
     advantages = advantages.detach()
+    if is_traced():
+        ratio = hold(log_ratio_of(policy_log_probs, old_log_probs, response_mask)).exp()
+        losses, flags = clip_surrogate(ratio, advantages, (low, high), dual_clip)
+        return hide(losses, response_mask), hide_flags(flags, response_mask)
     with torch.no_grad():
         ratio = ratio_of(policy_log_probs, old_log_probs)
         # The minimum of both surrogates is one, of a ratio with the bound that lowers it: from below where A < 0.
@@ -170,11 +183,14 @@ def compute_grpo_no_clip_loss(
     References:
         Schulman et al. 2017, arXiv:1707.06347, eq. 6.
     """
+    if is_traced():
+        ratio = hold(log_ratio_of(policy_log_probs, old_log_probs, response_mask)).exp()
+        return hide(ratio * -advantages.detach(), response_mask), {}
     with torch.no_grad():
         losses = ratio_of(policy_log_probs, old_log_probs) * -advantages.detach()
         losses = hide(losses, response_mask)
     # The ratio is its own derivative.
-    return with_slope(losses, losses, policy_log_probs), {}
+    return with_slope(losses, losses.clone(), policy_log_probs), {}
 
 
 @shape_checked

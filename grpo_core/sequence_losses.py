@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from grpo_core._check import shape_checked
-from grpo_core._ratios import clip_bounds, hide, hide_flags, hold, log_ratio_of, mean_over_row
+from grpo_core._ratios import clip_bounds, clip_surrogate, hide, hide_flags, hold, log_ratio_of, mean_over_row
 from grpo_core.types import Advantages, Metadata
 
 
@@ -50,7 +50,7 @@ def compute_gspo_loss(
         Zheng et al. 2025, arXiv:2507.18071, eq. 5 and 7.
     """
     log_ratio = mean_over_row(log_ratio_of(policy_log_probs, old_log_probs, response_mask), response_mask)
-    losses, flags = _clipped(hold(log_ratio).exp(), advantages.detach(), clip_bounds(cliprange, cliprange_high))
+    losses, flags = clip_surrogate(hold(log_ratio).exp(), advantages.detach(), clip_bounds(cliprange, cliprange_high))
     has_tokens = response_mask.any(dim=1, keepdim=True)
     return torch.where(has_tokens, losses, 0.0), {name: flag & has_tokens for name, flag in flags.items()}
 
@@ -98,7 +98,7 @@ def compute_gspo_token_loss(
     log_ratio = log_ratio_of(policy_log_probs, old_log_probs, response_mask)
     policy = hide(policy_log_probs, response_mask)
     ratio = hold(mean_over_row(log_ratio.detach(), response_mask)).exp() * (policy - policy.detach()).exp()
-    losses, flags = _clipped(ratio, advantages.detach(), clip_bounds(cliprange, cliprange_high))
+    losses, flags = clip_surrogate(ratio, advantages.detach(), clip_bounds(cliprange, cliprange_high))
     return hide(losses, response_mask), hide_flags(flags, response_mask)
 
 
@@ -243,13 +243,3 @@ def compute_vespo_loss(
     )
     weight = (power * log_weight + decay * (1 - log_weight.exp())).exp() * advantages
     return hide(-weight * hide(policy_log_probs, response_mask), response_mask), {}
-
-
-def _clipped(
-    ratio: Float[Tensor, "batch cols"], advantages: Float[Tensor, "batch _"], bounds: tuple[float, float]
-) -> tuple[Float[Tensor, "batch cols"], Metadata]:
-    """PPO's pessimistic minimum, and where it chose the bound."""
-    low, high = bounds
-    flags = {"is_clipped_low": (ratio < low) & (advantages < 0), "is_clipped_high": (ratio > high) & (advantages > 0)}
-    flags["is_clipped"] = flags["is_clipped_low"] | flags["is_clipped_high"]
-    return -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages), flags

@@ -15,6 +15,7 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
@@ -26,6 +27,13 @@ settings.register_profile("dev", max_examples=50, deadline=None)
 settings.register_profile("ci", max_examples=200, deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("nightly", max_examples=2000, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") == "true" else "dev"))
+
+
+@pytest.fixture(params=["eager", "traced"])
+def each_way(request, monkeypatch):
+    """The kernels and known slopes of eager mode, and the plain expressions that torch.compile and torch.func get."""
+    if request.param == "traced":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

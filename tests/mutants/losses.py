@@ -479,7 +479,7 @@ SEQUENCE_LOSSES = [
             "hold(log_ratio).exp(), advantages.detach()",
             "hold(log_ratio).exp(), advantages",
         ),
-        ("the log ratio is not held", "_clipped(hold(log_ratio).exp()", "_clipped(log_ratio.exp()"),
+        ("the log ratio is not held", "clip_surrogate(hold(log_ratio).exp()", "clip_surrogate(log_ratio.exp()"),
         (
             "the ratio of the last token",
             "mean_over_row(log_ratio_of(policy_log_probs, old_log_probs), response_mask)\n    losses",
@@ -517,7 +517,7 @@ SEQUENCE_LOSSES = [
             "return losses, hide_flags(flags, response_mask)",
         ),
         ("the policy is not hidden", "policy = hide(policy_log_probs, response_mask)", "policy = policy_log_probs"),
-        ("advantages carry gradient", "_clipped(ratio, advantages.detach()", "_clipped(ratio, advantages"),
+        ("advantages carry gradient", "clip_surrogate(ratio, advantages.detach()", "clip_surrogate(ratio, advantages"),
         (
             "divided by its length",
             "(policy - policy.detach()).exp()",

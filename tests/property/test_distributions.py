@@ -115,3 +115,20 @@ def test_an_unreachable_token_is_a_token_less(inputs):
         assert_close(whole.grad[kept], part.grad, rtol=1e-12, atol=1e-12)
         assert (whole.grad[~kept] == 0.0).all()
         assert select_log_probs(whole, label).isfinite()
+
+
+@pytest.mark.parametrize(
+    "cut", [lambda x: x[:, :-1], lambda x: x.transpose(0, 1), lambda x: x[:, ::2], lambda x: x[0]]
+)
+def test_logits_are_read_where_they_lie(cut):
+    """`logits[:, :-1]` has gaps: a copy of it would be the largest tensor of a step."""
+    whole = torch.randn(3, 4, 5, dtype=torch.float64)
+    views = list(distributions._row_views(cut(whole)))
+    assert {rows.untyped_storage().data_ptr() for _, rows in views} == {whole.untyped_storage().data_ptr()}
+    assert_close(torch.cat([rows for _, rows in views]), cut(whole).reshape(-1, 5))
+    leaf, twin = whole.clone().requires_grad_(), whole.clone().requires_grad_()
+    labels = torch.randint(5, cut(whole).shape[:-1])
+    (select_log_probs(cut(leaf), labels) + 2 * compute_entropy(cut(leaf))).sum().backward()
+    plain = cut(twin).log_softmax(-1)
+    (plain.gather(-1, labels[..., None])[..., 0] - 2 * (plain.exp() * plain).sum(-1)).sum().backward()
+    assert_close(leaf.grad, twin.grad)

@@ -20,6 +20,9 @@ from grpo_core import Aggregation, compute_sequence_weights, compute_token_weigh
 from tests.oracle import objectives as oracle
 from tests.strategies import GARBAGE, SHAPES, floats, masks, response_masks, tensors
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
+
 # The door to four of the others, by the name of a loss type: tests/property/test_steps.py.
 DOORS = {"compute_policy_gradient_loss"}
 MEMBERS = {

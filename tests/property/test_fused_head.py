@@ -470,6 +470,86 @@ def test_float16_keeps_small_gradients_under_a_loss_scale():
     assert_close(weight.grad[0, 0].item(), -(1 - p) * 1e-8 * 2**20, rtol=2e-3, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("empty", [True, False], ids=["no token", "no slope"])
+def test_a_batch_without_a_pull_has_gradient_zero(dtype, empty):
+    leaves = [torch.ones(1, 2, 3, dtype=dtype).requires_grad_(), torch.ones(5, 3, dtype=dtype).requires_grad_()]
+    mask, labels = torch.full((1, 2), not empty), torch.zeros(1, 2, dtype=torch.long)
+    pull = 1.0 if empty else 0.0
+
+    def loss_fn(log_probs, _, take):
+        return (pull * log_probs).sum() if pull else torch.zeros(())
+
+    loss, _ = fused_linear_token_loss(*leaves, labels, loss_fn, response_mask=mask)
+    loss.backward()
+    assert loss == 0
+    for leaf in leaves:
+        assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+
+
+def test_a_second_backward_pass_through_a_loss_inside():
+    """The graph retained, gradients add up, and none is the tensor of another; released, torch says so."""
+    torch.manual_seed(0)
+    weight, mask = torch.randn(5, 3, requires_grad=True), torch.ones(2, 3).bool()
+
+    def loss_of(leaf):
+        labels = torch.tensor([[0, 1, 2], [3, 4, 0]])
+        loss_fn = lambda log_probs, *_: -log_probs.sum()  # noqa: E731
+        return fused_linear_token_loss(leaf, weight, labels, loss_fn, response_mask=mask)[0]
+
+    leaf = torch.randn(2, 3, 3, requires_grad=True)
+    loss = loss_of(leaf)
+    loss.backward(retain_graph=True)
+    once = leaf.grad.clone(), weight.grad.clone()
+    loss.backward()
+    for grad, expected in zip((leaf.grad, weight.grad), once, strict=True):
+        close(grad, 2 * expected, 1e-6)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_gradients_do_not_outlive_backward():
+    """A weight's gradient is as large as the weight: what backward hands over is not also kept."""
+    weight = torch.randn(5, 3, requires_grad=True)
+    loss, _ = fused_linear_token_loss(
+        torch.ones(1, 1, 3),
+        weight,
+        torch.tensor([[2]]),
+        lambda log_probs, *_: log_probs.sum(),
+        response_mask=torch.tensor([[True]]),
+    )
+    storage = loss.grad_fn.saved_tensors[1].data_ptr()
+    loss.backward()
+    assert weight.grad.data_ptr() == storage
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.int16, torch.int32])
+def test_labels_of_any_integer_type(kind):
+    hidden, weight, labels = torch.randn(1, 3, 2), torch.randn(4, 2), torch.tensor([[3, 0, 1]])
+    mask = torch.tensor([[True, False, True]])
+    expected = fused_linear_log_probs(hidden, weight, labels, response_mask=mask)
+    close(fused_linear_log_probs(hidden, weight, labels.to(kind), response_mask=mask), expected, 0)
+
+
+def test_one_token_is_a_batch_without_dimensions():
+    hidden, weight = torch.randn(2), torch.randn(4, 2)
+    values = fused_linear_log_probs(hidden, weight, torch.tensor(3))
+    batch = fused_linear_log_probs(hidden[None], weight, torch.tensor([3]))
+    for name, value in values.items():
+        assert value.shape == ()
+        close(value, batch[name][0], 0)
+
+
+def test_a_bias_keeps_its_own_precision():
+    """Where the products are bfloat16, a float32 bias still gets a float32 gradient."""
+    hidden, weight = torch.ones(1, 301, 2).bfloat16(), torch.zeros(4, 2).bfloat16()
+    bias = torch.zeros(4, requires_grad=True)
+    labels = torch.zeros(1, 301, dtype=torch.long)
+    fused_linear_log_probs(hidden, weight, labels, bias=bias, max_logits_bytes=8)["log_probs"].sum().backward()
+    assert bias.grad.dtype == torch.float32
+    close(bias.grad, torch.tensor([225.75, -75.25, -75.25, -75.25]), 1e-6)
+
+
 def test_autocast_is_that_of_a_linear_layer():
     torch.manual_seed(0)
     hidden, weight = torch.randn(2, 5, 8), torch.randn(30, 8)

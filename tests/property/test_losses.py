@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -16,6 +17,8 @@ from grpo_core import (
     compute_naive_policy_gradient_loss,
 )
 from tests.strategies import CLIPRANGES, Batch, batches
+
+pytestmark = pytest.mark.usefixtures("each_way")
 
 
 def exact(actual, expected) -> None:
@@ -137,3 +140,18 @@ def test_the_aggregations_agree_where_all_responses_are_as_long_as_the_constant(
     assert_close(
         aggregate_token_losses(losses, everything, "token_mean", normalize_constant=float(rows * seq)), expected
     )
+
+
+def test_a_bound_is_not_rounded_to_the_type_of_the_advantages():
+    """GSPO's 3e-4 is nothing to bfloat16 around 1: every ratio would be clipped, or none."""
+    advantages = torch.tensor([[1.0]], dtype=torch.bfloat16)
+    policy, old = torch.tensor([[2e-4, 4e-4]]), torch.zeros(1, 2)
+    _, flags = compute_grpo_clip_loss(advantages, policy, old, 3e-4)
+    assert flags["is_clipped"].tolist() == [[False, True]]
+
+
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
+def test_a_float16_row_may_sum_to_more_than_float16_holds(aggregation):
+    losses, mask = torch.full((1, 4096), 32.0, dtype=torch.float16), torch.ones(1, 4096).bool()
+    constant = 4096.0 if aggregation == "token_mean" else None
+    assert aggregate_token_losses(losses, mask, aggregation, normalize_constant=constant) == 32.0
