@@ -89,8 +89,8 @@ MUTANTS = [
         ("softmax over the batch", "z.softmax(dim=-1)", "z.softmax(dim=0)"),
         (
             "an entropy without a slope",
-            "Statistics(None, *told), *slopes)",
-            "Statistics(None, *told[:2], told[2] if told[2] is None else told[2] * 0), *slopes)",
+            "pulled, ctx.temperature, part, *slopes)",
+            "pulled, ctx.temperature, part._replace(entropy=part.total * 0), *slopes)",
         ),
     ),
     *breaks(

@@ -337,6 +337,8 @@ KL = [
         ("k3: not held", "growth = hold(x).expm1()", "growth = x.expm1()"),
         ("k3: both terms held", "value = growth - x", "value = growth - hold(x)"),
         ("k3: a slope of 1", "with_slope(value, growth, x)", "with_slope(value, None, x)"),
+        ("traced k3: not held", "k3 = hold(x).expm1() - x", "k3 = x.expm1() - x"),
+        ("traced k3: 1 forgotten", "k3 = hold(x).expm1() - x", "k3 = hold(x).exp() - x"),
         ("k3: 1 forgotten", "value = growth - x", "value = growth + 1 - x"),
         (
             "ratio_k3: the ratio carries no gradient",

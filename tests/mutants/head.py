@@ -3,7 +3,7 @@
 from tests.mutants.table import breaks
 
 HEAD = "tests/property/test_fused_head.py -k 'not loss'"
-LOSS = "tests/property/test_fused_head.py -k 'loss or products or float16'"
+LOSS = "tests/property/test_fused_head.py -k 'loss or products or float16 or backward or pull'"
 
 MUTANTS = [
     *breaks(
@@ -73,7 +73,12 @@ MUTANTS = [
         LOSS,
         ("values of other tokens", "place = rows[tokens]", "place = rows[: tokens.stop - tokens.start]"),
         ("columns of a batch of one row", "column = place // labels.shape[1], place", "column = place * 0, place"),
-        ("a scale after it ignored", "*ctx.sums.result(by_loss),", "*ctx.sums.result(),"),
+        ("a scale after it ignored", "scale(part, by_loss) for part", "part for part"),
+        (
+            "gradients that outlive backward",
+            "ctx.save_for_backward(*sums.result())",
+            "ctx.sums = sums.result()\n        ctx.save_for_backward(*ctx.sums)",
+        ),
         ("only the last share", "loss += share", "loss = share"),
         (
             "slopes exchanged",
@@ -92,7 +97,8 @@ MUTANTS = [
         "fused_linear_token_loss",
         "_linear_head.py",
         LOSS,
-        ("small slopes lost in float16", "if self._narrow:", "if False:"),
+        ("small slopes lost in float16", "if self._narrow and slopes:", "if False:"),
+        ("the largest of no slopes", "if self._narrow and slopes:", "if self._narrow:"),
         ("the scale of small slopes stays", "return part if largest is None else", "return part if True else"),
     ),
     *breaks(

@@ -3,6 +3,7 @@
 from tests.mutants.table import breaks
 
 FAMILY, LAWS = "tests/property/test_family.py", "tests/property/test_losses.py"
+TRACED = "tests/property/test_transforms.py"
 CORRECTIONS, ERRORS = "tests/property/test_corrections.py", "tests/unit/test_errors.py"
 
 
@@ -17,19 +18,33 @@ RATIOS = [
         "_ratios.hold",
         "_ratios.py",
         f"{CORRECTIONS} {FAMILY} -k 'held or ratios_by or kl_by or wild'",
+        ("the gradient is cut too", "return with_slope(held, None, log_ratio)", "return held"),
         (
-            "the gradient is cut too",
-            "clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).detach() + (finite - finite.detach())",
-            "clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)",
+            "traced: the gradient is cut too",
+            "return held + (finite - finite.detach())",
+            "return log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)",
         ),
         (
-            "the difference of two large numbers",
-            "finite.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).detach() + (finite - finite.detach())",
-            "log_ratio + (log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO) - log_ratio).detach()",
+            "traced: the difference of two large numbers",
+            "return held + (finite - finite.detach())",
+            "return log_ratio + (held - log_ratio).detach()",
         ),
-        ("no lower bound", "clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)", "clamp(max=LARGEST_LOG_RATIO)"),
-        ("no upper bound", "clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)", "clamp(min=-LARGEST_LOG_RATIO)"),
-        ("not held", "    return finite.clamp(", "    return finite\n    return finite.clamp("),
+        ("traced: inf - inf", "finite = log_ratio.nan_to_num()", "finite = log_ratio"),
+        (
+            "no lower bound",
+            "detach().clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)",
+            "detach().clamp(max=LARGEST_LOG_RATIO)",
+        ),
+        (
+            "no upper bound",
+            "detach().clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)",
+            "detach().clamp(min=-LARGEST_LOG_RATIO)",
+        ),
+        (
+            "not held",
+            "    held = log_ratio.detach().clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)",
+            "    held = log_ratio.detach().clone()",
+        ),
         ("held twice as far out", "LARGEST_LOG_RATIO = 20.0", "LARGEST_LOG_RATIO = 40.0"),
     ),
     *breaks(
@@ -210,6 +225,35 @@ LOSSES = [
         ("padding pulls", "            slope.masked_fill_(~response_mask, 0)\n", ""),
         ("padding has a loss", "            losses.masked_fill_(~response_mask, 0)\n", ""),
         ("dual clip: below 1", "require(dual_clip > 1", "require(dual_clip > 0"),
+        (
+            "traced: not hidden",
+            "return hide(losses, response_mask), hide_flags(flags, response_mask)\n    with",
+            "return losses, hide_flags(flags, response_mask)\n    with",
+        ),
+        ("traced: no dual clip", "advantages, (low, high), dual_clip)", "advantages, (low, high))"),
+        ("traced: one bound", "advantages, (low, high), dual_clip)", "advantages, (low, 2 - low), dual_clip)"),
+    ),
+    *breaks(
+        "_ratios.clip_surrogate",
+        "_ratios.py",
+        f"{FAMILY} -k 'traced-compute_grpo_clip_loss or gspo'",
+        ("the optimistic maximum", "objective = torch.minimum(", "objective = torch.maximum("),
+        (
+            "the clip alone, without the minimum",
+            "torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)",
+            "(ratio.clamp(low, high) * advantages)",
+        ),
+        ("no lower bound", "ratio.clamp(low, high) * advantages)", "ratio.clamp(max=high) * advantages)"),
+        ("dual clip for every sign", "(ratio > dual_clip) & (advantages < 0)", "ratio > dual_clip"),
+        (
+            "dual clip: a distance from 1",
+            "dual_clip * advantages, objective",
+            "(1 + dual_clip) * advantages, objective",
+        ),
+        ("dual clip: not counted", 'flags["is_clipped"] | flags["is_clipped_dual"]', 'flags["is_clipped"]'),
+        ("counted where it does not bind", "(ratio < low) & (advantages < 0)", "ratio < low"),
+        ("counted above where it does not bind", "(ratio > high) & (advantages > 0)", "ratio > high"),
+        ("the sign", "return -objective, flags", "return objective, flags"),
     ),
     *breaks(
         "compute_grpo_clip_loss",
@@ -227,19 +271,27 @@ LOSSES = [
     *breaks(
         "compute_grpo_no_clip_loss",
         "losses.py",
-        f"{LAWS} {FAMILY} -k 'test_losses or compute_grpo_no_clip_loss'",
+        f"{LAWS} {FAMILY} {TRACED} -k 'test_losses or compute_grpo_no_clip_loss or known_slopes'",
         (
             "the sign",
             "old_log_probs) * -advantages.detach()",
             "old_log_probs) * advantages.detach()",
         ),
         ("not hidden", "        losses = hide(losses, response_mask)\n", ""),
-        ("a slope of 1", "with_slope(losses, losses, policy_log_probs)", "with_slope(losses, None, policy_log_probs)"),
+        (
+            "a slope of 1",
+            "with_slope(losses, losses.clone(), policy_log_probs)",
+            "with_slope(losses, None, policy_log_probs)",
+        ),
         (
             "another slope",
-            "with_slope(losses, losses, policy_log_probs)",
+            "with_slope(losses, losses.clone(), policy_log_probs)",
             "with_slope(losses, -advantages.expand_as(losses), policy_log_probs)",
         ),
+        ("a slope that changes with the value", "losses.clone(), policy_log_probs", "losses, policy_log_probs"),
+        ("traced: not hidden", "hide(ratio * -advantages.detach(), response_mask)", "ratio * -advantages.detach()"),
+        ("traced: the sign", "hide(ratio * -advantages.detach()", "hide(ratio * advantages.detach()"),
+        ("traced: advantages carry gradient", "hide(ratio * -advantages.detach()", "hide(ratio * -advantages"),
         (
             "the two policies swapped",
             "ratio_of(policy_log_probs, old_log_probs) * -",
@@ -338,8 +390,8 @@ TOKEN_LOSSES = [
         ("advantages carry gradient", "    advantages = advantages.detach()\n    ratio", "    ratio"),
         (
             "the log ratio is not held",
-            "ratio = hold(log_ratio_of(policy_log_probs, old_log_probs)).exp()\n    temperature",
-            "ratio = log_ratio_of(policy_log_probs, old_log_probs).exp()\n    temperature",
+            "ratio = hold(log_ratio_of(policy_log_probs, old_log_probs, response_mask)).exp()\n    temperature",
+            "ratio = log_ratio_of(policy_log_probs, old_log_probs, response_mask).exp()\n    temperature",
         ),
         (
             "temperature upside down",
@@ -459,19 +511,19 @@ SEQUENCE_LOSSES = [
         in_family("compute_gspo_loss"),
         (
             "a product, not a mean",
-            "mean_over_row(log_ratio_of(policy_log_probs, old_log_probs), response_mask)\n    losses",
-            "log_ratio_of(policy_log_probs, old_log_probs).sum(dim=1, keepdim=True)\n    losses",
+            "mean_over_row(log_ratio_of(policy_log_probs, old_log_probs, response_mask), response_mask)\n    losses, flags = clip_surrogate(hold(log_ratio).exp(), adv",
+            "log_ratio_of(policy_log_probs, old_log_probs).sum(dim=1, keepdim=True)\n    losses, flags = clip_surrogate(hold(log_ratio).exp(), adv",
         ),
         (
             "the arithmetic mean of the ratios",
-            "mean_over_row(log_ratio_of(policy_log_probs, old_log_probs), response_mask)\n    losses",
+            "mean_over_row(log_ratio_of(policy_log_probs, old_log_probs, response_mask), response_mask)\n    losses, flags = clip_surrogate(hold(log_ratio).exp(), adv",
             "(1 + mean_over_row(log_ratio_of(policy_log_probs, old_log_probs).expm1(), response_mask))"
-            ".log()\n    losses",
+            ".log()\n    losses, flags = clip_surrogate(hold(log_ratio).exp(), adv",
         ),
         (
             "a mean over padding",
-            "mean_over_row(log_ratio_of(policy_log_probs, old_log_probs), response_mask)\n    losses",
-            "log_ratio_of(policy_log_probs, old_log_probs).mean(dim=1, keepdim=True)\n    losses",
+            "mean_over_row(log_ratio_of(policy_log_probs, old_log_probs, response_mask), response_mask)\n    losses, flags = clip_surrogate(hold(log_ratio).exp(), adv",
+            "log_ratio_of(policy_log_probs, old_log_probs).mean(dim=1, keepdim=True)\n    losses, flags = clip_surrogate(hold(log_ratio).exp(), adv",
         ),
         ("a loss of nothing", "torch.where(has_tokens, losses, 0.0)", "losses"),
         (
@@ -482,8 +534,8 @@ SEQUENCE_LOSSES = [
         ("the log ratio is not held", "clip_surrogate(hold(log_ratio).exp()", "clip_surrogate(log_ratio.exp()"),
         (
             "the ratio of the last token",
-            "mean_over_row(log_ratio_of(policy_log_probs, old_log_probs), response_mask)\n    losses",
-            "log_ratio_of(policy_log_probs, old_log_probs)[:, -1:]\n    losses",
+            "mean_over_row(log_ratio_of(policy_log_probs, old_log_probs, response_mask), response_mask)\n    losses, flags = clip_surrogate(hold(log_ratio).exp(), adv",
+            "log_ratio_of(policy_log_probs, old_log_probs)[:, -1:]\n    losses, flags = clip_surrogate(hold(log_ratio).exp(), adv",
         ),
     ),
     *breaks(
@@ -605,25 +657,6 @@ SEQUENCE_LOSSES = [
         ),
         ("advantages carry gradient", "    advantages = advantages.detach()\n    power", "    power"),
         ("it decays with the logarithm", "decay * (1 - log_weight.exp())", "decay * -log_weight"),
-    ),
-    *breaks(
-        "_clipped",
-        "sequence_losses.py",
-        in_family("gspo"),
-        ("max for min", "torch.minimum(ratio * advantages", "torch.maximum(ratio * advantages"),
-        (
-            "the clip alone, without the minimum",
-            "torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)",
-            "(ratio.clamp(low, high) * advantages)",
-        ),
-        ("low: counted where it does not bind", "(ratio < low) & (advantages < 0)", "(ratio < low)"),
-        ("high: counted where it does not bind", "(ratio > high) & (advantages > 0)", "(ratio > high)"),
-        ("no lower bound", "ratio.clamp(low, high) * advantages)", "ratio.clamp(max=high) * advantages)"),
-        (
-            "no clip at all",
-            "-torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)",
-            "-ratio * advantages",
-        ),
     ),
 ]
 

@@ -4,7 +4,7 @@ from tests.mutants.table import breaks
 
 FAMILY, CORRECTIONS = "tests/property/test_family.py", "tests/property/test_corrections.py"
 ERRORS, EXAMPLES = "tests/unit/test_errors.py", "tests/unit/test_worked_examples.py"
-ORACLE = "tests/oracle/test_oracle.py"
+ORACLE, TRACED = "tests/oracle/test_oracle.py", "tests/property/test_transforms.py"
 WEIGHTS = f"{FAMILY} -k weights_by_definition"
 STEPS = f"{EXAMPLES} tests/parity/test_conventions.py tests/property/test_steps.py -k 'step or garbage'"
 SFT = f"{EXAMPLES} {ORACLE} -k sft"
@@ -20,20 +20,20 @@ AGGREGATION = [
         f"{ERRORS} {FAMILY} -k 'test_errors or weights_by_definition'",
         (
             "sequence_mean: by the mean length",
-            "per_response = 1 / (responses * tokens.clamp(min=1))",
-            "per_response = torch.ones_like(tokens) / (responses * tokens.mean().clamp(min=1))",
+            "return 1 / (responses * tokens.clamp(min=1))",
+            "return torch.ones_like(tokens) / (responses * tokens.mean().clamp(min=1))",
         ),
         (
             "sequence_mean: over padding",
-            "per_response = 1 / (responses * tokens.clamp(min=1))",
-            "per_response = torch.ones_like(tokens) / (responses * response_mask.shape[1])",
+            "return 1 / (responses * tokens.clamp(min=1))",
+            "return torch.ones_like(tokens) / (responses * counted.shape[1])",
         ),
         ("sequence_mean: a sum over responses", "1 / (responses * tokens.clamp(min=1))", "1 / tokens.clamp(min=1)"),
-        ("token_mean: over padding", "total = tokens.sum().clamp(min=1)", "total = response_mask.numel()"),
+        ("token_mean: over padding", "total = tokens.sum().clamp(min=1)", "total = counted.numel()"),
         (
             "token_mean: what was rejected counts",
-            "total = tokens.sum().clamp(min=1)",
-            "total = response_mask.sum().clamp(min=1)",
+            'return carries, response_mask if rejected_tokens == "count" else carries',
+            "return carries, response_mask",
         ),
         (
             "token_mean: the constant forgotten",
@@ -42,8 +42,8 @@ AGGREGATION = [
         ),
         (
             "prompt_mean: a mean of the means of responses",
-            "per_response = 1 / (_count(per_group, empty_responses) * per_group.clamp(min=1))[group]",
-            "per_response = 1 / (_count(per_group, empty_responses) * sizes[group] * tokens.clamp(min=1))",
+            "return 1 / (_count(per_group, empty_responses) * per_group.clamp(min=1))[group]",
+            "return 1 / (_count(per_group, empty_responses) * sizes[group] * tokens.clamp(min=1))",
         ),
         ("prompt_mean: a sum over questions", "1 / (_count(per_group, empty_responses) * per_group", "1 / (per_group"),
         (
@@ -142,12 +142,15 @@ AGGREGATION = [
         "sum_weighted_losses",
         "aggregation.py",
         # The sum does not ask whose losses it adds up: one member of the family is enough.
-        f"{ERRORS} {CORRECTIONS} {FAMILY} -k 'test_errors or without_weight or compute_naive'",
+        f"{ERRORS} {CORRECTIONS} {FAMILY} {TRACED} -k 'test_errors or without_weight or compute_naive or garbage'",
         ("NaN times 0", ".masked_fill_(weights == 0, 0.0)", ""),
         ("a mean", "with_slope(weighted, slope, losses).sum()", "with_slope(weighted, slope, losses).mean()"),
         ("a weighted mean", "losses).sum()\n", "losses).sum() / weights.sum().clamp(min=1e-9)\n"),
         ("a slope of 1", "with_slope(weighted, slope, losses)", "with_slope(weighted, None, losses)"),
         ("the precision of the weights", "slope = weights.to(losses.dtype)", "slope = weights"),
+        ("traced: NaN times 0", "torch.where(weights == 0, 0.0, losses) *", "losses *"),
+        ("traced: a mean", "losses.dtype)).sum()", "losses.dtype)).mean()"),
+        ("traced: weights carry gradient", "weights.detach().to(", "weights.to("),
         ("any shape that fits", "if losses.shape != weights.shape:", "if losses.shape[0] != weights.shape[0]:"),
     ),
     *breaks(

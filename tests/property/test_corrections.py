@@ -17,6 +17,8 @@ from grpo_core._ratios import hold
 from tests.oracle.objectives import held
 from tests.strategies import GARBAGE, SHAPES, floats, masks, response_masks, tensors
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 LEVELS = pytest.mark.parametrize("level", get_args(g.ImportanceLevel))
 ESTIMATORS = pytest.mark.parametrize("estimator", get_args(g.KLEstimator))
 
