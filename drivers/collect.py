@@ -42,10 +42,13 @@ class Rollouts:
     def __enter__(self) -> "Rollouts":
         return self
 
-    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
-        """Whatever is being sampled is sampled to its end: the engine has no other owner."""
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
+        """Whatever is being sampled is sampled to its end; where the run has failed, what it made is saved first.
+
+        The engine's `close` waits for what is being sampled.
+        """
         if self._worker is not None:
-            self._worker.shutdown(cancel_futures=True)
+            self._worker.shutdown(wait=error is None, cancel_futures=True)
 
     def of(self, step: int) -> Collected:
         """The batch of this step: what was begun for it, or else sampled now."""
@@ -54,8 +57,9 @@ class Rollouts:
         begun, twin, future = self._ahead
         assert begun == step
         self._ahead = None
+        collected = future.result()
         self._run.add_times(twin)
-        return future.result()
+        return collected
 
     def begin(self, step: int) -> None:
         """Sample the batch of this step in the background, from the weights that the engine has now."""

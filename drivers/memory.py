@@ -5,10 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from drivers.config import GrpoConfig
+from drivers.errors import UsageError
 from drivers.optim import training_state_bytes
+from drivers.scoring import find_head
+from grpo_core._sweep import tile_bytes
+from grpo_core.fused_head import MAX_LOGITS_BYTES
 
 GIB = 2**30
 VLLM_ON_CPU = (512 + 512) << 20
@@ -45,7 +49,8 @@ class MemoryPlan:
             "engine": self.engine,
         }
         listed = " + ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
-        return f"about {self.total / GIB:.1f} GiB ({listed}) of {self.available / GIB:.0f} GiB"
+        limit = f"{self.available / GIB:.0f} GiB" if self.available else "an amount that this system does not tell"
+        return f"about {self.total / GIB:.1f} GiB ({listed}) of {limit}"
 
 
 def settle_memory(
@@ -82,11 +87,10 @@ def plan_memory(
     per_layer = activation_bytes(policy, longest_row)
     hidden = policy.config.get_text_config().hidden_size * next(policy.parameters()).element_size()
     kept = (layers * hidden + per_layer) if checkpointed else layers * per_layer
-    vocabulary = policy.get_output_embeddings().weight
     return MemoryPlan(
         states=training_state_bytes(policy) + reference_bytes,
         activations=tokens * kept,
-        logits=min(tokens * len(vocabulary) * vocabulary.element_size(), 1 << 29),
+        logits=head_bytes(policy, tokens),
         engine=engine_bytes,
         available=available_bytes(next(policy.parameters()).device),
         checkpointed=checkpointed,
@@ -94,11 +98,30 @@ def plan_memory(
 
 
 def most_tokens(config: GrpoConfig, longest_prompt: int) -> int:
-    """Of one pass, padding counted."""
+    """Of one pass, padding counted; at most, for where a group shares a row its prompt is counted once."""
     longest = longest_prompt + config.sampling_max_tokens
     if config.micro_batch_tokens is not None:
         return max(config.micro_batch_tokens, longest)
     return config.micro_train_batch_size * longest
+
+
+def head_bytes(policy: Any, tokens: int) -> int:
+    """Logits of so many tokens, and all that stands while they become a gradient."""
+    weight = policy.get_output_embeddings().weight
+    vocab, size = int(weight.shape[0]), int(weight.element_size())
+    if find_head(policy) is None:  # all of them, their gradient, and the tiles
+        return 2 * tokens * vocab * size + _tile_bytes(weight, tokens)
+    # On CUDA logits are wide, and a narrow gradient is not formed in their place.
+    wide = 4 if weight.is_cuda else size
+    logits = min(tokens * vocab * wide, MAX_LOGITS_BYTES)
+    gradient = logits // wide * size if wide > size else 0
+    several = tokens * vocab * wide > MAX_LOGITS_BYTES
+    return logits + gradient + _tile_bytes(weight, tokens) + int(weight.numel()) * (size + (4 if several else 0))
+
+
+def _tile_bytes(weight: Tensor, tokens: int) -> int:
+    """Two buffers."""
+    return 2 * min(tile_bytes(weight), 4 * tokens * len(weight))
 
 
 def activation_bytes(policy: Any, row: int) -> int:
@@ -106,7 +129,7 @@ def activation_bytes(policy: Any, row: int) -> int:
     config, size = policy.config.get_text_config(), next(policy.parameters()).element_size()
     width = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * width
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or max(1, width // 64)
     head_dim = getattr(config, "head_dim", None) or width // heads
     keys = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
     norms = 2 * (2 * 4 * width + size * width)
@@ -135,7 +158,20 @@ def enable_checkpointing(policy: Any) -> None:
     for module in policy.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    expected = _probe(policy)
     policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy.train()
+    if not torch.equal(_probe(policy), expected):
+        raise UsageError(
+            "--gradient-checkpointing: in training mode, which it needs, this model gives other values (dropout that "
+            "cannot be turned off); pass --gradient-checkpointing off, and lower --micro-batch-tokens instead"
+        )
+
+
+@torch.no_grad()
+def _probe(policy: Any) -> Tensor:
+    ids = torch.arange(1, 9, device=policy.device)[None] % policy.get_input_embeddings().num_embeddings
+    return policy(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]

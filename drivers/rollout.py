@@ -67,7 +67,7 @@ class RolloutEngine(Protocol):
         ...
 
     def close(self) -> None:
-        """Free what the engine holds; it is not used again."""
+        """Free what the engine holds; it is not used again. Waits for a `generate` that runs in another thread."""
         ...
 
 
@@ -97,11 +97,13 @@ class HFEngine:
         completions: list[Completion] = []
         training = self._policy.training  # as gradient checkpointing has it
         self._policy.eval()
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
-            torch.manual_seed(seed)
-            for start in range(0, len(repeated), self._batch_size):
-                completions += self._generate_batch(repeated[start : start + self._batch_size], sampling)
-        self._policy.train(training)
+        try:
+            with torch.random.fork_rng(devices=devices), torch.no_grad():
+                torch.manual_seed(seed)
+                for start in range(0, len(repeated), self._batch_size):
+                    completions += self._generate_batch(repeated[start : start + self._batch_size], sampling)
+        finally:
+            self._policy.train(training)
         return completions
 
     def _generate_batch(self, prompts: list[tuple[int, ...]], sampling: Sampling) -> list[Completion]:

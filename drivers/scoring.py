@@ -4,7 +4,7 @@ A *row* is a prompt with the responses that share it. What is cheaper by the cou
 a group, or one for each response.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, groupby
 from math import inf
 from typing import Any, NamedTuple
@@ -15,13 +15,9 @@ from torch import Tensor, nn
 
 from drivers.batch import RolloutBatch
 from drivers.config import GrpoConfig
-from grpo_core import (
-    compute_entropy,
-    fused_linear_log_probs,
-    mask_group_rows,
-    pack_group_rows,
-    select_log_probs,
-)
+from grpo_core import fused_linear_log_probs, mask_group_rows, pack_group_rows
+from grpo_core._forward import logits_at
+from grpo_core.scoring import score_logits
 
 
 class Row(NamedTuple):
@@ -31,6 +27,15 @@ class Row(NamedTuple):
     members: tuple[int, ...]
     tokens: int
     """How long it is."""
+
+
+class MicroBatch(NamedTuple):
+    """What is scored in one pass."""
+
+    members: list[int]
+    """Places in the batch that it was planned for."""
+    rows: list[Row]
+    """Theirs; `Row.members` are places among `members`."""
 
 
 def packs_rows(policy: Any) -> bool:
@@ -44,7 +49,7 @@ def packs_rows(policy: Any) -> bool:
 def plan_rows(policy: Any, rollouts: RolloutBatch, wanted: Sequence[int], max_tokens: float = inf) -> list[Row]:
     """Each of these responses in one row, in order; those without tokens are left out."""
     rows: list[Row] = []
-    share = inf if packs_rows(policy) else attention_share(policy)
+    share = attention_share(policy) if shares_rows(policy) else inf
     for _, run in groupby(wanted, key=lambda i: rollouts.completions[i].prompt_token_ids):
         members = [i for i in run if rollouts.completions[i].token_ids]
         while members:
@@ -74,7 +79,7 @@ def _one_row_or_many(
 
 def plan_micro_batches(
     config: GrpoConfig, policy: nn.Module, rollouts: RolloutBatch, wanted: Sequence[int]
-) -> Iterator[list[int]]:
+) -> Iterator[MicroBatch]:
     """Which responses are scored in one pass: the wanted ones that have tokens, each once.
 
     With `micro_batch_tokens`, rows of like length, as many as fit with their padding (a response that does not stands
@@ -83,17 +88,30 @@ def plan_micro_batches(
     wanted = [i for i in wanted if rollouts.completions[i].token_ids]
     if config.micro_batch_tokens is None:
         for _, members in groupby(wanted, key=lambda i: i // config.micro_train_batch_size):
-            yield list(members)
+            yield _micro_batch(plan_rows(policy, rollouts, list(members)))
         return
     rows = plan_rows(policy, rollouts, wanted, config.micro_batch_tokens)
     rows.sort(key=lambda row: (-row.tokens, row.members))
-    packed = packs_rows(policy)
-    while rows:
+    packed, start = packs_rows(policy), 0
+    while start < len(rows):
         # Padded, each row is as long as the first; packed, as long as it is.
-        sizes = accumulate(row.tokens if packed else rows[0].tokens for row in rows)
-        count = max(1, sum(size <= config.micro_batch_tokens for size in sizes))
-        yield [i for row in rows[:count] for i in row.members]
-        rows = rows[count:]
+        count, slots, longest = 0, 0, rows[start].tokens
+        while start + count < len(rows):
+            slots += rows[start + count].tokens if packed else longest
+            if count and slots > config.micro_batch_tokens:
+                break
+            count += 1
+        yield _micro_batch(rows[start : start + count])
+        start += count
+
+
+def _micro_batch(rows: list[Row]) -> MicroBatch:
+    members = [i for row in rows for i in row.members]
+    ends = list(accumulate(len(row.members) for row in rows))
+    return MicroBatch(
+        members,
+        [row._replace(members=tuple(range(end - len(row.members), end))) for row, end in zip(rows, ends, strict=True)],
+    )
 
 
 def attention_share(policy: Any) -> float:
@@ -106,6 +124,36 @@ def attention_share(policy: Any) -> float:
     others = sum(p.numel() for p in policy.base_model.parameters()) - embedded
     # Two products, queries with keys and weights with values, against one with each weight of the model.
     return float(2 * width * config.num_hidden_layers / max(1, others))
+
+
+_SHARING: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def shares_rows(policy: nn.Module) -> bool:
+    """Whether responses may stand side by side after one prompt: a trial shows that each is then scored as alone.
+
+    Not under flash attention, which takes no mask; nor where a model keeps a state or looks back through a window.
+    """
+    if packs_rows(policy):
+        return False
+    if policy not in _SHARING:
+        _SHARING[policy] = _holds(_sharing_error, policy)
+    return _SHARING[policy]
+
+
+def _sharing_error(policy: Any) -> Tensor:
+    config = policy.config.get_text_config()
+    if getattr(config, "sliding_window", None) is not None or not getattr(config, "num_attention_heads", None):
+        raise NotImplementedError("a mask of one's own replaces the window, or there is no attention")
+    size = policy.get_input_embeddings().num_embeddings
+    prompt, responses = [1 % size, 2 % size, 3 % size], [[4 % size, 5 % size], [3 % size, 1 % size, 2 % size]]
+    device = policy.get_input_embeddings().weight.device
+    logits = []
+    for rows in ([responses], [[response] for response in responses]):
+        packed = pack_group_rows([prompt] * len(rows), rows)
+        inputs = _inputs(policy, packed, shared=len(rows) == 1, device=device)
+        logits.append(policy(**inputs).logits.flatten(0, 1)[packed["sources"].to(device)].float())
+    return _relative_error(*logits)
 
 
 class Head(NamedTuple):
@@ -122,41 +170,61 @@ _HEADS: WeakKeyDictionary[nn.Module, Head | None] = WeakKeyDictionary()
 def find_head(policy: nn.Module) -> Head | None:
     """Body and output layer, if together they give the logits of the model itself; None if there is more to them."""
     if policy not in _HEADS:
-        _HEADS[policy] = _proven_head(policy)
+        _HEADS[policy] = _split(policy) if _holds(_head_error, policy) else None
     return _HEADS[policy]
 
 
-@torch.no_grad()
-def _proven_head(policy: Any) -> Head | None:
-    try:
-        output, body = policy.get_output_embeddings(), policy.base_model
-    except (AttributeError, NotImplementedError):
-        return None
+def _split(policy: Any) -> Head:
+    output, body = policy.get_output_embeddings(), policy.base_model
     if not isinstance(output, nn.Linear) or body is policy:
-        return None
-    head = Head(body, output, getattr(policy.config, "final_logit_softcapping", None))
-    ids = torch.arange(1, 6, device=output.weight.device)[None] % len(output.weight)
+        raise NotImplementedError("no output layer of its own")
+    return Head(body, output, getattr(policy.config, "final_logit_softcapping", None))
+
+
+def _head_error(policy: Any) -> Tensor:
+    head = _split(policy)
+    weight, bias = head.output.weight, head.output.bias
+    ids = torch.arange(1, 6, device=weight.device)[None] % len(weight)
     expected = policy(input_ids=ids, use_cache=False).logits.float()
-    found = nn.functional.linear(body(input_ids=ids, use_cache=False).last_hidden_state, output.weight, output.bias)
+    found = nn.functional.linear(head.body(input_ids=ids, use_cache=False).last_hidden_state, weight, bias)
     if head.softcap is not None:
         found = torch.tanh(found / head.softcap) * head.softcap
-    error = (found.float() - expected).abs().max()
-    return head if error <= 4 * torch.finfo(output.weight.dtype).eps * expected.abs().max() else None
+    return _relative_error(found.float(), expected)
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> Tensor:
+    return (found - expected).abs().max() / expected.abs().max()
+
+
+@torch.no_grad()
+def _holds(error_of: Callable[[nn.Module], Tensor], policy: nn.Module) -> bool:
+    """Whether a shortcut gives what the model itself does, but for rounding; any failure of the trial says no.
+
+    Models come in all kinds, and what one lacks (a body, an output layer, a kind of mask) may show in any way: the way
+    without the shortcut, which follows, is right for all of them, and tells what is wrong with the rest.
+    """
+    try:
+        error = error_of(policy)
+    except Exception:
+        return False
+    return bool(error <= 8 * torch.finfo(next(policy.parameters()).dtype).eps)
 
 
 def score(
     policy: nn.Module,
     rollouts: RolloutBatch,
     temperature: float,
+    rows: list[Row] | None = None,
     *,
     with_entropy: bool = False,
     detach_entropy: bool = True,
 ) -> dict[str, Tensor]:
     """`log_probs` of each response token under `policy`, and on request their `token_entropy`, from one forward pass.
 
-    Both are Float "batch seq", 0 past the end of a response.
+    Both are Float "batch seq", 0 past the end of a response. `rows` are those of a `MicroBatch`; None plans them here.
     """
-    rows = plan_rows(policy, rollouts, range(len(rollouts)))
+    if rows is None:
+        rows = plan_rows(policy, rollouts, range(len(rollouts)))
     options = {"temperature": temperature, "with_entropy": with_entropy, "detach_entropy": detach_entropy}
     width, device = rollouts.response_mask.shape[1], next(policy.parameters()).device
     if not rows:
@@ -176,27 +244,20 @@ def score(
 def _score_rows(policy: Any, rollouts: RolloutBatch, rows: list[Row], options: dict[str, Any]) -> dict[str, Tensor]:
     """Of the response tokens, row after row. All that is planned on the host goes to the device, and nothing back."""
     responses = [[rollouts.completions[i].token_ids for i in row.members] for row in rows]
-    first = next(policy.parameters())
     packed = pack_group_rows([row.prompt for row in rows], responses)
     if packs_rows(policy):
         packed = _without_padding(packed)
-    packed = {name: tensor.to(first.device, non_blocking=True) for name, tensor in packed.items()}
-    inputs: dict[str, Any] = {"input_ids": packed["input_ids"], "use_cache": False}
-    if packs_rows(policy):
-        inputs["position_ids"] = packed["position_ids"]
-    elif any(len(row.members) > 1 for row in rows):  # else the causal mask does
-        visible = mask_group_rows(packed["segments"])[:, None]
-        hidden = torch.zeros_like(visible, dtype=first.dtype).masked_fill(~visible, torch.finfo(first.dtype).min)
-        inputs |= {"attention_mask": hidden, "position_ids": packed["position_ids"]}
-    head = find_head(policy)
+    device = next(policy.parameters()).device
+    inputs = _inputs(policy, packed, shared=any(len(row.members) > 1 for row in rows), device=device)
+    head, sources, labels = find_head(policy), packed["sources"], packed["labels"].to(device, non_blocking=True)
     if head is None:
-        logits = policy(**inputs).logits.flatten(0, 1).index_select(0, packed["sources"])
-        return _score_logits(logits, packed["labels"], **options)
-    states = head.body(**inputs).last_hidden_state.flatten(0, 1).index_select(0, packed["sources"])
+        logits = _logits(policy, inputs, sources)
+        return score_logits(logits, labels, options["with_entropy"], options["temperature"], options["detach_entropy"])
+    states = head.body(**inputs).last_hidden_state.flatten(0, 1)
     scored = fused_linear_log_probs(
-        states,
+        states.index_select(0, sources.to(device, non_blocking=True)),
         head.output.weight,
-        packed["labels"],
+        labels,
         bias=head.output.bias,
         temperature=options["temperature"],
         logit_softcap=head.softcap,
@@ -208,6 +269,21 @@ def _score_rows(policy: Any, rollouts: RolloutBatch, rows: list[Row], options: d
     }
 
 
+def _inputs(policy: Any, packed: dict[str, Tensor], *, shared: bool, device: torch.device) -> dict[str, Any]:
+    """What the model is called with, on its device."""
+    ids, positions, segments = (
+        packed[name].to(device, non_blocking=True) for name in ("input_ids", "position_ids", "segments")
+    )
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    if packs_rows(policy):
+        inputs["position_ids"] = positions
+    elif shared:  # else the causal mask does
+        visible, dtype = mask_group_rows(segments)[:, None], next(policy.parameters()).dtype
+        hidden = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+        inputs |= {"attention_mask": hidden, "position_ids": positions}
+    return inputs
+
+
 def _without_padding(packed: dict[str, Tensor]) -> dict[str, Tensor]:
     """All rows in one."""
     real = packed["segments"].flatten() >= 0
@@ -216,15 +292,13 @@ def _without_padding(packed: dict[str, Tensor]) -> dict[str, Tensor]:
     return packed | rows | {"sources": place[packed["sources"]]}
 
 
-def _score_logits(
-    logits: Tensor, labels: Tensor, *, temperature: float, with_entropy: bool, detach_entropy: bool
-) -> dict[str, Tensor]:
-    """For a model whose output layer is more than a product."""
-    scored = {"log_probs": select_log_probs(logits, labels, temperature=temperature)}
-    if with_entropy:
-        watched = logits.detach() if detach_entropy else logits
-        scored["token_entropy"] = compute_entropy(watched, temperature=temperature)
-    return scored
+def _logits(policy: nn.Module, inputs: dict[str, Any], sources: Tensor) -> Tensor:
+    """Those at `sources`, where the output layer is more than a product: of no column that none of them needs."""
+    inputs, device = dict(inputs), inputs["input_ids"].device
+    rows, places = sources // inputs["input_ids"].shape[1], sources % inputs["input_ids"].shape[1]
+    columns, place = places.unique(return_inverse=True)
+    logits = logits_at(policy, inputs.pop("input_ids"), columns.to(device, non_blocking=True), **inputs)
+    return logits.flatten(0, 1).index_select(0, (rows * len(columns) + place).to(device, non_blocking=True))
 
 
 @torch.no_grad()
@@ -234,8 +308,8 @@ def score_all(
     """`score` of a whole rollout batch in parts, in the precision and the mode of training; in host memory."""
     names = ("log_probs", "token_entropy") if with_entropy else ("log_probs",)
     whole = {name: torch.zeros(rollouts.response_mask.shape) for name in names}
-    for members in plan_micro_batches(config, policy, rollouts, range(len(rollouts))):
-        part = score(policy, rollouts.select(members), config.sampling_temperature, with_entropy=with_entropy)
+    for members, rows in plan_micro_batches(config, policy, rollouts, range(len(rollouts))):
+        part = score(policy, rollouts.select(members), config.sampling_temperature, rows, with_entropy=with_entropy)
         for name, values in part.items():
             whole[name][members, : values.shape[1]] = values.to("cpu", torch.float32)
     return whole

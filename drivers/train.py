@@ -67,12 +67,12 @@ def train(
                         loss = accumulate_gradients(policy, train_batch, config, entropy_coef, metrics)
                         with uninterrupted():
                             metrics.add_update(loss, optimizer.step(loss, config.max_grad_norm), facts)
+                run.step = step
 
             # pi_old <- pi.
             batches.wait()
             with run.phase("push"), uninterrupted():
                 engine.load_weights(version=step)
-                run.step = step
             if step == 1:
                 run.check_engine(engine, policy, val_set, version=step)
             if step % config.eval_steps == 0 or step == config.n_grpo_steps:
@@ -92,9 +92,12 @@ def accumulate_gradients(
     metrics.trained_tokens += train_batch.n_response_tokens
     pulling = rows_with_gradient(config, train_batch, entropy_coef)
     metrics.skipped_responses += len(train_batch) - len(pulling)  # exactly 0, without a forward pass
-    for members in plan_micro_batches(config, policy, train_batch, pulling):
+    watched_alone = entropy_coef == 0
+    for members, rows in plan_micro_batches(config, policy, train_batch, pulling):
         micro = train_batch.select(members).to(device)
-        scored = score(policy, micro, config.sampling_temperature, with_entropy=True, detach_entropy=entropy_coef == 0)
+        scored = score(
+            policy, micro, config.sampling_temperature, rows, with_entropy=True, detach_entropy=watched_alone
+        )
         scored["log_probs"].retain_grad()
         loss, described, watched = compute_loss(config, micro, scored, entropy_coef)
         loss.backward()  # type: ignore[no-untyped-call]

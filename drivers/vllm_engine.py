@@ -9,6 +9,7 @@ never by reaching into the engine's model:
 
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -165,6 +166,7 @@ class VLLMEngine:
         own_gpu = device.type == "cuda" and device != policy_device
         self._shares_gpu = device.type == "cuda" and not own_gpu
         self._asleep = False
+        self._generating = threading.Lock()
         if self._shares_gpu:
             total = torch.cuda.get_device_properties(device).total_memory
             gpu_memory_utilization = min(gpu_memory_utilization, share_beside(reserved_bytes, total))
@@ -227,7 +229,8 @@ class VLLMEngine:
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         # vLLM gives sample k of a request the seed s + k; prompts that share s would share their noise.
         parameters = [self._parameters(sampling, seed + index * sampling.n) for index in range(len(prompts))]
-        outputs = self._llm.generate(requests, parameters, use_tqdm=False)
+        with self._generating:
+            outputs = self._llm.generate(requests, parameters, use_tqdm=False)
         return [_completion(output, sample) for output in outputs for sample in output.outputs]
 
     def sleep(self) -> None:
@@ -237,7 +240,8 @@ class VLLMEngine:
             self._asleep = True
 
     def close(self) -> None:
-        self._llm.llm_engine.engine_core.shutdown()
+        with self._generating:
+            self._llm.llm_engine.engine_core.shutdown()
 
     @staticmethod
     def _parameters(sampling: Sampling, seed: int) -> SamplingParams:

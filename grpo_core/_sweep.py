@@ -203,5 +203,9 @@ def _tiles(logits: Float[Tensor, "rows vocab"]) -> Iterator[tuple[slice, Tensor,
 
 
 def _tile_rows(logits: Float[Tensor, "rows vocab"]) -> int:
-    size = _TILE_BYTES.get(logits.device.type, _TILE_BYTES_ELSEWHERE)
-    return max(1, size // (logits.shape[1] * wide_type(logits).itemsize))
+    return max(1, tile_bytes(logits) // (logits.shape[1] * wide_type(logits).itemsize))
+
+
+def tile_bytes(logits: Tensor) -> int:
+    """The most that each of the two buffers takes, on the device of `logits`."""
+    return _TILE_BYTES.get(logits.device.type, _TILE_BYTES_ELSEWHERE)

@@ -7,14 +7,29 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from drivers import scoring
 from drivers.batch import make_rollout_batch
-from drivers.scoring import find_head, plan_micro_batches, plan_rows, score, score_all
+from drivers.memory import plan_memory
+from drivers.scoring import find_head, plan_micro_batches, plan_rows, score, score_all, shares_rows
 from tests.drivers.parts import clone_policy, completion, tiny_config
 from tests.tiny import make_tiny_policy
 
 TOKENS = st.lists(st.integers(2, 60), min_size=1, max_size=5)
+SMALL = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}  # fmt: skip
 LONG_PROMPT, SHORT_PROMPT = list(range(5, 17)), [7, 8]
 
 
@@ -159,11 +174,31 @@ def test_a_plan_scores_each_wanted_response_once_within_its_budget(pairs, budget
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(scoring, "packs_rows", lambda policy: packed)
         parts = list(plan_micro_batches(config, policy, rollouts, wanted))
-        assert sorted(i for part in parts for i in part) == [i for i in wanted if pairs[i][1]]
-        for part in parts:
-            rows = plan_rows(policy, rollouts, part, budget)
+        assert sorted(i for part in parts for i in part.members) == [i for i in wanted if pairs[i][1]]
+        for members, rows in parts:
+            assert [i for row in rows for i in row.members] == list(range(len(members)))
+            for row in rows:
+                prompts = {rollouts.completions[members[i]].prompt_token_ids for i in row.members}
+                assert prompts == {row.prompt}
             slots = sum(r.tokens for r in rows) if packed else len(rows) * max(r.tokens for r in rows)
-            assert slots <= budget or len(part) == 1
+            assert slots <= budget or len(members) == 1
+
+
+def test_a_pass_is_of_the_rows_that_were_planned():
+    """Planned anew, the responses of a micro-batch could come to longer rows than the budget has room for."""
+    prompt = [5] * 12
+    rollouts, policy = batch_of(*[(prompt, [6] * n) for n in (30, 9, 8, 20, 5, 3)]), make_tiny_policy(4).double()
+    config, seen = tiny_config(micro_batch_tokens=100), []
+    policy.model.register_forward_pre_hook(lambda *call: seen.append(call[2]["input_ids"].shape), with_kwargs=True)
+    expected = score(policy, rollouts, 1.0)["log_probs"].detach()
+    shares_rows(policy)
+    seen.clear()
+    for members, rows in plan_micro_batches(config, policy, rollouts, range(6)):
+        found = score(policy, rollouts.select(members), 1.0, rows)["log_probs"]
+        assert_close(found.detach(), expected[members, : found.shape[1]], rtol=0, atol=1e-9)
+        assert seen.pop() == (len(rows), max(row.tokens for row in rows))
+    assert not seen
+    assert_close(score_all(policy, rollouts, config)["log_probs"], expected.float())
 
 
 def test_what_is_cheaper_is_one_row_or_many():
@@ -173,6 +208,54 @@ def test_what_is_cheaper_is_one_row_or_many():
     assert [row.members for row in plan_rows(policy, shared, range(4))] == [(0, 1, 2, 3)]
     alone = batch_of(*[([5], [6] * 300)] * 4)
     assert [row.members for row in plan_rows(policy, alone, range(4))] == [(0,), (1,), (2,), (3,)]
+
+
+def test_rows_are_shared_where_a_trial_shows_that_nothing_changes():
+    assert shares_rows(make_tiny_policy())
+    windowed = MistralForCausalLM(MistralConfig(**SMALL, sliding_window=4))
+    assert not shares_rows(windowed.eval())
+    deaf = make_tiny_policy()
+    forward = deaf.forward
+    deaf.forward = lambda *args, attention_mask=None, **kwargs: forward(*args, **kwargs)  # a mask changes nothing
+    assert not shares_rows(deaf)
+    broken = make_tiny_policy()
+    broken.forward = lambda **_: 1 / 0
+    assert not shares_rows(broken)
+    assert find_head(broken) is None
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mistral", "opt", "qwen2"])
+def test_models_of_other_kinds_score_as_alone(kind):
+    """Learned positions, a window, dropout, a bias: plans, rows and heads are theirs."""
+    torch.manual_seed(0)
+    policy = {
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=2)),
+        "mistral": lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=4)),
+        "opt": lambda: OPTForCausalLM(
+            OPTConfig(vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2,
+                      word_embed_proj_dim=32, max_position_embeddings=64)
+        ),
+        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
+    }[kind]().eval().double()  # fmt: skip
+    rollouts = batch_of((LONG_PROMPT, [3, 4, 5]), (LONG_PROMPT, [6, 7]), (SHORT_PROMPT, [7, 8]))
+    expected, _ = one_by_one(policy, rollouts, 1.0)
+    found = score(policy, rollouts, 1.0)["log_probs"]
+    for row, values in enumerate(expected):
+        assert_close(found[row, : len(values)], values, rtol=0, atol=1e-6)
+    plan = plan_memory(tiny_config(), policy, 16)
+    assert plan.activations > 0
+    assert plan.logits > 0
+
+
+def test_a_model_that_cannot_be_split_makes_logits_where_they_are_needed_alone():
+    policy, seen = make_tiny_policy(2), []
+    policy.lm_head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
+    rollouts = batch_of((LONG_PROMPT, [3, 4, 5]), (LONG_PROMPT, [6]))
+    expected = score(policy, rollouts, 1.0)["log_probs"]
+    scoring._HEADS[policy] = None
+    seen.clear()
+    assert_close(score(policy, rollouts, 1.0)["log_probs"], expected, rtol=0, atol=1e-6)
+    assert seen == [3]  # of one row of 16: the end of the prompt, from which both start, and what precedes 4 and 5
 
 
 def test_a_model_whose_output_is_more_than_a_product_takes_all_its_logits():

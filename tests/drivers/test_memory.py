@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+from drivers import scoring
 from drivers.batch import make_rollout_batch
-from drivers.memory import GIB, MemoryPlan, enable_checkpointing, most_tokens, plan_memory
+from drivers.errors import UsageError
+from drivers.memory import GIB, MemoryPlan, enable_checkpointing, head_bytes, most_tokens, plan_memory
 from drivers.optim import PolicyOptimizer, training_state_bytes
 from drivers.rollout import HFEngine, Sampling
 from drivers.scoring import score
@@ -77,6 +79,19 @@ def test_a_plan_says_what_it_is_of_and_whether_it_fits():
     )
     assert plan.fits
     assert not MemoryPlan(2 * GIB, 5 * GIB, GIB // 2, GIB, 8 * GIB, checkpointed=False).fits
+    unknown = MemoryPlan(2 * GIB, 3 * GIB, GIB // 2, GIB, 0, checkpointed=False)
+    assert unknown.fits
+    assert str(unknown).endswith(" of an amount that this system does not tell")
+
+
+def test_the_head_is_planned_as_it_is_computed():
+    """Logits in the type of the weights on a CPU, kept up to a limit; all of them where the head is no product."""
+    policy = make_policy(dtype=torch.bfloat16)
+    weight, tiles = 500 * 256 * 2, 2 * 100 * 500 * 4
+    assert head_bytes(policy, 100) == 100 * 500 * 2 + tiles + weight
+    assert head_bytes(policy, 10**7) == (1 << 29) + 2 * (3 << 20) + weight + 2 * weight
+    scoring._HEADS[policy] = None
+    assert head_bytes(policy, 100) == 2 * 100 * 500 * 2 + tiles
 
 
 def test_checkpointing_keeps_less_and_changes_no_gradient():
@@ -91,6 +106,33 @@ def test_checkpointing_keeps_less_and_changes_no_gradient():
         score(policy, rollouts, 1.0)["log_probs"].sum().backward()
     for ours, theirs in zip(checkpointed.parameters(), plain.parameters(), strict=True):
         assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_checkpointing_turns_off_dropout_that_is_a_number():
+    small = {"vocab_size": 64, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    policy = OPTForCausalLM(OPTConfig(**small, word_embed_proj_dim=32, dropout=0.5)).eval()
+    ids = torch.arange(2, 9)[None]
+    expected = policy(ids).logits
+    enable_checkpointing(policy)
+    assert policy.training
+    assert torch.equal(policy(ids).logits, expected)
+
+
+def test_checkpointing_is_refused_where_dropout_cannot_be_turned_off():
+    policy = make_policy()
+    layer = policy.model.layers[0]
+    forward = layer.forward
+    layer.forward = lambda x, **more: forward(torch.dropout(x, 0.5, layer.training), **more)
+    with pytest.raises(UsageError, match="gives other values"):
+        enable_checkpointing(policy)
+
+
+def test_the_reference_engine_goes_back_to_training_after_an_error():
+    parts = tiny_parts()
+    parts.policy.train()
+    with pytest.raises(IndexError):
+        HFEngine(parts.policy, parts.tokenizer).generate([[10**6]], Sampling(), seed=0)
+    assert parts.policy.training
 
 
 def test_the_reference_engine_samples_the_same_from_a_checkpointed_policy():

@@ -57,7 +57,7 @@ def test_each_batch_but_the_first_is_one_update_old(tmp_path):
     pushed = {version: sampled for _, version, sampled, _ in engine.calls}
     for earlier, later in ((0, 1), (1, 2)):
         assert not torch.equal(pushed[earlier], pushed[later])
-    assert all(row["time_wait_s"] >= 0 for row in steps[:-1])
+    assert ["time_wait_s" in row for row in steps] == [True, True, True, False]
     assert all(row["mismatch_mean"] > 0 for row in steps[1:])
     assert steps[0]["mismatch_mean"] < 1e-5
 
@@ -98,10 +98,41 @@ def test_an_error_in_the_background_ends_the_run_as_itself(tmp_path):
 
     config, parts = tiny_config(**OVERLAPPED, n_grpo_steps=4), tiny_parts()
     run, engine = make_run(config, tmp_path, parts.tokenizer), SnapshotEngine(parts.policy, parts.tokenizer)
+    before = weights(parts.policy)
     with pytest.raises(RuntimeError, match="the grader is gone"):
         train(config, parts.policy, engine, failing, parts.questions, parts.questions, run)
     run.finish()
-    assert not any(thread.name.startswith("rollouts") for thread in threading.enumerate())
+    # The update beside which it happened was made: it counts, and is what a checkpoint will hold.
+    assert run.step == engine.calls[-1][1] + 1
+    assert not torch.equal(weights(parts.policy), before)
+
+
+def test_a_failure_is_not_held_up_by_what_is_being_sampled(tmp_path, monkeypatch):
+    """A checkpoint must be written within the seconds that a SIGTERM leaves; a rollout may take minutes."""
+    from drivers import train as program
+
+    go_on = threading.Event()
+
+    class SlowEngine(SnapshotEngine):
+        def generate(self, *args, **kwargs):
+            if threading.current_thread().name.startswith("rollouts"):
+                assert go_on.wait(60)
+            return super().generate(*args, **kwargs)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    config, parts = tiny_config(**OVERLAPPED, n_grpo_steps=4), tiny_parts()
+    run, engine = make_run(config, tmp_path, parts.tokenizer), SlowEngine(parts.policy, parts.tokenizer)
+    monkeypatch.setattr(program, "accumulate_gradients", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, parts.policy, engine, letter_reward, parts.questions, parts.questions, run)
+    workers = [thread for thread in threading.enumerate() if thread.name.startswith("rollouts")]
+    assert len(workers) == 1
+    go_on.set()
+    workers[0].join(60)
+    assert not workers[0].is_alive()
+    run.finish()
 
 
 def test_on_one_gpu_policy_and_engine_cannot_overlap(monkeypatch):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from drivers.errors import UnsoundRunError
 from drivers.metrics import UpdateMetrics
-from drivers.objective import prepare_rollouts, weigh_step
+from drivers.objective import prepare_rollouts, rows_with_gradient, weigh_step
 from drivers.run import Parts
 from drivers.train import train
 from grpo_core.types import Aggregation, LossType
@@ -145,30 +145,12 @@ def test_the_host_waits_for_nothing_inside_the_loop_of_micro_batches(cut, loss, 
     rollouts, scores = rollouts_of(config, parts)
     batch = prepare_rollouts(config, parts.policy, None, rollouts, scores, None)
     batch, facts = weigh_step(config, batch)
-    metrics, score = UpdateMetrics(), program.score
-    score(parts.policy, batch.select([0, 1]), 1.0)  # the probe of the head is not part of the loop
-
-    def watched(*args, **kwargs):
-        with NeverWaits():
-            return score(*args, **kwargs)
-
-    monkeypatch.setattr(program, "score", watched)
-    for name in ("compute_loss",):
-        original = getattr(program, name)
-
-        def patched(*args, original=original):
-            with NeverWaits():
-                return original(*args)
-
-        monkeypatch.setattr(program, name, patched)
-    add = metrics.add_micro_batch
-
-    def adding(*args):
-        with NeverWaits():
-            add(*args)
-
-    monkeypatch.setattr(metrics, "add_micro_batch", adding)
-    loss = program.accumulate_gradients(parts.policy, batch, config, config.entropy_coef, metrics)
+    metrics = UpdateMetrics()
+    program.score(parts.policy, batch.select([0, 1]), 1.0)  # the trials of head and rows are not part of the loop
+    pulling = rows_with_gradient(config, batch, config.entropy_coef)  # read from host memory, before the loop
+    monkeypatch.setattr(program, "rows_with_gradient", lambda *_: pulling)
+    with NeverWaits():
+        loss = program.accumulate_gradients(parts.policy, batch, config, config.entropy_coef, metrics)
     metrics.add_update(loss, loss, facts)
     assert metrics.summary()["micro_batches"] >= 2
 

@@ -504,6 +504,9 @@ TOKEN_LOSSES = [
     ),
 ]
 
+CLIPPED = "\n    losses, flags = clip_surrogate(hold(log_ratio).exp(), adv"
+MEAN = "mean_over_row(log_ratio_of(policy_log_probs, old_log_probs, response_mask), response_mask)" + CLIPPED
+
 SEQUENCE_LOSSES = [
     *breaks(
         "compute_gspo_loss",
@@ -511,19 +514,19 @@ SEQUENCE_LOSSES = [
         in_family("compute_gspo_loss"),
         (
             "a product, not a mean",
-            "mean_over_row(log_ratio_of(policy_log_probs, old_log_probs, response_mask), response_mask)\n    losses, flags = clip_surrogate(hold(log_ratio).exp(), adv",
-            "log_ratio_of(policy_log_probs, old_log_probs).sum(dim=1, keepdim=True)\n    losses, flags = clip_surrogate(hold(log_ratio).exp(), adv",
+            MEAN,
+            "log_ratio_of(policy_log_probs, old_log_probs).sum(dim=1, keepdim=True)" + CLIPPED,
         ),
         (
             "the arithmetic mean of the ratios",
-            "mean_over_row(log_ratio_of(policy_log_probs, old_log_probs, response_mask), response_mask)\n    losses, flags = clip_surrogate(hold(log_ratio).exp(), adv",
+            MEAN,
             "(1 + mean_over_row(log_ratio_of(policy_log_probs, old_log_probs).expm1(), response_mask))"
-            ".log()\n    losses, flags = clip_surrogate(hold(log_ratio).exp(), adv",
+            ".log()" + CLIPPED,
         ),
         (
             "a mean over padding",
-            "mean_over_row(log_ratio_of(policy_log_probs, old_log_probs, response_mask), response_mask)\n    losses, flags = clip_surrogate(hold(log_ratio).exp(), adv",
-            "log_ratio_of(policy_log_probs, old_log_probs).mean(dim=1, keepdim=True)\n    losses, flags = clip_surrogate(hold(log_ratio).exp(), adv",
+            MEAN,
+            "log_ratio_of(policy_log_probs, old_log_probs).mean(dim=1, keepdim=True)" + CLIPPED,
         ),
         ("a loss of nothing", "torch.where(has_tokens, losses, 0.0)", "losses"),
         (
@@ -534,8 +537,8 @@ SEQUENCE_LOSSES = [
         ("the log ratio is not held", "clip_surrogate(hold(log_ratio).exp()", "clip_surrogate(log_ratio.exp()"),
         (
             "the ratio of the last token",
-            "mean_over_row(log_ratio_of(policy_log_probs, old_log_probs, response_mask), response_mask)\n    losses, flags = clip_surrogate(hold(log_ratio).exp(), adv",
-            "log_ratio_of(policy_log_probs, old_log_probs)[:, -1:]\n    losses, flags = clip_surrogate(hold(log_ratio).exp(), adv",
+            MEAN,
+            "log_ratio_of(policy_log_probs, old_log_probs)[:, -1:]" + CLIPPED,
         ),
     ),
     *breaks(
