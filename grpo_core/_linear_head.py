@@ -64,9 +64,10 @@ class GradientSums:
         if not any(self._needed):
             return
         largest = None
-        slopes = [slope for slope in (by_log_prob, by_entropy) if slope is not None and len(slope)]
-        if self._narrow and slopes:
-            largest = torch.stack([slope.abs().amax() for slope in slopes]).amax().clamp(min=1e-30)
+        if self._narrow:
+            slopes = [slope for slope in (by_log_prob, by_entropy) if slope is not None]
+            # There may be no rows, or no slope at all.
+            largest = torch.cat([told.top.new_full((1, 1), 1e-30), *slopes]).abs().amax()
             by_log_prob, by_entropy = (None if s is None else s / largest for s in (by_log_prob, by_entropy))
         same = weights.dtype == self._hidden.dtype
         gradient = weights if same else torch.empty_like(weights, dtype=self._hidden.dtype)

@@ -117,6 +117,9 @@ def turn_into_gradient(
             torch.log(p.div_(told.total[tile]), out=log_p).clamp_(min=_NEVER)
             slope = None
             if scaling.softcap is not None:
+                assert told.log_probs is not None
+                # A weight that came to 0 has lost its logit. Of such tokens only the label is pulled at: its is known.
+                log_p.scatter_(1, labels[tile, None], told.log_probs[tile])
                 z = log_p + (told.top[tile] + told.total[tile].log())
                 slope = 1 - z.mul_(scaling.temperature / scaling.softcap).square_()
             _pull(p, log_p, labels, tile, scaling.temperature, told, by_log_prob, by_entropy)

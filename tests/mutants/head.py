@@ -35,6 +35,11 @@ MUTANTS = [
             "log_p + (told.top[tile] + told.total[tile].log())",
             "log_p + told.total[tile].log()",
         ),
+        (
+            "an unlikely label's logit lost",
+            "log_p.scatter_(1, labels[tile, None], told.log_probs[tile])",
+            "pass",
+        ),
         ("temperature inside the cap", "room.div_(scaling.softcap).tanh_()", "room.div_(scaling.temperature).tanh_()"),
         ("narrow arithmetic", "torch.promote_types(logits.dtype, torch.float32)", "logits.dtype"),
         ("blocks that overlap", "min(start + size, total)", "min(start + size + 1, total)"),
@@ -97,8 +102,8 @@ MUTANTS = [
         "fused_linear_token_loss",
         "_linear_head.py",
         LOSS,
-        ("small slopes lost in float16", "if self._narrow and slopes:", "if False:"),
-        ("the largest of no slopes", "if self._narrow and slopes:", "if self._narrow:"),
+        ("small slopes lost in float16", "if self._narrow:", "if False:"),
+        ("no scale of no slopes", "told.top.new_full((1, 1), 1e-30), *slopes", "*slopes"),
         ("the scale of small slopes stays", "return part if largest is None else", "return part if True else"),
     ),
     *breaks(

@@ -234,6 +234,16 @@ def test_under_a_cap_a_token_too_unlikely_for_a_number_pulls_at_nothing():
         close(mine, leaf.grad, 1e-9)
 
 
+@pytest.mark.parametrize(("dtype", "far"), [(torch.float64, 1000.0), (torch.float32, 120.0), (torch.float16, 20.0)])
+def test_under_a_cap_a_label_too_unlikely_for_a_number_is_pulled_at(dtype, far):
+    """Its weight is 0 in this type; what it pulls at is its logit all the same."""
+    hidden = torch.tensor([[[1.0]]], dtype=dtype)
+    weight = torch.tensor([[0.0], [far]], dtype=dtype, requires_grad=True)
+    fused_linear_log_probs(hidden, weight, torch.tensor([[0]]), logit_softcap=2 * far)["log_probs"].sum().backward()
+    slope = 1 - math.tanh(0.5) ** 2
+    assert_close(weight.grad[:, 0].double(), torch.tensor([1.0, -slope]).double(), rtol=2e-3, atol=0)
+
+
 @fewer
 @given(cases())
 def test_a_second_backward_pass_gives_the_same(case):
@@ -548,6 +558,18 @@ def test_a_bias_keeps_its_own_precision():
     fused_linear_log_probs(hidden, weight, labels, bias=bias, max_logits_bytes=8)["log_probs"].sum().backward()
     assert bias.grad.dtype == torch.float32
     close(bias.grad, torch.tensor([225.75, -75.25, -75.25, -75.25]), 1e-6)
+
+
+def test_float16_without_a_slope_or_a_row_has_a_gradient_of_zero():
+    hidden, weight = (torch.ones(shape, dtype=torch.float16, requires_grad=True) for shape in ((1, 2, 3), (5, 3)))
+    labels, nothing = torch.tensor([[1, 2]]), torch.tensor([[False, False]])
+    fused_linear_log_probs(hidden, weight, labels, response_mask=nothing)["log_probs"].sum().backward()
+    loss, _ = fused_linear_token_loss(
+        hidden, weight, labels, lambda log_probs, *_: log_probs.detach().sum(), response_mask=~nothing
+    )
+    loss.backward()
+    assert (hidden.grad == 0).all()
+    assert (weight.grad == 0).all()
 
 
 def test_autocast_is_that_of_a_linear_layer():
