@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from drivers.config import GrpoConfig
 from drivers.errors import UsageError
 from drivers.optim import training_state_bytes
-from drivers.scoring import find_head
-from grpo_core._sweep import tile_bytes
-from grpo_core.fused_head import MAX_LOGITS_BYTES
+from drivers.scoring import MAX_LOGITS_BYTES, find_head
 
 GIB = 2**30
 VLLM_ON_CPU = (512 + 512) << 20
@@ -120,8 +118,8 @@ def head_bytes(policy: Any, tokens: int) -> int:
 
 
 def _tile_bytes(weight: Tensor, tokens: int) -> int:
-    """Two buffers."""
-    return 2 * min(tile_bytes(weight), 4 * tokens * len(weight))
+    """Two buffers of wide values, in which the sweep works."""
+    return 2 * min(256 << 20 if weight.is_cuda else 3 << 20, 4 * tokens * int(weight.shape[0]))
 
 
 def activation_bytes(policy: Any, row: int) -> int:

@@ -4,6 +4,7 @@ A *row* is a prompt with the responses that share it. What is cheaper by the cou
 a group, or one for each response.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, groupby
 from math import inf
@@ -15,9 +16,16 @@ from torch import Tensor, nn
 
 from drivers.batch import RolloutBatch
 from drivers.config import GrpoConfig
-from grpo_core import fused_linear_log_probs, mask_group_rows, pack_group_rows
-from grpo_core._forward import logits_at
-from grpo_core.scoring import score_logits
+from grpo_core import (
+    compute_entropy,
+    fused_linear_log_probs,
+    mask_group_rows,
+    pack_group_rows,
+    select_log_probs,
+)
+
+MAX_LOGITS_BYTES = 1 << 29
+"""Of one pass, kept for its gradient; where there are more, the head makes them a block at a time."""
 
 
 class Row(NamedTuple):
@@ -252,7 +260,11 @@ def _score_rows(policy: Any, rollouts: RolloutBatch, rows: list[Row], options: d
     head, sources, labels = find_head(policy), packed["sources"], packed["labels"].to(device, non_blocking=True)
     if head is None:
         logits = _logits(policy, inputs, sources)
-        return score_logits(logits, labels, options["with_entropy"], options["temperature"], options["detach_entropy"])
+        scored = {"log_probs": select_log_probs(logits, labels, temperature=options["temperature"])}
+        if options["with_entropy"]:
+            watched = logits.detach() if options["detach_entropy"] else logits
+            scored["token_entropy"] = compute_entropy(watched, temperature=options["temperature"])
+        return scored
     states = head.body(**inputs).last_hidden_state.flatten(0, 1)
     scored = fused_linear_log_probs(
         states.index_select(0, sources.to(device, non_blocking=True)),
@@ -262,6 +274,7 @@ def _score_rows(policy: Any, rollouts: RolloutBatch, rows: list[Row], options: d
         temperature=options["temperature"],
         logit_softcap=head.softcap,
         return_entropy=options["with_entropy"],
+        max_logits_bytes=MAX_LOGITS_BYTES,
     )
     return {
         name: value.detach() if name == "token_entropy" and options["detach_entropy"] else value
@@ -294,11 +307,14 @@ def _without_padding(packed: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _logits(policy: nn.Module, inputs: dict[str, Any], sources: Tensor) -> Tensor:
     """Those at `sources`, where the output layer is more than a product: of no column that none of them needs."""
-    inputs, device = dict(inputs), inputs["input_ids"].device
-    rows, places = sources // inputs["input_ids"].shape[1], sources % inputs["input_ids"].shape[1]
-    columns, place = places.unique(return_inverse=True)
-    logits = logits_at(policy, inputs.pop("input_ids"), columns.to(device, non_blocking=True), **inputs)
-    return logits.flatten(0, 1).index_select(0, (rows * len(columns) + place).to(device, non_blocking=True))
+    device, width = inputs["input_ids"].device, inputs["input_ids"].shape[1]
+    rows, columns = sources // width, sources % width
+    if "logits_to_keep" in inspect.signature(policy.forward).parameters:
+        needed, columns = columns.unique(return_inverse=True)
+        inputs, width = inputs | {"logits_to_keep": needed.to(device, non_blocking=True)}, len(needed)
+    places = (rows * width + columns).to(device, non_blocking=True)
+    logits: Tensor = policy(**inputs).logits.flatten(0, 1)
+    return logits.index_select(0, places)
 
 
 @torch.no_grad()

@@ -1,6 +1,9 @@
-"""Softmax statistics of many rows of logits, and their gradient, a tile of rows at a time."""
+"""Softmax statistics of many rows of logits, and their gradient: a tile of rows at a time, or by kernels on CUDA."""
 
+import functools
+import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -13,6 +16,9 @@ _TILE_BYTES = {"cpu": 3 << 20}
 _TILE_BYTES_ELSEWHERE = 256 << 20
 # exp(-1e4) is 0: what a logit of -inf comes to, without 0 * inf.
 _NEVER = -1e4
+# The kernels compute in float32: float64 is left to the tiles, and is what they are proven by.
+_KERNEL_DEVICES = ("cuda",)
+_KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Scaling(NamedTuple):
@@ -51,7 +57,11 @@ def measure(
     """Log-probs where there are labels, and entropies where asked for.
 
     With `keeps_weights`, logits give way to their weights: all that `turn_into_gradient` needs, without exponentials.
+    Kernels leave them as they are: there an exponential costs less than a pass over memory.
     """
+    if _uses_kernels(logits):
+        told = _measure_by_kernel(logits, labels, scaling)
+        return told if with_entropy else told._replace(entropy=None)
     dtype = wide_type(logits)
     log_probs, top, total, entropy = logits.new_empty(4, len(logits), 1, dtype=dtype)
     for tile, shifted, weights in _tiles(logits):
@@ -87,6 +97,9 @@ def write_gradient(
 
     $\partial / \partial z_v = g\,(1[v = y] - p_v) - g_H\, p_v (\log p_v + H)$, times $1 / T$.
     """
+    if _uses_kernels(logits):
+        _write_by_kernel(logits, gradient, labels, Scaling(temperature), told, by_log_prob, by_entropy)
+        return
     normalizer = told.top + told.total.log()
     for tile, log_p, room in _tiles(logits):
         # Where the gradient is wide itself, no copy is made of it.
@@ -110,7 +123,11 @@ def turn_into_gradient(
     """The same from the weights that `measure` kept, into `gradient`, which may be `weights`; through a cap too.
 
     Rounded to bfloat16, a weight is off by as much as the gradient is rounded by; that of the likeliest token is 1.
+    Where `measure` ran a kernel, it kept the logits.
     """
+    if _uses_kernels(weights):
+        _write_by_kernel(weights, gradient, labels, scaling, told, by_log_prob, by_entropy)
+        return
     for tile, log_p, p in _tiles(weights):
         p.copy_(weights[tile])
         if by_entropy is not None or scaling.softcap is not None:
@@ -160,6 +177,94 @@ def join(parts: list[Statistics]) -> Statistics:
     return Statistics(*(torch.cat(column) if column else None for column in columns))  # type: ignore[arg-type]
 
 
+def _uses_kernels(logits: Float[Tensor, "rows vocab"]) -> bool:
+    """One answer for one tensor: by it `measure` decides what to keep, and `turn_into_gradient` what it was given."""
+    return (
+        logits.device.type in _KERNEL_DEVICES
+        and logits.dtype in _KERNEL_TYPES
+        and logits.numel() > 0
+        and logits.stride(1) == 1
+        and not torch.compiler.is_compiling()
+        and _is_proven(logits.device, logits.dtype)
+    )
+
+
+@functools.cache
+def _is_proven(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels run there and agree with the tiles: tried once, so that no run ever breaks on them."""
+    try:
+        if find_spec("triton") is None:
+            return False
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            worst = _disagreement(device, dtype)
+        seen = f"differ from torch by {worst:.3g} times what rounding explains"
+    except Exception as error:
+        worst, seen = float("inf"), f"fail ({type(error).__name__}: {error})".replace("\n", " ")
+    # A NaN is no agreement.
+    if worst <= 1:
+        return True
+    warnings.warn(f"Triton kernels on {device} in {dtype} {seen}: torch is used in their place", stacklevel=2)
+    return False
+
+
+def _disagreement(device: torch.device, dtype: torch.dtype) -> float:
+    """The largest difference between kernels and float64 tiles, over what rounding explains, of logits of every kind.
+
+    They fill blocks in part, cannot come, cannot come for a whole block; with each slope alone, and with both.
+    """
+    logits = torch.arange(3 * 9001.0).sin_().mul_(8).view(3, -1).to(device, dtype)
+    logits[0, 9000] = logits[1, :5000] = -float("inf")
+    labels = torch.tensor([0, 8999, 4097], device=device)
+    g, g_entropy = torch.tensor([[[1.0], [-2.0], [0.5]], [[-1.0], [0.25], [3.0]]], device=device)
+    worst = [0.0]
+    for scaling in (Scaling(), Scaling(0.7, 20.0)):
+        told, exact = _measure_by_kernel(logits, labels, scaling), logits.double()
+        wide = measure(exact, labels, scaling, with_entropy=True, keeps_weights=True)
+        worst += [_excess(mine, truth, 3e-5) for mine, truth in zip(told, wide, strict=True)]
+        for slopes in ((g, None), (None, g_entropy), (g, g_entropy)):
+            gradient, truth = torch.full_like(logits, float("nan")), torch.empty_like(exact)
+            pulled = None if slopes[0] is None else labels
+            _write_by_kernel(logits, gradient, pulled, scaling, told, *slopes)
+            exact_slopes = (None if slope is None else slope.double() for slope in slopes)
+            turn_into_gradient(exact, truth, labels, scaling, wide, *exact_slopes)
+            worst.append(_excess(gradient, truth, max(3e-5, torch.finfo(dtype).eps)))
+    # Not max(): that passes over a NaN.
+    return float(torch.tensor(worst).amax())
+
+
+def _excess(mine: Tensor | None, truth: Tensor | None, relative: float) -> float:
+    """The largest difference, over this share of the truth and next to nothing."""
+    assert mine is not None
+    assert truth is not None
+    return float(((mine - truth).abs() / (1e-6 + relative * truth.abs())).amax())
+
+
+def _measure_by_kernel(
+    logits: Float[Tensor, "rows vocab"], labels: Int[Tensor, " rows"] | None, scaling: Scaling
+) -> Statistics:
+    """What `measure` tells; imported here, for Triton is not everywhere."""
+    from grpo_core import _kernels
+
+    return Statistics(*_kernels.measure(logits, labels, *scaling))
+
+
+def _write_by_kernel(
+    logits: Float[Tensor, "rows vocab"],
+    gradient: Float[Tensor, "rows vocab"],
+    labels: Int[Tensor, " rows"] | None,
+    scaling: Scaling,
+    told: Statistics,
+    by_log_prob: Float[Tensor, "rows 1"] | None,
+    by_entropy: Float[Tensor, "rows 1"] | None,
+) -> None:
+    """What `write_gradient` and `turn_into_gradient` write, from the logits."""
+    from grpo_core import _kernels
+
+    top, total, entropy = told[1:]
+    _kernels.write_gradient(logits, gradient, labels, *scaling, top, total, entropy, by_log_prob, by_entropy)
+
+
 def wide_type(logits: Tensor) -> torch.dtype:
     """What statistics are taken in: at least float32."""
     return torch.promote_types(logits.dtype, torch.float32)
@@ -206,9 +311,5 @@ def _tiles(logits: Float[Tensor, "rows vocab"]) -> Iterator[tuple[slice, Tensor,
 
 
 def _tile_rows(logits: Float[Tensor, "rows vocab"]) -> int:
-    return max(1, tile_bytes(logits) // (logits.shape[1] * wide_type(logits).itemsize))
-
-
-def tile_bytes(logits: Tensor) -> int:
-    """The most that each of the two buffers takes, on the device of `logits`."""
-    return _TILE_BYTES.get(logits.device.type, _TILE_BYTES_ELSEWHERE)
+    size = _TILE_BYTES.get(logits.device.type, _TILE_BYTES_ELSEWHERE)
+    return max(1, size // (logits.shape[1] * wide_type(logits).itemsize))

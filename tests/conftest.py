@@ -19,6 +19,10 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+# Triton reads it as it is imported, which torch does not do. Without a GPU its kernels run in an interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Two busy cores and a thread pool per test process: one thread each is several times faster.
 torch.set_num_threads(1)
 
