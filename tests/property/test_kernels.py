@@ -308,7 +308,9 @@ def test_the_public_functions(case):
     case.scaling = case.scaling._replace(softcap=None)
     slack = 1e-5 + 2.0**-20 * case.z(case.logits.float()).nan_to_num(neginf=0.0).abs().max().item()
     for mine, theirs in zip(everything(), by_tiles(everything), strict=True):
-        close(mine, theirs, 10 * slack, 10 * slack + 2 * torch.finfo(mine.dtype).eps)
+        # Two gradients were rounded, and then added: what is left may be less than either.
+        rounding = 2 * torch.finfo(mine.dtype).eps * theirs.nan_to_num(neginf=0.0).abs().max().clamp(min=1).item()
+        close(mine, theirs, 10 * slack + rounding)
 
 
 def narrow(case, dtype):
