@@ -71,7 +71,9 @@ def _stack_times(axis: Any, rows: list[dict[str, Any]]) -> None:
             base = [low + high for low, high in zip(base, seconds, strict=True)]
     axis.set(title="Time by phase", xlabel="step", ylabel="seconds")
     if axis.containers:
-        axis.legend(frameon=False, fontsize="small")
+        # Above the bars, of which any may be the highest.
+        axis.set_ylim(top=1.4 * max(base))
+        axis.legend(frameon=False, fontsize="small", ncols=4, loc="upper center", columnspacing=1.0, handlelength=1.2)
 
 
 if __name__ == "__main__":
