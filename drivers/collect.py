@@ -10,7 +10,7 @@ from torch import Tensor
 
 from drivers.config import GrpoConfig
 from drivers.data import Question
-from drivers.errors import UnsoundRunError
+from drivers.errors import EngineDiedError, UnsoundRunError
 from drivers.metrics import describe_completions
 from drivers.objective import shape_rewards
 from drivers.rollout import Completion, RolloutEngine
@@ -34,8 +34,10 @@ class Collected(NamedTuple):
 class Rollouts:
     """The batches of a run. With `async_steps`, that of the next step is sampled while this one is trained on."""
 
-    def __init__(self, collect_step: Callable[[Run, int], Collected], run: Run, async_steps: int) -> None:
-        self._collect, self._run = collect_step, run
+    def __init__(
+        self, collect_step: Callable[[Run, int], Collected], draw: random.Random, run: Run, async_steps: int
+    ) -> None:
+        self._collect, self._draw, self._run = collect_step, draw, run
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="rollouts") if async_steps else None
         self._ahead: tuple[int, Run, Future[Collected]] | None = None
 
@@ -65,13 +67,22 @@ class Rollouts:
         """Sample the batch of this step in the background, from the weights that the engine has now."""
         if self._worker is not None and step <= self._run.config.n_grpo_steps:
             twin = self._run.in_background()
+            self._drawn = self._draw.getstate()
             self._ahead = step, twin, self._worker.submit(self._collect, twin, step)
 
     def wait(self) -> None:
-        """Until nothing is being sampled: only then may the engine be given other weights."""
+        """Until nothing is being sampled: only then may the engine be given other weights.
+
+        What an engine that died was sampling is sampled again when its step begins, on the same questions.
+        """
         if self._ahead is not None:
             with self._run.phase("wait"):
-                self._ahead[2].result()
+                try:
+                    self._ahead[2].result()
+                except EngineDiedError as error:
+                    self._run.warn(f"{error}: the rollouts of step {self._ahead[0]} are sampled when it begins")
+                    self._draw.setstate(self._drawn)
+                    self._ahead = None
 
 
 def collect(

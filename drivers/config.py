@@ -273,6 +273,10 @@ class GrpoConfig:
     async_steps: Literal[0, 1] = 0
     """1: while a batch is trained on, vLLM samples the next one with the weights from before the update, on a GPU of
     its own or on shared cores. One update off-policy: it asks for --importance, or --old-policy sampler."""
+    rollout_process: Literal["auto", "own", "shared"] = "auto"
+    """Whether vLLM runs in a process of its own. auto: on a second GPU, where it must; on the CPU it may."""
+    engine_deadline_s: float = 3600.0
+    """In a process of its own, vLLM is ended and started again after so many seconds without an answer."""
     show: bool = False
     """Print the resolved settings and the loss as a formula, and stop."""
 
@@ -398,6 +402,7 @@ _POSITIVE = (
     "n_val_examples",
     "checkpoint_steps",
     "gpu_memory_utilization",
+    "engine_deadline_s",
     "pass_k",
     "kl_cov_coef",
 )

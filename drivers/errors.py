@@ -5,5 +5,9 @@ class UsageError(ValueError):
     """What the user gave cannot work: the message names the flag or file, the value, and what is required."""
 
 
+class EngineDiedError(RuntimeError):
+    """The engine's process has ended or hangs; what it was asked has no answer."""
+
+
 class UnsoundRunError(RuntimeError):
     """The run may not go on: a number that should be finite is not, or the engine samples from other weights."""

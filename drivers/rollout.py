@@ -3,8 +3,9 @@
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -177,10 +178,14 @@ def make_engine(
     gpu_memory_utilization: float,
     reserved_bytes: int,
     seed: int,
+    own_process: bool = False,
+    deadline_s: float = 3600.0,
+    say: Callable[[str], None] = print,
 ) -> RolloutEngine:
     """The engine that was asked for. vLLM is imported here and nowhere earlier.
 
-    `reserved_bytes` of a GPU that engine and policy share are not the engine's.
+    `reserved_bytes` of a GPU that engine and policy share are not the engine's. In a process of its own (on the CPU
+    with `own_process`, on a second GPU in any case) it is supervised, and `say` tells when it had to be started again.
     """
     if kind == "hf":
         return HFEngine(policy, tokenizer)
@@ -193,17 +198,24 @@ def make_engine(
             f"--engine vllm: vLLM cannot be imported ({error}); install the extra 'cpu' or 'gpu', or pass --engine hf"
         ) from error
     try:
+        from drivers.supervise import SupervisedEngine
+
+        start = partial(
+            VLLMEngine,
+            model_path,
+            policy,
+            device=device,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            gpu_memory_utilization=gpu_memory_utilization,
+            reserved_bytes=reserved_bytes,
+            seed=seed,
+            own_process=own_process,
+            deadline_s=deadline_s,
+        )
+        apart = own_process or (device.type == "cuda" and device != next(policy.parameters()).device)
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # between vLLM and torch
-            return VLLMEngine(
-                model_path,
-                policy,
-                device=device,
-                dtype=dtype,
-                max_model_len=max_model_len,
-                gpu_memory_utilization=gpu_memory_utilization,
-                reserved_bytes=reserved_bytes,
-                seed=seed,
-            )
+            return SupervisedEngine(start, say) if apart else start()
     except UsageError:
         raise
     except (ValueError, RuntimeError, OSError) as error:  # an unknown architecture, too little memory, a full disk

@@ -209,6 +209,22 @@ def choose_devices(config: GrpoConfig) -> tuple[torch.device, torch.device]:
             f"--rollout-device {rollout_device}: the policy is on {policy_device}; both on the CPU or both on CUDA is "
             "required, and with --engine hf the same device"
         )
+    apart = config.engine == "vllm" and rollout_device != policy_device
+    if config.rollout_process == "own" and not apart and (rollout_device.type == "cuda" or config.engine == "hf"):
+        raise UsageError(
+            "--rollout-process own: "
+            + (
+                "--engine hf shares the policy's weights"
+                if config.engine == "hf"
+                else f"policy and engine take turns on {policy_device}, in one process; a second GPU is required"
+            )
+            + "; pass --rollout-process auto"
+        )
+    if config.rollout_process == "shared" and apart:
+        raise UsageError(
+            f"--rollout-process shared: vLLM on {rollout_device} and the policy on {policy_device} are two processes; "
+            "pass --rollout-process auto"
+        )
     if config.async_steps and rollout_device == policy_device and policy_device.type == "cuda":
         raise UsageError(
             f"--async-steps {config.async_steps}: policy and engine take turns on {policy_device}: a second GPU is "
@@ -249,6 +265,9 @@ def load_models(
         gpu_memory_utilization=config.gpu_memory_utilization,
         reserved_bytes=training_state_bytes(policy) + reference_bytes,
         seed=config.seed,
+        own_process=config.rollout_process == "own",
+        deadline_s=config.engine_deadline_s,
+        say=display.say,
     )
     display.say(
         f"{config.model_path}: {sum(p.numel() for p in policy.parameters()) / 1e6:.0f} M parameters, "

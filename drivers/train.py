@@ -17,7 +17,7 @@ from drivers.collect import Rollouts, collect
 from drivers.config import GrpoConfig, exit_with, parse_train_config
 from drivers.data import Question
 from drivers.display import Display
-from drivers.errors import UnsoundRunError, UsageError
+from drivers.errors import EngineDiedError, UnsoundRunError, UsageError
 from drivers.formula import show
 from drivers.interrupts import terminate_as_interrupt, uninterrupted
 from drivers.metrics import UpdateMetrics
@@ -47,7 +47,7 @@ def train(
     run.evaluate(engine, val_set, reward_fn, step=0)
 
     sample = partial(collect, config, engine, reward_fn, train_set, draw)
-    with Rollouts(sample, run, config.async_steps) as batches:
+    with Rollouts(sample, draw, run, config.async_steps) as batches:
         for step in run.steps():
             # D_b ~ D;  o_1 .. o_G ~ pi_old(. | q) for each question q of D_b;  r_i = R(q, o_i).
             collected = batches.of(step)
@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             display.say(f"Done: {run.summary()}. Model: {saved}/  Curves: {run.folder}/curves.png")
     except UsageError as error:
         exit_with("train.py", error, status=2)
-    except UnsoundRunError as error:
+    except (UnsoundRunError, EngineDiedError) as error:
         exit_with("train.py", error, status=1)
     except KeyboardInterrupt:
         raise SystemExit(130) from None

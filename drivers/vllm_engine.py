@@ -4,18 +4,22 @@ Weights travel by vLLM's own weight-transfer API (`start_weight_update`, `update
 never by reaching into the engine's model:
 
 - two GPUs: the engine is a process of its own on the other GPU, and the `nccl` backend broadcasts to it;
-- one GPU, or CPU: the engine lives in this process, and the `host` backend below hands it the tensors by reference.
+- one GPU, or CPU: the engine lives in this process, and the `host` backend below hands it the tensors by reference;
+- CPU, asked for: a process of its own as on two GPUs, which the `host` backend gives a file in memory.
 """
 
+import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import nn
 from vllm import LLM, SamplingParams
 from vllm.config import WeightTransferConfig
@@ -29,9 +33,13 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 from vllm.platforms import current_platform
+from vllm.v1.engine.exceptions import EngineDeadError
 
-from drivers.errors import UsageError
+from drivers.errors import EngineDiedError, UsageError
 from drivers.rollout import Completion, Sampling
+from drivers.supervise import TRAINER, end_with_trainer, within
+
+T = TypeVar("T")
 
 KV_CACHE_BYTES_ON_CPU = 512 << 20
 CPU_BLOCK_SIZE = (
@@ -39,7 +47,7 @@ CPU_BLOCK_SIZE = (
 )
 
 
-# --- the `host` backend: trainer and engine in one process -----------------------------------------------------------
+# --- the `host` backend: trainer and engine on one machine, without a GPU between them -------------------------------
 
 
 @dataclass
@@ -49,9 +57,10 @@ class HostInit(WeightTransferInitInfo):  # type: ignore[misc]
 
 @dataclass
 class HostUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """The policy's parameters, by reference."""
+    """The policy's parameters: by reference in one process, as a safetensors file for another."""
 
     tensors: Any = None
+    path: str | None = None
 
 
 class HostWorkerEngine(WeightTransferEngine[HostInit, HostUpdate]):  # type: ignore[misc]
@@ -72,7 +81,11 @@ class HostWorkerEngine(WeightTransferEngine[HostInit, HostUpdate]):  # type: ign
 
     @torch.no_grad()
     def receive_weights(self, update_info: HostUpdate) -> None:
-        self.model.load_weights(iter(update_info.tensors))
+        if update_info.path is None:
+            self.model.load_weights(iter(update_info.tensors))
+            return
+        with safe_open(update_info.path, "pt") as file:
+            self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118  no mapping
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -90,29 +103,50 @@ class HostTrainerInit(TrainerInitInfo):  # type: ignore[misc]
     """The trainer is one process: rank 0."""
 
     backend: ClassVar[str] = "host"
+    by_file: bool = False
+    """For an engine in a process of its own."""
 
 
 class HostTrainerEngine(TrainerWeightTransferEngine[HostTrainerInit]):  # type: ignore[misc]
     """The trainer's side: one call per push."""
 
     init_info_cls = HostTrainerInit
+    file: int | None = None
 
     @classmethod
     def trainer_init(cls, init_info: HostTrainerInit, *, client: Any, source: Any = None) -> "HostTrainerEngine":
         engine = cls(client=client, source=source, is_sender=init_info.is_sender)
+        # Anonymous memory with a name under /proc: it ends with this process, however that ends.
+        engine.file = os.memfd_create("weights") if init_info.by_file else None
         client.init_weight_transfer_engine({})
         return engine
 
     @torch.no_grad()
     def send_weights(self) -> None:
         tensors = [(name, tensor.detach()) for name, tensor in self.source]
+        update: dict[str, Any] = {"tensors": tensors}
+        if self.file is not None:
+            with open(self.file, "wb", closefd=False) as file:
+                file.write(save({name: tensor.contiguous() for name, tensor in tensors}))
+            update = {"path": f"/proc/{os.getpid()}/fd/{self.file}"}
         self.client.start_weight_update()
-        self.client.update_weights({"tensors": tensors})
+        self.client.update_weights(update)
         self.client.finish_weight_update()
+        if self.file is not None:
+            os.ftruncate(self.file, 0)
+            os.lseek(self.file, 0, os.SEEK_SET)
+
+    def shutdown(self) -> None:
+        if self.file is not None:
+            os.close(self.file)
+            self.file = None
 
 
 class WorkerExtension:
     """vLLM imports this class in each worker; importing this module is what registers the `host` backend there."""
+
+
+end_with_trainer()
 
 
 if "host" not in WeightTransferEngineFactory._registry:
@@ -156,7 +190,10 @@ class VLLMEngine:
         gpu_memory_utilization: float,
         reserved_bytes: int,
         seed: int,
+        own_process: bool = False,
+        deadline_s: float = 3600.0,
     ) -> None:
+        """`own_process` is for a CPU; on another GPU than the policy's it is the only way. There every wait ends."""
         policy_device = next(policy.parameters()).device
         if (device.type == "cpu") != current_platform.is_cpu():
             raise UsageError(
@@ -164,17 +201,21 @@ class VLLMEngine:
                 "alone; install the other build, or pass --engine hf"
             )
         own_gpu = device.type == "cuda" and device != policy_device
+        self._own_process, self._deadline_s = own_gpu or own_process, deadline_s
         self._shares_gpu = device.type == "cuda" and not own_gpu
         self._asleep = False
-        self._generating = threading.Lock()
+        self._busy = threading.Lock()
         if self._shares_gpu:
             total = torch.cuda.get_device_properties(device).total_memory
             gpu_memory_utilization = min(gpu_memory_utilization, share_beside(reserved_bytes, total))
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if own_gpu else "0"
+        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(self._own_process)), TRAINER: str(os.getpid())}
+        # The two processes take turns: neither keeps a core from the other.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         if policy_device.type == "cuda":  # the sending side of nccl takes the current device, and LLM() may change it
             torch.cuda.set_device(policy_device)
         set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
-        with _hidden_from_interrupts() if own_gpu else nullcontext():
+        before = set(multiprocessing.active_children())
+        with _hidden_from_interrupts() if self._own_process else nullcontext():
             self._llm = LLM(
                 model=model_path,
                 dtype=str(dtype).removeprefix("torch."),
@@ -186,6 +227,7 @@ class VLLMEngine:
                 worker_extension_cls="drivers.vllm_engine.WorkerExtension",
                 **placement(device, shared=self._shares_gpu, gpu_memory_utilization=gpu_memory_utilization),
             )
+        self._processes = set(multiprocessing.active_children()) - before
         # vLLM's CPU worker replaces torch.set_num_threads by a no-op and may lower the count: undo both.
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(num_threads)
@@ -197,7 +239,7 @@ class VLLMEngine:
 
     def _transfer_init(self, own_gpu: bool) -> TrainerInitInfo:
         if not own_gpu:
-            return HostTrainerInit(rank=0)
+            return HostTrainerInit(rank=0, by_file=self._own_process)
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
         from vllm.utils.network_utils import get_open_port
 
@@ -211,6 +253,9 @@ class VLLMEngine:
 
     def load_weights(self, version: int) -> None:
         """Push the policy's weights; every later sample is theirs, and says so by `version`."""
+        self._ask("take the weights over", lambda: self._load_weights(version))
+
+    def _load_weights(self, version: int) -> None:
         if self._asleep:
             torch.cuda.empty_cache()
             self._llm.wake_up(tags=["weights"])
@@ -229,8 +274,9 @@ class VLLMEngine:
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         # vLLM gives sample k of a request the seed s + k; prompts that share s would share their noise.
         parameters = [self._parameters(sampling, seed + index * sampling.n) for index in range(len(prompts))]
-        with self._generating:
-            outputs = self._llm.generate(requests, parameters, use_tqdm=False)
+        outputs = self._ask(
+            f"answer {len(prompts)} prompts", lambda: self._llm.generate(requests, parameters, use_tqdm=False)
+        )
         return [_completion(output, sample) for output in outputs for sample in output.outputs]
 
     def sleep(self) -> None:
@@ -240,8 +286,26 @@ class VLLMEngine:
             self._asleep = True
 
     def close(self) -> None:
-        with self._generating:
+        """In this process, after what it still generates; a process of its own is ended at once."""
+        self._sender.shutdown()
+        with nullcontext() if self._own_process else self._busy:
             self._llm.llm_engine.engine_core.shutdown()
+
+    def _ask(self, what: str, call: Callable[[], T]) -> T:
+        """A process of its own may die, or never answer."""
+        if not self._own_process:
+            with self._busy:
+                return call()
+        try:
+            return within(self._deadline_s, call, lambda: all(process.is_alive() for process in self._processes))
+        except TimeoutError as error:
+            self.close()
+            raise EngineDiedError(
+                f"vLLM did not {what} within {self._deadline_s:g} s (--engine-deadline-s) and was ended"
+            ) from error
+        except (EngineDeadError, EngineDiedError) as error:
+            self.close()
+            raise EngineDiedError(f"vLLM's process died when it was to {what}; its own error stands above") from error
 
     @staticmethod
     def _parameters(sampling: Sampling, seed: int) -> SamplingParams:

@@ -111,6 +111,8 @@ FLAGS = [
     "attention",
     "gradient_checkpointing",
     "async_steps",
+    "rollout_process",
+    "engine_deadline_s",
     "show",
 ]
 
@@ -204,6 +206,8 @@ def test_help_names_every_flag_with_its_default(capsys):
         ("--save-dir {old_run}", "holds another run already"),
         ("--policy-device cuda:7", "--policy-device cuda:7: this machine has"),
         ("--rollout-device tpu", "--rollout-device tpu"),
+        ("--engine hf --rollout-process own", "--rollout-process own: --engine hf shares the policy's weights"),
+        ("--engine-deadline-s 0", "engine_deadline_s=0"),
         ("--model-path None", "model_path=None: a folder or hub name is required"),
         ("--recipe None", "model_path=None: a folder or hub name is required"),
         ("--recipe quickstart --model-path ./nowhere", "--model-path ./nowhere: no such folder"),

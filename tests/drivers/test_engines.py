@@ -37,7 +37,7 @@ class Subject:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
-def make_vllm(folder, policy):
+def make_vllm(folder, policy, own_process=False):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from drivers.vllm_engine import VLLMEngine
@@ -52,16 +52,20 @@ def make_vllm(folder, policy):
             gpu_memory_utilization=0.5,
             reserved_bytes=0,
             seed=0,
+            own_process=own_process,
         )
 
 
-@pytest.fixture(scope="module", params=["hf", pytest.param("vllm", marks=pytest.mark.vllm)])
+VLLM = [pytest.param(kind, marks=pytest.mark.vllm) for kind in ("vllm", "vllm in its own process")]
+
+
+@pytest.fixture(scope="module", params=["hf", *VLLM])
 def subject(request, tmp_path_factory):
     policy = make_tiny_policy(3)
     if request.param == "hf":
         engine = HFEngine(policy, make_tiny_tokenizer())
     else:
-        engine = make_vllm(tmp_path_factory.mktemp("tiny"), policy)
+        engine = make_vllm(tmp_path_factory.mktemp("tiny"), policy, own_process=request.param != "vllm")
     subject = Subject(request.param, policy, engine)
     subject.push()
     yield subject

@@ -1,13 +1,14 @@
 """`--async-steps 1`: the next batch is sampled while this one is trained on, and is exactly one update old."""
 
 import json
+import sys
 import threading
 from dataclasses import replace
 
 import pytest
 import torch
 
-from drivers.errors import UsageError
+from drivers.errors import EngineDiedError, UsageError
 from drivers.rollout import HFEngine
 from drivers.run import choose_devices
 from drivers.train import train
@@ -133,6 +134,30 @@ def test_a_failure_is_not_held_up_by_what_is_being_sampled(tmp_path, monkeypatch
     workers[0].join(60)
     assert not workers[0].is_alive()
     run.finish()
+
+
+def test_what_a_dead_engine_was_sampling_is_sampled_when_its_step_begins(tmp_path, monkeypatch):
+    """On the same questions with the same seeds, from weights that are not stale; the run goes on."""
+    deaths = [2]  # while it samples for this step
+
+    class MortalEngine(SnapshotEngine):
+        def generate(self, prompts, sampling, *, seed):
+            if threading.current_thread().name.startswith("rollouts") and self._version == deaths[0] - 2:
+                deaths[0] = 0
+                raise EngineDiedError("it died")
+            return super().generate(prompts, sampling, seed=seed)
+
+    _, undisturbed, expected = run_overlapped(tmp_path / "a", n_grpo_steps=4, learning_rate=1e-12)
+    monkeypatch.setattr(sys.modules[__name__], "SnapshotEngine", MortalEngine)
+    _, engine, steps = run_overlapped(tmp_path / "b", n_grpo_steps=4, learning_rate=1e-12)
+    assert deaths == [0]
+    assert [row["staleness"] for row in expected] == [0.0, 1.0, 1.0, 1.0]
+    assert [row["staleness"] for row in steps] == [0.0, 0.0, 1.0, 1.0]
+    sampled = [
+        sorted(c.prompt_token_ids + c.token_ids for call in one.calls for c in call[3])
+        for one in (undisturbed, engine)
+    ]
+    assert sampled[0] == sampled[1]
 
 
 def test_on_one_gpu_policy_and_engine_cannot_overlap(monkeypatch):

@@ -1,0 +1,114 @@
+"""An engine in a process of its own: each wait has an end, a death is noticed, and nothing is left behind."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from typing import TypeVar
+
+from drivers.errors import EngineDiedError
+from drivers.rollout import Completion, RolloutEngine, Sampling
+
+T = TypeVar("T")
+# vLLM 0.32 waits on for an answer of an engine that was killed: its own watch closes the sockets, and wakes nobody.
+_LOOK_EVERY_S = 0.2
+
+
+def within(seconds: float, call: Callable[[], T], is_alive: Callable[[], bool] = lambda: True) -> T:
+    """The answer of `call`; a TimeoutError, or an EngineDiedError as soon as who ought to answer `is_alive` no more.
+
+    The thread that asked then waits on, for whoever ends what it waits for.
+    """
+    answer: Future[T] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(call())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True, name="engine").start()
+    end = time.monotonic() + seconds
+    while not wait([answer], timeout=_LOOK_EVERY_S).done:
+        if not is_alive():
+            raise EngineDiedError("its process has ended")
+        if time.monotonic() > end:
+            raise TimeoutError
+    return answer.result()
+
+
+class SupervisedEngine:
+    """A `RolloutEngine` that is started again when it dies, with the weights as they are, and asked again.
+
+    Requests carry their seeds, so that what was lost is sampled again as it would have been. Once for each request:
+    an engine that dies of the same request twice ends the run.
+    """
+
+    def __init__(self, start: Callable[[], RolloutEngine], say: Callable[[str], None]) -> None:
+        self._start, self._say = start, say
+        self._engine = start()
+        self._version: int | None = None
+
+    def load_weights(self, version: int) -> None:
+        """See `RolloutEngine`; a dead engine is started again."""
+        self._version = version
+        try:
+            self._engine.load_weights(version)
+        except EngineDiedError as error:
+            self._start_again(error)
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[Completion]:
+        """See `RolloutEngine`. In the background a death is told: the policy may be in the middle of an update."""
+        try:
+            return self._engine.generate(prompts, sampling, seed=seed)
+        except EngineDiedError as error:
+            if threading.current_thread() is not threading.main_thread():
+                raise
+            self._start_again(error)
+        return self._engine.generate(prompts, sampling, seed=seed)
+
+    def sleep(self) -> None:
+        self._engine.sleep()
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def _start_again(self, error: EngineDiedError) -> None:
+        self._say(f"warning: {error}; it is started again, with the policy's weights as they are")
+        with suppress(Exception):  # of a dead engine nothing is asked but that it leaves nothing behind
+            self._engine.close()
+        self._engine = self._start()
+        if self._version is not None:
+            self._engine.load_weights(self._version)
+
+
+TRAINER = "GRPO_TRAINER_PID"
+"""Environment variable by which a process of the engine knows whose it is."""
+
+
+def end_with_trainer(seconds: float = 1.0) -> None:
+    """In a process of the engine: end it, and the one that started it, when the trainer is gone, whatever ended it."""
+    trainer, parent = int(os.environ.get(TRAINER, "0")), os.getppid()
+    if trainer in (0, os.getpid()):
+        return
+
+    def watch() -> None:
+        while _is_alive(trainer):
+            time.sleep(seconds)
+        if parent != trainer and os.getppid() == parent:
+            with suppress(ProcessLookupError):
+                os.kill(parent, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True, name="end-with-trainer").start()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:  # a zombie is there, and dead
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

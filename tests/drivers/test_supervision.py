@@ -1,0 +1,241 @@
+"""vLLM in a process of its own: the same samples, and an end to every wait, whoever dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+
+from drivers.errors import EngineDiedError
+from drivers.rollout import Sampling, make_engine
+from drivers.supervise import SupervisedEngine, within
+from tests.drivers.parts import letter_reward, make_run, tiny_config, tiny_parts
+from tests.drivers.test_train import weights
+from tests.tiny import make_tiny_policy, make_tiny_tokenizer, save_tiny
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("vllm")]
+PROMPTS = ((5, 6, 7, 8), (9, 10), (11, 12, 13))
+LONG = Sampling(n=32, max_tokens=400, stop=())
+VLLM = pytest.mark.vllm
+
+
+def start(folder, policy, own_process=True, said=None, **options):
+    save_tiny(folder)
+    return make_engine(
+        "vllm",
+        model_path=str(folder),
+        policy=policy,
+        tokenizer=make_tiny_tokenizer(),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        max_model_len=512,
+        gpu_memory_utilization=0.5,
+        reserved_bytes=0,
+        seed=0,
+        own_process=own_process,
+        say=print if said is None else said.append,
+        **options,
+    )
+
+
+def engine_processes():
+    """What this process has started for vLLM, and what that has."""
+    return [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if child.is_running()
+        and child.status() != psutil.STATUS_ZOMBIE
+        and "resource_tracker" not in " ".join(child.cmdline())
+    ]
+
+
+def wait_until(condition, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.05)
+
+
+# Without an engine
+
+
+def test_an_answer_in_time_is_the_answer_and_an_error_is_raised():
+    assert within(5.0, lambda: 3) == 3
+    with pytest.raises(KeyError):
+        within(5.0, lambda: {}["a"])
+    with pytest.raises(TimeoutError):
+        within(0.05, lambda: time.sleep(1))
+
+
+class Mortal:
+    """Dies of the first `deaths` requests that it or its successors get."""
+
+    deaths = 0
+    started: list["Mortal"]
+
+    def __init__(self):
+        type(self).started.append(self)
+        self.version, self.closed = None, False
+
+    def load_weights(self, version):
+        self.version = version
+
+    def generate(self, prompts, sampling, *, seed):
+        if type(self).deaths:
+            type(self).deaths -= 1
+            raise EngineDiedError("it died")
+        return [(self.version, seed, *prompts)]
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def mortal():
+    Mortal.deaths, Mortal.started = 0, []
+    return Mortal
+
+
+def test_a_dead_engine_is_started_again_with_the_last_weights_and_asked_again(mortal):
+    said = []
+    engine = SupervisedEngine(mortal, said.append)
+    engine.load_weights(7)
+    mortal.deaths = 1
+    assert engine.generate([(1,)], LONG, seed=5) == [(7, 5, (1,))]
+    assert [one.closed for one in mortal.started] == [True, False]
+    assert len(said) == 1
+    assert "it died; it is started again" in said[0]
+
+
+def test_an_engine_that_dies_twice_of_one_request_ends_the_run(mortal):
+    engine = SupervisedEngine(mortal, lambda _: None)
+    engine.load_weights(0)
+    mortal.deaths = 2
+    with pytest.raises(EngineDiedError):
+        engine.generate([(1,)], LONG, seed=5)
+
+
+def test_in_the_background_a_death_is_told_and_the_next_push_starts_it_again(mortal):
+    """There the policy may be in the middle of an update: its weights are nobody's."""
+    engine, errors = SupervisedEngine(mortal, lambda _: None), []
+    engine.load_weights(3)
+    mortal.deaths = 1
+
+    def ask():
+        try:
+            engine.generate([(1,)], LONG, seed=5)
+        except EngineDiedError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert len(errors) == len(mortal.started) == 1
+
+
+# With vLLM
+
+
+@VLLM
+def test_an_engine_of_its_own_survives_a_kill_and_a_hang(tmp_path):
+    """Killed in the middle of an answer, and stopped without a word: the same samples in the end, nothing orphaned."""
+    policy, said = make_tiny_policy(3), []
+    engine = start(tmp_path, policy, said=said, deadline_s=60.0)
+    try:
+        engine.load_weights(0)
+        expected = engine.generate(PROMPTS, LONG, seed=1)
+        first = engine_processes()
+        assert len(first) >= 2  # its scheduler and its worker
+        killer = threading.Timer(0.5, lambda: os.kill(first[0].pid, signal.SIGKILL))
+        killer.start()
+        begin = time.monotonic()
+        found = engine.generate(PROMPTS, LONG, seed=1)
+        while killer.is_alive() or not said:  # it was faster than the killer
+            found = engine.generate(PROMPTS, LONG, seed=1)
+        assert found == expected
+        assert time.monotonic() - begin < 120
+        assert "died when it was to answer 3 prompts" in said[0]
+        wait_until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in first))
+
+        second = engine_processes()
+        engine._engine._deadline_s = 3.0
+        for one in second:
+            one.suspend()
+        assert engine.generate(PROMPTS, LONG, seed=1) == expected
+        assert "did not answer 3 prompts within 3 s" in said[1]
+        wait_until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in second))
+    finally:
+        engine.close()
+    wait_until(lambda: not engine_processes())
+
+
+SCRIPT = """
+    import os, sys, torch
+    sys.path.insert(0, {root!r})
+    from drivers import environment
+    import tests.conftest
+    from tests.drivers.test_supervision import LONG, PROMPTS, engine_processes, start
+    from tests.tiny import make_tiny_policy
+    from pathlib import Path
+    if __name__ == "__main__":
+        policy = make_tiny_policy(3)
+        engine = start(Path({folder!r}), policy)
+        engine.load_weights(0)
+        print("pids", *(one.pid for one in engine_processes()), flush=True)
+        version = 0
+        while True:
+            version += 1
+            {what}
+"""
+
+
+@VLLM
+@pytest.mark.parametrize("what", ["engine.load_weights(version)", "engine.generate(PROMPTS, LONG, seed=version)"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "term"])
+def test_nothing_outlives_the_trainer(tmp_path, what, number):
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT).format(root=root, folder=str(tmp_path / "model"), what=what))
+    before = set(os.listdir("/dev/shm"))
+    trainer = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        line = next(line for line in trainer.stdout if line.startswith("pids"))
+        pids = [int(pid) for pid in line.split()[1:]]
+        assert len(pids) >= 2
+        time.sleep(0.7)
+        trainer.send_signal(number)
+        trainer.wait(60)
+        wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+    finally:
+        trainer.kill()
+    wait_until(lambda: set(os.listdir("/dev/shm")) <= before)
+
+
+@VLLM
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    """The same seed and data: the same samples, and the same weights after some updates."""
+    from drivers.train import train
+
+    ends = []
+    for own_process in (False, True):
+        config = tiny_config(engine="vllm", n_grpo_steps=3, learning_rate=1e-3, eval_steps=2)
+        parts = tiny_parts()
+        folder = tmp_path / str(own_process)
+        engine = start(folder / "model", parts.policy, own_process)
+        run = make_run(config, folder / "run", parts.tokenizer)
+        try:
+            train(config, parts.policy, engine, letter_reward, parts.questions, parts.questions, run)
+        finally:
+            run.finish()
+            engine.close()
+        ends.append(weights(parts.policy))
+    assert torch.equal(*ends)
+    assert not torch.equal(ends[0], weights(tiny_parts().policy))
