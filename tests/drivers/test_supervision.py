@@ -7,6 +7,7 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -22,7 +23,11 @@ from tests.tiny import make_tiny_policy, make_tiny_tokenizer, save_tiny
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("vllm")]
 PROMPTS = ((5, 6, 7, 8), (9, 10), (11, 12, 13))
 LONG = Sampling(n=32, max_tokens=400, stop=())
-VLLM = pytest.mark.vllm
+
+
+def VLLM(test):
+    """Starts vLLM in processes of its own: most of a minute each."""
+    return pytest.mark.slow(pytest.mark.vllm(test))
 
 
 def start(folder, policy, own_process=True, said=None, **options):
@@ -60,6 +65,12 @@ def wait_until(condition, seconds=30.0):
     while not condition():
         assert time.monotonic() < end, "it did not come to pass"
         time.sleep(0.05)
+
+
+def shared_memory(pids):
+    """The files in memory that these processes have open; what others have is their own affair."""
+    lines = [line for pid in pids for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    return {line.split()[-1] for line in lines if "/dev/shm/" in line and "(deleted)" not in line}
 
 
 # Without an engine
@@ -202,21 +213,20 @@ def test_nothing_outlives_the_trainer(tmp_path, what, number):
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT).format(root=root, folder=str(tmp_path / "model"), what=what))
-    before = set(os.listdir("/dev/shm"))
-    trainer = subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    try:
-        line = next(line for line in trainer.stdout if line.startswith("pids"))
-        pids = [int(pid) for pid in line.split()[1:]]
-        assert len(pids) >= 2
-        time.sleep(0.7)
-        trainer.send_signal(number)
-        trainer.wait(60)
-        wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
-    finally:
-        trainer.kill()
-    wait_until(lambda: set(os.listdir("/dev/shm")) <= before)
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as trainer:
+        try:
+            line = next(line for line in trainer.stdout if line.startswith("pids"))
+            pids = [int(pid) for pid in line.split()[1:]]
+            assert len(pids) >= 2
+            time.sleep(0.7)
+            shared = shared_memory([trainer.pid, *pids])
+            trainer.send_signal(number)
+            trainer.wait(60)
+            wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+        finally:
+            trainer.kill()
+    wait_until(lambda: not any(os.path.exists(name) for name in shared))
 
 
 @VLLM
