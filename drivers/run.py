@@ -209,23 +209,20 @@ def choose_devices(config: GrpoConfig) -> tuple[torch.device, torch.device]:
             f"--rollout-device {rollout_device}: the policy is on {policy_device}; both on the CPU or both on CUDA is "
             "required, and with --engine hf the same device"
         )
-    apart = config.engine == "vllm" and rollout_device != policy_device
-    if config.rollout_process == "own" and not apart and (rollout_device.type == "cuda" or config.engine == "hf"):
+    together = rollout_device == policy_device
+    if config.rollout_process == "own" and config.engine == "hf":
+        raise UsageError("--rollout-process own: --engine hf shares the policy's weights; pass --rollout-process auto")
+    if config.rollout_process == "own" and together and policy_device.type == "cuda":
         raise UsageError(
-            "--rollout-process own: "
-            + (
-                "--engine hf shares the policy's weights"
-                if config.engine == "hf"
-                else f"policy and engine take turns on {policy_device}, in one process; a second GPU is required"
-            )
-            + "; pass --rollout-process auto"
+            f"--rollout-process own: policy and engine take turns on {policy_device}, in one process: a second GPU is "
+            "required (--rollout-device), or pass --rollout-process auto"
         )
-    if config.rollout_process == "shared" and apart:
+    if config.rollout_process == "shared" and not together:
         raise UsageError(
             f"--rollout-process shared: vLLM on {rollout_device} and the policy on {policy_device} are two processes; "
             "pass --rollout-process auto"
         )
-    if config.async_steps and rollout_device == policy_device and policy_device.type == "cuda":
+    if config.async_steps and together and policy_device.type == "cuda":
         raise UsageError(
             f"--async-steps {config.async_steps}: policy and engine take turns on {policy_device}: a second GPU is "
             "required (--rollout-device), or pass --async-steps 0"

@@ -213,7 +213,7 @@ def _holds(error_of: Callable[[nn.Module], Tensor], policy: nn.Module) -> bool:
     """
     try:
         error = error_of(policy)
-    except Exception:
+    except Exception:  # of a trial; see above
         return False
     return bool(error <= 8 * torch.finfo(next(policy.parameters()).dtype).eps)
 

@@ -22,6 +22,8 @@ def within(seconds: float, call: Callable[[], T], is_alive: Callable[[], bool] =
 
     The thread that asked then waits on, for whoever ends what it waits for.
     """
+    if not is_alive():
+        raise EngineDiedError("its process has ended")
     answer: Future[T] = Future()
 
     def ask() -> None:

@@ -209,8 +209,8 @@ class VLLMEngine:
             total = torch.cuda.get_device_properties(device).total_memory
             gpu_memory_utilization = min(gpu_memory_utilization, share_beside(reserved_bytes, total))
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(self._own_process)), TRAINER: str(os.getpid())}
-        # The two processes take turns: neither keeps a core from the other.
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        if self._own_process:  # the two take turns: neither keeps a core from the other
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         if policy_device.type == "cuda":  # the sending side of nccl takes the current device, and LLM() may change it
             torch.cuda.set_device(policy_device)
         set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
@@ -297,15 +297,20 @@ class VLLMEngine:
             with self._busy:
                 return call()
         try:
-            return within(self._deadline_s, call, lambda: all(process.is_alive() for process in self._processes))
+            return within(self._deadline_s, call, self._is_alive)
         except TimeoutError as error:
             self.close()
             raise EngineDiedError(
                 f"vLLM did not {what} within {self._deadline_s:g} s (--engine-deadline-s) and was ended"
             ) from error
-        except (EngineDeadError, EngineDiedError) as error:
+        except Exception as error:
+            if self._is_alive() and not isinstance(error, EngineDeadError):
+                raise
             self.close()
             raise EngineDiedError(f"vLLM's process died when it was to {what}; its own error stands above") from error
+
+    def _is_alive(self) -> bool:
+        return all(process.is_alive() for process in self._processes)
 
     @staticmethod
     def _parameters(sampling: Sampling, seed: int) -> SamplingParams:

@@ -13,8 +13,9 @@ import psutil
 import pytest
 import torch
 
-from drivers.errors import EngineDiedError
+from drivers.errors import EngineDiedError, UsageError
 from drivers.rollout import Sampling, make_engine
+from drivers.run import choose_devices
 from drivers.supervise import SupervisedEngine, within
 from tests.drivers.parts import letter_reward, make_run, tiny_config, tiny_parts
 from tests.drivers.test_train import weights
@@ -82,6 +83,9 @@ def test_an_answer_in_time_is_the_answer_and_an_error_is_raised():
         within(5.0, lambda: {}["a"])
     with pytest.raises(TimeoutError):
         within(0.05, lambda: time.sleep(1))
+    for lives in ([], [True]):  # dead before it is asked, and while it is waited for
+        with pytest.raises(EngineDiedError):
+            within(60.0, lambda: time.sleep(1), lambda lives=lives: bool(lives) and lives.pop())
 
 
 class Mortal:
@@ -92,14 +96,17 @@ class Mortal:
 
     def __init__(self):
         type(self).started.append(self)
-        self.version, self.closed = None, False
+        self.version, self.closed, self.dead = None, False, False
 
     def load_weights(self, version):
+        if self.dead:
+            raise EngineDiedError("it is dead")
         self.version = version
 
     def generate(self, prompts, sampling, *, seed):
         if type(self).deaths:
             type(self).deaths -= 1
+            self.dead = True
             raise EngineDiedError("it died")
         return [(self.version, seed, *prompts)]
 
@@ -148,6 +155,20 @@ def test_in_the_background_a_death_is_told_and_the_next_push_starts_it_again(mor
     thread.start()
     thread.join()
     assert len(errors) == len(mortal.started) == 1
+    engine.load_weights(4)
+    assert len(mortal.started) == 2
+    assert engine.generate([(1,)], LONG, seed=5) == [(4, 5, (1,))]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "process", "message"),
+    [(1, "own", "take turns on cuda:0, in one process"), (2, "shared", "on cuda:1 and the policy on cuda:0 are two")],
+)
+def test_what_a_process_cannot_be_is_one_clear_line(gpus, process, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(UsageError, match=message):
+        choose_devices(tiny_config(engine="vllm", rollout_process=process))
 
 
 # With vLLM
@@ -181,6 +202,12 @@ def test_an_engine_of_its_own_survives_a_kill_and_a_hang(tmp_path):
         assert engine.generate(PROMPTS, LONG, seed=1) == expected
         assert "did not answer 3 prompts within 3 s" in said[1]
         wait_until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in second))
+
+        for one in engine_processes():
+            one.kill()
+        engine.load_weights(1)
+        assert {c.weight_version for c in engine.generate(PROMPTS, LONG, seed=1)} == {1}
+        assert "died when it was to take the weights over" in said[2]
     finally:
         engine.close()
     wait_until(lambda: not engine_processes())
@@ -221,6 +248,7 @@ def test_nothing_outlives_the_trainer(tmp_path, what, number):
             assert len(pids) >= 2
             time.sleep(0.7)
             shared = shared_memory([trainer.pid, *pids])
+            assert shared
             trainer.send_signal(number)
             trainer.wait(60)
             wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
