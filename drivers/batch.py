@@ -1,9 +1,9 @@
 """The rollouts of one step as tensors."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from beartype import beartype
@@ -11,6 +11,45 @@ from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
 
 from drivers.rollout import Completion
+
+Scores = list[dict[str, float]]
+
+
+class Collected(NamedTuple):
+    """What a step trains on, and what all that was sampled for it was like."""
+
+    completions: list[Completion]
+    scores: Scores
+    raw_rewards: Tensor
+    greedy_rewards: Tensor | None
+    """Of one greedy response to each question, where advantages are taken against it."""
+    facts: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """What JSON can hold, to the last bit."""
+        return {
+            "completions": [asdict(completion) for completion in self.completions],
+            "scores": self.scores,
+            "raw_rewards": self.raw_rewards.tolist(),
+            "greedy_rewards": None if self.greedy_rewards is None else self.greedy_rewards.tolist(),
+            "facts": self.facts,
+        }
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> "Collected":
+        """The same again."""
+        ids = ("prompt_token_ids", "token_ids", "log_probs")
+        kept: list[dict[str, Any]] = [
+            {k: tuple(v) if k in ids else v for k, v in completion.items()} for completion in values["completions"]
+        ]
+        greedy = values["greedy_rewards"]
+        return Collected(
+            [Completion(**fields) for fields in kept],
+            values["scores"],
+            torch.tensor(values["raw_rewards"]),
+            None if greedy is None else torch.tensor(greedy),
+            values["facts"],
+        )
 
 
 @jaxtyped(typechecker=beartype)

@@ -4,10 +4,9 @@ import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import NamedTuple
 
-from torch import Tensor
-
+from drivers import ranks
+from drivers.batch import Collected, Scores
 from drivers.config import GrpoConfig
 from drivers.data import Question
 from drivers.errors import EngineDiedError, UnsoundRunError
@@ -15,30 +14,19 @@ from drivers.metrics import describe_completions
 from drivers.objective import shape_rewards
 from drivers.rollout import Completion, RolloutEngine
 from drivers.run import Run
+from drivers.state import TrainingState
 from grpo_core import RewardFn, describe_rewards, describe_silent_groups, find_signal_groups, read_rewards
-
-Scores = list[dict[str, float]]
-
-
-class Collected(NamedTuple):
-    """What a step trains on, and what all that was sampled for it was like."""
-
-    completions: list[Completion]
-    scores: Scores
-    raw_rewards: Tensor
-    greedy_rewards: Tensor | None
-    """Of one greedy response to each question, where advantages are taken against it."""
-    facts: dict[str, float]
 
 
 class Rollouts:
     """The batches of a run. With `async_steps`, that of the next step is sampled while this one is trained on."""
 
     def __init__(
-        self, collect_step: Callable[[Run, int], Collected], draw: random.Random, run: Run, async_steps: int
+        self, collect_step: Callable[[Run, int], Collected], state: TrainingState, run: Run, async_steps: int
     ) -> None:
-        self._collect, self._draw, self._run = collect_step, draw, run
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="rollouts") if async_steps else None
+        self._collect, self._state, self._run = collect_step, state, run
+        ahead = async_steps and ranks.is_first()
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="rollouts") if ahead else None
         self._ahead: tuple[int, Run, Future[Collected]] | None = None
 
     def __enter__(self) -> "Rollouts":
@@ -53,35 +41,36 @@ class Rollouts:
             self._worker.shutdown(wait=error is None, cancel_futures=True)
 
     def of(self, step: int) -> Collected:
-        """The batch of this step: what was begun for it, or else sampled now."""
-        if self._ahead is None:
-            return self._collect(self._run, step)
-        begun, twin, future = self._ahead
-        assert begun == step
-        self._ahead = None
-        collected = future.result()
-        self._run.add_times(twin)
-        return collected
+        """The batch of this step: what was begun for it, or else sampled now. The same on all ranks."""
+        return ranks.lead(lambda: self._of(step))
+
+    def _of(self, step: int) -> Collected:
+        pending, self._state.pending = self._state.pending, None
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            pending = ahead[2].result()
+            self._run.add_times(ahead[1])
+        return pending if pending is not None else self._collect(self._run, step)
 
     def begin(self, step: int) -> None:
         """Sample the batch of this step in the background, from the weights that the engine has now."""
         if self._worker is not None and step <= self._run.config.n_grpo_steps:
             twin = self._run.in_background()
-            self._drawn = self._draw.getstate()
+            self._drawn = self._state.draw.getstate()
             self._ahead = step, twin, self._worker.submit(self._collect, twin, step)
 
     def wait(self) -> None:
-        """Until nothing is being sampled: only then may the engine be given other weights.
+        """Until nothing is being sampled: only then may the engine be given other weights, and the state be marked.
 
         What an engine that died was sampling is sampled again when its step begins, on the same questions.
         """
         if self._ahead is not None:
             with self._run.phase("wait"):
                 try:
-                    self._ahead[2].result()
+                    self._state.pending = self._ahead[2].result()
                 except EngineDiedError as error:
                     self._run.warn(f"{error}: the rollouts of step {self._ahead[0]} are sampled when it begins")
-                    self._draw.setstate(self._drawn)
+                    self._state.draw.setstate(self._drawn)
                     self._ahead = None
 
 

@@ -1,14 +1,17 @@
 """Settings: one flat frozen dataclass per program, the recipes, and the command line that joins them."""
 
+import json
 import math
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import tyro
 
+from drivers import ranks
 from drivers.errors import UsageError
 from drivers.legality import RATIO_OBJECTIVES, check_combination
 from drivers.recipes import EMBEDDED_MODEL, QUICKSTART, RECIPES
@@ -277,6 +280,17 @@ class GrpoConfig:
     """Whether vLLM runs in a process of its own. auto: on a second GPU, where it must; on the CPU it may."""
     engine_deadline_s: float = 3600.0
     """In a process of its own, vLLM is ended and started again after so many seconds without an answer."""
+    rollout_url: tuple[str, ...] = ()
+    """Addresses of vLLM servers to sample with, in place of an engine of this program: http://HOST:PORT, any number
+    of them. docs/scaling.md has the command that starts one."""
+    lora_rank: int = 0
+    """Above 0, train low-rank updates of the linear layers in place of the weights themselves (LoRA); checkpoints hold
+    the merged model, and the update in a folder `adapter`."""
+    lora_alpha: float = 32.0
+    """Updates are scaled by lora_alpha / lora_rank."""
+    resume: str | None = None
+    """Go on with a run: its folder, or one of its checkpoints; the run's own settings hold where no flag says
+    otherwise. `auto`: what is in --save-dir, if anything is."""
     show: bool = False
     """Print the resolved settings and the loss as a formula, and stop."""
 
@@ -300,6 +314,8 @@ class GrpoConfig:
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, float) and math.isnan(number):
                     raise UsageError(f"{name}={value} must be a number")
+        if self.resume == "auto" and self.save_dir is None:
+            raise UsageError("resume=auto: save_dir is required, the folder to go on in; or name a run's folder")
         check_combination(self)
         if self.sampling_min_tokens > self.sampling_max_tokens:
             raise UsageError(
@@ -405,6 +421,7 @@ _POSITIVE = (
     "engine_deadline_s",
     "pass_k",
     "kl_cov_coef",
+    "lora_alpha",
 )
 _NOT_NEGATIVE = (
     "cliprange",
@@ -415,6 +432,7 @@ _NOT_NEGATIVE = (
     "ratio_low",
     "kl_coef",
     "entropy_coef",
+    "lora_rank",
 )
 
 
@@ -505,6 +523,9 @@ def flag_given(arguments: Sequence[str], flag: str) -> str | None:
 
 def parse_train_config(arguments: Sequence[str]) -> GrpoConfig:
     """Defaults, then the recipe's, then the flags. Without a recipe or a model, the quickstart."""
+    earlier = earlier_settings(arguments)
+    if earlier is not None:
+        return parse(GrpoConfig, arguments, earlier)
     recipe = flag_given(arguments, "--recipe")
     has_model = flag_given(arguments, "--model-path") is not None
     asks_for_help = bool({"-h", "--help"} & set(arguments))
@@ -528,6 +549,33 @@ def parse_train_config(arguments: Sequence[str]) -> GrpoConfig:
     return config
 
 
+def earlier_settings(arguments: Sequence[str]) -> GrpoConfig | None:
+    """Of the run that `--resume` names, if there is one."""
+    resume = flag_given(arguments, "--resume")
+    if resume is None:
+        return None
+    path = Path(flag_given(arguments, "--save-dir") or "" if resume == "auto" else resume)
+    file = next((folder / "config.json" for folder in (path, path.parent) if _is_run(folder)), None)
+    if file is None:
+        if resume == "auto":
+            return None
+        raise UsageError(
+            f"--resume {resume}: no run's folder, nor a checkpoint in one; a config.json is required there"
+        )
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))["config"]
+        known = {field.name for field in fields(GrpoConfig)} - {"resume", "save_dir", "show"}
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known}
+        return GrpoConfig(**settings)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--resume {resume}: {file} cannot be read ({error})") from error
+
+
+def _is_run(folder: Path) -> bool:
+    """A model's folder has a config.json too."""
+    return (folder / "config.json").exists() and (folder / "metrics.jsonl").exists()
+
+
 Config = TypeVar("Config", GrpoConfig, EvaluateConfig)
 
 
@@ -543,6 +591,9 @@ def repository_path(path: str) -> Path:
 
 
 def exit_with(program: str, error: Exception, status: int) -> None:
-    """One clear line instead of a traceback."""
-    print(f"{program}: {error}", file=sys.stderr)
+    """One clear line instead of a traceback, from the first of several ranks."""
+    if ranks.is_first():
+        print(f"{program}: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(5.0)  # it says why, and its end is theirs
     raise SystemExit(status)

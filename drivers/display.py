@@ -16,8 +16,8 @@ from rich.text import Text
 class Display:
     """The phase, the step, tokens per second, reward and time left; one permanent line per step above it."""
 
-    def __init__(self, n_steps: int) -> None:
-        self.console = Console()
+    def __init__(self, n_steps: int, *, quiet: bool = False) -> None:
+        self.console = Console(quiet=quiet)
         self._n_steps = n_steps
         self._step_begin = time.monotonic()
         self._step_seconds: list[float] = []
@@ -35,7 +35,7 @@ class Display:
         )
 
     def __enter__(self) -> "Display":
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self.console.quiet:
             self._live.start()
         return self
 
@@ -68,14 +68,14 @@ class Display:
         self._progress.update(self._task, completed=step)
         self._facts = {
             "reward": f"{values['reward']:.3f}",
-            "tokens/s": f"{values['rollout_tokens_per_s']:.0f}",
+            "tokens/s": f"{values.get('rollout_tokens_per_s', 0):.0f}",
             "time left": _clock(left),
         }
         self.say(
             f"step {step:>{len(str(self._n_steps))}}/{self._n_steps}  reward {values['reward']:.3f}  "
             f"format {values['format_reward']:.3f}  {values['response_tokens']:.1f} tokens  "
             f"entropy {values['rollout_entropy']:.2f}  grad {values['grad_norm']:.2f}  "
-            f"silent {values['zero_std_groups']:.0%}  {values['rollout_tokens_per_s']:.0f} tok/s  "
+            f"silent {values['zero_std_groups']:.0%}  {values.get('rollout_tokens_per_s', 0):.0f} tok/s  "
             f"{self._step_seconds[-1]:.1f} s, {_clock(left)} left"
         )
 

@@ -1,5 +1,6 @@
 """What a run will need where the policy is, told before it starts."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from drivers import ranks
 from drivers.config import GrpoConfig
 from drivers.errors import UsageError
 from drivers.optim import training_state_bytes
@@ -55,8 +57,11 @@ def settle_memory(
     config: GrpoConfig, policy: Any, longest_prompt: int, reference_bytes: int, rollout_device: torch.device
 ) -> MemoryPlan:
     """The plan of this run, layers checkpointed where it is asked for or would not fit without."""
-    shared = config.engine == "vllm" and rollout_device.type == "cpu"
-    engine_bytes = weight_bytes(policy) + VLLM_ON_CPU if shared else 0
+    here = config.engine == "vllm" and rollout_device.type == "cpu" and not config.rollout_url
+    # Its own; and for a push to another process the file, and what the file is made of.
+    copies = 3 if config.rollout_process == "own" or ranks.size() > 1 else 1
+    size = sum(p.numel() for p in policy.parameters()) * ranks.computing_dtype(policy).itemsize
+    engine_bytes = copies * size + VLLM_ON_CPU if here else 0
     sizes: dict[str, Any] = {"reference_bytes": reference_bytes, "engine_bytes": engine_bytes}
     plan = plan_memory(config, policy, longest_prompt, **sizes)
     if config.gradient_checkpointing == "on" or (config.gradient_checkpointing == "auto" and not plan.fits):
@@ -66,7 +71,18 @@ def settle_memory(
 
 
 def weight_bytes(model: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    """Of one rank."""
+    return sum(p.numel() * p.element_size() for p in model.parameters()) // ranks.size()
+
+
+def gathered_bytes(policy: Any) -> int:
+    """What a rank holds whole for a while, weights and their gradients: what is outside the layers, and two layers."""
+    if ranks.size() == 1:
+        return 0
+    layers = policy.config.get_text_config().num_hidden_layers
+    inside = sum(p.numel() for name, p in policy.named_parameters() if ".layers." in name or ".h." in name)
+    outside = sum(p.numel() for p in policy.parameters()) - inside
+    return int(2 * (outside + 2 * inside // layers) * ranks.computing_dtype(policy).itemsize)
 
 
 def plan_memory(
@@ -83,10 +99,10 @@ def plan_memory(
     longest_row = min(tokens, longest_prompt + config.group_size * config.sampling_max_tokens)
     layers = policy.config.get_text_config().num_hidden_layers
     per_layer = activation_bytes(policy, longest_row)
-    hidden = policy.config.get_text_config().hidden_size * next(policy.parameters()).element_size()
+    hidden = policy.config.get_text_config().hidden_size * ranks.computing_dtype(policy).itemsize
     kept = (layers * hidden + per_layer) if checkpointed else layers * per_layer
     return MemoryPlan(
-        states=training_state_bytes(policy) + reference_bytes,
+        states=training_state_bytes(policy) + reference_bytes + gathered_bytes(policy),
         activations=tokens * kept,
         logits=head_bytes(policy, tokens),
         engine=engine_bytes,
@@ -106,7 +122,7 @@ def most_tokens(config: GrpoConfig, longest_prompt: int) -> int:
 def head_bytes(policy: Any, tokens: int) -> int:
     """Logits of so many tokens, and all that stands while they become a gradient."""
     weight = policy.get_output_embeddings().weight
-    vocab, size = int(weight.shape[0]), int(weight.element_size())
+    vocab, size = int(weight.shape[0]), ranks.computing_dtype(policy).itemsize
     if find_head(policy) is None:  # all of them, their gradient, and the tiles
         return 2 * tokens * vocab * size + _tile_bytes(weight, tokens)
     # On CUDA logits are wide, and a narrow gradient is not formed in their place.
@@ -124,7 +140,7 @@ def _tile_bytes(weight: Tensor, tokens: int) -> int:
 
 def activation_bytes(policy: Any, row: int) -> int:
     """What a layer of the Llama kind keeps of one token: the inputs of its products, norms in float32, rotations."""
-    config, size = policy.config.get_text_config(), next(policy.parameters()).element_size()
+    config, size = policy.config.get_text_config(), ranks.computing_dtype(policy).itemsize
     width = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * width
     heads = getattr(config, "num_attention_heads", None) or max(1, width // 64)
@@ -148,7 +164,7 @@ def available_bytes(device: torch.device) -> int:
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         sizes.append(1024 * int(meminfo.read_text().split("MemTotal:")[1].split()[0]))
-    return min(sizes, default=0)
+    return min(sizes, default=0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks share a machine
 
 
 def enable_checkpointing(policy: Any) -> None:
@@ -172,4 +188,5 @@ def enable_checkpointing(policy: Any) -> None:
 @torch.no_grad()
 def _probe(policy: Any) -> Tensor:
     ids = torch.arange(1, 9, device=policy.device)[None] % policy.get_input_embeddings().num_embeddings
-    return policy(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
+    logits: Tensor = ranks.as_forward(policy, lambda: policy(input_ids=ids, use_cache=False).logits)
+    return logits

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
+from drivers import ranks
 from drivers.batch import RolloutBatch
 from drivers.objective import describe_correction
 from drivers.rollout import Completion
@@ -57,7 +59,11 @@ class UpdateMetrics:
         self._facts.append(facts)
 
     def summary(self) -> dict[str, float]:
-        """Host numbers: of optimizer steps their mean, of micro-batches the mean over all their response tokens."""
+        """Host numbers: of optimizer steps their mean, of micro-batches the mean over all their response tokens.
+
+        Micro-batches are those of all ranks.
+        """
+        self._gather()
         numbers = {"loss": torch.stack(self._losses).mean(), "grad_norm": torch.stack(self._grad_norms).mean()}
         if self._micro_batches:
             tokens = torch.stack([part["response_tokens"] for part in self._micro_batches])
@@ -77,6 +83,17 @@ class UpdateMetrics:
             "micro_batches": float(len(self._micro_batches)),
             "skipped_responses": float(self.skipped_responses),
         }
+
+    def _gather(self) -> None:
+        """What each rank has seen of its own micro-batches, on all of them."""
+        if ranks.size() == 1:
+            return
+        names = ("_micro_batches", "_watched", "_pulls", "_is_positive", "_lengths")
+        parts = ranks.gather({name: tree_map(torch.Tensor.cpu, getattr(self, name)) for name in names})
+        device = self._losses[0].device
+        for name in names:
+            whole = [value for part in parts for value in part[name]]
+            setattr(self, name, tree_map(lambda value: value.to(device), whole))
 
 
 def describe_completions(completions: Sequence[Completion]) -> dict[str, float]:

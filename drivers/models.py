@@ -106,13 +106,17 @@ def load_policy(
     dtype: torch.dtype,
     longest_row: int | None = None,
     attention: str = "auto",
+    *,
+    on: torch.device | None = None,
 ) -> nn.Module:
     """The model in `dtype` on `device`, in `eval` mode: no dropout, so that log-probs agree between passes.
+
+    `on` is where it will compute, if that is another.
 
     `auto` attention is `sdpa` or, on a CPU for rows known to be short, `eager`: both obey the mask of a group row.
     """
     if attention == "auto":
-        short = device.type == "cpu" and longest_row is not None and longest_row <= SHORT_ROW
+        short = (on or device).type == "cpu" and longest_row is not None and longest_row <= SHORT_ROW
         attention = "eager" if short else "sdpa"
     load = _quiet_transformers().AutoModelForCausalLM.from_pretrained
     try:

@@ -278,14 +278,14 @@ class EntropyBonus:
     """The coefficient of the entropy bonus, which with a target follows the entropy of what was sampled."""
 
     def __init__(self, config: GrpoConfig) -> None:
-        self._target, self._value = config.entropy_target, config.entropy_coef
+        self._target, self.value = config.entropy_target, config.entropy_coef
 
     def of_step(self, entropy: float) -> float:
         """What a step applies whose responses, before it, have this entropy per token."""
         if self._target is None:
-            return self._value
-        self._value = core.adapt_entropy_coefficient(self._value, entropy, self._target)
-        return self._value if entropy <= self._target else 0.0
+            return self.value
+        self.value = core.adapt_entropy_coefficient(self.value, entropy, self._target)
+        return self.value if entropy <= self._target else 0.0
 
 
 def compute_objective(

@@ -3,12 +3,18 @@
 import torch
 from torch import Tensor, nn
 
+from drivers import ranks
 from drivers.errors import UnsoundRunError
 
 
 def training_state_bytes(policy: nn.Module) -> int:
-    """Bytes of the weights and, in float32, of masters, gradients and both moments of AdamW."""
-    return sum(p.numel() * (p.element_size() + (16 if p.dtype != torch.float32 else 12)) for p in policy.parameters())
+    """Bytes of the weights, and of those that are trained in float32 masters, gradients and both moments of AdamW.
+
+    Of several ranks, of one.
+    """
+    weights = sum(p.numel() * p.element_size() for p in policy.parameters())
+    trained = sum(p.numel() * (16 if p.dtype != torch.float32 else 12) for p in policy.parameters() if p.requires_grad)
+    return (weights + trained) // ranks.size()
 
 
 class PolicyOptimizer:
@@ -20,7 +26,9 @@ class PolicyOptimizer:
     """
 
     def __init__(self, policy: nn.Module, learning_rate: float) -> None:
-        self._parameters = [p for p in policy.parameters() if p.requires_grad]
+        named = {name: p for name, p in ranks.at_rest(policy).named_parameters() if p.requires_grad}
+        self._names, self._parameters = list(named), list(named.values())
+        self.n_updates = 0
         self._masters = [self._master_of(p) for p in self._parameters]
         self._adamw = torch.optim.AdamW(
             self._masters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
@@ -55,7 +63,7 @@ class PolicyOptimizer:
 
         If that norm or the loss is not finite, no weight and no moment is changed, and the run stops.
         """
-        norm = nn.utils.clip_grad_norm_(self._masters, max_grad_norm)
+        norm = ranks.whole(nn.utils.clip_grad_norm_(self._masters, max_grad_norm))
         for name, value in (("loss", loss), ("gradient norm", norm)):
             if not value.isfinite():
                 self.zero_grad()
@@ -63,8 +71,32 @@ class PolicyOptimizer:
                     f"the {name} is {value.item()}: this update was not made, the weights are as before"
                 )
         self._adamw.step()
+        self.n_updates += 1
+        self._copy_to_policy()
+        self.zero_grad()
+        return norm
+
+    @torch.no_grad()
+    def _copy_to_policy(self) -> None:
         for parameter, master in zip(self._parameters, self._masters, strict=True):
             if parameter is not master:
                 parameter.copy_(master)
-        self.zero_grad()
-        return norm
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Master weights and both moments, in float32. The moments are there before the first update too, all zero."""
+        tensors = {}
+        for name, master in zip(self._names, self._masters, strict=True):
+            moments = self._adamw.state[master]
+            if not moments:
+                moments |= {key: torch.zeros_like(master) for key in ("exp_avg", "exp_avg_sq")}
+                moments["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+            tensors[f"weight.{name}"] = master.detach()
+            tensors |= {f"{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq")}
+        return tensors
+
+    def restored(self, n_updates: int) -> None:
+        """What `tensors` gave was overwritten by what it was after `n_updates`: compute with it."""
+        self.n_updates = n_updates
+        for master in self._masters:
+            self._adamw.state[master]["step"].fill_(n_updates)
+        self._copy_to_policy()

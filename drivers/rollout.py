@@ -11,7 +11,9 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from drivers import ranks
 from drivers.errors import UsageError
+from drivers.weights import Checksum, PolicyWeights, checksums
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,37 @@ class RolloutEngine(Protocol):
         """Hand shared device memory to the trainer until the next `load_weights`."""
         ...
 
+    def received(self) -> list[dict[str, Checksum]]:
+        """Checksums of the last push, taken where it arrived, once for each worker; none where nothing travels."""
+        ...
+
     def close(self) -> None:
         """Free what the engine holds; it is not used again. Waits for a `generate` that runs in another thread."""
         ...
+
+
+class FollowingEngine:
+    """What the other ranks have for an engine: they help to gather the weights that the first one pushes."""
+
+    def __init__(self, weights: PolicyWeights) -> None:
+        self._weights = weights
+        ranks.follow(weights)
+
+    def load_weights(self, version: int) -> None:
+        for _ in self._weights:
+            pass
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[Completion]:
+        raise NotImplementedError("the first rank samples")
+
+    def sleep(self) -> None:
+        pass
+
+    def received(self) -> list[dict[str, Checksum]]:
+        return []
+
+    def close(self) -> None:
+        pass
 
 
 class HFEngine:
@@ -87,6 +117,9 @@ class HFEngine:
 
     def sleep(self) -> None:
         pass
+
+    def received(self) -> list[dict[str, Checksum]]:
+        return []
 
     def close(self) -> None:
         pass
@@ -157,6 +190,24 @@ class HFEngine:
         return Completion(text, prompt, kept, tuple(log_probs[:length]), finish_reason, self._version)
 
 
+class HFReplica(HFEngine):
+    """`generate` of a whole copy, for a policy whose weights are spread over ranks."""
+
+    def __init__(self, copy: Any, tokenizer: Any, weights: PolicyWeights) -> None:
+        super().__init__(copy, tokenizer)
+        self._weights = weights
+
+    @torch.no_grad()
+    def load_weights(self, version: int) -> None:
+        own = dict(self._policy.named_parameters())
+        for name, weight in self._weights:
+            own[name].copy_(weight)
+        super().load_weights(version)
+
+    def received(self) -> list[dict[str, Checksum]]:
+        return [checksums(self._policy.named_parameters())]
+
+
 def _log_probs_of(sampled: Tensor, scores: Sequence[Tensor]) -> Tensor:
     """Log-prob of each sampled token, from the scores of each step."""
     columns = [
@@ -180,9 +231,10 @@ def make_engine(
     seed: int,
     own_process: bool = False,
     deadline_s: float = 3600.0,
+    urls: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> RolloutEngine:
-    """The engine that was asked for. vLLM is imported here and nowhere earlier.
+    """The engine that was asked for: the servers at `urls`, if any. vLLM is imported here and nowhere earlier.
 
     `reserved_bytes` of a GPU that engine and policy share are not the engine's. In a process of its own (on the CPU
     with `own_process`, on a second GPU in any case) it is supervised, and `say` tells when it had to be started again.
@@ -200,6 +252,12 @@ def make_engine(
     try:
         from drivers.supervise import SupervisedEngine
 
+        if urls:
+            from drivers.vllm_server import ServerEngine
+
+            sizes: dict[str, Any] = {"dtype": dtype, "max_model_len": max_model_len, "deadline_s": deadline_s}
+            say(f"Waiting for {', '.join(urls)} ...")
+            return SupervisedEngine(partial(ServerEngine, urls, policy, **sizes), say)
         start = partial(
             VLLMEngine,
             model_path,

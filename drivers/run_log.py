@@ -14,7 +14,7 @@ from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any, TextIO
 
-from drivers.checkpoint import write_json
+from drivers.checkpoint import write_json, write_text
 from drivers.config import GrpoConfig
 from drivers.errors import UsageError
 
@@ -70,13 +70,16 @@ def describe_environment() -> dict[str, Any]:
 class RunLog:
     """Appends to the files of a run. TensorBoard or wandb failing is a warning: it costs no finished work."""
 
-    def __init__(self, folder: Path, config: GrpoConfig) -> None:
+    def __init__(self, folder: Path, config: GrpoConfig, *, after: int = -1) -> None:
+        """What an earlier process logged in this folder of steps beyond `after` is dropped: they are made again."""
         self.folder = folder
+        for name in ("metrics.jsonl", "completions.jsonl"):
+            _keep_until(folder / name, after)
         self._metrics: TextIO = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._completions: TextIO = (folder / "completions.jsonl").open("a", encoding="utf-8")
         settings = asdict(config)
         write_json(folder / "config.json", {"config": settings, "environment": describe_environment()})
-        self._tensorboard = self._attempt("TensorBoard", lambda: _open_tensorboard(folder))
+        self._tensorboard = self._attempt("TensorBoard", lambda: _open_tensorboard(folder, after))
         self._wandb = None
         if config.wandb_project:
             self._wandb = self._attempt("wandb", lambda: _open_wandb(folder, config, settings))
@@ -118,15 +121,38 @@ class RunLog:
             return None
 
 
+class NoLog:
+    """Of the ranks that write nothing."""
+
+    def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """The whole lines of a log that are of no later step."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if kept != lines:
+        write_text(path, "".join(kept))
+
+
 def _append(file: TextIO, row: Mapping[str, Any]) -> None:
     file.write(json.dumps(row, ensure_ascii=False) + "\n")
     file.flush()
 
 
-def _open_tensorboard(folder: Path) -> Any:
+def _open_tensorboard(folder: Path, after: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1)
 
 
 def _open_wandb(folder: Path, config: GrpoConfig, settings: dict[str, Any]) -> Any:

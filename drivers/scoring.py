@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from drivers import ranks
 from drivers.batch import RolloutBatch
 from drivers.config import GrpoConfig
 from grpo_core import (
@@ -212,10 +213,10 @@ def _holds(error_of: Callable[[nn.Module], Tensor], policy: nn.Module) -> bool:
     without the shortcut, which follows, is right for all of them, and tells what is wrong with the rest.
     """
     try:
-        error = error_of(policy)
+        error = ranks.as_forward(policy, lambda: error_of(policy))
     except Exception:  # of a trial; see above
         return False
-    return bool(error <= 8 * torch.finfo(next(policy.parameters()).dtype).eps)
+    return bool(error <= 8 * torch.finfo(ranks.computing_dtype(policy)).eps)
 
 
 def score(
@@ -241,7 +242,8 @@ def score(
     places = [
         i * width + t for row in rows for i in row.members for t in range(len(rollouts.completions[i].token_ids))
     ]
-    scored = _score_rows(policy, rollouts, rows, options)
+    head = find_head(policy)  # its trial is a pass of its own
+    scored = ranks.as_forward(policy, lambda: _score_rows(policy, head, rollouts, rows, options))
     index = torch.tensor(places, dtype=torch.long).to(device, non_blocking=True)
     return {
         name: values.new_zeros(len(rollouts) * width).index_copy(0, index, values).view(len(rollouts), width)
@@ -249,7 +251,9 @@ def score(
     }
 
 
-def _score_rows(policy: Any, rollouts: RolloutBatch, rows: list[Row], options: dict[str, Any]) -> dict[str, Tensor]:
+def _score_rows(
+    policy: Any, head: Head | None, rollouts: RolloutBatch, rows: list[Row], options: dict[str, Any]
+) -> dict[str, Tensor]:
     """Of the response tokens, row after row. All that is planned on the host goes to the device, and nothing back."""
     responses = [[rollouts.completions[i].token_ids for i in row.members] for row in rows]
     packed = pack_group_rows([row.prompt for row in rows], responses)
@@ -257,7 +261,7 @@ def _score_rows(policy: Any, rollouts: RolloutBatch, rows: list[Row], options: d
         packed = _without_padding(packed)
     device = next(policy.parameters()).device
     inputs = _inputs(policy, packed, shared=any(len(row.members) > 1 for row in rows), device=device)
-    head, sources, labels = find_head(policy), packed["sources"], packed["labels"].to(device, non_blocking=True)
+    sources, labels = packed["sources"], packed["labels"].to(device, non_blocking=True)
     if head is None:
         logits = _logits(policy, inputs, sources)
         scored = {"log_probs": select_log_probs(logits, labels, temperature=options["temperature"])}
@@ -291,7 +295,7 @@ def _inputs(policy: Any, packed: dict[str, Tensor], *, shared: bool, device: tor
     if packs_rows(policy):
         inputs["position_ids"] = positions
     elif shared:  # else the causal mask does
-        visible, dtype = mask_group_rows(segments)[:, None], next(policy.parameters()).dtype
+        visible, dtype = mask_group_rows(segments)[:, None], policy.get_input_embeddings().weight.dtype
         hidden = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
         inputs |= {"attention_mask": hidden, "position_ids": positions}
     return inputs
@@ -324,8 +328,9 @@ def score_all(
     """`score` of a whole rollout batch in parts, in the precision and the mode of training; in host memory."""
     names = ("log_probs", "token_entropy") if with_entropy else ("log_probs",)
     whole = {name: torch.zeros(rollouts.response_mask.shape) for name in names}
-    for members, rows in plan_micro_batches(config, policy, rollouts, range(len(rollouts))):
+    parts = list(plan_micro_batches(config, policy, rollouts, range(len(rollouts))))
+    for (members, rows), counts in ranks.deal(parts):
         part = score(policy, rollouts.select(members), config.sampling_temperature, rows, with_entropy=with_entropy)
-        for name, values in part.items():
+        for name, values in part.items() if counts else ():
             whole[name][members, : values.shape[1]] = values.to("cpu", torch.float32)
-    return whole
+    return {name: ranks.total(values) for name, values in whole.items()}

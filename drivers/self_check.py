@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from drivers import ranks
 from drivers.batch import make_rollout_batch
 from drivers.errors import UnsoundRunError
 from drivers.rollout import RolloutEngine, Sampling
 from drivers.scoring import score
+from drivers.weights import PolicyWeights, differing
 
 DEFAULT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.08}
 """Largest mean |difference| in nats. Measured: 6e-6 in float32; 0.02-0.05 in bfloat16, where kernels round apart."""
@@ -22,9 +24,12 @@ class Agreement:
     mean: float
     largest: float
     n_tokens: int
+    n_weights: int = 0
+    """Tensors that arrived with the policy's checksums, in each worker; 0 where none travel."""
 
     def __str__(self) -> str:
-        return f"mean |difference| {self.mean:.2g}, max {self.largest:.2g} nats over {self.n_tokens} tokens"
+        arrived = f"; {self.n_weights} tensors arrived whole" if self.n_weights else ""
+        return f"mean |difference| {self.mean:.2g}, max {self.largest:.2g} nats over {self.n_tokens} tokens{arrived}"
 
 
 @torch.no_grad()
@@ -42,7 +47,8 @@ def check_engine(
 
     The first `min_tokens` tokens of a response are left out: there only the sampler hides the end token.
     """
-    completions = engine.generate(prompts, sampling, seed=seed)
+    n_weights = check_weights(engine, policy, version)
+    completions = ranks.lead(lambda: engine.generate(prompts, sampling, seed=seed))
     rollouts = make_rollout_batch(completions, torch.zeros(len(completions))).to(next(policy.parameters()).device)
     compared = rollouts.response_mask.clone()
     compared[:, : sampling.min_tokens] = False
@@ -54,7 +60,7 @@ def check_engine(
             f"self-check: no token to compare, for every response is at most min_tokens={sampling.min_tokens} long: "
             "lower --sampling-min-tokens"
         )
-    agreement = Agreement(difference.mean().item(), difference.max().item(), difference.numel())
+    agreement = Agreement(difference.mean().item(), difference.max().item(), difference.numel(), n_weights)
     versions = {completion.weight_version for completion in completions} - {None}
     if versions - {version}:
         raise UnsoundRunError(
@@ -68,3 +74,20 @@ def check_engine(
             "--dtype float32, and raise --self-check-tolerance only if you know why they differ"
         )
     return agreement
+
+
+def check_weights(engine: RolloutEngine, policy: nn.Module, version: int) -> int:
+    """How many tensors each worker of the engine received; an error if any is not the policy's, bit for bit."""
+    received = ranks.lead(engine.received)
+    if not received:
+        return 0
+    expected = PolicyWeights(policy, ranks.computing_dtype(policy)).checksums()
+    for worker, sums in enumerate(received):
+        wrong = differing(expected, sums)
+        if wrong:
+            raise UnsoundRunError(
+                f"self-check: of the {len(expected)} tensors of push {version}, worker {worker} of the engine has "
+                f"{len(wrong)} others than the policy: {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}. A "
+                "push was skipped, cut short or is of other weights"
+            )
+    return len(expected)

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from drivers.errors import EngineDiedError
 from drivers.rollout import Completion, RolloutEngine, Sampling
+from drivers.weights import Checksum
 
 T = TypeVar("T")
 # vLLM 0.32 waits on for an answer of an engine that was killed: its own watch closes the sockets, and wakes nobody.
@@ -74,6 +75,9 @@ class SupervisedEngine:
 
     def sleep(self) -> None:
         self._engine.sleep()
+
+    def received(self) -> list[dict[str, Checksum]]:
+        return self._engine.received()
 
     def close(self) -> None:
         self._engine.close()

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -20,11 +20,10 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 from vllm import LLM, SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import (
-    ModuleSource,
     TrainerInitInfo,
     TrainerWeightTransferEngine,
     WeightTransferEngine,
@@ -32,19 +31,59 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLWeightTransferEngine
 from vllm.platforms import current_platform
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from drivers.errors import EngineDiedError, UsageError
 from drivers.rollout import Completion, Sampling
 from drivers.supervise import TRAINER, end_with_trainer, within
+from drivers.weights import Checksum, PolicyWeights, checksum
 
 T = TypeVar("T")
 
+PACKED_BUFFER_BYTES = 256 << 20
+"""Weights go over NCCL in buffers of this size, two on each side."""
 KV_CACHE_BYTES_ON_CPU = 512 << 20
 CPU_BLOCK_SIZE = (
     32  # prefixes are shared in whole blocks; vLLM's default on CPU (128) would share none of a short prompt
 )
+
+
+# --- what arrives is checked -----------------------------------------------------------------------------------------
+
+
+class Checked:
+    """The model of a worker while it takes weights over: each is summed up where it arrives, then loaded."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._sums = model, dict[str, Tensor]()
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
+        return self._model.load_weights(self._watch(weights))
+
+    def _watch(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in weights:
+            self._sums[name] = checksum(weight)
+            yield name, weight
+
+    def checksums(self) -> dict[str, Checksum]:
+        return {name: (first, second) for name, (first, second) in ((n, s.tolist()) for n, s in self._sums.items())}
+
+
+class CheckedNCCLEngine(NCCLWeightTransferEngine):  # type: ignore[misc]
+    """vLLM's own, with a sum of each tensor that it receives."""
+
+    model: Any
+    received: Checked | None = None
+
+    def receive_weights(self, update_info: Any) -> None:
+        model = self.model
+        self.model = self.received = Checked(model)
+        try:
+            super().receive_weights(update_info)
+        finally:
+            self.model = model
 
 
 # --- the `host` backend: trainer and engine on one machine, without a GPU between them -------------------------------
@@ -67,6 +106,7 @@ class HostWorkerEngine(WeightTransferEngine[HostInit, HostUpdate]):  # type: ign
     """The engine's side: load what the trainer hands over."""
 
     init_info_cls, update_info_cls = HostInit, HostUpdate
+    received: Checked | None = None
 
     def init_transfer_engine(self, init_info: HostInit) -> None:
         pass
@@ -81,11 +121,13 @@ class HostWorkerEngine(WeightTransferEngine[HostInit, HostUpdate]):  # type: ign
 
     @torch.no_grad()
     def receive_weights(self, update_info: HostUpdate) -> None:
+        self.received = Checked(self.model)
         if update_info.path is None:
-            self.model.load_weights(iter(update_info.tensors))
+            self.received.load_weights(update_info.tensors)
             return
         with safe_open(update_info.path, "pt") as file:
-            self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118  no mapping
+            names = file.keys()  # of a mapping that cannot be iterated
+            self.received.load_weights((name, file.get_tensor(name)) for name in names)
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -123,11 +165,10 @@ class HostTrainerEngine(TrainerWeightTransferEngine[HostTrainerInit]):  # type: 
 
     @torch.no_grad()
     def send_weights(self) -> None:
-        tensors = [(name, tensor.detach()) for name, tensor in self.source]
-        update: dict[str, Any] = {"tensors": tensors}
+        update: dict[str, Any] = {"tensors": self.source}
         if self.file is not None:
             with open(self.file, "wb", closefd=False) as file:
-                file.write(save({name: tensor.contiguous() for name, tensor in tensors}))
+                file.write(save({name: tensor.detach().contiguous() for name, tensor in self.source}))
             update = {"path": f"/proc/{os.getpid()}/fd/{self.file}"}
         self.client.start_weight_update()
         self.client.update_weights(update)
@@ -143,7 +184,12 @@ class HostTrainerEngine(TrainerWeightTransferEngine[HostTrainerInit]):  # type: 
 
 
 class WorkerExtension:
-    """vLLM imports this class in each worker; importing this module is what registers the `host` backend there."""
+    """vLLM mixes this class into each worker; importing this module is what registers the backends there."""
+
+    def received_checksums(self) -> dict[str, Checksum]:
+        """Of the last push."""
+        received = self.weight_transfer_engine.received  # type: ignore[attr-defined]
+        return {} if received is None else received.checksums()
 
 
 end_with_trainer()
@@ -151,6 +197,7 @@ end_with_trainer()
 
 if "host" not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine("host", HostWorkerEngine)
+    WeightTransferEngineFactory.register_engine("checked_nccl", CheckedNCCLEngine)
     WeightTransferTrainerFactory.register_engine("host", HostTrainerEngine)
 
 
@@ -223,7 +270,7 @@ class VLLMEngine:
                 seed=seed % 2**31,
                 load_format="dummy",  # the first push brings the weights: the policy is their one source
                 logprobs_mode="processed_logprobs",  # of the distribution that was sampled from, temperature included
-                weight_transfer_config=WeightTransferConfig(backend="nccl" if own_gpu else "host"),
+                weight_transfer_config=WeightTransferConfig(backend="checked_nccl" if own_gpu else "host"),
                 worker_extension_cls="drivers.vllm_engine.WorkerExtension",
                 **placement(device, shared=self._shares_gpu, gpu_memory_utilization=gpu_memory_utilization),
             )
@@ -234,13 +281,12 @@ class VLLMEngine:
         if policy_device.type == "cuda":
             torch.cuda.set_device(policy_device)
         self._sender = WeightTransferTrainerFactory.trainer_init(
-            self._transfer_init(own_gpu), client=LocalClient(self._llm), source=ModuleSource(policy)
+            self._transfer_init(own_gpu), client=LocalClient(self._llm), source=PolicyWeights(policy, dtype)
         )
 
     def _transfer_init(self, own_gpu: bool) -> TrainerInitInfo:
         if not own_gpu:
             return HostTrainerInit(rank=0, by_file=self._own_process)
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
         from vllm.utils.network_utils import get_open_port
 
         return NCCLTrainerInitInfo(
@@ -248,7 +294,7 @@ class VLLMEngine:
             master_port=get_open_port(),
             world_size=1 + self._llm.get_world_size(),
             rank=0,
-            packed_buffer_size_bytes=256 << 20,
+            packed_buffer_size_bytes=PACKED_BUFFER_BYTES,
         )
 
     def load_weights(self, version: int) -> None:
@@ -273,7 +319,10 @@ class VLLMEngine:
         """`sampling.n` completions of each prompt, in order, all of one prompt together."""
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         # vLLM gives sample k of a request the seed s + k; prompts that share s would share their noise.
-        parameters = [self._parameters(sampling, seed + index * sampling.n) for index in range(len(prompts))]
+        parameters = [
+            SamplingParams(**sampling_parameters(sampling, seed + index * sampling.n), flat_logprobs=True)
+            for index in range(len(prompts))
+        ]
         outputs = self._ask(
             f"answer {len(prompts)} prompts", lambda: self._llm.generate(requests, parameters, use_tqdm=False)
         )
@@ -284,6 +333,10 @@ class VLLMEngine:
         if self._shares_gpu:
             self._llm.sleep(level=2)  # 2: the weights are pushed again anyway, so none need be kept
             self._asleep = True
+
+    def received(self) -> list[dict[str, Checksum]]:
+        """What each worker summed up of the last push."""
+        return read_checksums(self._ask("sum its weights up", lambda: self._llm.collective_rpc("received_checksums")))
 
     def close(self) -> None:
         """In this process, after what it still generates; a process of its own is ended at once."""
@@ -312,21 +365,26 @@ class VLLMEngine:
     def _is_alive(self) -> bool:
         return all(process.is_alive() for process in self._processes)
 
-    @staticmethod
-    def _parameters(sampling: Sampling, seed: int) -> SamplingParams:
-        return SamplingParams(
-            n=sampling.n,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=0,
-            min_tokens=sampling.min_tokens,
-            max_tokens=sampling.max_tokens,
-            stop=list(sampling.stop),
-            include_stop_str_in_output=True,
-            seed=seed,
-            logprobs=0,  # of the sampled token alone
-            flat_logprobs=True,
-        )
+
+def sampling_parameters(sampling: Sampling, seed: int) -> dict[str, Any]:
+    """Of one request, in vLLM's words."""
+    return {
+        "n": sampling.n,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": 0,
+        "min_tokens": sampling.min_tokens,
+        "max_tokens": sampling.max_tokens,
+        "stop": list(sampling.stop),
+        "include_stop_str_in_output": True,
+        "seed": seed,
+        "logprobs": 0,  # of the sampled token alone
+    }
+
+
+def read_checksums(workers: Sequence[Mapping[str, Sequence[int]]]) -> list[dict[str, Checksum]]:
+    """As they come from another process, pairs are lists."""
+    return [{name: (first, second) for name, (first, second) in sums.items()} for sums in workers]
 
 
 def placement(device: torch.device, *, shared: bool, gpu_memory_utilization: float) -> dict[str, Any]:

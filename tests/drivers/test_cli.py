@@ -113,6 +113,10 @@ FLAGS = [
     "async_steps",
     "rollout_process",
     "engine_deadline_s",
+    "rollout_url",
+    "lora_rank",
+    "lora_alpha",
+    "resume",
     "show",
 ]
 
@@ -280,10 +284,42 @@ def test_the_program_runs_from_any_folder(tmp_path):
     assert resolved["config"]["rollout_batch_size"] == 8
     assert {"torch", "transformers", "grpo_core"} <= resolved["environment"]["versions"].keys()
     phases = [json.loads(line)["phase"] for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
-    assert phases == ["check", "eval", "check", "train", "eval", "train"]
+    assert phases == ["check", "eval", "check", "train", "save", "eval", "train", "save", "save"]
     assert "reward" in done.stdout
     assert "self-check at step 0" in done.stdout
-    assert json.loads((tmp_path / "out/checkpoint-2/trainer_state.json").read_text()) == {"step": 2}
+    assert json.loads((tmp_path / "out/checkpoint-2/trainer_state.json").read_text())["step"] == 2
+    # The run, and not what its command line said, is what is gone on with.
+    more = ["--resume", "out", "--n-grpo-steps", "3", "--checkpoint-steps", "10"]
+    (tmp_path / "out/final_model").rename(tmp_path / "earlier_model")
+    done = subprocess.run(
+        [sys.executable, ROOT / "drivers/train.py", *more], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Going on after step 2, from out/checkpoint-2/" in done.stdout
+    steps = [
+        row["step"]
+        for row in map(json.loads, (tmp_path / "out/metrics.jsonl").read_text().splitlines())
+        if row["phase"] == "train"
+    ]
+    assert steps == [1, 2, 3]
+    assert json.loads((tmp_path / "out/config.json").read_text())["config"]["rollout_batch_size"] == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--resume", "nowhere"], "--resume nowhere: no run's folder"),
+        (["--resume", "auto", "--model-path", "tiny"], "resume=auto: save_dir is required"),
+        (["--rollout-url", "http://a:1", "--engine", "hf", "--model-path", "tiny"], "the servers are the engine"),
+    ],
+)
+def test_what_cannot_be_gone_on_with_is_one_clear_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train_program.main([*arguments, "--data-path", "data/wordadd/train.jsonl", "--rollout-batch-size", "8",
+                            "--val-data-path", "data/wordadd/validation.jsonl", "--train-batch-size", "8",
+                            "--gradient-accumulation-steps", "1"])  # fmt: skip
+    assert ended.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 def test_evaluate_has_the_same_manners(capsys):

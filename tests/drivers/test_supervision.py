@@ -50,6 +50,14 @@ def start(folder, policy, own_process=True, said=None, **options):
     )
 
 
+def family_of(pid):
+    """All that it has started and that has started."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
 def engine_processes():
     """What this process has started for vLLM, and what that has."""
     return [

@@ -1,0 +1,192 @@
+"""Several processes that train one policy: torchrun starts them, FSDP2 gives each its shard of the weights.
+
+All of them run the same loop on the same rollouts. The first rank samples, grades and writes; its micro-batches are
+those of one process, dealt out. A gradient is a sum over ranks, never a mean: the loss's denominators are global.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils._pytree import tree_map_only
+
+T = TypeVar("T")
+
+
+def start(deadline_s: float) -> None:
+    """Join the others, if torchrun started this process. Every wait for one of them ends after `deadline_s`."""
+    if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
+        return
+    on_gpus = torch.cuda.is_available()
+    if on_gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # What is said between hosts goes by gloo, what is computed by nccl.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=timedelta(seconds=deadline_s))
+
+
+def end() -> None:
+    """Leave the others, all at once: who is still talking to one that has left would fail."""
+    if size() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def size() -> int:
+    """How many there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which one this is, from 0; known before `start` too."""
+    if dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
+
+
+def is_first() -> bool:
+    return rank() == 0
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether it says that another rank does not answer."""
+    return size() > 1 and any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
+
+
+# --- what the first rank does, and the others follow -----------------------------------------------------------------
+
+_is_leading = False
+_followed: Iterable[Any] = ()
+"""What this rank iterates when the first one gathers weights in the middle of `lead`."""
+
+
+def lead(act: Callable[[], T]) -> T:
+    """What `act` gives on the first rank, on all of them. If it fails there, torchrun ends the others.
+
+    Weights that it gathers in the meantime (for an engine that is started again) the others help to gather.
+    """
+    global _is_leading
+    if size() == 1 or _is_leading:
+        return act()
+    if is_first():
+        _is_leading = True
+        try:
+            result = act()
+        finally:
+            _is_leading = False
+        _tell(("done", result))
+        return result
+    while True:
+        what, value = _tell(None)
+        if what == "done":
+            return value  # type: ignore[no-any-return]
+        for _ in _followed:
+            pass
+
+
+def follow(weights: Iterable[Any]) -> None:
+    """On the other ranks: iterate `weights` when the first rank summons them."""
+    global _followed
+    _followed = weights
+
+
+def summon() -> None:
+    """On the first rank: in the middle of `lead`, the others iterate what they follow."""
+    if _is_leading:
+        _tell(("iterate", None))
+
+
+def _tell(message: Any) -> Any:
+    """From the first rank to all."""
+    box = [message]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+# --- what all of them do ---------------------------------------------------------------------------------------------
+
+
+def deal(items: Sequence[T]) -> Iterator[tuple[T, bool]]:
+    """This rank's items, and whether each counts. All ranks get equally many, for their passes must meet.
+
+    Where that does not come out even, the last item is worked on by several and counts once.
+    """
+    for first in range(0, len(items), size()):
+        place = first + rank()
+        yield (items[place], True) if place < len(items) else (items[-1], False)
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum over ranks, in its place."""
+    if size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value, on every rank."""
+    if size() == 1:
+        return [value]
+    values: list[Any] = [None] * size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered, on every rank; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+
+
+# --- shards ----------------------------------------------------------------------------------------------------------
+
+
+def shard(policy: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Give each rank its part of float32 weights; layers are gathered in `dtype` as a pass comes to them."""
+    if size() == 1:
+        return policy
+    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (size(),))
+    precision = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    layers = set(getattr(policy, "_no_split_modules", None) or ())
+    for module in [module for module in policy.modules() if type(module).__name__ in layers]:
+        fully_shard(module, mesh=mesh, mp_policy=precision)
+    fully_shard(policy, mesh=mesh, mp_policy=precision)
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    policy.call_within = lambda call: call()  # type: ignore[assignment]
+    register_fsdp_forward_method(policy, "call_within")
+    return policy
+
+
+def as_forward(policy: Any, call: Callable[[], T]) -> T:
+    """`call()` while the weights of `policy` outside its layers are at hand, as in a forward pass of its own."""
+    if not isinstance(policy, FSDPModule):
+        return call()
+    within: Callable[[Callable[[], T]], T] = policy.call_within  # type: ignore[attr-defined]
+    # FSDP hangs the gathering of weights for the backward pass on what comes out, and warns of views.
+    result = within(lambda: tree_map_only(Tensor, lambda out: out.clone() if out._is_view() else out, call()))
+    if not torch.is_grad_enabled():  # no backward pass will do it
+        policy.reshard()
+    return result
+
+
+def at_rest(policy: nn.Module) -> nn.Module:
+    """`policy`, its parameters being the shards, whatever pass was the last."""
+    if isinstance(policy, FSDPModule):
+        policy.reshard()
+    return policy
+
+
+def computing_dtype(policy: Any) -> torch.dtype:
+    """What passes compute in, which sharded weights are not kept in."""
+    with torch.no_grad():
+        dtype: torch.dtype = as_forward(policy, lambda: next(policy.get_input_embeddings().parameters()).dtype)
+    return dtype

@@ -1,0 +1,98 @@
+"""The policy's weights as an engine loads them: whole, merged, in one precision, under the names of its files."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from drivers import ranks
+
+Checksum = tuple[int, int]
+_WORDS_PER_ROW = 256
+
+
+class WeightShape(NamedTuple):
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class PolicyWeights:
+    """Pairs of name and tensor, anew at each iteration. Where the weights are sharded, all ranks iterate together.
+
+    What LoRA adds is merged into a copy: weights that are merged in place and unmerged again drift.
+    """
+
+    def __init__(self, policy: nn.Module, dtype: torch.dtype) -> None:
+        self._policy, self._dtype = policy, dtype
+
+    def metadata(self) -> list[WeightShape]:
+        """What an iteration yields, without gathering anything. So is it named where vLLM's trainer side asks."""
+        return [WeightShape(name, self._dtype, tuple(parameter.shape)) for name, parameter, _ in self._entries()]
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        ranks.summon()
+        for name, parameter, adapted in self._entries():
+            weight = ranks.whole(parameter)
+            if adapted is not None:
+                weight = weight.float() + _lora_update(adapted)
+            yield name, weight.to(self._dtype)
+
+    def checksums(self) -> dict[str, Checksum]:
+        """Of all of them, as they are now."""
+        return checksums(self)
+
+    def _entries(self) -> Iterator[tuple[str, nn.Parameter, Any]]:
+        """Name, parameter, and the LoRA layer that changes it, if one does."""
+        modules = dict(self._policy.named_modules())
+        for name, parameter in ranks.at_rest(self._policy).named_parameters():
+            module_name, _, last = name.rpartition(".")
+            parent_name, _, child = module_name.rpartition(".")
+            if ".lora_" in name:
+                continue
+            if child == "base_layer":
+                yield f"{parent_name}.{last}", parameter, modules[parent_name] if last == "weight" else None
+            else:
+                yield name, parameter, None
+
+
+def _lora_update(layer: Any) -> Tensor:
+    """`scaling * B A`, of every adapter that is on."""
+    update = torch.zeros((), device=layer.base_layer.weight.device)
+    for name in layer.active_adapters:
+        down, up = (ranks.whole(part[name].weight).float() for part in (layer.lora_A, layer.lora_B))
+        product = layer.scaling[name] * (up @ down)
+        update = update + (product.T if getattr(layer, "fan_in_fan_out", False) else product)
+    return update
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """Int64 "2": the sum of its bytes as 64-bit words, and that of their rows by position, modulo 2^64.
+
+    One pass at the speed of memory. A word that changes, or moves to another row of words, changes it.
+    """
+    octets = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    if octets.data_ptr() % 8:
+        octets = octets.clone()
+    row = 8 * _WORDS_PER_ROW
+    whole = len(octets) // row * row
+    rows = octets[:whole].view(torch.int64).view(-1, _WORDS_PER_ROW).sum(dim=1) if whole else octets[:0].long()
+    # What does not fill a row is one more, octet by octet.
+    rest = octets[whole:].to(torch.int64)
+    places = torch.arange(1, len(rest) + 1, device=rest.device)
+    rows = torch.cat([rows, (rest * places).sum()[None]])
+    return torch.stack([rows.sum(), (rows * torch.arange(1, len(rows) + 1, device=rows.device)).sum()])
+
+
+def checksums(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Checksum]:
+    """Of each tensor by its name; the host waits once."""
+    sums = {name: checksum(tensor) for name, tensor in weights}
+    host = torch.stack(list(sums.values())).tolist() if sums else []
+    return {name: (first, second) for name, (first, second) in zip(sums, host, strict=True)}
+
+
+def differing(expected: Mapping[str, Checksum], received: Mapping[str, Checksum]) -> list[str]:
+    """Names that are not on both sides with the same checksum."""
+    return sorted(name for name in expected.keys() | received.keys() if expected.get(name) != received.get(name))

@@ -1,0 +1,73 @@
+"""The tiny policy on its task, as one of the ranks that torchrun starts, or alone: `ranked.py '{"folder": ...}'`."""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+# isort: off
+from drivers import environment  # noqa: F401  before torch: OpenMP reads its settings once
+
+# isort: on
+import torch
+
+from drivers import ranks
+from drivers.checkpoint import find_checkpoint
+from drivers.display import Display
+from drivers.rollout import FollowingEngine, HFReplica, make_engine
+from drivers.run import Run
+from drivers.train import train
+from drivers.weights import PolicyWeights
+from tests.drivers.parts import letter_reward, tiny_config, tiny_parts
+from tests.tiny import make_tiny_tokenizer, save_tiny
+
+
+def main(
+    folder: str, settings: dict, resume: str | None = None, dtype: str = "float32", seconds: float = 300.0
+) -> None:
+    torch.set_num_threads(1)
+    ranks.start(seconds)
+    config, precision = tiny_config(**settings), getattr(torch, dtype)
+    parts = tiny_parts()
+    several = ranks.size() > 1
+    policy = ranks.shard(parts.policy, precision) if several else parts.policy.to(precision)
+    reference = tiny_parts().policy if config.needs_reference else None
+    if reference is not None:
+        reference = ranks.shard(reference, precision) if several else reference.to(precision)
+    weights = PolicyWeights(policy, precision)
+    if not ranks.is_first():
+        engine = FollowingEngine(weights)
+    elif config.engine == "vllm":
+        save_tiny(Path(folder) / "model")
+        engine = make_engine(
+            "vllm",
+            model_path=str(Path(folder) / "model"),
+            policy=policy,
+            tokenizer=make_tiny_tokenizer(),
+            device=torch.device("cpu"),
+            dtype=precision,
+            max_model_len=64,
+            gpu_memory_utilization=0.5,
+            reserved_bytes=0,
+            seed=0,
+            own_process=True,
+        )
+    else:
+        engine = HFReplica(tiny_parts().policy.to(precision), parts.tokenizer, weights)
+    run_folder = Path(folder) / "run"
+    ranks.lead(lambda: run_folder.mkdir(parents=True, exist_ok=True))
+    checkpoint = None if resume is None else find_checkpoint(Path(resume))
+    display = Display(config.n_grpo_steps, quiet=not ranks.is_first())
+    run = Run(config, run_folder, parts.tokenizer, display, checkpoint)
+    try:
+        train(config, policy, engine, letter_reward, parts.questions, parts.questions, run, reference)
+        run.save(policy, "final_model")
+    finally:
+        run.finish()
+        engine.close()
+    ranks.end()
+
+
+if __name__ == "__main__":
+    main(**json.loads(sys.argv[1]))

@@ -1,0 +1,178 @@
+"""What is pushed to an engine, and the checksums by which a push is known to have arrived."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drivers.lora import adapter_weights, add_lora
+from drivers.weights import PolicyWeights, checksum, checksums, differing
+from tests.tiny import make_tiny_policy
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
+
+
+def expected_checksum(tensor):
+    """In Python integers, from the bytes."""
+    raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    row, sums = 8 * 256, []
+    whole = len(raw) // row * row
+    for start in range(0, whole, row):
+        words = [int.from_bytes(raw[k : k + 8], "little") for k in range(start, start + row, 8)]
+        sums.append(sum(words))
+    sums.append(sum(place * octet for place, octet in enumerate(raw[whole:], start=1)))
+
+    def signed(value):
+        value %= 1 << 64
+        return value - (1 << 64) if value >= 1 << 63 else value
+
+    return signed(sum(sums)), signed(sum(place * value for place, value in enumerate(sums, start=1)))
+
+
+@given(st.integers(1, 3000), st.sampled_from(DTYPES), st.integers(0, 2**31 - 1))
+def test_a_checksum_is_the_sum_of_words_and_of_rows_by_place(size, dtype, seed):
+    values = np.random.default_rng(seed).integers(0, 256, size * dtype.itemsize, dtype=np.uint8)
+    tensor = torch.from_numpy(values.copy()).view(dtype)
+    assert tuple(checksum(tensor).tolist()) == expected_checksum(tensor)
+
+
+@given(st.integers(1, 3000), st.data())
+def test_any_other_value_is_another_checksum(size, data):
+    tensor = torch.arange(size, dtype=torch.float32)
+    place = data.draw(st.integers(0, size - 1))
+    changed = tensor.clone()
+    changed[place] = data.draw(st.floats(-1e6, 1e6, width=32).filter(lambda x: x != float(place)))
+    assert checksum(changed).tolist() != checksum(tensor).tolist()
+
+
+def test_a_checksum_knows_the_place_of_a_row_and_no_layout():
+    tensor = torch.randn(4, 2048)
+    assert checksum(tensor.flip(0)).tolist() != checksum(tensor).tolist()
+    assert checksum(tensor.T.contiguous().T).tolist() == checksum(tensor).tolist()
+    packed = torch.zeros(4 * 2048 * 4 + 2, dtype=torch.uint8)  # as a buffer of many tensors has it: not aligned
+    packed[2:] = tensor.view(-1).view(torch.uint8)
+    assert checksum(packed[2:]).tolist() == checksum(tensor).tolist()
+
+
+def test_nothing_has_a_checksum_too():
+    assert checksum(torch.zeros(0)).tolist() == [0, 0]
+    assert checksum(torch.zeros(0, 5)).tolist() == [0, 0]
+    assert checksum(torch.tensor(3, dtype=torch.int8)).tolist() == [3, 3]
+
+
+def test_what_differs_is_named():
+    policy = make_tiny_policy(0)
+    ours = PolicyWeights(policy, torch.float32).checksums()
+    assert ours == checksums(policy.named_parameters())
+    assert differing(ours, dict(ours)) == []
+    assert checksums([]) == {}
+    name = list(ours)[3]
+    with torch.no_grad():
+        dict(policy.named_parameters())[name].view(-1)[0] += 1e-6
+    theirs = PolicyWeights(policy, torch.float32).checksums()
+    assert differing(ours, theirs) == [name]
+    missing = {k: v for k, v in ours.items() if k != name}
+    assert differing(ours, missing) == differing(missing, ours) == [name]
+
+
+def test_weights_come_in_the_engines_precision_under_the_models_names():
+    policy = make_tiny_policy(0)
+    weights = PolicyWeights(policy, torch.bfloat16)
+    for _ in range(2):  # anew each time
+        found = dict(weights)
+        assert found.keys() == dict(policy.named_parameters()).keys()
+        assert all(torch.equal(found[name], p.bfloat16()) for name, p in policy.named_parameters())
+    assert [(m.name, m.shape) for m in weights.metadata()] == [(n, tuple(t.shape)) for n, t in found.items()]
+    assert {m.dtype for m in weights.metadata()} == {torch.bfloat16}
+
+
+def with_lora(seed=0, rank=2, alpha=8.0, sharper=1.0):
+    """`sharper`: the output layer is not trained, and random as it is no state of the body makes a token likely."""
+    policy = make_tiny_policy(seed)
+    policy.get_input_embeddings().weight.data.mul_(sharper)
+    add_lora(policy, rank, alpha, seed=5, base="tiny")
+    return policy
+
+
+def stir(policy):
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if ".lora_" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator))
+
+
+def test_a_policy_with_lora_is_at_first_what_it_was_and_pushes_what_it_computes():
+    """The merged copy, in a plain model, gives the logits of the policy with its updates beside the weights."""
+    plain, policy, ids = make_tiny_policy(0), with_lora(), torch.tensor([[3, 4, 5, 6]])
+    assert torch.equal(policy(ids).logits, plain(ids).logits)
+    trained = {name for name, p in policy.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(".lora_" in name for name in trained)
+    assert all(f".{layer}." in " ".join(trained) for layer in ("q_proj", "o_proj", "gate_proj", "down_proj"))
+    before = {name: p.detach().clone() for name, p in policy.named_parameters() if name not in trained}
+    stir(policy)
+    weights = PolicyWeights(policy, torch.float32)
+    merged = dict(weights)
+    assert merged.keys() == dict(plain.named_parameters()).keys()
+    plain.load_state_dict(merged, strict=False)
+    expected = policy(ids).logits
+    assert torch.allclose(plain(ids).logits, expected, atol=1e-5)
+    assert not torch.allclose(make_tiny_policy(0)(ids).logits, expected, atol=1e-2)
+    for name, p in policy.named_parameters():  # merging has changed nothing
+        assert name in trained or torch.equal(p, before[name])
+    one = merged["model.layers.0.mlp.down_proj.weight"]
+    layer = policy.get_submodule("model.layers.0.mlp.down_proj")
+    b, a = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+    assert torch.allclose(one, layer.base_layer.weight + 8.0 / 2 * (b @ a), atol=1e-6)
+
+
+def test_lora_starts_alike_on_every_rank_and_with_every_seed_otherwise():
+    torch.manual_seed(1)
+    first = adapter_weights(with_lora())
+    torch.manual_seed(2)
+    drawn = torch.rand(3)
+    torch.manual_seed(2)
+    second = adapter_weights(with_lora())
+    assert torch.equal(torch.rand(3), drawn)  # nobody else's numbers were used up
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = make_tiny_policy(0)
+    add_lora(other, 2, 8.0, seed=6, base="tiny")
+    assert any(not torch.equal(first[name], weight) for name, weight in adapter_weights(other).items())
+
+
+def test_the_adapter_of_a_checkpoint_is_peft_own(tmp_path):
+    """Loaded by peft onto the first model, it gives what the merged model of the checkpoint gives."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from drivers.checkpoint import save_checkpoint
+    from tests.tiny import make_tiny_tokenizer
+
+    policy, ids = with_lora(), torch.tensor([[3, 4, 5, 6]])
+    stir(policy)
+    folder = save_checkpoint(policy, make_tiny_tokenizer(), tmp_path / "c", facts={"step": 1})
+    expected = policy(ids).logits
+    assert torch.allclose(AutoModelForCausalLM.from_pretrained(folder)(ids).logits, expected, atol=1e-5)
+    adapted = PeftModel.from_pretrained(make_tiny_policy(0), folder / "adapter")
+    assert torch.allclose(adapted(ids).logits, expected, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_training_with_lora_learns_and_leaves_the_model_alone(tmp_path):
+    from drivers.rollout import HFReplica
+    from drivers.train import train
+    from tests.drivers.parts import letter_reward, make_run, tiny_config, tiny_parts
+
+    config, parts = tiny_config(n_grpo_steps=25, learning_rate=1e-2), tiny_parts()
+    policy = with_lora(rank=4, sharper=5.0)
+    before = {name: p.detach().clone() for name, p in policy.named_parameters() if not p.requires_grad}
+    weights = PolicyWeights(policy, torch.float32)
+    engine = HFReplica(make_tiny_policy(0), parts.tokenizer, weights)
+    run = make_run(config, tmp_path / "run", parts.tokenizer)
+    train(config, policy, engine, letter_reward, parts.questions, parts.questions, run)
+    run.finish()
+    assert run.state.accuracies[-1] > run.state.accuracies[0] + 0.3
+    assert all(torch.equal(p, before[name]) for name, p in policy.named_parameters() if name in before)
