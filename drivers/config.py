@@ -286,7 +286,7 @@ class GrpoConfig:
     lora_rank: int = 0
     """Above 0, train low-rank updates of the linear layers in place of the weights themselves (LoRA); checkpoints hold
     the merged model, and the update in a folder `adapter`."""
-    lora_alpha: float = 32.0
+    lora_alpha: int = 32
     """Updates are scaled by lora_alpha / lora_rank."""
     resume: str | None = None
     """Go on with a run: its folder, or one of its checkpoints; the run's own settings hold where no flag says

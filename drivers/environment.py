@@ -3,8 +3,10 @@
 Each is only a default: what the caller's environment says wins.
 """
 
+import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 
 DEFAULTS = {
@@ -25,6 +27,11 @@ DEFAULTS = {
 
 for _name, _value in DEFAULTS.items():
     os.environ.setdefault(_name, _value)
+
+# vLLM speaks before it has read its level, and of what is between it and torch; in its own processes too, which import
+# the program that started them.
+logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
 
 # `python drivers/train.py` puts this folder first on the path, where `evaluate` or `data` would hide such packages.
 _here = Path(__file__).resolve().parent

@@ -14,7 +14,7 @@ from drivers import ranks
 ADAPTER = "default"
 
 
-def add_lora(policy: Any, rank: int, alpha: float, *, seed: int, base: str) -> None:
+def add_lora(policy: Any, rank: int, alpha: int, *, seed: int, base: str) -> None:
     """`W + alpha / rank * B A` in the place of each linear layer but the output; B is 0 at first. In place.
 
     The same on every rank of a run, whatever else drew numbers before.

@@ -1,7 +1,5 @@
 """What samples completions: one Protocol, the Hugging Face reference engine, and the choice between engines."""
 
-import logging
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -241,8 +239,6 @@ def make_engine(
     """
     if kind == "hf":
         return HFEngine(policy, tokenizer)
-    if "VLLM_LOGGING_LEVEL" in os.environ:  # vLLM reads it only after the first messages of its own import
-        logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
     try:
         from drivers.vllm_engine import VLLMEngine
     except ImportError as error:

@@ -20,12 +20,19 @@ from drivers.run import Run
 from drivers.train import train
 from drivers.weights import PolicyWeights
 from tests.drivers.parts import letter_reward, tiny_config, tiny_parts
+from tests.drivers.test_supervision import engine_processes
 from tests.tiny import make_tiny_tokenizer, save_tiny
 
 
 def main(
-    folder: str, settings: dict, resume: str | None = None, dtype: str = "float32", seconds: float = 300.0
+    folder: str,
+    settings: dict,
+    resume: str | None = None,
+    dtype: str = "float32",
+    seconds: float = 300.0,
+    kill_engine_at: int | None = None,
 ) -> None:
+    """`kill_engine_at`: before which of its answers vLLM dies."""
     torch.set_num_threads(1)
     ranks.start(seconds)
     config, precision = tiny_config(**settings), getattr(torch, dtype)
@@ -53,6 +60,16 @@ def main(
             seed=0,
             own_process=True,
         )
+        answer, asked = engine.generate, []
+
+        def generate(*arguments, **named):
+            asked.append(1)
+            if len(asked) == kill_engine_at:
+                for process in engine_processes():
+                    process.kill()
+            return answer(*arguments, **named)
+
+        engine.generate = generate
     else:
         engine = HFReplica(tiny_parts().policy.to(precision), parts.tokenizer, weights)
     run_folder = Path(folder) / "run"

@@ -194,9 +194,13 @@ def test_a_skipped_push_is_noticed_by_its_version(subject):
 
 
 @pytest.mark.vllm
+@pytest.mark.parametrize("seen", ["checksums", "log-probs"])
 @pytest.mark.parametrize("fault", ["nothing", "stale", "partial"])
-def test_a_push_that_lies_is_noticed_by_its_log_probs(subject, fault, monkeypatch):
-    """The version says the weights arrived; they are none, the last ones, or all but the head's layer."""
+def test_a_push_that_lies_is_noticed_by_its_checksums_and_by_its_log_probs(subject, fault, seen, monkeypatch):
+    """The version says the weights arrived; they are none, the last ones, or all but the head's layer.
+
+    Each of the two would notice alone: checksums what did not arrive, log-probs what is not computed with.
+    """
     if subject.kind == "hf":
         pytest.skip("this engine shares the policy's weights: no push can go wrong")
     stale = [(name, p.detach().clone()) for name, p in subject.policy.named_parameters()]
@@ -210,10 +214,14 @@ def test_a_push_that_lies_is_noticed_by_its_log_probs(subject, fault, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(subject.engine._sender, "source", sent[fault])
         subject.push()
-    with pytest.raises(UnsoundRunError, match="disagree on the log-probs"):
-        check(subject)
+        if seen == "log-probs":
+            patch.setattr(subject.engine, "received", list)
+        message = "disagree on the log-probs" if seen == "log-probs" else "others than the policy"
+        with pytest.raises(UnsoundRunError, match=message):
+            check(subject)
     subject.push()
     assert check(subject).largest < TOLERANCE
+    assert check(subject).n_weights == len(list(subject.policy.parameters()))
 
 
 @pytest.mark.vllm

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from drivers import ranks
+from drivers.checkpoint import find_checkpoint
 
 SCRIPT = Path(__file__).parent / "ranked.py"
 # Three updates a step on old log-probs, a reference, a correction for the sampler, rows of very unlike length.
@@ -171,13 +172,34 @@ def test_a_rank_that_dies_ends_all_and_the_last_checkpoint_is_good(tmp_path, vic
 
 
 @pytest.mark.slow
+def test_sigterm_ends_all_ranks_and_the_last_checkpoint_is_good(tmp_path):
+    settings = PLAIN | {"n_grpo_steps": 10_000, "checkpoint_steps": 2, "eval_steps": 10_000}
+    with start_ranks(tmp_path, settings) as parent:
+        try:
+            wait_for(lambda: (tmp_path / "run/checkpoint-4").exists())
+            children = family(parent.pid)
+            parent.send_signal(signal.SIGTERM)
+            assert parent.wait(60) != 0
+        finally:
+            parent.kill()
+    wait_for(lambda: all(map(is_gone, children)))
+    newest = find_checkpoint(tmp_path / "run")
+    assert newest is not None
+    AutoModelForCausalLM.from_pretrained(newest)
+
+
+@pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.xdist_group("vllm")
 def test_two_ranks_and_vllm_take_the_steps_of_one_process(tmp_path):
-    """vLLM in a process of the first rank's; and it ends with it."""
+    """vLLM in a process of the first rank's. Where it dies, all ranks gather the weights that it is started with."""
     settings = PLAIN | {"engine": "vllm"}
-    one, two = (run_ranks(n, tmp_path / str(n), settings) for n in (1, 2))
-    assert_same_run(two, one, 2e-6)
+    one = run_ranks(1, tmp_path / "1", settings)
+    assert rows(one, "check")[-1]["n_weights"] == 20
+    for name, kill_at in (("2", None), ("killed", 5)):
+        two = run_ranks(2, tmp_path / name, settings, kill_engine_at=kill_at)
+        assert_same_run(two, one, 2e-6)
+        assert rows(two, "check")[-1]["n_weights"] == 20
 
 
 def test_alone_there_is_nothing_to_share():
