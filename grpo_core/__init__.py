@@ -23,6 +23,7 @@ from grpo_core.aggregation import (
 from grpo_core.diagnostics import (
     compute_gradient_share,
     compute_majority_accuracy,
+    compute_sign_flip_p_value,
     describe_silent_groups,
     estimate_mean_interval,
     find_signal_groups,
@@ -149,6 +150,7 @@ __all__ = [
     "compute_reward_to_go",
     "compute_sapo_loss",
     "compute_sequence_weights",
+    "compute_sign_flip_p_value",
     "compute_soft_overlong_penalty",
     "compute_token_weights",
     "compute_vespo_loss",

@@ -367,7 +367,8 @@ def compute_group_normalized_rewards(
     Nothing here is differentiable. Constant groups get exactly 0.
 
     Args:
-        reward_fn: $R$; its result must hold "reward", and may hold "format_reward" and "answer_reward".
+        reward_fn: $R$; its result must hold "reward", None where the response cannot be scored, and may hold
+            "format_reward" and "answer_reward".
         rollout_responses: $o$, the responses to the first question, then those to the second, and so on.
         repeated_ground_truths: $a$, the reference answer of each response: each question's, `group_size` times over.
         group_size: $G$, the number of responses to each question.
@@ -379,7 +380,7 @@ def compute_group_normalized_rewards(
 
     Raises:
         ValueError: as `normalize_group_rewards`; if there are no rollouts, or the two lists differ in length; if
-            `reward_fn` returns something without a finite "reward".
+            `reward_fn` returns something without a "reward" that is finite or None.
 
     Example:
         >>> def exact(response, truth):
@@ -411,37 +412,43 @@ def compute_group_normalized_rewards(
 def read_rewards(scores: Sequence[Any]) -> Float[Tensor, " rollout"]:
     r"""$r_i$ of what a reward function returned for each response, float32.
 
+    A reward of None says that the response could not be scored, which is not 0: it becomes NaN, and every estimator
+    leaves it out of its statistics.
+
     Args:
-        scores: dictionaries with a finite "reward".
+        scores: dictionaries with a "reward" that is finite or None.
 
     Returns:
         The rewards.
 
     Raises:
-        ValueError: if a score is no dictionary, has no "reward", or one that is not a finite float32.
+        ValueError: if a score is no dictionary, has no "reward", or one that is neither None nor a finite float32.
 
     Example:
-        >>> read_rewards([{"reward": 1.0}, {"reward": 0}])
-        tensor([1., 0.])
+        >>> read_rewards([{"reward": 1.0}, {"reward": 0}, {"reward": None}])
+        tensor([1., 0., nan])
     """
     return torch.tensor([_reward_of(score, index) for index, score in enumerate(scores)], dtype=torch.float32)
 
 
 @shape_checked
 def describe_rewards(scores: Sequence[Any], group_sizes: GroupSizes) -> dict[str, float]:
-    r"""$\bar r$, its spread and its parts, over all rollouts, as plain floats.
+    r"""$\bar r$, its spread and its parts, over the scored rollouts, as plain floats.
 
     Args:
-        scores: dictionaries with a finite "reward", and perhaps "format_reward" and "answer_reward".
+        scores: dictionaries with a "reward" that is finite, or None where a response could not be scored, and perhaps
+            "format_reward" and "answer_reward".
         group_sizes: $G$, the number of responses to each question: one number, or one for each group.
 
     Returns:
         `reward` (mean), `reward_std` (unbiased; 0 for a single rollout), `reward_min`, `reward_max`, `format_reward`
-        and `answer_reward` (means; each only if every score has it), `zero_std_groups` (share of groups without
-        signal).
+        and `answer_reward` (means; each only if every scored rollout has it), `zero_std_groups` (share of groups
+        without signal), `unscored` (share of rollouts that could not be scored). If that is all of them, the first
+        four are NaN.
 
     Raises:
-        ValueError: if there are no scores, they do not fill the groups, or one has no finite "reward".
+        ValueError: if there are no scores, they do not fill the groups, or one has no "reward" that `read_rewards`
+            takes.
 
     Example:
         >>> described = describe_rewards([{"reward": 1.0}, {"reward": 0.0}], 2)
@@ -450,14 +457,18 @@ def describe_rewards(scores: Sequence[Any], group_sizes: GroupSizes) -> dict[str
     """
     require(len(scores) > 0, "scores", "[]", "at least one score")
     rewards = read_rewards(scores)
-    parts = [key for key in ("format_reward", "answer_reward") if all(key in score for score in scores)]
+    groups = split_groups(rewards, group_sizes)
+    scored = [score for score in scores if score["reward"] is not None]
+    found = rewards[~rewards.isnan()] if scored else rewards[:1]  # of nothing, NaN
+    parts = [key for key in ("format_reward", "answer_reward") if all(score.get(key) is not None for score in scored)]
     return {
-        "reward": rewards.mean().item(),
-        "reward_std": rewards.std(correction=min(1, len(scores) - 1)).item(),
-        "reward_min": rewards.min().item(),
-        "reward_max": rewards.max().item(),
-        **{key: sum(float(score[key]) for score in scores) / len(scores) for key in parts},
-        "zero_std_groups": (~split_groups(rewards, group_sizes).has_signal).float().mean().item(),
+        "reward": found.mean().item(),
+        "reward_std": found.std(correction=min(1, len(found) - 1)).item(),
+        "reward_min": found.min().item(),
+        "reward_max": found.max().item(),
+        **{key: sum(float(score[key]) for score in scored) / len(scored) for key in parts if scored},
+        "zero_std_groups": (~groups.has_signal).float().mean().item(),
+        "unscored": 1 - len(scored) / len(scores),
     }
 
 
@@ -487,6 +498,8 @@ def _whiten(
 def _reward_of(score: object, index: int) -> float:
     if not isinstance(score, dict) or "reward" not in score:
         raise ValueError(f"reward_fn returned {score!r} for rollout {index}: it must return a dict with a 'reward'")
+    if score["reward"] is None:
+        return math.nan
     reward = float(score["reward"])
     if not abs(reward) <= torch.finfo(torch.float32).max:
         raise ValueError(f"reward_fn returned reward={reward} for rollout {index}: it must be a finite float32")

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 from statistics import NormalDist
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from grpo_core._check import require, shape_checked
@@ -91,6 +91,43 @@ def compute_majority_accuracy(
         winners = [answer for answer, count in votes.items() if count == max(votes.values())]
         values.append(sum(answer in right for answer in winners) / len(winners) if winners else 0.0)
     return torch.tensor(values, dtype=torch.float64)
+
+
+@shape_checked
+def compute_sign_flip_p_value(differences: Int[Tensor, " pair"]) -> float:
+    r"""$P\bigl(\bigl|\sum_i s_i d_i\bigr| \ge \bigl|\sum_i d_i\bigr|\bigr)$ over all signs $s \in \{-1, 1\}^m$.
+
+    Small where one of two models is better on the same questions. The permutation test of paired differences,
+    two-sided and exact: if neither model is better, each difference is as likely as its opposite. Of differences in
+    $\{-1, 0, 1\}$, one response of each model to each question, it is McNemar's exact test. It answers for the
+    questions asked as a sample of all that could be asked. 1 without any difference.
+
+    Time and memory grow with $\sum_i |d_i|$: time with $m$ times that.
+
+    Args:
+        differences: $d$, for each question how many of $k$ responses the one model has right more than the other.
+
+    Returns:
+        The probability, in $(0, 1]$.
+
+    Example:
+        >>> compute_sign_flip_p_value(torch.tensor([1, 1, 1, 1, 1, 1, 0, 0]))  # 2 / 2^6
+        0.03125
+        >>> compute_sign_flip_p_value(torch.tensor([2, -1, 0]))
+        1.0
+
+    References:
+        Fisher 1935, The Design of Experiments, section 21; McNemar 1947, doi:10.1007/BF02295996.
+    """
+    sizes = [abs(difference) for difference in differences.tolist() if difference]
+    # Of each sum that the differences with a positive sign can come to, the share of all choices.
+    shares = torch.zeros(sum(sizes) + 1, dtype=torch.float64)
+    shares[0] = 1.0
+    for size in sizes:
+        shares /= 2
+        shares[size:] += shares[:-size].clone()
+    sums = 2 * torch.arange(len(shares)) - sum(sizes)
+    return min(1.0, shares[sums.abs() >= abs(int(differences.sum()))].sum().item())
 
 
 @shape_checked

@@ -33,8 +33,8 @@ Metadata = dict[str, Tensor]
 GroundTruth = str | int | float | list[str | int | float] | list[str] | list[int] | list[float]
 """A reference answer, or a list of alternatives of which any one counts."""
 
-RewardFn = Callable[..., dict[str, float]]
-"""`reward_fn(response, ground_truth) -> {"reward", "format_reward", "answer_reward"}`."""
+RewardFn = Callable[..., dict[str, float] | dict[str, float | None]]
+"""`reward_fn(response, ground_truth) -> {"reward", "format_reward", "answer_reward"}`; None: could not be scored."""
 
 # mypy holds a caller to the names; at run time any string comes in, so that a wrong one meets our own one-line error.
 if TYPE_CHECKING:

@@ -493,6 +493,17 @@ DIAGNOSTICS = [
         ("no vote is right", "if winners else 0.0", "if winners else 1.0"),
     ),
     *breaks(
+        "compute_sign_flip_p_value",
+        "diagnostics.py",
+        of("sign_flip"),
+        ("one-sided", "shares[sums.abs() >= abs(int(differences.sum()))]", "shares[sums >= int(differences.sum())]"),
+        ("more extreme alone", "sums.abs() >= abs(", "sums.abs() > abs("),
+        ("sizes forgotten", "abs(difference) for difference", "1 for difference"),
+        ("signs are dependent", "shares[size:] += shares[:-size].clone()", "shares[size:] += shares[:-size]"),
+        ("positive sums alone", "2 * torch.arange(len(shares)) - sum(sizes)", "torch.arange(len(shares))"),
+        ("the absolute sum is observed", "abs(int(differences.sum()))", "sum(sizes)"),
+    ),
+    *breaks(
         "find_signal_groups",
         "diagnostics.py",
         of("silent_groups"),

@@ -118,6 +118,7 @@ def test_group_normalized_rewards_and_their_metadata(inputs, eps, by_std):
         "format_reward": 2 * mean,
         "answer_reward": -mean,
         "zero_std_groups": sum(min(group) == max(group) for group in groups) / len(groups),
+        "unscored": 0.0,
     }
     assert set(metadata) == set(expected)
     assert_close(metadata, expected, rtol=1e-5, atol=1e-6)

@@ -2,7 +2,7 @@
 
 import math
 from fractions import Fraction
-from itertools import combinations
+from itertools import combinations, product
 from typing import get_args
 
 import pytest
@@ -380,6 +380,27 @@ def test_majority_by_definition(answers):
         top = max(counts.values())
         winners = [letter for letter, count in counts.items() if count == top and count]
         assert value == (winners.count("a") / len(winners) if winners else 0.0)
+
+
+@given(st.lists(st.integers(-3, 3), max_size=10))
+def test_the_sign_flip_test_counts_all_signs(differences):
+    sums = [
+        sum(s * d for s, d in zip(signs, differences, strict=True))
+        for signs in product((-1, 1), repeat=len(differences))
+    ]
+    extreme = Fraction(sum(abs(found) >= abs(sum(differences)) for found in sums), len(sums))
+    found = g.compute_sign_flip_p_value(torch.tensor(differences, dtype=torch.long))
+    assert found == pytest.approx(float(extreme), rel=1e-12)
+    assert 0 < found <= 1
+
+
+@given(wins=st.integers(0, 300), losses=st.integers(0, 300), ties=st.integers(0, 5))
+def test_of_single_responses_the_sign_flip_test_is_mcnemars(wins, losses, ties):
+    """Twice the tail of a fair coin thrown once for each question on which the two disagree."""
+    n, least = wins + losses, min(wins, losses)
+    tail = Fraction(2 * sum(math.comb(n, k) for k in range(least + 1)), 2**n)
+    differences = torch.tensor([1] * wins + [-1] * losses + [0] * ties, dtype=torch.int8)
+    assert g.compute_sign_flip_p_value(differences) == pytest.approx(min(1.0, float(tail)), rel=1e-9)
 
 
 @given(data=st.data(), best=st.sampled_from([1.0, 0.7, 0.1]))

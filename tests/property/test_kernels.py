@@ -509,6 +509,7 @@ print(len(compiled), sum("cubin" in one.asm for one in compiled))
 """
 
 
+@pytest.mark.slow
 def test_they_compile_for_a_gpu_that_is_not_there(tmp_path):
     """All that the proof launches, as it launches it, down to the binary of an H100: an interpreter accepts more."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

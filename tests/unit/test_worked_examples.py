@@ -101,7 +101,29 @@ def test_a_group_of_one_without_division_has_advantage_zero():
         "reward_max": rewards.item(),
         "format_reward": 1.0,
         "zero_std_groups": 1.0,
+        "unscored": 0.0,
     }
+
+
+def test_what_could_not_be_scored_is_not_zero_in_a_group():
+    """Two of four were scored, 1 and 0: the mean is 1/2, not 1/4, and each is half a unit from it."""
+    scores = {"a": 1.0, "b": None, "c": 0.0, "d": None}
+    advantages, rewards, metadata = g.compute_group_normalized_rewards(
+        lambda response, truth: {"reward": scores[response]} | ({"format_reward": 0.5} if scores[response] else {}),
+        list("abcd"), ["x"] * 4, 4, 1e-6, False,
+    )  # fmt: skip
+    assert advantages.tolist() == [0.5, 0.0, -0.5, 0.0]
+    assert rewards.isnan().tolist() == [False, True, False, True]
+    assert (metadata["reward"], metadata["reward_min"], metadata["reward_max"]) == (0.5, 0.0, 1.0)
+    assert metadata["reward_std"] == pytest.approx(0.5**0.5)
+    assert (metadata["unscored"], metadata["zero_std_groups"]) == (0.5, 0.0)
+    assert "format_reward" not in metadata  # one of the two that were scored lacks it
+    described = g.describe_rewards([{"reward": None}, {"reward": 1.0, "answer_reward": 1.0}], 2)
+    assert (described["answer_reward"], described["reward_std"], described["unscored"]) == (1.0, 0.0, 0.5)
+    nothing = g.describe_rewards([{"reward": None}] * 2, 2)
+    assert (nothing["unscored"], nothing["zero_std_groups"]) == (1.0, 1.0)
+    assert all(math.isnan(nothing[name]) for name in ("reward", "reward_std", "reward_min", "reward_max"))
+    assert "format_reward" not in nothing
 
 
 def test_the_four_losses_of_four_tokens():
