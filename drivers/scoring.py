@@ -216,7 +216,7 @@ def _holds(error_of: Callable[[nn.Module], Tensor], policy: nn.Module) -> bool:
         error = ranks.as_forward(policy, lambda: error_of(policy))
     except Exception:  # of a trial; see above
         return False
-    return bool(error <= 8 * torch.finfo(ranks.computing_dtype(policy)).eps)
+    return all(ranks.gather(bool(error <= 8 * torch.finfo(ranks.computing_dtype(policy)).eps)))
 
 
 def score(
