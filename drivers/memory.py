@@ -64,7 +64,8 @@ def settle_memory(
     engine_bytes = copies * size + VLLM_ON_CPU if here else 0
     sizes: dict[str, Any] = {"reference_bytes": reference_bytes, "engine_bytes": engine_bytes}
     plan = plan_memory(config, policy, longest_prompt, **sizes)
-    if config.gradient_checkpointing == "on" or (config.gradient_checkpointing == "auto" and not plan.fits):
+    all_fit = all(ranks.gather(plan.fits))  # one decision: machines may differ
+    if config.gradient_checkpointing == "on" or (config.gradient_checkpointing == "auto" and not all_fit):
         enable_checkpointing(policy)
         plan = plan_memory(config, policy, longest_prompt, **sizes, checkpointed=True)
     return plan
@@ -76,13 +77,17 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def gathered_bytes(policy: Any) -> int:
-    """What a rank holds whole for a while, weights and their gradients: what is outside the layers, and two layers."""
+    """What a rank holds whole for a while: weights and gradients outside the layers and of two layers.
+
+    And in float32 what is summed over ranks: the larger of the two.
+    """
     if ranks.size() == 1:
         return 0
     layers = policy.config.get_text_config().num_hidden_layers
     inside = sum(p.numel() for name, p in policy.named_parameters() if ".layers." in name or ".h." in name)
     outside = sum(p.numel() for p in policy.parameters()) - inside
-    return int(2 * (outside + 2 * inside // layers) * ranks.computing_dtype(policy).itemsize)
+    kept = 2 * (outside + 2 * inside // layers) * ranks.computing_dtype(policy).itemsize
+    return int(kept + 4 * max(outside, inside // layers))
 
 
 def plan_memory(

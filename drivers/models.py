@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from drivers.chat import end_turns
 from drivers.errors import UsageError
 from drivers.recipes import EMBEDDED_MODEL
 
@@ -75,14 +76,16 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(folder)
 
 
-def load_tokenizer(model_path: str) -> Any:
-    """The tokenizer beside a model."""
+def load_tokenizer(model_path: str, *, for_chat: bool = False) -> Any:
+    """The tokenizer beside a model. Its end token is what ends a response: `for_chat`, a turn of its chat template."""
     try:
         tokenizer = _quiet_transformers().AutoTokenizer.from_pretrained(model_path)
     except (OSError, ValueError) as error:
         raise UsageError(f"--model-path {model_path}: no tokenizer can be loaded ({_first_line(error)})") from error
     if tokenizer.eos_token_id is None:
         raise UsageError(f"--model-path {model_path}: its tokenizer has no end-of-sequence token; one is required")
+    if for_chat:
+        end_turns(tokenizer, model_path)
     return tokenizer
 
 

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 from drivers import ranks
-from drivers.errors import UnsoundRunError
 
 
 def training_state_bytes(policy: nn.Module) -> int:
@@ -57,24 +56,17 @@ class PolicyOptimizer:
             else:
                 master.grad.zero_()
 
-    @torch.no_grad()
-    def step(self, loss: Tensor, max_grad_norm: float) -> Tensor:
-        """Clip, update, zero. Returns the gradient's norm before clipping.
+    def clip(self, max_grad_norm: float) -> Tensor:
+        """Scale the gradient down to this norm. Returns what it was before."""
+        return ranks.whole(nn.utils.clip_grad_norm_(self._masters, max_grad_norm))
 
-        If that norm or the loss is not finite, no weight and no moment is changed, and the run stops.
-        """
-        norm = ranks.whole(nn.utils.clip_grad_norm_(self._masters, max_grad_norm))
-        for name, value in (("loss", loss), ("gradient norm", norm)):
-            if not value.isfinite():
-                self.zero_grad()
-                raise UnsoundRunError(
-                    f"the {name} is {value.item()}: this update was not made, the weights are as before"
-                )
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update, and begin a new gradient."""
         self._adamw.step()
         self.n_updates += 1
         self._copy_to_policy()
         self.zero_grad()
-        return norm
 
     @torch.no_grad()
     def _copy_to_policy(self) -> None:

@@ -4,7 +4,9 @@ All of them run the same loop on the same rollouts. The first rank samples, grad
 those of one process, dealt out. A gradient is a sum over ranks, never a mean: the loss's denominators are global.
 """
 
+import atexit
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -16,25 +18,55 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils._pytree import tree_map_only
 
+from drivers.errors import UsageError
+
 T = TypeVar("T")
 
 
-def start(deadline_s: float) -> None:
-    """Join the others, if torchrun started this process. Every wait for one of them ends after `deadline_s`."""
+def start(deadline_s: float, *, on_gpus: bool = True) -> None:
+    """Join the others, if torchrun started this process. Every wait for one of them ends after `deadline_s`.
+
+    `on_gpus`: each takes the GPU of its number on its machine, where there are any.
+    """
     if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
         return
-    on_gpus = torch.cuda.is_available()
+    on_gpus = on_gpus and torch.cuda.is_available()
     if on_gpus:
+        n_ranks, n_gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if n_ranks > n_gpus:
+            raise UsageError(
+                f"--nproc-per-node {n_ranks}: this machine has {n_gpus} GPUs, and each rank takes one; lower it, or "
+                "pass --policy-device cpu"
+            )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # Before the group: what is registered later, by whom it may be, comes first at the exit.
+    atexit.register(_leave_at_once)
     # What is said between hosts goes by gloo, what is computed by nccl.
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=timedelta(seconds=deadline_s))
 
 
+_has_ended = False
+
+
 def end() -> None:
     """Leave the others, all at once: who is still talking to one that has left would fail."""
+    global _has_ended
     if size() > 1:
         dist.barrier()
         dist.destroy_process_group()
+        _has_ended = True
+
+
+def _leave_at_once() -> None:
+    """At the exit of a rank that has done all it had to: without the interpreter's own end.
+
+    Threads of the group outlive it where a sharded model holds it, and one that lets go of a tensor in that end aborts
+    the process (pytorch/pytorch#179291): torchrun would call a finished run failed.
+    """
+    if _has_ended:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def size() -> int:
@@ -145,11 +177,11 @@ def whole(tensor: Tensor) -> Tensor:
 # --- shards ----------------------------------------------------------------------------------------------------------
 
 
-def shard(policy: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Give each rank its part of float32 weights; layers are gathered in `dtype` as a pass comes to them."""
+def shard(policy: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Give each rank its part of the weights, in float32 on its `device`; passes gather layers in `dtype`."""
     if size() == 1:
         return policy
-    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (size(),))
+    mesh = init_device_mesh(device.type, (size(),))
     precision = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
@@ -157,6 +189,7 @@ def shard(policy: nn.Module, dtype: torch.dtype) -> nn.Module:
     for module in [module for module in policy.modules() if type(module).__name__ in layers]:
         fully_shard(module, mesh=mesh, mp_policy=precision)
     fully_shard(policy, mesh=mesh, mp_policy=precision)
+    policy.float()  # of one shard: the whole need not be that wide anywhere
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

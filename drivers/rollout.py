@@ -77,15 +77,13 @@ class RolloutEngine(Protocol):
 
 
 class FollowingEngine:
-    """What the other ranks have for an engine: they help to gather the weights that the first one pushes."""
+    """What the other ranks have for an engine: while the first one leads, they help to gather what it pushes."""
 
     def __init__(self, weights: PolicyWeights) -> None:
-        self._weights = weights
         ranks.follow(weights)
 
     def load_weights(self, version: int) -> None:
-        for _ in self._weights:
-            pass
+        raise NotImplementedError("the first rank pushes")
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[Completion]:
         raise NotImplementedError("the first rank samples")
@@ -106,9 +104,7 @@ class HFEngine:
     def __init__(self, policy: Any, tokenizer: Any, *, batch_size: int = 64) -> None:
         self._policy, self._tokenizer, self._batch_size = policy, tokenizer, batch_size
         self._version: int | None = None
-        configured = policy.generation_config.eos_token_id
-        ids = configured if isinstance(configured, list) else [configured]
-        self._end_ids = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+        self._end_ids = end_token_ids(policy, tokenizer)
 
     def load_weights(self, version: int) -> None:
         self._version = version
@@ -188,6 +184,13 @@ class HFEngine:
         return Completion(text, prompt, kept, tuple(log_probs[:length]), finish_reason, self._version)
 
 
+def end_token_ids(policy: Any, tokenizer: Any) -> list[int]:
+    """What ends a response: any of those that the model's configuration names, and the tokenizer's."""
+    configured = policy.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
 class HFReplica(HFEngine):
     """`generate` of a whole copy, for a policy whose weights are spread over ranks."""
 
@@ -234,6 +237,7 @@ def make_engine(
 ) -> RolloutEngine:
     """The engine that was asked for: the servers at `urls`, if any. vLLM is imported here and nowhere earlier.
 
+    A response ends with the tokenizer's end token, and with those that the model's own configuration names.
     `reserved_bytes` of a GPU that engine and policy share are not the engine's. In a process of its own (on the CPU
     with `own_process`, on a second GPU in any case) it is supervised, and `say` tells when it had to be started again.
     """
@@ -251,9 +255,10 @@ def make_engine(
         if urls:
             from drivers.vllm_server import ServerEngine
 
-            sizes: dict[str, Any] = {"dtype": dtype, "max_model_len": max_model_len, "deadline_s": deadline_s}
+            settings: dict[str, Any] = {"dtype": dtype, "max_model_len": max_model_len, "deadline_s": deadline_s}
+            settings["end_token_id"] = tokenizer.eos_token_id
             say(f"Waiting for {', '.join(urls)} ...")
-            return SupervisedEngine(partial(ServerEngine, urls, policy, **sizes), say)
+            return SupervisedEngine(partial(ServerEngine, urls, policy, **settings), say)
         start = partial(
             VLLMEngine,
             model_path,
@@ -266,6 +271,7 @@ def make_engine(
             seed=seed,
             own_process=own_process,
             deadline_s=deadline_s,
+            end_token_id=tokenizer.eos_token_id,
         )
         apart = own_process or (device.type == "cuda" and device != next(policy.parameters()).device)
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # between vLLM and torch

@@ -16,12 +16,19 @@ from drivers.weights import Checksum
 T = TypeVar("T")
 # vLLM 0.32 waits on for an answer of an engine that was killed: its own watch closes the sockets, and wakes nobody.
 _LOOK_EVERY_S = 0.2
+_COME_OUT_S = 10.0
 
 
-def within(seconds: float, call: Callable[[], T], is_alive: Callable[[], bool] = lambda: True) -> T:
+def within(
+    seconds: float,
+    call: Callable[[], T],
+    is_alive: Callable[[], bool] = lambda: True,
+    give_up: Callable[[], None] = lambda: None,
+) -> T:
     """The answer of `call`; a TimeoutError, or an EngineDiedError as soon as who ought to answer `is_alive` no more.
 
-    The thread that asked then waits on, for whoever ends what it waits for.
+    Before either, `give_up` is to end what the thread that asked waits for, and it gets some seconds to come out: a
+    successor of the engine is pushed the same weights, which that thread may be gathering.
     """
     if not is_alive():
         raise EngineDiedError("its process has ended")
@@ -33,13 +40,16 @@ def within(seconds: float, call: Callable[[], T], is_alive: Callable[[], bool] =
         except BaseException as error:
             answer.set_exception(error)
 
-    threading.Thread(target=ask, daemon=True, name="engine").start()
+    thread = threading.Thread(target=ask, daemon=True, name="engine")
+    thread.start()
     end = time.monotonic() + seconds
     while not wait([answer], timeout=_LOOK_EVERY_S).done:
-        if not is_alive():
-            raise EngineDiedError("its process has ended")
-        if time.monotonic() > end:
-            raise TimeoutError
+        died = not is_alive()
+        if died or time.monotonic() > end:
+            with suppress(Exception):  # what it fails of is no news of an engine that failed
+                give_up()
+            thread.join(_COME_OUT_S)
+            raise EngineDiedError("its process has ended") if died else TimeoutError
     return answer.result()
 
 
@@ -102,7 +112,7 @@ def end_with_trainer(seconds: float = 1.0) -> None:
         return
 
     def watch() -> None:
-        while _is_alive(trainer):
+        while is_running(trainer):
             time.sleep(seconds)
         if parent != trainer and os.getppid() == parent:
             with suppress(ProcessLookupError):
@@ -112,9 +122,10 @@ def end_with_trainer(seconds: float = 1.0) -> None:
     threading.Thread(target=watch, daemon=True, name="end-with-trainer").start()
 
 
-def _is_alive(pid: int) -> bool:
+def is_running(pid: int | None) -> bool:
+    """Whoever has waited for it: `multiprocessing` takes a child that somebody else has waited for to be alive."""
     try:
         with open(f"/proc/{pid}/stat") as file:  # a zombie is there, and dead
             return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # gone before it was opened, or before it was read
         return False

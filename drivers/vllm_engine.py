@@ -13,9 +13,10 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import InvalidStateError
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, BinaryIO, ClassVar, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -34,10 +35,11 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLWeightTransferEngine
 from vllm.platforms import current_platform
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from drivers.errors import EngineDiedError, UsageError
 from drivers.rollout import Completion, Sampling
-from drivers.supervise import TRAINER, end_with_trainer, within
+from drivers.supervise import TRAINER, end_with_trainer, is_running, within
 from drivers.weights import Checksum, PolicyWeights, checksum
 
 T = TypeVar("T")
@@ -153,33 +155,34 @@ class HostTrainerEngine(TrainerWeightTransferEngine[HostTrainerInit]):  # type: 
     """The trainer's side: one call per push."""
 
     init_info_cls = HostTrainerInit
-    file: int | None = None
+    file: BinaryIO | None = None
 
     @classmethod
     def trainer_init(cls, init_info: HostTrainerInit, *, client: Any, source: Any = None) -> "HostTrainerEngine":
         engine = cls(client=client, source=source, is_sender=init_info.is_sender)
-        # Anonymous memory with a name under /proc: it ends with this process, however that ends.
-        engine.file = os.memfd_create("weights") if init_info.by_file else None
         client.init_weight_transfer_engine({})
+        # Anonymous memory with a name under /proc: it ends with this process, however that ends.
+        engine.file = open(os.memfd_create("weights"), "wb") if init_info.by_file else None  # noqa: SIM115
         return engine
 
     @torch.no_grad()
     def send_weights(self) -> None:
         update: dict[str, Any] = {"tensors": self.source}
-        if self.file is not None:
-            with open(self.file, "wb", closefd=False) as file:
-                file.write(save({name: tensor.detach().contiguous() for name, tensor in self.source}))
-            update = {"path": f"/proc/{os.getpid()}/fd/{self.file}"}
+        file = self.file
+        if file is not None:  # an object, not a number: that may be another file's when this was shut down meanwhile
+            file.write(save({name: tensor.detach().contiguous() for name, tensor in self.source}))
+            file.flush()
+            update = {"path": f"/proc/{os.getpid()}/fd/{file.fileno()}"}
         self.client.start_weight_update()
         self.client.update_weights(update)
         self.client.finish_weight_update()
-        if self.file is not None:
-            os.ftruncate(self.file, 0)
-            os.lseek(self.file, 0, os.SEEK_SET)
+        if file is not None:
+            file.seek(0)
+            file.truncate()
 
     def shutdown(self) -> None:
         if self.file is not None:
-            os.close(self.file)
+            self.file.close()
             self.file = None
 
 
@@ -239,9 +242,13 @@ class VLLMEngine:
         seed: int,
         own_process: bool = False,
         deadline_s: float = 3600.0,
+        end_token_id: int | None = None,
     ) -> None:
-        """`own_process` is for a CPU; on another GPU than the policy's it is the only way. There every wait ends."""
-        policy_device = next(policy.parameters()).device
+        """`own_process` is for a CPU; on another GPU than the policy's it is the only way. There every wait ends.
+
+        `end_token_id` ends a response, as those do that the model's folder names.
+        """
+        policy_device = self._policy_device = next(policy.parameters()).device
         if (device.type == "cpu") != current_platform.is_cpu():
             raise UsageError(
                 f"rollout_device={device}: this vLLM is built for {current_platform.device_name} and samples there "
@@ -249,6 +256,7 @@ class VLLMEngine:
             )
         own_gpu = device.type == "cuda" and device != policy_device
         self._own_process, self._deadline_s = own_gpu or own_process, deadline_s
+        self._end_token_id = end_token_id
         self._shares_gpu = device.type == "cuda" and not own_gpu
         self._asleep = False
         self._busy = threading.Lock()
@@ -262,7 +270,7 @@ class VLLMEngine:
             torch.cuda.set_device(policy_device)
         set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
         before = set(multiprocessing.active_children())
-        with _hidden_from_interrupts() if self._own_process else nullcontext():
+        with _in_time(deadline_s, before) if self._own_process else nullcontext():
             self._llm = LLM(
                 model=model_path,
                 dtype=str(dtype).removeprefix("torch."),
@@ -280,9 +288,15 @@ class VLLMEngine:
         torch.set_num_threads(num_threads)
         if policy_device.type == "cuda":
             torch.cuda.set_device(policy_device)
-        self._sender = WeightTransferTrainerFactory.trainer_init(
-            self._transfer_init(own_gpu), client=LocalClient(self._llm), source=PolicyWeights(policy, dtype)
+        self._sender: TrainerWeightTransferEngine[Any] | None = None
+        self._sender = self._ask(
+            "get ready for weights", lambda: self._make_sender(PolicyWeights(policy, dtype), own_gpu)
         )
+
+    def _make_sender(self, source: PolicyWeights, own_gpu: bool) -> TrainerWeightTransferEngine[Any]:
+        settle(self._policy_device)  # nccl's sends from the current device, and asked in a thread that is the first
+        init, client = self._transfer_init(own_gpu), LocalClient(self._llm)
+        return WeightTransferTrainerFactory.trainer_init(init, client=client, source=source)
 
     def _transfer_init(self, own_gpu: bool) -> TrainerInitInfo:
         if not own_gpu:
@@ -302,9 +316,11 @@ class VLLMEngine:
         self._ask("take the weights over", lambda: self._load_weights(version))
 
     def _load_weights(self, version: int) -> None:
+        settle(self._policy_device)
         if self._asleep:
             torch.cuda.empty_cache()
             self._llm.wake_up(tags=["weights"])
+        assert self._sender is not None
         self._sender.send_weights()
         self._llm.update_weight_version(str(version))
         if self._asleep:
@@ -320,7 +336,9 @@ class VLLMEngine:
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         # vLLM gives sample k of a request the seed s + k; prompts that share s would share their noise.
         parameters = [
-            SamplingParams(**sampling_parameters(sampling, seed + index * sampling.n), flat_logprobs=True)
+            SamplingParams(
+                **sampling_parameters(sampling, seed + index * sampling.n, self._end_token_id), flat_logprobs=True
+            )
             for index in range(len(prompts))
         ]
         outputs = self._ask(
@@ -340,9 +358,16 @@ class VLLMEngine:
 
     def close(self) -> None:
         """In this process, after what it still generates; a process of its own is ended at once."""
-        self._sender.shutdown()
+        if self._sender is not None:
+            self._sender.shutdown()
+        core = self._llm.llm_engine.engine_core
         with nullcontext() if self._own_process else self._busy:
-            self._llm.llm_engine.engine_core.shutdown()
+            core.shutdown()
+        if self._own_process:  # vLLM wakes nobody who waits for an answer of what has ended
+            for answer in list(core.utility_results.values()):
+                with suppress(InvalidStateError):
+                    answer.set_exception(EngineDeadError())
+            core.outputs_queue.put_nowait(EngineDeadError())
 
     def _ask(self, what: str, call: Callable[[], T]) -> T:
         """A process of its own may die, or never answer."""
@@ -350,9 +375,8 @@ class VLLMEngine:
             with self._busy:
                 return call()
         try:
-            return within(self._deadline_s, call, self._is_alive)
+            return within(self._deadline_s, call, self._is_alive, self.close)
         except TimeoutError as error:
-            self.close()
             raise EngineDiedError(
                 f"vLLM did not {what} within {self._deadline_s:g} s (--engine-deadline-s) and was ended"
             ) from error
@@ -363,10 +387,20 @@ class VLLMEngine:
             raise EngineDiedError(f"vLLM's process died when it was to {what}; its own error stands above") from error
 
     def _is_alive(self) -> bool:
-        return all(process.is_alive() for process in self._processes)
+        return all(is_running(process.pid) for process in self._processes)
 
 
-def sampling_parameters(sampling: Sampling, seed: int) -> dict[str, Any]:
+def settle(device: torch.device) -> None:
+    """Before the policy's weights on `device` are sent: all that is still to change them there is done.
+
+    NCCL's sender packs on streams of its own, which wait for nobody's, and a new thread's device is the first one.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.synchronize(device)
+
+
+def sampling_parameters(sampling: Sampling, seed: int, end_token_id: int | None = None) -> dict[str, Any]:
     """Of one request, in vLLM's words."""
     return {
         "n": sampling.n,
@@ -376,6 +410,7 @@ def sampling_parameters(sampling: Sampling, seed: int) -> dict[str, Any]:
         "min_tokens": sampling.min_tokens,
         "max_tokens": sampling.max_tokens,
         "stop": list(sampling.stop),
+        "stop_token_ids": [] if end_token_id is None else [end_token_id],
         "include_stop_str_in_output": True,
         "seed": seed,
         "logprobs": 0,  # of the sampled token alone
@@ -396,6 +431,9 @@ def placement(device: torch.device, *, shared: bool, gpu_memory_utilization: flo
             "kv_cache_memory_bytes": KV_CACHE_BYTES_ON_CPU,
             # A prompt that is prefilled in two parts ends seeded sampling: CPU generators have no offset to set.
             "enable_chunked_prefill": False,
+            # An engine's process is its worker too: vLLM would start another, to bind threads to cores, which is not
+            # asked for here. So it starts in half of the time.
+            "distributed_executor_backend": UniProcExecutor,
         }
     return {
         "device_ids": [device.index or 0],
@@ -416,13 +454,34 @@ def share_beside(reserved_bytes: int, total_bytes: int) -> float:
 
 
 @contextmanager
-def _hidden_from_interrupts() -> Iterator[None]:
-    """Child processes that start here never see Ctrl-C: the trainer ends them, after its update and its push."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _in_time(seconds: float, before: set[Any]) -> Iterator[None]:
+    """Child processes that start here never see Ctrl-C: the trainer ends them, after its update and its push.
+
+    Those that are not among the children of `before` are ended when they are not there after so many seconds: vLLM
+    waits for one that lives as long as it lives.
+    """
+    is_late = threading.Event()
+
+    def end() -> None:
+        is_late.set()
+        for process in set(multiprocessing.active_children()) - before:
+            process.kill()
+
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
     try:
         yield
+    except Exception as error:
+        if not is_late.is_set():
+            raise
+        raise EngineDiedError(
+            f"vLLM did not start within {seconds:g} s (--engine-deadline-s) and was ended"
+        ) from error
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        timer.cancel()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _completion(output: Any, sample: Any) -> Completion:

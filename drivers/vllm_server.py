@@ -1,4 +1,4 @@
-"""vLLM servers as a rollout engine: one or several, on this machine or others, each data-parallel by vLLM itself.
+"""vLLM servers as a rollout engine: one or several, on this machine or others; several are data-parallel.
 
 Prompts go round among them as token ids, and weights to all of them, by the same transfer API as in `vllm_engine`:
 `nccl` from a GPU, a file in memory from a CPU (then they run on this machine, under this user).
@@ -7,9 +7,9 @@ Prompts go round among them as token ids, and weights to all of them, by the sam
 import asyncio
 import socket
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -24,16 +24,20 @@ from vllm.utils.network_utils import get_open_port
 from drivers.errors import EngineDiedError, UsageError
 from drivers.rollout import Completion, Sampling
 from drivers.supervise import within
-from drivers.vllm_engine import PACKED_BUFFER_BYTES, HostTrainerInit, read_checksums, sampling_parameters
+from drivers.vllm_engine import PACKED_BUFFER_BYTES, HostTrainerInit, read_checksums, sampling_parameters, settle
 from drivers.weights import Checksum, PolicyWeights
 
 T = TypeVar("T")
 
 START_S = 600.0
 """How long a server may take to be there, at the start and when it died."""
+CLOSE_S = 10.0
+"""How long servers may take to let go of this process; a dead one never does."""
+RESET_TRIES, RESET_WAIT_S = 20, 0.25
 MAX_CONNECTIONS = 512
 COMMAND = (
     "VLLM_SERVER_DEV_MODE=1 PYTHONPATH=. vllm serve MODEL --enable-scale-out --logprobs-mode processed_logprobs "
+    "--load-format dummy --max-model-len TOKENS "
     '--weight-transfer-config \'{"backend": "%s"}\' --worker-extension-cls drivers.vllm_engine.WorkerExtension'
 )
 
@@ -43,10 +47,14 @@ class Servers:
 
     def __init__(self, urls: Sequence[str], timeout_s: float) -> None:
         self.urls = [url.rstrip("/") for url in urls]
-        self._client = httpx.Client(timeout=timeout_s)
-        self._threads = ThreadPoolExecutor(len(self.urls), thread_name_prefix="server")
+        self._timeout_s = timeout_s
+        # A connection is used once: vLLM closes it after an error, and when it was idle for some seconds.
+        self._client = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0))
+        self._threads = futures.ThreadPoolExecutor(len(self.urls), thread_name_prefix="server")
         self.sizes = [1] * len(self.urls)
         """Workers of each."""
+        self.failed: Exception | None = None
+        """Why nothing more is to be sent."""
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -63,34 +71,64 @@ class Servers:
                 if time.monotonic() > end:
                     raise EngineDiedError(f"{url}/health did not answer within {seconds:g} s")
                 time.sleep(0.5)
-        self.sizes = [int(answer["world_size"]) for answer in self.call("GET", "get_world_size")]
 
-    def call(self, method: str, path: str, bodies: Sequence[Any] | None = None) -> list[Any]:
-        """One answer of each. `bodies` are theirs, in order."""
+    def call(
+        self, method: str, path: str, bodies: Sequence[Any] | None = None, seconds: float | None = None
+    ) -> list[Any]:
+        """One answer of each, or the first error; a TimeoutError after `seconds`. `bodies` are theirs, in order."""
+        seconds = self._timeout_s if seconds is None else seconds
+
+        def ask(url: str, body: Any) -> Any:
+            answer = self._client.request(method, f"{url}/{path}", json=body, timeout=seconds)
+            answer.raise_for_status()
+            return answer.json() if answer.content else None
+
         requests = [
-            self._threads.submit(self._client.request, method, f"{url}/{path}", json=body)
+            self._threads.submit(ask, url, body)
             for url, body in zip(self.urls, bodies or [None] * len(self.urls), strict=True)
         ]
-        answers = [request.result() for request in requests]
-        for answer in answers:
-            answer.raise_for_status()
-        return [answer.json() if answer.content else None for answer in answers]
+        waiting = futures.wait(requests, seconds, futures.FIRST_EXCEPTION).not_done
+        answers = [request.result() for request in requests if request not in waiting]
+        if waiting:
+            raise TimeoutError
+        return answers
 
-    def post(self, path: str, body: Any = None) -> list[Any]:
-        return self.call("POST", path, [body] * len(self.urls))
+    def post(self, path: str, body: Any = None, seconds: float | None = None) -> list[Any]:
+        return self.call("POST", path, [body] * len(self.urls), seconds)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         infos, offset = [], init_info.get("rank_offset")
-        for size in self.sizes:  # each has its own places in the group
-            infos.append(init_info if offset is None else init_info | {"rank_offset": offset})
-            offset = None if offset is None else offset + size
-        self.call("POST", "init_weight_transfer_engine", [{"init_info": info} for info in infos])
+        for url, size in zip(self.urls, self.sizes, strict=True):
+            own: dict[str, Any] = {}
+            if offset is not None:  # each has its own places in the group, and its own way to this machine
+                own = {"rank_offset": offset, "master_address": _address_towards(url)}
+                offset += size
+            infos.append({"init_info": init_info | own})
+        with self._noting_failure():
+            self.call("POST", "init_weight_transfer_engine", infos)
 
     def start_weight_update(self) -> None:
-        self.post("start_weight_update")
+        try:
+            self.post("start_weight_update")
+        except httpx.HTTPStatusError:  # vLLM starts none where one is open still: the last push was broken off
+            for url in self.urls:
+                self._client.post(f"{url}/finish_weight_update", timeout=self._timeout_s)
+            self.post("start_weight_update")
+        if self.failed is not None:  # given up while they were asked: the sender must not gather weights any more
+            raise self.failed
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        self.post("update_weights", {"update_info": update_info})
+        with self._noting_failure():
+            self.post("update_weights", {"update_info": update_info})
+
+    @contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        """Meanwhile the sender of nccl waits for them where it hears of no error."""
+        try:
+            yield
+        except Exception as error:
+            self.failed = self.failed or error
+            raise
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self.post("finish_weight_update", None if weight_version is None else {"weight_version": weight_version})
@@ -108,25 +146,42 @@ class ServerEngine:
         max_model_len: int,
         deadline_s: float = 3600.0,
         start_s: float = START_S,
+        end_token_id: int | None = None,
     ) -> None:
-        self._deadline_s = deadline_s
+        self._deadline_s, self._device = deadline_s, next(policy.parameters()).device
+        self._command = COMMAND % ("checked_nccl" if self._device.type == "cuda" else "host")
+        self._sender: Any = None
+        self._version: int | None = None
+        self._end_token_id = end_token_id
         self._servers = Servers(urls, deadline_s)
-        self._servers.wait(start_s)
-        device = next(policy.parameters()).device
-        self._check(device, max_model_len)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        try:
+            self._servers.wait(start_s)
+            self._ask("get ready for weights", lambda: self._connect(PolicyWeights(policy, dtype), max_model_len))
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self, source: PolicyWeights, max_model_len: int) -> None:
+        """With servers that can do what they are for."""
+        settle(self._device)
+        self._servers.sizes = [int(answer["world_size"]) for answer in self._servers.call("GET", "get_world_size")]
+        self._check(max_model_len)
         self._sender = WeightTransferTrainerFactory.trainer_init(
-            self._transfer_init(device), client=self._servers, source=PolicyWeights(policy, dtype)
+            self._transfer_init(), client=self._servers, source=source
         )
 
-    def _check(self, device: torch.device, max_model_len: int) -> None:
-        """That they can do what they are for."""
+    def _check(self, max_model_len: int) -> None:
         try:
-            self._servers.post("collective_rpc", {"method": "received_checksums"})
+            answers = self._servers.post("collective_rpc", {"method": "received_checksums"})
         except httpx.HTTPStatusError as error:
-            command = COMMAND % ("checked_nccl" if device.type == "cuda" else "host")
-            raise UsageError(f"--rollout-url {error.request.url}: is to be started with: {command}") from error
+            raise UsageError(f"--rollout-url {error.request.url}: is to be started with: {self._command}") from error
+        for url, size, answer in zip(self._servers.urls, self._servers.sizes, answers, strict=True):
+            if len(answer["results"]) != size:  # with --data-parallel-size only the first engine answers
+                raise UsageError(
+                    f"--rollout-url {url}: only {len(answer['results'])} of its {size} workers can be asked what they "
+                    "received, so no push could be checked: start one server for each engine, without "
+                    "--data-parallel-size"
+                )
         for url, answer in zip(self._servers.urls, self._servers.call("GET", "v1/models"), strict=True):
             length = answer["data"][0]["max_model_len"]
             if length < max_model_len:
@@ -135,11 +190,14 @@ class ServerEngine:
                     f"to {max_model_len} tokens"
                 )
 
-    def _transfer_init(self, device: torch.device) -> TrainerInitInfo:
-        if device.type == "cpu":
+    def _transfer_init(self) -> TrainerInitInfo:
+        if self._device.type == "cpu":
             return HostTrainerInit(rank=0, by_file=True)
+        addresses = {_address_towards(url) for url in self._servers.urls}
         return NCCLTrainerInitInfo(
-            master_address=_address_towards(self._servers.urls[0]),
+            # The group's store is this process's, and listens at this address alone: where servers come from several
+            # sides, at all of them. What each is told to come to is its own view (`init_weight_transfer_engine`).
+            master_address=addresses.pop() if len(addresses) == 1 else "0.0.0.0",
             master_port=get_open_port(),
             world_size=1 + sum(self._servers.sizes),
             rank=0,
@@ -151,9 +209,22 @@ class ServerEngine:
         self._ask("take the weights over", lambda: self._load_weights(version))
 
     def _load_weights(self, version: int) -> None:
+        settle(self._device)
+        self._version = version
         self._sender.send_weights()
         self._servers.post("update_weight_version", {"new_version": str(version)})
-        self._servers.post("reset_prefix_cache")
+        self._drop_prefix_cache()
+
+    def _drop_prefix_cache(self) -> None:
+        for _ in range(RESET_TRIES):
+            answers = self._servers.post("reset_prefix_cache")
+            refused = [u for u, answer in zip(self._servers.urls, answers, strict=True) if not answer["success"]]
+            if not refused:
+                return
+            time.sleep(RESET_WAIT_S)  # the last requests may be about to leave the scheduler
+        raise RuntimeError(
+            f"{', '.join(refused)} refused to drop the prefix cache after a weight push: it holds keys of old weights"
+        )
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[Completion]:
         """See `VLLMEngine.generate`."""
@@ -178,13 +249,19 @@ class ServerEngine:
     ) -> list[Completion]:
         body = {
             "token_ids": list(prompt),
-            "sampling_params": sampling_parameters(sampling, seed),
+            "sampling_params": sampling_parameters(sampling, seed, self._end_token_id),
             "output_mode": "text",
         }
         answer = await client.post(f"{url}/inference/v1/generate", json=body)
         answer.raise_for_status()
         choices = sorted(answer.json()["choices"], key=lambda choice: choice["index"])
-        return [_completion(prompt, choice) for choice in choices]
+        completions = [_completion(prompt, choice) for choice in choices]
+        for version in {completion.weight_version for completion in completions} - {self._version}:
+            raise EngineDiedError(
+                f"{url} samples from the weights of push {version}, {self._version} was the last one: it has been "
+                "started again, or somebody else pushes"
+            )
+        return completions
 
     def sleep(self) -> None:
         """They have devices of their own."""
@@ -198,15 +275,23 @@ class ServerEngine:
 
     def close(self) -> None:
         """The servers stay; they belong to whoever started them."""
-        self._sender.shutdown()
-        with suppress(httpx.HTTPError):
-            self._servers.post("shutdown_weight_transfer_engine")
+        self._servers.failed = self._servers.failed or EngineDiedError(
+            f"{', '.join(self._servers.urls)}: were given up"
+        )
+        if self._sender is not None:
+            self._sender.shutdown()
+        with suppress(Exception):  # a dead one has nothing to let go of, nor has any the second time
+            self._servers.post("shutdown_weight_transfer_engine", seconds=CLOSE_S)
         self._servers.close()
 
     def _ask(self, what: str, call: Callable[[], T]) -> T:
+        """What went wrong is one line, and whose fault it is."""
         named = ", ".join(self._servers.urls)
         try:
-            return within(self._deadline_s, call)
+            try:
+                return within(self._deadline_s, call, lambda: self._servers.failed is None, self.close)
+            except EngineDiedError as error:
+                raise self._servers.failed or error from None
         except TimeoutError as error:
             raise EngineDiedError(
                 f"{named} did not {what} within {self._deadline_s:g} s (--engine-deadline-s)"
@@ -215,7 +300,9 @@ class ServerEngine:
             url, status, text = error.request.url, error.response.status_code, error.response.text
             if error.response.is_server_error:
                 raise EngineDiedError(f"{url}: answers {status}: {text[:300]}") from error
-            raise UsageError(f"--rollout-url: {url} answers {status}: {text[:300]}") from error
+            raise UsageError(
+                f"--rollout-url {url}: answers {status}: {text[:300]}; it is to be started with: {self._command}"
+            ) from error
         except httpx.HTTPError as error:
             raise EngineDiedError(
                 f"{named}: no answer when asked to {what} ({type(error).__name__} {error})".rstrip()
@@ -237,7 +324,10 @@ def _completion(prompt: Sequence[int], choice: dict[str, Any]) -> Completion:
 
 
 def _address_towards(url: str) -> str:
-    """Of this machine, as the one at `url` sees it."""
-    parts = urlsplit(url)
-    with socket.create_connection((parts.hostname or "", parts.port or 80), timeout=10) as connection:
-        return str(connection.getsockname()[0])
+    """Of this machine, as the one at `url` sees it: by IPv4, as vLLM's store listens. Nothing is sent to find out."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+            way.connect((urlsplit(url).hostname or "", 1))
+            return str(way.getsockname()[0])
+    except OSError as error:
+        raise EngineDiedError(f"{url}: there is no way to it from this machine ({error})") from error

@@ -1,7 +1,8 @@
 """The policy's weights as an engine loads them: whole, merged, in one precision, under the names of its files."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+import zlib
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ class PolicyWeights:
     What LoRA adds is merged into a copy: weights that are merged in place and unmerged again drift.
     """
 
+    _last: ClassVar[Generator[tuple[str, Tensor], None, None] | None] = None
+
     def __init__(self, policy: nn.Module, dtype: torch.dtype) -> None:
         self._policy, self._dtype = policy, dtype
 
@@ -31,14 +34,31 @@ class PolicyWeights:
         """What an iteration yields, without gathering anything. So is it named where vLLM's trainer side asks."""
         return [WeightShape(name, self._dtype, tuple(parameter.shape)) for name, parameter, _ in self._entries()]
 
-    @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        if ranks.size() == 1:
+            return self._gathered()
+        if PolicyWeights._last is not None:
+            PolicyWeights._last.close()
+        PolicyWeights._last = self._gathered()
+        return PolicyWeights._last
+
+    @torch.no_grad()
+    def _gathered(self) -> Generator[tuple[str, Tensor], None, None]:
         ranks.summon()
-        for name, parameter, adapted in self._entries():
-            weight = ranks.whole(parameter)
-            if adapted is not None:
-                weight = weight.float() + _lora_update(adapted)
-            yield name, weight.to(self._dtype)
+        entries = self._entries()
+        try:
+            for name, parameter, adapted in entries:
+                yield name, self._whole(name, parameter, adapted)
+        finally:  # where an engine died of it, the other ranks gather on: so does this one, to its end
+            for name, parameter, adapted in entries if ranks.size() > 1 else ():
+                self._whole(name, parameter, adapted)
+
+    def _whole(self, name: str, parameter: nn.Parameter, adapted: Any) -> Tensor:
+        weight = ranks.whole(parameter)
+        if adapted is None:
+            return weight.to(self._dtype)
+        merged = weight.float() + _lora_update(adapted)
+        return dithered(merged, name) if self._dtype == torch.bfloat16 else merged.to(self._dtype)
 
     def checksums(self) -> dict[str, Checksum]:
         """Of all of them, as they are now."""
@@ -66,6 +86,18 @@ def _lora_update(layer: Any) -> Tensor:
         product = layer.scaling[name] * (up @ down)
         update = update + (product.T if getattr(layer, "fan_in_fan_out", False) else product)
     return update
+
+
+def dithered(weight: Tensor, name: str) -> Tensor:
+    """Float32 to bfloat16, up or down by a chance that makes the mean exact; the same chance each time for a `name`.
+
+    Rounding to the nearest takes most of a small update away (LoRA's, from a model in bfloat16): what stays below half
+    a unit in the last place of a weight would reach no engine. What bfloat16 holds exactly stays as it is.
+    """
+    draw = torch.Generator(weight.device).manual_seed(zlib.crc32(name.encode()))
+    noise = torch.randint(1 << 16, weight.shape, generator=draw, device=weight.device, dtype=torch.int32)
+    bits = weight.contiguous().view(torch.int32)
+    return ((bits + noise) & ~0xFFFF).view(torch.float32).to(torch.bfloat16)
 
 
 def checksum(tensor: Tensor) -> Tensor:

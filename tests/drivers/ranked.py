@@ -13,13 +13,15 @@ from drivers import environment  # noqa: F401  before torch: OpenMP reads its se
 import torch
 
 from drivers import ranks
-from drivers.checkpoint import find_checkpoint
 from drivers.display import Display
+from drivers.lora import add_lora
+from drivers.memory import enable_checkpointing
 from drivers.rollout import FollowingEngine, HFReplica, make_engine
 from drivers.run import Run
+from drivers.run_folder import find_checkpoint
 from drivers.train import train
 from drivers.weights import PolicyWeights
-from tests.drivers.parts import letter_reward, tiny_config, tiny_parts
+from tests.drivers.parts import letter_grader, tiny_config, tiny_parts
 from tests.drivers.test_supervision import engine_processes
 from tests.tiny import make_tiny_tokenizer, save_tiny
 
@@ -31,17 +33,25 @@ def main(
     dtype: str = "float32",
     seconds: float = 300.0,
     kill_engine_at: int | None = None,
+    break_push: tuple[int, int] | None = None,
 ) -> None:
-    """`kill_engine_at`: before which of its answers vLLM dies."""
+    """`kill_engine_at`: before which of its answers vLLM dies. `break_push`: in which push, after how many tensors."""
     torch.set_num_threads(1)
     ranks.start(seconds)
     config, precision = tiny_config(**settings), getattr(torch, dtype)
     parts = tiny_parts()
     several = ranks.size() > 1
-    policy = ranks.shard(parts.policy, precision) if several else parts.policy.to(precision)
+    cpu = torch.device("cpu")
+    policy = parts.policy.to(precision)
+    if config.lora_rank:
+        add_lora(policy, config.lora_rank, config.lora_alpha, seed=5, base="tiny")
+    if several:
+        policy = ranks.shard(policy, precision, cpu)
+    if config.gradient_checkpointing == "on":
+        enable_checkpointing(policy)
     reference = tiny_parts().policy if config.needs_reference else None
     if reference is not None:
-        reference = ranks.shard(reference, precision) if several else reference.to(precision)
+        reference = ranks.shard(reference, precision, cpu) if several else reference.to(precision)
     weights = PolicyWeights(policy, precision)
     if not ranks.is_first():
         engine = FollowingEngine(weights)
@@ -70,6 +80,25 @@ def main(
             return answer(*arguments, **named)
 
         engine.generate = generate
+        if break_push is not None:
+            inner, pushes = engine._engine._sender, []
+            source, send = inner.source, inner.send_weights
+
+            def breaking():
+                for number, pair in enumerate(source):
+                    if number == break_push[1]:
+                        for process in engine_processes():
+                            process.kill()
+                            process.wait()
+                        raise RuntimeError("the connection is gone")
+                    yield pair
+
+            def send_weights():
+                pushes.append(1)
+                inner.source = breaking() if len(pushes) == break_push[0] else source
+                send()
+
+            inner.send_weights = send_weights
     else:
         engine = HFReplica(tiny_parts().policy.to(precision), parts.tokenizer, weights)
     run_folder = Path(folder) / "run"
@@ -78,8 +107,8 @@ def main(
     display = Display(config.n_grpo_steps, quiet=not ranks.is_first())
     run = Run(config, run_folder, parts.tokenizer, display, checkpoint)
     try:
-        train(config, policy, engine, letter_reward, parts.questions, parts.questions, run, reference)
-        run.save(policy, "final_model")
+        train(config, policy, engine, letter_grader, parts.questions, parts.questions, run, reference)
+        run.publish("final_model")
     finally:
         run.finish()
         engine.close()

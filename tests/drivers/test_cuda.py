@@ -12,7 +12,7 @@ from drivers.rollout import HFEngine
 from drivers.scoring import score
 from drivers.train import accumulate_gradients, train
 from grpo_core import compute_entropy, compute_grpo_clip_loss, grpo_microbatch_loss, normalize_group_rewards
-from tests.drivers.parts import clone_policy, letter_reward, make_run, rollouts_of, tiny_config, tiny_parts
+from tests.drivers.parts import clone_policy, letter_grader, make_run, rollouts_of, tiny_config, tiny_parts
 from tests.drivers.test_batch import LONG_PROMPT, SHORT_PROMPT, batch_of
 from tests.drivers.test_train import ON_POLICY, TWO_EPOCHS
 
@@ -76,7 +76,7 @@ def test_the_loop_learns(tmp_path, dtype, schedule):
     run = make_run(config, tmp_path, parts.tokenizer)
     engine = HFEngine(policy, parts.tokenizer)
     try:
-        train(config, policy, engine, letter_reward, parts.questions, parts.questions, run)
+        train(config, policy, engine, letter_grader, parts.questions, parts.questions, run)
     finally:
         run.finish()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

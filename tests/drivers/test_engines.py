@@ -2,6 +2,7 @@
 
 import gc
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,7 +57,10 @@ def make_vllm(folder, policy, own_process=False):
         )
 
 
-VLLM = [pytest.param(kind, marks=pytest.mark.vllm) for kind in ("vllm", "vllm in its own process")]
+VLLM = [
+    pytest.param("vllm", marks=pytest.mark.vllm),
+    pytest.param("vllm in its own process", marks=[pytest.mark.vllm, pytest.mark.slow]),
+]
 
 
 @pytest.fixture(scope="module", params=["hf", *VLLM])
@@ -179,6 +183,71 @@ def test_the_self_check_passes_after_a_push(subject):
     agreement = check(subject)
     assert agreement.largest < TOLERANCE
     assert agreement.n_tokens > 20
+
+
+class RawLogProbs(HFEngine):
+    """Log-probs of the distribution before the temperature: what a sampler reports that was not asked for its own."""
+
+    def generate(self, prompts, sampling, *, seed):
+        completions = super().generate(prompts, sampling, seed=seed)
+        return [replace(c, log_probs=tuple(policy_log_probs(self._policy, c, 1.0))) for c in completions]
+
+
+def test_the_self_check_notices_log_probs_of_another_temperature():
+    policy = make_tiny_policy(3)
+    subject = Subject("hf", policy, RawLogProbs(policy, make_tiny_tokenizer()))
+    subject.push()
+    assert check(subject).mean < TOLERANCE  # at temperature 1 they are the same
+    with pytest.raises(UnsoundRunError, match="disagree on the log-probs"):
+        check(subject, sampling=Sampling(n=4, max_tokens=8, temperature=0.6))
+
+
+def test_any_of_several_end_tokens_ends_a_response():
+    """A model may have more than the tokenizer knows of: what ends there was not cut off."""
+    policy = make_tiny_policy(3)
+    (free,) = HFEngine(policy, make_tiny_tokenizer()).generate(PROMPTS[:1], Sampling(max_tokens=9, stop=()), seed=6)
+    end = free.token_ids[4]
+    policy.generation_config.eos_token_id = [make_tiny_tokenizer().eos_token_id, end]
+    (ended,) = HFEngine(policy, make_tiny_tokenizer()).generate(PROMPTS[:1], Sampling(max_tokens=9, stop=()), seed=6)
+    assert ended.token_ids == free.token_ids[: free.token_ids.index(end) + 1]
+    assert (ended.finish_reason, free.finish_reason) == ("stop", "length")
+
+
+def test_the_end_token_of_the_tokenizer_ends_a_response_too(subject, monkeypatch):
+    """As a chat template sets it; the model's folder does not name it."""
+    sampling = Sampling(n=2, max_tokens=9, stop=())
+    free = subject.engine.generate(PROMPTS[:1], sampling, seed=6)
+    end, engine = free[0].token_ids[4], subject.engine
+    if subject.kind == "hf":
+        tokenizer = make_tiny_tokenizer()
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+        engine = HFEngine(subject.policy, tokenizer)
+    else:
+        monkeypatch.setattr(engine, "_end_token_id", end)
+    for cut, whole in zip(engine.generate(PROMPTS[:1], sampling, seed=6), free, strict=True):
+        length = whole.token_ids.index(end) + 1 if end in whole.token_ids else len(whole.token_ids)
+        assert cut.token_ids == whole.token_ids[:length]
+        assert cut.log_probs == pytest.approx(whole.log_probs[:length], abs=TOLERANCE)
+        assert cut.finish_reason == ("stop" if end in whole.token_ids else whole.finish_reason)
+
+
+@pytest.mark.vllm
+def test_a_shared_gpu_is_woken_in_order_weights_push_cache(tmp_path, monkeypatch):
+    """The cache only when the weights are there: their peaks do not add up. The calls, on an engine of the CPU."""
+    policy, calls = make_tiny_policy(3), []
+    engine = make_vllm(tmp_path, policy)
+    try:
+        send = engine._sender.send_weights
+        monkeypatch.setattr(engine._sender, "send_weights", lambda: (calls.append("send"), send()))
+        monkeypatch.setattr(engine._llm, "wake_up", lambda tags: calls.append(*tags))
+        monkeypatch.setattr(engine._llm, "sleep", lambda level: calls.append(f"sleep {level}"))
+        engine._shares_gpu = True
+        engine.load_weights(0)
+        engine.sleep()
+        engine.load_weights(1)
+        assert calls == ["send", "sleep 2", "weights", "send", "kv_cache"]
+    finally:
+        engine.close()
 
 
 def test_the_self_check_leaves_out_the_tokens_where_the_end_is_hidden(subject):

@@ -64,7 +64,8 @@ def test_the_state_of_training_is_counted_to_the_byte():
         policy = make_policy(dtype=dtype)
         optimizer = PolicyOptimizer(policy, 1e-3)
         policy(torch.tensor([[1, 2]])).logits.sum().backward()
-        optimizer.step(torch.tensor(0.0), 1.0)
+        optimizer.clip(1.0)
+        optimizer.step()
         tensors = {t.data_ptr(): t for p in optimizer._masters for t in (p, p.grad)}
         tensors |= {p.data_ptr(): p for p in policy.parameters()}
         moments = [t for state in optimizer._adamw.state.values() for t in state.values() if t.ndim]

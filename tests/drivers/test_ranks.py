@@ -1,6 +1,7 @@
 """Several processes that train one policy: the trajectory of one, checkpoints for any number, an end when one dies."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,12 +13,22 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from transformers import AutoModelForCausalLM
 
 from drivers import ranks
-from drivers.checkpoint import find_checkpoint
+from drivers.checkpoint import read_tensors
+from drivers.config import exit_with
+from drivers.errors import UsageError
+from drivers.report import OF_TOKENS
+from drivers.run_folder import find_checkpoint
+from tests.drivers import ranked
+from tests.drivers.parts import tiny_parts
+from tests.drivers.test_server import free_port
+from tests.tiny import save_tiny
 
 SCRIPT = Path(__file__).parent / "ranked.py"
+ROOT = Path(__file__).resolve().parents[2]
 # Three updates a step on old log-probs, a reference, a correction for the sampler, rows of very unlike length.
 RICH = {
     "n_grpo_steps": 3,
@@ -50,16 +61,37 @@ def environment():
     return {k: v for k, v in os.environ.items() if not k.startswith(named)} | {"OMP_NUM_THREADS": "1"}
 
 
+# Ranks are forked from a process that has imported everything: torchrun's own start is what takes its time.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.drivers.ranked", "tests.drivers.preloaded"])
+
+
+def be_a_rank(variables, output, arguments):
+    """What torchrun does: variables, and where it speaks to."""
+    os.environ.update(variables)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    ranked.main(**arguments)
+
+
 def run_ranks(n, folder, settings, **more):
-    done = subprocess.run(
-        command(n, {"folder": str(folder), "settings": settings, **more}),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment(),
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    folder.mkdir(exist_ok=True)
+    arguments, output = {"folder": str(folder), "settings": settings, **more}, folder / "said.txt"
+    group = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    group |= {"TORCHELASTIC_RUN_ID": "forked"} if n > 1 else {}
+    processes = []
+    for rank in range(n):
+        variables = {name: str(value) for name, value in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        processes.append(FORKS.Process(target=be_a_rank, args=(variables, str(output), arguments)))
+        processes[-1].start()
+    try:
+        for process in processes:
+            process.join(300)
+        assert [process.exitcode for process in processes] == [0] * n, output.read_text()[-4000:]
+    finally:
+        for process in processes:
+            process.kill()
     return folder / "run"
 
 
@@ -82,6 +114,14 @@ def assert_same_run(found, expected, tolerance):
             assert ours == pytest.approx(theirs, rel=2e-4, abs=2e-5)
             for name in {"reward", "trained_tokens", "micro_batches", "response_tokens", "accuracy"} & ours.keys():
                 assert ours[name] == theirs[name], name
+    ours, theirs = (
+        [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+        for folder in (found, expected)
+    )
+    for row, other in zip(ours, theirs, strict=True):
+        assert row.keys() == other.keys()  # each rank has seen some of the responses, and all are told of
+        for name, value in row.items():
+            assert value == (pytest.approx(other[name], abs=2e-3) if name in OF_TOKENS else other[name])
     ours, theirs = (load_file(folder / "final_model/model.safetensors") for folder in (found, expected))
     assert ours.keys() == theirs.keys()
     for name, weight in ours.items():
@@ -104,20 +144,125 @@ def test_any_number_of_ranks_takes_the_steps_of_one(tmp_path, settings):
         again = tmp_path / f"again-{n}"
         (again / "run").parent.mkdir()
         short = run_ranks(2, again, settings | {"n_grpo_steps": 2})
-        (short / "final_model").rename(short / "earlier_model")
         assert_same_run(run_ranks(n, again, settings, resume=str(short)), one, 2e-6)
 
 
+def masters(folder):
+    """Float32 weights of the optimizer, from whatever number of files."""
+    state = HuggingFaceStorageReader(str(folder / "trainer_state"))
+    shapes = {name: value.size for name, value in state.read_metadata().state_dict_metadata.items()}
+    tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
+    read_tensors(folder / "trainer_state", tensors)
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors) if name.startswith("weight.")])
+
+
 @pytest.mark.slow
-def test_ranks_in_bfloat16_stay_near_one_process(tmp_path):
-    """Each gradient is rounded before the sum either way, and master weights are in float32."""
-    settings = PLAIN | {"n_grpo_steps": 1, "self_check_tolerance": 0.5}
+def test_ranks_in_bfloat16_take_the_steps_of_one_process(tmp_path):
+    """Each gradient is rounded before the sum either way; sums and master weights are in float32."""
+    settings = PLAIN | {"self_check_tolerance": 0.5, "checkpoint_steps": 1}
     one, two = (run_ranks(n, tmp_path / str(n), settings, dtype="bfloat16") for n in (1, 2))
-    ours, theirs = (load_file(folder / "final_model/model.safetensors") for folder in (two, one))
-    changed = load_file(one / "final_model/model.safetensors")
-    assert all(weight.dtype == torch.bfloat16 for weight in changed.values())
-    for name, weight in ours.items():
-        assert torch.allclose(weight.float(), theirs[name].float(), atol=4e-3), name
+    for ours, theirs in zip(rows(two), rows(one), strict=True):
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-2)
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-3)
+    start = torch.cat([p.bfloat16().float().flatten() for _, p in sorted(tiny_parts().policy.named_parameters())])
+    ours, theirs = (masters(folder / "checkpoint-3") for folder in (two, one))
+    assert (theirs - start).abs().mean() > 3e-4
+    assert (ours - theirs).abs().mean() < 0.02 * (theirs - start).abs().mean()
+    for folder in (one, two):
+        model = load_file(folder / "final_model/model.safetensors")
+        assert {weight.dtype for weight in model.values()} == {torch.bfloat16}
+        assert json.loads((folder / "final_model/config.json").read_text())["dtype"] == "bfloat16"
+        assert AutoModelForCausalLM.from_pretrained(folder / "final_model").dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [{"gradient_checkpointing": "on"}, {"lora_rank": 2, "lora_alpha": 8}])
+def test_ranks_take_the_steps_of_one_process_with(change, tmp_path):
+    settings = PLAIN | {"n_grpo_steps": 2, "learning_rate": 1e-2} | change
+    one, two = (run_ranks(n, tmp_path / str(n), settings) for n in (1, 2))
+    assert_same_run(two, one, 1e-5)
+    start = tiny_parts().policy.state_dict()
+    final = load_file(one / "final_model/model.safetensors")
+    assert max(float((weight - start[name]).abs().max()) for name, weight in final.items()) > 1e-3
+
+
+@pytest.mark.slow
+def test_the_program_itself_runs_under_torchrun(tmp_path):
+    """And is gone on with by one process, which then has nothing left to do."""
+    save_tiny(tmp_path / "tiny")
+    flags = (
+        "--recipe quickstart --model-path tiny --engine hf --dtype bfloat16 --n-grpo-steps 2 --rollout-batch-size 8 "
+        "--group-size 4 --train-batch-size 8 --gradient-accumulation-steps 2 --sampling-max-tokens 4 "
+        "--n-val-examples 4 --save-dir out --wandb-project None --self-check-tolerance 1"
+    )
+    program = [str(ROOT / "drivers/train.py")]
+    several = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
+    for start, more in [(several, flags), ([sys.executable, *program], "--resume out --n-grpo-steps 3")]:
+        done = subprocess.run(
+            [*start, *more.split()], cwd=tmp_path, capture_output=True, text=True, env=environment(), timeout=300
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        if start is several:
+            assert "policy on 2 x cpu" in done.stdout
+            assert done.stdout.count("Done: held-out accuracy") == 1
+            shards = sorted(file.name for file in (tmp_path / "out/checkpoint-2/trainer_state").iterdir())
+            assert len(shards) == 2
+    assert "Going on after step 2, from out/checkpoint-2/" in done.stdout
+    assert [row["step"] for row in rows(tmp_path / "out")] == [1, 2, 3]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out/final_model").dtype == torch.bfloat16
+
+
+THREADED = """
+import threading
+import torch
+from drivers import ranks
+
+def work():
+    x = torch.ones(100_000)
+    while True:
+        x.add_(1)
+
+ranks.start(60.0)
+threading.Thread(target=work, daemon=True).start()
+ranks.end()
+print("has ended")
+"""
+
+
+@pytest.mark.slow
+def test_ranks_end_well_whatever_threads_are_left(tmp_path):
+    """As those of a group are, which a sharded model holds: one that wants the interpreter in its end aborts."""
+    (tmp_path / "threaded.py").write_text(THREADED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, str(tmp_path / "threaded.py")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment() | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("has ended") == 2
+    assert "terminate" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_mistake_is_told_once_by_all_ranks(tmp_path):
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*program, str(ROOT / "drivers/train.py"), "--model-path", "nowhere", "--save-dir", "out"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("train.py")]
+    assert len(said) == 1
+    assert "--data-path data/math/train.jsonl" in said[0]
 
 
 def start_ranks(folder, settings, **more):
@@ -196,10 +341,32 @@ def test_two_ranks_and_vllm_take_the_steps_of_one_process(tmp_path):
     settings = PLAIN | {"engine": "vllm"}
     one = run_ranks(1, tmp_path / "1", settings)
     assert rows(one, "check")[-1]["n_weights"] == 20
-    for name, kill_at in (("2", None), ("killed", 5)):
-        two = run_ranks(2, tmp_path / name, settings, kill_engine_at=kill_at)
-        assert_same_run(two, one, 2e-6)
-        assert rows(two, "check")[-1]["n_weights"] == 20
+    two = run_ranks(2, tmp_path / "2", settings, break_push=(2, 7), kill_engine_at=5)
+    assert (tmp_path / "2/said.txt").read_text().count("it is started again") == 2
+    assert_same_run(two, one, 2e-6)
+    assert rows(two, "check")[-1]["n_weights"] == 20
+    ahead = settings | {"async_steps": 1, "importance": "truncate"}
+    one, two = (run_ranks(n, tmp_path / f"ahead-{n}", ahead) for n in (1, 2))
+    assert_same_run(two, one, 2e-6)
+
+
+def test_more_ranks_than_gpus_is_one_clear_line(monkeypatch):
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "3", "RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UsageError, match="--nproc-per-node 4: this machine has 2 GPUs"):
+        ranks.start(60.0)
+
+
+def test_the_others_say_why_too_if_the_first_one_has_not(monkeypatch, capsys):
+    monkeypatch.setattr(ranks, "rank", lambda: 2)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    with pytest.raises(SystemExit) as ended:
+        exit_with("train.py", UsageError("no room"), status=2)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "train.py, rank 2: no room\n"
 
 
 def test_alone_there_is_nothing_to_share():

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drivers.lora import adapter_weights, add_lora
-from drivers.weights import PolicyWeights, checksum, checksums, differing
+from drivers.weights import PolicyWeights, checksum, checksums, differing, dithered
 from tests.tiny import make_tiny_policy
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
@@ -128,6 +128,49 @@ def test_a_policy_with_lora_is_at_first_what_it_was_and_pushes_what_it_computes(
     assert torch.allclose(one, layer.base_layer.weight + 8.0 / 2 * (b @ a), atol=1e-6)
 
 
+def test_rounding_by_chance_keeps_a_small_update_on_average_and_what_fits_as_it_is():
+    """Oracle: in exact fractions of the gap between the two neighbours."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(400, 500, generator=generator).bfloat16().float()
+    assert torch.equal(dithered(weight, "a"), weight.bfloat16())
+    for share in (0.004, 0.1, 0.5, 0.9):
+        gap = 2.0 ** (torch.frexp(weight).exponent.float() - 8)  # of bfloat16 at each weight
+        update = share * gap * torch.randint(0, 2, weight.shape, generator=generator).mul(2).sub(1)
+        moved = dithered(weight + update, "a").float() - weight
+        grows = (update * weight) > 0  # towards 0 the next gap may be half as wide
+        assert set((moved / gap)[grows].abs().unique().tolist()) == {0.0, 1.0}
+        kept = (moved * update)[grows].sum() / (update * update)[grows].sum()
+        count = int(grows.sum())
+        assert abs(kept - 1) < 5 * ((1 - share) / share / count) ** 0.5
+    nearest = (weight + 0.1 * 2.0 ** (torch.frexp(weight).exponent.float() - 8)).bfloat16().float() - weight
+    assert nearest.abs().max() == 0  # which is why
+    one, other, same = (dithered(weight * 1.001, name) for name in "aba")
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    extreme = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), 1e-45])
+    assert torch.equal(dithered(extreme, "a")[:4].float(), extreme[:4])
+
+
+def test_a_bfloat16_push_holds_what_lora_has_learned():
+    """Updates of a hundredth of the gap between neighbouring weights: the merged tensors hold them on average."""
+    policy = make_tiny_policy(0).bfloat16()
+    add_lora(policy, 2, 2, seed=5, base="tiny")
+    before = {name: weight.float() for name, weight in PolicyWeights(policy, torch.bfloat16)}
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if ".lora_B" in name:
+                parameter.fill_(1e-4)
+    weights = PolicyWeights(policy, torch.bfloat16)
+    asked = got = 0.0
+    for (name, exact), (_, pushed) in zip(PolicyWeights(policy, torch.float32), weights, strict=True):
+        update = exact - before[name]
+        asked += float((update * update).sum())
+        got += float((update * (pushed.float() - before[name])).sum())
+    assert asked > 0
+    assert got / asked == pytest.approx(1.0, abs=0.25)
+    assert checksums(weights) == checksums(weights)
+
+
 def test_lora_starts_alike_on_every_rank_and_with_every_seed_otherwise():
     torch.manual_seed(1)
     first = adapter_weights(with_lora())
@@ -164,7 +207,7 @@ def test_the_adapter_of_a_checkpoint_is_peft_own(tmp_path):
 def test_training_with_lora_learns_and_leaves_the_model_alone(tmp_path):
     from drivers.rollout import HFReplica
     from drivers.train import train
-    from tests.drivers.parts import letter_reward, make_run, tiny_config, tiny_parts
+    from tests.drivers.parts import letter_grader, make_run, tiny_config, tiny_parts
 
     config, parts = tiny_config(n_grpo_steps=25, learning_rate=1e-2), tiny_parts()
     policy = with_lora(rank=4, sharper=5.0)
@@ -172,7 +215,7 @@ def test_training_with_lora_learns_and_leaves_the_model_alone(tmp_path):
     weights = PolicyWeights(policy, torch.float32)
     engine = HFReplica(make_tiny_policy(0), parts.tokenizer, weights)
     run = make_run(config, tmp_path / "run", parts.tokenizer)
-    train(config, policy, engine, letter_reward, parts.questions, parts.questions, run)
+    train(config, policy, engine, letter_grader, parts.questions, parts.questions, run)
     run.finish()
-    assert run.state.accuracies[-1] > run.state.accuracies[0] + 0.3
+    assert run.state.accuracies[25] > run.state.accuracies[0] + 0.3
     assert all(torch.equal(p, before[name]) for name, p in policy.named_parameters() if name in before)
