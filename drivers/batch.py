@@ -1,5 +1,6 @@
 """The rollouts of one step as tensors."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from drivers.rollout import Completion
 
-Scores = list[dict[str, float]]
+Scores = list[dict[str, float | None]]
+"""Of each response; a reward of None where it could not be scored."""
 
 
 class Collected(NamedTuple):
@@ -24,15 +26,22 @@ class Collected(NamedTuple):
     greedy_rewards: Tensor | None
     """Of one greedy response to each question, where advantages are taken against it."""
     facts: dict[str, float]
+    shown: Sequence[dict[str, Any]] = ()
+    """The first of the completions, as rows of completions.jsonl."""
+
+    @property
+    def shown_completions(self) -> list[Completion]:
+        return self.completions[: len(self.shown)]
 
     def to_json(self) -> dict[str, Any]:
-        """What JSON can hold, to the last bit."""
+        """What JSON can hold, to the last bit; null for a reward that is not known."""
         return {
             "completions": [asdict(completion) for completion in self.completions],
             "scores": self.scores,
-            "raw_rewards": self.raw_rewards.tolist(),
-            "greedy_rewards": None if self.greedy_rewards is None else self.greedy_rewards.tolist(),
+            "raw_rewards": _to_json(self.raw_rewards),
+            "greedy_rewards": None if self.greedy_rewards is None else _to_json(self.greedy_rewards),
             "facts": self.facts,
+            "shown": self.shown,
         }
 
     @staticmethod
@@ -46,10 +55,19 @@ class Collected(NamedTuple):
         return Collected(
             [Completion(**fields) for fields in kept],
             values["scores"],
-            torch.tensor(values["raw_rewards"]),
-            None if greedy is None else torch.tensor(greedy),
+            _from_json(values["raw_rewards"]),
+            None if greedy is None else _from_json(greedy),
             values["facts"],
+            values.get("shown", ()),  # a checkpoint from before there were any
         )
+
+
+def _to_json(rewards: Tensor) -> list[float | None]:
+    return [None if math.isnan(reward) else reward for reward in rewards.tolist()]
+
+
+def _from_json(rewards: list[float | None]) -> Tensor:
+    return torch.tensor([math.nan if reward is None else reward for reward in rewards])
 
 
 @jaxtyped(typechecker=beartype)
@@ -65,6 +83,7 @@ class RolloutBatch:
     response_mask: Bool[Tensor, "batch seq"]
     """True on the sampled tokens, the end token included; column 0 is a response's first token."""
     raw_rewards: Float[Tensor, "batch 1"]
+    """NaN where a response could not be scored."""
     group_ids: Int[Tensor, "batch 1"]
     """Rows of one question share a number: the text of the prompt would not do, for data may hold it twice."""
     sampler_log_probs: Float[Tensor, "batch seq"]
@@ -96,6 +115,10 @@ class RolloutBatch:
     @property
     def truncated(self) -> Bool[Tensor, " batch"]:
         return torch.tensor([completion.finish_reason == "length" for completion in self.completions])
+
+    @property
+    def unscored(self) -> Bool[Tensor, " batch"]:
+        return self.raw_rewards[:, 0].isnan()
 
     @property
     def group_sizes(self) -> list[int]:

@@ -1,27 +1,35 @@
-"""Checkpoints in Hugging Face format, which appear whole or not at all."""
+"""A checkpoint: a model in Hugging Face format, with what training goes on from, and sums of all its files."""
 
+import hashlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from drivers import ranks
+from drivers.files import UNFINISHED, appear, disappear, set_aside, write_json, write_text
 from drivers.lora import adapter_weights, save_adapter
 from drivers.weights import PolicyWeights
 
-UNFINISHED = ".unfinished-"
-FACTS, TENSORS = "trainer_state.json", "trainer_state"
+FACTS, TENSORS, MANIFEST = "trainer_state.json", "trainer_state", "manifest.json"
+FORMAT = 1
+WRITE_ERRORS = (OSError, SafetensorError, CheckpointException)
+"""What the libraries raise that write; the last one is no Exception, but a BaseException."""
 
 
 def save_checkpoint(
@@ -43,16 +51,18 @@ def save_checkpoint(
     if tensors is not None:
         write_tensors(unfinished / TENSORS, tensors)
     weights, adapter = _whole_weights(policy), adapter_weights(policy)
-    ranks.lead(partial(_finish, policy, tokenizer, folder, unfinished, weights, adapter, facts))
+    dtype = ranks.computing_dtype(policy)
+    ranks.lead(partial(_finish, policy, tokenizer, folder, unfinished, weights, adapter, dtype, facts))
     return folder
 
 
 def _whole_weights(policy: nn.Module) -> dict[str, Tensor]:
-    """What the Hugging Face format holds; on the first rank, in host memory where they had to be gathered."""
+    """What the Hugging Face format holds; on the first rank, copies (gathered, or merged) in host memory."""
     weights = {}
+    own = {parameter.data_ptr() for parameter in policy.parameters()} if ranks.size() == 1 else set()
     for name, weight in PolicyWeights(policy, ranks.computing_dtype(policy)):
         if ranks.is_first():
-            weights[name] = weight.cpu() if ranks.size() > 1 else weight
+            weights[name] = weight if weight.data_ptr() in own else weight.cpu()
     lasting = policy.state_dict()
     return weights | {name: buffer for name, buffer in policy.named_buffers() if name in lasting}
 
@@ -71,46 +81,136 @@ def _finish(
     unfinished: Path,
     weights: dict[str, Tensor],
     adapter: dict[str, Tensor],
+    dtype: torch.dtype,
     facts: Mapping[str, Any],
 ) -> None:
     policy.save_pretrained(unfinished, state_dict=weights)
     if adapter:
         save_adapter(policy, adapter, unfinished / "adapter")
-    tokenizer.save_pretrained(unfinished)
+    try:
+        tokenizer.save_pretrained(unfinished)
+    except Exception as error:  # of a full disk, tokenizers makes a plain Exception
+        raise error if isinstance(error, OSError) else OSError(str(error)) from error
+    settings = json.loads((unfinished / "config.json").read_text(encoding="utf-8"))
+    # Shards are in float32, and so transformers takes the model to be.
+    write_json(unfinished / "config.json", settings | {"dtype": str(dtype).removeprefix("torch.")})
     write_text(unfinished / FACTS, json.dumps(facts) + "\n")
-    for file in sorted(unfinished.rglob("*"), reverse=True):
-        _flush_to_disk(file)
-    unfinished.rename(folder)
-    _flush_to_disk(folder.parent)
+    write_manifest(unfinished)
+    appear(unfinished, folder)
 
 
-def find_checkpoint(path: Path) -> Path | None:
-    """A checkpoint that training can go on from: `path`, or of a run's folder the newest; None if it has none."""
-    if is_resumable(path):
-        return path
-    found = {}
-    for folder in path.glob("checkpoint-*"):
-        if is_resumable(folder):
-            found[folder] = int(read_facts(folder)["step"])
-    return max(found, key=lambda folder: found[folder], default=None)
+def precision_of(checkpoint: Path) -> str | None:
+    """In which its run computes, as its model says."""
+    try:
+        dtype = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("dtype")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return dtype if dtype in ("float32", "bfloat16") else None
 
 
-def is_resumable(folder: Path) -> bool:
-    return (folder / FACTS).exists() and (folder / TENSORS).exists()
+def publish_model(checkpoint: Path, folder: Path) -> None:
+    """The model of `checkpoint` as `folder`, without what training goes on from. Weights are linked, not copied."""
+    unfinished = folder.parent / f"{UNFINISHED}{folder.name}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(checkpoint, unfinished, copy_function=_link, ignore=lambda *_: {TENSORS})
+    write_text(unfinished / FACTS, json.dumps({"step": read_facts(checkpoint)["step"]}) + "\n")
+    known = {name: entry for name, entry in _read_manifest(checkpoint).items() if name.endswith(".safetensors")}
+    write_manifest(unfinished, known)
+    set_aside(folder)
+    appear(unfinished, folder)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        if not source.endswith(".safetensors"):
+            raise OSError("a person may edit it")
+        os.link(source, target)
+    except OSError:  # or a file system without links
+        shutil.copy2(source, target)
+
+
+# --- what was written is what is read --------------------------------------------------------------------------------
+
+
+def write_manifest(folder: Path, known: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """Size and SHA-256 of each file in `folder`; of those in `known` as it says."""
+    names = [name for name in _files(folder) if name != MANIFEST]
+    new = [name for name in names if name not in (known or {})]
+    entries = dict(known or {}) | dict(zip(new, _fingerprints([folder / name for name in new]), strict=True))
+    write_json(folder / MANIFEST, {"format": FORMAT, "files": {name: entries[name] for name in names}})
+
+
+def find_damage(folder: Path) -> str | None:
+    """Why `folder` is not, file for file, what `save_checkpoint` has written; None if it is."""
+    try:
+        entries = _read_manifest(folder)
+        sizes = {name: entry["bytes"] for name, entry in entries.items()}
+        sums = {name: entry["sha256"] for name, entry in entries.items()}
+        facts = read_facts(folder)
+    except FileNotFoundError as error:
+        return f"it has no {Path(error.filename).name}: it is not finished, or nothing that this program has written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} or {FACTS} cannot be read ({type(error).__name__}: {error})"
+    if not isinstance(facts, dict) or not isinstance(facts.get("step"), int):
+        return f"{FACTS} holds no step"
+    try:
+        return _find_difference(folder, sizes, sums)
+    except OSError as error:
+        return f"it cannot be read ({error})"
+
+
+def _find_difference(folder: Path, sizes: Mapping[str, Any], sums: Mapping[str, Any]) -> str | None:
+    found = _files(folder)
+    for name in sizes:
+        if name not in found:
+            return f"{name} is missing"
+        size = (folder / name).stat().st_size
+        if size != sizes[name]:
+            return f"{name} has {size} bytes, {sizes[name]} were written"
+    foreign = [name for name in found if name.startswith(f"{TENSORS}/") and name not in sizes]
+    if foreign:  # whoever reads the folder would read it too
+        return f"{foreign[0]} is not of this checkpoint"
+    for name, entry in zip(sizes, _fingerprints([folder / name for name in sizes]), strict=True):
+        if entry["sha256"] != sums[name]:
+            return f"{name} is not as it was written: its SHA-256 is another"
+    return None
+
+
+def drop_tensors(folder: Path) -> None:
+    """Of a checkpoint the model alone is kept."""
+    kept = {name: entry for name, entry in _read_manifest(folder).items() if not name.startswith(f"{TENSORS}/")}
+    disappear(folder / TENSORS)
+    write_manifest(folder, kept)
+
+
+def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"its format is {manifest['format']!r}; {FORMAT} is what this version reads")
+    files: dict[str, dict[str, Any]] = manifest["files"]
+    return files
+
+
+def _files(folder: Path) -> list[str]:
+    """Names of all files in it, those of folders with a slash."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _fingerprints(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """Of many at once: hashing large parts of a file leaves Python's lock to others."""
+
+    def of(path: Path) -> dict[str, Any]:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return {"bytes": file.tell(), "sha256": digest}
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return list(threads.map(of, files))
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
     facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     return facts
-
-
-def drop_older_tensors(run_folder: Path, newest: Path) -> None:
-    """Of all checkpoints but the newest the model alone is kept: the rest is six times as large."""
-    for folder in run_folder.glob("checkpoint-*"):
-        if folder != newest and (folder / TENSORS).exists():
-            old = folder / f"{UNFINISHED}{TENSORS}"
-            (folder / TENSORS).rename(old)
-            shutil.rmtree(old)
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -126,6 +226,13 @@ def read_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     written = reader.read_metadata().state_dict_metadata
     found = {name: tuple(value.size) for name, value in written.items() if isinstance(value, TensorStorageMetadata)}
     wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name, value in written.items():
+        if isinstance(value, TensorStorageMetadata):
+            held = sum(chunk.sizes.numel() for chunk in value.chunks)
+            if held != value.size.numel():
+                raise ValueError(
+                    f"its files hold {held} of the {value.size.numel()} values of {name}: one of them is missing"
+                )
     if found != wanted:
         other = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
         raise ValueError(
@@ -141,28 +248,3 @@ def _quiet_checkpointing() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Indented JSON that replaces the file at once."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """One object per line; replaces the file at once."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Beside its final name first, then renamed: the file is the old one or the new one, never half of it."""
-    unfinished = path.with_name(f"{UNFINISHED}{path.name}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

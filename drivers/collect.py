@@ -1,8 +1,10 @@
 """The rollouts of one step: sampled, graded, and where asked sampled again for groups that teach nothing."""
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from types import TracebackType
 
 from drivers import ranks
@@ -10,12 +12,14 @@ from drivers.batch import Collected, Scores
 from drivers.config import GrpoConfig
 from drivers.data import Question
 from drivers.errors import EngineDiedError, UnsoundRunError
-from drivers.metrics import describe_completions
+from drivers.grading import Graded, Grader
+from drivers.metrics import describe_completions, describe_grades
 from drivers.objective import shape_rewards
 from drivers.rollout import Completion, RolloutEngine
 from drivers.run import Run
+from drivers.samples import describe_sample, describe_tokens
 from drivers.state import TrainingState
-from grpo_core import RewardFn, describe_rewards, describe_silent_groups, find_signal_groups, read_rewards
+from grpo_core import describe_rewards, describe_silent_groups, find_signal_groups, read_rewards
 
 
 class Rollouts:
@@ -77,7 +81,7 @@ class Rollouts:
 def collect(
     config: GrpoConfig,
     engine: RolloutEngine,
-    reward_fn: RewardFn,
+    grade: Grader,
     train_set: Sequence[Question],
     draw: random.Random,
     run: Run,
@@ -85,10 +89,10 @@ def collect(
 ) -> Collected:
     """Whole groups; with `max_refills`, only groups with signal, as far as that many further rounds find them."""
     sampled: list[Completion] = []
-    graded: Scores = []
-    kept: list[tuple[Question, list[Completion], Scores]] = []
+    graded: list[Graded] = []
+    kept: list[tuple[Question, list[Completion], list[Graded]]] = []
     wanted, size, refill = config.n_prompts_per_rollout_batch, config.group_size, 0
-    open_questions = train_set
+    open_questions = train_set = within_reach(config, train_set, step)
     while True:
         with run.phase("rollout"):
             questions = draw.sample(open_questions, min(wanted, len(open_questions)))
@@ -99,20 +103,18 @@ def collect(
             )
         with run.phase("reward"):
             answers = [question.answer for question in questions for _ in range(size)]
-            scores = [
-                reward_fn(completion.text, answer) for completion, answer in zip(completions, answers, strict=True)
-            ]
+            verdicts = grade([completion.text for completion in completions], answers)
             signal = [True] * len(questions)
             try:
-                rewards = read_rewards(scores)
+                rewards = read_rewards([verdict.scores for verdict in verdicts])
             except ValueError as error:
                 raise UnsoundRunError(f"step {step}: {error}") from error
             if config.max_refills:
                 signal = find_signal_groups(rewards, size).tolist()
         sampled += completions
-        graded += scores
+        graded += verdicts
         groups = [
-            (question, completions[k * size : (k + 1) * size], scores[k * size : (k + 1) * size])
+            (question, completions[k * size : (k + 1) * size], verdicts[k * size : (k + 1) * size])
             for k, question in enumerate(questions)
         ]
         kept += [group for group, teaches in zip(groups, signal, strict=True) if teaches]
@@ -134,16 +136,18 @@ def collect(
         engine.sleep()
     with run.phase("reward"):
         trained = [completion for _, part, _ in kept for completion in part]
-        trained_scores = [score for _, _, part in kept for score in part]
+        trained_scores = [verdict.scores for _, _, part in kept for verdict in part]
         raw_rewards = shape_rewards(config, trained, trained_scores)
         greedy_rewards = None
         if greedy is not None:
             answers = [question.answer for question, _, _ in kept]
-            greedy_scores = [reward_fn(one.text, answer) for one, answer in zip(greedy, answers, strict=True)]
-            greedy_rewards = shape_rewards(config, greedy, greedy_scores)
+            greedy_verdicts = grade([completion.text for completion in greedy], answers)
+            greedy_rewards = shape_rewards(config, greedy, [verdict.scores for verdict in greedy_verdicts])
+        everything: Scores = [verdict.scores for verdict in graded]
         facts = {
-            **describe_rewards(graded, size),
-            **describe_silent_groups(read_rewards(graded), size),
+            **_known(describe_rewards(everything, size)),
+            **describe_grades(graded),
+            **describe_silent_groups(read_rewards(everything), size),
             **describe_completions(sampled),
             "sampled_tokens": float(sum(len(completion.token_ids) for completion in (*sampled, *(greedy or ())))),
         }
@@ -153,10 +157,31 @@ def collect(
         if config.max_refills:
             facts |= {"refills": float(refill), "missing_groups": float(missing)}
         if config.length_penalty != "none":
-            facts["shaped_reward"] = raw_rewards.mean().item()
+            facts |= _known({"shaped_reward": raw_rewards.nanmean().item()})
         if greedy_rewards is not None:
-            facts["greedy_reward"] = greedy_rewards.mean().item()
-    return Collected(trained, trained_scores, raw_rewards, greedy_rewards, facts)
+            facts |= _known({"greedy_reward": greedy_rewards.nanmean().item()})
+    samples = ((question, *one) for question, *parts in kept for one in zip(*parts, strict=True))
+    shown = [
+        describe_sample(*sample) | describe_tokens(sample[1], run.tokenizer)
+        for sample in islice(samples, config.n_logged_completions)
+    ]
+    return Collected(trained, trained_scores, raw_rewards, greedy_rewards, facts, shown)
+
+
+def within_reach(config: GrpoConfig, train_set: Sequence[Question], step: int) -> Sequence[Question]:
+    """What this step draws from: with `curriculum_steps`, of a set in order of difficulty, a growing first part.
+
+    It follows from the step alone, so a run that is gone on with draws as it would have.
+    """
+    if step >= config.curriculum_steps:
+        return train_set
+    share = math.ceil(len(train_set) * step / config.curriculum_steps)
+    return train_set[: max(share, config.n_prompts_per_rollout_batch)]
+
+
+def _known(facts: dict[str, float]) -> dict[str, float]:
+    """Without the means of nothing, where nothing was scored."""
+    return {name: value for name, value in facts.items() if not math.isnan(value)}
 
 
 def _greedy_responses(

@@ -7,12 +7,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
+from urllib.parse import urlsplit
 
 import tyro
+from beartype.door import is_bearable
 
 from drivers import ranks
 from drivers.errors import UsageError
+from drivers.grading import check_reward, parse_mix
 from drivers.legality import RATIO_OBJECTIVES, check_combination
 from drivers.recipes import EMBEDDED_MODEL, QUICKSTART, RECIPES
 from drivers.rollout import Sampling
@@ -91,8 +94,23 @@ AdvantageName = Literal[
 
 
 @dataclass(frozen=True)
-class GrpoConfig:
+class Settings:
+    """Of a program that trains."""
+
+    program: ClassVar[str]
+    """Its name; a run is gone on with by the program that began it."""
+    title: ClassVar[str]
+    more: ClassVar[str]
+    """The flag that makes a run longer."""
+
+
+@dataclass(frozen=True)
+class GrpoConfig(Settings):
     """Train a language model with GRPO on questions whose answers can be checked."""
+
+    program: ClassVar[str] = "train.py"
+    title: ClassVar[str] = "GRPO"
+    more: ClassVar[str] = "--n-grpo-steps"
 
     recipe: RecipeName | None = None
     """Named defaults for other flags. `quickstart`: SmolLM2-135M learns word problems on a laptop in minutes; it is
@@ -107,8 +125,10 @@ class GrpoConfig:
     """Held-out questions, the same layout."""
     prompt_path: str = "data/prompts/r1_zero.prompt"
     """Template of a prompt: a text file that contains {question}."""
-    reward: Literal["r1_zero", "question_only"] = "r1_zero"
-    """How a response is graded: answer inside <answer> tags after </think>, or in \\boxed{} anywhere."""
+    reward: str = "r1_zero"
+    """How a response is graded. `r1_zero`: answer inside <answer> tags after </think>; `question_only`: in \\boxed{}
+    anywhere; `countdown`: the tags around an expression of the given numbers; or a function of your own,
+    `my_module:function` or `path/to/file.py:function` (docs/grading.md)."""
 
     n_grpo_steps: int = 200
     """Rollout batches to sample and train on."""
@@ -156,7 +176,7 @@ class GrpoConfig:
     n_val_examples: int = 1024
     """Held-out questions per evaluation, one response each; fewer if the file has fewer."""
     n_logged_completions: int = 8
-    """Of each evaluation's completions, how many are written out and shown."""
+    """Of the responses of each step and each evaluation, how many are written out, token by token."""
     checkpoint_steps: int = 10
     """Write a checkpoint every so many steps."""
     save_dir: str | None = None
@@ -190,7 +210,8 @@ class GrpoConfig:
     pass_k: int = 4
     """The k of `pass_at_k` and `pkpo`."""
     reward_weights: tuple[float, float] = (1.0, 1.0)
-    """Of `gdpo`: weights of the format reward and the answer reward."""
+    """Of `gdpo`: weights of the format reward and the answer reward. With --reward-mix it compares what that names,
+    by the weights there."""
     length_penalty: Literal["none", "soft_overlong", "cosine"] = "none"
     """Added to the reward before advantages are taken. `soft_overlong`: down to -1 over the last --overlong-buffer
     tokens. `cosine`: in place of the reward, 2 to 1 for a right answer and -10 to 0 for a wrong one, by length; -10
@@ -288,6 +309,32 @@ class GrpoConfig:
     the merged model, and the update in a folder `adapter`."""
     lora_alpha: int = 32
     """Updates are scaled by lora_alpha / lora_rank."""
+    reward_mix: tuple[str, ...] = ()
+    """Of a --reward of your own that returns several numbers by name: the reward is their sum, weighted by these,
+    `name=weight` each."""
+    grader_workers: int = 0
+    """Processes that grade; 0: half of the cores, at most 8."""
+    grader_deadline_s: float = 10.0
+    """Seconds for the grade of one response. What takes longer is not scored, and nothing is learned from it."""
+    sampling_stop: tuple[str, ...] | None = None
+    """Texts that end a response. Left out: </answer> under r1_zero and countdown, else none."""
+    keep_checkpoints: int | None = None
+    """Keep the newest so many and the best by held-out accuracy, and remove all others. Left out: of older ones the
+    model is kept."""
+    on_anomaly: Literal["auto", "stop", "skip", "warn"] = "auto"
+    """What a loss, gradient, reward, entropy or distance to the sampler out of its range does: end the run, leave the
+    update out, or no more than be told. auto: stop where a number is not finite, else warn."""
+    deterministic: bool = False
+    """The same command gives the same bits on the same machine: float32 where --dtype is auto, for that is measured,
+    and on a GPU torch's deterministic algorithms."""
+    chat_template: bool = False
+    """For instruct models: what --prompt-path makes of a question is the user's message in the tokenizer's chat
+    template, and the token that ends a turn there ends a response."""
+    system_prompt_path: str | None = None
+    """Text file of the system message before it. Left out: none, or what the chat template has for one."""
+    curriculum_steps: int = 0
+    """Begin with easy questions: over so many steps, those drawn from grow from the easiest to all, by the `pass_rate`
+    of their lines (drivers/pass_rates.py measures it). 0: all, from the first step."""
     resume: str | None = None
     """Go on with a run: its folder, or one of its checkpoints; the run's own settings hold where no flag says
     otherwise. `auto`: what is in --save-dir, if anything is."""
@@ -296,16 +343,16 @@ class GrpoConfig:
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
-            _check_number(name, getattr(self, name), "must be greater than 0", above=0)
+            check_number(name, getattr(self, name), "must be greater than 0", above=0)
         for name in _NOT_NEGATIVE:
-            _check_number(name, getattr(self, name), "must not be negative", least=0)
+            check_number(name, getattr(self, name), "must not be negative", least=0)
         _check_multiple("rollout_batch_size", self.rollout_batch_size, "group_size", self.group_size)
         _check_multiple("rollout_batch_size", self.rollout_batch_size, "train_batch_size", self.train_batch_size)
         if self.micro_batch_tokens is None:
             steps = self.gradient_accumulation_steps
             _check_multiple("train_batch_size", self.train_batch_size, "gradient_accumulation_steps", steps)
         else:
-            _check_number("micro_batch_tokens", self.micro_batch_tokens, "must be greater than 0", above=0)
+            check_number("micro_batch_tokens", self.micro_batch_tokens, "must be greater than 0", above=0)
         for name, high in (("top_entropy_fraction", 1.0), ("covariance_fraction", 1.0), ("sampling_top_p", 1.0)):
             value = getattr(self, name)
             if value is not None and not 0 < value <= high:
@@ -314,8 +361,20 @@ class GrpoConfig:
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, float) and math.isnan(number):
                     raise UsageError(f"{name}={value} must be a number")
+        if self.keep_checkpoints is not None:
+            check_number("keep_checkpoints", self.keep_checkpoints, "must be greater than 0", above=0)
+        for url in self.rollout_url:
+            if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+                raise UsageError(f"rollout_url={url}: the address of a server is required, like http://127.0.0.1:8000")
+        idle = {"lora_alpha": "lora_rank above 0"} if self.lora_rank == 0 else {}
+        idle |= {"gpu_memory_utilization": "no rollout_url"} if self.rollout_url else {}
+        idle |= {} if self.chat_template else {"system_prompt_path": "chat_template"}
+        for name, other in idle.items():
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise UsageError(f"{name}={getattr(self, name)} has no effect: it asks for {other}")
         if self.resume == "auto" and self.save_dir is None:
             raise UsageError("resume=auto: save_dir is required, the folder to go on in; or name a run's folder")
+        check_reward(self.reward, self.reward_mix)
         check_combination(self)
         if self.sampling_min_tokens > self.sampling_max_tokens:
             raise UsageError(
@@ -324,6 +383,11 @@ class GrpoConfig:
             )
         if self.gpu_memory_utilization > 1:
             raise UsageError(f"gpu_memory_utilization={self.gpu_memory_utilization} must be at most 1")
+
+    @property
+    def leading_s(self) -> float:
+        """How long the other ranks may have to wait for the first: it asks in rounds, and starts a dead engine."""
+        return (4 + self.max_refills) * self.engine_deadline_s + 1800
 
     @property
     def n_prompts_per_rollout_batch(self) -> int:
@@ -341,12 +405,23 @@ class GrpoConfig:
     @property
     def warnings(self) -> list[str]:
         """What is legal, and hardly what was meant."""
+        said = []
         if self.loss_type in ("gspo", "gspo_token", "luspo") and self.cliprange >= 0.05:
-            return [
+            said.append(
                 f"cliprange={self.cliprange:g} hardly ever binds a mean of log ratios: the papers have 0.0003 (GSPO) "
                 "and 0.002 (LUSPO)"
-            ]
-        return []
+            )
+        if self.lora_rank and self.learning_rate < 5e-5:
+            said.append(
+                f"learning_rate={self.learning_rate:g} is low for LoRA, which is trained at about ten times the rate "
+                "of whole models: 1e-4, say"
+            )
+        if self.curriculum_steps > self.n_grpo_steps:
+            said.append(
+                f"curriculum_steps={self.curriculum_steps} is more than n_grpo_steps={self.n_grpo_steps}: the hardest "
+                "questions are never asked"
+            )
+        return said
 
     @property
     def has_entropy_bonus(self) -> bool:
@@ -392,13 +467,19 @@ class GrpoConfig:
         return self.kl_coef > 0 and self.kl_reference == "model"
 
     @property
+    def weights_of_parts(self) -> dict[str, float]:
+        """Of what `gdpo` normalizes on its own."""
+        names = ("format_reward", "answer_reward")
+        return parse_mix(self.reward_mix) or dict(zip(names, self.reward_weights, strict=True))
+
+    @property
     def sampling(self) -> Sampling:
         return Sampling(
             n=self.group_size,
             temperature=self.sampling_temperature,
             min_tokens=self.sampling_min_tokens,
             max_tokens=self.sampling_max_tokens,
-            stop=stop_strings(self.reward),
+            stop=stop_strings(self.reward) if self.sampling_stop is None else self.sampling_stop,
             top_p=self.sampling_top_p,
         )
 
@@ -419,6 +500,7 @@ _POSITIVE = (
     "checkpoint_steps",
     "gpu_memory_utilization",
     "engine_deadline_s",
+    "grader_deadline_s",
     "pass_k",
     "kl_cov_coef",
     "lora_alpha",
@@ -433,6 +515,8 @@ _NOT_NEGATIVE = (
     "kl_coef",
     "entropy_coef",
     "lora_rank",
+    "grader_workers",
+    "curriculum_steps",
 )
 
 
@@ -442,12 +526,14 @@ class EvaluateConfig:
 
     model_path: str = EMBEDDED_MODEL
     """Folder or hub name of a Hugging Face causal language model; a checkpoint of train.py is one."""
-    data_path: str = "data/wordadd/validation.jsonl"
-    """Questions: jsonl with `question` and `answer`."""
+    data_path: tuple[str, ...] = ("data/wordadd/validation.jsonl",)
+    """Questions: jsonl with `question` and `answer`; several files are told apart in the results."""
     prompt_path: str = "data/prompts/wordadd.prompt"
     """Template of a prompt: a text file that contains {question}."""
-    reward: Literal["r1_zero", "question_only"] = "r1_zero"
-    """How a response is graded: answer inside <answer> tags after </think>, or in \\boxed{} anywhere."""
+    reward: str = "r1_zero"
+    """How a response is graded. `r1_zero`: answer inside <answer> tags after </think>; `question_only`: in \\boxed{}
+    anywhere; `countdown`: the tags around an expression of the given numbers; or a function of your own,
+    `my_module:function` or `path/to/file.py:function` (docs/grading.md)."""
     output_dir: str | None = None
     """Where results.json and completions.jsonl go; it must not hold another evaluation's. Left out: a new folder under
     runs/."""
@@ -474,13 +560,48 @@ class EvaluateConfig:
     seed: int = 0
     """Of sampling."""
 
+    reward_mix: tuple[str, ...] = ()
+    """Of a --reward of your own that returns several numbers by name: the reward is their sum, weighted by these,
+    `name=weight` each."""
+    grader_workers: int = 0
+    """Processes that grade; 0: half of the cores, at most 8."""
+    grader_deadline_s: float = 10.0
+    """Seconds for the grade of one response. What takes longer is not scored."""
+    sampling_stop: tuple[str, ...] | None = None
+    """Texts that end a response. Left out: </answer> under r1_zero and countdown, else none."""
+    chat_template: bool = False
+    """For instruct models: what --prompt-path makes of a question is the user's message in the tokenizer's chat
+    template, and the token that ends a turn there ends a response."""
+    system_prompt_path: str | None = None
+    """Text file of the system message before it. Left out: none, or what the chat template has for one."""
+    compare_to: str | None = None
+    """Another model, which is asked the same questions, or the folder of an earlier evaluation that asked them: how
+    much better --model-path is, with an interval and a test of paired differences."""
+    n_shown: int = 2
+    """Responses of each category (right, right in format alone, not even that) to show in the terminal."""
+
     def __post_init__(self) -> None:
-        for name in ("n_samples", "sampling_max_tokens", "gpu_memory_utilization"):
-            _check_number(name, getattr(self, name), "must be greater than 0", above=0)
-        for name in ("sampling_temperature", "sampling_min_tokens"):
-            _check_number(name, getattr(self, name), "must not be negative", least=0)
+        if not self.data_path:
+            raise UsageError("data_path is empty; a file of questions is required")
+        for name in ("n_samples", "sampling_max_tokens", "gpu_memory_utilization", "grader_deadline_s"):
+            check_number(name, getattr(self, name), "must be greater than 0", above=0)
+        for name in ("sampling_temperature", "sampling_min_tokens", "grader_workers", "n_shown"):
+            check_number(name, getattr(self, name), "must not be negative", least=0)
         if self.n_examples is not None:
-            _check_number("n_examples", self.n_examples, "must be greater than 0", above=0)
+            check_number("n_examples", self.n_examples, "must be greater than 0", above=0)
+        if self.sampling_min_tokens > self.sampling_max_tokens:
+            raise UsageError(
+                f"sampling_min_tokens={self.sampling_min_tokens} must not exceed "
+                f"sampling_max_tokens={self.sampling_max_tokens}"
+            )
+        if self.sampling_temperature == 0 and self.n_samples > 1:
+            raise UsageError(
+                f"n_samples={self.n_samples} with sampling_temperature=0: a greedy response is the same each time; "
+                "give one of the two another value"
+            )
+        if self.system_prompt_path is not None and not self.chat_template:
+            raise UsageError(f"system_prompt_path={self.system_prompt_path} has no effect: it asks for chat_template")
+        check_reward(self.reward, self.reward_mix)
 
     @property
     def sampling(self) -> Sampling:
@@ -489,16 +610,16 @@ class EvaluateConfig:
             temperature=self.sampling_temperature,
             min_tokens=self.sampling_min_tokens,
             max_tokens=self.sampling_max_tokens,
-            stop=stop_strings(self.reward),
+            stop=stop_strings(self.reward) if self.sampling_stop is None else self.sampling_stop,
         )
 
 
 def stop_strings(reward: str) -> tuple[str, ...]:
     """Where a response ends under each reward."""
-    return ("</answer>",) if reward == "r1_zero" else ()
+    return ("</answer>",) if reward in ("r1_zero", "countdown") else ()
 
 
-def _check_number(
+def check_number(
     name: str, value: float, required: str, *, above: float = -math.inf, least: float = -math.inf
 ) -> None:
     if not (math.isfinite(value) and value > above and value >= least):
@@ -512,21 +633,34 @@ def _check_multiple(name: str, value: int, divisor_name: str, divisor: int) -> N
         raise UsageError(f"{name}={value} must be a multiple of {divisor_name}={divisor}: {nearest}, say")
 
 
+Config = TypeVar("Config")
+Trained = TypeVar("Trained", bound=Settings)
+
+
 def flag_given(arguments: Sequence[str], flag: str) -> str | None:
-    """The value of `--flag` among raw arguments, in any spelling that tyro takes; None when it is not there."""
+    """The value of `--flag` among raw arguments, in any spelling that tyro takes; None when it is not there.
+
+    The last one, as for tyro.
+    """
+    given = None
     for index, argument in enumerate(arguments):
         name, has_value, value = argument.partition("=")
         if name.replace("_", "-") == flag:
-            return value if has_value else (arguments[index + 1] if index + 1 < len(arguments) else "")
-    return None
+            given = value if has_value else (arguments[index + 1] if index + 1 < len(arguments) else "")
+    return given
 
 
 def parse_train_config(arguments: Sequence[str]) -> GrpoConfig:
     """Defaults, then the recipe's, then the flags. Without a recipe or a model, the quickstart."""
-    earlier = earlier_settings(arguments)
-    if earlier is not None:
-        return parse(GrpoConfig, arguments, earlier)
     recipe = flag_given(arguments, "--recipe")
+    earlier = earlier_settings(GrpoConfig, arguments)
+    if earlier is not None:
+        if recipe not in (None, earlier.recipe):
+            raise UsageError(
+                f"--recipe {recipe}: the run to go on with has recipe={earlier.recipe}; its settings can be changed "
+                "by flags of their own"
+            )
+        return cut_by_the_flag_given(arguments, parse(GrpoConfig, arguments, earlier))
     has_model = flag_given(arguments, "--model-path") is not None
     asks_for_help = bool({"-h", "--help"} & set(arguments))
     if recipe is None and not has_model and not asks_for_help:
@@ -536,25 +670,32 @@ def parse_train_config(arguments: Sequence[str]) -> GrpoConfig:
     if recipe in RECIPES:
         base = QUICKSTART if recipe == "quickstart" or not has_model else {}
         settings = {"recipe": recipe, **base, **RECIPES[recipe]}
-    defaults = GrpoConfig(**settings)
-    config = parse(GrpoConfig, arguments, defaults)
-    if flag_given(arguments, "--gradient-accumulation-steps") is not None:
-        if flag_given(arguments, "--micro-batch-tokens") is not None:
-            raise UsageError(
-                "--gradient-accumulation-steps and --micro-batch-tokens both say how a train batch is cut: pass one"
-            )
-        config = replace(config, micro_batch_tokens=None)
+    config = cut_by_the_flag_given(arguments, parse(GrpoConfig, arguments, GrpoConfig(**settings)))
     if config.model_path is None:
         raise UsageError("model_path=None: a folder or hub name is required, or --recipe quickstart, which names one")
     return config
 
 
-def earlier_settings(arguments: Sequence[str]) -> GrpoConfig | None:
-    """Of the run that `--resume` names, if there is one."""
+def cut_by_the_flag_given(arguments: Sequence[str], config: GrpoConfig) -> GrpoConfig:
+    """Of the two flags that say how a train batch is cut, the one that was given wins over what was there before."""
+    if flag_given(arguments, "--gradient-accumulation-steps") is None:
+        return config
+    if flag_given(arguments, "--micro-batch-tokens") is not None:
+        raise UsageError(
+            "--gradient-accumulation-steps and --micro-batch-tokens both say how a train batch is cut: pass one"
+        )
+    return replace(config, micro_batch_tokens=None)
+
+
+def earlier_settings(kind: type[Trained], arguments: Sequence[str]) -> Trained | None:
+    """Of the run that `--resume` names, if there is one: of this kind, for another program's is none to go on with."""
     resume = flag_given(arguments, "--resume")
     if resume is None:
         return None
-    path = Path(flag_given(arguments, "--save-dir") or "" if resume == "auto" else resume)
+    save_dir = flag_given(arguments, "--save-dir")
+    if resume != "auto" and save_dir is not None:
+        raise UsageError(f"--save-dir {save_dir}: a run is gone on with in its own folder; leave it out with --resume")
+    path = Path(save_dir or "" if resume == "auto" else resume)
     file = next((folder / "config.json" for folder in (path, path.parent) if _is_run(folder)), None)
     if file is None:
         if resume == "auto":
@@ -563,20 +704,35 @@ def earlier_settings(arguments: Sequence[str]) -> GrpoConfig | None:
             f"--resume {resume}: no run's folder, nor a checkpoint in one; a config.json is required there"
         )
     try:
-        saved = json.loads(file.read_text(encoding="utf-8"))["config"]
-        known = {field.name for field in fields(GrpoConfig)} - {"resume", "save_dir", "show"}
-        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known}
-        return GrpoConfig(**settings)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"--resume {resume}: {file} cannot be read ({error})") from error
+        written = json.loads(file.read_text(encoding="utf-8"))
+        saved, program = written["config"], written.get("program", GrpoConfig.program)
+        if program == kind.program:
+            return _read_settings(kind, saved)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--resume {resume}: {file} cannot be read ({reason})") from error
+    raise UsageError(f"--resume {resume}: a run of {program}, and {kind.program} cannot go on with it")
+
+
+def _read_settings(kind: type[Trained], saved: dict[str, Any]) -> Trained:
+    """As JSON has kept them; what is of the wrong type raises."""
+    known = {field.name for field in fields(kind)} - {"resume", "save_dir", "show"}
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known}
+    hints = get_type_hints(kind)
+    for name, value in settings.items():
+        if not any(is_bearable(one, hints[name]) for one in (value, _as_float(value))):
+            raise ValueError(f"{name}={value!r} is no {hints[name]}")
+    return kind(**settings)
+
+
+def _as_float(value: Any) -> Any:
+    """JSON has one kind of numbers."""
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _is_run(folder: Path) -> bool:
     """A model's folder has a config.json too."""
     return (folder / "config.json").exists() and (folder / "metrics.jsonl").exists()
-
-
-Config = TypeVar("Config", GrpoConfig, EvaluateConfig)
 
 
 def parse(kind: type[Config], arguments: Sequence[str], defaults: Config) -> Config:
@@ -585,9 +741,10 @@ def parse(kind: type[Config], arguments: Sequence[str], defaults: Config) -> Con
 
 
 def repository_path(path: str) -> Path:
-    """`path` from the current folder, or else from the repository's: the shipped data are found from anywhere."""
-    shipped = Path(__file__).resolve().parent.parent / path
-    return shipped if not Path(path).exists() and shipped.exists() else Path(path)
+    """`path` from the current folder, or else as it is shipped, in the repository or in an installed package."""
+    here = Path(__file__).resolve().parent
+    places = (Path(path), here.parent / path, here / "shipped" / path)
+    return next((place for place in places if place.exists()), Path(path))
 
 
 def exit_with(program: str, error: Exception, status: int) -> None:
@@ -595,5 +752,6 @@ def exit_with(program: str, error: Exception, status: int) -> None:
     if ranks.is_first():
         print(f"{program}: {error}", file=sys.stderr, flush=True)
     else:
-        time.sleep(5.0)  # it says why, and its end is theirs
+        time.sleep(5.0)  # if the first one says why, its end is theirs
+        print(f"{program}, rank {ranks.rank()}: {error}", file=sys.stderr, flush=True)
     raise SystemExit(status)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
@@ -12,12 +12,26 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+COLUMNS = {
+    "reward": "reward {:.3f}",
+    "format_reward": "format {:.3f}",
+    "nll": "nll {:.3f}",
+    "response_tokens": "{:.1f} tokens",
+    "rollout_entropy": "entropy {:.2f}",
+    "right_responses": "{:.0f} right",
+    "grad_norm": "grad {:.2f}",
+    "zero_std_groups": "silent {:.0%}",
+    "rollout_tokens_per_s": "{:.0f} tok/s",
+}
+"""A step's line; what a step does not have is left out."""
+
 
 class Display:
     """The phase, the step, tokens per second, reward and time left; one permanent line per step above it."""
 
-    def __init__(self, n_steps: int, *, quiet: bool = False) -> None:
+    def __init__(self, n_steps: int, *, quiet: bool = False, title: str = "GRPO") -> None:
         self.console = Console(quiet=quiet)
+        self._title = title
         self._n_steps = n_steps
         self._step_begin = time.monotonic()
         self._step_seconds: list[float] = []
@@ -44,7 +58,8 @@ class Display:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        with suppress(OSError):  # a file on a disk that is full, or a terminal that was closed
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def phase(self, name: str, seconds: dict[str, float], *, shown: bool = True) -> Iterator[None]:
@@ -67,43 +82,47 @@ class Display:
         left = (self._n_steps - step) * sum(recent) / len(recent)
         self._progress.update(self._task, completed=step)
         self._facts = {
-            "reward": f"{values['reward']:.3f}",
+            "reward": _number(values, "reward"),
             "tokens/s": f"{values.get('rollout_tokens_per_s', 0):.0f}",
-            "time left": _clock(left),
+            "time left": clock(left),
         }
+        shown = "  ".join(form.format(values[name]) for name, form in COLUMNS.items() if name in values)
         self.say(
-            f"step {step:>{len(str(self._n_steps))}}/{self._n_steps}  reward {values['reward']:.3f}  "
-            f"format {values['format_reward']:.3f}  {values['response_tokens']:.1f} tokens  "
-            f"entropy {values['rollout_entropy']:.2f}  grad {values['grad_norm']:.2f}  "
-            f"silent {values['zero_std_groups']:.0%}  {values.get('rollout_tokens_per_s', 0):.0f} tok/s  "
-            f"{self._step_seconds[-1]:.1f} s, {_clock(left)} left"
+            f"step {step:>{len(str(self._n_steps))}}/{self._n_steps}  {shown}  "
+            f"{self._step_seconds[-1]:.1f} s, {clock(left)} left"
         )
 
     def show_evaluation(self, step: int, values: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> None:
         """Accuracy, and some completions with their rewards."""
         self.say(
-            f"eval at step {step}: accuracy {values['accuracy']:.3f} (+-{values['accuracy_stderr']:.3f}), "
-            f"format {values['format_reward']:.3f}, {values['response_tokens']:.1f} tokens, "
+            f"eval at step {step}: accuracy {_number(values, 'accuracy')} (+-{_number(values, 'accuracy_stderr')}), "
+            f"format {_number(values, 'format_reward')}, {values['response_tokens']:.1f} tokens, "
             f"{int(values['n_examples'])} questions"
         )
         for row in rows[:4]:
-            self.say(f"  {row['reward']:g}  {_one_line(str(row['question']))}")
-            self.say(f"     {_one_line(str(row['response']))}  (answer: {row['answer']})")
+            reward = "-" if row["reward"] is None else f"{row['reward']:g}"
+            self.say(f"  {reward}  {one_line(str(row['question']))}")
+            self.say(f"     {one_line(str(row['response']))}  (answer: {row['answer']})")
 
     def _panel(self) -> Panel:
         facts = "   ".join(f"{name} {value}" for name, value in self._facts.items())
         grid = Table.grid(expand=True)
         grid.add_row(self._progress)
         grid.add_row(Text(facts or "the first step has no numbers yet", style="dim" if not facts else ""))
-        return Panel(grid, title="GRPO", title_align="left")
+        return Panel(grid, title=self._title, title_align="left")
 
 
-def _clock(seconds: float) -> str:
+def _number(values: Mapping[str, float], name: str) -> str:
+    """Not every reward has parts, and not every response can be scored."""
+    return f"{values[name]:.3f}" if name in values else "-"
+
+
+def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _one_line(text: str, limit: int = 240) -> str:
+def one_line(text: str, limit: int = 240) -> str:
     line = " ".join(text.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -4,6 +4,7 @@ from dataclasses import asdict, fields
 from typing import assert_never
 
 from drivers.config import GrpoConfig
+from drivers.grading import parse_mix
 from drivers.legality import RATIO_OBJECTIVES, RESPONSE_OBJECTIVES
 
 
@@ -62,7 +63,10 @@ def _unit(config: GrpoConfig) -> str:
 
 
 def _reward(config: GrpoConfig) -> str:
-    reward = f"{config.reward}(o_i)"
+    function = config.reward.rpartition(":")[2]
+    weights = parse_mix(config.reward_mix)
+    reward = " + ".join(f"{weight:g} {function}(o_i)[{name}]" for name, weight in weights.items())
+    reward = reward or f"{function}(o_i)"
     longest = config.sampling_max_tokens
     match config.length_penalty:
         case "none":
@@ -93,11 +97,9 @@ def _advantage(config: GrpoConfig) -> str:
         case "reinforce_plus_plus_baseline":
             return "r_i - mean_group(r)"
         case "gdpo":
-            first, second = config.reward_weights
-            return (
-                f"S_i / (std_batch(S) + {eps}),  S_i = {first:g} A_i^format + {second:g} A_i^answer, each "
-                f"(r_i - mean_group(r)) / (std_group(r) + {eps})"
-            )
+            parts = {name.removesuffix("_reward"): weight for name, weight in config.weights_of_parts.items()}
+            total = " + ".join(f"{weight:g} A_i^{name}" for name, weight in parts.items()).replace("+ -", "- ")
+            return f"S_i / (std_batch(S) + {eps}),  S_i = {total}, each (r_i - mean_group(r)) / (std_group(r) + {eps})"
         case "opo":
             return "r_i - sum_group(|o| r) / sum_group(|o|)"
         case "gpg":

@@ -100,6 +100,11 @@ def _check_advantage(config: "GrpoConfig") -> None:
             f"length_penalty={config.length_penalty} has no effect with advantage=gdpo, which compares the format and "
             "the answer reward: pass --length-penalty none"
         )
+    if config.advantage == "gdpo" and config.reward_mix and config.reward_weights != (1.0, 1.0):
+        raise UsageError(
+            f"reward_weights={config.reward_weights} has no effect with reward_mix={' '.join(config.reward_mix)}, "
+            "which has the weights of the parts that advantage=gdpo compares; leave one of the two out"
+        )
 
 
 def _check_objective(config: "GrpoConfig") -> None:

@@ -1,5 +1,6 @@
 """From settings to functions of grpo_core: rewards to advantages, a step to weights, a micro-batch to its loss."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, assert_never
@@ -17,9 +18,9 @@ from drivers.scoring import score_all
 
 
 def shape_rewards(
-    config: GrpoConfig, completions: Sequence[Completion], scores: Sequence[Mapping[str, float]]
+    config: GrpoConfig, completions: Sequence[Completion], scores: Sequence[Mapping[str, float | None]]
 ) -> Tensor:
-    """The reward of each response, with what is added for its length."""
+    """The reward of each response, with what is added for its length; NaN where it could not be scored."""
     rewards = core.read_rewards(list(scores))
     lengths = torch.tensor([len(completion.token_ids) for completion in completions])
     longest = config.sampling_max_tokens
@@ -31,11 +32,13 @@ def shape_rewards(
         case "cosine":
             right = core.compute_cosine_length_reward(lengths, longest, 2.0, 1.0)
             wrong = core.compute_cosine_length_reward(lengths, longest, -10.0, 0.0)
-            shaped = torch.where(torch.tensor([score["answer_reward"] > 0 for score in scores]), right, wrong)
+            answers = [score.get("answer_reward", score["reward"]) or 0.0 for score in scores]
+            shaped = torch.where(torch.tensor(answers) > 0, right, wrong)
             # A wrong answer must not gain by running into the limit, where its cosine is best.
-            return shaped.masked_fill(
+            shaped = shaped.masked_fill(
                 torch.tensor([completion.finish_reason == "length" for completion in completions]), -10.0
             )
+            return shaped.masked_fill(rewards.isnan(), torch.nan)
 
 
 def prepare_rollouts(
@@ -43,7 +46,7 @@ def prepare_rollouts(
     policy: nn.Module,
     reference: nn.Module | None,
     rollouts: RolloutBatch,
-    scores: Sequence[Mapping[str, float]],
+    scores: Sequence[Mapping[str, float | None]],
     greedy_rewards: Tensor | None,
 ) -> RolloutBatch:
     """All that is one value per rollout batch: log-probs before the first update, then advantages."""
@@ -65,7 +68,7 @@ def prepare_rollouts(
 def _advantages(
     config: GrpoConfig,
     rollouts: RolloutBatch,
-    scores: Sequence[Mapping[str, float]],
+    scores: Sequence[Mapping[str, float | None]],
     greedy_rewards: Tensor | None,
 ) -> Tensor:
     """One column, or one value for each token where the divergence is in the reward."""
@@ -88,9 +91,12 @@ def _advantages(
         case "reinforce_plus_plus_baseline":
             advantages = core.normalize_group_rewards(rewards, sizes, normalize_by_std=False)
         case "gdpo":
-            parts = torch.tensor([[score["format_reward"], score["answer_reward"]] for score in scores])
+            weights = config.weights_of_parts
             advantages = core.compute_gdpo_advantages(
-                parts.float(), sizes, reward_weights=list(config.reward_weights), advantage_eps=config.advantage_eps
+                _parts(scores, list(weights)),
+                sizes,
+                reward_weights=list(weights.values()),
+                advantage_eps=config.advantage_eps,
             )
         case "opo":
             advantages = core.compute_opo_advantages(rewards, sizes, rollouts.lengths)
@@ -109,7 +115,8 @@ def _advantages(
             advantages = core.compute_pkpo_advantages(rewards, sizes, config.pass_k)
         case _:  # pragma: no cover - mypy shows that nothing is left
             assert_never(config.advantage)
-    column, mask = advantages[:, None], rollouts.response_mask
+    # What was not scored has no part in statistics over tokens either.
+    column, mask = advantages[:, None], core.drop_truncated_responses(rollouts.response_mask, rollouts.unscored)
     if config.kl_coef > 0 and config.kl_in == "reward":
         assert rollouts.old_log_probs is not None  # `needs_old_log_probs` says so
         assert rollouts.reference_log_probs is not None
@@ -118,13 +125,23 @@ def _advantages(
     return core.whiten_over_tokens(column, mask) if config.advantage.startswith("reinforce_plus_plus") else column
 
 
+def _parts(scores: Sequence[Mapping[str, float | None]], names: Sequence[str]) -> Tensor:
+    """What `gdpo` compares of each response; NaN where it could not be scored."""
+    lacking = [name for name in names for score in scores if score["reward"] is not None and name not in score]
+    if lacking:
+        raise ValueError(f"it compares {' and '.join(names)}, and the reward function returned no {lacking[0]}")
+    values = [[None if score["reward"] is None else score[name] for name in names] for score in scores]
+    return torch.tensor([[torch.nan if value is None else value for value in row] for row in values])
+
+
 def weigh_step(config: GrpoConfig, batch: RolloutBatch) -> tuple[RolloutBatch, dict[str, float]]:
-    """All that is a statistic of one optimizer step, before it is cut into micro-batches; and how it came out."""
-    mask = (
-        core.drop_truncated_responses(batch.response_mask, batch.truncated)
-        if config.mask_truncated
-        else batch.response_mask
-    )
+    """All that is a statistic of one optimizer step, before it is cut into micro-batches; and how it came out.
+
+    A response that could not be scored is left out like one that was cut off under --mask-truncated: a reward of 0
+    would teach that it is bad.
+    """
+    left_out = batch.unscored | batch.truncated if config.mask_truncated else batch.unscored
+    mask = core.drop_truncated_responses(batch.response_mask, left_out)
     assert batch.advantages is not None  # `prepare_rollouts` took them
     kept, importance = mask, None
     facts: dict[str, float] = {}
@@ -154,7 +171,7 @@ def weigh_step(config: GrpoConfig, batch: RolloutBatch) -> tuple[RolloutBatch, d
     else:
         weights = core.compute_token_weights(mask, config.aggregation, kept=kept, **sizing, **counting)
     tokens = batch.response_mask.sum().clamp(min=1)
-    if kept is not batch.response_mask:
+    if config.mask_truncated or kept is not mask:
         facts["kept_tokens"] = (kept.sum() / tokens).item()
     if config.kl_coef > 0 and config.kl_in == "reward":
         assert batch.old_log_probs is not None
@@ -163,6 +180,7 @@ def weigh_step(config: GrpoConfig, batch: RolloutBatch) -> tuple[RolloutBatch, d
         facts["kl"] = (core.masked_sum(difference, batch.response_mask) / tokens).item()
     return replace(
         batch,
+        raw_rewards=batch.raw_rewards.masked_fill(batch.raw_rewards.isnan(), 0.0),  # 0 times NaN would be NaN
         # The sampler's own log-probs in the place of the old policy's: two policies instead of three.
         old_log_probs=batch.sampler_log_probs if config.old_policy == "sampler" else batch.old_log_probs,
         policy_weights=weights,
@@ -282,7 +300,7 @@ class EntropyBonus:
 
     def of_step(self, entropy: float) -> float:
         """What a step applies whose responses, before it, have this entropy per token."""
-        if self._target is None:
+        if self._target is None or not math.isfinite(entropy):  # which the run is told of, or ended by
             return self.value
         self.value = core.adapt_entropy_coefficient(self.value, entropy, self._target)
         return self.value if entropy <= self._target else 0.0

@@ -2,8 +2,8 @@
 
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -11,22 +11,27 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from drivers import ranks
 from drivers.checkpoint import (
     TENSORS,
-    drop_older_tensors,
-    find_checkpoint,
+    WRITE_ERRORS,
+    precision_of,
+    publish_model,
     read_facts,
     read_tensors,
     save_checkpoint,
 )
-from drivers.config import GrpoConfig
+from drivers.config import GrpoConfig, Settings
 from drivers.curves import draw_curves
-from drivers.data import Question, load_examples, load_prompt_template, make_questions
+from drivers.data import Prompt, Question, easiest_first, load_examples, load_prompt, make_questions
 from drivers.display import Display
 from drivers.errors import UnsoundRunError, UsageError
-from drivers.evaluate import REWARDS, evaluate_policy
+from drivers.evaluate import evaluate_policy, start_grading
+from drivers.files import free_path, set_aside, sweep
+from drivers.grading import BUILT_IN, Grader, GradingPool, check_file, one_by_one
+from drivers.guards import Anomaly
 from drivers.lora import add_lora
 from drivers.memory import settle_memory, weight_bytes
 from drivers.models import (
@@ -41,32 +46,52 @@ from drivers.models import (
     resolve_model,
 )
 from drivers.optim import training_state_bytes
-from drivers.rollout import FollowingEngine, HFReplica, RolloutEngine, make_engine
-from drivers.run_log import NoLog, RunLog, abandon_run_folder, create_run_folder
+from drivers.rollout import FollowingEngine, HFReplica, RolloutEngine, end_token_ids, make_engine
+from drivers.run_folder import (
+    abandon_run_folder,
+    checkpoints,
+    create_run_folder,
+    find_checkpoint,
+    later_checkpoints,
+    newest_checkpoint,
+    tidy,
+)
+from drivers.run_log import NoLog, RunLog
+from drivers.samples import with_values
 from drivers.self_check import DEFAULT_TOLERANCE, Agreement, check_engine
 from drivers.state import TrainingState
 from drivers.weights import PolicyWeights
-from grpo_core import RewardFn
 
 N_SELF_CHECK_PROMPTS = 4
 EVALUATION_SEED = 1 << 30
 RUN_MARKER = "metrics.jsonl"
+FINAL = "final_model"
 
 
 class Run:
     """The folder, the log and the screen of one training run."""
 
     def __init__(
-        self, config: GrpoConfig, folder: Path, tokenizer: Any, display: Display, checkpoint: Path | None = None
+        self,
+        config: GrpoConfig,
+        folder: Path,
+        tokenizer: Any,
+        display: Display,
+        checkpoint: Path | None = None,
+        settings: Settings | None = None,
     ) -> None:
-        """`checkpoint`: of this run, to go on from; what was logged after it is dropped."""
+        """`checkpoint`: of this run, to go on from; what was logged after it is dropped.
+
+        `settings`: the program's own, which are written down, where they are not `config`.
+        """
         self.config, self.folder, self.tokenizer, self.display = config, folder, tokenizer, display
         self.state: TrainingState | None = None
-        self._checkpoint = checkpoint
+        self._checkpoint, self._settings = checkpoint, settings
         self._begun_after = -1 if checkpoint is None else int(read_facts(checkpoint)["step"])
-        self._log = RunLog(folder, config, after=self._begun_after) if ranks.is_first() else NoLog()
+        self._log: RunLog | NoLog = NoLog()
         self._seconds: dict[str, float] = {}
         self._is_in_background = False
+        self._told: set[tuple[int, str]] = set()
         # A thousand tokens tell enough, whatever the length limit of the run.
         longest = min(config.sampling_max_tokens, config.sampling_min_tokens + 64)
         # Not top-p: its log-probs are of another distribution, however well the weights agree.
@@ -78,16 +103,31 @@ class Run:
         return 0 if self.state is None else self.state.step
 
     def begin(self, state: TrainingState) -> TrainingState:
-        """The state of this run: as it is, or filled from the checkpoint."""
+        """The state of this run, as it is or filled from the checkpoint. Only then is anything logged."""
         if self._checkpoint is not None:
             try:
                 read_tensors(self._checkpoint / TENSORS, state.tensors())
                 state.restore(read_facts(self._checkpoint))
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise UsageError(f"--resume {self._checkpoint}: cannot be gone on from ({error})") from error
+            except Exception as error:  # a state that another program has written fails in any way
+                if isinstance(error, RuntimeError) and ranks.is_lost(error):
+                    raise
+                raise UsageError(
+                    f"--resume {self._checkpoint}: cannot be gone on from ({type(error).__name__}: {_reason(error)})"
+                ) from error
             self.display.say(f"Going on after step {state.step}, from {self._checkpoint}/")
         self.state = state
+        ranks.lead(self._open_folder)
         return state
+
+    def _open_folder(self) -> None:
+        """What is there of steps that are still to be made gives way; from now on there is a log."""
+        try:
+            sweep(self.folder)
+            for later in later_checkpoints(self.folder, self.step) if self._checkpoint is not None else ():
+                set_aside(later)
+            self._log = RunLog(self.folder, self.config, after=self._begun_after, settings_of=self._settings)
+        except OSError as error:
+            raise UsageError(f"{self.folder}: cannot be written to ({error.strerror or error})") from error
 
     def steps(self) -> Iterator[int]:
         """The next one, ... n_grpo_steps."""
@@ -120,6 +160,26 @@ class Run:
         """What a person should know of a step, and the run survives."""
         self.display.say(f"warning: {text}")
 
+    def allows(self, step: int, anomalies: Sequence[Anomaly]) -> bool:
+        """Whether an update may be made in spite of these: they are logged, and --on-anomaly says. It may end the run.
+
+        One kind is told once, until a step is without it.
+        """
+        choice = self.config.on_anomaly
+        for anomaly in anomalies:
+            if (step, anomaly.kind) not in self._told:
+                self._log.log("anomaly", step, anomaly._asdict())
+                if (step - 1, anomaly.kind) not in self._told:
+                    self.warn(f"step {step}: {anomaly.text}")
+            self._told.add((step, anomaly.kind))
+        fatal = [one for one in anomalies if choice == "stop" or (choice == "auto" and one.is_unusable)]
+        if fatal:
+            raise UnsoundRunError(
+                f"step {step}: {fatal[0].text}; this update was not made, the weights are as before. "
+                "--on-anomaly skip goes on without such updates"
+            )
+        return not any(choice == "skip" or one.is_unusable for one in anomalies)
+
     def check_engine(
         self, engine: RolloutEngine, policy: nn.Module, prompts: Sequence[Question], *, version: int
     ) -> Agreement:
@@ -142,22 +202,26 @@ class Run:
         self.display.say(f"self-check at step {version}: {agreement}; {tolerance:g} mean allowed")
         return agreement
 
-    def evaluate(
-        self, engine: RolloutEngine, questions: Sequence[Question], reward_fn: RewardFn, *, step: int
-    ) -> None:
+    def evaluate(self, engine: RolloutEngine, questions: Sequence[Question], grade: Grader, *, step: int) -> None:
         """Held-out accuracy, logged and shown with some completions. The same noise at every evaluation."""
+        n_shown, sampling = self.config.n_logged_completions, self.config.sampling.alone()
         with self.phase("evaluate"):
             values, rows = ranks.lead(
                 lambda: evaluate_policy(
-                    engine, questions, self.config.sampling.alone(), reward_fn, seed=EVALUATION_SEED
+                    engine,
+                    questions,
+                    sampling,
+                    grade,
+                    seed=EVALUATION_SEED,
+                    n_shown=n_shown,
+                    tokenizer=self.tokenizer,
                 )
             )
         if self.state is not None:
-            self.state.accuracies.append(values["accuracy"])
-        shown = rows[: self.config.n_logged_completions]
+            self.state.accuracies |= {step: values["accuracy"]} if "accuracy" in values else {}
         self._log.log("eval", step, values | {"time_evaluate_s": self._seconds["evaluate"]})
-        self._log.log_completions(step, shown)
-        self.display.show_evaluation(step, values, shown)
+        self._log.log_completions("eval", step, rows[:n_shown])
+        self.display.show_evaluation(step, values, rows[:n_shown])
 
     def report(self, step: int, values: Mapping[str, float]) -> None:
         """The step's line everywhere."""
@@ -169,44 +233,87 @@ class Run:
         self._log.log("train", step, values)
         self.display.end_step(step, values)
 
-    def save(self, policy: nn.Module, name: str) -> Path:
-        """A checkpoint that transformers and vLLM load, and that training goes on from unless it is in mid-step."""
+    def log_samples(
+        self,
+        step: int,
+        rows: Sequence[Mapping[str, Any]],
+        values: Sequence[Mapping[str, Sequence[float]]],
+        advantages: torch.Tensor | None = None,
+    ) -> None:
+        """Some of what a step trained on. `values` are those of their tokens, `advantages` those of all responses."""
+        taken = [None] * len(rows) if advantages is None else advantages[: len(rows)].tolist()
+        self._log.log_completions("train", step, map(with_values, rows, values, taken))
+
+    def save(self, policy: nn.Module, name: str) -> Path | None:
+        """A checkpoint that transformers and vLLM load, and that training goes on from unless it is in mid-step.
+
+        None, and a warning, where it cannot be written: the earlier ones stay, and the run may go on. Of several
+        ranks, and at the end, that ends the run.
+        """
         assert self.state is not None
-        folder, seconds = self.folder / name, dict[str, float]()
-        whole = self.state.is_whole and name.startswith("checkpoint")
+        folder, seconds, state = self.folder / name, dict[str, float](), self.state
+        whole = state.is_whole and name.startswith("checkpoint")
+        facts, tensors = (state.facts(), state.tensors()) if whole else ({"step": state.step}, None)
         with self.display.phase("save", seconds):
             try:
-                save_checkpoint(
-                    policy,
-                    self.tokenizer,
-                    folder,
-                    facts=self.state.facts() if whole else {"step": self.state.step},
-                    tensors=self.state.tensors() if whole else None,
-                )
-                if whole and ranks.is_first():
-                    drop_older_tensors(self.folder, folder)
-            except OSError as error:
-                raise UnsoundRunError(f"{folder}: no checkpoint can be written ({error})") from error
-        self._log.log("save", self.state.step, {"time_save_s": seconds["save"]})
+                self._log.sync()
+                save_checkpoint(policy, self.tokenizer, folder, facts=facts, tensors=tensors)
+            except WRITE_ERRORS as error:
+                reason = f"{folder}: no checkpoint can be written ({_reason(error)})"
+                if ranks.size() > 1 or state.step == self.config.n_grpo_steps:
+                    raise UnsoundRunError(reason) from error
+                with suppress(OSError):
+                    sweep(self.folder)
+                last = newest_checkpoint(self.folder)
+                self.warn(f"{reason}; the run goes on, and the last one is {last.name if last else 'none'}")
+                return None
+            if ranks.is_first():
+                try:
+                    tidy(self.folder, state.accuracies, self.config.keep_checkpoints)
+                except (OSError, ValueError, KeyError) as error:  # what was there before costs no run
+                    self.warn(f"{self.folder}: earlier checkpoints cannot be tidied up ({_reason(error)})")
+        self._log.log("save", state.step, {"time_save_s": seconds["save"]})
         return folder
+
+    def publish(self, name: str) -> Path:
+        """The model of the last checkpoint, which holds all that was made, under a name of its own."""
+        checkpoint, folder = ranks.lead(self.last_checkpoint), self.folder / name
+        assert checkpoint is not None
+        try:
+            ranks.lead(partial(publish_model, checkpoint, folder))
+        except OSError as error:
+            raise UnsoundRunError(
+                f"{folder}: cannot be written ({_reason(error)}); the same model is in {checkpoint}/"
+            ) from error
+        return folder
+
+    def free_name(self, name: str) -> str:
+        """`name`, or if an earlier process of this run has used it, another."""
+        return free_path(self.folder / name).name
 
     def last_checkpoint(self) -> Path | None:
         """If it holds all that was made since."""
-        newest = find_checkpoint(self.folder)
+        newest = newest_checkpoint(self.folder)
         whole = self.state is not None and self.state.is_whole
         return newest if whole and newest is not None and read_facts(newest)["step"] == self.step else None
 
     def summary(self) -> str:
         """What the run came to."""
         assert self.state is not None
-        first, last = self.state.accuracies[0], self.state.accuracies[-1]
+        accuracies = self.state.accuracies
+        if not accuracies:
+            return "no held-out response could be scored"
+        first, last = accuracies[min(accuracies)], accuracies[max(accuracies)]
         return f"held-out accuracy {first:.3f} before the first step, {last:.3f} after step {self.step}"
 
     def finish(self) -> None:
         """Close the log and draw its picture."""
         self._log.close()
         if ranks.is_first():
-            draw_curves(self.folder)
+            try:
+                draw_curves(self.folder)
+            except Exception as error:  # a picture is not worth a run, whatever it fails of
+                self.warn(f"curves.png could not be drawn ({type(error).__name__}: {error})")
 
 
 class Parts(NamedTuple):
@@ -214,55 +321,99 @@ class Parts(NamedTuple):
 
     policy: nn.Module
     engine: RolloutEngine
-    reward_fn: RewardFn
-    train_set: list[Question]
-    val_set: list[Question]
+    grade: Grader
+    train_set: Sequence[Question]
+    val_set: Sequence[Question]
     reference: nn.Module | None = None
     """What a divergence is taken from: the model as it was before training, frozen."""
 
+    def close(self) -> None:
+        """End the processes that sample and grade."""
+        try:
+            self.engine.close()
+        finally:
+            if isinstance(self.grade, GradingPool):
+                self.grade.close()
+
 
 def prepare(config: GrpoConfig, display: Display) -> tuple[Run, Parts]:
-    """Everything that the settings name. Cheap checks first: a bad file stops the run before a model is loaded."""
+    """Everything that the settings name."""
     examples = load_examples("--data-path", config.data_path)
-    val_examples = load_examples("--val-data-path", config.val_data_path)[: config.n_val_examples]
     if len(examples) < config.n_prompts_per_rollout_batch:
         raise UsageError(
             f"--data-path {config.data_path}: holds {len(examples)} questions, and a step asks "
             f"{config.n_prompts_per_rollout_batch} different ones (rollout_batch_size / group_size): "
             "lower --rollout-batch-size or raise --group-size"
         )
-    template = load_prompt_template(config.prompt_path)
+    if config.curriculum_steps:
+        examples = easiest_first("--curriculum-steps", examples)
+    return build(config, display, partial(make_questions, examples, prompt_of(config)))
+
+
+def prompt_of(config: GrpoConfig) -> Prompt:
+    """How the settings put a question."""
+    return load_prompt(config.prompt_path, config.chat_template, config.system_prompt_path)
+
+
+def build(
+    config: GrpoConfig,
+    display: Display,
+    make_train_set: Callable[..., Sequence[Question]],
+    settings: Settings | None = None,
+) -> tuple[Run, Parts]:
+    """The parts. Cheap checks first: a bad file stops the run before a model is loaded.
+
+    `make_train_set`: what `make_questions` is once it has its examples. `settings`: the program's own.
+    """
+    val_examples = load_examples("--val-data-path", config.val_data_path)[: config.n_val_examples]
+    check_file(config.reward)
+    prompt = prompt_of(config)
     devices = choose_devices(config)
     assert config.model_path is not None  # the command line refuses that
     model_path = ranks.lead(partial(resolve_model, config.model_path))
-    tokenizer = load_tokenizer(model_path)
+    tokenizer = load_tokenizer(model_path, for_chat=config.chat_template)
     context = context_length(model_path)
     train_set, val_set = (
-        make_questions(part, template, tokenizer, max_new_tokens=config.sampling_max_tokens, context=context)
-        for part in (examples, val_examples)
+        make(tokenizer, max_new_tokens=config.sampling_max_tokens, context=context)
+        for make in (make_train_set, partial(make_questions, val_examples, prompt))
     )
-    folder, checkpoint = ranks.lead(partial(open_run_folder, config))
-    try:
-        longest = max(len(question.prompt_token_ids) for question in (*train_set, *val_set))
-        policy, reference, engine = load_models(config, display, model_path, tokenizer, devices, longest)
-    except BaseException:
-        if ranks.is_first() and checkpoint is None:
-            abandon_run_folder(folder, RUN_MARKER)
-        raise
-    display.say(f"{len(train_set)} training and {len(val_set)} held-out questions; run folder {folder}/")
-    run = Run(config, folder, tokenizer, display, checkpoint)
+    with ExitStack() as unless_prepared:
+        grade: Grader = one_by_one(BUILT_IN["r1_zero"])  # of other ranks, which are never asked
+        if ranks.is_first():
+            grade = unless_prepared.enter_context(start_grading(config, lambda text: display.say(f"warning: {text}")))
+        folder, checkpoint = ranks.lead(partial(open_run_folder, config, display.say))
+        try:
+            # In a prompt and a response of sampling_max_tokens there is room for each demonstration too.
+            longest = max(question.n_tokens(config.sampling_max_tokens) for question in (*train_set, *val_set))
+            longest -= config.sampling_max_tokens
+            before = None if checkpoint is None else precision_of(checkpoint)
+            policy, reference, engine = load_models(config, display, model_path, tokenizer, devices, longest, before)
+        except BaseException:
+            if ranks.is_first() and checkpoint is None:
+                abandon_run_folder(folder, RUN_MARKER)
+            raise
+        display.say(f"{len(train_set)} training and {len(val_set)} held-out questions; run folder {folder}/")
+        run = Run(config, folder, tokenizer, display, checkpoint, settings)
+        unless_prepared.pop_all()
     for warning in config.warnings:
         run.warn(warning)
-    return run, Parts(policy, engine, REWARDS[config.reward], train_set, val_set, reference)
+    return run, Parts(policy, engine, grade, train_set, val_set, reference)
 
 
-def open_run_folder(config: GrpoConfig) -> tuple[Path, Path | None]:
+def _reason(error: BaseException) -> str:
+    """In one line, of the rank that failed."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return str(error).partition("\n")[0]
+
+
+def open_run_folder(config: GrpoConfig, say: Callable[[str], None]) -> tuple[Path, Path | None]:
     """The run's folder, and the checkpoint in it to go on from, if there is one."""
     name = config.recipe or Path(str(config.model_path)).name
     if config.resume is None:
         return create_run_folder("--save-dir", config.save_dir, name, marker=RUN_MARKER), None
     if config.resume != "auto":
-        checkpoint = find_checkpoint(Path(config.resume))
+        checkpoint = find_checkpoint(Path(config.resume), say)
         if checkpoint is None:
             raise UsageError(
                 f"--resume {config.resume}: a checkpoint with a folder {TENSORS}, or a run that has one, is required"
@@ -270,11 +421,34 @@ def open_run_folder(config: GrpoConfig) -> tuple[Path, Path | None]:
         return checkpoint.parent, checkpoint
     assert config.save_dir is not None  # the settings refuse that
     folder = Path(config.save_dir)
-    checkpoint = find_checkpoint(folder)
-    if checkpoint is None:  # ended before its first one
-        (folder / RUN_MARKER).unlink(missing_ok=True)
+    checkpoint = find_checkpoint(folder, say)
+    if checkpoint is None:
+        if (folder / FINAL).exists():
+            raise UsageError(
+                f"--resume auto: {folder} has a {FINAL}, and no checkpoint with a folder {TENSORS} to go on from: "
+                f"pass a new --save-dir, and --model-path {folder / FINAL} to begin from its weights"
+            )
+        for _, useless in checkpoints(folder):
+            say(f"warning: nothing can go on from {useless}; it is set aside, and the run begins again")
+            set_aside(useless)
+        for file in (RUN_MARKER, "completions.jsonl"):  # it ended before its first one
+            set_aside(folder / file)
         create_run_folder("--save-dir", config.save_dir, name, marker=RUN_MARKER)
     return folder, checkpoint
+
+
+def finished_model(config: GrpoConfig) -> Path | None:
+    """Of the run that is to be gone on with, if all its steps are made."""
+    if config.resume is None:
+        return None
+    final = Path(str(config.save_dir) if config.resume == "auto" else config.resume) / FINAL
+    try:
+        return final if final.exists() and read_facts(final)["step"] >= config.n_grpo_steps else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"--resume: {final} cannot be read ({type(error).__name__}: {error}); move it away, and the run is gone "
+            "on with from its last checkpoint"
+        ) from error
 
 
 def choose_devices(config: GrpoConfig) -> tuple[torch.device, torch.device]:
@@ -282,6 +456,8 @@ def choose_devices(config: GrpoConfig) -> tuple[torch.device, torch.device]:
     policy_device = choose_device("--policy-device", config.policy_device, default_policy_device())
     if ranks.size() > 1:
         policy_device = device_of_rank(config, policy_device)
+        if not ranks.is_first():  # the engine is the first one's, on its machine
+            return policy_device, policy_device
     if config.rollout_url:
         if config.engine == "hf" or config.rollout_process != "auto" or config.rollout_device != "auto":
             raise UsageError(
@@ -357,16 +533,29 @@ def load_models(
     tokenizer: Any,
     devices: tuple[torch.device, torch.device],
     longest_prompt: int,
+    earlier_dtype: str | None = None,
 ) -> tuple[nn.Module, nn.Module | None, RolloutEngine]:
-    """Policy, frozen reference where one is needed, and engine: what takes long. Says what they are."""
+    """Policy, frozen reference where one is needed, and engine: what takes long. Says what they are.
+
+    `earlier_dtype`: of the run that is gone on with. Measured anew, `auto` might be another.
+    """
     display.say("Loading the model ...")
     policy_device, rollout_device = devices
-    dtype = choose_dtype(config.dtype, policy_device)
+    asked: str = config.dtype
+    if asked == "auto":
+        asked = earlier_dtype or ("float32" if config.deterministic else "auto")
+    dtype = ranks.lead(partial(choose_dtype, asked, policy_device))  # it may measure
+    if config.deterministic and policy_device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch demands it
+        torch.use_deterministic_algorithms(True)
     if policy_device.type == "cpu":
         keep_freed_memory()
     longest_row = longest_prompt + config.group_size * config.sampling_max_tokens
     load = partial(load_sharded, config, model_path, policy_device, dtype, longest_row)
     policy = load(lora=config.lora_rank > 0)
+    if config.chat_template:  # it is saved so, and whoever samples from a checkpoint ends there too
+        generation: Any = policy.generation_config
+        generation.eos_token_id = end_token_ids(policy, tokenizer)
     reference, reference_bytes = None, 0
     if config.needs_reference:
         reference = load(lora=False).requires_grad_(False)
@@ -415,8 +604,8 @@ def load_sharded(
     """The model in `dtype`; of several ranks each keeps its shard, in float32, which is what the optimizer updates."""
     several = ranks.size() > 1
     # The host holds it whole for a moment; it comes to the device a shard at a time.
-    place, kept = (torch.device("cpu"), torch.float32) if several else (device, dtype)
-    policy = load_policy(model_path, place, kept, longest_row, config.attention, on=device)
+    place = torch.device("cpu") if several else device
+    policy = load_policy(model_path, place, dtype, longest_row, config.attention, on=device)
     if lora:
         add_lora(policy, config.lora_rank, config.lora_alpha, seed=config.seed, base=str(config.model_path))
-    return ranks.shard(policy, dtype) if several else policy
+    return ranks.shard(policy, dtype, device) if several else policy

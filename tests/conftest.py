@@ -27,8 +27,8 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 # No deadline: the first call of a torch operation takes longer than any deadline that would catch a slow one.
-settings.register_profile("dev", max_examples=50, deadline=None)
-settings.register_profile("ci", max_examples=200, deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("dev", max_examples=30, deadline=None)
+settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("nightly", max_examples=2000, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") == "true" else "dev"))
 
@@ -38,6 +38,13 @@ def each_way(request, monkeypatch):
     """The kernels and known slopes of eager mode, and the plain expressions that torch.compile and torch.func get."""
     if request.param == "traced":
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items) -> None:
+    for item in items:
+        if item.get_closest_marker("vllm"):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -8,6 +8,7 @@ from drivers.batch import make_rollout_batch
 from drivers.config import GrpoConfig
 from drivers.data import Example, Question
 from drivers.display import Display
+from drivers.grading import one_by_one
 from drivers.rollout import Completion, HFEngine
 from drivers.run import Run
 from tests.tiny import make_tiny_policy, make_tiny_tokenizer
@@ -19,6 +20,9 @@ def letter_reward(response: str, ground_truth: str) -> dict[str, float]:
     """The share of the response's characters that are the asked-for letter: a signal from the first step on."""
     share = response.count(ground_truth) / len(response) if response else 0.0
     return {"reward": share, "format_reward": float(bool(response)), "answer_reward": share}
+
+
+letter_grader = one_by_one(letter_reward)
 
 
 def letter_questions(tokenizer, n=4):

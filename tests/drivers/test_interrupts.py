@@ -52,7 +52,8 @@ def test_another_thread_is_left_alone():
     assert seen == ["ran"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_a_checkpoint_of_its_last_step(tmp_path, number):
     save_tiny(tmp_path / "tiny")
     flags = (

@@ -2,20 +2,31 @@
 
 import json
 import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
+from transformers import AutoModelForCausalLM
 
-from drivers.checkpoint import FACTS, TENSORS, find_checkpoint, read_facts
-from drivers.errors import UsageError
+from drivers.checkpoint import FACTS, TENSORS, find_damage, read_facts, read_tensors
+from drivers.errors import UnsoundRunError, UsageError
+from drivers.program import keep_what_was_made
 from drivers.rollout import HFReplica
 from drivers.run import Run
+from drivers.run_folder import find_checkpoint
 from drivers.run_log import RunLog
-from drivers.train import keep_what_was_made, train
+from drivers.series import read_metrics
+from drivers.train import train
 from drivers.weights import PolicyWeights
-from tests.drivers.parts import letter_reward, tiny_config, tiny_parts
+from tests.drivers.parts import letter_grader, tiny_config, tiny_parts
+from tests.drivers.test_checkpoint import no_file_beyond
 from tests.drivers.test_train import weights
 
+ROOT = Path(__file__).resolve().parents[2]
 COMMON = {"n_grpo_steps": 6, "learning_rate": 1e-2, "eval_steps": 2, "checkpoint_steps": 1}
 KINDS = {
     "plain": {},
@@ -23,6 +34,7 @@ KINDS = {
     "adaptive": {"entropy_target": 6.0, "entropy_coef": 0.01},
     "ahead": {"async_steps": 1, "importance": "truncate", "engine": "vllm"},
     "bfloat16": {"dtype": "bfloat16", "self_check_tolerance": 1.0},
+    "curriculum": {"curriculum_steps": 5, "rollout_batch_size": 16, "train_batch_size": 16},
     "refills": {"max_refills": 2, "kl_coef": 0.1, "kl_in": "reward", "kl_estimator": "k1"},
 }
 
@@ -31,7 +43,7 @@ class Stop(Exception):
     """The run ends here."""
 
 
-def go(folder, checkpoint=None, stop_at=None, **settings):
+def go(folder, checkpoint=None, stop_at=None, publish=False, **settings):
     """`stop_at`: how many times the engine answers before it ends the run."""
     config = tiny_config(**(COMMON | settings))
     parts, dtype = tiny_parts(), getattr(torch, config.dtype)
@@ -52,7 +64,9 @@ def go(folder, checkpoint=None, stop_at=None, **settings):
 
     run = Run(config, folder, parts.tokenizer, Display(1, quiet=True), checkpoint)
     try:
-        train(config, policy, engine, letter_reward, parts.questions, parts.questions, run, reference)
+        train(config, policy, engine, letter_grader, parts.questions, parts.questions, run, reference)
+        if publish:
+            run.publish("final_model")
     except Stop:
         keep_what_was_made(run, policy)
     finally:
@@ -74,7 +88,10 @@ def assert_same(found, expected):
     assert all(torch.equal(tensor, expected[1][name]) for name, tensor in found[1].items())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+QUICK = ("ahead",)
+
+
+@pytest.mark.parametrize("kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
 def test_stopped_anywhere_and_gone_on_with_it_is_the_same_to_the_last_bit(tmp_path, kind):
     """Weights, both moments, every logged number, every logged completion."""
     settings = KINDS[kind]
@@ -91,14 +108,18 @@ def test_stopped_anywhere_and_gone_on_with_it_is_the_same_to_the_last_bit(tmp_pa
         assert (folder / "completions.jsonl").read_bytes() == (tmp_path / "whole/completions.jsonl").read_bytes()
 
 
-def test_only_the_newest_checkpoint_holds_what_training_goes_on_from(tmp_path):
+def test_only_the_newest_two_checkpoints_hold_what_training_goes_on_from(tmp_path):
     go(tmp_path / "run")
     left = sorted(folder.name for folder in (tmp_path / "run").glob("checkpoint-*") if (folder / TENSORS).exists())
-    assert left == ["checkpoint-6"]
+    assert left == ["checkpoint-5", "checkpoint-6"]
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 6
     assert not list((tmp_path / "run").rglob(".unfinished-*"))
     assert find_checkpoint(tmp_path / "run") == tmp_path / "run/checkpoint-6"
-    assert find_checkpoint(tmp_path / "run/checkpoint-5") is None
+    assert find_checkpoint(tmp_path / "run/checkpoint-5") == tmp_path / "run/checkpoint-5"
+    with pytest.raises(UsageError, match="checkpoint-4: cannot be gone on from: it has no folder trainer_state"):
+        find_checkpoint(tmp_path / "run/checkpoint-4")
+    for folder in (tmp_path / "run").glob("*-*"):  # what is left is as it was written
+        assert find_damage(folder) is None
     assert find_checkpoint(tmp_path) is None
 
 
@@ -143,8 +164,135 @@ def test_another_models_checkpoint_is_refused_with_the_reason(tmp_path):
 
     run = Run(config, tmp_path / "run", parts.tokenizer, Display(1, quiet=True), find_checkpoint(tmp_path / "run"))
     with pytest.raises(UsageError, match="tensors do not fit this model's"):
-        train(config, parts.policy, parts.engine, letter_reward, parts.questions, parts.questions, run)
+        train(config, parts.policy, parts.engine, letter_grader, parts.questions, parts.questions, run)
     run.finish()
+
+
+def test_a_resume_that_fails_leaves_log_and_settings_as_they_were(tmp_path):
+    """A checkpoint that lacks a tensor: the reason, and nothing else changes."""
+    folder = tmp_path / "run"
+    go(folder, n_grpo_steps=2)
+    checkpoint = find_checkpoint(folder)
+    before = {name: (folder / name).read_bytes() for name in ("metrics.jsonl", "completions.jsonl", "config.json")}
+    (shard,) = (checkpoint / TENSORS).glob("*.safetensors")
+    other = safetensors.torch.load_file(shard)
+    kept = dict(list(other.items())[1:])
+    safetensors.torch.save_file(kept, shard)
+    with pytest.raises(UsageError, match="cannot be gone on from"):
+        go(folder, checkpoint, n_grpo_steps=4)
+    assert {name: (folder / name).read_bytes() for name in before} == before
+
+
+def test_a_missing_shard_is_noticed(tmp_path):
+    """Of two files of a state, one is gone: what is left must not pass for the whole, the rest being as it was."""
+    whole = torch.arange(12.0).view(4, 3)
+    files = [tmp_path / f"shard-{number:05d}-model-00001-of-00001.safetensors" for number in (1, 2)]
+    for file, begin in zip(files, (0, 2), strict=True):
+        place = json.dumps({"rows": {"saved_offsets": [begin, 0]}})
+        part = whole[begin : begin + 2].contiguous()
+        safetensors.torch.save_file({"rows": part}, file, metadata={"DCP_SHARDING_INFO": place, "format": "pt"})
+    found = torch.zeros(4, 3)
+    read_tensors(tmp_path, {"rows": found})
+    assert torch.equal(found, whole)
+    files[0].unlink()
+    with pytest.raises(ValueError, match="hold 6 of the 12 values of rows"):
+        read_tensors(tmp_path, {"rows": torch.zeros(4, 3)})
+
+
+def test_a_finished_run_is_gone_on_with_and_its_final_model_kept(tmp_path):
+    """More steps than it had: the new model takes the name, the old one gets another; checkpoints share its files."""
+    folder = tmp_path / "run"
+    first, *_ = go(folder, n_grpo_steps=2, publish=True)
+    final = folder / "final_model"
+    assert (final / "model.safetensors").samefile(folder / "checkpoint-2/model.safetensors")
+    assert not (final / TENSORS).exists()
+    assert json.loads((final / FACTS).read_text()) == {"step": 2}
+    second, *_ = go(folder, find_checkpoint(folder), n_grpo_steps=3, publish=True)
+    assert torch.equal(weights(AutoModelForCausalLM.from_pretrained(final)), second)
+    assert torch.equal(weights(AutoModelForCausalLM.from_pretrained(folder / "superseded-final_model")), first)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.slow
+def test_from_an_older_checkpoint_later_ones_are_set_aside(tmp_path):
+    """Their steps are made again, and nothing that was finished is lost. What a killed process left half done goes."""
+    folder = tmp_path / "run"
+    go(folder, n_grpo_steps=4)
+    shutil.copytree(folder / "checkpoint-4" / TENSORS, tmp_path / "kept")
+    whole, *_ = go(folder, find_checkpoint(folder))
+    shutil.copytree(tmp_path / "kept", folder / "checkpoint-4" / TENSORS)
+    (folder / ".unfinished-checkpoint-9/x").mkdir(parents=True)
+    (folder / "checkpoint-5/.unfinished-trainer_state").mkdir()
+    (folder / ".unfinished-config.json").touch()
+    again, *_ = go(folder, folder / "checkpoint-4")
+    assert torch.equal(again, whole)
+    names = sorted(path.name for path in folder.glob("*checkpoint-*"))
+    assert names == [*(f"checkpoint-{n}" for n in range(1, 7)), "superseded-checkpoint-5", "superseded-checkpoint-6"]
+    assert not list(folder.rglob(".unfinished-*"))
+
+
+def test_a_checkpoint_that_has_no_room_is_a_warning_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    """The one before stays; at the last step it ends the run."""
+    import drivers.run as program
+
+    save, folder = program.save_checkpoint, tmp_path / "run"
+
+    def fail_at(steps):
+        def some(policy, tokenizer, target, **more):
+            if more["facts"]["step"] in steps:
+                with no_file_beyond(100_000):
+                    return save(policy, tokenizer, target, **more)
+            return save(policy, tokenizer, target, **more)
+
+        return some
+
+    whole, *_ = go(tmp_path / "whole", n_grpo_steps=3)
+    monkeypatch.setattr(program, "save_checkpoint", fail_at({2}))
+    found, *_ = go(folder, n_grpo_steps=3)
+    assert torch.equal(found, whole)
+    assert sorted(path.name for path in folder.glob("*checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
+    monkeypatch.setattr(program, "save_checkpoint", fail_at({3}))
+    with pytest.raises(UnsoundRunError, match="checkpoint-3: no checkpoint can be written"):
+        go(tmp_path / "last", n_grpo_steps=3)
+    assert find_checkpoint(tmp_path / "last").name == "checkpoint-2"
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path):
+    """And nothing else: they are made again, to the same bits."""
+    folder = tmp_path / "run"
+    whole = go(folder)
+    (shard,) = (folder / "checkpoint-6" / TENSORS).iterdir()
+    shard.write_bytes(shard.read_bytes()[:-1])
+    checkpoint = find_checkpoint(folder)
+    assert checkpoint.name == "checkpoint-5"
+    again = go(folder, checkpoint)
+    assert_same(again, whole)
+    assert (folder / "superseded-checkpoint-6").exists()
+
+
+def test_a_second_stop_in_the_same_step_finds_another_name(tmp_path):
+    from drivers.display import Display
+
+    run = Run(tiny_config(**COMMON), tmp_path, tiny_parts().tokenizer, Display(1, quiet=True))
+    names = []
+    for _ in range(3):
+        names.append(run.free_name("checkpoint-2-stopped"))
+        (tmp_path / names[-1]).mkdir()
+    assert names == ["checkpoint-2-stopped", "checkpoint-2-stopped-2", "checkpoint-2-stopped-3"]
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\x0b", "\r"])
+def test_the_log_of_any_text_is_read_back(tmp_path, character):
+    """JSON leaves characters in a string at which Python ends a line."""
+    row = {"phase": "eval", "step": 1, "text": f"one{character}two", "accuracy": 0.5, "accuracy_stderr": 0.1}
+    log = RunLog(tmp_path, tiny_config())
+    log.log("eval", 1, row)
+    log.log_completions("eval", 1, [row])
+    log.close()
+    before = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "completions.jsonl")}
+    RunLog(tmp_path, tiny_config(), after=1).close()
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert read_metrics(tmp_path)["eval"][0]["text"] == row["text"]
 
 
 def test_the_log_is_cut_where_the_checkpoint_is(tmp_path):
@@ -156,3 +304,12 @@ def test_the_log_is_cut_where_the_checkpoint_is(tmp_path):
     RunLog(tmp_path, tiny_config(), after=2).close()
     for name in ("metrics.jsonl", "completions.jsonl"):
         assert [json.loads(line)["step"] for line in (tmp_path / name).read_text().splitlines()] == [1, 2]
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_is_the_same_to_the_last_bit():
+    """In a process of its own, which forks: a few here, hundreds by `make nightly`."""
+    command = [sys.executable, "-m", "tests.nightly.kills", "12"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "all equal" in done.stdout

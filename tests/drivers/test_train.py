@@ -10,12 +10,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from drivers.errors import UnsoundRunError
+from drivers.grading import one_by_one
 from drivers.metrics import UpdateMetrics
 from drivers.objective import prepare_rollouts, rows_with_gradient, weigh_step
 from drivers.run import Parts
 from drivers.train import train
 from grpo_core.types import Aggregation, LossType
-from tests.drivers.parts import clone_policy, letter_reward, make_run, rollouts_of, tiny_config, tiny_parts
+from tests.drivers.parts import (
+    clone_policy,
+    letter_grader,
+    letter_reward,
+    make_run,
+    rollouts_of,
+    tiny_config,
+    tiny_parts,
+)
 
 ON_POLICY: dict = {}
 TWO_UPDATES = {"train_batch_size": 16, "gradient_accumulation_steps": 2}
@@ -27,7 +36,8 @@ def run_training(folder, reward_fn=letter_reward, **changes):
     run = make_run(config, folder, parts.tokenizer)
     reference = clone_policy(parts.policy) if config.needs_reference else None
     try:
-        train(config, parts.policy, parts.engine, reward_fn, parts.questions, parts.questions, run, reference)
+        grade = one_by_one(reward_fn)
+        train(config, parts.policy, parts.engine, grade, parts.questions, parts.questions, run, reference)
     finally:
         run.finish()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -59,8 +69,14 @@ def trained_weights(folder, **changes):
     return weights(run_training(folder, **(SHORT | changes))[0])
 
 
-@pytest.mark.parametrize("aggregation", get_args(Aggregation))
-@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 32])
+@pytest.mark.parametrize(
+    ("aggregation", "steps"),
+    [
+        pytest.param(name, steps, marks=[] if (name, steps) == ("token_mean", 32) else pytest.mark.slow)
+        for name in get_args(Aggregation)
+        for steps in (1, 32)
+    ],
+)
 def test_accumulation_steps_do_not_change_the_trajectory(tmp_path, aggregation, steps):
     """One micro-batch, whole groups, single responses: three splits of the same gradient."""
     reference = trained_weights(tmp_path / "a", aggregation=aggregation, gradient_accumulation_steps=4)
@@ -192,20 +208,28 @@ def test_an_infinite_loss_stops_the_run_and_changes_nothing(tmp_path):
     before = weights(parts.policy).clone()
     run = make_run(config, tmp_path, parts.tokenizer)
     with pytest.raises(UnsoundRunError, match="not made"):
-        train(config, parts.policy, parts.engine, huge, parts.questions, parts.questions, run)
+        train(config, parts.policy, parts.engine, one_by_one(huge), parts.questions, parts.questions, run)
     run.finish()
     assert torch.equal(weights(parts.policy), before)
+
+
+def test_a_loss_of_zero_has_a_gradient(tmp_path):
+    """On-policy every ratio is 1, and centered advantages add up to 0: the value is 0, and the policy learns."""
+    _, steps, _ = run_training(tmp_path, loss_type="grpo_clip", **SHORT)
+    for row in steps:
+        assert abs(row["loss"]) < 1e-6
+        assert row["grad_norm"] > 0.1
 
 
 def test_checkpoints_and_evaluations_come_when_they_are_due(tmp_path):
     _, _, evaluations = run_training(tmp_path, n_grpo_steps=5, eval_steps=2, checkpoint_steps=2)
     assert [row["step"] for row in evaluations] == [0, 2, 4, 5]
-    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (2, 4, 5)]
 
 
 def stand_in(monkeypatch, program, config, run, parts):
     """Have `main` run these parts instead of building some."""
-    everything = Parts(parts.policy, parts.engine, letter_reward, parts.questions, parts.questions)
+    everything = Parts(parts.policy, parts.engine, letter_grader, parts.questions, parts.questions)
     monkeypatch.setattr(program, "parse_train_config", lambda *_: config)
     monkeypatch.setattr(program, "prepare", lambda *_: (run, everything))
 

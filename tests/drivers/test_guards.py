@@ -1,0 +1,176 @@
+"""What a step should not have: found, logged, and dealt with as --on-anomaly says."""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drivers.errors import UnsoundRunError
+from drivers.grading import one_by_one
+from drivers.guards import LEAST_ENTROPY, MOST_DRIFT, SPIKE, find_in_rollouts, find_in_update
+from drivers.train import train
+from tests.drivers.parts import make_run, tiny_config, tiny_parts
+from tests.drivers.test_train import weights
+
+FINE = {"truncated": 0.5, "zero_std_groups": 0.5, "rollout_entropy": 2.0}
+NEAR = {"approx_kl": 0.01, "sampler_log_prob_diff": 0.1}
+
+
+def kinds(found):
+    return [anomaly.kind for anomaly in found]
+
+
+@pytest.mark.parametrize(
+    ("changed", "kind"),
+    [
+        ({"truncated": 1.0}, "all_truncated"),
+        ({"unscored": 1.0}, "all_unscored"),
+        ({"rollout_entropy": LEAST_ENTROPY / 2}, "entropy_collapse"),
+        ({"rollout_entropy": math.nan}, "entropy_collapse"),
+        ({"rollout_entropy": -math.inf}, "entropy_collapse"),
+    ],
+)
+def test_rollouts_that_cannot_teach_are_named(changed, kind):
+    assert find_in_rollouts(FINE) == []
+    assert kinds(find_in_rollouts(FINE | changed)) == [kind]
+    (anomaly,) = find_in_rollouts(FINE | changed)
+    assert anomaly.is_unusable == (not math.isfinite(*changed.values()))
+
+
+def test_an_update_without_any_gradient_is_named():
+    assert kinds(find_in_update(0.0, 0.0, [1.0] * 20, NEAR)) == ["no_gradient"]
+    assert kinds(find_in_update(0.0, 1e-30, [1.0] * 20, NEAR)) == []
+
+
+def test_silent_groups_that_teach_in_another_way_are_none(tmp_path):
+    """By a bonus on the entropy: there is a gradient, and the update is made."""
+    silent = {"reward": 0.0, "format_reward": 0.0, "answer_reward": 0.0}
+    settings = {"loss_type": "reinforce_with_baseline", "entropy_coef": 0.01, "on_anomaly": "stop"}
+    go(tmp_path, lambda *_: silent, **settings)
+    assert [row["skipped_updates"] for row in go.rows["train"]] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("choice", ["skip", "auto"])
+def test_log_probs_of_the_sampler_that_are_none(tmp_path, choice):
+    """With a coefficient that follows the entropy too: it stays as it was."""
+    import drivers.collect as collecting
+
+    describe = collecting.describe_completions
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collecting, "describe_completions", lambda s: describe(s) | {"rollout_entropy": math.nan})
+        settings = {"entropy_target": 2.0, "entropy_coef": 0.02, "on_anomaly": choice}
+        if choice == "auto":
+            with pytest.raises(UnsoundRunError, match="the sampler's log-probs are not finite"):
+                go(tmp_path, Sometimes(0, {}), **settings)
+            return
+        go(tmp_path, Sometimes(0, {}), **settings)
+    assert [row["skipped_updates"] for row in go.rows["train"]] == [1, 1, 1]
+    assert [row["entropy_coef"] for row in go.rows["train"]] == [0.02] * 3
+
+
+@given(st.lists(st.floats(1e-3, 1e3), max_size=30), st.floats(0, 1e6))
+def test_a_spike_is_many_times_the_median_of_enough_norms(norms, norm):
+    found = [kind for kind in kinds(find_in_update(0.1, norm, norms, NEAR)) if kind != "no_gradient"]
+    ordered = sorted(norms)
+    middle = (ordered[(len(norms) - 1) // 2] + ordered[len(norms) // 2]) / 2 if norms else 0.0
+    assert found == (["grad_norm_spike"] if len(norms) >= 10 and norm > SPIKE * middle else [])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_unusable(value):
+    for found in (find_in_update(value, 1.0, [1.0] * 20, NEAR), find_in_update(0.0, value, [1.0] * 20, NEAR)):
+        assert len(found) == 1
+        assert found[0].is_unusable
+    assert kinds(find_in_update(0.0, 1.0, [], {"approx_kl": value})) == ([] if value == -math.inf else ["approx_kl"])
+
+
+def test_a_policy_far_from_the_sampler_is_named():
+    assert find_in_update(0.1, 1.0, [], NEAR) == []
+    assert kinds(find_in_update(0.1, 1.0, [], {"approx_kl": 1.01 * MOST_DRIFT})) == ["approx_kl"]
+    assert not find_in_update(0.1, 1.0, [], {"approx_kl": 1.01 * MOST_DRIFT})[0].is_unusable
+
+
+class Sometimes:
+    """A reward that is so large at some steps that the loss is not finite, or a spike."""
+
+    def __init__(self, size, at):
+        self.size, self.at, self.graded = size, at, 0
+
+    def __call__(self, response, ground_truth):
+        step = 1 + (self.graded - 4) // 32  # 4 held-out questions come first
+        self.graded += 1
+        share = response.count(ground_truth) / max(1, len(response))
+        value = self.size if step in self.at else share + 0.1 * len(response)
+        return {"reward": value, "format_reward": 1.0, "answer_reward": share}
+
+
+def go(folder, reward_fn, **settings):
+    # So long that some response ends by itself in every step.
+    common = {"loss_type": "no_baseline", "n_grpo_steps": 3, "sampling_max_tokens": 24}
+    config, parts = tiny_config(**(common | settings)), tiny_parts()
+    run = make_run(config, folder, parts.tokenizer)
+    moments, report = [], run.report
+
+    def snapshot(step, values):
+        moments.append([t.clone() for t in run.state.tensors().values()])
+        report(step, values)
+
+    run.report = snapshot
+    try:
+        train(config, parts.policy, parts.engine, one_by_one(reward_fn), parts.questions, parts.questions, run)
+    finally:
+        run.finish()
+        logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        go.rows = {phase: [row for row in logged if row["phase"] == phase] for phase in ("train", "anomaly")}
+    return parts.policy, moments
+
+
+@pytest.mark.parametrize("choice", ["skip", "warn"])
+def test_an_update_that_is_not_finite_is_left_out_and_the_run_goes_on(tmp_path, choice, capsys):
+    """Weights, moments and their count are those of the step before, to the last bit; then it learns on."""
+    policy, moments = go(tmp_path, Sometimes(3e38, {2}), on_anomaly=choice)
+    assert all(torch.equal(a, b) for a, b in zip(moments[0], moments[1], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(moments[1], moments[2], strict=True))
+    assert [row["skipped_updates"] for row in go.rows["train"]] == [0, 1, 0]
+    assert {(row["step"], row["kind"]) for row in go.rows["anomaly"]} == {(2, "loss"), (2, "grad_norm")}
+    assert all(row["value"] is None for row in go.rows["anomaly"])  # JSON has no word for infinity
+    assert weights(policy).isfinite().all()
+    assert "warning: step 2: the loss is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("choice", ["auto", "stop"])
+def test_an_update_that_is_not_finite_ends_the_run(tmp_path, choice):
+    with pytest.raises(UnsoundRunError, match=r"step 2: the loss is .*; this update was not made.*--on-anomaly skip"):
+        go(tmp_path, Sometimes(3e38, {2}), on_anomaly=choice)
+    assert len(go.rows["train"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("choice", "skipped"), [("skip", 1), *(pytest.param(one, 0, marks=pytest.mark.slow) for one in ("auto", "warn"))]
+)
+def test_a_spike_is_told_or_skipped(tmp_path, choice, skipped):
+    settings = {"n_grpo_steps": 13, "learning_rate": 1e-4}
+    _, moments = go(tmp_path, Sometimes(1e5, {12}), on_anomaly=choice, **settings)
+    assert [row["skipped_updates"] for row in go.rows["train"]] == [0] * 11 + [skipped, 0]
+    (row,) = go.rows["anomaly"]
+    assert (row["step"], row["kind"]) == (12, "grad_norm_spike")
+    assert row["value"] > row["limit"] > 0
+    same = all(torch.equal(a, b) for a, b in zip(moments[10], moments[11], strict=True))
+    assert same == bool(skipped)
+
+
+@pytest.mark.slow
+def test_a_spike_can_end_the_run(tmp_path):
+    with pytest.raises(UnsoundRunError, match="times the median"):
+        go(tmp_path, Sometimes(1e5, {12}), on_anomaly="stop", n_grpo_steps=13, learning_rate=1e-4)
+
+
+def test_one_kind_is_told_once_while_it_lasts(tmp_path, capsys):
+    """And logged at each step."""
+    go(tmp_path, lambda *_: {"reward": 0.0, "format_reward": 0.0, "answer_reward": 0.0},
+       loss_type="reinforce_with_baseline")  # fmt: skip
+    assert [row["step"] for row in go.rows["anomaly"]] == [1, 2, 3]
+    assert capsys.readouterr().out.count("no response has a gradient: no group has two different rewards") == 1

@@ -1,0 +1,31 @@
+"""Thousands of inputs for the readers and the graders, and what the graders cost: `python -m tests.nightly.fuzz`."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+FILES = ("tests/property/test_fuzz.py", "tests/property/test_grading.py", "tests/unit/test_grading.py")
+
+
+def main() -> None:
+    begin = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n", "0", "--hypothesis-show-statistics", *FILES],
+        env=os.environ | {"HYPOTHESIS_PROFILE": "nightly"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        sys.exit(done.stdout[-6000:])
+    inputs = sum(map(int, re.findall(r"(\d+) passing, \d+ failing", done.stdout)))
+    if inputs == 0:
+        sys.exit("the statistics of Hypothesis cannot be read: they have another form than they had")
+    print(f"{inputs:,} inputs fuzzed, none beyond one clear line; {time.monotonic() - begin:.0f} s")
+    subprocess.run([sys.executable, "-m", "tests.benchmarks", "grading"], check=True)
+
+
+if __name__ == "__main__":
+    main()
