@@ -1,8 +1,9 @@
 r"""Common datasets as jsonl with `question` and `answer`: `python drivers/convert_dataset.py --help`.
 
 Understood layouts, told by the keys of a line: Hendrycks MATH (`problem`, `solution` with the answer in \boxed{}),
-GSM8K (`question`, `answer` that ends in `#### 18`), `prompt` or `question` with `response`, `ground_truth`, `target`,
-`final_answer` or `answer`.
+GSM8K (`question`, `answer` that ends in `#### 18`), verl's (`prompt`, a chat, with `reward_model.ground_truth`),
+`prompt` or `question` with `response`, `ground_truth`, `target`, `final_answer` or `answer`. With --demonstrations the
+worked solution is kept too, as a response to train on.
 """
 
 import json
@@ -12,18 +13,30 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
-from drivers.checkpoint import write_jsonl
 from drivers.config import exit_with
 from drivers.data import read_jsonl
 from drivers.errors import UsageError
+from drivers.files import write_jsonl
 from grpo_core import extract_boxed_answer
 
 QUESTION_KEYS = ("question", "problem", "prompt")
-ANSWER_KEYS = ("ground_truth", "final_answer", "target", "answer", "response", "solution")
+ANSWER_KEYS = (
+    "ground_truth",
+    "reward_model.ground_truth",
+    "final_answer",
+    "target",
+    "answer",
+    "response",
+    "solution",
+)
+RESPONSE_KEYS = ("response", "solution", "answer")
+Form = Literal["r1_zero", "question_only"]
+_LAST_LINE = re.compile(r"####([^\n#]+)\Z")
+"""Of GSM8K. Elsewhere #### is a heading."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +49,20 @@ class ConvertConfig:
     """File to write. Left out, a single source file is rewritten in place, its old content kept as FILE.backup."""
     hub: bool = False
     """The source is the name of a dataset on the Hugging Face hub (needs the extra `hub`, and a network)."""
-    subset: str | None = None
-    """Its configuration, `main` for openai/gsm8k."""
+    subset: tuple[str, ...] = ()
+    """Its configurations, one after the other: `main` for openai/gsm8k. Left out: the one that it has."""
     split: str = "train"
     """Its split."""
     question_key: str | None = None
-    """Key of the question, where the layout is none of the known ones."""
+    """Key of the question, where the layout is none of the known ones; of what lies deeper, keys and places in lists
+    with dots between, like `reward_model.ground_truth`."""
     answer_key: str | None = None
     """Key of the answer, likewise."""
+    demonstrations: Form | None = None
+    """Write demonstrations for sft.py: the worked solution as `response` too, in the form that this reward asks for.
+    `r1_zero`: behind data/prompts/r1_zero.prompt; `question_only`: as it is, the final answer in \\boxed{}."""
+    response_key: str | None = None
+    """Key of the worked solution, where it is none of `response`, `solution` and `answer`."""
     skip_bad_lines: bool = False
     """Report lines without a question or an answer, and leave them out; otherwise they are an error."""
     restore: bool = False
@@ -54,43 +73,95 @@ def convert_row(
     row: Mapping[str, Any], question_key: str | None = None, answer_key: str | None = None
 ) -> dict[str, Any]:
     """One row in our layout. Raises ValueError, saying what is missing."""
-    question = _first_of(row, (question_key,) if question_key else QUESTION_KEYS)
-    answer = _first_of(row, (answer_key,) if answer_key else ANSWER_KEYS)
-    if question is None:
-        raise ValueError(f"no question under {question_key or ', '.join(QUESTION_KEYS)}; keys here: {sorted(row)}")
-    if answer is None:
-        raise ValueError(f"no answer under {answer_key or ', '.join(ANSWER_KEYS)}; keys here: {sorted(row)}")
-    key, value = answer
-    return {"question": _text_of(question[1]), "answer": _final_answer(key, value)}
+    _, question = _first_of(row, "question", question_key, QUESTION_KEYS)
+    key, value = _first_of(row, "answer", answer_key, ANSWER_KEYS)
+    return {"question": _text_of(question, "user"), "answer": _final_answer(key, value)}
 
 
-def _first_of(row: Mapping[str, Any], keys: Iterable[str]) -> tuple[str, Any] | None:
-    return next(((key, row[key]) for key in keys if row.get(key) not in (None, "", [])), None)
+def convert_demonstration(
+    row: Mapping[str, Any],
+    form: Form,
+    question_key: str | None = None,
+    answer_key: str | None = None,
+    response_key: str | None = None,
+) -> dict[str, Any]:
+    r"""One row with its worked solution. Raises ValueError, saying what is missing.
+
+    The final answer is the solution's own, and `answer` the dataset's: `sft.py --correct-only` compares them.
+    """
+    converted = convert_row(row, question_key, answer_key)
+    _, value = _first_of(row, "worked solution", response_key, RESPONSE_KEYS)
+    text = _text_of(value, "assistant").strip()
+    thoughts, tag, rest = text.removeprefix("<think>").partition("</think>")
+    final = _tagged_answer(rest) or _stated_answer(rest if tag else text)
+    if final is None:
+        raise ValueError("the worked solution states no final answer: none behind ####, none in \\boxed{}")
+    # GSM8K's calculator is no part of the text, nor is its way to state the answer.
+    worked = re.sub(r"<<[^<>\n]*>>", "", thoughts if tag else _LAST_LINE.sub("", text)).strip()
+    if form == "r1_zero":
+        response = f" {worked} </think> <answer> {final} </answer>"
+    else:
+        response = text if tag else worked
+        response += "" if extract_boxed_answer(response) else f"\n\\boxed{{{final}}}"
+    return {**converted, "response": response}
 
 
-def _text_of(question: Any) -> str:
-    """A question that is a chat is the text of its last user message."""
-    if isinstance(question, list):
-        users = [turn["content"] for turn in question if isinstance(turn, dict) and turn.get("role") == "user"]
-        if not users:
-            raise ValueError("the prompt is a list without a message of the role `user`")
-        return str(users[-1])
-    return str(question)
+def _first_of(row: Mapping[str, Any], what: str, named: str | None, known: Sequence[str]) -> tuple[str, Any]:
+    """The first of these keys with something under it, and what that is."""
+    for key in (named,) if named else known:
+        value = _under(row, key)
+        if value not in (None, "", []):
+            return key, value
+    raise ValueError(f"no {what} under {named or ', '.join(known)}; keys here: {sorted(row)}")
+
+
+def _under(row: Any, key: str) -> Any:
+    """What stands under a key, or under keys and places with dots between; None if nothing does."""
+    if isinstance(row, Mapping) and key in row:
+        return row[key]
+    first, dot, rest = key.partition(".")
+    if isinstance(row, list) and first.isdecimal() and int(first) < len(row):
+        return _under(row[int(first)], rest) if dot else row[int(first)]
+    return _under(row[first], rest) if dot and isinstance(row, Mapping) and first in row else None
+
+
+def _text_of(value: Any, role: Literal["user", "assistant"]) -> str:
+    """A chat is the text of its last message of this role."""
+    if isinstance(value, list):
+        messages = [turn["content"] for turn in value if isinstance(turn, dict) and turn.get("role") == role]
+        if not messages:
+            raise ValueError(f"the chat has no message of the role `{role}`")
+        return str(messages[-1])
+    return str(value)
 
 
 def _final_answer(key: str, value: Any) -> Any:
     r"""What the text of an answer comes to: behind ####, else inside the last \boxed{}, else all of it."""
     if not isinstance(value, str):
         return value
-    if "####" in value:
-        answer = value.rsplit("####", 1)[1].strip()
-        return answer.replace(",", "") if re.fullmatch(r"-?\$?\d{1,3}(,\d{3})+(\.\d+)?", answer) else answer
-    boxed = extract_boxed_answer(value)
-    if boxed is not None:
-        return boxed
-    if key == "solution":
-        raise ValueError("the solution has no \\boxed{} answer")
+    stated = _stated_answer(value)
+    if stated is not None:
+        return stated
+    if key == "solution" or "####" in value or r"\boxed" in value or not value.strip():
+        raise ValueError(f"the {key} states no answer: none behind ####, none in \\boxed{{}}")
     return value.strip()
+
+
+def _stated_answer(text: str) -> str | None:
+    r"""The text behind #### on the last line, else inside the last \boxed{}; None if there is nothing."""
+    last = _LAST_LINE.search(text.strip())
+    if last:
+        answer = last.group(1).strip()
+        return answer.replace(",", "") if re.fullmatch(r"-?\$?\d{1,3}(,\d{3})+(\.\d+)?", answer) else answer
+    box = text[max(text.rfind(r"\boxed"), 0) :]
+    bare = re.match(r"\\boxed([^a-zA-Z{}$\n][^{}$\n]*)\$", box)  # TeX needs no braces, and MATH has some without
+    return extract_boxed_answer(box) or (bare.group(1).strip() if bare else None) or None
+
+
+def _tagged_answer(text: str) -> str | None:
+    """What stands between <answer> and </answer>."""
+    found = re.search(r"<answer>(.*?)</answer>", text, flags=re.DOTALL)
+    return (found.group(1).strip() or None) if found else None
 
 
 def read_rows(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
@@ -114,24 +185,30 @@ def read_rows(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
         yield f"{path}:{number}", row
 
 
-def read_hub(name: str, subset: str | None, split: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
-    """The rows of a dataset on the hub."""
+def read_hub(name: str, subsets: Sequence[str], split: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    """The rows of a dataset on the hub, or of a folder that has its layout."""
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise UsageError("--hub needs the package datasets: pip install 'grpo_core[hub]'") from error
-    try:
-        loaded = load_dataset(name, subset, split=split)
-    except Exception as error:  # the hub's client raises many kinds; all of them mean that there is no such data here
-        raise UsageError(f"--hub {name} (subset {subset}, split {split}): {type(error).__name__}: {error}") from error
-    for number, row in enumerate(loaded, start=1):
-        yield f"{name}:{number}", row
+    for subset in subsets or (None,):
+        try:
+            loaded = load_dataset(name, subset, split=split)
+        except Exception as error:  # the hub's client raises many kinds; all mean that there is no such data here
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise UsageError(f"--hub {name} (subset {subset}, split {split}): {reason}") from error
+        for number, row in enumerate(loaded, start=1):
+            yield f"{name}{f'/{subset}' if subset else ''}:{number}", row
 
 
 def convert(config: ConvertConfig) -> Path:
     """Read, convert, write at once. Returns the file written."""
     if not config.source:
         raise UsageError("no source given: name a file, a folder, or a hub dataset with --hub")
+    if config.response_key is not None and config.demonstrations is None:
+        raise UsageError(f"--response-key {config.response_key}: has no effect without --demonstrations")
+    if config.subset and not config.hub:
+        raise UsageError(f"--subset {' '.join(config.subset)}: has no effect without --hub")
     rows: list[tuple[str, Mapping[str, Any]]] = []
     for name in config.source:
         if not config.hub and not Path(name).exists():
@@ -141,9 +218,15 @@ def convert(config: ConvertConfig) -> Path:
     if in_place and (config.hub or len(config.source) > 1 or Path(config.source[0]).suffix != ".jsonl"):
         raise UsageError("--output is required: only a single .jsonl file can be rewritten in place")
     converted, problems = [], []
+    keys = config.question_key, config.answer_key
     for where, row in rows:
         try:
-            converted.append(convert_row(row, config.question_key, config.answer_key))
+            if config.demonstrations is None:
+                made = convert_row(row, *keys)
+            else:
+                made = convert_demonstration(row, config.demonstrations, *keys, config.response_key)
+            json.dumps(made, ensure_ascii=False).encode()  # JSON can escape what is no text: half of a character
+            converted.append(made)
         except ValueError as error:
             problems.append(f"{where}: {error}")
     for problem in problems:
@@ -157,7 +240,8 @@ def convert(config: ConvertConfig) -> Path:
         raise UsageError("no line could be converted; nothing was written")
     target = Path(config.source[0] if config.output is None else config.output)
     _replace(target, converted)
-    print(f"{target}: {len(converted)} questions" + (f", {len(problems)} lines left out" if problems else ""))
+    kind = "questions" if config.demonstrations is None else "demonstrations"
+    print(f"{target}: {len(converted)} {kind}" + (f", {len(problems)} lines left out" if problems else ""))
     return target
 
 

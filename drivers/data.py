@@ -3,10 +3,11 @@
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from drivers.chat import render
 from drivers.config import repository_path
 from drivers.errors import UsageError
 
@@ -19,6 +20,8 @@ class Example:
     answer: str | list[str]
     source: str
     """`file:line`, for messages."""
+    pass_rate: float | None = field(default=None, kw_only=True)
+    """How often a model was right, if that was measured and the line has it."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,10 @@ class Question:
     @property
     def answer(self) -> str | list[str]:
         return self.example.answer
+
+    def n_tokens(self, max_new_tokens: int) -> int:
+        """At most, with a response."""
+        return len(self.prompt_token_ids) + max_new_tokens
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -46,7 +53,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:  # an integer of thousands of digits is one too
+        except (ValueError, RecursionError) as error:  # an integer of thousands of digits, lists in lists in lists
             raise UsageError(f"{path}:{number}: not valid JSON ({error})") from error
         if not isinstance(row, dict):
             raise UsageError(f"{path}:{number}: a JSON object is required, got {type(row).__name__}")
@@ -72,6 +79,8 @@ def _example(path: Path, number: int, row: dict[str, Any]) -> Example:
         raise UsageError(
             f"{where}: `question` must be a text that is not empty, got {question!r}; keys here: {sorted(row)}"
         )
+    if not all(_is_text(value) for value in (question, *(answer if isinstance(answer, list) else [answer]))):
+        raise UsageError(f"{where}: holds half of a surrogate pair, which is no character: {question!r}, {answer!r}")
     alternatives = answer if isinstance(answer, list) else [answer]
     if not alternatives or not all(_is_answer(alternative) for alternative in alternatives):
         raise UsageError(
@@ -79,7 +88,15 @@ def _example(path: Path, number: int, row: dict[str, Any]) -> Example:
             f"keys here: {sorted(row)}"
         )
     texts = [str(alternative) for alternative in alternatives]
-    return Example(question, texts if isinstance(answer, list) else texts[0], where)
+    rate = row.get("pass_rate")
+    if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 <= rate <= 1:
+        rate = None
+    return Example(question, texts if isinstance(answer, list) else texts[0], where, pass_rate=rate)
+
+
+def _is_text(value: object) -> bool:
+    """Whether it can be written as UTF-8, if it is a text: JSON can escape what is none."""
+    return not isinstance(value, str) or not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _is_answer(value: object) -> bool:
@@ -88,25 +105,135 @@ def _is_answer(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def easiest_first(flag: str, examples: Sequence[Example]) -> list[Example]:
+    """By `pass_rate`; what is equally easy stays in the order of the file."""
+    unrated = next((example.source for example in examples if example.pass_rate is None), None)
+    if unrated is not None:
+        raise UsageError(
+            f"{flag}: {unrated} has no `pass_rate`, a number from 0 to 1; drivers/pass_rates.py writes a file that has"
+        )
+    return sorted(examples, key=lambda example: -(example.pass_rate or 0.0))
+
+
+@dataclass(frozen=True)
+class WorkedExample(Example):
+    """One line of a file of demonstrations. `answer` is empty where the line has none."""
+
+    response: str
+    has_prompt: bool
+    """Whether `question` is the whole prompt."""
+
+
+@dataclass(frozen=True)
+class Demonstration(Question):
+    """A worked example in tokens, as it is trained on."""
+
+    response_token_ids: tuple[int, ...]
+
+    def n_tokens(self, max_new_tokens: int) -> int:
+        return len(self.prompt_token_ids) + max(max_new_tokens, len(self.response_token_ids))
+
+
+def load_demonstrations(flag: str, path: str) -> list[WorkedExample]:
+    """The lines of the jsonl file that `flag` names: `prompt` or `question`, `response`, and perhaps `answer`."""
+    file = repository_path(path)
+    if not file.exists():
+        raise UsageError(f"{flag} {path}: no such file; jsonl with `question` or `prompt` and `response` is required")
+    examples = [_worked_example(file, number, row) for number, row in read_jsonl(file)]
+    if not examples:
+        raise UsageError(f"{flag} {path}: holds no demonstration; at least one line is required")
+    return examples
+
+
+def _worked_example(path: Path, number: int, row: dict[str, Any]) -> WorkedExample:
+    where, response, asked = f"{path}:{number}", row.get("response"), "prompt" if "prompt" in row else "question"
+    if not isinstance(response, str) or not response.strip() or not _is_text(response):
+        raise UsageError(
+            f"{where}: `response` must be a text that is not empty, got {response!r}; keys here: {sorted(row)}"
+        )
+    example = _example(path, number, {"question": row.get(asked), "answer": row.get("answer", "none")})
+    answer = example.answer if "answer" in row else ""
+    return WorkedExample(example.question, answer, where, response, has_prompt=asked == "prompt")
+
+
+def make_demonstrations(
+    examples: Sequence[WorkedExample],
+    prompt: "Prompt",
+    stop: Sequence[str],
+    tokenizer: Any,
+    *,
+    max_new_tokens: int,
+    context: int | None,
+) -> list[Demonstration]:
+    """Prompt and response as token ids, each tokenized by itself: a prompt's are those that the engine is given.
+
+    A response ends as one that is sampled does: with a stop string, or else with the model's end token, added here.
+    """
+    made = []
+    for example in examples:
+        asked = (Prompt("{question}") if example.has_prompt else prompt).token_ids(example.question, tokenizer)
+        response = tokenizer.encode(example.response, add_special_tokens=False)
+        if not example.response.endswith(tuple(stop)) and tokenizer.eos_token_id is not None:
+            response.append(tokenizer.eos_token_id)
+        made.append(Demonstration(example, asked, tuple(response)))
+        n_tokens = made[-1].n_tokens(max_new_tokens)
+        if context is not None and n_tokens > context:
+            raise UsageError(
+                f"{example.source}: its prompt is {len(asked)} tokens and its response {len(response)}; with room "
+                f"for sampling_max_tokens={max_new_tokens} that is more than the model's context of {context}: leave "
+                "the demonstration out, or lower --sampling-max-tokens"
+            )
+    return made
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """How a question is put to a model."""
+
+    template: str
+    """A text with `{question}` in it."""
+    is_message: bool = False
+    """Whether that is a user's message, which the tokenizer's chat template goes around. Else it is the prompt."""
+    system: str | None = None
+    """The message of the system before it."""
+
+    def token_ids(self, question: str, tokenizer: Any) -> tuple[int, ...]:
+        text = self.template.replace("{question}", question)
+        if not self.is_message:
+            return tuple(tokenizer.encode(text))
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        whole = render(tokenizer, [*messages, {"role": "user", "content": text}], to_answer=True)
+        return tuple(tokenizer.encode(whole, add_special_tokens=False))  # the template has written them all
+
+
+def load_prompt(path: str, chat_template: bool = False, system_prompt_path: str | None = None) -> Prompt:
+    """What --prompt-path, --chat-template and --system-prompt-path say."""
+    system = None if system_prompt_path is None else _prompt_file("--system-prompt-path", system_prompt_path)
+    return Prompt(load_prompt_template(path), chat_template, system)
+
+
 def load_prompt_template(path: str) -> str:
     """The template, without the newline that an editor puts at the end of a file."""
-    file = repository_path(path)
-    try:
-        template = file.read_text(encoding="utf-8").removesuffix("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--prompt-path {path}: cannot be read ({error})") from error
+    template = _prompt_file("--prompt-path", path)
     if "{question}" not in template:
         raise UsageError(f"--prompt-path {path}: must contain {{question}}, the place of the question")
     return template
 
 
+def _prompt_file(flag: str, path: str) -> str:
+    try:
+        return repository_path(path).read_text(encoding="utf-8").removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{flag} {path}: cannot be read ({error})") from error
+
+
 def make_questions(
-    examples: Sequence[Example], template: str, tokenizer: Any, *, max_new_tokens: int, context: int | None
+    examples: Sequence[Example], prompt: Prompt, tokenizer: Any, *, max_new_tokens: int, context: int | None
 ) -> list[Question]:
     """Prompts as token ids; one that leaves no room for a response in the model's context is an error."""
     questions = []
     for example in examples:
-        token_ids = tuple(tokenizer.encode(template.replace("{question}", example.question)))
+        token_ids = prompt.token_ids(example.question, tokenizer)
         if context is not None and len(token_ids) + max_new_tokens > context:
             raise UsageError(
                 f"{example.source}: its prompt is {len(token_ids)} tokens; with sampling_max_tokens={max_new_tokens} "

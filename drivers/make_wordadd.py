@@ -1,13 +1,15 @@
-"""The quickstart's data, word problems of addition: `python drivers/make_wordadd.py` writes data/wordadd/.
+"""The quickstarts' data, word problems of addition: `python drivers/make_wordadd.py` writes data/wordadd/.
 
 The held-out set is split off by operand pair: no sum that is asked there is ever trained on, in any wording.
 """
 
 import random
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from drivers.checkpoint import write_jsonl
 from drivers.config import repository_path
+from drivers.files import write_jsonl
 
 NAMES = ("Tom", "Anna", "Ben", "Mia", "Sam", "Lily", "Max", "Ella")
 THINGS = ("apples", "books", "coins", "marbles", "shells", "cards")
@@ -20,6 +22,8 @@ SHOTS = ((35, 2), (47, 2))
 """The pairs that the prompt works out: they stay in the training set."""
 HELD_OUT_SHARE = 0.2
 WORDINGS_PER_PAIR = {"train": 4, "validation": 4}
+WRONG_SHARE = 0.3
+"""Of the demonstrations: so it matters which of them are trained on."""
 
 
 def make_wordadd(seed: int = 0) -> dict[str, list[dict[str, str]]]:
@@ -44,9 +48,24 @@ def make_wordadd(seed: int = 0) -> dict[str, list[dict[str, str]]]:
     return splits
 
 
+def make_demonstrations(rows: Sequence[dict[str, str]], seed: int = 0) -> list[dict[str, str]]:
+    """To each question a response in the form of the prompt's examples; of every ten, three with a wrong sum."""
+    rng = random.Random(seed)
+    wrong = set(rng.sample(range(len(rows)), round(WRONG_SHARE * len(rows))))
+    demonstrations = []
+    for place, row in enumerate(rows):
+        a, b = re.findall(r"\d+", row["question"])
+        shift = rng.choice([by for by in range(-9, 10) if by])
+        result = int(a) + int(b) + (shift if place in wrong else 0)
+        response = f" {a} + {b} = {result} </think> <answer> {result} </answer>"
+        demonstrations.append({**row, "response": response})
+    return demonstrations
+
+
 def main() -> None:
     folder = repository_path("data") / "wordadd"
-    for split, rows in make_wordadd().items():
+    splits = make_wordadd()
+    for split, rows in {**splits, "sft": make_demonstrations(splits["train"])}.items():
         path = Path(folder) / f"{split}.jsonl"
         write_jsonl(path, rows)
         print(f"{path}: {len(rows)} questions")

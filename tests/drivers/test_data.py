@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from drivers.data import load_examples, load_prompt_template, make_questions
+from drivers.data import Prompt, load_examples, load_prompt_template, make_questions
 from drivers.errors import UsageError
 from drivers.make_wordadd import SHOTS, make_wordadd
 from tests.tiny import make_tiny_tokenizer
@@ -71,23 +71,25 @@ def test_a_file_that_is_not_text_is_named(tmp_path):
 def test_prompts_replace_the_question_and_nothing_else():
     tokenizer = make_tiny_tokenizer()
     example = load_examples("--data-path", "data/wordadd/validation.jsonl")[0]
-    (question,) = make_questions([example], "{x} {question} {question}", tokenizer, max_new_tokens=1, context=None)
+    prompt = Prompt("{x} {question} {question}")
+    (question,) = make_questions([example], prompt, tokenizer, max_new_tokens=1, context=None)
     assert tokenizer.decode(question.prompt_token_ids) == f"{{x}} {example.question} {example.question}"
 
 
 def test_a_question_may_hold_braces(tmp_path):
     path = write(tmp_path / "d.jsonl", json.dumps({"question": r"$\frac{1}{2}$ {question}", "answer": "1"}))
     tokenizer = make_tiny_tokenizer()
-    (question,) = make_questions(load_examples("-", path), "Q: {question}", tokenizer, max_new_tokens=1, context=99)
+    examples, prompt = load_examples("-", path), Prompt("Q: {question}")
+    (question,) = make_questions(examples, prompt, tokenizer, max_new_tokens=1, context=99)
     assert tokenizer.decode(question.prompt_token_ids) == r"Q: $\frac{1}{2}$ {question}"
 
 
 def test_the_context_must_hold_prompt_and_response(tmp_path):
     examples = load_examples("-", write(tmp_path / "e.jsonl", '{"question": "12345", "answer": "1"}'))
     tokenizer = make_tiny_tokenizer()
-    assert make_questions(examples, "{question}", tokenizer, max_new_tokens=3, context=8)
+    assert make_questions(examples, Prompt("{question}"), tokenizer, max_new_tokens=3, context=8)
     with pytest.raises(UsageError, match=r"e\.jsonl:1: its prompt is 5 tokens"):
-        make_questions(examples, "{question}", tokenizer, max_new_tokens=4, context=8)
+        make_questions(examples, Prompt("{question}"), tokenizer, max_new_tokens=4, context=8)
 
 
 def test_the_r1_zero_prompt_opens_the_thought():

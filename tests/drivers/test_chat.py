@@ -1,0 +1,254 @@
+"""Prompts through a chat template: what the tokenizer's makers wrote down, token for token, and where a turn ends."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+
+from drivers.chat import end_turns
+from drivers.config import EvaluateConfig
+from drivers.data import Example, Prompt, WorkedExample, load_prompt, make_demonstrations, make_questions
+from drivers.errors import UsageError
+from drivers.models import embedded_model, load_tokenizer
+from drivers.rollout import HFEngine, make_engine
+from drivers.sft_config import ExpertIterationConfig, SftConfig
+from tests.drivers.parts import tiny_config
+from tests.tiny import make_tiny_policy, make_tiny_tokenizer, save_tiny
+
+START, END, BOS = "<|im_start|>", "<|im_end|>", "<s>"
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+INST = (
+    "{{ '<s>' }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system here') }}"
+    "{% elif m['role'] == 'user' %}{{ '[INST] ' + m['content'] | trim + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + '<eos>' }}{% endif %}{% endfor %}"
+)
+SILENT = CHATML.replace("m['content'] + '<|im_end|>\n'", "(m['content'] if m['role'] != 'assistant' else '')")
+EMPTY_THOUGHTS = CHATML.replace(
+    "m['content'] +", "('<think></think>' if m['role'] == 'assistant' else '') + m['content'] +"
+)
+
+
+def tokenizer_with(template, *, writes_bos=False):
+    """Characters, the usual special tokens, and an end token that ends a text and no turn."""
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [START, END]})
+    if writes_bos:
+        tokenizer.add_special_tokens({"bos_token": BOS})
+        bos = (BOS, tokenizer.bos_token_id)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[bos])
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def ids(tokenizer, *pieces):
+    """Special tokens as they stand, texts character by character."""
+    return tuple(
+        token
+        for piece in pieces
+        for token in (
+            [tokenizer.convert_tokens_to_ids(piece)]
+            if piece in tokenizer.all_special_tokens
+            else [tokenizer.convert_tokens_to_ids(character) for character in piece]
+        )
+    )
+
+
+def test_a_question_is_a_users_message_and_the_model_is_to_answer():
+    tokenizer = tokenizer_with(CHATML)
+    prompt = Prompt("Solve: {question}!", is_message=True)
+    (question,) = make_questions([Example("1+1", "2", "a:1")], prompt, tokenizer, max_new_tokens=1, context=None)
+    expected = ids(tokenizer, START, "user\nSolve: 1+1!", END, "\n", START, "assistant\n")
+    assert question.prompt_token_ids == expected
+    with_system = Prompt("{question}", is_message=True, system="Be short.")
+    assert with_system.token_ids("1+1", tokenizer) == ids(
+        tokenizer, START, "system\nBe short.", END, "\n", START, "user\n1+1", END, "\n", START, "assistant\n"
+    )
+
+
+def test_a_token_that_begins_a_text_stands_there_once():
+    tokenizer = tokenizer_with(INST, writes_bos=True)
+    assert Prompt("{question}").token_ids("ab", tokenizer) == ids(tokenizer, BOS, "ab")
+    assert Prompt("{question}", is_message=True).token_ids("ab", tokenizer) == ids(tokenizer, BOS, "[INST] ab [/INST]")
+
+
+def test_what_ends_a_turn_ends_a_response():
+    """Sampled, and demonstrated: base models name the token that ends a text, and learn to end turns."""
+    tokenizer = tokenizer_with(CHATML)
+    assert tokenizer.eos_token == "<eos>"
+    end_turns(tokenizer, "tiny")
+    assert tokenizer.eos_token == END
+    engine = HFEngine(make_tiny_policy(), tokenizer)
+    assert set(engine._end_ids) == set(tokenizer.convert_tokens_to_ids([END, "<eos>"]))
+    shown = [WorkedExample("1+1", "2", "a:1", "It is 2", has_prompt=False)]
+    (one,) = make_demonstrations(
+        shown, Prompt("{question}", is_message=True), (), tokenizer, max_new_tokens=1, context=None
+    )
+    assert one.prompt_token_ids == ids(tokenizer, START, "user\n1+1", END, "\n", START, "assistant\n")
+    assert one.response_token_ids == ids(tokenizer, "It is 2", END)
+
+
+@pytest.mark.parametrize("urls", [(), ("http://127.0.0.1:1",)])
+def test_vllm_is_told_what_ends_a_turn(urls, monkeypatch):
+    """It reads the model's folder itself, where another token may stand."""
+    told = {}
+
+    def start(*_, **settings):
+        told.update(settings)
+
+    monkeypatch.setitem(sys.modules, "drivers.vllm_engine", SimpleNamespace(VLLMEngine=start))
+    monkeypatch.setitem(sys.modules, "drivers.vllm_server", SimpleNamespace(ServerEngine=start))
+    tokenizer = tokenizer_with(CHATML)
+    end_turns(tokenizer, "tiny")
+    make_engine(
+        "vllm",
+        model_path="unused",
+        policy=make_tiny_policy(),
+        tokenizer=tokenizer,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        max_model_len=64,
+        gpu_memory_utilization=0.5,
+        reserved_bytes=0,
+        seed=0,
+        urls=urls,
+    )
+    assert told["end_token_id"] == tokenizer.convert_tokens_to_ids(END)
+
+
+def test_a_whole_prompt_of_a_demonstration_is_taken_as_it_is():
+    tokenizer = tokenizer_with(CHATML)
+    shown = [WorkedExample("Q: ", "2", "a:1", "2", has_prompt=True)]
+    (one,) = make_demonstrations(shown, Prompt("{question}", True), (), tokenizer, max_new_tokens=1, context=None)
+    assert one.prompt_token_ids == ids(tokenizer, "Q: ")
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (INST, "<eos>"),  # no opening is needed, and the turn ends as a text does
+        (CHATML.replace("<|im_end|>\n", "\n"), "<eos>"),  # ends with no token
+        (SILENT, "<eos>"),  # what the model said is not shown
+        (EMPTY_THOUGHTS, END),  # what it thought is not, and it is to begin with its thoughts
+        (CHATML.replace("assistant\n", "assistant\n<think>"), END),  # opens more than stands in an answered turn
+        (CHATML.replace("'<|im_end|>\n'", "' <|im_end|>\n'"), END),
+    ],
+)
+def test_templates_of_other_kinds(template, end):
+    tokenizer = tokenizer_with(template, writes_bos=True)
+    end_turns(tokenizer, "tiny")
+    assert tokenizer.eos_token == end
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "--chat-template: the tokenizer of tiny has no chat template"),
+        ("", "has no chat template"),
+        (CHATML.partition("{% if add")[0], "its answers stand behind '<|im_start|>assistant'"),
+        ("{{ raise_exception('only tools') }}", "refuses messages of user and assistant (only tools)"),
+        ("{% for %}", "refuses messages of user and assistant"),
+    ],
+)
+def test_what_cannot_be_asked_is_one_line(template, message):
+    with pytest.raises(UsageError) as raised:
+        end_turns(tokenizer_with(template), "tiny")
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_template_without_a_system_refuses_one():
+    tokenizer = tokenizer_with(INST, writes_bos=True)
+    with pytest.raises(UsageError, match=r"refuses messages of system and user \(no system here\)"):
+        Prompt("{question}", is_message=True, system="S").token_ids("1", tokenizer)
+
+
+def test_the_system_message_is_a_file_and_asks_for_a_chat(tmp_path):
+    (tmp_path / "system.txt").write_text("Be short.\n")
+    path = str(tmp_path / "system.txt")
+    assert load_prompt("data/prompts/question_only.prompt", True, path) == Prompt("{question}", True, "Be short.")
+    with pytest.raises(UsageError, match=r"--system-prompt-path nowhere\.txt: cannot be read"):
+        load_prompt("data/prompts/question_only.prompt", True, "nowhere.txt")
+    makers = (
+        tiny_config,
+        lambda **flags: SftConfig(**flags).of(1),  # checked as train.py's
+        lambda **flags: ExpertIterationConfig(**flags).of(),
+        EvaluateConfig,
+    )
+    for make in makers:
+        with pytest.raises(UsageError, match=f"system_prompt_path={path} has no effect: it asks for chat_template"):
+            make(system_prompt_path=path)
+        assert make(chat_template=True, system_prompt_path=path).system_prompt_path == path
+
+
+@pytest.mark.parametrize("program", ["train", "sft", "expert_iteration", "evaluate"])
+def test_every_program_takes_the_flag(program, tmp_path, capsys, monkeypatch):
+    """A tokenizer without a template ends each in one line, before a model is loaded."""
+    monkeypatch.chdir(tmp_path)
+    save_tiny(Path("tiny"))
+    data = {"sft": "sft", "evaluate": "validation"}.get(program, "train")
+    flags = f"--model-path tiny --chat-template --data-path data/wordadd/{data}.jsonl"
+    flags += " --prompt-path data/prompts/boxed.prompt"
+    if program != "evaluate":
+        flags += " --val-data-path data/wordadd/validation.jsonl --sampling-max-tokens 8"
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"drivers.{program}").main(flags.split())
+    assert ended.value.code == 2
+    errors = capsys.readouterr().err
+    assert "has no chat template, as those of base models" in errors
+    assert "Traceback" not in errors
+    assert not Path("runs").exists()
+
+
+def test_the_shipped_prompts_for_chats_leave_the_opening_to_the_model():
+    for name in ("boxed", "think_and_answer"):
+        template = load_prompt(f"data/prompts/{name}.prompt").template
+        assert template.startswith("{question}\n")
+        assert not template.endswith("<think>")
+    assert load_prompt("data/prompts/countdown.prompt").template.endswith("User: {question}\nAssistant: <think>")
+
+
+@pytest.mark.slow
+def test_the_embedded_models_template_is_what_transformers_makes_of_it():
+    tokenizer = load_tokenizer(str(embedded_model()), for_chat=True)
+    assert tokenizer.eos_token == END
+    user, system = {"role": "user", "content": "What is 2 + 2?"}, {"role": "system", "content": "Be short."}
+    for prompt, messages in [
+        (Prompt("What is {question}?", True), [user]),
+        (Prompt("What is {question}?", True, "Be short."), [system, user]),
+    ]:
+        whole = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=True)
+        assert prompt.token_ids("2 + 2", tokenizer) == tuple(whole["input_ids"])
+        assert prompt.token_ids("2 + 2", tokenizer).count(tokenizer.bos_token_id) == 3  # it begins each message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["train", "sft", "expert_iteration"])
+def test_a_run_ends_turns_and_its_model_does_too(program, tmp_path, monkeypatch):
+    """Whole runs of one step, on a model whose files name another end token."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = tokenizer_with(CHATML)
+    tokenizer.save_pretrained("tiny")
+    make_tiny_policy(vocab_size=len(tokenizer)).save_pretrained("tiny")
+    data = "sft" if program == "sft" else "train"
+    flags = f"--model-path tiny --chat-template --engine hf --dtype float32 --data-path data/wordadd/{data}.jsonl "
+    flags += "--val-data-path data/wordadd/validation.jsonl --prompt-path data/prompts/question_only.prompt "
+    flags += "--reward question_only --sampling-min-tokens 0 --sampling-max-tokens 6 --n-val-examples 2 "
+    flags += "--wandb-project None --save-dir out --train-batch-size 8 "
+    flags += {
+        "train": "--n-grpo-steps 1 --rollout-batch-size 8 --group-size 4 --gradient-accumulation-steps 1",
+        "sft": "--n-examples 8 --sampling-max-tokens 64",
+        "expert_iteration": "--n-ei-steps 1 --question-batch-size 2 --group-size 2",
+    }[program]
+    importlib.import_module(f"drivers.{program}").main(flags.split())
+    saved = load_tokenizer("out/final_model")
+    assert saved.eos_token == END
+    ends = json.loads(Path("out/final_model/generation_config.json").read_text())["eos_token_id"]
+    assert set(ends) == set(saved.convert_tokens_to_ids([END, "<eos>"]))

@@ -1,0 +1,337 @@
+"""Countdown: puzzles that can be solved, and a verifier that agrees with Python's own grammar and with brute force."""
+
+import ast
+import json
+import random
+import re
+import time
+import warnings
+from fractions import Fraction
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drivers.countdown import MOST_CHARACTERS, countdown_reward_fn, solves
+from drivers.data import load_examples
+from drivers.errors import UsageError
+from drivers.grading import BUILT_IN, check_reward, one_by_one
+from drivers.make_countdown import CountdownConfig, main, make_countdown
+from tests.drivers.parts import tiny_config
+
+SMALL = CountdownConfig(n_train=150, n_validation=50)
+OPERATIONS = {
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b,
+    "/": lambda a, b: a / b if b else None,
+}
+
+
+def response(expression):
+    return f" let me see </think> <answer> {expression} </answer>"
+
+
+def grade(expression, numbers, target):
+    return countdown_reward_fn(response(expression), json.dumps({"numbers": numbers, "target": target}))["reward"]
+
+
+# --- the oracles -----------------------------------------------------------------------------------------------------
+
+
+def by_pythons_grammar(expression, numbers, target):
+    """Python's parser, then its tree by hand: integers and the four operations, nothing else."""
+    used = []
+
+    def value(node):
+        match node:
+            case ast.Expression():
+                return value(node.body)
+            case ast.Constant() if type(node.value) is int:
+                used.append(node.value)
+                return Fraction(node.value)
+            case ast.BinOp(op=ast.Add()):
+                return value(node.left) + value(node.right)
+            case ast.BinOp(op=ast.Sub()):
+                return value(node.left) - value(node.right)
+            case ast.BinOp(op=ast.Mult()):
+                return value(node.left) * value(node.right)
+            case ast.BinOp(op=ast.Div()):
+                return value(node.left) / value(node.right)
+        raise ValueError
+
+    try:
+        result = value(ast.parse(expression.strip(" \t\n"), mode="eval"))
+    except (SyntaxError, ValueError, ZeroDivisionError):
+        return False
+    return result == target and sorted(used) == sorted(numbers)
+
+
+def solutions(parts):
+    """Every value that numbers can be brought to, each with an expression, by trying all pairs and operations."""
+    if len(parts) == 1:
+        yield parts[0]
+        return
+    for i, j in combinations(range(len(parts)), 2):
+        rest = [part for k, part in enumerate(parts) if k not in (i, j)]
+        for (left, left_text), (right, right_text) in ((parts[i], parts[j]), (parts[j], parts[i])):
+            for sign, operation in OPERATIONS.items():
+                value = operation(left, right)
+                if value is not None:
+                    yield from solutions([*rest, (value, f"({left_text} {sign} {right_text})")])
+
+
+def reachable(numbers):
+    return dict(solutions([(Fraction(number), str(number)) for number in numbers]))
+
+
+# --- the verifier ----------------------------------------------------------------------------------------------------
+
+
+def trees(depth=4):
+    leaf = st.integers(0, 30)
+    return st.recursive(leaf, lambda inner: st.tuples(inner, st.sampled_from("+-*/"), inner), max_leaves=2**depth)
+
+
+def write(tree, draw):
+    """With parentheses where they are needed, and sometimes where they are not."""
+    if isinstance(tree, int):
+        return (str(tree) if draw() < 0.9 else f"({tree})"), 3, [tree]
+    left, sign, right = tree
+    own = 1 if sign in "+-" else 2
+    texts, leaves = [], []
+    for side, below in ((left, own), (right, own + 1)):  # the right side of - and / must bind more tightly
+        text, binds, found = write(side, draw)
+        texts.append(f"({text})" if binds < below or draw() < 0.1 else text)
+        leaves += found
+    space = " " * int(3 * draw())
+    return f"{texts[0]}{space}{sign}{space}{texts[1]}", own, leaves
+
+
+def compute(tree):
+    if isinstance(tree, int):
+        return Fraction(tree)
+    left, right = compute(tree[0]), compute(tree[2])
+    return None if left is None or right is None else OPERATIONS[tree[1]](left, right)
+
+
+@given(trees(), st.randoms(use_true_random=False))
+def test_an_expression_is_right_for_its_own_numbers_and_value_alone(tree, rng):
+    text, _, leaves = write(tree, rng.random)
+    if len(text) > MOST_CHARACTERS:
+        assert not solves(text, leaves, 1)
+        return
+    value = compute(tree)
+    target = int(value) if value is not None and value.denominator == 1 else 0
+    assert solves(text, leaves, target) == (value == target)
+    assert solves(text, rng.sample(leaves, len(leaves)), target) == (value == target)
+    assert not solves(text, [*leaves, 1], target)
+    assert not solves(text, leaves[1:], target)
+    assert not solves(text, leaves, target + 1)
+    assert by_pythons_grammar(text, leaves, target) == (value == target)
+
+
+PIECES = ["3", "5", "12", "+", "-", "*", "/", "(", ")", " ", "\n", "**", "//", ".", "_", "x", "٣", "３", "=", ",", "%"]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join), st.integers(-20, 200))
+def test_any_text_is_an_expression_only_if_python_reads_it_as_one(text, target):
+    used = [int(word) for word in re.findall("[0-9]+", text)]
+    assert solves(text, used, target) == by_pythons_grammar(text, used, target)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of what looks like a call
+            value = eval(text, {"__builtins__": {}})  # a value worth asking for; the text is our own
+    except Exception:
+        return
+    if isinstance(value, int | float) and value == int(value):
+        assert solves(text, used, int(value)) == by_pythons_grammar(text, used, int(value))
+
+
+@given(st.text(), st.lists(st.integers(0, 99), min_size=1, max_size=6), st.integers())
+def test_any_response_gets_a_grade(text, numbers, target):
+    for answer in (text, response(text)):
+        scores = countdown_reward_fn(answer, json.dumps({"numbers": numbers, "target": target}))
+        assert set(scores) == {"reward", "format_reward", "answer_reward"}
+        assert set(scores.values()) <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "",
+        "(3 + 5) * 7 = 56",
+        "56",
+        "3 + 5 * 7",
+        "(3 + 5) 7",
+        "(3 + 5)(7)",
+        "3 5 * 7",
+        "(3 + 5) * 7 + 0",
+        "(3 + 5) * 7 * (3 - 3 + 1)",
+        "(3 + 5) * 7.0",
+        "(3 + 5) * --7",
+        "-(3 + 5) * -7",
+        "+(3 + 5) * 7",
+        "(3 + 5) × 7",
+        "(3 + 5) * ７",
+        "(3 + 5) * ٧",
+        "(3 + 5) * 7_0 / 10",
+        "(3 + 5) * 0x7",
+        "((3 + 5) * 7",
+        "(3 + 5) * 7)",
+        ")3 + 5( * 7",
+        "() (3 + 5) * 7",
+        "3 + 5 // 7",
+        "7 ** 5 ** 3 ** 9 ** 9",
+        "9" * 200 + " * 3 + 5 * 7",
+        "9" * 10**6,
+        "(" * 10**5 + "3 + 5" + ")" * 10**5 + " * 7",
+        "(3 + 5) * 7" + " " * 10**6 + "+ 1",
+        "3 / (5 - 5) + 7",
+        "7 / (3 - 3)",
+        "__import__('os').system('true')",
+        "[3, 5, 7]",
+        "(3 + 5) * 7 </answer> <answer> 1",
+        "<answer> (3 + 5) * 7",
+        "(3\u00a0+ 5) * 7",
+        "(3 + 5) * 7;",
+        r"\boxed{(3 + 5) * 7}",
+    ],
+)
+def test_what_is_no_solution_is_refused_at_once(expression):
+    begin = time.perf_counter()
+    assert grade(expression, [3, 5, 7], 56) == 0.0
+    assert time.perf_counter() - begin < 0.2
+
+
+@pytest.mark.parametrize(
+    ("expression", "numbers", "target"),
+    [
+        ("(3 + 5) * 7", [3, 5, 7], 56),
+        ("7*(5+3)", [7, 3, 5], 56),
+        ("\n(3 + 5)\t* 7 ", [3, 5, 7], 56),
+        ("8 / (3 - 8 / 3)", [3, 3, 8, 8], 24),  # only with fractions
+        ("10 - 4 - 3", [3, 4, 10], 3),  # from the left
+        ("100 / 5 / 2", [2, 5, 100], 10),
+        ("1 - 5", [1, 5], -4),
+        ("((3))", [3], 3),
+        ("0 * 5", [0, 5], 0),
+    ],
+)
+def test_what_is_a_solution_is_right(expression, numbers, target):
+    assert grade(expression, numbers, target) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("expression", "numbers"), [("7 / (3 - 3)", [3, 3, 7]), ("0 / 0", [0, 0]), ("7 * (5 / 0) * 0", [7, 5, 0, 0])]
+)
+def test_a_division_by_zero_comes_to_nothing(expression, numbers):
+    assert not any(solves(expression, numbers, target) for target in (0, 1, 7))
+
+
+def test_format_without_a_right_answer_earns_nothing():
+    puzzle = json.dumps({"numbers": [3, 5, 7], "target": 56})
+    assert countdown_reward_fn("(3 + 5) * 7", puzzle) == {"reward": 0.0, "format_reward": 0.0, "answer_reward": 0.0}
+    assert countdown_reward_fn(response("3"), puzzle) == {"reward": 0.0, "format_reward": 1.0, "answer_reward": 0.0}
+
+
+@pytest.mark.parametrize(
+    "truth",
+    [
+        "56",
+        "x",
+        "{}",
+        "[]",
+        "null",
+        '{"numbers": [], "target": 1}',
+        '{"numbers": ["3"], "target": 3}',
+        ["a"],
+        "[" * 9999,
+        '{"numbers": [3], "target": 3.5}',
+        '{"numbers": [true], "target": 1}',
+        '{"numbers": [-3], "target": -3}',
+    ],
+)
+def test_another_answer_than_a_puzzle_is_named(truth):
+    with pytest.raises(ValueError, match="a puzzle is required"):
+        countdown_reward_fn(response("3"), truth)
+    (verdict,) = one_by_one(BUILT_IN["countdown"])(["x"], [truth])
+    assert verdict.why == "error"
+
+
+def test_it_is_a_reward_by_name():
+    check_reward("countdown")
+    assert tiny_config(reward="countdown").sampling.stop == ("</answer>",)
+    with pytest.raises(UsageError, match="it returns one reward"):
+        check_reward("countdown", ["a=1"])
+
+
+# --- the puzzles -----------------------------------------------------------------------------------------------------
+
+
+def puzzles(rows):
+    return [json.loads(row["answer"]) for row in rows]
+
+
+def test_every_puzzle_has_a_solution_that_is_graded_right():
+    """By brute force, which shares nothing with how they were made."""
+    splits = make_countdown(SMALL)
+    for puzzle in puzzles(random.Random(0).sample(splits["train"], 25) + splits["validation"][:15]):
+        found = reachable(puzzle["numbers"])
+        assert puzzle["target"] in found
+        assert grade(found[puzzle["target"]], puzzle["numbers"], puzzle["target"]) == 1.0
+        wrong = next(value for value in found if value != puzzle["target"])
+        assert grade(found[wrong], puzzle["numbers"], puzzle["target"]) == 0.0
+
+
+def test_the_splits_share_no_set_of_numbers_and_no_puzzle_comes_twice():
+    splits = make_countdown(SMALL)
+    kinds = {split: [tuple(sorted(puzzle["numbers"])) for puzzle in puzzles(rows)] for split, rows in splits.items()}
+    assert not set(kinds["train"]) & set(kinds["validation"])
+    assert [len(splits[split]) for split in ("train", "validation")] == [150, 50]
+    for rows in splits.values():
+        assert len({(*sorted(p["numbers"]), "to", p["target"]) for p in puzzles(rows)}) == len(rows)
+        for row, puzzle in zip(rows, puzzles(rows), strict=True):
+            assert all(1 <= number <= 99 for number in puzzle["numbers"])
+            assert len(puzzle["numbers"]) in (3, 4)
+            assert 1 <= puzzle["target"] <= 99
+            words = row["question"].replace(",", "").split()
+            assert sorted(map(int, filter(str.isdecimal, words))) == sorted([puzzle["target"], *puzzle["numbers"]])
+    assert {len(kind) for kind in kinds["train"]} == {3, 4}
+
+
+def test_where_there_are_few_sets_of_numbers_the_splits_still_share_none():
+    few = make_countdown(CountdownConfig(n_train=300, n_validation=40, sizes=(3,), largest_number=8))
+    kinds = {split: [(tuple(sorted(p["numbers"])), p["target"]) for p in puzzles(few[split])] for split in few}
+    assert not {numbers for numbers, _ in kinds["train"]} & {numbers for numbers, _ in kinds["validation"]}
+    assert all(len(set(kind)) == len(kind) for kind in kinds.values())
+
+
+def test_a_seed_makes_the_same_files_and_fewer_are_the_first_of_more():
+    splits = make_countdown(SMALL)
+    assert make_countdown(SMALL) == splits
+    more = make_countdown(CountdownConfig(n_train=180, n_validation=50))
+    assert more["train"][:150] == splits["train"]
+    assert more["validation"] == splits["validation"]
+    assert make_countdown(CountdownConfig(n_train=150, n_validation=50, seed=1)) != splits
+
+
+def test_the_program_writes_data_files_and_says_what_is_wrong(tmp_path, capsys):
+    main(["--output-dir", str(tmp_path / "new"), "--n-train", "20", "--n-validation", "5", "--sizes", "3"])
+    assert "20 puzzles" in capsys.readouterr().out
+    examples = load_examples("-", str(tmp_path / "new/train.jsonl"))
+    assert len(examples) == 20
+    assert all(len(json.loads(example.answer)["numbers"]) == 3 for example in examples)
+    (tmp_path / "file").touch()
+    few = f"--output-dir {tmp_path} --n-train 9 --n-validation 9"
+    for flags, message in [
+        (few + " --sizes 2 --largest-number 2", "n_validation=9: no more than"),
+        (few + " --sizes 1", "sizes=1: from 2 to 8"),
+        (few + " --largest-target 0", "largest_target=0 must be greater than 0"),
+        (f"--output-dir {tmp_path}/file/x --n-train 1 --n-validation 1", "cannot be written"),
+    ]:
+        with pytest.raises(SystemExit) as ended:
+            main(flags.split())
+        assert ended.value.code == 2
+        assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert not list(tmp_path.glob("*.jsonl"))

@@ -1,0 +1,213 @@
+"""Tasks of reasoning-gym as data files, its verifiers as a reward: with a stand-in, and the package where it is."""
+
+import importlib
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from drivers.data import load_examples
+from drivers.errors import UsageError
+from drivers.grading import load_reward, one_by_one
+from drivers.make_gym import GymConfig, main, make_gym
+
+MODULE = "drivers.gym_reward"
+
+
+class Task:
+    """Questions k + 1?, and a verifier that gives partial points, fails, and asks for what it was made with."""
+
+    def __init__(self, seed=0, size=500, step=1, distinct=1000, repeat=1, metadata=None):
+        if step < 1:
+            raise AssertionError("step must be\npositive")
+        self.seed, self.size, self.step, self.metadata = seed, size, step, metadata
+        self.distinct, self.repeat = distinct, repeat
+
+    def __getitem__(self, index):
+        k = (self.seed + index) // self.repeat % self.distinct
+        more = {"sum": k + self.step} | ({} if self.metadata is None else {"more": eval(self.metadata)})
+        return {"question": f"{k} + {self.step}?", "answer": str(k + self.step), "metadata": more}
+
+    def score_answer(self, answer, entry):
+        if answer == "out of memory":
+            raise MemoryError
+        if not answer:
+            return 0.01
+        if isinstance(entry["metadata"].get("more", ()), list):
+            return 0.0
+        return 1.0 if int(answer) == entry["metadata"]["sum"] else 0.01 * self.step
+
+
+class Silent(Task):
+    """Has no answer of its own."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(index) | {"answer": None}
+
+
+@pytest.fixture
+def gym(monkeypatch):
+    """A stand-in for the package."""
+    tasks, made = {"plus": Task, "silent": Silent}, []
+
+    def create_dataset(name, **parameters):
+        made.append((name, parameters))
+        return tasks[name](**parameters)
+
+    package = SimpleNamespace(create_dataset=create_dataset, factory=SimpleNamespace(DATASETS=tasks), made=made)
+    monkeypatch.setitem(sys.modules, "reasoning_gym", package)
+    monkeypatch.delitem(sys.modules, MODULE, raising=False)
+    yield package
+    sys.modules.pop(MODULE, None)
+
+
+def reward(response, truth):
+    return importlib.import_module(MODULE).reward(response, truth)
+
+
+def answered(text):
+    return f" hm </think> <answer> {text} </answer>"
+
+
+def row_of(**more):
+    config = {"tasks": ("plus",), "n_train": 1, "n_validation": 1} | more
+    return make_gym(GymConfig(**config))["train"][0]
+
+
+def test_a_verifier_is_given_the_answer_and_what_it_needs(gym):
+    row = row_of(params=("step=3",))
+    assert row["question"] == "1 + 3?"
+    right = {"reward": 1.0, "format_reward": 1.0, "answer_reward": 1.0}
+    assert reward(answered("4"), row["answer"]) == right
+    assert reward(answered(" 04 "), row["answer"]) == right
+    partial = reward(answered("5"), row["answer"])
+    assert partial == {"reward": pytest.approx(0.03), "format_reward": 1.0, "answer_reward": 0.0}
+    assert gym.made[-1] == ("plus", {"step": 3})  # made once for all of them
+    assert gym.made.count(("plus", {"step": 3})) == 1
+
+
+@pytest.mark.parametrize(
+    ("response", "formatted"),
+    [
+        ("4", 0.0),
+        (answered(""), 1.0),
+        (answered("four"), 1.0),  # the verifier raises
+        (answered("1 </answer> <answer> 1"), 1.0),
+        ("<answer> 1 </answer>", 0.0),
+    ],
+)
+def test_what_is_no_answer_gets_no_point(gym, response, formatted):
+    assert reward(response, row_of()["answer"]) == {"reward": 0.0, "format_reward": formatted, "answer_reward": 0.0}
+
+
+def test_memory_that_runs_out_is_not_the_answers_fault(gym):
+    (verdict,) = one_by_one(reward)([answered("out of memory")], [row_of()["answer"]])
+    assert (verdict.why, verdict.is_scored) == ("error", False)
+
+
+@pytest.mark.parametrize("truth", ["4", "{}", '{"task": "plus"}', ["a"], "x"])
+def test_another_answer_than_a_task_is_named(gym, truth):
+    with pytest.raises(ValueError, match="a task of reasoning-gym is required"):
+        reward(answered("1"), truth)
+
+
+def test_the_splits_share_no_question_and_a_seed_makes_the_same(gym):
+    config = GymConfig(tasks=("plus", "silent", "plus"), n_train=30, n_validation=10, params=())
+    splits = make_gym(config)
+    assert [len(splits[split]) for split in ("train", "validation")] == [60, 20]
+    questions = {
+        split: {(row["question"], json.loads(row["answer"])["task"]) for row in splits[split]} for split in splits
+    }
+    assert len(questions["train"]) == 60
+    assert not questions["train"] & questions["validation"]
+    assert make_gym(config) == splits
+    other = make_gym(GymConfig(tasks=("plus",), n_train=30, n_validation=10, seed=500))
+    assert {row["question"] for row in other["train"]} != {row["question"] for row in splits["train"]}
+    assert [row["question"] for row in splits["train"]] != sorted(row["question"] for row in splits["train"])
+
+
+def test_a_task_that_repeats_itself_gives_each_question_once(gym):
+    splits = make_gym(GymConfig(tasks=("plus",), params=("repeat=3",), n_train=8, n_validation=4))
+    assert sorted(int(row["question"].split()[0]) for rows in splits.values() for row in rows) == list(range(12))
+    assert [len(splits[split]) for split in ("train", "validation")] == [8, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "no task given: name one or several"),
+        ("plu", "plu: is no task of reasoning-gym (plus); --list tells all"),
+        ("plus --params step=0", "cannot be made with --params {'step': 0} (AssertionError: step must be positive)"),
+        ("plus --params pace=1", "unexpected keyword argument 'pace'"),
+        ("plus --params step", "--params step: name=value is required"),
+        ("plus --params seed=1", "--params seed=1: name=value is required"),
+        ("plus silent --params step=2", "--params step=2: are those of a single task; 2 are given"),
+        ("plus --params distinct=11", "plus: 240 tries gave 11 different questions, and n_train + n_validation = 12"),
+        ("plus --params metadata=(1,)", "plus: cannot be used: its verifier does not know its own answer any more"),
+        ("plus --params metadata={1}", "what its verifier needs cannot be written as JSON"),
+        ("plus --n-train 0", "n_train=0 must be greater than 0"),
+        ("plus --seed -1", "seed=-1 must not be negative"),
+        ("plus --output-dir {file}/x", "cannot be written"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(gym, arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    flags = ["--n-train", "8", "--n-validation", "4", *arguments.replace("{file}", "file").split()]
+    with pytest.raises(SystemExit) as ended:
+        main(flags)
+    assert ended.value.code == 2
+    captured = capsys.readouterr()
+    assert message in " ".join(captured.err.replace("│", " ").split())
+    assert "Traceback" not in captured.err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_program_writes_data_files(gym, tmp_path, capsys):
+    main(["--list"])
+    assert capsys.readouterr().out == "plus\nsilent\n"
+    main(
+        ["plus", "--params", "step=2", "--n-train", "5", "--n-validation", "3", "--output-dir", str(tmp_path / "new")]
+    )
+    assert "5 questions" in capsys.readouterr().out
+    for example in load_examples("-", str(tmp_path / "new/train.jsonl")):
+        k = int(example.question.split()[0])
+        assert reward(answered(str(k + 2)), example.answer)["reward"] == 1.0
+
+
+def test_without_the_package_both_say_what_is_missing(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    monkeypatch.delitem(sys.modules, MODULE, raising=False)
+    with pytest.raises(UsageError, match=r"cannot be imported .*pip install 'grpo_core\[gym\]'"):
+        load_reward(f"{MODULE}:reward")
+    with pytest.raises(SystemExit):
+        main(["plus"])
+    assert capsys.readouterr().err == (
+        "make_gym.py: the package reasoning-gym is not installed: pip install 'grpo_core[gym]'\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "params", "wrong"),
+    [
+        ("chain_sum", ("min_terms=2", "max_terms=3"), "7.5"),
+        ("leg_counting", (), "-1"),
+        ("word_sorting", (), "z, y"),
+        ("letter_jumble", (), "xxxxx"),
+    ],
+)
+def test_the_packages_own_verifiers(task, params, wrong):
+    pytest.importorskip("reasoning_gym")
+    splits = make_gym(GymConfig(tasks=(task,), params=params, n_train=12, n_validation=4))
+    assert [len(splits[split]) for split in ("train", "validation")] == [12, 4]
+    for row in splits["train"]:
+        own = json.loads(row["answer"])["entry"]["answer"]
+        assert reward(answered(own), row["answer"])["reward"] == 1.0
+        assert reward(answered(wrong), row["answer"])["answer_reward"] == 0.0
+
+
+def test_a_task_that_needs_tuples_is_refused():
+    pytest.importorskip("reasoning_gym")
+    with pytest.raises(UsageError, match="rearc: cannot be used"):
+        make_gym(GymConfig(tasks=("rearc",), n_train=1, n_validation=1))

@@ -1,0 +1,232 @@
+"""Pass rates: counted from an evaluation's responses, filtered by, and the order in which a curriculum asks."""
+
+import json
+import math
+import random
+from collections import Counter
+from fractions import Fraction
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drivers.collect import collect, within_reach
+from drivers.config import GrpoConfig
+from drivers.data import Example, Question, easiest_first, load_examples
+from drivers.errors import UsageError
+from drivers.evaluate import evaluate_policy
+from drivers.pass_rates import main, measure_pass_rates
+from drivers.recipes import QUICKSTART
+from drivers.rollout import Sampling
+from drivers.run import prepare
+from tests.drivers.parts import letter_grader, make_run, tiny_config, tiny_parts
+
+
+def row(question, reward, answer="1", **more):
+    return {"question": question, "answer": answer, "reward": reward, **more}
+
+
+def measure(*rows):
+    return measure_pass_rates((f"c:{number}", one) for number, one in enumerate(rows, start=1))
+
+
+def rates(*rows):
+    return [(one["question"], one["pass_rate"], one["n_samples"]) for one in measure(*rows)]
+
+
+def test_right_is_a_reward_of_one_and_what_was_not_scored_does_not_count():
+    rows = [row("a", 1.0), row("b", 0.0), row("a", 0.5), row("b", None), row("c", None), row("a", 1.0), row("b", 1)]
+    assert rates(*rows) == [("a", 2 / 3, 3), ("b", 0.5, 2), ("c", None, 0)]
+
+
+def test_an_answer_reward_goes_before_the_reward():
+    rows = [row("a", 0.9, answer_reward=1.0), row("a", 1.0, answer_reward=0.0), row("a", 1.0, answer_reward=None)]
+    assert rates(*rows, row("a", None, answer_reward=1.0)) == [("a", 0.5, 2)]
+
+
+def test_the_same_words_with_another_answer_are_another_question():
+    rows = measure(row("a", 1.0, ["1", "2"]), row("a", 0.0, "1"), row("a", 0.0, ["1", "2"]))
+    assert [(one["answer"], one["pass_rate"]) for one in rows] == [(["1", "2"], 0.5), ("1", 0.0)]
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from([0.0, 0.3, 1.0, None]))))
+def test_it_is_a_count(samples):
+    found = {one["question"]: one for one in measure(*(row(*sample) for sample in samples))}
+    counted = Counter(samples)
+    assert list(found) == list(dict.fromkeys(question for question, _ in samples))
+    for question, one in found.items():
+        scored = sum(counted[question, reward] for reward in (0.0, 0.3, 1.0))
+        assert one["n_samples"] == scored
+        if scored:
+            assert one["pass_rate"] == float(Fraction(counted[question, 1.0], scored))
+        else:
+            assert one["pass_rate"] is None
+
+
+def test_it_reads_what_an_evaluation_writes():
+    parts = tiny_parts()
+    sampling = Sampling(n=3, max_tokens=4, stop=())
+    _, rows = evaluate_policy(parts.engine, parts.questions, sampling, letter_grader, seed=1)
+    found = measure(*json.loads(json.dumps(rows)))
+    assert [one["question"] for one in found] == [question.example.question for question in parts.questions]
+    assert all(one["n_samples"] == 3 for one in found)
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_the_program_filters_and_its_file_is_trained_on(tmp_path, capsys):
+    first = write(
+        tmp_path / "a.jsonl", *(row(name, float(k < n)) for name, n in (("x", 0), ("y", 1)) for k in range(2))
+    )
+    second = write(tmp_path / "b.jsonl", *(row("z", 1.0) for _ in range(4)), row("y", 1.0), row("w", None))
+    output = tmp_path / "new" / "rated.jsonl"
+    main([first, second, "--output", str(output)])
+    shown = capsys.readouterr().out
+    assert "4 questions, 10 responses: 1 never right, 1 always, 1 between; 1 could not be scored" in shown
+    examples = load_examples("-", str(output))
+    assert [(example.question, example.pass_rate) for example in examples] == [("x", 0.0), ("y", 2 / 3), ("z", 1.0)]
+    assert [example.question for example in easiest_first("-", examples)] == ["z", "y", "x"]
+    main([first, second, "--output", str(output), "--min-pass-rate", "0.1", "--max-pass-rate", "0.9"])
+    assert [example.question for example in load_examples("-", str(output))] == ["y"]
+    main([first, second, "--output", str(output), "--min-pass-rate", "1"])  # the bounds belong to it
+    assert [example.question for example in load_examples("-", str(output))] == ["z"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "a completions.jsonl of evaluate.py and --output, a file to write, are required"),
+        (["{good}"], "and --output, a file to write, are required"),
+        (["nowhere.jsonl", "--output", "o"], "nowhere.jsonl: cannot be read"),
+        (["{other}", "--output", "o"], "other.jsonl:1: no `reward`; a completions.jsonl"),
+        (["{run}", "--output", "o"], "run.jsonl:1: is of a training run, whose model changes"),
+        (["{good}", "--output", "o", "--min-pass-rate", "0.9"], "leave no question, so nothing was written"),
+        (["{good}", "--output", "o", "--min-pass-rate", "0.9", "--max-pass-rate", "0.1"], "the first not above"),
+        (["{good}", "--output", "o", "--max-pass-rate", "nan"], "from 0 to 1 is required"),
+        (["{good}", "--output", "{good}/x/o"], "cannot be written"),
+    ],
+)
+def test_a_mistake_is_one_clear_line_and_nothing_is_written(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {
+        "good": write(tmp_path / "good.jsonl", row("a", 0.0)),
+        "run": write(tmp_path / "run.jsonl", row("a", 1.0, step=0)),
+        "other": write(tmp_path / "other.jsonl", {"question": "a", "answer": "1"}),
+    }
+    with pytest.raises(SystemExit) as ended:
+        main([argument.format(**names) for argument in arguments])
+    assert ended.value.code == 2
+    captured = capsys.readouterr()
+    assert message in " ".join(captured.err.replace("│", " ").split())
+    assert "Traceback" not in captured.err
+    assert not (tmp_path / "o").exists()
+
+
+# --- the curriculum --------------------------------------------------------------------------------------------------
+
+
+def rated(*pass_rates):
+    return [Example(f"q{k}", "1", f"r:{k}", pass_rate=rate) for k, rate in enumerate(pass_rates)]
+
+
+@pytest.mark.parametrize("bad", [None, True, "0.5", 1.5, -0.1, math.nan, [1]])
+def test_a_line_without_a_rate_is_named_where_one_is_needed(tmp_path, bad):
+    lines = [{"question": "q", "answer": "1", "pass_rate": 0}, {"question": "q", "answer": "1", "pass_rate": bad}]
+    examples = load_examples("--data-path", write(tmp_path / "d.jsonl", *lines))  # elsewhere it may mean anything
+    assert [example.pass_rate for example in examples] == [0, None]
+    with pytest.raises(UsageError, match=r"--curriculum-steps: .*d\.jsonl:2 has no `pass_rate`, a number from 0 to 1"):
+        easiest_first("--curriculum-steps", examples)
+
+
+@given(st.lists(st.floats(0, 1), max_size=30))
+def test_easiest_first_is_a_stable_order(pass_rates):
+    ordered = easiest_first("-", rated(*pass_rates))
+    assert sorted(ordered, key=lambda example: example.source) == sorted(
+        rated(*pass_rates), key=lambda example: example.source
+    )
+    for one, next_one in pairwise(ordered):
+        places = [int(example.source[2:]) for example in (one, next_one)]
+        assert (-one.pass_rate, places[0]) < (-next_one.pass_rate, places[1])
+
+
+def test_train_puts_its_questions_in_that_order(tmp_path, monkeypatch):
+    path = write(tmp_path / "d.jsonl", *({"question": f"q{k}", "answer": "1", "pass_rate": k / 9} for k in range(9)))
+    monkeypatch.setattr("drivers.run.build", lambda config, display, make_train_set: make_train_set.args[0])
+
+    def order(**settings):
+        examples = prepare(tiny_config(data_path=path, prompt_path=QUICKSTART["prompt_path"], **settings), None)
+        return [int(example.question[1:]) for example in examples]
+
+    assert order(curriculum_steps=3) == list(range(8, -1, -1))
+    assert order() == list(range(9))
+    with pytest.raises(UsageError, match=r"--curriculum-steps: .*train\.jsonl:1 has no `pass_rate`"):
+        prepare(tiny_config(data_path=QUICKSTART["data_path"], curriculum_steps=3), None)
+
+
+@given(st.integers(2, 60), st.integers(1, 30))
+def test_what_is_asked_grows_from_the_easiest_to_all(n_questions, steps):
+    config = tiny_config(curriculum_steps=steps, rollout_batch_size=16, train_batch_size=16)  # two questions a step
+    questions = list(range(n_questions))
+    reached = [within_reach(config, questions, step) for step in range(1, steps + 3)]
+    assert all(list(pool) == questions[: len(pool)] for pool in reached)
+    sizes = [len(pool) for pool in reached]
+    assert sizes == sorted(sizes)
+    assert all(size >= 2 for size in sizes)
+    assert sizes[steps - 1 :] == [n_questions] * 3
+    assert abs(sizes[0] - max(2, n_questions / steps)) < 1
+    assert within_reach(tiny_config(), questions, 1) is questions
+
+
+@pytest.fixture
+def ask(tmp_path):
+    """The numbers of the questions that a step asks, a set for each round; no response earns anything."""
+    config = tiny_config(rollout_batch_size=16, train_batch_size=16, curriculum_steps=8, n_grpo_steps=8, max_refills=3)
+    parts, asked = tiny_parts(), []
+    questions = [Question(Example(f"q{k}", "a", f"q:{k}"), (5, 6 + k)) for k in range(24)]
+    generate = parts.engine.generate
+
+    def record(prompts, *arguments, **named):
+        asked.append({prompt[1] - 6 for prompt in prompts})
+        return generate(prompts, *arguments, **named)
+
+    parts.engine.generate = record
+    run = make_run(config, tmp_path, parts.tokenizer)
+
+    def ask(draw, step):
+        asked.clear()
+        collect(config, parts.engine, lambda texts, _: letter_grader(["b"] * len(texts), ["a"] * len(texts)),
+                questions, draw, run, step)  # fmt: skip
+        return list(asked)
+
+    return ask
+
+
+def test_a_step_asks_what_is_within_reach_and_refills_from_it(ask):
+    for step in (1, 4, 8):
+        rounds = ask(random.Random(step), step)
+        assert [len(one) for one in rounds] == [2] * 4
+        assert set().union(*rounds) <= set(range(3 * step))
+    assert any(number >= 12 for number in set().union(*rounds))
+
+
+def test_where_a_draw_stands_and_the_step_are_all_that_it_depends_on(ask):
+    """So a run that is gone on with asks the same; tests/drivers/test_resume.py does it with whole runs."""
+    draw = random.Random(0)
+    ask(draw, 1)
+    stands = draw.getstate()
+    expected = [ask(draw, step) for step in (2, 3)]
+    again = random.Random(1)
+    again.setstate(stands)
+    assert [ask(again, step) for step in (2, 3)] == expected
+
+
+def test_the_flag_is_checked_and_told(tmp_path):
+    with pytest.raises(UsageError, match="curriculum_steps=-1 must not be negative"):
+        tiny_config(curriculum_steps=-1)
+    assert any("the hardest questions are never asked" in said for said in tiny_config(curriculum_steps=21).warnings)
+    assert not tiny_config(curriculum_steps=20).warnings
+    assert GrpoConfig(model_path="m").curriculum_steps == 0
