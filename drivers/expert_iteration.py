@@ -1,0 +1,99 @@
+"""Expert iteration (Algorithm 2 of CS336's fifth assignment): `python drivers/expert_iteration.py --help`."""
+
+# isort: off
+from drivers import environment  # noqa: F401  before torch: OpenMP reads its settings once
+
+# isort: on
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+from torch import nn
+
+from drivers import ranks
+from drivers.collect import collect
+from drivers.config import GrpoConfig
+from drivers.data import Question, load_examples, make_questions
+from drivers.display import Display
+from drivers.errors import UsageError
+from drivers.grading import Grader
+from drivers.guards import find_in_rollouts, find_none_right
+from drivers.interrupts import uninterrupted
+from drivers.metrics import UpdateMetrics
+from drivers.program import conduct, ending_in_one_line
+from drivers.rollout import RolloutEngine
+from drivers.run import Parts, Run, build, prompt_of
+from drivers.sft import all_right
+from drivers.sft_config import ExpertIterationConfig, parse_settings
+from drivers.state import TrainingState
+from drivers.train import update
+
+
+def iterate(
+    settings: ExpertIterationConfig,
+    policy: nn.Module,
+    engine: RolloutEngine,
+    grade: Grader,
+    train_set: Sequence[Question],
+    val_set: Sequence[Question],
+    run: Run,
+) -> None:
+    """The loop. Its parts are built by `drivers.run.build`, or by you."""
+    config = settings.of()
+    state = run.begin(TrainingState(config, policy))
+    ranks.lead(lambda: engine.load_weights(version=state.step))
+    run.check_engine(engine, policy, val_set, version=state.step)
+    if state.step == 0:
+        run.evaluate(engine, val_set, grade, step=0)
+
+    for step in run.steps():
+        # D_b ~ D;  o_1 .. o_G ~ pi(. | q) for each question q of D_b;  r_i = R(q, o_i);  keep those with r_i = 1.
+        sample = partial(collect, config, engine, grade, train_set, state.draw, run, step)
+        collected = ranks.lead(sample)
+        graded = zip(collected.completions, collected.raw_rewards.tolist(), strict=True)
+        right = [completion for completion, reward in graded if reward == 1]
+
+        # theta <- descend -log pi_theta(o | q) on these: fine-tuning, with samples in the place of demonstrations.
+        metrics = UpdateMetrics(collected.shown_completions)
+        unsound = [*find_in_rollouts(collected.facts), *find_none_right(len(right))]
+        with run.phase("update"):
+            if not right:
+                run.allows(step, unsound)
+            for _ in range(settings.epochs if right else 0):
+                for batch in all_right(right).shuffled(state.shuffle).split(settings.train_batch_size):
+                    update(config, policy, batch, state, run, step, metrics, unsound)
+        state.step = step
+
+        # The next samples are from the new policy.
+        with run.phase("push"), uninterrupted():
+            ranks.lead(partial(engine.load_weights, version=step))
+        if step == 1:
+            run.check_engine(engine, policy, val_set, version=step)
+        if step % config.eval_steps == 0 or step == config.n_grpo_steps:
+            run.evaluate(engine, val_set, grade, step=step)
+        run.report(step, collected.facts | metrics.summary() | {"right_responses": float(len(right))})
+        run.log_samples(step, collected.shown, metrics.of_shown())
+        state.mark()
+        if step % config.checkpoint_steps == 0 or step == config.n_grpo_steps:
+            run.save(policy, f"checkpoint-{step}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: settings, parts, the loop."""
+    with ending_in_one_line(ExpertIterationConfig.program):
+        settings = parse_settings(ExpertIterationConfig, sys.argv[1:] if arguments is None else arguments)
+
+        def prepare(config: GrpoConfig, display: Display) -> tuple[Run, Parts]:
+            examples = load_examples("--data-path", config.data_path)
+            if len(examples) < settings.question_batch_size:
+                raise UsageError(
+                    f"--data-path {config.data_path}: holds {len(examples)} questions, and a step asks "
+                    f"{settings.question_batch_size} different ones: lower --question-batch-size"
+                )
+            return build(config, display, partial(make_questions, examples, prompt_of(config)), settings)
+
+        conduct(settings, settings.of(), prepare, lambda run, parts: iterate(settings, *parts[:5], run))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Fine-tuning on demonstrations (Algorithm 1 of CS336's fifth assignment): `python drivers/sft.py --help`."""
+
+# isort: off
+from drivers import environment  # noqa: F401  before torch: OpenMP reads its settings once
+
+# isort: on
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import groupby
+
+import torch
+from torch import nn
+
+from drivers import ranks
+from drivers.batch import RolloutBatch, make_rollout_batch
+from drivers.config import GrpoConfig
+from drivers.data import Demonstration, Question, WorkedExample, load_demonstrations, make_demonstrations
+from drivers.display import Display
+from drivers.errors import UsageError
+from drivers.evaluate import start_grading
+from drivers.grading import Grader
+from drivers.interrupts import uninterrupted
+from drivers.metrics import UpdateMetrics
+from drivers.program import conduct, ending_in_one_line
+from drivers.rollout import Completion, RolloutEngine
+from drivers.run import Parts, Run, build, prompt_of
+from drivers.samples import describe_demonstration
+from drivers.sft_config import SftConfig, parse_settings
+from drivers.state import TrainingState
+from drivers.train import update
+
+
+def fine_tune(
+    config: GrpoConfig,
+    policy: nn.Module,
+    engine: RolloutEngine,
+    grade: Grader,
+    demonstrations: Sequence[Demonstration],
+    val_set: Sequence[Question],
+    run: Run,
+) -> None:
+    """The loop. `config` is `SftConfig.of` these demonstrations; the engine samples for evaluations alone."""
+    untempered = replace(config, sampling_temperature=1.0)  # -log pi of the model as it is
+    state = run.begin(TrainingState(config, policy))
+    ranks.lead(lambda: engine.load_weights(version=state.step))
+    run.check_engine(engine, policy, val_set, version=state.step)
+    if state.step == 0:
+        run.evaluate(engine, val_set, grade, step=0)
+    engine.sleep()
+
+    for step in run.steps():
+        # D_b ~ D: the next ones of this pass;  theta <- descend -log pi_theta(o | q) on them.
+        places = batch_of_step(len(demonstrations), config.train_batch_size, config.seed, step)
+        chosen = [demonstrations[place] for place in places]
+        batch, shown = as_right(chosen), chosen[: config.n_logged_completions]
+        metrics = UpdateMetrics(batch.completions[: len(shown)], has_sampler=False)
+        with run.phase("update"):
+            update(untempered, policy, batch, state, run, step, metrics)
+        state.step = step
+
+        is_due = step % config.eval_steps == 0 or step == config.n_grpo_steps
+        if step == 1 or is_due:
+            with run.phase("push"), uninterrupted():
+                ranks.lead(partial(engine.load_weights, version=step))
+            if step == 1:
+                run.check_engine(engine, policy, val_set, version=step)
+            if is_due:
+                run.evaluate(engine, val_set, grade, step=step)
+            engine.sleep()
+        run.report(step, metrics.summary())
+        rows = [describe_demonstration(one, run.tokenizer) for one in shown]
+        run.log_samples(step, rows, metrics.of_shown())
+        state.mark()
+        if step % config.checkpoint_steps == 0 or step == config.n_grpo_steps:
+            run.save(policy, f"checkpoint-{step}")
+
+
+def batch_of_step(n: int, size: int, seed: int, step: int) -> list[int]:
+    """Which of `n` demonstrations a step, from 1, trains on. Each pass has its own order, and takes each once."""
+    epoch, place = divmod(step - 1, -(-n // size))
+    order = random.Random(f"{seed}, {epoch}").sample(range(n), n)
+    return order[place * size : (place + 1) * size]
+
+
+def as_right(demonstrations: Sequence[Demonstration]) -> RolloutBatch:
+    """As responses with a reward of 1. Nobody sampled them: 0 stands for log-probs that nothing reads."""
+    shown = [
+        Completion("", one.prompt_token_ids, one.response_token_ids, (0.0,) * len(one.response_token_ids), "stop")
+        for one in demonstrations
+    ]
+    return all_right(shown)
+
+
+def all_right(completions: Sequence[Completion]) -> RolloutBatch:
+    """A batch of responses that are imitated: reward and advantage are 1.
+
+    Those to one prompt that stand together are a group, of any size: they are shuffled, and scored, side by side.
+    """
+    batch = make_rollout_batch(completions, torch.ones(len(completions)))
+    groups = enumerate(groupby(completions, key=lambda completion: completion.prompt_token_ids))
+    group_ids = torch.tensor([number for number, (_, members) in groups for _ in members])[:, None]
+    return replace(batch, advantages=batch.raw_rewards, group_ids=group_ids)
+
+
+def choose(settings: SftConfig, say: Callable[[str], None] = print) -> list[WorkedExample]:
+    """The demonstrations that the settings ask for: of those that are right, if only these, the first of an order."""
+    examples = load_demonstrations("--data-path", settings.data_path)
+    found = len(examples)
+    if settings.correct_only:
+        lacking = next((example.source for example in examples if not example.answer), None)
+        if lacking is not None:
+            raise UsageError(f"--correct-only: {lacking} has no `answer` to grade its response against")
+        with start_grading(settings.of(1), lambda text: say(f"warning: {text}")) as grade:
+            graded = grade([example.response for example in examples], [example.answer for example in examples])
+        examples = [e for e, verdict in zip(examples, graded, strict=True) if verdict.scores["reward"] == 1]
+        say(f"--correct-only: {len(examples)} of {found} demonstrations are graded right")
+        if not examples:
+            raise UsageError(f"--correct-only: no demonstration of {settings.data_path} is graded right")
+    wanted = len(examples) if settings.n_examples is None else settings.n_examples
+    if wanted > len(examples):
+        raise UsageError(f"--n-examples {wanted}: there are {len(examples)} to choose from; no more can be asked for")
+    return random.Random(settings.seed).sample(examples, len(examples))[:wanted]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: settings, demonstrations, parts, the loop."""
+    with ending_in_one_line(SftConfig.program):
+        settings = parse_settings(SftConfig, sys.argv[1:] if arguments is None else arguments)
+        examples = choose(settings, print if ranks.is_first() else lambda _: None)
+        config = settings.of(len(examples))
+
+        def prepare(config: GrpoConfig, display: Display) -> tuple[Run, Parts]:
+            if any(found != examples for found in ranks.gather(examples)):
+                raise UsageError(f"--reward {settings.reward}: the ranks found other demonstrations right")
+            make = partial(make_demonstrations, examples, prompt_of(config), config.sampling.stop)
+            return build(config, display, make, settings)
+
+        def loop(run: Run, parts: Parts) -> None:
+            shown = [one for one in parts.train_set if isinstance(one, Demonstration)]
+            fine_tune(config, parts.policy, parts.engine, parts.grade, shown, parts.val_set, run)
+
+        conduct(settings, config, prepare, loop)
+
+
+if __name__ == "__main__":
+    main()
