@@ -1,0 +1,237 @@
+"""evaluate.py: several tries, categories, several data sets, and two models on the same questions."""
+
+import json
+import math
+import random
+import re
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drivers.config import EvaluateConfig
+from drivers.errors import UsageError
+from drivers.evaluate import load_sets, main
+from drivers.outcomes import category_of, compare, describe, vote_of
+from tests.tiny import save_tiny
+
+RIGHT, WRONG, FORMLESS = "4 </think> <answer> 4 </answer>", "5 </think> <answer> 5 </answer>", "4"
+SCORES = {RIGHT: (1.0, 1.0), WRONG: (1.0, 0.0), FORMLESS: (0.0, 0.0)}
+
+
+def rows_of(*questions):
+    """Responses to question after question, as evaluate.py writes them."""
+    rows = []
+    for number, responses in enumerate(questions):
+        for response in responses:
+            formatted, right = SCORES.get(response, (None, None))
+            row = {"question_number": number, "question": str(number), "answer": "4", "response": response}
+            row |= {"reward": right}
+            if right is not None:
+                row |= {"format_reward": formatted, "answer_reward": right}
+            rows.append(row | {"category": category_of(row)})
+    return rows
+
+
+@given(st.lists(st.lists(st.sampled_from([RIGHT, WRONG, FORMLESS]), min_size=4, max_size=4), min_size=1, max_size=5))
+def test_of_several_tries_each_figure_is_its_definition(questions):
+    values = describe(rows_of(*questions), "r1_zero")
+    is_right = [[response == RIGHT for response in responses] for responses in questions]
+    assert values["avg_at_4"] == pytest.approx(fmean(fmean(row) for row in is_right))
+    for k in (1, 2, 4):
+        passed = [fmean(any(chosen) for chosen in combinations(row, k)) for row in is_right]
+        assert values[f"pass_at_{k}"] == pytest.approx(fmean(passed))
+        assert 0 <= values[f"pass_at_{k}_low"] <= values[f"pass_at_{k}"] <= values[f"pass_at_{k}_high"] <= 1
+    for k in (2, 4):
+        won = []
+        for responses in questions:
+            for start in range(0, 4, k):
+                votes = [response for response in responses[start : start + k] if response != FORMLESS]
+                n_right, n_wrong = votes.count(RIGHT), votes.count(WRONG)
+                won.append(0.5 if n_right == n_wrong != 0 else float(n_right > n_wrong))
+        assert values[f"maj_at_{k}"] == pytest.approx(fmean(won))
+    every = [response for responses in questions for response in responses]
+    assert values["category_both"] == every.count(RIGHT) / len(every)
+    assert values["category_format_only"] == every.count(WRONG) / len(every)
+    assert values["category_neither"] == every.count(FORMLESS) / len(every)
+
+
+def test_what_could_not_be_scored_counts_nowhere():
+    values = describe(rows_of([RIGHT, "unscored"], ["unscored", "unscored"]), "r1_zero")
+    assert (values["category_both"], values["avg_at_2"], values["pass_at_1"]) == (1.0, 1.0, 1.0)
+    assert "pass_at_2" not in values  # no question has two tries that were scored
+    assert values["maj_at_2"] == 0.5
+    assert describe(rows_of(["unscored"]), "r1_zero") == {}
+
+
+def test_a_reward_of_ones_own_has_no_votes_and_no_categories():
+    rows = [{"question_number": 0, "question": "q", "answer": "a", "response": "x", "reward": 0.3}] * 2
+    values = describe(rows, "mine.py:reward")
+    assert values["avg_at_2"] == pytest.approx(0.3)
+    assert not any(name.startswith(("maj", "category")) for name in values)
+    # A reward beyond [0, 1] is no rate.
+    assert not any(name.startswith("avg") for name in describe([rows[0] | {"reward": 3.0}] * 2, "mine.py:reward"))
+
+
+@pytest.mark.parametrize(
+    ("response", "reward", "vote"),
+    [
+        (r" </think> <answer> \boxed{4} </answer>", "r1_zero", "4"),
+        (" </think> <answer> 4. </answer> more", "r1_zero", "4"),
+        (" </think> <answer> 4", "r1_zero", None),
+        (" </think> <answer>  </answer>", "r1_zero", None),
+        ("<answer> 4 </answer>", "r1_zero", None),
+        (" </think> <answer> 4 </answer> <answer> 5 </answer>", "r1_zero", None),
+        (r"\boxed{3} or \boxed{4}", "question_only", "4"),
+        ("4", "question_only", None),
+        ("4", "mine.py:reward", None),
+    ],
+)
+def test_votes(response, reward, vote):
+    assert vote_of(response, reward) == vote
+
+
+def test_equal_answers_in_other_spellings_vote_together():
+    spelled = [" </think> <answer> 0.50 </answer>", r" </think> <answer> $0.50$ </answer>"]
+    assert len({vote_of(one, "r1_zero") for one in spelled}) == 1
+
+
+def test_a_comparison_is_by_question():
+    ours, theirs = rows_of([RIGHT] * 2, [RIGHT, WRONG], [WRONG] * 2), rows_of([WRONG] * 2, [WRONG, RIGHT], [WRONG] * 2)
+    found = compare(ours, theirs)
+    assert found["difference"] == pytest.approx(1 / 3)
+    assert (found["better_on"], found["worse_on"], found["n_compared"]) == (1, 0, 3)
+    assert found["p_value"] == 1.0  # one coin
+    back = compare(theirs, ours)
+    assert back["difference"] == -found["difference"]
+    assert back["difference_low"] == pytest.approx(-found["difference_high"])
+    left_out = compare(rows_of([RIGHT], ["unscored"]), rows_of([WRONG], [WRONG]))
+    assert left_out["n_compared"] == 1
+    assert compare(rows_of(["unscored"]), rows_of([RIGHT])) == {"n_compared": 0.0}
+
+
+def test_a_difference_is_found_where_there_is_one_and_its_interval_holds_it():
+    draw = random.Random(0)
+    better = rows_of(*[[RIGHT if draw.random() < 0.7 else WRONG] for _ in range(200)])
+    worse = rows_of(*[[RIGHT if draw.random() < 0.4 else WRONG] for _ in range(200)])
+    found = compare(better, worse)
+    assert found["p_value"] < 1e-4
+    assert 0 < found["difference_low"] < 0.3 < found["difference_high"]
+
+
+def test_rewards_between_0_and_1_have_no_exact_test():
+    rows = [
+        {"question_number": 0, "question": "q", "answer": "a", "response": "x", "reward": value} for value in (0.3, 1)
+    ]
+    assert "p_value" not in compare(rows[:1], rows[1:])
+
+
+def test_rewards_beyond_one_have_an_interval_about_their_difference():
+    ours, theirs = (
+        [{"question_number": k, "reward": reward, "answer_reward": reward} for k, reward in enumerate(rewards)]
+        for rewards in ([7.0, 9.0, 8.0, 9.0], [5.0, 5.0, 6.0, 5.0])
+    )
+    found = compare(ours, theirs)
+    assert found["difference"] == 3.0
+    assert found["difference_low"] == pytest.approx(3 - 1.959964 * math.sqrt(4 / 3) / 2, abs=1e-5)
+    assert found["difference_high"] == pytest.approx(3 + 1.959964 * math.sqrt(4 / 3) / 2, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"sampling_min_tokens": 40, "sampling_max_tokens": 32},
+            "sampling_min_tokens=40 must not exceed sampling_max_tokens=32",
+        ),
+        ({"sampling_temperature": 0.0, "n_samples": 8}, "n_samples=8 with sampling_temperature=0: a greedy response"),
+    ],
+)
+def test_what_vllm_would_refuse_is_one_clear_line(settings, message):
+    with pytest.raises(UsageError, match=message):
+        EvaluateConfig(**settings)
+
+
+def test_every_number_is_documented():
+    page = (Path(__file__).resolve().parents[2] / "docs/evaluation.md").read_text()
+    documented = {
+        name for row in re.findall(r"^\| (`.*?) \|", page, flags=re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
+    }
+    rows = rows_of([RIGHT] * 4, [WRONG] * 4)
+    found = describe(rows, "r1_zero") | compare(rows, rows)
+    plain = {re.sub("^avg_at_4$", "avg_at_n", re.sub("_(low|high)$", "", name)) for name in found}
+    assert plain == documented
+
+
+# --- the program -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_flags(tmp_path):
+    save_tiny(tmp_path / "tiny")
+    for name in ("a", "b"):
+        lines = [json.dumps({"question": f"{name} {k}?", "answer": str(k)}) for k in range(3)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    return [
+        *("--model-path", str(tmp_path / "tiny"), "--data-path", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")),
+        *("--engine", "hf", "--dtype", "float32", "--sampling-max-tokens", "4", "--n-samples", "2"),
+        *("--prompt-path", "data/prompts/question_only.prompt", "--reward", "question_only"),
+    ]
+
+
+def test_several_data_sets_and_an_earlier_evaluation(tmp_path, tiny_flags, capsys):
+    main([*tiny_flags, "--output-dir", str(tmp_path / "first")])
+    first = json.loads((tmp_path / "first/results.json").read_text())
+    assert list(first["results"]) == ["a", "b"]
+    assert first["comparison"] == {}
+    rows = [json.loads(line) for line in (tmp_path / "first/completions.jsonl").read_text().splitlines()]
+    assert [row["dataset"] for row in rows] == ["a"] * 6 + ["b"] * 6
+    assert [row["question_number"] for row in rows] == [0, 0, 1, 1, 2, 2] * 2
+    assert first["results"]["a"]["category_neither"] == 1.0  # a tiny policy has nothing to say
+    shown = capsys.readouterr().out
+    assert "a: 3 questions, 2 responses to each" in shown
+    assert "neither: a 0?" in shown
+    # The same again, against the first, and against the model itself: nothing differs.
+    main([*tiny_flags, "--output-dir", str(tmp_path / "second"), "--compare-to", str(tmp_path / "first")])
+    main([*tiny_flags, "--output-dir", str(tmp_path / "third"), "--compare-to", str(tmp_path / "tiny")])
+    for name in ("second", "third"):
+        compared = json.loads((tmp_path / name / "results.json").read_text())["comparison"]
+        assert {key: (one["difference"], one["p_value"]) for key, one in compared.items()} == {
+            "a": (0, 1),
+            "b": (0, 1),
+        }
+    same = (tmp_path / "third/completions_compared.jsonl").read_text()
+    assert same == (tmp_path / "first/completions.jsonl").read_text()
+    assert "against" in capsys.readouterr().out
+
+
+def test_of_other_questions_there_is_no_comparison(tmp_path, tiny_flags, capsys):
+    main([*tiny_flags, "--output-dir", str(tmp_path / "first")])
+    for changed in (["--n-examples", "2"], ["--n-samples", "3"]):
+        with pytest.raises(SystemExit) as ended:
+            main(
+                [
+                    *tiny_flags,
+                    *changed,
+                    "--compare-to",
+                    str(tmp_path / "first"),
+                    "--output-dir",
+                    str(tmp_path / "none"),
+                ]
+            )
+        assert ended.value.code == 2
+        assert "evaluate both with the same" in capsys.readouterr().err
+        assert not (tmp_path / "none").exists()
+
+
+def test_files_of_one_name_are_told_apart(tmp_path):
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test.jsonl").write_text('{"question": "q", "answer": "1"}')
+    paths = tuple(str(tmp_path / folder / "test.jsonl") for folder in ("x", "y"))
+    assert list(load_sets(EvaluateConfig(data_path=paths))) == list(paths)
+    with pytest.raises(UsageError, match="the same file twice"):
+        load_sets(EvaluateConfig(data_path=(paths[0], paths[0])))

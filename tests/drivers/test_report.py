@@ -1,0 +1,465 @@
+"""The page of a run, or of several: its numbers are the log's, nothing in it is another's HTML, nothing is fetched."""
+
+import json
+import math
+import re
+from base64 import b64encode
+from hashlib import sha256
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from statistics import NormalDist, fmean
+
+import pytest
+
+from drivers.curves import DARK_PALETTE, PALETTE
+from drivers.errors import UsageError
+from drivers.report import MOST_OF_A_LINE, accuracy_at, main, make_page, write_report
+from drivers.series import group_runs, make_panels, make_times, read_metrics, read_runs, steps_within, thin
+from tests.drivers.test_sft import go as fine_tune_letters
+from tests.drivers.test_sft import shown
+from tests.drivers.test_train import run_training
+
+ROOT = Path(__file__).resolve().parents[2]
+VOID = {"meta", "input", "br", "hr", "img", "link"}
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)><!-- <b>&amp;\"' \u2028 $title \\frac{$"
+
+
+class Page(HTMLParser):
+    """A page taken apart: elements, texts, the script's data. What is not nested as it should be is an error."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.elements, self.open, self.texts = [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+        self.text = " ".join(text for tag, text in self.texts if tag not in ("script", "style"))
+        (self.data,) = (json.loads(text) for tag, text in self.texts if tag == "script" and text.startswith("{"))
+
+    def handle_starttag(self, tag, attributes):
+        names = [name for name, _ in attributes]
+        assert len(names) == len(set(names)), tag
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        self.texts.append((self.open[-1] if self.open else "", text))
+
+    def count(self, tag):
+        return [name for name, _ in self.elements].count(tag)
+
+
+def page_of(*folders, title="A title"):
+    runs = read_runs(folders)
+    return Page(make_page(runs, group_runs(runs), title))
+
+
+def write_run(folder, rows=(), completions=None, program="train.py", **settings):
+    """A run's folder, as if it had been logged."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {"program": program, "config": settings, "environment": {"python": "3.11"}}
+    (folder / "config.json").write_text(json.dumps(written))
+    for name, lines in (("metrics", rows), ("completions", completions)):
+        if lines is not None:
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def steps(values, key="reward", **more):
+    return [
+        {"phase": "train", "step": k, key: value, "time_update_s": 2.0, **more} for k, value in enumerate(values, 1)
+    ]
+
+
+def panels_of(page):
+    return {panel["title"]: panel for panel in page.data["panels"]}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Real runs: GRPO with a clip that is met, and SFT."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("drivers.run.draw_curves", lambda _: None)  # it is drawn below
+        settings = {"n_grpo_steps": 3, "eval_steps": 2, "loss_type": "grpo_clip", "train_batch_size": 16}
+        run_training(folder / "grpo", cliprange=0.01, **settings)
+        fine_tune_letters(folder / "sft", shown("aa", "ab", "ba", "bb"), train_batch_size=2)
+    return folder
+
+
+def test_a_page_has_the_numbers_of_the_log(trained):
+    page, rows = page_of(trained / "grpo"), read_metrics(trained / "grpo")
+    panels = panels_of(page)
+    kept = {
+        "Reward": [("train", "reward"), ("train", "format_reward")],
+        "Held-out accuracy": [("eval", "accuracy"), ("eval", "format_reward")],
+        "Entropy": [("train", "rollout_entropy"), ("train", "entropy")],
+        "Response length": [("train", "response_tokens"), ("eval", "response_tokens")],
+        "Clip fraction": [("train", "clip_fraction")],
+        "Gradient norm": [("train", "grad_norm")],
+        "Speed": [("train", "rollout_tokens_per_s"), ("train", "update_tokens_per_s")],
+    }
+    assert panels.keys() == kept.keys()
+    for title, sources in kept.items():
+        assert len(panels[title]["quantities"]) == len(panels[title]["lines"]) == len(sources)
+        for line, (phase, key) in zip(panels[title]["lines"], sources, strict=True):
+            found = [(step, value) for step, _, value, *_ in line["points"]]
+            assert found == [(row["step"], row[key]) for row in rows[phase] if row.get(key) is not None]
+    first, second, third = rows["train"]
+    assert [point[0] for point in panels["Held-out accuracy"]["lines"][0]["points"]] == [0, 2, 3]
+    seconds = [point[1] for point in panels["Reward"]["lines"][0]["points"]]
+    before = rows["eval"][0]["time_evaluate_s"]
+    spent = [sum(value for name, value in row.items() if name.startswith("time_")) for row in (first, second, third)]
+    assert seconds == pytest.approx([before + sum(spent[:n]) for n in (1, 2, 3)], abs=0.005)
+    last = rows["eval"][-1]["accuracy"]
+    assert f"{last:.3f}" in page.text
+    assert "3 of 3" not in page.text  # all that were planned were made
+    speed = sum(row["sampled_tokens"] for row in rows["train"]) / sum(row["time_rollout_s"] for row in rows["train"])
+    assert f"{speed:.0f}" in page.text.split()
+    assert "cliprange" in page.text
+
+
+def test_a_page_has_the_responses_of_the_log_with_their_tokens(trained):
+    page = page_of(trained / "grpo")
+    lines = [json.loads(line) for line in (trained / "grpo/completions.jsonl").read_text().splitlines()]
+    found = page.data["responses"]
+    assert len(found) == len(lines) == 3 * 8 + 3 * 4
+    for ours, theirs in zip(found, lines, strict=True):
+        for name in ("step", "phase", "question", "answer", "response", "reward", "tokens", "sampler_log_probs"):
+            assert ours[name] == theirs[name]
+        assert {name: ours.get(name) for name in ("advantage", "log_probs", "entropy")} == {
+            name: theirs.get(name) for name in ("advantage", "log_probs", "entropy")
+        }
+        assert ours["facts"]["finish_reason"] == theirs["finish_reason"]
+    demonstrated = [row for row in page_of(trained / "sft").data["responses"] if row["phase"] == "train"]
+    assert len(demonstrated) == 4
+    assert all("reward" not in row and "log_probs" in row for row in demonstrated)
+
+
+def test_files_are_written_and_the_same_again(trained, tmp_path):
+    """A run without rollouts is left out of their panels; what differs between two programs is what both have."""
+    folders = [trained / "grpo", trained / "sft"]
+    page = write_report(folders, tmp_path / "one", "Two programs")
+    files = ["curves-by-time.png", "curves.png", "report.html"]
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == files
+    assert page == tmp_path / "one/report.html"
+    for name in files[:2]:
+        assert (tmp_path / "one" / name).read_bytes().startswith(b"\x89PNG")
+    runs = read_runs(folders)
+    assert page.read_text() == make_page(runs, group_runs(runs), "Two programs")
+    panels = panels_of(Page(page.read_text()))
+    assert {line["series"] for line in panels["Reward"]["lines"]} == {0}
+    assert {line["series"] for line in panels["Demonstrations"]["lines"]} == {1}
+    assert {line["series"] for line in panels["Held-out accuracy"]["lines"]} == {0, 1}
+    assert "Clip fraction" in panels
+    assert page.stat().st_size < 200_000
+
+
+def test_a_page_fetches_nothing_and_runs_one_script(trained):
+    runs = read_runs([trained / "grpo"])
+    text = make_page(runs, group_runs(runs), "x")
+    page = Page(text)
+    for tag, attributes in page.elements:
+        assert not {"src", "href", "srcset", "action", "style", "data", "poster"} & attributes.keys(), tag
+        assert not any(name.startswith("on") for name in attributes), tag
+    assert not {"link", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.elements}
+    (style,) = (text for tag, text in page.texts if tag == "style")
+    assert not re.search(r"url\(|@import|@font-face", style)
+    (script,) = (text for tag, text in page.texts if tag == "script" and not text.startswith("{"))
+    assert not re.search(
+        r"fetch\(|XMLHttpRequest|import\(|innerHTML|insertAdjacentHTML|document\.write|eval\(", script
+    )
+    assert set(re.findall(r"\w+://[^\"'`]+", text)) == {"http://www.w3.org/2000/svg"}  # a name, not an address
+    (policy,) = (a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'; base-uri 'none'; form-action 'none'; script-src 'sha256-")
+    assert "unsafe" not in policy
+
+
+def test_the_policy_allows_this_script_and_style(trained):
+    page = page_of(trained / "sft")
+    (policy,) = (a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
+    for kind in ("script", "style"):
+        (text,) = (text for tag, text in page.texts if tag == kind and not text.startswith("{"))
+        assert f"{kind}-src 'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'" in policy
+
+
+def test_what_a_model_says_is_text(tmp_path):
+    """So is what a run, its settings, its anomalies and its title are called."""
+    row = {"step": 1, "phase": "train", "question": HOSTILE, "answer": [HOSTILE, "b"], "response": HOSTILE}
+    row |= {"reward": 1.0, "why": HOSTILE, "tokens": [HOSTILE, "\ud83d", ""], "log_probs": [-1.0, None, -2.0]}
+    anomaly = {"phase": "anomaly", "step": 1, "kind": "loss", "value": None, "limit": 0.0, "text": HOSTILE}
+    rows = [*steps([0.5]), anomaly]
+    folders = [
+        write_run(tmp_path / f"<img src={name}>", rows, [row], model_path=f"{HOSTILE}{name}") for name in ("a", "b")
+    ]
+    plain = page_of(write_run(tmp_path / "plain", steps([0.5]), [row | {"question": "", "response": ""}]))
+    page = page_of(*folders, title=HOSTILE)
+    assert [page.count(tag) for tag in ("script", "style", "img", "b")] == [2, 1, 0, 0]
+    assert page.count("script") == plain.count("script")
+    response = page.data["responses"][0]
+    assert response["question"] == response["response"] == HOSTILE
+    assert response["tokens"] == row["tokens"]
+    assert response["answer"] == f"{HOSTILE} or b"
+    assert HOSTILE in page.data["anomalies"][0]["text"]
+    assert page.data["runs"] == ["<img src=a>", "<img src=b>"]
+    assert page.text.count(HOSTILE) >= 4  # title, settings, anomalies
+    report, again = (write_report(folders, tmp_path / name, HOSTILE) for name in ("out", "again"))
+    assert Page(report.read_text()).data == page.data
+    for file in report.parent.iterdir():  # equal input, equal bytes
+        assert file.read_bytes() == (again.parent / file.name).read_bytes()
+
+
+def test_runs_that_differ_in_their_seed_are_one_series_with_a_band(tmp_path):
+    values = {0: [0.1, 0.5, 0.9], 1: [0.3, 0.4], 2: [0.2, 0.6, None]}
+    folders = [
+        write_run(tmp_path / f"seed-{s}", steps(v), seed=s, save_dir=f"runs/{s}", rate=1e-5) for s, v in values.items()
+    ]
+    other = write_run(tmp_path / "other", steps([0.0, 0.0]), seed=0, save_dir="x", rate=3e-5)
+    page = page_of(*folders, other)
+    assert page.data["series"] == [{"name": "rate=1e-05 (3 runs)", "runs": 3}, {"name": "rate=3e-05", "runs": 1}]
+    (ours, theirs) = panels_of(page)["Reward"]["lines"]
+    assert [step for step, *_ in ours["points"]] == [1, 2, 3]
+    for (_, seconds, mean, low, high, n), column in zip(
+        ours["points"], [(0.1, 0.3, 0.2), (0.5, 0.4, 0.6), (0.9,)], strict=True
+    ):
+        assert (mean, low, high, n) == (pytest.approx(fmean(column)), min(column), max(column), len(column))
+        assert seconds == 2 * ours["points"].index([_, seconds, mean, low, high, n]) + 2
+    assert [point[2:] for point in theirs["points"]] == [[0.0, None, None, 1]] * 2
+    assert "the band from least to greatest" in page.text
+    assert "rate" in page.text
+    headed = [text for tag, text in page.texts if tag == "th"]
+    assert headed[:6] == ["run", "accuracy before", "last", "best", "rate", "steps"]
+    assert {"rate=1e-05 (3 runs)", "seed-1, seed 1", "other"} <= set(headed)
+
+
+def test_one_series_has_its_name_from_the_first_run_and_runs_without_settings_are_apart(tmp_path):
+    same = [write_run(tmp_path / name, steps([1.0]), seed=number, a=1) for number, name in enumerate("xy")]
+    assert [series.name for series in group_runs(read_runs(same))] == ["x (2 runs)"]
+    for folder in same:
+        (folder / "config.json").write_text("{")
+    assert [series.name for series in group_runs(read_runs(same))] == ["x", "y"]
+    assert len(read_runs([same[0], same[0]])) == 1
+    deep = [write_run(tmp_path / place / "run", steps([1.0])) for place in ("one", "two")]
+    assert [run.name for run in read_runs(deep)] == ["one/run", "two/run"]
+
+
+def wilson(p, n):
+    """Solved for the shares that are 1.96 standard errors from p."""
+    z = NormalDist().inv_cdf(0.975)
+    a, b, c = 1 + z * z / n, -(2 * p + z * z / n), p * p
+    root = math.sqrt(b * b - 4 * a * c)
+    return (-b - root) / (2 * a), (-b + root) / (2 * a)
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 0.25, 1.0])
+def test_an_accuracy_has_its_interval(tmp_path, accuracy):
+    """Over the questions of which a response was scored."""
+    row = {
+        "phase": "eval",
+        "step": 0,
+        "accuracy": accuracy,
+        "accuracy_stderr": 0.1,
+        "n_examples": 200.0,
+        "unscored": 0.5,
+    }
+    (run,) = read_runs([write_run(tmp_path, [row])])
+    assert run.accuracies[0].value == accuracy
+    assert (run.accuracies[0].low, run.accuracies[0].high) == pytest.approx(wilson(accuracy, 100), abs=1e-12)
+    (line,) = make_panels(group_runs([run]))[0].lines
+    assert (line.points[0].low, line.points[0].high) == run.accuracies[0][1:]
+    (run,) = read_runs([write_run(tmp_path, [row | {"accuracy": accuracy - 2}])])
+    assert run.accuracies[0] == (accuracy - 2, accuracy - 2 - 0.196, accuracy - 2 + 0.196)
+    (run,) = read_runs([write_run(tmp_path, [{"phase": "eval", "step": 0, "accuracy": accuracy}])])
+    assert run.accuracies[0] == (accuracy, None, None)
+
+
+def test_before_last_and_best(tmp_path):
+    values = {0: 0.1, 5: 0.8, 10: 0.8, 15: 0.6}
+    rows = [{"phase": "eval", "step": step, "accuracy": value, "n_examples": 50} for step, value in values.items()]
+    (run,) = read_runs([write_run(tmp_path, rows)])
+    found = {which: accuracy_at(run, which) for which in ("before", "last", "best")}
+    assert {which: (step, estimate.value) for which, (step, estimate) in found.items()} == {
+        "before": (0, 0.1),
+        "last": (15, 0.6),
+        "best": (5, 0.8),
+    }
+    (run,) = read_runs([write_run(tmp_path, rows[:1])])
+    assert accuracy_at(run, "last") is None
+    low, high = wilson(0.1, 50)
+    assert f"0.100 {low:.3f} to {high:.3f}" in page_of(tmp_path).text
+
+
+def test_the_clock_counts_what_was_waited_for(tmp_path):
+    """What was sampled in the background costs no more than the waiting; a checkpoint is written after its step."""
+    times = {"time_rollout_s": 10.0, "time_reward_s": 1.0, "time_update_s": 5.0, "time_wait_s": 2.0}
+    rows = [{"phase": "eval", "step": 0, "accuracy": 0.5, "time_evaluate_s": 3.0}]
+    rows += [{"phase": "train", "step": step, "reward": 0.0, **times} for step in (1, 2)]
+    rows += [{"phase": "save", "step": 1, "time_save_s": 100.0}]
+    (run,) = read_runs([write_run(tmp_path, rows, async_steps=1)])
+    assert run.clock == {0: 3.0, 1: 3 + 18.0, 2: 3 + 18 + 100 + 7.0}
+    assert run.wall_clock == 128.0
+    (run,) = read_runs([write_run(tmp_path, rows, async_steps=0)])
+    assert run.clock[2] == 3 + 18 + 100 + 18.0
+    assert make_times(group_runs([run])).by_phase["update"] == [0.0, 5.0, 5.0]
+    runs = read_runs([write_run(tmp_path / name, rows, rate=name) for name in "ab"])
+    times = make_times(group_runs(runs))
+    assert times.labels == ["rate=a", "rate=b"]
+    assert (times.by_phase["rollout"], times.by_phase["save"]) == ([10.0, 10.0], [50.0, 50.0])
+    assert "0:02:08" not in page_of(tmp_path).text
+    assert "2:19" in page_of(tmp_path).text
+
+
+def test_anomalies_are_told_and_those_of_neighbouring_steps_are_one(tmp_path):
+    found = [
+        ("spike", 2, "high"),
+        ("none", 3, "no gradient"),
+        ("none", 4, "again"),
+        ("none", 5, "again"),
+        ("none", 8, "later"),
+    ]
+    rows = steps([0.0] * 9) + [
+        {"phase": "anomaly", "step": s, "kind": k, "value": 1, "limit": 0, "text": t} for k, s, t in found
+    ]
+    rows.append({"phase": "anomaly", "step": 9, "kind": "old", "value": None, "limit": 2})
+    page = page_of(write_run(tmp_path, rows))
+    told = [(mark["first"], mark["last"], mark["text"], mark["seconds"]) for mark in page.data["anomalies"]]
+    assert told == [
+        (2, 2, "high", [4.0, 4.0]),
+        (3, 5, "no gradient", [6.0, 10.0]),
+        (8, 8, "later", [16.0, 16.0]),
+        (9, 9, "old: None, the limit is 2", [18.0, 18.0]),
+    ]
+    assert "steps 3 to 5: no gradient" in page.text
+
+
+def test_a_run_that_lacks_things_has_a_page(tmp_path):
+    """Nothing logged yet; no settings; half a line; numbers that are none; a run that goes on."""
+    empty = write_run(tmp_path / "empty")
+    (empty / "config.json").unlink()
+    page = page_of(empty)
+    assert page.data["panels"] == page.data["responses"] == []
+    assert page.data["times"] is None
+    for said in ("One run", "Nothing has been logged yet.", "No config.json was found"):
+        assert said in page.text
+    assert "No responses were logged" in page.text
+    odd = [None, [], 3, {"step": "1"}, {"step": True}, {"phase": "train"}, {"phase": ["train"], "step": 1}]
+    rows = [*odd, *steps([0.1, None, "0.3", True, float("nan"), 0.6])]
+    responses = [
+        *odd,
+        {"step": 1, "tokens": [1]},
+        {"step": 2, "tokens": ["a"], "log_probs": [1, 2], "entropy": "x", "reward": "1"},
+    ]
+    going = write_run(tmp_path / "going", rows, responses, n_grpo_steps=9)
+    with (going / "metrics.jsonl").open("a") as file:
+        file.write('{"phase": "train", "step": 7, "rew')
+    with (going / "completions.jsonl").open("ab") as file:
+        file.write(b'\xff\xfe{"step"')
+    page = page_of(going, empty)
+    assert [point[::2] for point in panels_of(page)["Reward"]["lines"][0]["points"]] == [
+        [1, 0.1, None],
+        [6, 0.6, None],
+    ]
+    assert "6 of 9" in page.text
+    assert [row.keys() & {"tokens", "log_probs", "entropy"} for row in page.data["responses"]] == [
+        set(),
+        set(),
+        {"tokens"},
+    ]
+    assert page.data["responses"][2]["reward"] is None
+    alone = write_run(tmp_path / "alone", [{"phase": "eval", "step": 0, "accuracy": 0.5}])
+    assert list(panels_of(page_of(alone))) == ["Held-out accuracy"]
+    write_report([empty], tmp_path / "out", "Nothing yet")
+
+
+def test_a_long_run_is_thinned_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("drivers.report.MOST_CHARACTERS", 30_000)
+    rows = steps([step / 1000 for step in range(1000)])
+    responses = [{"step": step, "response": "x" * 400, "question": f"{step}"} for step in range(100) for _ in range(2)]
+    page = page_of(write_run(tmp_path, rows, responses))
+    found = [point[0] for point in panels_of(page)["Reward"]["lines"][0]["points"]]
+    assert len(found) <= MOST_OF_A_LINE + 1
+    assert (found[0], found[-1]) == (1, 1000)
+    assert {b - a for a, b in pairwise(found[:-1])} == {3}
+    assert "Of 1000 steps at most 400, evenly spread, and the last are drawn." in page.text
+    shown_steps = [row["step"] for row in page.data["responses"]]
+    assert shown_steps[-2:] == [99, 99]
+    assert all(shown_steps.count(step) == 2 for step in shown_steps)
+    assert 20_000 < len(json.dumps(page.data["responses"])) < 40_000
+    assert f"{len(shown_steps)} of the 200" in page.text
+    assert thin([], 3) == []
+    assert thin(range(5), 5) == [0, 1, 2, 3, 4]
+    assert thin(range(5), 2) == [0, 3, 4]
+    assert steps_within([{"step": 7, "response": "long" * 99}], 10) == {7}
+
+
+def test_what_is_no_run_is_one_clear_line(tmp_path, capsys):
+    run = write_run(tmp_path / "run", steps([1.0]))
+    for arguments, said in (
+        ([str(tmp_path)], "is no run's folder; one with a metrics.jsonl is required"),
+        ([], "which runs?"),
+        ([str(run), str(tmp_path / "other")], "--output: a folder is required"),
+        ([str(run), "--output", str(run / "config.json")], "cannot be written to"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
+    with pytest.raises(UsageError, match="no run's folder"):
+        read_runs([tmp_path / "nowhere"])
+
+
+def test_the_page_of_one_run_is_in_its_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("drivers.report.draw", lambda *_, **__: None)  # curves are drawn above
+    run = write_run(tmp_path / "run", steps([1.0]))
+    main([str(run)])
+    assert capsys.readouterr().out == f"Written to {run}/report.html\n"
+    assert "<title>run</title>" in (run / "report.html").read_text()
+    main([str(run), "--output", str(tmp_path / "elsewhere"), "--title", "Mine & yours"])
+    assert "<title>Mine &amp; yours</title>" in (tmp_path / "elsewhere/report.html").read_text()
+    assert not list(tmp_path.rglob(".unfinished*"))
+
+
+MACHADO = {  # Machado, Oliveira and Fernandes 2009, severity 1; rows of a matrix on linear RGB
+    "any": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "protan": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
+    "deutan": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.01182, 0.04294, 0.968881)),
+    "tritan": ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.3039)),
+}
+
+
+def linear(colour):
+    parts = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+    return [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+
+
+def luminance(rgb):
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), rgb, strict=True))
+
+
+def lab(rgb):
+    to_xyz = ((0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505))
+    white = (0.9505, 1.0, 1.089)
+    xyz = [sum(m * c for m, c in zip(row, rgb, strict=True)) / w for row, w in zip(to_xyz, white, strict=True)]
+    x, y, z = (t ** (1 / 3) if t > 0.008856 else 7.787 * t + 16 / 116 for t in xyz)
+    return 116 * y - 16, 500 * (x - y), 200 * (y - z)
+
+
+@pytest.mark.parametrize(("palette", "page"), [(PALETTE, "#ffffff"), (DARK_PALETTE, "#16181d")], ids=["light", "dark"])
+def test_series_are_told_apart_by_any_eye(palette, page):
+    assert f"--page: {page};" in (ROOT / "drivers/report.css").read_text()
+    for kind, matrix in MACHADO.items():
+        seen = [
+            lab([min(1.0, max(0.0, sum(m * c for m, c in zip(row, linear(colour), strict=True)))) for row in matrix])
+            for colour in palette
+        ]
+        assert min(math.dist(a, b) for k, a in enumerate(seen) for b in seen[:k]) > 20, kind
+    for colour in palette:
+        low, high = sorted(luminance(linear(one)) for one in (colour, page))
+        assert (high + 0.05) / (low + 0.05) > 3

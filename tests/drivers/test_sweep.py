@@ -1,0 +1,273 @@
+"""sweep.py: what is planned, what is refused before anything runs, and real runs of the tiny model."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from drivers.errors import UsageError
+from drivers.sweep import Planned, SweepConfig, as_flags, keep_plan, main, plan, results_of, table_of, understood
+from drivers.sweeps import SWEEPS, Variant
+from tests.tiny import save_tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+OWN = ["--model-path", "Qwen/Qwen2.5-Math-1.5B"]
+
+
+def planned(name=None, *shared, **settings):
+    return plan(SweepConfig(sweep=name, **settings), shared)
+
+
+def settings_of(one):
+    flags = one.command[2 : one.command.index("--save-dir")]
+    return understood(one.variant.program, flags)
+
+
+@pytest.mark.parametrize("shared", [[], OWN], ids=["embedded", "own"])
+@pytest.mark.parametrize("name", SWEEPS)
+def test_each_ready_made_sweep_asks_what_it_says(name, shared):
+    """Its runs differ in what is swept, and in nothing else; all of them are understood by their programs."""
+    runs = planned(name, *shared)
+    assert len(runs) > 1
+    assert len({one.folder for one in runs}) == len(runs)
+    found = [settings_of(one) for one in runs]
+    assert len(set(map(repr, found))) == len(runs)
+    swept = {flag for one in runs for flag in one.variant.flags} | {"recipe"}
+    if "recipe" not in runs[0].variant.flags:
+        for one, settings in zip(runs, found, strict=True):
+            first = next(f for r, f in zip(runs, found, strict=True) if r.variant.program == one.variant.program)
+            differing = {key for key, value in vars(settings).items() if value != vars(first)[key]}
+            assert differing <= swept
+            assert {key: getattr(settings, key) for key in one.variant.flags} == one.variant.flags
+    for settings in found:
+        assert settings.model_path == ("SmolLM2-135M-Instruct" if not shared else OWN[1])
+
+
+def test_values_follow_the_flags_of_all_runs():
+    rates = [settings_of(one).learning_rate for one in planned("learning-rates", "--learning-rate", "2e-5")]
+    assert rates == pytest.approx([2e-6, 6e-6, 2e-5, 6e-5, 2e-4])
+    fewer = ["--rollout-batch-size", "32", "--train-batch-size", "32"]
+    batches = [settings_of(one) for one in planned("off-policy", *fewer)]
+    assert sorted({one.train_batch_size for one in batches}) == [8, 16, 32]
+    own = [settings_of(one) for one in planned("off-policy", *OWN)]
+    # Micro-batches stay as they are: 256 responses in 128 parts, 64 in 32.
+    assert {one.train_batch_size / one.gradient_accumulation_steps for one in own} == {2.0}
+    assert {one.n_grpo_steps for one in batches} == {10}
+    assert {one.n_grpo_steps for one in own} == {200}
+    assert {settings_of(one).n_grpo_steps for one in planned("baselines", "--n-grpo-steps", "3")} == {3}
+
+
+def test_a_grid_is_all_combinations():
+    runs = planned(grid=("learning_rate=1e-5,3e-5", "use-std-normalization=true,false"), seeds=(0, 1))
+    assert [one.name for one in runs][:3] == ["1e-5-true-seed0", "1e-5-true-seed1", "1e-5-false-seed0"]
+    found = [(s.learning_rate, s.use_std_normalization, s.seed) for s in map(settings_of, runs)]
+    assert sorted(found) == sorted((r, n, s) for r in (1e-5, 3e-5) for n in (True, False) for s in (0, 1))
+    assert {one.folder.parent for one in runs} == {Path("runs/sweep-train-grid")}
+
+
+def test_a_list_is_a_file(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    rows = [
+        {"label": "a", "flags": {"loss_type": "grpo_clip", "sampling_stop": ["x", "y"]}},
+        {"label": "b", "program": "sft", "flags": {"epochs": 2}},
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    clip, sft = map(settings_of, planned(str(file)))
+    assert (clip.loss_type, clip.sampling_stop, sft.epochs) == ("grpo_clip", ("x", "y"), 2)
+    assert clip.n_grpo_steps == 15  # a list of one's own is not shortened
+    for bad in (
+        '{"flags": {}}',
+        '{"label": "a/b"}',
+        '{"label": "a", "program": "ppo"}',
+        '{"label": "a", "flags": []}',
+    ):
+        file.write_text(bad)
+        with pytest.raises(UsageError, match=r"mine.jsonl:1: `label`"):
+            planned(str(file))
+    file.write_text('{"label": "a"}\n{"label": "a"}')
+    with pytest.raises(UsageError, match="names of their own"):
+        planned(str(file))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "the name of a sweep, a .jsonl file or --grid is required"),
+        ("baselines --grid seed=1", "one of them"),
+        ("nonsense", "no ready-made sweep, and no .jsonl file; there are learning-rates,"),
+        ("none.jsonl", "none.jsonl: cannot be read"),
+        ("baselines --seed 3", "--seed: is given to each run by the sweep"),
+        ("baselines --resume auto", "--resume: is given"),
+        ("baselines --seeds 1 1", "different seeds are required"),
+        ("baselines --n-grpo-stepz 3", "n-grpo-stepz"),
+        ("baselines --group-size 7", "must be a multiple of group_size=7"),
+        ("--grid learning_rate", "a setting and its values are required"),
+        ("--grid learning_rate=1e-5,", "a setting and its values are required"),
+        ("--grid learning_rate=much", "much"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_runs(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments.split())
+    assert ended.value.code == 2
+    captured = capsys.readouterr()
+    assert message in " ".join((captured.out + captured.err).replace("│", " ").split())
+    assert "Traceback" not in captured.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_sweeps_and_their_commands_are_told(capsys):
+    main(["--list"])
+    told = capsys.readouterr().out
+    assert all(name in told for name in SWEEPS)
+    main(["methods", "--list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0].rsplit("/", 1)[1] for line in lines] == ["sft.py", "expert_iteration.py", "train.py"]
+    main(["--grid", "learning_rate=1e-5,3e-5", "--list", *OWN, "--group-size", "4"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert all(" --model-path Qwen/Qwen2.5-Math-1.5B --group-size 4 --learning-rate " in line for line in lines)
+    main(["--list", *OWN])
+    assert all(name in capsys.readouterr().out for name in ("methods",))
+
+
+def test_of_two_recipes_the_last_one_is_that_of_the_run():
+    runs = planned("objectives", "--recipe", "quickstart")
+    assert [settings_of(one).recipe for one in runs] == [one.variant.flags["recipe"] for one in runs]
+    assert {settings_of(one).loss_type for one in runs} > {"gspo", "cispo"}
+
+
+def test_flags_are_written_as_they_are_read():
+    flags = {"use_std_normalization": False, "deterministic": True, "sampling_stop": ("a", "b"), "learning_rate": 1e-6}
+    settings = understood("train", as_flags(flags))
+    assert {name: getattr(settings, name) for name in flags} == flags
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def make_results(folder, label, seed, *accuracies, finished=True):
+    one = Planned(Variant(label, "train", {}), seed, folder / f"{label}-seed{seed}", ())
+    one.folder.mkdir(parents=True)
+    rows = [
+        {"phase": "eval", "step": step, "accuracy": accuracy, "accuracy_stderr": 0.1, "n_examples": 50}
+        for step, accuracy in enumerate(accuracies)
+    ]
+    rows += [{"phase": "train", "step": 1, "reward": 0.5, "time_update_s": 60.0, "time_rollout_s": 30.0}]
+    (one.folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    if finished:
+        (one.folder / "final_model").mkdir()
+    return one
+
+
+def test_a_table_has_a_line_per_label(tmp_path):
+    runs = [
+        make_results(tmp_path, "a", 0, 0.1, 0.8, 0.6),
+        make_results(tmp_path, "a", 1, 0.1, 0.2, 0.4),
+        make_results(tmp_path, "b", 0, 0.3, finished=False),
+        Planned(Variant("c", "sft", {}), 0, tmp_path / "never", ()),
+    ]
+    rows = [results_of(one, status) for one, status in zip(runs, (0, 0, 1, None), strict=True)]
+    assert rows[0]["accuracy"] == 0.6
+    assert (rows[0]["best_accuracy"], rows[0]["best_step"], rows[0]["minutes"]) == (0.8, 1, 1.5)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table_of(rows).splitlines()]
+    assert cells[0] == ["run", "before", "accuracy", "best", "reward", "minutes", "state"]
+    assert cells[2] == ["a", "0.100", "0.500 (0.400 to 0.600)", "0.600", "0.500", "1.5", "2 finished"]
+    assert cells[3] == ["b", "0.300", "0.300 (0.191 to 0.438)", "0.300", "0.500", "1.5", "failed"]
+    assert cells[4] == ["c", "", "", "", "", "", "not finished"]
+
+
+@pytest.mark.parametrize("others", [(), (0.2,)], ids=["before any evaluation", "after the first"])
+def test_seeds_that_did_not_come_as_far_are_no_part_of_a_mean(tmp_path, others):
+    """The first one failed; the table is that of the other."""
+    runs = [make_results(tmp_path, "a", 0, *others, finished=False), make_results(tmp_path, "a", 1, 0.1, 0.8)]
+    rows = [results_of(one, status) for one, status in zip(runs, (1, 0), strict=True)]
+    cells = [cell.strip() for cell in table_of(rows).splitlines()[2].split("|")[1:-1]]
+    assert cells == ["a", "0.100", "0.800 (0.670 to 0.888)", "0.800", "0.500", "1.5", "1 failed, 1 finished"]
+
+
+def test_another_sweep_is_not_mixed_in(tmp_path):
+    first = planned("baselines", save_dir=str(tmp_path))
+    keep_plan(tmp_path, first)
+    keep_plan(tmp_path, first)
+    with pytest.raises(UsageError, match="holds a sweep of other commands"):
+        keep_plan(tmp_path, planned("clip", save_dir=str(tmp_path)))
+    (tmp_path / "sweep.json").write_text("{")
+    with pytest.raises(UsageError, match="cannot be used"):
+        keep_plan(tmp_path, first)
+
+
+# --- real runs -------------------------------------------------------------------------------------------------------
+
+
+def write_list(folder):
+    """Two runs that learn nothing, and one that cannot begin; returns the command."""
+    save_tiny(folder / "tiny")
+    batch = {"n_grpo_steps": 2, "rollout_batch_size": 8, "train_batch_size": 8}
+    data = {"val_data_path": "data/wordadd/validation.jsonl"}
+    rows = [
+        {"label": "baseline", "flags": batch | data},
+        {"label": "broken", "flags": batch | {"val_data_path": "none.jsonl"}},
+        {
+            "label": "imitation",
+            "program": "expert_iteration",
+            "flags": data | {"n_ei_steps": 1, "question_batch_size": 2},
+        },
+    ]
+    (folder / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    shared = (
+        f"--model-path {folder}/tiny --data-path data/wordadd/train.jsonl --prompt-path data/prompts/wordadd.prompt "
+        "--engine hf --dtype float32 --group-size 2 --sampling-min-tokens 0 --sampling-max-tokens 4 --n-val-examples 4"
+        " --wandb-project None --micro-batch-tokens 512"
+    )
+    program = [sys.executable, str(ROOT / "drivers/sweep.py"), f"{folder}/mine.jsonl", "--save-dir", f"{folder}/sweep"]
+    return [*program, *shared.split()]
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_reports_and_does_not_run_again(tmp_path):
+    command = write_list(tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "broken-seed0: failed with exit status 2: train.py: --val-data-path none.jsonl" in done.stdout
+    sweep = tmp_path / "sweep"
+    states = {row["label"]: row["state"] for row in json.loads((sweep / "summary.json").read_text())}
+    assert states == {"baseline": "finished", "broken": "failed", "imitation": "finished"}
+    assert "| imitation |" in (sweep / "summary.md").read_text()
+    assert "baseline-seed0" in (sweep / "report.html").read_text()
+    assert "step 2/2" in (sweep / "baseline-seed0.log").read_text()
+    weights = (sweep / "baseline-seed0/final_model/model.safetensors").stat().st_mtime_ns
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.stdout.count("Nothing is left to do") == 2
+    assert (sweep / "baseline-seed0/final_model/model.safetensors").stat().st_mtime_ns == weights
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_stopped_leaves_no_run_behind_and_goes_on(tmp_path):
+    command = write_list(tmp_path)
+    row = json.loads((tmp_path / "mine.jsonl").read_text().splitlines()[0])
+    row["flags"]["n_grpo_steps"] = 2000
+    (tmp_path / "mine.jsonl").write_text(json.dumps(row))
+    log = tmp_path / "sweep/baseline-seed0.log"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as sweep:
+        end = time.monotonic() + 120
+        while not (log.exists() and "\nstep " in log.read_text()):
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        sweep.send_signal(signal.SIGTERM)
+        told, _ = sweep.communicate(timeout=120)
+    assert sweep.returncode == 130, told
+    assert "Stopped after step" in log.read_text()
+    assert "| baseline |" in told
+    assert "not finished" in told
+    assert not [
+        one for one in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(one.info["cmdline"] or [])
+    ]
+    steps = json.loads((tmp_path / "sweep/summary.json").read_text())[0]
+    assert steps["state"] == "not finished"
