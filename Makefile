@@ -10,7 +10,7 @@ LOCK := .ci/requirements-$(KIND).txt
 INSTALLED := .venv/.installed-$(KIND)
 ARGS ?=
 
-.PHONY: help install train test quick lint types docs bench mutants parity lock clean
+.PHONY: help install train test quick lint types docs bench mutants nightly parity lock clean
 
 help:  ## List the verbs
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -54,6 +54,10 @@ bench: $(INSTALLED)  ## Speed and memory, as ratios within one run; beside TRL, 
 
 mutants: $(INSTALLED)  ## Break the core by hand; every break must turn a test red
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.mutants $(ARGS)
+
+nightly: $(INSTALLED)  ## Kill runs, fuzz readers and graders for half an hour; ARGS is the number of kills
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.nightly.kills $(or $(ARGS),200)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.nightly.fuzz
 
 .venv-parity/.installed: .ci/requirements-parity.txt .ci/install-parity $(INSTALLED)
 	@echo "Installing TRL, verl and Liger into .venv-parity (a minute, once) ..."

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from drivers.train import train
-from tests.drivers.parts import letter_reward, make_run, tiny_config, tiny_parts
+from tests.drivers.parts import letter_grader, make_run, tiny_config, tiny_parts
 from tests.drivers.test_engines import make_vllm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +22,7 @@ def test_the_tiny_policy_learns_with_vllm(tmp_path):
     engine = make_vllm(tmp_path / "tiny", parts.policy)
     run = make_run(config, tmp_path / "run", parts.tokenizer)
     try:
-        train(config, parts.policy, engine, letter_reward, parts.questions, parts.questions, run)
+        train(config, parts.policy, engine, letter_grader, parts.questions, parts.questions, run)
     finally:
         engine.close()
         run.finish()
@@ -52,7 +52,7 @@ def test_what_is_taken_from_vllm_itself_is_right(tmp_path):
             config = tiny_config(**short, **settings)
             run = make_run(config, tmp_path / name, parts.tokenizer)
             try:
-                train(config, parts.policy, engine, letter_reward, parts.questions, parts.questions, run)
+                train(config, parts.policy, engine, letter_grader, parts.questions, parts.questions, run)
             finally:
                 run.finish()
             rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
@@ -72,20 +72,20 @@ def test_what_is_taken_from_vllm_itself_is_right(tmp_path):
 @pytest.mark.xdist_group("vllm")
 def test_the_quickstart_learns_and_its_model_evaluates(tmp_path):
     """The first steps of the default run on the real SmolLM2, then its checkpoint through evaluate.py."""
-    flags = f"--n-grpo-steps 5 --eval-steps 5 --n-val-examples 128 --save-dir {tmp_path}/run --wandb-project None"
+    flags = f"--n-grpo-steps 5 --eval-steps 5 --n-val-examples 64 --save-dir {tmp_path}/run --wandb-project None"
     done = subprocess.run([sys.executable, ROOT / "drivers/train.py", *flags.split()], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     before, after = (row["accuracy"] for row in rows if row["phase"] == "eval")
     assert before < 0.35
     assert after > before + 0.15
-    flags = f"--model-path {tmp_path}/run/final_model --n-examples 128 --sampling-max-tokens 32"
+    flags = f"--model-path {tmp_path}/run/final_model --n-examples 64 --sampling-max-tokens 32"
     done = subprocess.run(
         [sys.executable, ROOT / "drivers/evaluate.py", *flags.split(), "--output-dir", tmp_path / "eval"],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "eval/results.json").read_text())["results"]
-    assert results["accuracy"] == pytest.approx(after, abs=0.15)
-    assert len((tmp_path / "eval/completions.jsonl").read_text().splitlines()) == 128
+    results = json.loads((tmp_path / "eval/results.json").read_text())["results"]["validation"]
+    assert results["accuracy"] == pytest.approx(after, abs=0.2)
+    assert len((tmp_path / "eval/completions.jsonl").read_text().splitlines()) == 64

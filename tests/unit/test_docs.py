@@ -1,11 +1,24 @@
 """The pages describe what is there: snippets run, names are documented, papers are listed, links lead somewhere."""
 
+import json
 import re
+import shlex
 from pathlib import Path
 
+import matplotlib
 import pytest
+import torch
+import tyro
+from matplotlib import pyplot
 
 import grpo_core
+from drivers.config import EvaluateConfig, parse
+from drivers.convert_dataset import ConvertConfig
+from drivers.make_countdown import CountdownConfig
+from drivers.make_gym import GymConfig
+from drivers.pass_rates import PassRatesConfig
+from drivers.report import ReportConfig
+from drivers.sweep import SweepConfig, plan, understood
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "data/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -24,6 +37,27 @@ def test_snippets_of_a_page_run(page):
             assert type(raised.value).__name__ == shown[1]
         else:
             exec(compile(block, str(page), "exec"), names)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_its_policy_learns(monkeypatch):
+    """Cell by cell, without Jupyter. As it is stored it has been run, and shows nothing but results."""
+    matplotlib.use("agg")
+    monkeypatch.setattr(pyplot, "show", lambda: None)
+    cells = json.loads((ROOT / "docs/tutorials/grpo.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == [*range(1, len(code) + 1)]
+    assert all(
+        output["output_type"] in ("execute_result", "display_data") for cell in code for output in cell["outputs"]
+    )
+    names: dict = {}
+    with torch.random.fork_rng():
+        for cell in code:
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+    pyplot.close(names["figure"])
+    for history in names["runs"]["as in GRPO"]:
+        assert history[0]["reward"] < 0.2
+        assert sum(row["reward"] for row in history[-10:]) > 9.5
 
 
 @pytest.mark.parametrize("name", grpo_core.__all__)
@@ -57,3 +91,47 @@ def test_the_verbs_of_the_readme_exist():
     verbs = set(re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), flags=re.MULTILINE))
     assert {"train", "test"} <= verbs
     assert all(re.search(rf"^{verb}:", makefile, flags=re.MULTILINE) for verb in verbs)
+
+
+def commands_of(page):
+    """The command lines in the bash blocks of a page, continued lines joined, comments left out."""
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line.replace("$MODEL", "m"), comments=True)
+            programs = [k for k, word in enumerate(words) if word.startswith("drivers/") and word.endswith(".py")]
+            if programs:
+                yield words[programs[0]].removeprefix("drivers/").removesuffix(".py"), words[programs[0] + 1 :]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_commands_of_a_page_are_understood(page, capsys):
+    """By the program itself, as far as it goes without a model: each flag is there, each value can be."""
+    for program, arguments in commands_of(page):
+        assert (ROOT / f"drivers/{program}.py").exists(), program
+        if {"--help", "--list"} & set(arguments):
+            continue
+        match program:
+            case "train" | "sft" | "expert_iteration":
+                understood(program, arguments)
+            case "evaluate":
+                parse(EvaluateConfig, arguments, EvaluateConfig())
+            case "sweep":
+                config, shared = tyro.cli(SweepConfig, args=arguments, return_unknown_args=True)
+                assert plan(config, shared)
+            case "report":
+                tyro.cli(ReportConfig, args=arguments)
+            case "convert_dataset":
+                tyro.cli(ConvertConfig, args=arguments)
+            case "make_countdown":
+                tyro.cli(CountdownConfig, args=arguments)
+            case "make_gym":
+                tyro.cli(GymConfig, args=arguments)
+            case "pass_rates":
+                tyro.cli(PassRatesConfig, args=arguments)
+
+
+def test_every_verb_that_a_page_names_exists():
+    verbs = set(re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for page in PAGES:
+        blocks = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL))
+        assert set(re.findall(r"^make ([a-z]+)", blocks, flags=re.MULTILINE)) <= verbs
