@@ -460,28 +460,34 @@ def _in_time(seconds: float, before: set[Any]) -> Iterator[None]:
     Those that are not among the children of `before` are ended when they are not there after so many seconds: vLLM
     waits for one that lives as long as it lives.
     """
-    is_late = threading.Event()
+    is_there, is_late = threading.Event(), threading.Event()
 
-    def end() -> None:
-        is_late.set()
-        for process in set(multiprocessing.active_children()) - before:
-            process.kill()
+    def watch() -> None:
+        wait_s = seconds
+        while not is_there.wait(wait_s):  # once late, whatever is started after all is ended too
+            is_late.set()
+            for process in set(multiprocessing.active_children()) - before:
+                process.kill()
+            wait_s = 0.2
 
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    failure: Exception | None = None
     try:
         yield
     except Exception as error:
         if not is_late.is_set():
             raise
+        failure = error
+    finally:
+        is_there.set()
+        watcher.join()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    if is_late.is_set():
         raise EngineDiedError(
             f"vLLM did not start within {seconds:g} s (--engine-deadline-s) and was ended"
-        ) from error
-    finally:
-        timer.cancel()
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        ) from failure
 
 
 def _completion(output: Any, sample: Any) -> Completion:

@@ -182,6 +182,7 @@ def tiny_flags(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_several_data_sets_and_an_earlier_evaluation(tmp_path, tiny_flags, capsys):
     main([*tiny_flags, "--output-dir", str(tmp_path / "first")])
     first = json.loads((tmp_path / "first/results.json").read_text())
@@ -208,6 +209,7 @@ def test_several_data_sets_and_an_earlier_evaluation(tmp_path, tiny_flags, capsy
     assert "against" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_of_other_questions_there_is_no_comparison(tmp_path, tiny_flags, capsys):
     main([*tiny_flags, "--output-dir", str(tmp_path / "first")])
     for changed in (["--n-examples", "2"], ["--n-samples", "3"]):

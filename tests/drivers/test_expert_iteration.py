@@ -140,6 +140,7 @@ def test_with_nothing_right_no_weight_changes_and_the_run_goes_on(tmp_path, caps
         go(tmp_path / "strict", lambda *_: 0.0, on_anomaly="stop")
 
 
+@pytest.mark.slow
 def test_stopped_anywhere_and_gone_on_with_it_is_the_same_to_the_last_bit(tmp_path):
     settings = {"eval_steps": 1, "checkpoint_steps": 1}
     *whole, sampled = go(tmp_path / "whole", **settings)

@@ -194,6 +194,7 @@ def built_in_pool():
         yield pool  # the first batch waits until a worker is ready
 
 
+@pytest.mark.slow
 def test_many_answers_have_the_grades_that_they_have_in_this_process(built_in_pool):
     forms = ["{}", r"\boxed{{{}}}", r"\frac{{{}}}{{1}}", "so {}", "{}, or not", ""]
     responses = [f"hm </think> <answer> {forms[k % 6].format(k // 2)} </answer>" for k in range(1998)]
@@ -259,6 +260,7 @@ def test_ctrl_c_and_sigterm_are_for_the_trainer(pool):
     assert workers_of(pool) == before
 
 
+@pytest.mark.slow
 def test_it_starts_anew_where_everything_was_killed(pool):
     pids = [*workers_of(pool), pool._nursery.pid]
     os.kill(pool._nursery.pid, signal.SIGKILL)
@@ -283,6 +285,7 @@ def assert_gone(pids, *, within):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_closing_ends_all_and_what_is_being_graded():
     pool = open_pool(n_workers=1, deadline_s=100.0)
     pool.load()

@@ -70,6 +70,7 @@ def test_without_overlap_nothing_is_stale_and_nothing_runs_elsewhere(tmp_path):
     assert all("time_wait_s" not in row for row in steps)
 
 
+@pytest.mark.slow
 def test_the_questions_and_seeds_are_those_of_a_run_without_overlap(tmp_path):
     """Only the weights behind them differ: at a rate of next to nothing, so do the trajectories."""
     first, one, _ = run_overlapped(tmp_path / "a", n_grpo_steps=3, learning_rate=1e-12)
@@ -142,6 +143,7 @@ def test_a_failure_is_not_held_up_by_what_is_being_sampled(tmp_path, monkeypatch
     run.finish()
 
 
+@pytest.mark.slow
 def test_what_a_dead_engine_was_sampling_is_sampled_when_its_step_begins(tmp_path, monkeypatch):
     """On the same questions with the same seeds, from weights that are not stale; the run goes on."""
     deaths = [2]  # while it samples for this step

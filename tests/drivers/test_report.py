@@ -141,6 +141,7 @@ def test_a_page_has_the_responses_of_the_log_with_their_tokens(trained):
     assert all("reward" not in row and "log_probs" in row for row in demonstrated)
 
 
+@pytest.mark.slow
 def test_files_are_written_and_the_same_again(trained, tmp_path):
     """A run without rollouts is left out of their panels; what differs between two programs is what both have."""
     folders = [trained / "grpo", trained / "sft"]

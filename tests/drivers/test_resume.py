@@ -108,6 +108,7 @@ def test_stopped_anywhere_and_gone_on_with_it_is_the_same_to_the_last_bit(tmp_pa
         assert (folder / "completions.jsonl").read_bytes() == (tmp_path / "whole/completions.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_only_the_newest_two_checkpoints_hold_what_training_goes_on_from(tmp_path):
     go(tmp_path / "run")
     left = sorted(folder.name for folder in (tmp_path / "run").glob("checkpoint-*") if (folder / TENSORS).exists())
@@ -155,6 +156,7 @@ def test_a_stop_inside_a_step_of_several_updates_cannot_be_gone_on_from(tmp_path
     assert find_checkpoint(tmp_path / "run") is None
 
 
+@pytest.mark.slow
 def test_another_models_checkpoint_is_refused_with_the_reason(tmp_path):
     go(tmp_path / "run", n_grpo_steps=1)
     config, parts = tiny_config(**COMMON), tiny_parts()
@@ -199,6 +201,7 @@ def test_a_missing_shard_is_noticed(tmp_path):
         read_tensors(tmp_path, {"rows": torch.zeros(4, 3)})
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_gone_on_with_and_its_final_model_kept(tmp_path):
     """More steps than it had: the new model takes the name, the old one gets another; checkpoints share its files."""
     folder = tmp_path / "run"
@@ -231,6 +234,7 @@ def test_from_an_older_checkpoint_later_ones_are_set_aside(tmp_path):
     assert not list(folder.rglob(".unfinished-*"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_has_no_room_is_a_warning_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
     """The one before stays; at the last step it ends the run."""
     import drivers.run as program

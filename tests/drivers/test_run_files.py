@@ -91,6 +91,7 @@ def test_evaluation_grades_each_response_against_its_own_question():
     assert values["accuracy_stderr"] == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 def test_every_logged_number_is_documented(tmp_path):
     """docs/metrics.md has a row for each key of metrics.jsonl and completions.jsonl."""
     documented = set(re.findall(r"^\| `(\w+)`", (ROOT / "docs/metrics.md").read_text(), flags=re.MULTILINE))

@@ -119,6 +119,7 @@ def test_an_advantage_of_each_token_is_logged_as_one(tmp_path):
         assert len(row["advantage"]) == row["response_tokens"]
 
 
+@pytest.mark.slow
 def test_demonstrations_and_right_responses_are_logged_too(tmp_path):
     fine_tune_letters(tmp_path / "sft", shown("abab", "ba", "b"), train_batch_size=2, n_logged_completions=1)
     first, second = logged(tmp_path / "sft")

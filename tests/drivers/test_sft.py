@@ -195,6 +195,7 @@ def test_it_learns_what_it_is_shown(tmp_path):
     assert "sampler_log_prob_diff" not in {row["kind"] for row in rows_of(tmp_path, "anomaly")}  # nobody sampled
 
 
+@pytest.mark.slow
 def test_stopped_anywhere_and_gone_on_with_it_is_the_same_to_the_last_bit(tmp_path):
     settings = {"epochs": 2, "train_batch_size": 6, "eval_steps": 1, "checkpoint_steps": 1}
     *whole, answers = go(tmp_path / "whole", shown(*LETTERS), **settings)
@@ -265,6 +266,7 @@ def test_smaller_subsets_are_parts_of_larger_ones(tmp_path):
         choose(replace(settings, n_examples=21))
 
 
+@pytest.mark.slow
 def test_only_what_is_graded_right_is_kept_where_that_is_asked(capsys):
     settings = SftConfig(data_path="data/wordadd/sft.jsonl", correct_only=True)
     said = []

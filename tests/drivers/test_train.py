@@ -84,6 +84,7 @@ def test_accumulation_steps_do_not_change_the_trajectory(tmp_path, aggregation, 
     assert_close(other, reference, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_aggregations_are_different_objectives(tmp_path):
     """Where responses differ in length; there, of one constant length, some coincide up to a factor that Adam eats."""
     results = [trained_weights(tmp_path / name, aggregation=name) for name in ("sequence_mean", "token_mean")]

@@ -203,6 +203,7 @@ def test_the_adapter_of_a_checkpoint_is_peft_own(tmp_path):
     assert torch.allclose(adapted(ids).logits, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_training_with_lora_learns_and_leaves_the_model_alone(tmp_path):
     from drivers.rollout import HFReplica
