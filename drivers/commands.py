@@ -1,6 +1,7 @@
 """The commands that an installed package has: `grpo-train` is `python drivers/train.py`, and so on."""
 
 import sys
+from functools import partial
 from importlib import import_module
 
 
@@ -20,29 +21,13 @@ def run(program: str) -> None:
     main()
 
 
-def train() -> None:
-    run("train")
-
-
-def sft() -> None:
-    run("sft")
-
-
-def expert_iteration() -> None:
-    run("expert_iteration")
-
-
-def evaluate() -> None:
-    run("evaluate")
-
-
-def sweep() -> None:
-    run("sweep")
-
-
-def report() -> None:
-    run("report")
-
-
-def convert_dataset() -> None:
-    run("convert_dataset")
+train = partial(run, "train")
+sft = partial(run, "sft")
+expert_iteration = partial(run, "expert_iteration")
+evaluate = partial(run, "evaluate")
+sweep = partial(run, "sweep")
+report = partial(run, "report")
+pass_rates = partial(run, "pass_rates")
+convert_dataset = partial(run, "convert_dataset")
+make_countdown = partial(run, "make_countdown")
+make_gym = partial(run, "make_gym")

@@ -109,5 +109,5 @@ for line in open({str(installed)!r} + "/" + sys.argv[1]).read().split("[console_
     command = [sys.executable, "-P", "-c", code, str(scripts)]
     done = subprocess.run(command, cwd=installed, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("told by grpo-") == 7
-    assert done.stdout.count("usage: ") == 7
+    assert done.stdout.count("told by grpo-") == 10
+    assert done.stdout.count("usage: ") == 10
