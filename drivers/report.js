@@ -183,8 +183,8 @@
     const box = figure.querySelector(".plot");
     if (!points.length) return box.replaceChildren(html("p", { class: "note" }, "Hidden."));
     const values = points.flatMap(({ value, low, high }) => [value, low ?? value, high ?? value]);
-    const ends = panel.is_share ? [0, 1] : []; // a judge's accuracy may leave them
-    const [least, most] = [Math.min(...ends, ...values), Math.max(...ends, ...values)];
+    const bounds = panel.is_share ? [0, 1] : []; // a judge's accuracy may leave them
+    const [least, most] = [Math.min(...bounds, ...values), Math.max(...bounds, ...values)];
     const room = (most - least || Math.abs(least) || 1) * 0.05;
     const longest = farthest();
     const below = ticksBelow(longest, box.clientWidth);
