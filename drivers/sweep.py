@@ -38,8 +38,9 @@ PATIENCE_S = 120.0
 """For a run that is told to stop: it writes a checkpoint first."""
 STOPPED = 130
 """Exit status of a run that was told to stop."""
-OF_THE_SWEEP = ("seed", "save-dir", "resume")
-"""Flags that it gives each run itself."""
+OF_THE_SWEEP = ("seed", "save_dir", "resume")
+"""Settings that it gives each run itself."""
+_GIVEN = "is given to each run by the sweep; --seeds and --save-dir are its own flags"
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ class Planned:
 def plan(config: SweepConfig, shared: Sequence[str]) -> list[Planned]:
     """Every run, its flags already understood by its own program: a mistake costs no run."""
     for flag in OF_THE_SWEEP:
-        if flag_given(shared, f"--{flag}") is not None:
-            raise UsageError(f"--{flag}: is given to each run by the sweep; --seeds and --save-dir are its own flags")
+        if flag_given(shared, _flag(flag)) is not None:
+            raise UsageError(f"{_flag(flag)}: {_GIVEN}")
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise UsageError(f"--seeds {' '.join(map(str, config.seeds))}: different seeds are required, at least one")
     is_own = config.sweep not in SWEEPS or flag_given(shared, "--model-path") is not None
@@ -99,6 +100,9 @@ def plan(config: SweepConfig, shared: Sequence[str]) -> list[Planned]:
 
     planned = []
     for variant in _variants(config, lambda program: understood(program, flags_of(program, {}))):
+        own = [name for name in OF_THE_SWEEP if name in variant.flags]
+        if own:  # it would lose against the sweep's, and the run have a name that says otherwise
+            raise UsageError(f"{config.sweep or '--grid'}, {variant.label}: {own[0]} {_GIVEN}")
         for seed in config.seeds:
             flags = flags_of(variant.program, variant.flags | {"seed": seed})
             understood(variant.program, flags)
@@ -354,19 +358,29 @@ def write_results(folder: Path, planned: Sequence[Planned], status: Mapping[str,
 
 
 def keep_plan(folder: Path, planned: Sequence[Planned]) -> None:
-    """In sweep.json; of another plan in this folder the runs would be mixed up."""
-    plan = [{"folder": one.name, "command": shlex.join(one.command[1:])} for one in planned]
+    """In sweep.json, which may grow: by seeds, by values. Runs of another sweep would be mixed up with these."""
+    new = {one.name: shlex.join(one.command[1:]) for one in planned}
     file = folder / "sweep.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else plan
-        if before != plan:
-            raise UsageError(f"--save-dir {folder}: holds a sweep of other commands (sweep.json); name another folder")
-        write_json(file, plan)
-    except (OSError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
+        kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        earlier = {str(entry["folder"]): str(entry["command"]) for entry in kept}
+        same = new.keys() & earlier.keys()
+        # Not where the program lies: a clone may have moved.
+        other = next((name for name in sorted(same) if _flags_of(new[name]) != _flags_of(earlier[name])), None)
+        if other or (earlier and not same):
+            what = f"{other} was made by another command" if other else f"none of these {len(new)} runs is in it"
+            raise UsageError(f"--save-dir {folder}: holds another sweep ({what}: sweep.json); name another folder")
+        write_json(file, [{"folder": name, "command": command} for name, command in (earlier | new).items()])
+    except UsageError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise UsageError(f"--save-dir {folder}: cannot be used ({error})") from error
+
+
+def _flags_of(command: str) -> list[str]:
+    program, *flags = shlex.split(command)
+    return [Path(program).name, *flags]
 
 
 def tell_sweeps() -> None:

@@ -62,6 +62,14 @@ def test_values_follow_the_flags_of_all_runs():
     assert {settings_of(one).n_grpo_steps for one in planned("baselines", "--n-grpo-steps", "3")} == {3}
 
 
+@pytest.mark.parametrize(("shared", "right"), [([], 4), (OWN, 5)], ids=["embedded", "own"])
+def test_demonstrations_are_taken_in_all_sizes_and_all_together(shared, right):
+    found = [(one.n_examples, one.correct_only) for one in map(settings_of, planned("sft-sizes", *shared))]
+    assert found[:5] == [(n, False) for n in (128, 256, 512, 1024, None)]
+    assert len(found) == 5 + right
+    assert found[-1] == (None, True)
+
+
 def test_a_grid_is_all_combinations():
     runs = planned(grid=("learning_rate=1e-5,3e-5", "use-std-normalization=true,false"), seeds=(0, 1))
     assert [one.name for one in runs][:3] == ["1e-5-true-seed0", "1e-5-true-seed1", "1e-5-false-seed0"]
@@ -80,6 +88,9 @@ def test_a_list_is_a_file(tmp_path):
     clip, sft = map(settings_of, planned(str(file)))
     assert (clip.loss_type, clip.sampling_stop, sft.epochs) == ("grpo_clip", ("x", "y"), 2)
     assert clip.n_grpo_steps == 15  # a list of one's own is not shortened
+    file.write_text('{"label": "a", "flags": {"seed": 7}}')
+    with pytest.raises(UsageError, match=r"mine.jsonl, a: seed is given to each run by the sweep"):
+        planned(str(file))
     for bad in (
         '{"flags": {}}',
         '{"label": "a/b"}',
@@ -106,6 +117,8 @@ def test_a_list_is_a_file(tmp_path):
         ("baselines --seeds 1 1", "different seeds are required"),
         ("baselines --n-grpo-stepz 3", "n-grpo-stepz"),
         ("baselines --group-size 7", "must be a multiple of group_size=7"),
+        ("--grid seed=1,2", "--grid, 1: seed is given to each run by the sweep"),
+        ("--grid save-dir=a,b learning_rate=1e-5", "save_dir is given to each run"),
         ("--grid learning_rate", "a setting and its values are required"),
         ("--grid learning_rate=1e-5,", "a setting and its values are required"),
         ("--grid learning_rate=much", "much"),
@@ -196,11 +209,31 @@ def test_another_sweep_is_not_mixed_in(tmp_path):
     first = planned("baselines", save_dir=str(tmp_path))
     keep_plan(tmp_path, first)
     keep_plan(tmp_path, first)
-    with pytest.raises(UsageError, match="holds a sweep of other commands"):
+    with pytest.raises(UsageError, match="holds another sweep .none of these 3 runs is in it"):
         keep_plan(tmp_path, planned("clip", save_dir=str(tmp_path)))
-    (tmp_path / "sweep.json").write_text("{")
-    with pytest.raises(UsageError, match="cannot be used"):
-        keep_plan(tmp_path, first)
+    with pytest.raises(UsageError, match="no-baseline-seed0 was made by another command"):
+        keep_plan(tmp_path, planned("baselines", "--group-size", "4", save_dir=str(tmp_path)))
+    for broken in ("{", "{}", "[1]", '[{"folder": "a"}]'):
+        (tmp_path / "sweep.json").write_text(broken)
+        if broken != "{}":  # nothing is in it
+            with pytest.raises(UsageError, match="cannot be used"):
+                keep_plan(tmp_path, first)
+
+
+def test_a_sweep_may_grow_and_its_clone_may_move(tmp_path):
+    def kept():
+        return {entry["folder"]: entry["command"] for entry in json.loads((tmp_path / "sweep.json").read_text())}
+
+    keep_plan(tmp_path, planned("baselines", save_dir=str(tmp_path)))
+    moved = json.loads((tmp_path / "sweep.json").read_text().replace(str(ROOT), "/elsewhere"))
+    assert moved[0]["command"].startswith("/elsewhere/drivers/train.py ")
+    (tmp_path / "sweep.json").write_text(json.dumps(moved))
+    keep_plan(tmp_path, planned("baselines", save_dir=str(tmp_path), seeds=(1, 0)))
+    names = [f"{name}-seed{seed}" for name in ("no-baseline", "reinforce-with-baseline") for seed in (0, 1)]
+    assert sorted(kept()) == sorted(names)
+    assert all(f"--seed {name[-1]} " in command for name, command in kept().items())
+    keep_plan(tmp_path, planned("baselines", save_dir=str(tmp_path), seeds=(1,)))
+    assert len(kept()) == 4
 
 
 # --- real runs -------------------------------------------------------------------------------------------------------
