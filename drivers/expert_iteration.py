@@ -6,6 +6,7 @@ from drivers import environment  # noqa: F401  before torch: OpenMP reads its se
 # isort: on
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
@@ -40,6 +41,7 @@ def iterate(
 ) -> None:
     """The loop. Its parts are built by `drivers.run.build`, or by you."""
     config = settings.of()
+    untempered = replace(config, sampling_temperature=1.0)  # -log pi of the model as it is
     state = run.begin(TrainingState(config, policy))
     ranks.lead(lambda: engine.load_weights(version=state.step))
     run.check_engine(engine, policy, val_set, version=state.step)
@@ -54,14 +56,15 @@ def iterate(
         right = [completion for completion, reward in graded if reward == 1]
 
         # theta <- descend -log pi_theta(o | q) on these: fine-tuning, with samples in the place of demonstrations.
-        metrics = UpdateMetrics(collected.shown_completions)
+        # The sampler's log-probs are of another distribution where the temperature is not 1.
+        metrics = UpdateMetrics(collected.shown_completions, has_sampler=config.sampling_temperature == 1)
         unsound = [*find_in_rollouts(collected.facts), *find_none_right(len(right))]
         with run.phase("update"):
             if not right:
                 run.allows(step, unsound)
             for _ in range(settings.epochs if right else 0):
                 for batch in all_right(right).shuffled(state.shuffle).split(settings.train_batch_size):
-                    update(config, policy, batch, state, run, step, metrics, unsound)
+                    update(untempered, policy, batch, state, run, step, metrics, unsound)
         state.step = step
 
         # The next samples are from the new policy.

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from drivers import expert_iteration as program
+from drivers import train as train_program
 from drivers.display import Display
 from drivers.errors import UnsoundRunError
 from drivers.expert_iteration import iterate, main
@@ -112,6 +113,33 @@ def test_exactly_the_right_responses_are_imitated_each_token_as_it_was_sampled(t
     assert step["right_responses"] == len(right)
     assert step["reward"] == pytest.approx(len(right) / 64)
     assert step["trained_tokens"] == 2 * sum(len(one.token_ids) for one in right)
+
+
+def test_what_is_imitated_is_the_model_as_it_is_whatever_the_temperature_of_sampling(tmp_path, monkeypatch):
+    """-log pi of the first batch, by hand."""
+    seen = {}
+    compute = train_program.accumulate_gradients
+
+    def recorded(policy, train_batch, config, entropy_coef, metrics):
+        if not seen:
+            with torch.no_grad():
+                rows = [one.prompt_token_ids + one.token_ids for one in train_batch.completions]
+                logits = [policy(torch.tensor([row])).logits[0, :-1].double().log_softmax(-1) for row in rows]
+                seen["expected"] = [
+                    -log_probs[torch.arange(len(log_probs)), row[1:]][-len(one.token_ids) :].sum().item()
+                    for log_probs, row, one in zip(logits, rows, train_batch.completions, strict=True)
+                ]
+            seen["tokens"] = train_batch.n_response_tokens
+            seen["loss"] = compute(policy, train_batch, config, entropy_coef, metrics)
+            return seen["loss"]
+        return compute(policy, train_batch, config, entropy_coef, metrics)
+
+    monkeypatch.setattr(train_program, "accumulate_gradients", recorded)
+    go(tmp_path, n_ei_steps=1, sampling_temperature=0.5)
+    assert seen["loss"].item() == pytest.approx(sum(seen["expected"]) / seen["tokens"], rel=1e-5)
+    (step,) = rows_of(tmp_path, "train")
+    assert "sampler_log_prob_diff" not in step
+    assert not rows_of(tmp_path, "anomaly")
 
 
 def test_a_share_of_a_reward_is_not_right(tmp_path):
