@@ -15,7 +15,7 @@ DARK_PALETTE = ("#56b4e9", "#ff8a3d", "#eeeeaa", "#ff00aa", "#8888ff", "#aa8866"
 """On white and on black. Any two are 20 or more apart in CIELAB under each kind of colour blindness; each stands out
 from the page by 3 or more. Begun anew where there are more series, with thin lines."""
 DASHES = ("solid", "dashed", "dotted", "dashdot")
-"""Of quantities in one panel."""
+"""Of quantities in one panel; begun anew where there are more."""
 MOST_DOTS = 60
 """Points of a line that are marked."""
 MOST_TOLD = 4
@@ -84,6 +84,10 @@ def colour_of(number: int) -> str:
     return PALETTE[number % len(PALETTE)]
 
 
+def dash_of(quantity: int) -> str:
+    return DASHES[quantity % len(DASHES)]
+
+
 def width_of(series: int) -> float:
     """Thin where the colours begin anew."""
     return 1.6 if series < len(PALETTE) else 0.8
@@ -97,7 +101,7 @@ def _draw_lines(axis: Any, panel: Panel, groups: Sequence[Series], scale: Scale)
     single = len(groups) == 1
     for line in panel.lines:
         colour = colour_of(line.quantity if single else line.series)
-        style = {"color": colour, "linestyle": DASHES[line.quantity], "linewidth": width_of(line.series)}
+        style = {"color": colour, "linestyle": dash_of(line.quantity), "linewidth": width_of(line.series)}
         style |= {"marker": "o", "markersize": 3} if len(line.points) <= MOST_DOTS else {}
         places = [scale.of(point.step, point.seconds) for point in line.points]
         axis.plot(places, [point.value for point in line.points], **style)
@@ -124,7 +128,7 @@ def _draw_lines(axis: Any, panel: Panel, groups: Sequence[Series], scale: Scale)
         axis.set_ylim(min(-0.03, least), max(1.03, most))
     if len(panel.quantities) > 1:
         handles = [
-            Line2D([], [], color=colour_of(place) if single else "dimgrey", linestyle=DASHES[place])
+            Line2D([], [], color=colour_of(place) if single else "dimgrey", linestyle=dash_of(place))
             for place in range(len(panel.quantities))
         ]
         axis.legend(handles, panel.quantities, frameon=False)

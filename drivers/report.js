@@ -175,6 +175,7 @@
   // --- charts ---
 
   const colourOf = (line) => (single ? line.quantity : line.series);
+  const dashOf = (quantity) => DASHES[quantity % DASHES.length];
   const lineClass = (series) => (series < data.colours ? "line" : "line thin");
 
   function drawLines(figure, panel) {
@@ -240,7 +241,7 @@
       }
     }
     const d = `M${places(line.points, (point) => point.value).join("L")}`;
-    const style = { class: lineClass(line.series), "stroke-dasharray": DASHES[line.quantity] };
+    const style = { class: lineClass(line.series), "stroke-dasharray": dashOf(line.quantity) };
     picture.append(svg("path", { ...style, d, colour }));
     for (const point of line.points.length <= MOST_DOTS ? line.points : []) {
       picture.append(svg("circle", { cx: x(position(point)), cy: y(point.value), r: 2.5, colour }));
@@ -347,7 +348,7 @@
 
   function figureOfLines(panel) {
     const names = panel.quantities.length > 1 ? panel.quantities : [];
-    const keys = names.map((name, k) => key(single ? k : "text", DASHES[k], name));
+    const keys = names.map((name, k) => key(single ? k : "text", dashOf(k), name));
     return figureOf(panel.title, panel.unit, keys, () =>
       panel.lines.map((line) => {
         const numbers = ({ value, low, high }) => [value, low, high].map(readable);

@@ -273,6 +273,8 @@ class Panel(NamedTuple):
 
 
 MOST_BARS = 100
+PART = "part_"
+"""What the numbers that a reward function returns by name are logged under."""
 Values = Callable[[Recorded], dict[int, Estimate]]
 
 
@@ -307,6 +309,26 @@ PANELS: tuple[tuple[str, str, bool, dict[str, Values]], ...] = (
         False,
         {"rollouts": logged("train", "response_tokens"), "held-out": logged("eval", "response_tokens")},
     ),
+    (
+        "Left out",
+        "share",
+        True,
+        {
+            "silent groups": logged("train", "zero_std_groups"),
+            "cut off": logged("train", "truncated"),
+            "not scored": logged("train", "unscored"),
+        },
+    ),
+    (
+        "Distance",
+        "nats per token",
+        False,
+        {
+            "to the reference": logged("train", "kl"),
+            "to the old policy": logged("train", "approx_kl"),
+            "to the sampler": logged("train", "sampler_log_prob_diff"),
+        },
+    ),
     ("Clip fraction", "share of tokens", False, {"clipped": logged("train", "clip_fraction")}),
     ("Gradient norm", "before clipping", False, {"norm": logged("train", "grad_norm")}),
     (
@@ -322,7 +344,11 @@ PANELS: tuple[tuple[str, str, bool, dict[str, Values]], ...] = (
 def make_panels(groups: Sequence[Series]) -> list[Panel]:
     """Those of which some run has logged anything, each with the quantities that there are."""
     panels = []
-    for title, unit, is_share, quantities in PANELS:
+    rows = (row for series in groups for run in series.runs for row in run.rows.get("train", ()))
+    parts = {name: logged("train", name) for name in sorted({name for row in rows for name in row}) if name.startswith(PART)}
+    named = {name.removeprefix(PART): values for name, values in parts.items()}
+    first, *others = PANELS
+    for title, unit, is_share, quantities in (first, ("Parts of the reward", "mean", False, named), *others):
         drawn = {
             name: {number: points for number, series in enumerate(groups) if (points := _points(series, values))}
             for name, values in quantities.items()

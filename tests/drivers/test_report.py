@@ -100,6 +100,8 @@ def test_a_page_has_the_numbers_of_the_log(trained):
         "Held-out accuracy": [("eval", "accuracy"), ("eval", "format_reward")],
         "Entropy": [("train", "rollout_entropy"), ("train", "entropy")],
         "Response length": [("train", "response_tokens"), ("eval", "response_tokens")],
+        "Left out": [("train", "zero_std_groups"), ("train", "truncated"), ("train", "unscored")],
+        "Distance": [("train", "approx_kl"), ("train", "sampler_log_prob_diff")],
         "Clip fraction": [("train", "clip_fraction")],
         "Gradient norm": [("train", "grad_norm")],
         "Speed": [("train", "rollout_tokens_per_s"), ("train", "update_tokens_per_s")],
@@ -277,6 +279,18 @@ def test_an_accuracy_has_its_interval(tmp_path, accuracy):
     assert run.accuracies[0] == (accuracy - 2, accuracy - 2 - 0.196, accuracy - 2 + 0.196)
     (run,) = read_runs([write_run(tmp_path, [{"phase": "eval", "step": 0, "accuracy": accuracy}])])
     assert run.accuracies[0] == (accuracy, None, None)
+
+
+def test_what_a_reward_returns_by_name_is_a_panel(tmp_path):
+    rows = steps([0.5, 1.0], part_right=0.5, part_brief=0.25)
+    rows[1] |= {"part_b": 0.0, "part_c": 0.0, "part_d": 1.0}
+    page = page_of(write_run(tmp_path, rows))
+    titles = list(panels_of(page))
+    assert titles[:2] == ["Reward", "Parts of the reward"]
+    panel = panels_of(page)["Parts of the reward"]
+    assert panel["quantities"] == ["b", "brief", "c", "d", "right"]
+    assert [point[2] for point in panel["lines"][-1]["points"]] == [0.5, 0.5]
+    write_report([tmp_path], tmp_path / "out", "more quantities than dashes")
 
 
 def test_before_last_and_best(tmp_path):
