@@ -96,7 +96,11 @@ class SupervisedEngine:
         self._say(f"warning: {error}; it is started again, with the policy's weights as they are")
         with suppress(Exception):  # of a dead engine nothing is asked but that it leaves nothing behind
             self._engine.close()
-        self._engine = self._start()
+        try:
+            self._engine = self._start()
+        except Exception as failure:  # which ends the run, whatever it is, and was no mistake in a flag at the start
+            reason = " ".join(str(failure).split())[:600]
+            raise EngineDiedError(f"{error}; it cannot be started again: {reason}") from failure
         if self._version is not None:
             self._engine.load_weights(self._version)
 
@@ -106,17 +110,20 @@ TRAINER = "GRPO_TRAINER_PID"
 
 
 def end_with_trainer(seconds: float = 1.0) -> None:
-    """In a process of the engine: end it, and the one that started it, when the trainer is gone, whatever ended it."""
-    trainer, parent = int(os.environ.get(TRAINER, "0")), os.getppid()
+    """In the engine's process, whose worker is in it too: end it when the trainer is gone, whatever ended that.
+
+    It alone: by then the parent of an engine that was starting is whoever adopts orphans.
+    """
+    trainer = int(os.environ.get(TRAINER, "0"))
     if trainer in (0, os.getpid()):
         return
 
     def watch() -> None:
-        while is_running(trainer):
+        is_there = True
+        while is_there:
             time.sleep(seconds)
-        if parent != trainer and os.getppid() == parent:
-            with suppress(ProcessLookupError):
-                os.kill(parent, signal.SIGKILL)
+            with suppress(Exception):  # what cannot be looked at (no descriptor is left) is looked at again
+                is_there = is_running(trainer)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True, name="end-with-trainer").start()

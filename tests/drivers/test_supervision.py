@@ -206,6 +206,40 @@ def test_in_the_background_a_death_is_told_and_the_next_push_starts_it_again(mor
     assert engine.generate([(1,)], LONG, seed=5) == [(4, 5, (1,))]
 
 
+@pytest.mark.parametrize("failure", [UsageError("no room"), EngineDiedError("late"), KeyError("odd"), OSError("full")])
+def test_an_engine_that_cannot_be_started_again_ends_the_run_in_one_line(mortal, failure):
+    """Whatever it fails of: it was started once, so no flag is wrong."""
+    engine = SupervisedEngine(mortal, lambda _: None)
+    mortal.deaths = 1
+
+    def start():
+        raise failure
+
+    engine._start = start
+    with pytest.raises(EngineDiedError, match=f"it died; it cannot be started again: .*{failure.args[0]}"):
+        engine.generate([(1,)], LONG, seed=5)
+    engine.close()
+
+
+def test_an_engine_whose_trainer_is_gone_ends_itself_and_nobody_else(monkeypatch):
+    """Who adopts orphans is its parent by then. What cannot be looked at is looked at again."""
+    killed, looks, ended = [], iter([OSError("no descriptor is left"), True, False]), threading.Event()
+
+    def look(_):
+        found = next(looks)
+        if isinstance(found, OSError):
+            raise found
+        return found
+
+    monkeypatch.setenv(supervise.TRAINER, "1")
+    monkeypatch.setattr(supervise, "is_running", look)
+    monkeypatch.setattr(supervise.os, "kill", lambda *one: (killed.append(one), ended.set()))
+    supervise.end_with_trainer(0.01)
+    assert ended.wait(10)
+    assert killed == [(os.getpid(), signal.SIGKILL)]
+    assert next(looks, None) is None
+
+
 @pytest.mark.parametrize(
     ("gpus", "process", "message"),
     [(1, "own", "take turns on cuda:0, in one process"), (2, "shared", "on cuda:1 and the policy on cuda:0 are two")],
