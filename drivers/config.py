@@ -544,6 +544,8 @@ class EvaluateConfig:
     """Responses per question."""
     sampling_temperature: float = 1.0
     """0 is greedy."""
+    sampling_top_p: float = 1.0
+    """Sample from the likeliest tokens that have so much probability together."""
     sampling_min_tokens: int = 0
     """Before this many tokens a response may not end."""
     sampling_max_tokens: int = 1024
@@ -587,6 +589,8 @@ class EvaluateConfig:
             check_number(name, getattr(self, name), "must be greater than 0", above=0)
         for name in ("sampling_temperature", "sampling_min_tokens", "grader_workers", "n_shown"):
             check_number(name, getattr(self, name), "must not be negative", least=0)
+        if not 0 < self.sampling_top_p <= 1:
+            raise UsageError(f"sampling_top_p={self.sampling_top_p} must be greater than 0 and at most 1")
         if self.n_examples is not None:
             check_number("n_examples", self.n_examples, "must be greater than 0", above=0)
         if self.sampling_min_tokens > self.sampling_max_tokens:
@@ -608,6 +612,7 @@ class EvaluateConfig:
         return Sampling(
             n=self.n_samples,
             temperature=self.sampling_temperature,
+            top_p=self.sampling_top_p,
             min_tokens=self.sampling_min_tokens,
             max_tokens=self.sampling_max_tokens,
             stop=stop_strings(self.reward) if self.sampling_stop is None else self.sampling_stop,

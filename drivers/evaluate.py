@@ -4,6 +4,7 @@
 from drivers import environment  # noqa: F401  before torch: OpenMP reads its settings once
 
 # isort: on
+import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -93,27 +94,30 @@ def evaluate(config: EvaluateConfig) -> Path:
     check_file(config.reward)
     prompt = load_prompt(config.prompt_path, config.chat_template, config.system_prompt_path)
     device = choose_device("--device", config.device, default_policy_device())
-    is_folder = config.compare_to is not None and (Path(config.compare_to) / "completions.jsonl").exists()
-    other = read_rows(config, sets) if is_folder else None
+    earlier = None if config.compare_to is None else read_earlier(config, sets)
     with start_grading(config, lambda text: print(f"warning: {text}", file=sys.stderr)) as grade:
-        models = [config.model_path] + ([] if config.compare_to is None or is_folder else [config.compare_to])
+        models = [config.model_path] + ([] if config.compare_to is None or earlier else [config.compare_to])
         asked = [ask(config, sets, prompt, model) for model in models]
         folder = create_run_folder("--output-dir", config.output_dir, "evaluate", marker="results.json")
         try:
             values, rows = sample_and_grade(config, asked[0], device, grade)
             write_jsonl(folder / "completions.jsonl", of_all(rows))
+            compared, others = earlier or ({}, None)
             if len(asked) > 1:
-                _, other = sample_and_grade(config, asked[1], device, grade)
-                write_jsonl(folder / "completions_compared.jsonl", of_all(other))
+                compared, others = sample_and_grade(config, asked[1], device, grade)
+                write_jsonl(folder / "completions_compared.jsonl", of_all(others))
         except BaseException:
             abandon_run_folder(folder, "results.json")
             raise
     results = {name: values[name] | describe(rows[name], config.reward) for name in sets}
-    comparison = {} if other is None else {name: compare(rows[name], other[name]) for name in sets}
-    written = {"results": results, "comparison": comparison, "config": asdict(config)}
-    write_json(folder / "results.json", written | {"environment": describe_environment()})
+    written: dict[str, Any] = {"results": results, "comparison": {}, "compared": {}}
+    if others is not None:
+        written["comparison"] = {name: compare(rows[name], others[name]) for name in sets}
+        written["compared"] = {name: compared[name] | describe(others[name], config.reward) for name in sets}
+    written |= {"config": asdict(config), "environment": describe_environment()}
+    write_json(folder / "results.json", written)
     for name in sets:
-        tell(name, config, results[name], rows[name], comparison.get(name))
+        tell(name, config, results[name], rows[name], written["comparison"].get(name), written["compared"].get(name))
     print(f"Written to {folder}/: results.json, completions.jsonl")
     return folder
 
@@ -144,20 +148,65 @@ def ask(config: EvaluateConfig, sets: Mapping[str, Sequence[Example]], prompt: P
     return Asked(model_path, tokenizer, {name: make(some, prompt, tokenizer) for name, some in sets.items()})
 
 
-def read_rows(config: EvaluateConfig, sets: Mapping[str, Sequence[Example]]) -> dict[str, list[Row]]:
-    """Of an earlier evaluation, by data set: the same questions, each asked as often."""
+Values = dict[str, dict[str, float]]
+Rows = dict[str, list[Row]]
+
+
+def read_earlier(config: EvaluateConfig, sets: Mapping[str, Sequence[Example]]) -> tuple[Values, Rows] | None:
+    """Numbers and responses of an earlier evaluation, by data set: the same questions, each asked and graded alike.
+
+    None if `compare_to` is no folder of one: then it is a model.
+    """
     where = Path(config.compare_to or "")
+    if not (where / "results.json").exists():
+        if (where / "metrics.jsonl").exists():
+            raise UsageError(
+                f"--compare-to {where}: is the folder of a run; a model, as {where / 'final_model'}, or the folder of "
+                "an evaluation is required"
+            )
+        return None
+    try:
+        written = json.loads((where / "results.json").read_text(encoding="utf-8"))
+        before, values = written["config"], dict(written["results"])
+        asked = {name: before[name] for name in ("reward", "reward_mix", *_ASKED_ALIKE)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"--compare-to {where}: results.json cannot be read ({type(error).__name__}: {error})"
+        ) from error
+    now: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    for name in ("reward", "reward_mix"):
+        if asked[name] != now[name]:
+            raise UsageError(
+                f"--compare-to {where}: was graded with {name}={asked[name]}, and this is {now[name]}; grade both "
+                "alike"
+            )
+    others = [f"{name}={asked[name]} (here {now[name]})" for name in _ASKED_ALIKE if asked[name] != now[name]]
+    if others:
+        print(f"warning: --compare-to {where}: was asked with {', '.join(others)}", file=sys.stderr)
     rows = [row for _, row in read_jsonl(where / "completions.jsonl")]
-    found: dict[str, list[Row]] = {}
+    found: Rows = {}
     for name, examples in sets.items():
         expected = [(one.question, one.answer) for one in examples for _ in range(config.n_samples)]
         found[name] = [row for row in rows if row.get("dataset") == name]
-        if [(row.get("question"), row.get("answer")) for row in found[name]] != expected:
+        if name not in values or [(row.get("question"), row.get("answer")) for row in found[name]] != expected:
             raise UsageError(
                 f"--compare-to {where}: its responses are not {config.n_samples} to each of the {len(examples)} "
                 f"questions of {name}; evaluate both with the same --data-path, --n-examples and --n-samples"
             )
-    return found
+    return values, found
+
+
+_ASKED_ALIKE = (
+    "prompt_path",
+    "chat_template",
+    "system_prompt_path",
+    "sampling_temperature",
+    "sampling_top_p",
+    "sampling_min_tokens",
+    "sampling_max_tokens",
+    "sampling_stop",
+)
+"""Settings whose difference may be what is to be measured; it is told."""
 
 
 def of_all(rows: Mapping[str, Sequence[Row]]) -> list[Row]:
@@ -169,6 +218,7 @@ def tell(
     config: EvaluateConfig,
     values: Mapping[str, float],
     rows: Sequence[Row],
+    difference: Mapping[str, float] | None,
     compared: Mapping[str, float] | None,
 ) -> None:
     """What the terminal shows of a data set: numbers with their intervals, examples of each category, and who won."""
@@ -183,13 +233,13 @@ def tell(
         for row in of_it[: config.n_shown]:
             print(f"  {category}: {one_line(row['question'])}")
             print(f"    {one_line(row['response'])}  (answer: {row['answer']})")
-    if compared is not None and compared["n_compared"]:
-        low, high = compared["difference_low"], compared["difference_high"]
-        p_value = f", p = {compared['p_value']:.2g}" if "p_value" in compared else ""
-        better, worse, n = (round(compared[key]) for key in ("better_on", "worse_on", "n_compared"))
+    if difference is not None and compared is not None and difference["n_compared"]:
+        low, high = difference["difference_low"], difference["difference_high"]
+        p_value = f", p = {difference['p_value']:.2g}" if "p_value" in difference else ""
+        better, worse, n = (round(difference[key]) for key in ("better_on", "worse_on", "n_compared"))
         print(
-            f"  against {config.compare_to}: {compared['difference']:+.4f} ({low:+.4f} to {high:+.4f}{p_value}); "
-            f"better on {better} questions, worse on {worse}, of {n}"
+            f"  against {config.compare_to}, accuracy {compared['accuracy']:.4g}: {difference['difference']:+.4f} "
+            f"({low:+.4f} to {high:+.4f}{p_value}); better on {better} questions, worse on {worse}, of {n}"
         )
 
 
@@ -211,9 +261,7 @@ def start_grading(config: EvaluateConfig | GrpoConfig, warn: Callable[[str], Non
     return pool
 
 
-def sample_and_grade(
-    config: EvaluateConfig, asked: Asked, device: torch.device, grade: Grader
-) -> tuple[dict[str, dict[str, float]], dict[str, list[Row]]]:
+def sample_and_grade(config: EvaluateConfig, asked: Asked, device: torch.device, grade: Grader) -> tuple[Values, Rows]:
     """`evaluate_policy` of each data set, with the model and the engine that the settings name."""
     dtype = choose_dtype(config.dtype, device)
     policy = load_policy(asked.model_path, device, dtype)
@@ -229,8 +277,8 @@ def sample_and_grade(
         reserved_bytes=sum(p.numel() * p.element_size() for p in policy.parameters()),
         seed=config.seed,
     )
-    values: dict[str, dict[str, float]] = {}
-    rows: dict[str, list[Row]] = {}
+    values: Values = {}
+    rows: Rows = {}
     try:
         engine.load_weights(0)
         for name, questions in asked.questions.items():

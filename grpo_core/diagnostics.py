@@ -1,6 +1,7 @@
 """What to look at beside a loss: intervals, votes, silent groups, and where a gradient comes from."""
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from statistics import NormalDist
@@ -108,7 +109,7 @@ def compute_sign_flip_p_value(differences: Int[Tensor, " pair"]) -> float:
         differences: $d$, for each question how many of $k$ responses the one model has right more than the other.
 
     Returns:
-        The probability, in $(0, 1]$.
+        The probability, in $(0, 1]$; what is too small for a number is the least normal one, $2^{-1022}$.
 
     Example:
         >>> compute_sign_flip_p_value(torch.tensor([1, 1, 1, 1, 1, 1, 0, 0]))  # 2 / 2^6
@@ -127,7 +128,8 @@ def compute_sign_flip_p_value(differences: Int[Tensor, " pair"]) -> float:
         shares /= 2
         shares[size:] += shares[:-size].clone()
     sums = 2 * torch.arange(len(shares)) - sum(sizes)
-    return min(1.0, shares[sums.abs() >= abs(int(differences.sum()))].sum().item())
+    extreme = shares[sums.abs() >= abs(int(differences.sum()))].sum().item()
+    return min(1.0, max(sys.float_info.min, extreme))
 
 
 @shape_checked

@@ -16,6 +16,7 @@ from drivers.config import EvaluateConfig
 from drivers.errors import UsageError
 from drivers.evaluate import load_sets, main
 from drivers.outcomes import category_of, compare, describe, vote_of
+from grpo_core import r1_zero_reward_fn
 from tests.tiny import save_tiny
 
 RIGHT, WRONG, FORMLESS = "4 </think> <answer> 4 </answer>", "5 </think> <answer> 5 </answer>", "4"
@@ -73,7 +74,32 @@ def test_a_reward_of_ones_own_has_no_votes_and_no_categories():
     assert values["avg_at_2"] == pytest.approx(0.3)
     assert not any(name.startswith(("maj", "category")) for name in values)
     # A reward beyond [0, 1] is no rate.
-    assert not any(name.startswith("avg") for name in describe([rows[0] | {"reward": 3.0}] * 2, "mine.py:reward"))
+    assert describe([rows[0] | {"reward": 3.0}] * 2, "mine.py:reward") == {}
+
+
+@pytest.mark.parametrize(
+    ("answers", "share"),
+    [(("0.5", "1/2", "7", "7"), 0.5), (("0.5", "0.50", "1/2", "7"), 1.0), (("0.5", "7", "7", r"\frac12"), 0.5)],
+)
+def test_votes_for_what_is_right_are_not_split_by_its_spelling(answers, share):
+    responses = [f" </think> <answer> {answer} </answer>" for answer in answers]
+    rows = [
+        {"question_number": 0, "response": one, "reward": right, "format_reward": 1.0, "answer_reward": right}
+        for one in responses
+        for right in [r1_zero_reward_fn(one, "0.5")["answer_reward"]]
+    ]
+    assert describe(rows, "r1_zero")["maj_at_4"] == share
+
+
+def test_of_any_number_of_tries_there_is_a_figure_for_all_of_them():
+    values = describe(rows_of([RIGHT] * 2 + [WRONG] * 8), "r1_zero")
+    assert [name for name in values if re.fullmatch(r"pass_at_\d+", name)] == [
+        f"pass_at_{k}" for k in (1, 2, 4, 8, 10)
+    ]
+    assert values["pass_at_10"] == 1.0
+    assert values["maj_at_10"] == 0.0
+    assert values["accuracy"] == values["avg_at_10"] == 0.2
+    assert values["accuracy_low"] == values["avg_at_10_low"] < 0.2 < values["accuracy_high"]
 
 
 @pytest.mark.parametrize(
@@ -122,6 +148,31 @@ def test_a_difference_is_found_where_there_is_one_and_its_interval_holds_it():
     assert 0 < found["difference_low"] < 0.3 < found["difference_high"]
 
 
+@pytest.mark.parametrize(("wins", "ties"), [(1, 0), (5, 0), (0, 3), (20, 0), (2, 100)])
+def test_an_interval_is_no_point_and_agrees_with_the_test(wins, ties):
+    questions = [([RIGHT], [WRONG])] * wins + [([WRONG], [WRONG])] * ties
+    found = compare(rows_of(*(ours for ours, _ in questions)), rows_of(*(theirs for _, theirs in questions)))
+    low, high = found["difference_low"], found["difference_high"]
+    assert -1 <= low < high <= 1
+    assert low <= found["difference"] <= high
+    assert (low > 0) == (found["p_value"] < 0.05)
+
+
+@given(st.lists(st.sampled_from([(RIGHT, RIGHT), (RIGHT, WRONG), (WRONG, RIGHT), (WRONG, WRONG)]), min_size=1))
+def test_the_interval_is_that_of_agresti_and_min(pairs):
+    """From the four counts, half a question added to each; 0 is let in by the exact test."""
+    found = compare(rows_of(*([one] for one, _ in pairs)), rows_of(*([other] for _, other in pairs)))
+    n = len(pairs) + 2
+    better, worse = (pairs.count(kind) + 0.5 for kind in ((RIGHT, WRONG), (WRONG, RIGHT)))
+    half = 1.959964 * math.sqrt((better + worse) - (better - worse) ** 2 / n) / n
+    low, high = max(-1, (better - worse) / n - half), min(1, (better - worse) / n + half)
+    if found["p_value"] >= 0.05:
+        low, high = min(low, 0), max(high, 0)
+    difference = found["difference"]
+    assert found["difference_low"] == pytest.approx(min(low, difference), abs=1e-6)
+    assert found["difference_high"] == pytest.approx(max(high, difference), abs=1e-6)
+
+
 def test_rewards_between_0_and_1_have_no_exact_test():
     rows = [
         {"question_number": 0, "question": "q", "answer": "a", "response": "x", "reward": value} for value in (0.3, 1)
@@ -162,7 +213,7 @@ def test_every_number_is_documented():
     }
     rows = rows_of([RIGHT] * 4, [WRONG] * 4)
     found = describe(rows, "r1_zero") | compare(rows, rows)
-    plain = {re.sub("^avg_at_4$", "avg_at_n", re.sub("_(low|high)$", "", name)) for name in found}
+    plain = {re.sub("^avg_at_4$", "avg_at_n", re.sub("_(low|high)$", "", name)) for name in found} - {"accuracy"}
     assert plain == documented
 
 
@@ -204,9 +255,35 @@ def test_several_data_sets_and_an_earlier_evaluation(tmp_path, tiny_flags, capsy
             "a": (0, 1),
             "b": (0, 1),
         }
+        written = json.loads((tmp_path / name / "results.json").read_text())
+        assert written["compared"] == first["results"] == written["results"]
     same = (tmp_path / "third/completions_compared.jsonl").read_text()
     assert same == (tmp_path / "first/completions.jsonl").read_text()
-    assert "against" in capsys.readouterr().out
+    assert "accuracy 0: +0.0000" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_only_what_was_graded_alike_is_compared(tmp_path, tiny_flags, capsys):
+    main([*tiny_flags, "--output-dir", str(tmp_path / "first")])
+
+    def compare_to(folder, *changed):
+        main([*tiny_flags, *changed, "--compare-to", str(folder), "--output-dir", str(tmp_path / "next")])
+
+    for folder, changed, message in (
+        ("first", ["--reward", "r1_zero"], "was graded with reward=question_only, and this is r1_zero"),
+        ("run", [], "is the folder of a run; a model, as"),
+        ("damaged", [], "results.json cannot be read"),
+    ):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / "run/metrics.jsonl").touch() if folder == "run" else None
+        (tmp_path / "damaged/results.json").write_text("[]") if folder == "damaged" else None
+        with pytest.raises(SystemExit) as ended:
+            compare_to(tmp_path / folder, *changed)
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
+    compare_to(tmp_path / "first", "--sampling-temperature", "0.5", "--sampling-top-p", "0.5")
+    told = capsys.readouterr().err
+    assert "was asked with sampling_temperature=1.0 (here 0.5), sampling_top_p=1.0 (here 0.5)" in told
 
 
 @pytest.mark.slow

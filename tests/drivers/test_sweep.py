@@ -209,7 +209,7 @@ def test_another_sweep_is_not_mixed_in(tmp_path):
     first = planned("baselines", save_dir=str(tmp_path))
     keep_plan(tmp_path, first)
     keep_plan(tmp_path, first)
-    with pytest.raises(UsageError, match="holds another sweep .none of these 3 runs is in it"):
+    with pytest.raises(UsageError, match=r"holds another sweep \(none of these 3 runs is in it"):
         keep_plan(tmp_path, planned("clip", save_dir=str(tmp_path)))
     with pytest.raises(UsageError, match="no-baseline-seed0 was made by another command"):
         keep_plan(tmp_path, planned("baselines", "--group-size", "4", save_dir=str(tmp_path)))

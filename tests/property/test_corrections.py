@@ -1,6 +1,7 @@
 """Importance ratios, KL estimates, selections, shaping and diagnostics against their definitions."""
 
 import math
+import sys
 from fractions import Fraction
 from itertools import combinations, product
 from typing import get_args
@@ -401,6 +402,12 @@ def test_of_single_responses_the_sign_flip_test_is_mcnemars(wins, losses, ties):
     tail = Fraction(2 * sum(math.comb(n, k) for k in range(least + 1)), 2**n)
     differences = torch.tensor([1] * wins + [-1] * losses + [0] * ties, dtype=torch.int8)
     assert g.compute_sign_flip_p_value(differences) == pytest.approx(min(1.0, float(tail)), rel=1e-9)
+
+
+@pytest.mark.parametrize("signs", [[1] * 1200, [1] * 2000 + [-1] * 200, [5] * 1100])
+def test_a_p_value_is_never_zero(signs):
+    assert g.compute_sign_flip_p_value(torch.tensor(signs)) == sys.float_info.min
+    assert g.compute_sign_flip_p_value(torch.tensor(signs[:400])) >= 2.0**-399
 
 
 @given(data=st.data(), best=st.sampled_from([1.0, 0.7, 0.1]))
