@@ -28,6 +28,7 @@ ANSWER_KEYS = (
     "ground_truth",
     "reward_model.ground_truth",
     "final_answer",
+    "expected_answer",
     "target",
     "answer",
     "response",
@@ -90,6 +91,8 @@ def convert_demonstration(
     The final answer is the solution's own, and `answer` the dataset's: `sft.py --correct-only` compares them.
     """
     converted = convert_row(row, question_key, answer_key)
+    if converted["question"].rstrip().endswith("<think>"):
+        raise ValueError("the question is a whole prompt, which opens <think>: sft.py takes such a file as it is")
     _, value = _first_of(row, "worked solution", response_key, RESPONSE_KEYS)
     text = _text_of(value, "assistant").strip()
     thoughts, tag, rest = text.removeprefix("<think>").partition("</think>")
@@ -142,7 +145,7 @@ def _final_answer(key: str, value: Any) -> Any:
     stated = _stated_answer(value)
     if stated is not None:
         return stated
-    if key == "solution" or "####" in value or r"\boxed" in value or not value.strip():
+    if key == "solution" or "####" in value or r"\boxed" in value or r"\fbox" in value or not value.strip():
         raise ValueError(f"the {key} states no answer: none behind ####, none in \\boxed{{}}")
     return value.strip()
 
@@ -153,6 +156,7 @@ def _stated_answer(text: str) -> str | None:
     if last:
         answer = last.group(1).strip()
         return answer.replace(",", "") if re.fullmatch(r"-?\$?\d{1,3}(,\d{3})+(\.\d+)?", answer) else answer
+    text = text if r"\boxed" in text else text.replace(r"\fbox", r"\boxed")  # a few solutions of MATH have that
     box = text[max(text.rfind(r"\boxed"), 0) :]
     bare = re.match(r"\\boxed([^a-zA-Z{}$\n][^{}$\n]*)\$", box)  # TeX needs no braces, and MATH has some without
     return extract_boxed_answer(box) or (bare.group(1).strip() if bare else None) or None

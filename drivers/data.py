@@ -151,8 +151,9 @@ def _worked_example(path: Path, number: int, row: dict[str, Any]) -> WorkedExamp
         raise UsageError(
             f"{where}: `response` must be a text that is not empty, got {response!r}; keys here: {sorted(row)}"
         )
-    example = _example(path, number, {"question": row.get(asked), "answer": row.get("answer", "none")})
-    answer = example.answer if "answer" in row else ""
+    known = row.get("answer", row.get("ground_truth"))  # as files of the CS336 assignment call it
+    example = _example(path, number, {"question": row.get(asked), "answer": "none" if known is None else known})
+    answer = "" if known is None else example.answer
     return WorkedExample(example.question, answer, where, response, has_prompt=asked == "prompt")
 
 

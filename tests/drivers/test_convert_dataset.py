@@ -31,6 +31,9 @@ ROWS = [
     # MATH has boxes without braces
     ({"problem": "P", "solution": r"\boxed{1} or rather $\boxed 17$, as was to be shown."}, "P", "17"),
     ({"problem": "P", "solution": r"so it is $\boxed\frac12$"}, "P", r"\frac12"),
+    ({"problem": "P", "solution": r"So it is \fbox{$17$} at last."}, "P", "$17$"),
+    ({"problem": "P", "solution": r"\boxed{3} and not \fbox{4}"}, "P", "3"),
+    ({"problem": "P", "expected_answer": "7", "solution": "long"}, "P", "7"),
     # verl's: a chat, and the answer a level deeper
     ({"prompt": [{"role": "user", "content": "Q"}], "reward_model": {"style": "rule", "ground_truth": "7"}}, "Q", "7"),
 ]
@@ -294,6 +297,7 @@ def test_demonstrations_are_graded_right_by_the_reward_they_are_for(thoughts, an
         ({"question": "Q", "target": "7"}, "no worked solution under response, solution, answer"),
         ({"question": "Q", "target": "7", "response": "It is 7."}, "states no final answer: none behind ####"),
         ({"question": "Q", "target": "7", "response": r"<think>\boxed{7}</think> Well."}, "states no final answer"),
+        ({"prompt": "User: Q\nAssistant: <think>\n", "response": r"\boxed{7}"}, "sft.py takes such a file as it is"),
         ({"question": "Q", "target": "7", "answer": ["7", "seven"]}, "no message of the role `assistant`"),
         ({"question": "Q", "solution": r"\boxed{7}", "answer": ""}, None),
     ],

@@ -254,6 +254,18 @@ def write(folder, *rows):
     return str(path)
 
 
+def test_a_file_of_the_assignment_is_read_as_it_is(tmp_path):
+    """Prompt, response and ground_truth; an answer of our own layout goes first."""
+    row = {"prompt": "User: 1?\nAssistant: <think>", "response": " </think> <answer> 2 </answer>"}
+    path = write(
+        tmp_path, row | {"ground_truth": "2"}, row | {"ground_truth": 0}, row | {"answer": 3, "ground_truth": 2}
+    )
+    examples = load_demonstrations("--data-path", path)
+    assert [example.answer for example in examples] == ["2", "0", "3"]
+    assert all(example.has_prompt and example.question == row["prompt"] for example in examples)
+    assert len(choose(SftConfig(model_path="tiny", data_path=path, correct_only=True), lambda _: None)) == 1
+
+
 def test_smaller_subsets_are_parts_of_larger_ones(tmp_path):
     rows = [{"question": f"{k}?", "response": "x"} for k in range(20)]
     settings = SftConfig(model_path="tiny", data_path=write(tmp_path, *rows))
