@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: they end a run between two updates, never inside one."""
+"""Ctrl-C, SIGTERM and SIGHUP: they end a run between two updates, never inside one."""
 
 import signal
 import threading
@@ -9,31 +9,52 @@ from types import FrameType
 
 @contextmanager
 def terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does: both save a checkpoint."""
+    """SIGTERM, and SIGHUP of a connection that was lost, raise KeyboardInterrupt as Ctrl-C does: a checkpoint is saved.
+
+    Under nohup, SIGHUP is ignored as before.
+    """
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back until the block is done: half an update must not be saved."""
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
-        yield
-        return
-    pending: list[int] = []
-    watched = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda received, _frame: pending.append(received)) for number in watched}
+    before = {number: signal.signal(number, interrupt) for number in _heeded(signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if pending:
+
+
+def _heeded(*numbers: int) -> list[int]:
+    """Those that are not ignored, as whoever started the program may have asked, and that Python handles."""
+    return [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+
+
+class _Hold:
+    """A handler that keeps what comes."""
+
+    def __init__(self) -> None:
+        self.pending: list[int] = []
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        self.pending.append(number)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold these signals back until the block is done: half an update must not be saved."""
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
+        yield
+        return
+    hold, watched = _Hold(), _heeded(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    if any(isinstance(signal.getsignal(number), _Hold) for number in watched):  # until the block around this is done
+        yield
+        return
+    before = {number: signal.signal(number, hold) for number in watched}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if hold.pending:
         raise KeyboardInterrupt

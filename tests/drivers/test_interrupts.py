@@ -17,7 +17,7 @@ from tests.tiny import save_tiny
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_waits_for_the_block_to_end(number):
     done = []
 
@@ -32,11 +32,38 @@ def test_a_signal_waits_for_the_block_to_end(number):
     assert done == ["the rest of the update"]
 
 
+def test_in_a_block_within_a_block_it_waits_for_the_outer_one():
+    done = []
+
+    def save():
+        with uninterrupted():
+            with uninterrupted():
+                os.kill(os.getpid(), signal.SIGINT)
+            done.append("the rest of the save")
+
+    with pytest.raises(KeyboardInterrupt):
+        save()
+    assert done == ["the rest of the save"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_what_is_ignored_stays_ignored(number):
+    """By a shell of a job in the background, or by nohup."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with terminate_as_interrupt(), uninterrupted():
+            os.kill(os.getpid(), number)
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
 def test_handlers_are_put_back():
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
     with terminate_as_interrupt(), uninterrupted():
-        pass
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+        assert signal.getsignal(signal.SIGINT) != before[0]
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_another_thread_is_left_alone():
