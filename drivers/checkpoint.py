@@ -28,8 +28,8 @@ from drivers.weights import PolicyWeights
 
 FACTS, TENSORS, MANIFEST = "trainer_state.json", "trainer_state", "manifest.json"
 FORMAT = 1
-WRITE_ERRORS = (OSError, SafetensorError, CheckpointException)
-"""What the libraries raise that write; the last one is no Exception, but a BaseException."""
+WRITE_ERRORS = (OSError, SafetensorError)
+"""What the libraries raise that write, where the disk refuses."""
 
 
 def save_checkpoint(
@@ -216,7 +216,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """One safetensors file for each rank, with its part of each tensor."""
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with _quiet_checkpointing():
+    with _plain_checkpointing():
         save(dict(tensors), storage_writer=writer, no_dist=ranks.size() == 1)
 
 
@@ -238,13 +238,21 @@ def read_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         raise ValueError(
             f"{len(other)} of its {len(found)} tensors do not fit this model's {len(wanted)}: {', '.join(other[:3])}"
         )
-    with _quiet_checkpointing():
+    with _plain_checkpointing():
         load(dict(tensors), storage_reader=reader, no_dist=ranks.size() == 1)
 
 
 @contextmanager
-def _quiet_checkpointing() -> Iterator[None]:
-    """Without warnings of torch about what is as meant: one process that is not distributed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def _plain_checkpointing() -> Iterator[None]:
+    """Without warnings of torch about what is as meant: one process that is not distributed. Failures as they are.
+
+    torch catches whatever is raised, Ctrl-C and mistakes of a program too, and raises an exception of its own, the same
+    on all ranks; what is no refusal of the disk must not pass for one.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except CheckpointException as error:
+        raised = [failure for failure, _ in error.failures.values()]
+        raise next((one for one in raised if not isinstance(one, WRITE_ERRORS)), raised[0]) from error

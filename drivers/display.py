@@ -26,11 +26,18 @@ COLUMNS = {
 """A step's line; what a step does not have is left out."""
 
 
+class _Screen(Console):
+    def on_broken_pipe(self) -> None:
+        """Whoever read has gone: nothing more is shown, and the run goes on, where rich would end it."""
+        with suppress(SystemExit, OSError):
+            super().on_broken_pipe()
+
+
 class Display:
     """The phase, the step, tokens per second, reward and time left; one permanent line per step above it."""
 
     def __init__(self, n_steps: int, *, quiet: bool = False, title: str = "GRPO") -> None:
-        self.console = Console(quiet=quiet)
+        self.console = _Screen(quiet=quiet)
         self._title = title
         self._n_steps = n_steps
         self._step_begin = time.monotonic()
@@ -54,7 +61,8 @@ class Display:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._live.stop()
+        with suppress(OSError):
+            self._live.stop()
 
     def say(self, text: str) -> None:
         """A line that stays."""

@@ -58,7 +58,7 @@ def disappear(folder: Path) -> None:
 def sweep(folder: Path) -> None:
     """Take away what earlier processes left half done, here and in the folders in it."""
     for left in (*folder.glob(f"{UNFINISHED}*"), *folder.glob(f"*/{UNFINISHED}*")):
-        if left.is_dir():
+        if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left)
         else:
             left.unlink()

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 
 from drivers import ranks
 from drivers.checkpoint import (
@@ -32,6 +31,7 @@ from drivers.evaluate import evaluate_policy, start_grading
 from drivers.files import free_path, set_aside, sweep
 from drivers.grading import BUILT_IN, Grader, GradingPool, check_file, one_by_one
 from drivers.guards import Anomaly
+from drivers.interrupts import uninterrupted
 from drivers.lora import add_lora
 from drivers.memory import settle_memory, weight_bytes
 from drivers.models import (
@@ -248,13 +248,13 @@ class Run:
         """A checkpoint that transformers and vLLM load, and that training goes on from unless it is in mid-step.
 
         None, and a warning, where it cannot be written: the earlier ones stay, and the run may go on. Of several
-        ranks, and at the end, that ends the run.
+        ranks, and at the end, that ends the run. A signal waits until it is written.
         """
         assert self.state is not None
         folder, seconds, state = self.folder / name, dict[str, float](), self.state
         whole = state.is_whole and name.startswith("checkpoint")
         facts, tensors = (state.facts(), state.tensors()) if whole else ({"step": state.step}, None)
-        with self.display.phase("save", seconds):
+        with self.display.phase("save", seconds), uninterrupted():
             try:
                 self._log.sync()
                 save_checkpoint(policy, self.tokenizer, folder, facts=facts, tensors=tensors)
@@ -401,9 +401,7 @@ def build(
 
 
 def _reason(error: BaseException) -> str:
-    """In one line, of the rank that failed."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
+    """In one line."""
     return str(error).partition("\n")[0]
 
 

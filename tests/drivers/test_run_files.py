@@ -1,7 +1,12 @@
 """What a run writes and shows: numbers that mean what docs/metrics.md says, and logging that never ends a run."""
 
+import io
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -193,6 +198,67 @@ def test_lines_that_have_no_room_wait_and_none_is_ever_half_there(tmp_path, caps
         log.log("train", 7, rows[7])
         log.close()
     assert "1 lines" in capsys.readouterr().err
+
+
+def test_an_interrupt_writes_no_line_twice(tmp_path, monkeypatch):
+    """Between the kernel's write and the end of it."""
+    lines, write = Lines(tmp_path / "a.jsonl"), os.write
+
+    def interrupted(descriptor, content):
+        written = write(descriptor, content)
+        os.kill(os.getpid(), signal.SIGINT)
+        return written
+
+    monkeypatch.setattr(os, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lines.add({"step": 1})
+    monkeypatch.undo()
+    lines.add({"step": 2})
+    lines.close()
+    assert (tmp_path / "a.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_before_a_checkpoint_no_line_may_wait(tmp_path):
+    lines, file = Lines(tmp_path / "a.jsonl"), tmp_path / "a.jsonl"
+    lines.add({"step": 1})
+    with no_file_beyond(12):
+        assert lines.add({"step": 2})
+        with pytest.raises(OSError, match=r"1 lines of .*a\.jsonl could not be written"):
+            lines.sync()
+    assert file.read_text() == '{"step": 1}\n'
+    lines.sync()
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_screen_that_is_full_ends_no_run(tmp_path, monkeypatch):
+    log = RunLog(tmp_path, tiny_config())
+    raw = os.fdopen(os.open("/dev/full", os.O_WRONLY), "wb", buffering=0)
+    with io.TextIOWrapper(raw, write_through=True) as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", full)
+        RunLog._attempt("TensorBoard", lambda: 1 / 0)
+        log._tensorboard.close()
+        log._tensorboard = None
+        with no_file_beyond(0):
+            log.log("train", 1, {"reward": 1.0})
+            log.close()
+        (tmp_path / "metrics.jsonl").write_text("no line\n")
+        RunLog(tmp_path, tiny_config(), after=1).close()
+
+
+def test_a_reader_that_has_gone_ends_no_run():
+    """`train.py | head`: rich would end the program."""
+    program = (
+        "import sys, time; from drivers.display import Display; show = Display(3)\n"
+        "for _ in range(2000): show.say('x' * 200)\n"
+        "print('still here', file=sys.stderr)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (0, "still here\n")
 
 
 def test_a_number_that_is_none_is_null(tmp_path):
