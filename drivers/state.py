@@ -1,5 +1,6 @@
 """All that the next step of a run depends on, beside its settings, its data and its engine: one value."""
 
+import math
 import random
 from collections import deque
 from typing import Any
@@ -29,7 +30,7 @@ class TrainingState:
         self.pending: Collected | None = None
         """What was sampled ahead, for the step after `step`."""
         self.grad_norms: deque[float] = deque(maxlen=N_NORMS)
-        """Of the last updates that were made."""
+        """Of the last updates, those that were left out among them: a lasting rise must not be skipped for ever."""
         self.accuracies: dict[int, float] = {}
         """Of the evaluations so far, by step."""
         self.mark()
@@ -38,9 +39,10 @@ class TrainingState:
         """Take the optimizer's step, or leave weights and moments as they are. Returns `made`."""
         if made:
             self.optimizer.step()
-            self.grad_norms.append(grad_norm)
         else:
             self.optimizer.zero_grad()
+        if 0 < grad_norm < math.inf:  # 0 is no size to compare others with
+            self.grad_norms.append(grad_norm)
         return made
 
     def mark(self) -> None:

@@ -162,6 +162,15 @@ def test_a_spike_is_told_or_skipped(tmp_path, choice, skipped):
     assert same == bool(skipped)
 
 
+def test_a_rise_that_lasts_is_skipped_for_a_while_only(tmp_path):
+    """What is left out has a norm all the same, so the median follows; its weights and moments do not."""
+    settings = {"n_grpo_steps": 24, "learning_rate": 1e-4}
+    _, moments = go(tmp_path, Sometimes(1e5, set(range(12, 25))), on_anomaly="skip", **settings)
+    skipped = [row["skipped_updates"] for row in go.rows["train"]]
+    assert skipped == [0] * 11 + [1] * 10 + [0] * 3
+    assert all(torch.equal(a, b) for a, b in zip(moments[10], moments[20], strict=True))
+
+
 @pytest.mark.slow
 def test_a_spike_can_end_the_run(tmp_path):
     with pytest.raises(UnsoundRunError, match="times the median"):
