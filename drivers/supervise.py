@@ -19,6 +19,20 @@ _LOOK_EVERY_S = 0.2
 _COME_OUT_S = 10.0
 
 
+def in_thread(call: Callable[[], T], name: str) -> Future[T]:
+    """What `call` gives, in a thread that nobody waits for when the program ends: it may never come out."""
+    answer: Future[T] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(call())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True, name=name).start()
+    return answer
+
+
 def within(
     seconds: float,
     call: Callable[[], T],
@@ -32,23 +46,14 @@ def within(
     """
     if not is_alive():
         raise EngineDiedError("its process has ended")
-    answer: Future[T] = Future()
-
-    def ask() -> None:
-        try:
-            answer.set_result(call())
-        except BaseException as error:
-            answer.set_exception(error)
-
-    thread = threading.Thread(target=ask, daemon=True, name="engine")
-    thread.start()
+    answer = in_thread(call, "engine")
     end = time.monotonic() + seconds
     while not wait([answer], timeout=_LOOK_EVERY_S).done:
         died = not is_alive()
         if died or time.monotonic() > end:
             with suppress(Exception):  # what it fails of is no news of an engine that failed
                 give_up()
-            thread.join(_COME_OUT_S)
+            wait([answer], _COME_OUT_S)
             raise EngineDiedError("its process has ended") if died else TimeoutError
     return answer.result()
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -23,7 +24,7 @@ from vllm.utils.network_utils import get_open_port
 
 from drivers.errors import EngineDiedError, UsageError
 from drivers.rollout import Completion, Sampling
-from drivers.supervise import within
+from drivers.supervise import in_thread, within
 from drivers.vllm_engine import PACKED_BUFFER_BYTES, HostTrainerInit, read_checksums, sampling_parameters, settle
 from drivers.weights import Checksum, PolicyWeights
 
@@ -34,12 +35,34 @@ START_S = 600.0
 CLOSE_S = 10.0
 """How long servers may take to let go of this process; a dead one never does."""
 RESET_TRIES, RESET_WAIT_S = 20, 0.25
+CONNECT_S = 60.0
+"""How long a connection may take, and how long a host may say nothing at all before it has vanished."""
 MAX_CONNECTIONS = 512
+_LOOK_EVERY_S = 0.2
 COMMAND = (
     "VLLM_SERVER_DEV_MODE=1 PYTHONPATH=. vllm serve MODEL --enable-scale-out --logprobs-mode processed_logprobs "
     "--load-format dummy --max-model-len TOKENS "
     '--weight-transfer-config \'{"backend": "%s"}\' --worker-extension-cls drivers.vllm_engine.WorkerExtension'
 )
+
+
+def keepalive() -> list[tuple[int, int, int]]:
+    """Options of a socket by which a host that vanishes is noticed after `CONNECT_S`, in the middle of an answer too.
+
+    Else the kernel would wait for hours: a machine that has lost its power ends no connection.
+    """
+    options = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+    # Asked after half of the time, three times; and what is sent and not acknowledged. Not every system has all.
+    seconds = int(CONNECT_S)
+    for name, value in {
+        "TCP_KEEPIDLE": seconds // 2,
+        "TCP_KEEPINTVL": seconds // 6,
+        "TCP_KEEPCNT": 3,
+        "TCP_USER_TIMEOUT": 1000 * seconds,
+    }.items():
+        if hasattr(socket, name):
+            options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
+    return options
 
 
 class Servers:
@@ -49,15 +72,18 @@ class Servers:
         self.urls = [url.rstrip("/") for url in urls]
         self._timeout_s = timeout_s
         # A connection is used once: vLLM closes it after an error, and when it was idle for some seconds.
-        self._client = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0))
-        self._threads = futures.ThreadPoolExecutor(len(self.urls), thread_name_prefix="server")
+        limits = httpx.Limits(max_keepalive_connections=0)
+        transport = httpx.HTTPTransport(limits=limits, socket_options=keepalive())
+        self._client = httpx.Client(transport=transport, trust_env=False)  # nor is a proxy on the way to a server
+        self._closed = False
         self.sizes = [1] * len(self.urls)
         """Workers of each."""
         self.failed: Exception | None = None
         """Why nothing more is to be sent."""
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """Who still waits for an answer comes out, but for the threads that ask: nothing waits for those."""
+        self._closed = True
         self._client.close()
 
     def wait(self, seconds: float) -> None:
@@ -78,19 +104,23 @@ class Servers:
         """One answer of each, or the first error; a TimeoutError after `seconds`. `bodies` are theirs, in order."""
         seconds = self._timeout_s if seconds is None else seconds
 
+        timeout = httpx.Timeout(seconds, connect=min(seconds, CONNECT_S))
+
         def ask(url: str, body: Any) -> Any:
-            answer = self._client.request(method, f"{url}/{path}", json=body, timeout=seconds)
+            answer = self._client.request(method, f"{url}/{path}", json=body, timeout=timeout)
             answer.raise_for_status()
             return answer.json() if answer.content else None
 
-        requests = [
-            self._threads.submit(ask, url, body)
-            for url, body in zip(self.urls, bodies or [None] * len(self.urls), strict=True)
-        ]
-        waiting = futures.wait(requests, seconds, futures.FIRST_EXCEPTION).not_done
+        bodies = bodies or [None] * len(self.urls)
+        requests = [in_thread(partial(ask, *one), "server") for one in zip(self.urls, bodies, strict=True)]
+        end, waiting = time.monotonic() + seconds, set(requests)
+        while waiting and not self._closed and time.monotonic() < end:
+            done, waiting = futures.wait(requests, _LOOK_EVERY_S, futures.FIRST_EXCEPTION)
+            if any(request.exception() for request in done):
+                break
         answers = [request.result() for request in requests if request not in waiting]
         if waiting:
-            raise TimeoutError
+            raise (self._closed and self.failed) or TimeoutError
         return answers
 
     def post(self, path: str, body: Any = None, seconds: float | None = None) -> list[Any]:
@@ -235,7 +265,9 @@ class ServerEngine:
     async def _generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[Completion]:
         urls = self._servers.urls
         limits = httpx.Limits(max_connections=MAX_CONNECTIONS)
-        async with httpx.AsyncClient(timeout=httpx.Timeout(self._deadline_s, pool=None), limits=limits) as client:
+        timeout = httpx.Timeout(self._deadline_s, connect=min(self._deadline_s, CONNECT_S), pool=None)
+        transport = httpx.AsyncHTTPTransport(limits=limits, socket_options=keepalive())
+        async with httpx.AsyncClient(timeout=timeout, transport=transport, trust_env=False) as client:
             groups = await asyncio.gather(
                 *(
                     self._ask_for_one(client, urls[i % len(urls)], prompt, sampling, seed + i * sampling.n)

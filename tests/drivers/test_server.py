@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -443,6 +444,92 @@ def test_closing_does_not_wait_for_a_dead_server(stub, monkeypatch):
     end.set()
     with pytest.raises(EngineDiedError, match="were given up"):
         engine.load_weights(0)
+
+
+ENDING = """
+    import sys
+    from concurrent.futures import ThreadPoolExecutor
+    from types import SimpleNamespace
+    from drivers import environment
+    from drivers.errors import EngineDiedError
+    from tests.drivers.test_server import engine_of
+    engine = engine_of(*(SimpleNamespace(url=url) for url in sys.argv[1:]), deadline_s=3600.0)
+    threads = ThreadPoolExecutor(1)  # as nccl's sender asks
+    engine._sender.send_weights = lambda: threads.submit(engine._servers.update_weights, {}).result()
+    try:
+        engine.load_weights(0)
+    except EngineDiedError:
+        print("told", flush=True)
+    engine.close()
+"""
+
+
+def test_a_process_ends_though_a_server_never_answers(stub, tmp_path):
+    """The other one has failed, which ends the run: who still waits for the first must not keep the process."""
+    script, end, other = tmp_path / "ending.py", threading.Event(), Stub()
+    script.write_text(textwrap.dedent(ENDING))
+    threading.Thread(target=other.serve_forever, args=(0.05,), daemon=True).start()
+    stub.answers["update_weights"] = lambda: end.wait(120) and {}
+    other.answers["update_weights"] = 500
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script), stub.url, other.url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            assert any(line == "told\n" for line in process.stdout)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+            end.set()
+            other.shutdown()
+            other.server_close()
+
+
+def test_who_waits_for_an_answer_comes_out_when_the_servers_are_given_up(stub):
+    """vLLM's own sender asks in a thread that Python waits for at its end."""
+    engine, end, came_out = engine_of(stub), threading.Event(), threading.Event()
+    stub.answers["update_weights"] = end.wait
+
+    def ask():
+        with suppress(EngineDiedError):
+            engine._servers.update_weights({})
+        came_out.set()
+
+    threading.Thread(target=ask, daemon=True).start()
+    wait_until(lambda: stub.asked[-1][0] == "update_weights")
+    engine.close()
+    assert came_out.wait(10)
+    end.set()
+
+
+def test_a_host_that_vanishes_is_noticed_by_the_kernel(stub, monkeypatch):
+    """On every connection, of either client; and no proxy of the environment is asked for one."""
+    from drivers import vllm_server
+
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    made = []
+
+    class Noting(socket.socket):
+        def setsockopt(self, *option):
+            made.append(option)
+            super().setsockopt(*option)
+
+    monkeypatch.setattr(vllm_server.socket, "socket", Noting)
+    choice = {"index": 0, "text": "a", "token_ids": [1], "finish_reason": "stop"}
+    choice |= {"logprobs": {"content": [{"logprob": -1.0}]}, "weight_versions": [{"version": "7"}]}
+    stub.answers["inference/v1/generate"] = {"choices": [choice]}
+    engine = engine_of(stub)
+    engine.load_weights(7)
+    for ask in (lambda: engine.received(), lambda: engine.generate([[1]], Sampling(), seed=0)):
+        made.clear()
+        ask()
+        assert set(vllm_server.keepalive()) <= set(made)
+    engine.close()
+    wanted = {socket.TCP_KEEPIDLE: 30, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 3, socket.TCP_USER_TIMEOUT: 60000}
+    assert {name: value for level, name, value in vllm_server.keepalive() if level == socket.IPPROTO_TCP} == wanted
+    monkeypatch.delattr(socket, "TCP_KEEPIDLE")  # as on some systems
+    assert len(vllm_server.keepalive()) == 4
 
 
 def test_a_push_that_was_broken_off_is_ended_before_the_next(stub):
