@@ -1,12 +1,15 @@
 """The commands that an installed package has: `grpo-train` is `python drivers/train.py`, and so on."""
 
 import sys
+from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 
 
 def run(program: str) -> None:
     """The program's command line. What it needs is an extra of the package, and may not be there."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        tell_help(program, sys.argv[1:])
     try:
         main = import_module(f"drivers.{program}").main
     except ModuleNotFoundError as error:
@@ -19,6 +22,22 @@ def run(program: str) -> None:
         )
         raise SystemExit(2) from None
     main()
+
+
+def tell_help(program: str, arguments: Sequence[str]) -> None:
+    """Of the programs that need much: from their settings alone, which need no more than the functions do."""
+    from drivers.config import EvaluateConfig, parse, parse_train_config
+    from drivers.sft_config import ExpertIterationConfig, SftConfig, parse_settings
+
+    match program:
+        case "train":
+            parse_train_config(arguments)
+        case "sft":
+            parse_settings(SftConfig, arguments)
+        case "expert_iteration":
+            parse_settings(ExpertIterationConfig, arguments)
+        case "evaluate":
+            parse(EvaluateConfig, arguments, EvaluateConfig())
 
 
 train = partial(run, "train")

@@ -345,7 +345,9 @@ def make_panels(groups: Sequence[Series]) -> list[Panel]:
     """Those of which some run has logged anything, each with the quantities that there are."""
     panels = []
     rows = (row for series in groups for run in series.runs for row in run.rows.get("train", ()))
-    parts = {name: logged("train", name) for name in sorted({name for row in rows for name in row}) if name.startswith(PART)}
+    parts = {
+        name: logged("train", name) for name in sorted({name for row in rows for name in row}) if name.startswith(PART)
+    }
     named = {name.removeprefix(PART): values for name, values in parts.items()}
     first, *others = PANELS
     for title, unit, is_share, quantities in (first, ("Parts of the reward", "mean", False, named), *others):

@@ -4,25 +4,53 @@ import email
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
-LIGHT = {"torch", "einops", "jaxtyping", "beartype", "mpmath"}
-"""What the functions need. mpmath is loaded when two answers are compared as expressions, and not before."""
+LIGHT = {"torch", "einops", "jaxtyping", "beartype", "mpmath", "tyro"}
+"""What the functions need; mpmath is loaded when two answers are compared as expressions, and not before. And tyro, for
+the help of the commands."""
 
 ONLY_LIGHT = """
 import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {refused}:
-            raise ModuleNotFoundError(f"No module named {{name}}", name=name.split(".")[0])
-sys.meta_path.insert(0, Refuse())
+from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
+
+class Installed:
+    # Nothing else is there, as in an environment that was empty before.
+    find_distributions = PathFinder.find_distributions
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        first = name.split(".")[0]
+        is_there = first in {allowed} or first in sys.stdlib_module_names
+        return PathFinder.find_spec(name, path, target) if is_there else None
+
+sys.meta_path[:] = [BuiltinImporter, FrozenImporter, Installed]
 sys.path[:] = [entry for entry in sys.path if entry != {root!r}]
 sys.path.insert(0, {target!r})
 """
-REFUSED = {"transformers", "tyro", "rich", "vllm", "matplotlib", "wandb", "safetensors", "peft", "httpx", "accelerate"}
+
+
+def what_pip_brings(names):
+    """The modules of these distributions and of all that they require, on this machine, without extras."""
+    found, waiting = set(), [*names]
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        if name in found:
+            continue
+        found.add(name)
+        for requirement in map(Requirement, requires(name) or ()):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                waiting.append(requirement.name)
+    return {
+        module
+        for module, owners in packages_distributions().items()
+        if any(canonicalize_name(owner) in found for owner in owners)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +72,8 @@ def installed(wheel, tmp_path_factory):
 
 def run_light(installed, code, **kwargs):
     """In a process that has what the functions need, and nothing of what the programs need."""
-    begin = ONLY_LIGHT.format(refused=REFUSED, root=str(ROOT), target=str(installed))
+    allowed = what_pip_brings(LIGHT) | {"grpo_core", "drivers"}
+    begin = ONLY_LIGHT.format(allowed=allowed, root=str(ROOT), target=str(installed))
     command = [sys.executable, "-P", "-c", begin + code]
     return subprocess.run(command, cwd=installed, capture_output=True, text=True, check=False, **kwargs)
 
@@ -67,7 +96,7 @@ def test_the_functions_work_with_light_packages_alone(installed):
     code = """
 import grpo_core, torch
 assert grpo_core.__file__.startswith({target!r}), grpo_core.__file__
-assert "mpmath" not in sys.modules
+assert not {{"mpmath", "tyro"}} & sys.modules.keys()
 advantages = grpo_core.normalize_group_rewards(torch.tensor([1.0, 0.0]), 2)
 assert advantages[0] > 0 > advantages[1]
 assert grpo_core.question_only_reward_fn(r"\\\\boxed{{1/2}}", "0.5")["reward"] == 1.0
@@ -77,11 +106,34 @@ print("fine")
     assert done.stdout == "fine\n", done.stderr
 
 
+def test_a_light_environment_is_one():
+    allowed = what_pip_brings(LIGHT)
+    assert {"torch", "sympy", "jaxtyping", "beartype", "mpmath", "tyro"} <= allowed
+    assert not {"transformers", "rich", "vllm", "matplotlib", "wandb", "safetensors", "peft", "httpx"} & allowed
+
+
+@pytest.mark.slow
+def test_help_needs_no_more_than_the_functions_do(installed):
+    code = """
+from drivers import commands
+sys.argv = ["grpo", "--help"]
+for program in ("train", "sft", "expert_iteration", "evaluate"):
+    try:
+        getattr(commands, program)()
+    except SystemExit as ended:
+        assert ended.code == 0
+        print("told", program)
+"""
+    done = run_light(installed, code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("told ") == done.stdout.count("--sampling-max-tokens INT") == 4, done.stdout
+
+
 @pytest.mark.slow
 def test_a_command_says_which_package_is_missing(installed):
     done = run_light(installed, "from drivers.commands import train; train()")
     assert done.returncode == 2
-    assert done.stderr.startswith("grpo-train: the package ")
+    assert "\ngrpo-train: the package " in f"\n{done.stderr}"
     assert "pip install 'grpo_core[gpu]'" in done.stderr
     assert "Traceback" not in done.stderr
 
