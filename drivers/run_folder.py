@@ -1,8 +1,12 @@
 """The folder of a run, and the checkpoints in it: which one to go on from, which ones to keep."""
 
 import errno
+import fcntl
 import os
+import re
+import socket
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -11,6 +15,9 @@ from drivers.errors import UsageError
 from drivers.files import UNFINISHED, disappear
 
 BEST = "best_checkpoint"
+LOCK = "run.lock"
+"""Held by the process that trains in the folder; it names it."""
+_held: dict[Path, int] = {}
 N_RESUMABLE = 2
 """So many checkpoints keep what training goes on from: should the newest be damaged, there is the one before."""
 
@@ -35,20 +42,64 @@ def create_run_folder(flag: str, path: str | None, name: str, *, marker: str) ->
 
 def abandon_run_folder(folder: Path, marker: str) -> None:
     """Take an empty `marker` back, and the folder if nothing else is in it: the run never began."""
-    (folder / marker).unlink(missing_ok=True)
+    for name in (marker, LOCK):
+        (folder / name).unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()
+
+
+def hold(flag: str, folder: Path) -> None:
+    """No other process may train there until `let_go`, or the end of this one, however it ends: a UsageError there.
+
+    Two that go on with one run, as a job that is queued anew before the first has ended, would take each other's files
+    away. It is a lock of the process: a child that lives on does not have it. Without a file system that has locks,
+    or a folder that can be written to, nothing is held.
+    """
+    path = (folder / LOCK).resolve()
+    if path in _held:
+        return
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError:  # who writes there tells why it cannot be
+        return
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
+        os.close(file)
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise UsageError(
+                f"{flag} {folder}: {holder} is training in it; end that one first, or wait until it has ended"
+            ) from error
+        return
+    with suppress(OSError):  # a full disk
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    _held[path] = file
+
+
+def let_go(folder: Path) -> None:
+    """Others may train there. The file stays: taken away, two might hold one of that name each."""
+    file = _held.pop((folder / LOCK).resolve(), None)
+    if file is not None:
+        os.close(file)
+
+
+_OWN = re.compile(r"checkpoint-(\d+)(-stopped)?(-\d+)?")
+"""What `Run.save` gives, with what `free_name` adds; any other name is a person's."""
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Those of a run with the steps that they hold, oldest first."""
     found = []
     for one in folder.glob("checkpoint-*"):
+        name = _OWN.fullmatch(one.name)
+        if name is None or not one.is_dir():
+            continue
         try:
             found.append((int(read_facts(one)["step"]), one))
         except (OSError, ValueError, KeyError, TypeError):  # damaged; its name says it too
-            number = one.name.split("-")[1]
-            found.append((int(number) if number.isdigit() else -1, one))
+            found.append((int(name[1]), one))
     return sorted(found)
 
 

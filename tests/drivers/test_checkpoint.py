@@ -17,7 +17,7 @@ from drivers.checkpoint import FACTS, MANIFEST, TENSORS, find_damage, save_check
 from drivers.errors import UsageError
 from drivers.files import write_json
 from drivers.run import finished_model, open_run_folder
-from drivers.run_folder import BEST, find_checkpoint, newest_checkpoint, tidy
+from drivers.run_folder import BEST, LOCK, checkpoints, find_checkpoint, let_go, newest_checkpoint, tidy
 from tests.drivers.parts import tiny_config
 from tests.tiny import make_tiny_policy, make_tiny_tokenizer
 
@@ -204,6 +204,24 @@ def test_what_is_kept(tmp_path):
     assert tidy(tmp_path, {}, None) is None  # nothing was evaluated
 
 
+def test_what_a_person_puts_beside_them_is_left_alone(tmp_path):
+    """An archive, a copy of another name: neither is removed, renamed, or taken for the newest."""
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    shutil.copytree(tmp_path / "checkpoint-1", tmp_path / "checkpoint-1-for-the-paper")
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-2-stopped-2")
+    (tmp_path / "checkpoint-9.tar.gz").write_text("an archive")
+    (tmp_path / "checkpoint-8").write_text("a note")
+    assert [one.name for _, one in checkpoints(tmp_path)] == [
+        *("checkpoint-1", "checkpoint-2", "checkpoint-2-stopped-2", "checkpoint-3")
+    ]
+    tidy(tmp_path, {}, 1)
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {
+        *("checkpoint-1-for-the-paper", "checkpoint-3", "checkpoint-8", "checkpoint-9.tar.gz")
+    }
+    assert (tmp_path / "checkpoint-1-for-the-paper" / TENSORS).exists()
+
+
 @pytest.mark.parametrize("keep", [1, 2])
 def test_stops_do_not_cost_the_checkpoint_that_training_goes_on_from(tmp_path, keep):
     """Of a stop in mid-step the model alone is kept, however new it is."""
@@ -250,7 +268,8 @@ def test_a_run_without_a_usable_checkpoint_begins_again_and_says_so(tmp_path):
     settings = tiny_config(save_dir=str(tmp_path), resume="auto")
     assert open_run_folder(settings, said.append) == (tmp_path, None)
     assert [f"nothing can go on from {tmp_path}/checkpoint-{n}" in said[n - 3] for n in (5, 6)] == [True, True]
-    names = {path.name for path in tmp_path.iterdir()} - {"metrics.jsonl"}
+    let_go(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()} - {"metrics.jsonl", LOCK}
     assert names == {
         f"superseded-{name}" for name in ("checkpoint-5", "checkpoint-6", "metrics.jsonl", "completions.jsonl")
     }
