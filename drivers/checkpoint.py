@@ -246,8 +246,8 @@ def read_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 def _plain_checkpointing() -> Iterator[None]:
     """Without warnings of torch about what is as meant: one process that is not distributed. Failures as they are.
 
-    torch catches whatever is raised, Ctrl-C and mistakes of a program too, and raises an exception of its own, the same
-    on all ranks; what is no refusal of the disk must not pass for one.
+    torch catches whatever is raised, Ctrl-C and mistakes of a program too, and raises an exception of its own, the
+    same on all ranks; what is no refusal of the disk must not pass for one.
     """
     try:
         with warnings.catch_warnings():

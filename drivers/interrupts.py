@@ -9,9 +9,9 @@ from types import FrameType
 
 @contextmanager
 def terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM, and SIGHUP of a connection that was lost, raise KeyboardInterrupt as Ctrl-C does: a checkpoint is saved.
+    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does: both save a checkpoint.
 
-    Under nohup, SIGHUP is ignored as before.
+    So does SIGHUP, of a connection that was lost; under nohup it is ignored as before.
     """
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from drivers import ranks
 from drivers.checkpoint import (
+    FACTS,
     TENSORS,
     WRITE_ERRORS,
     precision_of,
@@ -52,14 +53,16 @@ from drivers.run_folder import (
     checkpoints,
     create_run_folder,
     find_checkpoint,
+    hold,
     later_checkpoints,
+    let_go,
     newest_checkpoint,
     tidy,
 )
 from drivers.run_log import NoLog, RunLog
 from drivers.samples import with_values
 from drivers.self_check import DEFAULT_TOLERANCE, Agreement, check_engine
-from drivers.state import TrainingState
+from drivers.state import TrainingState, check_resumed, fingerprint
 from drivers.weights import PolicyWeights
 
 N_SELF_CHECK_PROMPTS = 4
@@ -79,14 +82,16 @@ class Run:
         display: Display,
         checkpoint: Path | None = None,
         settings: Settings | None = None,
+        data: str | None = None,
     ) -> None:
         """`checkpoint`: of this run, to go on from; what was logged after it is dropped.
 
-        `settings`: the program's own, which are written down, where they are not `config`.
+        `settings`: the program's own, which are written down, where they are not `config`. `data`: the `fingerprint`
+        of what is drawn from, which checkpoints keep.
         """
         self.config, self.folder, self.tokenizer, self.display = config, folder, tokenizer, display
         self.state: TrainingState | None = None
-        self._checkpoint, self._settings = checkpoint, settings
+        self._checkpoint, self._settings, self._data = checkpoint, settings, data
         self._begun_after = -1 if checkpoint is None else int(read_facts(checkpoint)["step"])
         self._log: RunLog | NoLog = NoLog()
         self._seconds: dict[str, float] = {}
@@ -108,6 +113,8 @@ class Run:
             try:
                 read_tensors(self._checkpoint / TENSORS, state.tensors())
                 state.restore(read_facts(self._checkpoint))
+            except UsageError:
+                raise
             except Exception as error:  # a state that another program has written fails in any way
                 if isinstance(error, RuntimeError) and ranks.is_lost(error):
                     raise
@@ -135,6 +142,10 @@ class Run:
             self._seconds.clear()
             self.display.begin_step()
             yield step
+
+    def is_first(self, step: int) -> bool:
+        """Whether it is the first step of this process, after which the engine is checked: a resumed run too."""
+        return step == max(self._begun_after, 0) + 1
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Time the block, and show it as what is going on."""
@@ -253,7 +264,9 @@ class Run:
         assert self.state is not None
         folder, seconds, state = self.folder / name, dict[str, float](), self.state
         whole = state.is_whole and name.startswith("checkpoint")
-        facts, tensors = (state.facts(), state.tensors()) if whole else ({"step": state.step}, None)
+        facts, tensors = ({"step": state.step}, None)
+        if whole:
+            facts, tensors = state.facts() | ({"data": self._data} if self._data else {}), state.tensors()
         with self.display.phase("save", seconds), uninterrupted():
             try:
                 self._log.sync()
@@ -309,6 +322,7 @@ class Run:
     def finish(self) -> None:
         """Close the log and draw its picture."""
         self._log.close()
+        let_go(self.folder)
         if ranks.is_first():
             try:
                 draw_curves(self.folder)
@@ -382,7 +396,10 @@ def build(
         if ranks.is_first():
             grade = unless_prepared.enter_context(start_grading(config, lambda text: display.say(f"warning: {text}")))
         folder, checkpoint = ranks.lead(partial(open_run_folder, config, display.say))
+        data = fingerprint(train_set)
         try:
+            if checkpoint is not None:
+                check_resumed(config, read_facts(checkpoint), data)
             # In a prompt and a response of sampling_max_tokens there is room for each demonstration too.
             longest = max(question.n_tokens(config.sampling_max_tokens) for question in (*train_set, *val_set))
             longest -= config.sampling_max_tokens
@@ -391,9 +408,10 @@ def build(
         except BaseException:
             if ranks.is_first() and checkpoint is None:
                 abandon_run_folder(folder, RUN_MARKER)
+            let_go(folder)
             raise
         display.say(f"{len(train_set)} training and {len(val_set)} held-out questions; run folder {folder}/")
-        run = Run(config, folder, tokenizer, display, checkpoint, settings)
+        run = Run(config, folder, tokenizer, display, checkpoint, settings, data)
         unless_prepared.pop_all()
     for warning in config.warnings:
         run.warn(warning)
@@ -406,12 +424,16 @@ def _reason(error: BaseException) -> str:
 
 
 def open_run_folder(config: GrpoConfig, say: Callable[[str], None]) -> tuple[Path, Path | None]:
-    """The run's folder, and the checkpoint in it to go on from, if there is one."""
+    """The run's folder, held by this process, and the checkpoint in it to go on from, if there is one."""
     name = config.recipe or Path(str(config.model_path)).name
     if config.resume is None:
-        return create_run_folder("--save-dir", config.save_dir, name, marker=RUN_MARKER), None
+        folder = create_run_folder("--save-dir", config.save_dir, name, marker=RUN_MARKER)
+        hold("--save-dir", folder)
+        return folder, None
     if config.resume != "auto":
-        checkpoint = find_checkpoint(Path(config.resume), say)
+        path = Path(config.resume)
+        hold("--resume", path.parent if (path / FACTS).exists() else path)
+        checkpoint = find_checkpoint(path, say)
         if checkpoint is None:
             raise UsageError(
                 f"--resume {config.resume}: a checkpoint with a folder {TENSORS}, or a run that has one, is required"
@@ -419,6 +441,7 @@ def open_run_folder(config: GrpoConfig, say: Callable[[str], None]) -> tuple[Pat
         return checkpoint.parent, checkpoint
     assert config.save_dir is not None  # the settings refuse that
     folder = Path(config.save_dir)
+    hold("--save-dir", folder)
     checkpoint = find_checkpoint(folder, say)
     if checkpoint is None:
         if (folder / FINAL).exists():
@@ -432,6 +455,7 @@ def open_run_folder(config: GrpoConfig, say: Callable[[str], None]) -> tuple[Pat
         for file in (RUN_MARKER, "completions.jsonl"):  # it ended before its first one
             set_aside(folder / file)
         create_run_folder("--save-dir", config.save_dir, name, marker=RUN_MARKER)
+        hold("--save-dir", folder)
     return folder, checkpoint
 
 

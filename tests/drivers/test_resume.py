@@ -3,10 +3,14 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,20 +19,24 @@ import torch
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from transformers import AutoModelForCausalLM
 
+from drivers import train as program
+from drivers.batch import Collected
 from drivers.checkpoint import FACTS, TENSORS, find_damage, read_facts, read_tensors
 from drivers.errors import UnsoundRunError, UsageError
 from drivers.interrupts import terminate_as_interrupt
 from drivers.program import keep_what_was_made
 from drivers.rollout import HFReplica
-from drivers.run import Run
-from drivers.run_folder import find_checkpoint
+from drivers.run import Run, open_run_folder
+from drivers.run_folder import find_checkpoint, hold, let_go
 from drivers.run_log import Lines, RunLog
 from drivers.series import read_metrics
+from drivers.state import TrainingState, check_resumed, fingerprint
 from drivers.train import train
 from drivers.weights import PolicyWeights
-from tests.drivers.parts import letter_grader, tiny_config, tiny_parts
+from tests.drivers.parts import letter_grader, letter_questions, tiny_config, tiny_parts
 from tests.drivers.test_checkpoint import no_file_beyond
 from tests.drivers.test_train import weights
+from tests.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = {"n_grpo_steps": 6, "learning_rate": 1e-2, "eval_steps": 2, "checkpoint_steps": 1}
@@ -345,6 +353,167 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path):
     again = go(folder, checkpoint)
     assert_same(again, whole)
     assert (folder / "superseded-checkpoint-6").exists()
+
+
+def as_kept(config):
+    return json.loads(json.dumps(TrainingState(config, tiny_parts().policy).facts()))
+
+
+def restored(config, facts):
+    state = TrainingState(config, tiny_parts().policy)
+    assert state.tensors()  # they are there to be filled
+    state.restore(facts)
+    return state
+
+
+def sampled_ahead(config):
+    parts = tiny_parts()
+    completions = parts.engine.generate([parts.questions[0].prompt_token_ids], config.sampling, seed=0)
+    scores = [{"reward": 1.0}] * len(completions)
+    return Collected(completions, scores, torch.ones(len(completions)), None, {"rollout_entropy": 1.0}).to_json()
+
+
+ADAPTIVE = {"entropy_target": 6.0, "entropy_coef": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("before", "changed", "message"),
+    [
+        ({}, {"seed": 1}, r"--seed 1: with --resume seed=0 holds"),
+        (ADAPTIVE, {"entropy_coef": 0.02}, r"--entropy-coef 0.02: with --resume entropy_coef=0.01 holds"),
+        (
+            {},
+            {"group_size": 4, "ahead": True},
+            r"--group-size 4: with --resume group_size=8 holds, for the",
+        ),
+        ({}, {"sampling_temperature": 0.7, "ahead": True}, r"--sampling-temperature 0.7: with --resume"),
+        ({}, {"advantage": "remax", "ahead": True}, r"--advantage remax: with --resume advantage='group' holds"),
+    ],
+)
+def test_what_would_not_be_heeded_is_refused(before, changed, message):
+    changed = dict(changed)
+    facts = as_kept(tiny_config(**before))
+    if changed.pop("ahead", False):
+        facts["pending"] = sampled_ahead(tiny_config())
+    settings = tiny_config(**before | changed)
+    with pytest.raises(UsageError, match=message):
+        restored(settings, facts)
+    del facts["settings"]  # a checkpoint from before they were kept
+    restored(settings, facts)
+
+
+def test_what_is_heeded_is_taken():
+    """Of a step that is still to be sampled all may be changed; and each number is the one that was given."""
+    restored(tiny_config(group_size=4, advantage="remax"), as_kept(tiny_config()))
+    facts = as_kept(tiny_config()) | {"pending": sampled_ahead(tiny_config())}
+    restored(tiny_config(advantage="leave_one_out"), facts)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "applied"),
+    [
+        ({"entropy_coef": 0.01}, {"entropy_coef": 0.05}, 0.05),
+        ({"entropy_coef": 0.01}, {"entropy_coef": 0.0}, 0.0),
+        ({"entropy_coef": 0.01}, ADAPTIVE | {"entropy_coef": 0.05}, 0.05),
+        (ADAPTIVE, {"entropy_coef": 0.05}, 0.05),
+        (ADAPTIVE, ADAPTIVE | {"entropy_target": 5.0}, 0.3),
+    ],
+)
+def test_the_entropy_coefficient_is_what_was_given_unless_it_is_adapted(before, after, applied):
+    facts = as_kept(tiny_config(**before)) | ({"entropy_coef": 0.3} if before is ADAPTIVE else {})
+    assert restored(tiny_config(**after), facts).bonus.value == applied
+
+
+def test_other_questions_are_refused_and_another_order_is_none():
+    questions = letter_questions(tiny_parts().tokenizer)
+    facts = as_kept(tiny_config()) | {"data": fingerprint(questions)}
+    check_resumed(tiny_config(), facts, fingerprint(questions[::-1]))
+    example = questions[0].example
+    others = {
+        "fewer": questions[1:],
+        "answer": [replace(questions[0], example=replace(example, answer="b")), *questions[1:]],
+        "prompt": [replace(questions[0], prompt_token_ids=(1, 2)), *questions[1:]],
+    }
+    for other in others.values():
+        with pytest.raises(UsageError, match=r"--data-path .*, --prompt-path .*: with --resume the prompts"):
+            check_resumed(tiny_config(), facts, fingerprint(other))
+    check_resumed(tiny_config(), as_kept(tiny_config()), fingerprint(questions))  # an older checkpoint
+
+
+def in_another_process(act):
+    """A copy of this one, which does no more than that, and waits to be ended."""
+    told, tells = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            act()
+            os.write(tells, b"1")
+        except BaseException:
+            os.write(tells, b"0")
+        time.sleep(1000)
+        os._exit(0)
+    return pid, os.read(told, 1) == b"1"
+
+
+def end(pid):
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def test_one_process_at_a_time_goes_on_with_a_run(tmp_path):
+    """A job that was queued anew must not take away what the first still writes; a killed one holds nothing."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("metrics.jsonl", "config.json"):
+        (folder / name).touch()
+    config = tiny_config(resume="auto", save_dir=str(folder))
+    pid, held = in_another_process(lambda: hold("--resume", folder))
+    try:
+        assert held
+        refused = rf"--save-dir .*run: process {pid} on {re.escape(socket.gethostname())} is training in it; end that"
+        with pytest.raises(UsageError, match=refused):
+            open_run_folder(config, print)
+        with pytest.raises(UsageError, match=r"--resume .*run: process"):
+            open_run_folder(tiny_config(resume=str(folder)), print)
+    finally:
+        end(pid)
+    assert open_run_folder(config, print) == (folder, None)
+    let_go(folder)
+    pid, held = in_another_process(lambda: hold("--resume", folder))
+    end(pid)
+    assert held
+
+
+def test_a_run_that_has_ended_lets_go(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    hold("--save-dir", folder)
+    go(folder, n_grpo_steps=1)
+    pid, held = in_another_process(lambda: hold("--resume", folder))
+    end(pid)
+    assert held
+
+
+@pytest.mark.slow
+def test_the_command_refuses_other_data_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "tiny")
+    lines = (ROOT / "data/wordadd/train.jsonl").read_text().splitlines()
+    for name, first in (("a", 0), ("b", 1)):
+        Path(name).write_text("\n".join(lines[first : first + 20]) + "\n")
+    flags = (
+        "--recipe quickstart --model-path tiny --engine hf --dtype float32 --n-grpo-steps 1 --rollout-batch-size 8 "
+        "--group-size 4 --train-batch-size 8 --sampling-max-tokens 4 --n-val-examples 4 --checkpoint-steps 1 "
+        "--wandb-project None --data-path a --save-dir out"
+    )
+    program.main(flags.split())
+    monkeypatch.setattr("drivers.run.load_models", None)
+    with pytest.raises(SystemExit, match="2"):
+        program.main(["--resume", "out", "--n-grpo-steps", "2", "--data-path", "b"])
+    assert "--data-path b, --prompt-path" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        program.main(["--resume", "out", "--n-grpo-steps", "2", "--seed", "5"])
+    assert "--seed 5: with --resume seed=0 holds" in capsys.readouterr().err
 
 
 def test_a_second_stop_in_the_same_step_finds_another_name(tmp_path):

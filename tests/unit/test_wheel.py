@@ -122,11 +122,11 @@ for program in ("train", "sft", "expert_iteration", "evaluate"):
         getattr(commands, program)()
     except SystemExit as ended:
         assert ended.code == 0
-        print("told", program)
+        print("helped by", program)
 """
     done = run_light(installed, code)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("told ") == done.stdout.count("--sampling-max-tokens INT") == 4, done.stdout
+    assert done.stdout.count("helped by") == done.stdout.count("--sampling-max-tokens INT") == 4, done.stdout
 
 
 @pytest.mark.slow
