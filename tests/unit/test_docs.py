@@ -19,6 +19,7 @@ from drivers.make_gym import GymConfig
 from drivers.pass_rates import PassRatesConfig
 from drivers.report import ReportConfig
 from drivers.sweep import SweepConfig, plan, understood
+from drivers.sweeps import SWEEPS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "data/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -94,8 +95,9 @@ def test_the_verbs_of_the_readme_exist():
 
 
 def commands_of(page):
-    """The command lines in the bash blocks of a page, continued lines joined, comments left out."""
-    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL):
+    """The command lines in bash blocks, continued lines joined and comments left out, and in tables."""
+    in_tables = re.findall(r"^\|.*?`(drivers/\w+\.py [^`]+)` *\|", page.read_text(), flags=re.MULTILINE)
+    for block in (*re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL), *in_tables):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line.replace("$MODEL", "m"), comments=True)
             programs = [k for k, word in enumerate(words) if word.startswith("drivers/") and word.endswith(".py")]
@@ -128,6 +130,16 @@ def test_the_commands_of_a_page_are_understood(page, capsys):
                 tyro.cli(GymConfig, args=arguments)
             case "pass_rates":
                 tyro.cli(PassRatesConfig, args=arguments)
+
+
+def test_commands_in_tables_are_looked_at_too():
+    found = [arguments[0] for program, arguments in commands_of(ROOT / "docs/tutorials/experiments.md")]
+    assert set(found) >= set(SWEEPS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_nothing_is_left_to_be_written(page):
+    assert not re.findall(r"^[A-Z]{5,}$|\bTODO\b|\bFIXME\b", page.read_text(), flags=re.MULTILINE)
 
 
 def test_every_verb_that_a_page_names_exists():

@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 LIGHT = {"torch", "einops", "jaxtyping", "beartype", "mpmath", "tyro"}
-"""What the functions need; mpmath is loaded when two answers are compared as expressions, and not before. And tyro, for
+"""What the functions need; mpmath is loaded when two answers are compared as expressions, and not before. tyro is for
 the help of the commands."""
 
 ONLY_LIGHT = """
