@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from transformers import AutoModelForCausalLM
 
-from drivers import ranks
+from drivers import ranks, scoring
 from drivers.checkpoint import read_tensors
 from drivers.config import exit_with
 from drivers.errors import UsageError
 from drivers.report import OF_TOKENS
 from drivers.run_folder import find_checkpoint
+from drivers.scoring import find_head
 from tests.drivers import ranked
 from tests.drivers.parts import tiny_parts
 from tests.drivers.test_server import free_port
@@ -378,6 +379,20 @@ def test_alone_there_is_nothing_to_share():
     assert ranks.total(tensor) is tensor
     assert ranks.whole(tensor) is tensor
     assert ranks.as_forward(torch.nn.Linear(1, 1), lambda: 5) == 5
+
+
+def test_a_trial_that_fails_on_one_rank_is_told_to_the_others(monkeypatch):
+    """They ask for its answer, and would wait for it for hours."""
+    told, policy = [], tiny_parts().policy
+    monkeypatch.setattr(ranks, "gather", lambda value: [told.append(value), True, value][1:])
+    assert find_head(policy) is not None
+
+    def fail(_):
+        raise NotImplementedError("no output layer here")
+
+    monkeypatch.setattr(scoring, "_head_error", fail)
+    assert find_head(tiny_parts().policy) is None
+    assert told == [True, False]
 
 
 @pytest.mark.parametrize(("n", "items"), [(2, "abc"), (3, "abcd"), (3, "ab"), (4, "a"), (2, "")])
