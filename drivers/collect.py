@@ -26,9 +26,15 @@ class Rollouts:
     """The batches of a run. With `async_steps`, that of the next step is sampled while this one is trained on."""
 
     def __init__(
-        self, collect_step: Callable[[Run, int], Collected], state: TrainingState, run: Run, async_steps: int
+        self,
+        collect_step: Callable[[Run, int], Collected],
+        state: TrainingState,
+        run: Run,
+        async_steps: int,
+        rest: Callable[[], None] = lambda: None,
     ) -> None:
-        self._collect, self._state, self._run = collect_step, state, run
+        """`rest`: the engine's `sleep`, for a batch that came with the checkpoint; one that is collected ends with it."""
+        self._collect, self._state, self._run, self._rest = collect_step, state, run, rest
         ahead = async_steps and ranks.is_first()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="rollouts") if ahead else None
         self._ahead: tuple[int, Run, Future[Collected]] | None = None
@@ -54,7 +60,10 @@ class Rollouts:
         if ahead is not None:
             pending = ahead[2].result()
             self._run.add_times(ahead[1])
-        return pending if pending is not None else self._collect(self._run, step)
+        if pending is None:
+            return self._collect(self._run, step)
+        self._rest()
+        return pending
 
     def begin(self, step: int) -> None:
         """Sample the batch of this step in the background, from the weights that the engine has now."""

@@ -70,7 +70,7 @@ def iterate(
         # The next samples are from the new policy.
         with run.phase("push"), uninterrupted():
             ranks.lead(partial(engine.load_weights, version=step))
-        if step == 1:
+        if run.is_first(step):
             run.check_engine(engine, policy, val_set, version=step)
         if step % config.eval_steps == 0 or step == config.n_grpo_steps:
             run.evaluate(engine, val_set, grade, step=step)

@@ -62,10 +62,10 @@ def fine_tune(
         state.step = step
 
         is_due = step % config.eval_steps == 0 or step == config.n_grpo_steps
-        if step == 1 or is_due:
+        if run.is_first(step) or is_due:
             with run.phase("push"), uninterrupted():
                 ranks.lead(partial(engine.load_weights, version=step))
-            if step == 1:
+            if run.is_first(step):
                 run.check_engine(engine, policy, val_set, version=step)
             if is_due:
                 run.evaluate(engine, val_set, grade, step=step)

@@ -47,7 +47,7 @@ def train(
         run.evaluate(engine, val_set, grade, step=0)
 
     sample = partial(collect, config, engine, grade, train_set, state.draw)
-    with Rollouts(sample, state, run, config.async_steps) as batches:
+    with Rollouts(sample, state, run, config.async_steps, engine.sleep) as batches:
         for step in run.steps():
             # D_b ~ D;  o_1 .. o_G ~ pi_old(. | q) for each question q of D_b;  r_i = R(q, o_i).
             collected = batches.of(step)
@@ -70,7 +70,7 @@ def train(
             batches.wait()
             with run.phase("push"), uninterrupted():
                 ranks.lead(partial(engine.load_weights, version=step))
-            if step == 1:
+            if run.is_first(step):
                 run.check_engine(engine, policy, val_set, version=step)
             if step % config.eval_steps == 0 or step == config.n_grpo_steps:
                 run.evaluate(engine, val_set, grade, step=step)

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from drivers.display import Display
 from drivers.errors import EngineDiedError, UsageError
 from drivers.rollout import HFEngine
-from drivers.run import choose_devices
+from drivers.run import Run, choose_devices
 from drivers.train import train
 from tests.drivers.parts import clone_policy, letter_grader, make_run, tiny_config, tiny_parts
 from tests.drivers.test_train import weights
@@ -166,6 +167,46 @@ def test_what_a_dead_engine_was_sampling_is_sampled_when_its_step_begins(tmp_pat
         for one in (undisturbed, engine)
     ]
     assert sampled[0] == sampled[1]
+
+
+def test_gone_on_with_in_turns_the_engine_sleeps_and_is_checked_after_the_first_update(tmp_path, monkeypatch):
+    """The batch that came with the checkpoint is nothing to sample for: it is at hand, and so must the memory be."""
+    from drivers import train as program
+
+    told, update = [], program.update
+    monkeypatch.setattr(program, "update", lambda *args: (told.append("update"), update(*args)))
+
+    class SleepyEngine(SnapshotEngine):
+        def load_weights(self, version):
+            told.append(f"push {version}")
+            super().load_weights(version)
+
+        def sleep(self):
+            told.append("sleep")
+
+        def received(self):
+            told.append("check")
+            return super().received()
+
+    monkeypatch.setattr(sys.modules[__name__], "SnapshotEngine", SleepyEngine)
+    run_overlapped(tmp_path, n_grpo_steps=3, checkpoint_steps=2)
+    parts, checkpoint = tiny_parts(), tmp_path / "checkpoint-2"
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["pending"]
+    told.clear()
+    config = tiny_config(**OVERLAPPED | {"n_grpo_steps": 4, "async_steps": 0})
+    run = Run(config, tmp_path, parts.tokenizer, Display(4), checkpoint)
+    engine = SleepyEngine(parts.policy, parts.tokenizer)
+    try:
+        train(config, parts.policy, engine, letter_grader, parts.questions, parts.questions, run)
+    finally:
+        run.finish()
+    assert told == [
+        *("push 2", "check", "sleep", "update"),
+        *("push 3", "check", "sleep", "update"),
+        "push 4",
+    ]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["phase"] == "check"] == [0, 1, 3]
 
 
 def test_on_one_gpu_policy_and_engine_cannot_overlap(monkeypatch):
