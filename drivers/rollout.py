@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from drivers import ranks
-from drivers.errors import UsageError
+from drivers.errors import EngineDiedError, UsageError
 from drivers.weights import Checksum, PolicyWeights, checksums
 
 
@@ -50,6 +50,16 @@ class Completion:
     """`length`: cut off at the token limit."""
     weight_version: int | None = None
     """The push that the sampling weights came from; None where the engine cannot tell."""
+
+
+def of_push(version: int | None, engine: str, completions: list[Completion]) -> list[Completion]:
+    """`completions`, if they are from the weights that this engine was pushed last. Samples of others are not taken."""
+    for other in {completion.weight_version for completion in completions} - {version}:
+        raise EngineDiedError(
+            f"{engine} samples from the weights of push {other}, {version} was the last one: it has been started "
+            "again, or somebody else pushes"
+        )
+    return completions
 
 
 class RolloutEngine(Protocol):

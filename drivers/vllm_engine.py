@@ -38,9 +38,9 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from drivers.errors import EngineDiedError, UsageError
-from drivers.rollout import Completion, Sampling
+from drivers.rollout import Completion, Sampling, of_push
 from drivers.supervise import TRAINER, end_with_trainer, is_running, within
-from drivers.weights import Checksum, PolicyWeights, checksum
+from drivers.weights import Checksum, PolicyWeights, check_arrived, checksum, on_host
 
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ class Checked:
             yield name, weight
 
     def checksums(self) -> dict[str, Checksum]:
-        return {name: (first, second) for name, (first, second) in ((n, s.tolist()) for n, s in self._sums.items())}
+        return on_host(self._sums)
 
 
 class CheckedNCCLEngine(NCCLWeightTransferEngine):  # type: ignore[misc]
@@ -288,15 +288,15 @@ class VLLMEngine:
         torch.set_num_threads(num_threads)
         if policy_device.type == "cuda":
             torch.cuda.set_device(policy_device)
+        self._version: int | None = None
+        self._weights = PolicyWeights(policy, dtype)
         self._sender: TrainerWeightTransferEngine[Any] | None = None
-        self._sender = self._ask(
-            "get ready for weights", lambda: self._make_sender(PolicyWeights(policy, dtype), own_gpu)
-        )
+        self._sender = self._ask("get ready for weights", lambda: self._make_sender(own_gpu))
 
-    def _make_sender(self, source: PolicyWeights, own_gpu: bool) -> TrainerWeightTransferEngine[Any]:
+    def _make_sender(self, own_gpu: bool) -> TrainerWeightTransferEngine[Any]:
         settle(self._policy_device)  # nccl's sends from the current device, and asked in a thread that is the first
         init, client = self._transfer_init(own_gpu), LocalClient(self._llm)
-        return WeightTransferTrainerFactory.trainer_init(init, client=client, source=source)
+        return WeightTransferTrainerFactory.trainer_init(init, client=client, source=self._weights)
 
     def _transfer_init(self, own_gpu: bool) -> TrainerInitInfo:
         if not own_gpu:
@@ -321,8 +321,12 @@ class VLLMEngine:
             torch.cuda.empty_cache()
             self._llm.wake_up(tags=["weights"])
         assert self._sender is not None
+        self._weights.take_checksums()
         self._sender.send_weights()
+        self._version = version
         self._llm.update_weight_version(str(version))
+        settle(self._policy_device)  # the sums too are taken on streams of the sender
+        check_arrived(self._weights.take_checksums(), self._received(), version)
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
@@ -344,17 +348,22 @@ class VLLMEngine:
         outputs = self._ask(
             f"answer {len(prompts)} prompts", lambda: self._llm.generate(requests, parameters, use_tqdm=False)
         )
-        return [_completion(output, sample) for output in outputs for sample in output.outputs]
+        return of_push(
+            self._version, "vLLM", [_completion(output, sample) for output in outputs for sample in output.outputs]
+        )
 
     def sleep(self) -> None:
         """Give the shared GPU's memory to the trainer until the next `load_weights`."""
-        if self._shares_gpu:
+        if self._shares_gpu and not self._asleep:
             self._llm.sleep(level=2)  # 2: the weights are pushed again anyway, so none need be kept
             self._asleep = True
 
     def received(self) -> list[dict[str, Checksum]]:
         """What each worker summed up of the last push."""
-        return read_checksums(self._ask("sum its weights up", lambda: self._llm.collective_rpc("received_checksums")))
+        return self._ask("sum its weights up", self._received)
+
+    def _received(self) -> list[dict[str, Checksum]]:
+        return read_checksums(self._llm.collective_rpc("received_checksums"))
 
     def close(self) -> None:
         """In this process, after what it still generates; a process of its own is ended at once."""
@@ -415,6 +424,12 @@ def sampling_parameters(sampling: Sampling, seed: int, end_token_id: int | None 
         "seed": seed,
         "logprobs": 0,  # of the sampled token alone
     }
+
+
+def version_of(spans: Sequence[str]) -> int | None:
+    """The push that all parts of a response were sampled from; None where they are of several, or of none of ours."""
+    versions = set(spans)
+    return int(versions.pop()) if len(versions) == 1 and spans[0].isdigit() else None
 
 
 def read_checksums(workers: Sequence[Mapping[str, Sequence[int]]]) -> list[dict[str, Checksum]]:
@@ -495,12 +510,11 @@ def _completion(output: Any, sample: Any) -> Completion:
         raise RuntimeError(
             f"vLLM ended a completion with finish_reason={sample.finish_reason!r}; 'stop' or 'length' is required"
         )
-    spans = sample.weight_versions
     return Completion(
         text=sample.text,
         prompt_token_ids=tuple(output.prompt_token_ids),
         token_ids=tuple(sample.token_ids),
         log_probs=tuple(sample.logprobs.logprobs),
         finish_reason=sample.finish_reason,
-        weight_version=int(spans[0].version) if spans else None,
+        weight_version=version_of([span.version for span in sample.weight_versions or ()]),
     )

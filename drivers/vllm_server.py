@@ -23,10 +23,17 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 from vllm.utils.network_utils import get_open_port
 
 from drivers.errors import EngineDiedError, UsageError
-from drivers.rollout import Completion, Sampling
+from drivers.rollout import Completion, Sampling, of_push
 from drivers.supervise import in_thread, within
-from drivers.vllm_engine import PACKED_BUFFER_BYTES, HostTrainerInit, read_checksums, sampling_parameters, settle
-from drivers.weights import Checksum, PolicyWeights
+from drivers.vllm_engine import (
+    PACKED_BUFFER_BYTES,
+    HostTrainerInit,
+    read_checksums,
+    sampling_parameters,
+    settle,
+    version_of,
+)
+from drivers.weights import Checksum, PolicyWeights, check_arrived
 
 T = TypeVar("T")
 
@@ -180,24 +187,25 @@ class ServerEngine:
     ) -> None:
         self._deadline_s, self._device = deadline_s, next(policy.parameters()).device
         self._command = COMMAND % ("checked_nccl" if self._device.type == "cuda" else "host")
+        self._weights = PolicyWeights(policy, dtype)
         self._sender: Any = None
         self._version: int | None = None
         self._end_token_id = end_token_id
         self._servers = Servers(urls, deadline_s)
         try:
             self._servers.wait(start_s)
-            self._ask("get ready for weights", lambda: self._connect(PolicyWeights(policy, dtype), max_model_len))
+            self._ask("get ready for weights", lambda: self._connect(max_model_len))
         except BaseException:
             self.close()
             raise
 
-    def _connect(self, source: PolicyWeights, max_model_len: int) -> None:
+    def _connect(self, max_model_len: int) -> None:
         """With servers that can do what they are for."""
         settle(self._device)
         self._servers.sizes = [int(answer["world_size"]) for answer in self._servers.call("GET", "get_world_size")]
         self._check(max_model_len)
         self._sender = WeightTransferTrainerFactory.trainer_init(
-            self._transfer_init(), client=self._servers, source=source
+            self._transfer_init(), client=self._servers, source=self._weights
         )
 
     def _check(self, max_model_len: int) -> None:
@@ -241,8 +249,11 @@ class ServerEngine:
     def _load_weights(self, version: int) -> None:
         settle(self._device)
         self._version = version
+        self._weights.take_checksums()
         self._sender.send_weights()
         self._servers.post("update_weight_version", {"new_version": str(version)})
+        settle(self._device)  # the sums too are taken on streams of the sender
+        check_arrived(self._weights.take_checksums(), self._received(), version)
         self._drop_prefix_cache()
 
     def _drop_prefix_cache(self) -> None:
@@ -287,22 +298,17 @@ class ServerEngine:
         answer = await client.post(f"{url}/inference/v1/generate", json=body)
         answer.raise_for_status()
         choices = sorted(answer.json()["choices"], key=lambda choice: choice["index"])
-        completions = [_completion(prompt, choice) for choice in choices]
-        for version in {completion.weight_version for completion in completions} - {self._version}:
-            raise EngineDiedError(
-                f"{url} samples from the weights of push {version}, {self._version} was the last one: it has been "
-                "started again, or somebody else pushes"
-            )
-        return completions
+        return of_push(self._version, url, [_completion(prompt, choice) for choice in choices])
 
     def sleep(self) -> None:
         """They have devices of their own."""
 
     def received(self) -> list[dict[str, Checksum]]:
         """What each worker of each server summed up of the last push."""
-        answers = self._ask(
-            "sum its weights up", lambda: self._servers.post("collective_rpc", {"method": "received_checksums"})
-        )
+        return self._ask("sum its weights up", self._received)
+
+    def _received(self) -> list[dict[str, Checksum]]:
+        answers = self._servers.post("collective_rpc", {"method": "received_checksums"})
         return read_checksums([worker for answer in answers for worker in answer["results"]])
 
     def close(self) -> None:
@@ -344,14 +350,13 @@ class ServerEngine:
 def _completion(prompt: Sequence[int], choice: dict[str, Any]) -> Completion:
     if choice["finish_reason"] not in ("stop", "length"):
         raise EngineDiedError(f"a server ended a completion with finish_reason={choice['finish_reason']!r}")
-    spans = choice["weight_versions"]
     return Completion(
         text=choice["text"],
         prompt_token_ids=tuple(prompt),
         token_ids=tuple(choice["token_ids"]),
         log_probs=tuple(token["logprob"] for token in choice["logprobs"]["content"]),
         finish_reason=choice["finish_reason"],
-        weight_version=int(spans[0]["version"]) if spans and spans[0]["version"].isdigit() else None,
+        weight_version=version_of([span["version"] for span in choice["weight_versions"] or ()]),
     )
 
 

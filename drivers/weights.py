@@ -1,13 +1,14 @@
 """The policy's weights as an engine loads them: whole, merged, in one precision, under the names of its files."""
 
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from drivers import ranks
+from drivers.errors import UnsoundRunError
 
 Checksum = tuple[int, int]
 _WORDS_PER_ROW = 256
@@ -29,6 +30,7 @@ class PolicyWeights:
 
     def __init__(self, policy: nn.Module, dtype: torch.dtype) -> None:
         self._policy, self._dtype = policy, dtype
+        self._sums: dict[str, Tensor] = {}
 
     def metadata(self) -> list[WeightShape]:
         """What an iteration yields, without gathering anything. So is it named where vLLM's trainer side asks."""
@@ -45,24 +47,37 @@ class PolicyWeights:
     @torch.no_grad()
     def _gathered(self) -> Generator[tuple[str, Tensor], None, None]:
         ranks.summon()
+        self._sums = {}
         entries = self._entries()
         try:
             for name, parameter, adapted in entries:
-                yield name, self._whole(name, parameter, adapted)
+                weight, update = ranks.whole(parameter), None if adapted is None else _lora_update(adapted)
+                if ranks.is_first():  # the others help to gather, and do nothing with what comes of it
+                    weight = self._as_pushed(name, weight, update)
+                    self._sums[name] = checksum(weight)
+                yield name, weight
         finally:  # where an engine died of it, the other ranks gather on: so does this one, to its end
-            for name, parameter, adapted in entries if ranks.size() > 1 else ():
-                self._whole(name, parameter, adapted)
+            for _, parameter, adapted in entries if ranks.size() > 1 else ():
+                ranks.whole(parameter)
+                if adapted is not None:
+                    _lora_update(adapted)
 
-    def _whole(self, name: str, parameter: nn.Parameter, adapted: Any) -> Tensor:
-        weight = ranks.whole(parameter)
-        if adapted is None:
+    def _as_pushed(self, name: str, weight: Tensor, update: Tensor | None) -> Tensor:
+        if update is None:
             return weight.to(self._dtype)
-        merged = weight.float() + _lora_update(adapted)
+        merged = weight.float() + update
         return dithered(merged, name) if self._dtype == torch.bfloat16 else merged.to(self._dtype)
 
     def checksums(self) -> dict[str, Checksum]:
-        """Of all of them, as they are now."""
-        return checksums(self)
+        """Of all of them, as they are now; on the first rank, with which the others gather."""
+        for _ in self:
+            pass
+        return self.take_checksums()
+
+    def take_checksums(self) -> dict[str, Checksum]:
+        """Of what the last iteration has given, taken on the way; once, so that a push without one has none."""
+        sums, self._sums = self._sums, {}
+        return on_host(sums)
 
     def _entries(self) -> Iterator[tuple[str, nn.Parameter, Any]]:
         """Name, parameter, and the LoRA layer that changes it, if one does."""
@@ -119,8 +134,12 @@ def checksum(tensor: Tensor) -> Tensor:
 
 
 def checksums(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Checksum]:
-    """Of each tensor by its name; the host waits once."""
-    sums = {name: checksum(tensor) for name, tensor in weights}
+    """Of each tensor by its name."""
+    return on_host({name: checksum(tensor) for name, tensor in weights})
+
+
+def on_host(sums: Mapping[str, Tensor]) -> dict[str, Checksum]:
+    """As numbers; the host waits once."""
     host = torch.stack(list(sums.values())).tolist() if sums else []
     return {name: (first, second) for name, (first, second) in zip(sums, host, strict=True)}
 
@@ -128,3 +147,15 @@ def checksums(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Checksum]:
 def differing(expected: Mapping[str, Checksum], received: Mapping[str, Checksum]) -> list[str]:
     """Names that are not on both sides with the same checksum."""
     return sorted(name for name in expected.keys() | received.keys() if expected.get(name) != received.get(name))
+
+
+def check_arrived(expected: Mapping[str, Checksum], received: Sequence[Mapping[str, Checksum]], version: int) -> None:
+    """Stop the run unless each worker has received the tensors of this push, bit for bit."""
+    for worker, sums in enumerate(received):
+        wrong = differing(expected, sums)
+        if wrong:
+            raise UnsoundRunError(
+                f"self-check: of the {len(expected)} tensors of push {version}, worker {worker} of the engine has "
+                f"{len(wrong)} others than the policy: {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}. A "
+                "push was skipped, cut short or is of other weights"
+            )

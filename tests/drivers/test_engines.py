@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from drivers.errors import UnsoundRunError, UsageError
+from drivers.errors import EngineDiedError, UnsoundRunError, UsageError
 from drivers.optim import training_state_bytes
 from drivers.rollout import HFEngine, Sampling, make_engine
 from drivers.self_check import check_engine
@@ -244,6 +244,7 @@ def test_a_shared_gpu_is_woken_in_order_weights_push_cache(tmp_path, monkeypatch
         engine._shares_gpu = True
         engine.load_weights(0)
         engine.sleep()
+        engine.sleep()  # it does already
         engine.load_weights(1)
         assert calls == ["send", "sleep 2", "weights", "send", "kv_cache"]
     finally:
@@ -262,14 +263,28 @@ def test_a_skipped_push_is_noticed_by_its_version(subject):
         check(subject, version=subject.version + 1)
 
 
+class Lying:
+    """What gathers weights, and gives others in their place."""
+
+    def __init__(self, source, fault):
+        self.source, self.fault = source, fault
+
+    def __iter__(self):
+        list(self.source)
+        return iter(self.fault)
+
+
 @pytest.mark.vllm
-@pytest.mark.parametrize("seen", ["checksums", "log-probs"])
+@pytest.mark.parametrize("seen", ["push", "checksums", "log-probs"])
 @pytest.mark.parametrize("fault", ["nothing", "stale", "partial"])
 def test_a_push_that_lies_is_noticed_by_its_checksums_and_by_its_log_probs(subject, fault, seen, monkeypatch):
     """The version says the weights arrived; they are none, the last ones, or all but the head's layer.
 
-    Each of the two would notice alone: checksums what did not arrive, log-probs what is not computed with.
+    Each would notice alone: checksums what did not arrive, at the push and when the policy is asked again, log-probs
+    what is not computed with.
     """
+    from drivers import vllm_engine
+
     if subject.kind == "hf":
         pytest.skip("this engine shares the policy's weights: no push can go wrong")
     stale = [(name, p.detach().clone()) for name, p in subject.policy.named_parameters()]
@@ -281,16 +296,49 @@ def test_a_push_that_lies_is_noticed_by_its_checksums_and_by_its_log_probs(subje
         "partial": [pair for pair in fresh if "layers.1" not in pair[0]] + [p for p in stale if "layers.1" in p[0]],
     }
     with monkeypatch.context() as patch:
-        patch.setattr(subject.engine._sender, "source", sent[fault])
-        subject.push()
-        if seen == "log-probs":
-            patch.setattr(subject.engine, "received", list)
+        patch.setattr(subject.engine._sender, "source", Lying(subject.engine._weights, sent[fault]))
         message = "disagree on the log-probs" if seen == "log-probs" else "others than the policy"
-        with pytest.raises(UnsoundRunError, match=message):
-            check(subject)
+        if seen == "push":
+            with pytest.raises(UnsoundRunError, match=message):
+                subject.push()
+        else:
+            patch.setattr(vllm_engine, "check_arrived", lambda *_: None)
+            subject.push()
+            if seen == "log-probs":
+                patch.setattr(subject.engine, "received", list)
+            with pytest.raises(UnsoundRunError, match=message):
+                check(subject)
     subject.push()
     assert check(subject).largest < TOLERANCE
     assert check(subject).n_weights == len(list(subject.policy.parameters()))
+
+
+@pytest.mark.vllm
+def test_a_push_that_is_never_sent_is_noticed_though_the_last_one_arrived(subject, monkeypatch):
+    """In any step, not in those of the self-check alone: no tensor was gathered for it."""
+    if subject.kind == "hf":
+        pytest.skip("this engine shares the policy's weights: no push can go wrong")
+    with monkeypatch.context() as patch:
+        patch.setattr(subject.engine._sender, "send_weights", lambda: None)
+        with pytest.raises(UnsoundRunError, match="of the 0 tensors of push"):
+            subject.push()
+    subject.push()
+
+
+@pytest.mark.vllm
+def test_samples_of_another_push_than_the_last_one_are_not_taken(subject):
+    """By whatever name: an engine that somebody else has given weights. Or by none, or by two in one response."""
+    from drivers.vllm_engine import version_of
+
+    if subject.kind == "hf":
+        pytest.skip("this engine has the policy's weights")
+    subject.engine._llm.update_weight_version("somebody's")
+    try:
+        with pytest.raises(EngineDiedError, match=f"push None, {subject.version} was the last one"):
+            subject.engine.generate(PROMPTS, Sampling(max_tokens=2), seed=1)
+    finally:
+        subject.push()
+    assert [version_of(spans) for spans in (["7"], ["7", "7"], ["6", "7"], [])] == [7, 7, None, None]
 
 
 @pytest.mark.vllm

@@ -17,13 +17,15 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from drivers import supervise
 from drivers.errors import EngineDiedError, UnsoundRunError, UsageError
 from drivers.rollout import Sampling, make_engine
 from drivers.self_check import check_engine
+from drivers.weights import PolicyWeights, checksums
 from tests.drivers.parts import letter_grader, make_run, tiny_config, tiny_parts
-from tests.drivers.test_engines import PROMPTS, policy_log_probs
+from tests.drivers.test_engines import PROMPTS, Lying, policy_log_probs
 from tests.drivers.test_supervision import family_of, wait_until
 from tests.drivers.test_train import weights
 from tests.tiny import make_tiny_policy, make_tiny_tokenizer, save_tiny
@@ -163,8 +165,9 @@ def test_two_servers_are_one_engine(tmp_path):
         sender = engine._engine._sender
         source = sender.source
         for fault in (stale, fresh[:-1], fresh[:-1] + stale[-1:]):
-            sender.source = fault
-            engine.load_weights(1)
+            sender.source = Lying(source, fault)
+            with pytest.raises(UnsoundRunError, match="self-check: of the"):
+                engine.load_weights(1)
             with pytest.raises(UnsoundRunError, match="self-check: of the"):
                 check(engine, policy, 1)
         sender.source = source
@@ -248,10 +251,10 @@ class Stub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.asked = []
+        self.asked, self.received = [], {}
         self.answers = {
             "get_world_size": {"world_size": 1},
-            "collective_rpc": {"results": [{}]},
+            "collective_rpc": lambda: {"results": [self.received]},
             "v1/models": {"data": [{"max_model_len": 64}]},
             "reset_prefix_cache": {"success": True},
         }
@@ -261,6 +264,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         path, body = self.path.strip("/"), self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.asked.append((path, json.loads(body or "null")))
+        if path == "update_weights" and (file := self.server.asked[-1][1]["update_info"].get("path")):
+            self.server.received = checksums(load_file(file).items())
         answer = self.server.answers.get(path, {})
         answer = answer() if callable(answer) else answer
         if answer is None:  # the connection breaks off
@@ -655,7 +660,8 @@ def test_weights_on_a_gpu_are_sent_from_it_when_they_are_done(monkeypatch):
     theirs._device, theirs._servers = device, Anything()
     theirs._servers.urls = ["http://one:8000"]
     for engine in (ours, theirs):
-        engine._sender = Anything()
+        engine._sender, engine._weights = Anything(), PolicyWeights(make_tiny_policy(), torch.float32)
+        engine._received = lambda: [{}]
         engine._load_weights(0)
-        assert done == [("device", device), ("wait", device), "send"]
+        assert done == [("device", device), ("wait", device), "send", ("device", device), ("wait", device)]
         done.clear()
