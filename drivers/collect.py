@@ -33,7 +33,7 @@ class Rollouts:
         async_steps: int,
         rest: Callable[[], None] = lambda: None,
     ) -> None:
-        """`rest`: the engine's `sleep`, for a batch that came with the checkpoint; one that is collected ends with it."""
+        """`rest`: the engine's `sleep`. A batch that is collected ends with it, one of the checkpoint has none."""
         self._collect, self._state, self._run, self._rest = collect_step, state, run, rest
         ahead = async_steps and ranks.is_first()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="rollouts") if ahead else None

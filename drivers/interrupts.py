@@ -35,9 +35,13 @@ class _Hold:
 
     def __init__(self) -> None:
         self.pending: list[int] = []
+        self.is_waiting = False
+        """For somebody who may never answer: then the second one is heard."""
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
         self.pending.append(number)
+        if self.is_waiting and len(self.pending) > 1:
+            raise KeyboardInterrupt
 
 
 @contextmanager
@@ -58,3 +62,18 @@ def uninterrupted() -> Iterator[None]:
             signal.signal(number, handler)
     if hold.pending:
         raise KeyboardInterrupt
+
+
+@contextmanager
+def hearing_the_second() -> Iterator[None]:
+    """Around a wait: whoever asks a second time is heard, though the block is uninterrupted."""
+    watched = _heeded(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    found = [hold for hold in map(signal.getsignal, watched) if isinstance(hold, _Hold)]
+    if not found or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    found[0].is_waiting = True  # there is one for all of them
+    try:
+        yield
+    finally:
+        found[0].is_waiting = False

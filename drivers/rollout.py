@@ -53,7 +53,7 @@ class Completion:
 
 
 def of_push(version: int | None, engine: str, completions: list[Completion]) -> list[Completion]:
-    """`completions`, if they are from the weights that this engine was pushed last. Samples of others are not taken."""
+    """`completions`, if all are from the weights that this engine was pushed last: samples of others are not taken."""
     for other in {completion.weight_version for completion in completions} - {version}:
         raise EngineDiedError(
             f"{engine} samples from the weights of push {other}, {version} was the last one: it has been started "

@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 from drivers.errors import EngineDiedError
+from drivers.interrupts import hearing_the_second
 from drivers.rollout import Completion, RolloutEngine, Sampling
 from drivers.weights import Checksum
 
@@ -41,20 +42,23 @@ def within(
 ) -> T:
     """The answer of `call`; a TimeoutError, or an EngineDiedError as soon as who ought to answer `is_alive` no more.
 
-    Before either, `give_up` is to end what the thread that asked waits for, and it gets some seconds to come out: a
+    Ctrl-C or SIGTERM that a push holds back ends the wait when it comes a second time.
+
+    Before either error, `give_up` is to end what the thread that asked waits for, and it gets some seconds to come out: a
     successor of the engine is pushed the same weights, which that thread may be gathering.
     """
     if not is_alive():
         raise EngineDiedError("its process has ended")
     answer = in_thread(call, "engine")
     end = time.monotonic() + seconds
-    while not wait([answer], timeout=_LOOK_EVERY_S).done:
-        died = not is_alive()
-        if died or time.monotonic() > end:
-            with suppress(Exception):  # what it fails of is no news of an engine that failed
-                give_up()
-            wait([answer], _COME_OUT_S)
-            raise EngineDiedError("its process has ended") if died else TimeoutError
+    with hearing_the_second():
+        while not wait([answer], timeout=_LOOK_EVERY_S).done:
+            died = not is_alive()
+            if died or time.monotonic() > end:
+                with suppress(Exception):  # what it fails of is no news of an engine that failed
+                    give_up()
+                wait([answer], _COME_OUT_S)
+                raise EngineDiedError("its process has ended") if died else TimeoutError
     return answer.result()
 
 

@@ -17,6 +17,7 @@ import torch
 
 from drivers import supervise
 from drivers.errors import EngineDiedError, UsageError
+from drivers.interrupts import terminate_as_interrupt, uninterrupted
 from drivers.rollout import Sampling, make_engine
 from drivers.run import choose_devices
 from drivers.supervise import SupervisedEngine, is_running, within
@@ -131,6 +132,31 @@ def test_who_asked_and_does_not_come_out_is_left_behind(monkeypatch):
     with pytest.raises(TimeoutError):
         within(0.05, lambda: never.wait(30))
     assert time.monotonic() - begin < 5
+    never.set()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_engine_that_hangs_in_a_push_does_not_make_a_run_deaf(number):
+    """The first signal waits for the push to end, the second for nobody. An answer in time is taken after one."""
+    never = threading.Event()
+
+    def send(times):
+        for _ in range(times):
+            time.sleep(0.1)
+            os.kill(os.getpid(), number)
+
+    done = []
+    with terminate_as_interrupt():
+        for times, seconds in ((1, 0.6), (2, 60)):
+            sender = threading.Thread(target=send, args=(times,))
+            sender.start()
+            begin = time.monotonic()
+            with pytest.raises(KeyboardInterrupt), uninterrupted():  # noqa: PT012
+                within(60, lambda seconds=seconds: never.wait(seconds))
+                done.append("pushed")
+            sender.join()
+            assert time.monotonic() - begin < 20
+    assert done == ["pushed"]
     never.set()
 
 
