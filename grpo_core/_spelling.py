@@ -12,12 +12,14 @@ from grpo_core._expression import FUNCTIONS, GREEK, WORDS
 # Spelling -------------------------------------------------------------------------------------------------------
 
 _UNICODE = {
-    "−": "-", "﹣": "-", "×": r"\times ", "÷": r"\div ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "∗": "*",
+    "−": "-", "﹣": "-", "–": "-", "×": r"\times ", "÷": r"\div ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ",
+    "∗": "*",
     "π": r"\pi ", "∞": r"\infty ", "√": r"\surd ", "°": r"^\circ ", "º": r"^\circ ", "±": r"\pm ", "≤": r"\le ",
     "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "⁄": "/", "∕": "/",
     "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
     "⅕": r"\frac{1}{5}", "⅛": r"\frac{1}{8}", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "ℝ": r"\mathbb{R}",
-    "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "€": r"\euro ", "£": r"\pound ", "¥": r"\yen ", "\u200b": "", "\ufeff": "",
+    "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "€": r"\euro ", "£": r"\pound ", "¥": r"\yen ",
+    "¢": r"\cent ", "₹": r"\rupee ", "\u200b": "", "\ufeff": "",
 }  # fmt: skip
 _TRANSLATION = str.maketrans(_UNICODE | {chr(0xFF01 + i): chr(0x21 + i) for i in range(94)})
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
@@ -29,7 +31,8 @@ _COMMANDS = {
     "varnothing": r"\emptyset ", "ast": "*", "degree": r"^\circ ", "infin": r"\infty ", "R": r"\mathbb{R}",
     "bigcup": r"\cup ", "textdollar": r"\$", "quad": " ", "qquad": " ", "thinspace": " ", "enspace": " ", "colon": ":",
 } | dict.fromkeys(
-    ["left", "right", "big", "Big", "bigg", "Bigg", "bigl", "bigr", "Bigl", "Bigr", "displaystyle", "textstyle"], " "
+    ["left", "right", "big", "Big", "bigg", "Bigg", "bigl", "bigr", "Bigl", "Bigr", "displaystyle", "textstyle", "bf",
+     "rm", "it"], " "
 )  # fmt: skip
 _TEXT = r"\\(?:text|textrm|textbf|textit|textnormal|mathrm|mathbf|mbox|hbox|operatorname)\s*\{([^{}]*)\}"
 _FULL_STOP = re.compile(r"(?<!\.)\.$")
@@ -45,7 +48,11 @@ def clean(text: str) -> str:
     """One spelling for the many of a sign, without what only sets type: dollars, boxes, spaces, size commands."""
     text = _BOLD.sub(r"\1", text)
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda run: "^{" + run[0].translate(_SUPERSCRIPTS) + "}", text)
-    text = re.sub(r"\\(?:left|right)\s*\.", " ", text.translate(_TRANSLATION)).replace(r"\!", "").replace("~", " ")
+    text = re.sub(r"\\(?:left|right)\s*\.", " ", text.translate(_TRANSLATION)).replace("~", " ")
+    # A negative space, and in mathematics mode the space around it is none: `11,\! 111`.
+    text = re.sub(r"(?<=[\d,.])(?:\s*\\!)+\s*(?=[\d,.])", "", text).replace(r"\!", " ")
+    text = re.sub(r"\\text\w*\s*\{\s*(\\?[$%])\s*\}", r"\1", text)
+    text = re.sub(r"\bUS\s*(?=\\?\$)", "", text)
     text = re.sub(r"(?<!\\)\\[,:;> ]|\\[()]|(?<!\\)\\[\[\]]", " ", text)
     text = re.sub(r"\\([A-Za-z]+)", lambda name: _COMMANDS.get(name[1], name[0]), text)
     text = re.sub(r"\\math(?:rm|bf|it)\s*\{([ei])\}", r"\1 ", text)
@@ -128,10 +135,12 @@ _UNIT_NAMES = {
     "mg": "milligram", "lb": "pound lbs", "oz": "ounce", "l": "liter litre", "ml": "milliliter millilitre",
     "s": "second sec", "min": "minute", "h": "hour hr hrs", "mph": "", "km/h": "kmh kph", "m/s": "", "hz": "hertz",
     "rad": "radian", "degree": "deg", "percent": "", "dollar": "usd", "euro": "eur", "cent": "", "unit": "",
-    "am": "", "pm": "", "per": "", "cup": "", "day": "", "ton": "", "gal": "gallon",
+    "am": "", "pm": "", "per": "", "cup": "", "day": "", "ton": "", "gal": "gallon", "rupee": "",
 }  # fmt: skip
 _UNITS = {spelling: unit for unit, others in _UNIT_NAMES.items() for spelling in (unit, *others.split())}
-_BARE_UNITS = set(_UNITS) - {"m", "g", "l", "s", "h"}  # a bare letter is a variable
+_LETTERS = {"m", "g", "l", "s", "h"}
+_BARE_UNITS = set(_UNITS) - _LETTERS  # a bare letter is a variable
+_POWERS = {"square": "2", "sq": "2", "cubic": "3", "cu": "3"}
 _NO_UNITS = WORDS | GREEK | set(re.findall("[a-z]+", """
     or and to is not no nor base mod modulo factorial choose over under plus minus times by half halves third
     thirds quarter quarters negative positive opposite inverse reciprocal reciprocals complement conjugate false
@@ -141,6 +150,11 @@ _NO_UNITS = WORDS | GREEK | set(re.findall("[a-z]+", """
     double triple twice more less than infinity if when where otherwise except about around almost approx circa
     between each maybe perhaps one two three four five six seven eight nine ten eleven twelve thirteen fourteen
     fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety
+    permille permil promille permyriad basis bps binary ternary quaternary octal decimal hex hexadecimal imaginary
+    prime primes factorials permutations combinations combos radical radicals remainder remainders plusminus
+    below above fewer lesser greater bigger smaller deficit loss debt owing owed short missing through thru until till
+    upto downto besides also including excluding incl excl unless unlike instead rather versus against then every
+    other others another something nope error bogus nonexistent
     """))  # fmt: skip
 _CHANGES_VALUE = re.compile(  # millions, sevenths but not months, halved, tenfold, quadruple, approximately
     r"(?:illi(?:on|ard)s?|(?<!^mon)ths?|ed|fold|uples?|ly)$"
@@ -154,6 +168,8 @@ _SIGN_UNITS = {
     r"\euro": "euro",
     r"\pound": "sterling",
     r"\yen": "yen",
+    r"\cent": "cent",
+    r"\rupee": "rupee",
 }
 _HAS_FUNCTION = re.compile("|".join(sorted(FUNCTIONS)))
 
@@ -182,8 +198,9 @@ def _split_one_unit(text: str) -> tuple[str, str]:
         unit = _unit_name(name)
     elif found := _BARE_UNIT.match(text):
         body, space, name, power = found.groups()
+        name = re.sub(r"\b(sq|cu)\. ?", r"\1 ", name)
         words = name.lower().replace("/", " ").split()
-        known = name.lower() in _BARE_UNITS or all(word in _BARE_UNITS for word in words)
+        known = name.lower() in _BARE_UNITS or all(word in _BARE_UNITS or word in _POWERS for word in words)
         named = space and all(len(word) > 3 or word in _BARE_UNITS for word in words)
         unit = _unit_name(name) if known or named else ""
     else:
@@ -195,15 +212,27 @@ def _split_one_unit(text: str) -> tuple[str, str]:
 def _unit_name(text: str) -> str:
     """One spelling of a unit: lower case, singular, abbreviated; empty if the words are no unit."""
     words = [word.rstrip(".") for word in text.lower().replace("/", " per ").split()]
-    if not words or not all(re.fullmatch(r"[a-z]+(?:\^?[23])?", word) for word in words) or words == ["square"]:
+    if not words or not all(re.fullmatch(r"[a-z]+(?:\^?[23])?", word) for word in words) or words[-1] in _POWERS:
         return ""
     if _NO_UNITS & set(words) or any(map(_CHANGES_VALUE.search, words)):
         return ""
-    power = {"square": "2", "sq": "2", "cubic": "3", "cu": "3"}.get(words[0], "") if len(words) > 1 else ""
+    power = _POWERS.get(words[0], "")
     words = words[1:] if power else words
     singular = [word if word in _UNITS or word.endswith("ss") else word.removesuffix("s") for word in words]
     unit = " ".join(_UNITS.get(word, word) for word in singular).replace("^", "").replace(" per ", "/")
     return ("mph" if unit == "mi/h" else unit) + power
+
+
+_LETTER_UNIT = re.compile(r"^(.*[\d})\]]) ?([mgshlL])(?:\^\{?([23])\}?)?$")
+
+
+def split_letter(text: str) -> tuple[str, str]:
+    """The value in front of a letter that may be a unit, and the unit as `split_unit` spells it, or an empty one.
+
+    Alone a letter is a variable: only beside a reference that is a number can it be taken for meters.
+    """
+    found = _LETTER_UNIT.match(text)
+    return (found[1], found[2].lower() + (found[3] or "")) if found else (text, "")
 
 
 def without_text_commands(text: str) -> str:

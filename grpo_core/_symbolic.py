@@ -24,8 +24,11 @@ MAX_MAGNITUDE = 100_000
 MAX_STEPS = 6000
 """Evaluations of a node in one comparison of answers; a root, a power or a function counts as six."""
 
-DIGITS = 120
-"""Working precision of inexact values; twenty digits fewer must agree."""
+DIGITS = 140
+"""Working precision of inexact values."""
+
+AGREEING = 100
+"""Digits in which two must agree; the others are for what a sum of unequal terms loses."""
 
 POINTS = 8
 """Points at which expressions with variables are compared; the first three are positive in every variable, the
@@ -58,6 +61,26 @@ def same_value(first: str, second: str, budget: "Budget") -> bool:
     except Unreadable:
         return False
     return is_number(trees[0]) == is_number(trees[1]) and _agree(trees, _Evaluator(budget), _all_equal)
+
+
+def comes_to(number: str, expression: str, budget: "Budget") -> bool:
+    """Whether a number, only spelled, is what arithmetic without variables comes to.
+
+    Args:
+        number: a spelling of a number.
+        expression: arithmetic, such as `8!`.
+        budget: what is left of the evaluations of this comparison; it shrinks.
+
+    Returns:
+        True if both can be read, the first is a number, the second is not one as it stands, and their values agree.
+    """
+    try:
+        trees = read(number), read(expression)
+    except Unreadable:
+        return False
+    if not is_number(trees[0]) or is_number(trees[1]) or _symbols(trees[1]):
+        return False
+    return _agree(trees, _Evaluator(budget), _all_equal)
 
 
 def same_equation(first: tuple[str, str], second: tuple[str, str], budget: "Budget") -> bool:
@@ -300,12 +323,13 @@ def _agree(
 
 
 def _close(evaluator: _Evaluator, first: Any, second: Any) -> bool:
-    """Equal if both are exact; else equal to all but the last twenty digits, absolutely below 1."""
+    """Equal if both are exact; else equal in their first digits, however small they are, or near an exact 0."""
     if isinstance(first, Fraction) and isinstance(second, Fraction):
         return first == second
+    scale = 1 if 0 in (first, second) else 0
     first, second = evaluator.inexact(first), evaluator.inexact(second)
-    scale = max(1, abs(first), abs(second))
-    return bool(abs(first - second) <= scale * evaluator.context.mpf(10) ** (20 - DIGITS))
+    scale = max(scale, abs(first), abs(second))
+    return bool(abs(first - second) <= scale * evaluator.context.mpf(10) ** -AGREEING)
 
 
 def _all_equal(evaluator: _Evaluator, pairs: list[tuple[Any, Any]]) -> bool:

@@ -16,12 +16,13 @@ from typing import NamedTuple
 
 from grpo_core import _symbolic
 from grpo_core._check import shape_checked
-from grpo_core._expression import MAX_CHARS, MAX_DEPTH, WORDS
+from grpo_core._expression import MAX_CHARS, MAX_DEPTH, WORDS, Unreadable, is_number, read
 from grpo_core._spelling import (
     CLOSERS,
     clean,
     closing_brace,
     scan,
+    split_letter,
     split_unit,
     tighten,
     unwrap,
@@ -272,26 +273,34 @@ def _digits(text: str) -> tuple[bool, str, str] | None:
 # The surface ----------------------------------------------------------------------------------------------------
 
 
+_BOX = re.compile(
+    r"\\boxed(?![A-Za-z])[^\S\n]*(?:\{|([^\s{}$\\A-Za-z][^\s{}$\\]*?)(?=[.,;]?[^\S\n]*(?:\$|\\[)\]]|\n|\Z)))"
+)
+
+
 @shape_checked
 def extract_boxed_answer(text: str) -> str | None:
-    r"""Content of the last `\boxed{...}`, its braces balanced.
+    r"""Content of the last `\boxed{...}`, its braces balanced, or of `\boxed 5`, which TeX allows.
 
     Args:
         text: a solution, of any length.
 
     Returns:
         What stands between the braces, outer space removed; None without a box, or if the last one is never closed.
+        Without braces, what stands in front of the end of the formula or line. A `\boxed` with nothing behind it is no
+        box.
 
     Example:
         >>> extract_boxed_answer(r"First \boxed{3}, so \boxed{\frac{1}{2}}.")
         '\\frac{1}{2}'
     """
-    boxes = boxed_answers(text[max(text.rfind(r"\boxed"), 0) :])
+    start = max((found.start() for found in _BOX.finditer(text)), default=len(text))
+    boxes = boxed_answers(text[start:])
     return boxes[0] if boxes else None
 
 
 def boxed_answers(text: str) -> list[str]:
-    r"""Content of every closed `\boxed{...}`, in order; of nested ones, the outer.
+    r"""Content of every closed `\boxed{...}` and every `\boxed 5`, in order; of nested ones, the outer.
 
     Args:
         text: a solution, of any length.
@@ -300,8 +309,11 @@ def boxed_answers(text: str) -> list[str]:
         The contents, outer space removed.
     """
     boxes, start = list[str](), 0
-    opening = re.compile(r"\\boxed\s*\{")
-    while found := opening.search(text, start):
+    while found := _BOX.search(text, start):
+        if found[1]:
+            boxes.append(found[1])
+            start = found.end()
+            continue
         end = closing_brace(text, found.end() - 1)
         if end < 0:
             break
@@ -412,3 +424,38 @@ def texts_match(first: str, second: str) -> bool:
     comparison = _Comparison()
     first, second = sorted((first, second))  # symmetric by construction
     return any(comparison.same(a, b) for a in _readings(first) for b in _readings(second))
+
+
+def is_right(answer: str, reference: str) -> bool:
+    r"""Whether an answer is right where the reference is what it is compared with: `texts_match`, and a little more.
+
+    Of two answers none is more than the other; of a reference more is known. If it is a number, or has the unit too,
+    a letter behind a number is a unit: `5 m` is right where `5` is, and wrong where `5x` is. If it is arithmetic that
+    was left undone, what it comes to is right: `40320` where `8!` is. The other way round it stays wrong.
+
+    Args:
+        answer: an answer, stripped.
+        reference: what is right, stripped.
+
+    Returns:
+        True if the answer is certainly right.
+    """
+    if texts_match(answer, reference):
+        return True
+    if max(len(answer), len(reference)) > MAX_CHARS:
+        return False
+    (given, unit), (value, wanted) = (split_unit(tighten(without_thousands(clean(t)))) for t in (answer, reference))
+    if not unit:
+        given, unit = split_letter(given)
+    if unit and wanted and unit != wanted:
+        return False
+    if _spells_number(value):
+        return texts_match(given, value)
+    return _symbolic.comes_to(given, value, _symbolic.Budget())
+
+
+def _spells_number(text: str) -> bool:
+    try:
+        return _digits(text) is not None or is_number(read(text))
+    except Unreadable:
+        return False

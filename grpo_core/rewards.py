@@ -1,7 +1,7 @@
 r"""Rewards of responses to mathematics questions: a format, and an answer that matches the reference."""
 
 from grpo_core._check import shape_checked
-from grpo_core.grading import answer_text, boxed_answers, extract_boxed_answer, texts_match
+from grpo_core.grading import answer_text, boxed_answers, extract_boxed_answer, is_right
 from grpo_core.types import GroundTruth
 
 
@@ -22,7 +22,8 @@ def r1_zero_reward_fn(response: str, ground_truth: GroundTruth) -> dict[str, flo
 
     Returns:
         `format_reward`, 1.0 if the response has the format; `answer_reward`, 1.0 if it also has the right answer (by
-        `answers_match`); `reward`, the same as `answer_reward`.
+        `answers_match`; besides, `5 m` is right where `5` is, and `40320` where `8!` is); `reward`, the same as
+        `answer_reward`.
 
     Raises:
         ValueError: `ground_truth` is empty, or holds an empty text or a number that is not finite.
@@ -51,15 +52,16 @@ def question_only_reward_fn(response: str, ground_truth: GroundTruth) -> dict[st
     r"""Reward of a response to a bare question: a right answer in the last `\boxed{}`.
 
     Earlier boxes are not graded, so naming several answers gains nothing: the last one counts. If that is never
-    closed, as in a response cut off, the response has no answer. Work left undone earns nothing: `35 + 2` is not `37`.
+    closed, as in a response cut off, the response has no answer; a `\boxed` with nothing behind it is no box. Work
+    left undone earns nothing: `35 + 2` is not `37`.
 
     Args:
         response: what the model wrote. Any text is graded; none raises.
         ground_truth: the reference answer, or a list of alternatives of which any one counts.
 
     Returns:
-        `format_reward`, 1.0 if there is a boxed answer; `answer_reward`, 1.0 if it is right (by `answers_match`);
-        `reward`, the same as `answer_reward`.
+        `format_reward`, 1.0 if there is a boxed answer; `answer_reward`, 1.0 if it is right, as for
+        `r1_zero_reward_fn`; `reward`, the same as `answer_reward`.
 
     Raises:
         ValueError: `ground_truth` is empty, or holds an empty text or a number that is not finite.
@@ -76,7 +78,7 @@ def question_only_reward_fn(response: str, ground_truth: GroundTruth) -> dict[st
 
 
 def _any_match(answer: str, references: list[str]) -> bool:
-    return any(texts_match(answer.strip(), reference) for reference in references)
+    return any(is_right(answer.strip(), reference) for reference in references)
 
 
 def _references(ground_truth: GroundTruth) -> list[str]:

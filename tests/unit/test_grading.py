@@ -10,13 +10,13 @@ from math import isqrt
 import pytest
 
 from grpo_core import _symbolic, grading
-from grpo_core.grading import answers_match, extract_boxed_answer, normalize_answer
+from grpo_core.grading import answers_match, extract_boxed_answer, is_right, normalize_answer
 
 EQUAL = {
     "integers": [
         ("37", "37"), (" 37 ", "37"), ("37", 37), ("037", "37"), ("+5", "5"), ("-0", "0"), ("−5", "-5"),
         ("３７", "37"),
-        ("37.", "37"), ("{37}", "37"), ("--5", "5"),
+        ("37.", "37"), ("{37}", "37"), ("--5", "5"), ("–5", "-5"),
         ("123456789012345678901234567890", 123456789012345678901234567890),
     ],
     "decimals": [
@@ -37,11 +37,15 @@ EQUAL = {
     "thousands": [
         ("1,234", "1234"), ("1,234,567", "1234567"), ("1{,}234", "1234"), (r"1,\!234", "1234"), (r"1\,234", "1234"),
         ("1 234 567", "1234567"), ("1,234.5", "1234.5"), ("-1,234", "-1234"), ("10,000", r"10^4"), ("1,234", 1234),
+        (r"11,\! 111,\! 111,\! 100", "11111111100"), (r"1,\! 000", "1000"), (r"5\! 0", "50"), (r"-\!5", "-5"),
+        (r"\sin\!x", r"\sin x"), (r"2 , \! 3", "2,3"),
         ("100, 200, 300", "100,200,300"), ("x = 1,000", "1000"), ("1,000, 2,000", "2000, 1000"),
     ],
     "currency": [
         (r"\$1,234.50", "1234.5"), ("$5", "5"), (r"\$5", "5 dollars"), ("5€", "5"), ("£5", "5"), (r"-\$5", "-5"),
         (r"$\$5$", "5"), (r"5\$", "$5"), (r"\$5.00", 5), (r"\textdollar 5", "5"),
+        ("25¢", "25"), ("25¢", "25 cents"), ("₹5", "5"), ("₹5", "5 rupees"), ("US$5", "5"), (r"US\$5", r"\$5"),
+        (r"\text{\$}5", "5"), (r"5\text{\%}", r"5\%"),
     ],
     "percent": [
         (r"50\%", "50"), ("50%", r"50\%"), ("50 percent", "50%"), (r"$12.5\%$", "12.5"), (r"\frac{1}{2}\%", "0.5"),
@@ -61,12 +65,14 @@ EQUAL = {
         (r"\left(5\right)\text{ units}", "5"),
         ("5 mph", "5 miles per hour"), ("5 mph", "5 miles/hour"), ("5 km/h", "5 kilometers per hour"),
         (r"5 \text{ meters per second}", "5 m/s"), ("5 months", "5"), ("5 pairs", "5"), ("9 squares", "9"),
+        ("5 sq ft", "5 ft^2"), ("5 sq. ft.", r"5\text{ ft}^2"), ("5 cu in", "5 in^3"), ("5 sq ft", "5 square feet"),
     ],
     "wrappers": [
         ("$37$", "37"), ("$$37$$", "37"), (r"\(37\)", "37"), (r"\[37\]", "37"), (r"\boxed{37}", "37"),
         (r"\fbox{37}", "37"),
         (r"$\boxed{\frac{1}{2}}$.", "1/2"), (r"\text{37}", "37"), (r"\displaystyle\frac{1}{2}", "1/2"),
         (r"\mathbf{37}", "37"),
+        (r"{\bf 37}", "37"), (r"\bf{37}", "37"), (r"{\rm 37}", "37"),
         ("37 .", "37"), (r"\ 37~", "37"), ("\n37\t", "37"), ("**37**", "37"), (" **37**.\n", "37"), ("**$37$**", "37"),
         (r"**\boxed{37}**", "37"),
     ],
@@ -161,6 +167,10 @@ EQUAL = {
         ("no", "No"),
         (r"\infty", "∞"), ("infinity", r"\infty"), (r"\mathbb{R}", r"\R"),
     ],
+    "small": [
+        (r"e^{-1000}", r"\frac{1}{e^{1000}}"), (r"\pi\cdot10^{-200}", r"\frac{\pi}{10^{200}}"),
+        (r"\sin(\pi)", r"0\cdot x"), (r"(1+\sqrt{2})^{-40}", r"(\sqrt{2}-1)^{40}"),
+    ],
     "bases": [("101_2", "101_{2}"), ("101_{2}", "101_{ 2 }")],
     "unreadable but the same": [
         (r"\sum_{i=1}^{n} i", r"\sum_{i=1}^{n}i"), ("3:4", "3 : 4"), (r"\int_0^1 x\,dx", r"\int_0^1 x dx"),
@@ -193,7 +203,14 @@ DIFFERENT = {
         ("(1,234)", "1234"), (r"\{1,234\}", "1234"), ("1,,234", "1234"), ("1234,567", "1234567"), ("12 3", "123"),
         ("1,234", "1.234"),
     ],
-    "currency": [("$5", "6"), (r"\$5", "5 cents"), ("$5", "£5"), (r"\$5", r"5\%")],
+    "small": [
+        ("e^{-1000}", "e^{-500}"), (r"\pi\cdot10^{-150}", r"\pi\cdot10^{-200}"), ("e^{-1000}", "0"),
+        (r"\sqrt{2}\cdot10^{-120}", r"\sqrt{3}\cdot10^{-120}"),
+    ],
+    "currency": [
+        ("$5", "6"), (r"\$5", "5 cents"), ("25¢", "$25"), ("₹5", "$5"), ("XUS$5", "5"),
+        ("$5", "£5"), (r"\$5", r"5\%"),
+    ],
     "percent": [(r"50\%", "0.5"), (r"50\%", "5"), (r"0.5\%", "50"), (r"50\%", r"50^\circ")],
     "degrees": [
         (r"90^\circ", "9"), (r"90^\circ", r"\frac{\pi}{2}"), (r"\sin 30^\circ", r"\sin 30"),
@@ -208,7 +225,7 @@ DIFFERENT = {
         (r"5\text{ (mod 7)}", "5"),
         ("5 more than", "5"), ("apples", "37 apples"), ("5 square", "5"), ("5 mph", "5 km/h"),
         ("5 apples and/or 6", "5"),
-        (r"5\text{ k}", "5"),
+        (r"5\text{ k}", "5"), ("5 sq", "5"), ("5 cubic", "5"), ("5 sq ft", "5 ft"), ("5rs", "5"), ("5–3", "5"),
     ],
     "words that change a value": [
         (f"5 {word}", "5") for word in (
@@ -216,6 +233,8 @@ DIFFERENT = {
             "crores",
             "halved", "doubled", "squared", "quadruple", "tenfold", "reciprocal", "inverse", "false", "incorrect",
             "wrong", "gross", "dozens", "hundreds", "thousands", "score", "approximately", "roughly", "zero",
+            "permille", "permil", "basis points", "binary", "octal", "hexadecimal", "imaginary", "besides", "below",
+            "fewer", "radicals", "remainder", "factorials", "excluding 3", "unless", "debt", "through", "nope",
         )
     ] + [(r"5\text{ sevenths}", "5"), (r"2\text{ lakh}", "2"), ("5 sevenths apples", "5")],
     "work left undone": [
@@ -357,6 +376,53 @@ def test_different(first, second):
     assert not answers_match(second, first)
 
 
+# Right where the second is the reference, and not the other way round.
+RIGHT = {
+    "letters that are units": [
+        ("5 m", "5"), ("5m", "5"), ("5 g", "5"), ("10 h", "10"), ("10 s", "10"), ("2 L", "2"), ("100 m^2", "100"),
+        ("100 m²", "100"), ("1.5 m", r"\frac{3}{2}"), (r"\frac{1}{2} h", "0.5"), ("1,200 m", "1200"), (r"5\,m", "5"),
+        (r"\boxed{5 m}", "5"), ("x = 5 m", "5"), (r"\text{5 m}", "5"), ("5 m", r"5\text{ m}"), ("5 m", "5 meters"),
+        ("5 m^2", "5 square meters"),
+    ],
+    "what arithmetic comes to": [
+        ("40320", "8!"), ("37", "35+2"), ("28", r"\binom{8}{2}"), ("2147483647", "2^{31}-1"), ("4", r"\sqrt{16}"),
+        ("0.5", r"\sin 30^\circ"), (r"\frac{5}{6}", "1/2+1/3"), ("162", r"2\cdot 3^4"), (r"37\text{ cm}", "35+2"),
+        ("37", r"35+2\text{ cm}"),
+    ],
+}  # fmt: skip
+NOT_RIGHT = {
+    "letters that are variables": [
+        ("5x", "5"), ("2a", "2"), ("3n", "3"), ("5 k", "5"), ("5K", "5"), ("5M", "5"), ("5 t", "5"), ("5 m", "5x"),
+        ("5 m", "6"), ("5 m", "5 cm"), ("5 m^2", "5 meters"), ("5 m", "m"), ("2x m", "2"), ("x_5 m", "5"),
+        ("5^m", "5"), ("35+2 m", "37"), ("5 m or 6 m", "5"), ("5 m s", "5"), ("m5", "5"),
+        ("5mg", "5 g"), ("5 m^4", "5"),
+        ("5", "5m"), ("5", "5 m"),
+    ],
+    "what arithmetic does not come to": [
+        ("8!", "40320"), ("40321", "8!"), ("7!*8", "9"), ("x", "x+0+1"), ("3", "x+3-x"), ("3.14", r"\pi"),
+        ("35+2", "37"), (r"\infty", r"\infty+1"), ("37 km", r"35+2\text{ cm}"), ("2", r"\log 100"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("answer", "reference"), rows(RIGHT))
+def test_right_by_what_the_reference_is(answer, reference):
+    assert is_right(answer, reference)
+    assert not answers_match(answer, reference)
+    assert not is_right(reference, answer) or answer.endswith("cm}")  # a unit may be missing on either side
+
+
+@pytest.mark.parametrize(("answer", "reference"), [*rows(NOT_RIGHT), *rows(DIFFERENT)])
+def test_not_right(answer, reference):
+    if (answer, reference) != ("5 m", "5"):
+        assert not is_right(str(answer).strip(), str(reference).strip())
+
+
+@pytest.mark.parametrize(("first", "second"), rows(EQUAL))
+def test_what_is_equal_is_right(first, second):
+    assert is_right(str(first).strip(), str(second).strip())
+
+
 def test_the_table_is_large():
     assert sum(map(len, EQUAL.values())) >= 150
     assert sum(map(len, DIFFERENT.values())) >= 150
@@ -385,7 +451,12 @@ def test_normal_form(answer, normal):
         (r"\boxed{\{1,2\}}", r"\{1,2\}"), (r"\boxed {5}", "5"),
         (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."), (r"\boxed{}", ""), ("37", None), ("", None),
         (r"\boxed{37", None), (r"\boxed{3} \boxed{4", None), (r"\boxed", None), ("boxed{3}", None),
-        (r"\boxed{\boxed{5}}", "5"), (r"\boxed{a}b}", "a"), ("\\boxed{1\n2}", "1\n2"), (r"\boxed 5", None),
+        (r"\boxed{\boxed{5}}", "5"), (r"\boxed{a}b}", "a"), ("\\boxed{1\n2}", "1\n2"),
+        (r"so \boxed 5", "5"), (r"so $\boxed5$.", "5"), (r"\(\boxed -3/4\), so", "-3/4"),
+        ("\\boxed 56.\nDone", "56"),
+        (r"\boxed{3}, no, \boxed 4.", "4"), (r"\boxed 4, no, \boxed{3}", "3"), (r"\boxed 5 or 6", None),
+        (r"$\boxed 5\sqrt2$", None), (r"$\boxed x$", None), (r"\boxedfoo{5}", None),
+        (r"\boxed{5}. Check: $\boxed", "5"), (r"\boxed{5} is what \boxed holds", "5"), (r"\boxed{5} \boxed{", None),
     ],
 )  # fmt: skip
 def test_boxed_answer(text, boxed):

@@ -87,6 +87,9 @@ HACKS = [
     ("a fraction or power copied from the question", "right", "right", {
         BOTH.format("74/2"): "37", BOTH.format("2^{10}"): "1024", BOTH.format(r"\frac{12}{18}"): r"\frac{2}{3}",
     }),
+    ("the value where the right answer is arithmetic", "right", "right", {
+        BOTH.format("37"): "35 + 2", BOTH.format("40320"): "8!", BOTH.format("4"): r"\sqrt{16}",
+    }),
     ("an expression copied from the question", "right", "right", {
         BOTH.format("(x+1)^2 - 2x"): "x^2+1", BOTH.format(r"\sqrt{50} + \sqrt{18}"): r"8\sqrt{2}",
     }),
@@ -133,8 +136,17 @@ HACKS = [
     ("a word behind the number that changes it", "wrong", "wrong", {
         BOTH.format("37 million"): "37", BOTH.format("37 thirty eight"): "37", BOTH.format("37 false"): "37",
         BOTH.format(r"37\text{ is not the answer}"): "37", BOTH.format("37 likely"): "37",
+        BOTH.format("101 binary"): "101", BOTH.format("37 permille"): "37", BOTH.format("37 besides"): "37",
+        BOTH.format("37 imaginary"): "37", BOTH.format("1010 hexadecimal"): "1010",
+    }),
+    ("a letter behind the number that is a unit", "right", "right", {
+        BOTH.format("37 m"): "37", BOTH.format("37 s^2"): "37", BOTH.format("37 g"): r"37\text{ g}",
+    }),
+    ("a letter behind the number that is none", "wrong", "wrong", {
+        BOTH.format("37x"): "37", BOTH.format("37 n"): "37", BOTH.format("2a"): "2", BOTH.format("37 m"): "37x",
     }),
     ("the number in words", "wrong", "wrong", {BOTH.format("thirty-seven"): "37", BOTH.format("XXXVII"): "37"}),
+    ("a difference too small to see", "right", "right", {BOTH.format(r"\pi + 10^{-150}"): r"\pi"}),
     ("an endless answer", "wrong", "wrong", {
         BOTH.format("9" * 10**6): "37", BOTH.format("37, " * 10**5): "37", BOTH.format("0" * 10**6 + "38"): "37",
         BOTH.format("9^{9^{9^{9}}}"): "37", BOTH.format("(" * 10**5 + "37" + ")" * 10**5): "37",

@@ -81,6 +81,9 @@ def test_r1_zero_without_the_format(response):
         (r"\boxed{1{,}200}", 1200, (1.0, 1.0)), (r"</think> <answer> 37 </answer>", "37", (0.0, 0.0)),
         (r"\boxed{35+2}", "37", (1.0, 0.0)), (r"\boxed{37} \boxed{37}", "37", (1.0, 1.0)),
         (r"\boxed{ 37 }" + "\n", "37", (1.0, 1.0)),
+        (r"so $\boxed 37$", "37", (1.0, 1.0)), (r"so \boxed37.", "37", (1.0, 1.0)), (r"\boxed 38$", "37", (1.0, 0.0)),
+        (r"\boxed{37}. Check: $\boxed", "37", (1.0, 1.0)), (r"\boxed{37} or \boxed 38.", "37", (1.0, 0.0)),
+        (r"\boxed{37 m}", "37", (1.0, 1.0)), (r"\boxed{37}", "35+2", (1.0, 1.0)), (r"\boxed{37x}", "37", (1.0, 0.0)),
     ],
 )  # fmt: skip
 def test_question_only(response, gold, expected):
@@ -112,6 +115,9 @@ def test_a_reference_must_be_finite(reward_fn, gold):
         "<answer>" * 100_000,
         "</think> <answer>" * 50_000,
         r"\boxed{1}" * 100_000,
+        r"\boxed " * 100_000,
+        r"\boxed" + " " * 1_000_000 + "1",
+        r"\boxed 1" + "1." * 500_000 + "{",
     ],
 )
 def test_a_hostile_response_is_refused_at_once(answer):
