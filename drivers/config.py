@@ -16,7 +16,7 @@ from beartype.door import is_bearable
 from drivers import ranks
 from drivers.errors import UsageError
 from drivers.grading import check_reward, parse_mix
-from drivers.legality import RATIO_OBJECTIVES, check_combination
+from drivers.legality import RATIO_OBJECTIVES, SILENT_GROUPS_TEACH, check_combination
 from drivers.recipes import EMBEDDED_MODEL, QUICKSTART, RECIPES
 from drivers.rollout import Sampling
 from grpo_core import Aggregation, Counting, ImportanceLevel, KLEstimator
@@ -323,7 +323,8 @@ class GrpoConfig(Settings):
     model is kept."""
     on_anomaly: Literal["auto", "stop", "skip", "warn"] = "auto"
     """What a loss, gradient, reward, entropy or distance to the sampler out of its range does: end the run, leave the
-    update out, or no more than be told. auto: stop where a number is not finite, else warn."""
+    update out, or no more than be told; docs/reliability.md has the limits. auto: stop where a number is not finite,
+    else warn."""
     deterministic: bool = False
     """The same command gives the same bits on the same machine: float32 where --dtype is auto, for that is measured,
     and on a GPU torch's deterministic algorithms."""
@@ -426,6 +427,12 @@ class GrpoConfig(Settings):
     @property
     def has_entropy_bonus(self) -> bool:
         return self.entropy_coef > 0 or self.entropy_target is not None
+
+    @property
+    def has_pull_beside_rewards(self) -> bool:
+        """Whether there is a gradient where no group has two different rewards, although these teach nothing then."""
+        silent_teach = self.loss_type == "no_baseline" or self.advantage in SILENT_GROUPS_TEACH
+        return (self.has_entropy_bonus or self.kl_coef > 0) and not silent_teach and self.length_penalty == "none"
 
     @property
     def penalized_tokens(self) -> int:

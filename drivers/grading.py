@@ -36,15 +36,15 @@ BUILT_IN: dict[str, RewardFn] = {
 LARGEST = 3.4028234663852886e38
 """Of float32, which rewards are kept in."""
 
-Why = Literal["parsed", "unparsable", "timeout", "error"]
+Why = Literal["parsed", "unparsable", "timeout", "error", "not_finite"]
 
 
 class Graded(NamedTuple):
     """The verdict on one response.
 
     A response without a readable answer is `unparsable`, and what the reward function gives it: 0 by the built-in
-    ones. One that could not be graded has the reward None, which is not 0: `timeout`, `error`, or `unparsable` where
-    the function itself returned None.
+    ones. One that could not be graded has the reward None, which is not 0: `timeout`, `error`, `not_finite` where a
+    returned number is NaN, infinite or too large for float32, or `unparsable` where the function returned None.
     """
 
     scores: dict[str, float | None]
@@ -98,8 +98,22 @@ def late(deadline_s: float) -> Graded:
     return Graded({"reward": None}, "timeout", f"no grade within {deadline_s:g} s")
 
 
+def not_finite(name: str, number: float) -> Graded:
+    """The verdict where it returned what no reward can be."""
+    return Graded({"reward": None}, "not_finite", f"{name} is {float_text(number)}: a finite number is required")
+
+
+def float_text(number: float) -> str:
+    """In few signs, however large."""
+    return f"{number:g}" if isinstance(number, float) else "a number of too many digits"
+
+
 def read_return(name: str, mix: Mapping[str, float], response: str, returned: object) -> Graded:
-    """The verdict that a returned value is: a number, None, or numbers and None by name."""
+    """The verdict that a returned value is: a number, None, or numbers and None by name.
+
+    A number that is not finite is no mistake of form, and may come of one response in a million: that one is not
+    scored.
+    """
 
     def refuse(required: str) -> NoReturn:
         shown = repr(returned)
@@ -113,8 +127,10 @@ def read_return(name: str, mix: Mapping[str, float], response: str, returned: ob
         if not (isinstance(key, str) and re.fullmatch(r"\w+", key)):
             refuse(f"{key!r} must be a name of letters, digits and _")
         number = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
-        if not (number is None or (isinstance(number, int | float) and abs(number) <= LARGEST)):
+        if not (number is None or isinstance(number, int | float)):
             refuse("a finite number is required, None where the response cannot be scored, or a dict of those by name")
+        if number is not None and not abs(number) <= LARGEST:
+            return not_finite(key, number)
         scores[key] = None if number is None else float(number)
     if mix:
         if "reward" in scores and isinstance(returned, Mapping):
@@ -123,8 +139,8 @@ def read_return(name: str, mix: Mapping[str, float], response: str, returned: ob
             refuse(f"a dict with {', '.join(mix)} is required, for --reward-mix; it lacks {', '.join(missing)}")
         parts = [(weight, scores[key]) for key, weight in mix.items()]
         mixed = sum(weight * part for weight, part in parts if part is not None)
-        if abs(mixed) > LARGEST:
-            refuse(f"by --reward-mix it comes to {mixed}; a finite number is required")
+        if not abs(mixed) <= LARGEST:
+            return not_finite("the sum by --reward-mix", mixed)
         scores = {"reward": None if any(part is None for _, part in parts) else mixed, **scores}
     elif "reward" not in scores:
         if len(scores) != 1:
@@ -490,7 +506,7 @@ class GradingPool:
 
     def _tell(self, pairs: Sequence[tuple[str, GroundTruth]], graded: Sequence[Graded]) -> None:
         for (response, _), verdict in zip(pairs, graded, strict=True):
-            if verdict.why in ("timeout", "error") and self._n_told < N_TOLD:
+            if verdict.why in ("timeout", "error", "not_finite") and self._n_told < N_TOLD:
                 self._n_told += 1
                 more = "" if self._n_told < N_TOLD else "; others are not told any more, but counted in the log"
                 self._warn(

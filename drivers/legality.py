@@ -9,6 +9,8 @@ if TYPE_CHECKING:
 
 RESPONSE_OBJECTIVES = ("gspo", "gmpo", "luspo")
 """One loss per response."""
+SILENT_GROUPS_TEACH = ("remax", "reinforce_plus_plus", "gdpo")
+"""Advantages of other comparisons than within a group, or of other numbers than the reward."""
 RATIO_OBJECTIVES = (
     "grpo_clip",
     "grpo_no_clip",
@@ -230,14 +232,13 @@ def _check_penalties(config: "GrpoConfig") -> None:
 def _check_refills(config: "GrpoConfig") -> None:
     if not config.max_refills:
         return
-    others = ("remax", "reinforce_plus_plus", "gdpo")
     reason = (
         "group_size=1 every group is one"
         if config.group_size == 1
         else "loss_type=no_baseline those teach too"
         if config.loss_type == "no_baseline"
         else f"advantage={config.advantage} those teach too"
-        if config.advantage in others
+        if config.advantage in SILENT_GROUPS_TEACH
         else None
     )
     if reason:

@@ -1,5 +1,6 @@
 """From the tensors of a step to the numbers of its log line. Every key is defined in docs/metrics.md."""
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
@@ -29,6 +30,7 @@ class UpdateMetrics:
         self.trained_tokens = 0
         self._begun = 0
         self._micro_batches: list[dict[str, Tensor]] = []
+        self._ratios: list[Tensor] = []
         self._losses: list[Tensor] = []
         self._grad_norms: list[Tensor] = []
         self._facts: list[Mapping[str, float]] = []
@@ -52,6 +54,8 @@ class UpdateMetrics:
         watching = (log_probs - micro.sampler_log_probs).abs()
         if not self._has_sampler:
             name, watching = "nll", -log_probs
+        else:
+            self._ratios.append(watching.masked_fill(~micro.response_mask, 0.0).max())
         self._micro_batches.append(
             {
                 **metadata,
@@ -84,6 +88,10 @@ class UpdateMetrics:
             summed, count = ranks.total(sums).tolist()
             if count:
                 means[name] = summed / count
+        largest, self._ratios = [ratio.item() for ratio in self._ratios], []
+        of_ranks = [value for values in ranks.gather(largest) for value in values]
+        if of_ranks:
+            means["max_log_ratio"] = math.nan if any(map(math.isnan, of_ranks)) else max(of_ranks)
         return means
 
     def add_update(self, loss: Tensor, grad_norm: Tensor, facts: Mapping[str, float], *, made: bool = True) -> None:
@@ -167,6 +175,7 @@ def describe_grades(graded: Sequence[Graded]) -> dict[str, float]:
         "unscored": sum(not verdict.is_scored for verdict in graded) / len(graded),
         "grader_timeouts": float(whys.count("timeout")),
         "grader_errors": float(whys.count("error")),
+        "grader_not_finite": float(whys.count("not_finite")),
         **{name: fmean(values[name]) for name in sorted(values)},
     }
 

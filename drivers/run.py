@@ -183,7 +183,7 @@ class Run:
                 if (step - 1, anomaly.kind) not in self._told:
                     self.warn(f"step {step}: {anomaly.text}")
             self._told.add((step, anomaly.kind))
-        fatal = [one for one in anomalies if choice == "stop" or (choice == "auto" and one.is_unusable)]
+        fatal = [one for one in anomalies if choice == "stop" or (choice == "auto" and one.is_fatal)]
         if fatal:
             raise UnsoundRunError(
                 f"step {step}: {fatal[0].text}; this update was not made, the weights are as before. "

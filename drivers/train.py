@@ -54,7 +54,8 @@ def train(
             batches.begin(step + 1)
 
             # A_i = r_i against its group;  pi <- ascend the objective on these rollouts, in one update or several.
-            metrics, unsound = UpdateMetrics(collected.shown_completions), find_in_rollouts(collected.facts)
+            metrics = UpdateMetrics(collected.shown_completions)
+            unsound = find_in_rollouts(collected.facts, has_other_pull=config.has_pull_beside_rewards)
             entropy_coef = state.bonus.of_step(collected.facts["rollout_entropy"])
             with run.phase("update"):
                 rollouts = make_rollout_batch(collected.completions, collected.raw_rewards, config.group_size)

@@ -67,6 +67,8 @@ def reward(response, ground_truth):
         start_another_and_hang(response.removeprefix("other: "))
     if response == "text":
         return "1.0"
+    if response == "nan":
+        return float("nan")
     if response in DEEDS:
         DEEDS[response]()
     return response == ground_truth

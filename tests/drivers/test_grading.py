@@ -408,16 +408,10 @@ NUMBER = "a finite number is required, None where the response cannot be scored,
     ("returned", "mix", "message"),
     [
         ("1.0", (), f"returned '1.0' for the response '{'r' * 60}': {NUMBER}"),
-        (float("nan"), (), f"returned nan for the response '{'r' * 60}': {NUMBER}"),
-        (float("-inf"), (), NUMBER),
-        (1e39, (), NUMBER),
-        (10**400, (), NUMBER),
         ([1.0], (), f"returned [1.0] for the response '{'r' * 60}': {NUMBER}"),
         (1j, (), NUMBER),
         (np.zeros(2), (), NUMBER),
-        (torch.tensor(float("nan")), (), NUMBER),
         ({"reward": "high"}, (), f"returned {{'reward': 'high'}} for the response '{'r' * 60}': {NUMBER}"),
-        ({"a": 1.0, "b": float("inf")}, ("a=1",), NUMBER),
         ({"a b": 1.0}, (), "'a b' must be a name of letters, digits and _"),
         ({1: 1.0}, (), "1 must be a name of letters, digits and _"),
         ({}, (), "one number is the reward: name it 'reward', or pass --reward-mix NAME=WEIGHT"),
@@ -425,7 +419,6 @@ NUMBER = "a finite number is required, None where the response cannot be scored,
         ({"a": 1}, ("a=1", "b=1"), "a dict with a, b is required, for --reward-mix; it lacks b"),
         (0.5, ("a=1",), "a dict with a is required, for --reward-mix; it lacks a"),
         ({"a": 1, "reward": 1}, ("a=1",), "it has a 'reward' of its own; leave that out, or --reward-mix"),
-        ({"a": 3e38, "b": 3e38}, ("a=1", "b=1"), "by --reward-mix it comes to 6e+38; a finite number is required"),
         (list(range(1000)), (), "1, 2, 3"),
     ],
 )
@@ -438,6 +431,29 @@ def test_what_is_no_reward_is_one_clear_error(returned, mix, message):
     assert message in str(raised.value)
     assert str(raised.value).startswith("reward_fn=mine: returned ")
     assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("returned", "mix", "detail"),
+    [
+        (float("nan"), (), "reward is nan"),
+        (float("-inf"), (), "reward is -inf"),
+        (1e39, (), "reward is 1e+39"),
+        (10**400, (), "reward is a number of too many digits"),
+        (torch.tensor(float("nan")), (), "reward is nan"),
+        ({"a": 1.0, "b": float("inf")}, ("a=1",), "b is inf"),
+        ({"a": 3e38, "b": 3e38}, ("a=1", "b=1"), "the sum by --reward-mix is 6e+38"),
+        ({"a": 3e38, "b": 3e38}, ("a=1e300", "b=-1e300"), "the sum by --reward-mix is nan"),
+    ],
+)
+def test_a_number_that_is_not_finite_is_no_reward(returned, mix, detail):
+    (verdict,) = one_by_one(lambda response, truth: returned, mix)(["x"], ["1"])
+    assert verdict == Graded({"reward": None}, "not_finite", f"{detail}: a finite number is required")
+
+
+def test_a_worker_tells_of_it_too(pool):
+    (verdict,), _ = grade_with(pool, "nan")
+    assert verdict == Graded({"reward": None}, "not_finite", "reward is nan: a finite number is required")
 
 
 def test_the_same_error_comes_out_of_the_pool_and_it_goes_on(pool):
@@ -725,9 +741,10 @@ def test_verdicts_are_counted():
         Graded({"reward": None, "b": 4.0, "a": None}, "unparsable"),
         Graded({"reward": None}, "timeout"),
         Graded({"reward": None}, "error"),
+        Graded({"reward": None}, "not_finite"),
     ]
-    facts = {"unscored": 0.75, "grader_timeouts": 1.0, "grader_errors": 1.0, "part_a": 1.0, "part_b": 3.0}
-    assert describe_grades(graded) == facts
+    facts = {"unscored": 0.8, "grader_timeouts": 1.0, "grader_errors": 1.0, "grader_not_finite": 1.0}
+    assert describe_grades(graded) == facts | {"part_a": 1.0, "part_b": 3.0}
 
 
 def test_an_evaluation_is_over_what_was_scored():

@@ -8,11 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drivers.batch import make_rollout_batch
 from drivers.errors import UnsoundRunError
 from drivers.grading import one_by_one
-from drivers.guards import LEAST_ENTROPY, MOST_DRIFT, SPIKE, find_in_rollouts, find_in_update
+from drivers.guards import LEAST_ENTROPY, MOST_DRIFT, MOST_LOG_RATIO, SPIKE, find_in_rollouts, find_in_update
+from drivers.metrics import UpdateMetrics
+from drivers.state import TrainingState
 from drivers.train import train
-from tests.drivers.parts import make_run, tiny_config, tiny_parts
+from tests.drivers.parts import completion, make_run, tiny_config, tiny_parts
 from tests.drivers.test_train import weights
 
 FINE = {"truncated": 0.5, "zero_std_groups": 0.5, "rollout_entropy": 2.0}
@@ -31,6 +34,7 @@ def kinds(found):
         ({"rollout_entropy": LEAST_ENTROPY / 2}, "entropy_collapse"),
         ({"rollout_entropy": math.nan}, "entropy_collapse"),
         ({"rollout_entropy": -math.inf}, "entropy_collapse"),
+        ({"rollout_entropy": math.inf}, "entropy_collapse"),
     ],
 )
 def test_rollouts_that_cannot_teach_are_named(changed, kind):
@@ -45,12 +49,82 @@ def test_an_update_without_any_gradient_is_named():
     assert kinds(find_in_update(0.0, 1e-30, [1.0] * 20, NEAR)) == []
 
 
-def test_silent_groups_that_teach_in_another_way_are_none(tmp_path):
-    """By a bonus on the entropy: there is a gradient, and the update is made."""
-    silent = {"reward": 0.0, "format_reward": 0.0, "answer_reward": 0.0}
-    settings = {"loss_type": "reinforce_with_baseline", "entropy_coef": 0.01, "on_anomaly": "stop"}
-    go(tmp_path, lambda *_: silent, **settings)
+SILENT = {"reward": 1.0, "format_reward": 0.0, "answer_reward": 0.0}
+
+
+def test_silent_groups_are_told_of_where_another_term_has_a_gradient(tmp_path):
+    """A bonus on the entropy: the updates are made, and nothing else would show that the reward teaches nothing."""
+    go(tmp_path, lambda *_: SILENT, loss_type="reinforce_with_baseline", entropy_coef=0.01)
     assert [row["skipped_updates"] for row in go.rows["train"]] == [0, 0, 0]
+    assert [(row["step"], row["kind"]) for row in go.rows["anomaly"]] == [(n, "all_silent") for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_type": "no_baseline"},
+        {"loss_type": "reinforce_with_baseline", "advantage": "remax", "group_size": 4},
+        {"loss_type": "reinforce_with_baseline", "advantage": "reinforce_plus_plus"},
+        {"loss_type": "reinforce_with_baseline", "length_penalty": "soft_overlong"},
+    ],
+)
+def test_silent_groups_that_teach_are_none(settings):
+    assert not tiny_config(entropy_coef=0.01, **settings).has_pull_beside_rewards
+    assert tiny_config(entropy_coef=0.01, loss_type="reinforce_with_baseline").has_pull_beside_rewards
+    assert not tiny_config(loss_type="reinforce_with_baseline").has_pull_beside_rewards
+
+
+class NotANumber:
+    """Sometimes; else a share of letters."""
+
+    def __init__(self, value):
+        self.value, self.graded = value, 0
+
+    def __call__(self, response, ground_truth):
+        self.graded += 1
+        share = response.count(ground_truth) / max(1, len(response)) + 0.1 * len(response)
+        return self.value if self.graded == 40 else share  # of the second step: 4 held-out questions come first
+
+
+@pytest.mark.parametrize(
+    ("choice", "skipped", "value"),
+    [
+        ("skip", [0, 1, 0], math.nan),
+        ("warn", [0, 0, 0], math.inf),
+        ("auto", None, math.nan),
+        pytest.param("stop", None, math.inf, marks=pytest.mark.slow),
+    ],
+)
+def test_a_reward_that_is_not_finite_follows_the_policy(tmp_path, choice, skipped, value):
+    """Its response is not scored, so that an update without it is sound; what there is of it is left out or made."""
+    if skipped is None:
+        with pytest.raises(UnsoundRunError, match="step 2: the reward of 1 responses is not a finite number"):
+            go(tmp_path, NotANumber(value), on_anomaly=choice)
+        return
+    policy, _ = go(tmp_path, NotANumber(value), on_anomaly=choice)
+    assert [(row["step"], row["kind"], row["value"]) for row in go.rows["anomaly"]] == [(2, "reward", None)]
+    assert [row["skipped_updates"] for row in go.rows["train"]] == skipped
+    assert [row["grader_not_finite"] for row in go.rows["train"]] == [0, 1, 0]
+    assert [row["unscored"] for row in go.rows["train"]] == [0, 1 / 32, 0]
+    assert weights(policy).isfinite().all()
+
+
+def test_one_token_far_from_the_sampler_is_named(tmp_path):
+    """Which a mean over all of them hides."""
+    found = find_in_update(0.1, 1.0, [], NEAR | {"max_log_ratio": 1.01 * MOST_LOG_RATIO})
+    assert kinds(found) == ["max_log_ratio"]
+    assert not found[0].is_fatal
+    assert find_in_update(0.1, 1.0, [], NEAR | {"max_log_ratio": 0.99 * MOST_LOG_RATIO}) == []
+    metrics = UpdateMetrics()
+    for extra in (0.0, 12.0):
+        micro = make_rollout_batch([completion([1], [2, 3, 4]), completion([1], [5])], torch.zeros(2))
+        log_probs = micro.sampler_log_probs - 0.25 * micro.response_mask
+        log_probs[0, 2] -= extra
+        log_probs[1, 2] = math.nan  # past the end
+        scored = {"log_probs": log_probs, "token_entropy": log_probs}
+        metrics.add_micro_batch(micro, scored, {"response_tokens": torch.tensor(4.0)})
+    assert metrics.drift()["max_log_ratio"] == 12.25
+    assert "max_log_ratio" not in metrics.drift()  # of the next update
 
 
 @pytest.mark.parametrize("choice", ["skip", "auto"])
@@ -162,6 +236,16 @@ def test_a_spike_is_told_or_skipped(tmp_path, choice, skipped):
     assert same == bool(skipped)
 
 
+def test_what_was_left_out_has_a_norm_all_the_same():
+    """But for what is no number, and for 0, which is no size to compare others with."""
+    state = TrainingState(tiny_config(), tiny_parts().policy)
+    for norm, made in ((1.0, True), (50.0, False), (math.nan, False), (math.inf, False), (0.0, True), (2.0, True)):
+        assert state.update(norm, made=made) == made
+    assert list(state.grad_norms) == [1.0, 50.0, 2.0]
+    assert state.optimizer.n_updates == 3
+
+
+@pytest.mark.slow
 def test_a_rise_that_lasts_is_skipped_for_a_while_only(tmp_path):
     """What is left out has a norm all the same, so the median follows; its weights and moments do not."""
     settings = {"n_grpo_steps": 24, "learning_rate": 1e-4}
