@@ -55,9 +55,10 @@ bench: $(INSTALLED)  ## Speed and memory, as ratios within one run; beside TRL, 
 mutants: $(INSTALLED)  ## Break the core by hand; every break must turn a test red
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.mutants $(ARGS)
 
-nightly: $(INSTALLED)  ## Kill runs, fuzz readers and graders for half an hour; ARGS is the number of kills
+nightly: $(INSTALLED)  ## Kill runs, fuzz readers and graders, train by all methods: an hour; ARGS is the number of kills
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.nightly.kills $(or $(ARGS),200)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.nightly.fuzz
+	$(BIN)/python -m tests.nightly.methods
 
 .venv-parity/.installed: .ci/requirements-parity.txt .ci/install-parity $(INSTALLED)
 	@echo "Installing TRL, verl and Liger into .venv-parity (a minute, once) ..."

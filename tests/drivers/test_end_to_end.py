@@ -71,8 +71,9 @@ def test_what_is_taken_from_vllm_itself_is_right(tmp_path):
 @pytest.mark.vllm
 @pytest.mark.xdist_group("vllm")
 def test_the_quickstart_learns_and_its_model_evaluates(tmp_path):
-    """The first steps of the default run on the real SmolLM2, then its checkpoint through evaluate.py."""
-    flags = f"--n-grpo-steps 5 --eval-steps 5 --n-val-examples 64 --save-dir {tmp_path}/run --wandb-project None"
+    """Steps of the default run on the real SmolLM2, few but long ones; then its checkpoint through evaluate.py."""
+    flags = f"--n-grpo-steps 3 --eval-steps 5 --n-val-examples 64 --save-dir {tmp_path}/run --wandb-project None"
+    flags += " --learning-rate 6e-5"
     done = subprocess.run([sys.executable, ROOT / "drivers/train.py", *flags.split()], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]

@@ -409,8 +409,8 @@ def test_the_program_runs_and_goes_on(tmp_path):
 @pytest.mark.vllm
 @pytest.mark.xdist_group("vllm")
 def test_the_quickstart_learns(tmp_path):
-    flags = "--n-examples 80 --train-batch-size 16 --n-val-examples 64 --eval-steps 100 --wandb-project None"
-    flags += f" --save-dir {tmp_path}/run"
+    flags = "--n-examples 32 --train-batch-size 8 --n-val-examples 64 --eval-steps 100 --wandb-project None"
+    flags += f" --learning-rate 5e-5 --save-dir {tmp_path}/run"
     command = [sys.executable, ROOT / "drivers/sft.py", *flags.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,39 @@
+"""SFT, expert iteration and GRPO on the real model, half an hour: `python -m tests.nightly.methods`.
+
+Each must come to answer more held-out questions, by a paired test of the model before and after.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(program: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, f"{ROOT}/drivers/{program}.py", *arguments], cwd=ROOT, check=True)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        sweep, asked = Path(name) / "sweep", ["--sampling-max-tokens", "32", "--n-examples", "128"]
+        run("sweep", "methods", "--wandb-project", "None", "--save-dir", str(sweep))
+        run("evaluate", *asked, "--output-dir", f"{name}/before")
+        told = []
+        for model in sorted(sweep.glob("*/final_model")):
+            after = f"{name}/{model.parent.name}"
+            compared = ["--compare-to", f"{name}/before", "--output-dir", after]
+            run("evaluate", *asked, "--model-path", str(model), *compared)
+            found = json.loads(Path(after, "results.json").read_text())["comparison"]["validation"]
+            told.append(f"{model.parent.name}: {found['difference']:+.3f}, p = {found['p_value']:.1g}")
+            if not (found["difference"] > 0 and found["p_value"] < 0.01):
+                sys.exit(f"{told[-1]}: nothing was learned")
+        if len(told) != 3:
+            sys.exit(f"three runs are required, found {told}")
+    print("; ".join(told))
+
+
+if __name__ == "__main__":
+    main()
