@@ -11,9 +11,10 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from drivers.errors import UnsoundRunError, UsageError
@@ -21,19 +22,23 @@ from drivers.grading import GRACE_S, Graded, failed, grade_one, is_async, late, 
 
 MOST_MEMORY = 4 << 30
 """Address space that a worker may take beyond what it has when its reward is loaded."""
+MOST_GENERATIONS = 100
+"""Of processes that start another one as they are killed."""
 _LOOK_EVERY_S = 1.0
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def nurse(control: int, settings: str) -> None:
     """Fork a worker for each socket that comes; end the one that is named, and say how it ended. Last, end them all.
 
-    A message is the number of a worker, with its socket to start it, without to end it.
+    A message is the number of a worker, with its socket to start it, without to end it. What a worker has started in a
+    session of its own is this process's child as soon as its parent is gone, and ends when some worker does.
     """
     ask = socket.socket(fileno=control)
     options, workers = json.loads(settings), dict[int, int]()
     for number in (signal.SIGINT, signal.SIGTERM):  # the trainer ends this; a handler is not handed on to what is run
         signal.signal(number, lambda *_: None)
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     gc.freeze()  # so that workers share what is imported
     try:
         while True:
@@ -49,11 +54,13 @@ def nurse(control: int, settings: str) -> None:
                 workers[worker] = _fork(ask, sockets[0], options)
             else:
                 ask.send(b"%d %d" % (worker, _end(workers.pop(worker)) if worker in workers else 0))
+                _end_strays(workers.values())
     except ConnectionError:
         pass
     finally:
         for pid in workers.values():
             _end(pid)
+        _end_strays(())
 
 
 def _fork(ask: socket.socket, connection: int, options: dict[str, Any]) -> int:
@@ -85,6 +92,26 @@ def _end(pid: int) -> int:
         with suppress(ProcessLookupError):
             kill(pid, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def _end_strays(workers: Collection[int]) -> None:
+    """Kill what workers have left to this process. The children of what is killed are the next to come."""
+    for _ in range(MOST_GENERATIONS):
+        strays = _children() - set(workers)
+        if not strays:
+            return
+        for pid in strays:
+            with suppress(ProcessLookupError, ChildProcessError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+
+
+def _children() -> set[int]:
+    """Of this process, as far as the kernel tells."""
+    found = set[int]()
+    for file in Path("/proc/self/task").glob("*/children"):
+        found |= set(map(int, file.read_text().split()))
+    return found
 
 
 def work(connection: Connection, reward: str, mix: dict[str, float], deadline_s: float, trainer: int) -> None:

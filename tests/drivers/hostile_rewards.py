@@ -36,6 +36,17 @@ def start_another_and_hang(path):
     time.sleep(1000)
 
 
+def start_in_another_session(path, *, hang):
+    """As a program that wants to live on does: no signal to a group reaches it, nor the child that it has."""
+    script = 'sleep 1000 & echo $$ $! > "$0"; wait'
+    other = subprocess.Popen(["sh", "-c", script, path], start_new_session=True)
+    while not (os.path.exists(path) and os.path.getsize(path)):
+        time.sleep(0.01)
+    if hang:
+        time.sleep(1000)
+    return other.pid > 0
+
+
 def turn_the_alarm_off_and_hang():
     signal.setitimer(signal.ITIMER_REAL, 0)
     time.sleep(1000)
@@ -65,6 +76,9 @@ def reward(response, ground_truth):
     """1 or 0, after what the response says."""
     if response.startswith("other: "):
         start_another_and_hang(response.removeprefix("other: "))
+    if response.startswith(("stray: ", "hanging stray: ")):
+        kind, _, path = response.partition(": ")
+        return start_in_another_session(path, hang=kind == "hanging stray")
     if response == "text":
         return "1.0"
     if response == "nan":

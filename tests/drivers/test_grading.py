@@ -173,6 +173,22 @@ def test_what_a_response_has_started_ends_with_it(pool, tmp_path):
     assert_gone([int((tmp_path / "pid").read_text())], within=2.0)
 
 
+def test_what_it_has_started_in_another_session_ends_too(tmp_path):
+    """With the worker that is ended; and of one that goes on, with the pool."""
+    with open_pool(n_workers=1, deadline_s=2.0, warn=lambda _: None) as pool:
+        (verdict,) = pool([f"hanging stray: {tmp_path / 'hanging'}"], ["1"])
+        assert verdict.why == "timeout"
+        pids = [int(pid) for pid in (tmp_path / "hanging").read_text().split()]
+        assert len(pids) == 2
+        assert_gone(pids, within=2.0)
+        (verdict,) = pool([f"stray: {tmp_path / 'other'}"], ["1"])
+        assert verdict.scores["reward"] == 1.0
+        pids = [int(pid) for pid in (tmp_path / "other").read_text().split()]
+        assert len(pids) == 2
+        assert all(map(is_alive, pids))
+    assert_gone(pids, within=2.0)
+
+
 def test_the_first_failures_are_told():
     told = []
     with open_pool(warn=told.append) as pool:
