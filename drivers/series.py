@@ -359,8 +359,9 @@ def make_panels(groups: Sequence[Series]) -> list[Panel]:
         lines = [
             Line(number, place, points) for place, name in enumerate(names) for number, points in drawn[name].items()
         ]
-        if lines:
-            panels.append(Panel(title, unit, is_share, names, lines))
+        if lines:  # which of several there may be, where it is alone, no legend says
+            what = f"{names[0]}, {unit}" if len(names) == 1 < len(quantities) else unit
+            panels.append(Panel(title, what, is_share, names, lines))
     return panels
 
 

@@ -293,6 +293,13 @@ def test_what_a_reward_returns_by_name_is_a_panel(tmp_path):
     write_report([tmp_path], tmp_path / "out", "more quantities than dashes")
 
 
+def test_which_quantity_is_alone_is_said(tmp_path):
+    page = page_of(write_run(tmp_path, steps([0.5], sampler_log_prob_diff=0.1, grad_norm=1.0)))
+    units = {title: panel["unit"] for title, panel in panels_of(page).items()}
+    assert units["Distance"] == "to the sampler, nats per token"
+    assert units["Gradient norm"] == "before clipping"
+
+
 def test_before_last_and_best(tmp_path):
     values = {0: 0.1, 5: 0.8, 10: 0.8, 15: 0.6}
     rows = [{"phase": "eval", "step": step, "accuracy": value, "n_examples": 50} for step, value in values.items()]
