@@ -1,7 +1,8 @@
 """LoRA: low-rank updates of the linear layers are trained, the model's own weights stay as they are."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,22 @@ def _linear_layers(policy: Any) -> list[str]:
     return sorted(
         name for name, module in policy.named_modules() if type(module).__name__ in kinds and module is not output
     )
+
+
+@contextmanager
+def without_lora(policy: nn.Module) -> Iterator[nn.Module]:
+    """`policy` as it was before training: its own weights, which are frozen, are the reference, and no copy is held.
+
+    Not by peft's own switch, which changes what needs a gradient, of shards too.
+    """
+    layers: list[Any] = [module for module in policy.modules() if hasattr(module, "lora_A")]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield policy
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def adapter_weights(policy: nn.Module) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """What a run will need where the policy is, told before it starts."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class MemoryPlan:
     engine: int
     available: int
     checkpointed: bool
+    share: float | None = None
+    """Of a GPU that policy and engine take in turns, what the engine has while it samples; None where they do not."""
 
     @property
     def total(self) -> int:
@@ -50,7 +52,13 @@ class MemoryPlan:
         }
         listed = " + ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
         limit = f"{self.available / GIB:.0f} GiB" if self.available else "an amount that this system does not tell"
-        return f"about {self.total / GIB:.1f} GiB ({listed}) of {limit}"
+        plan = f"about {self.total / GIB:.1f} GiB ({listed}) of {limit}"
+        if self.share is None:
+            return plan
+        return (
+            f"{plan} while it trains, the engine asleep; while it samples, policy and optimizer "
+            f"{self.states / GIB:.1f} + engine {self.share * self.available / GIB:.1f} ({self.share:.2f} of the GPU)"
+        )
 
 
 def settle_memory(
@@ -65,10 +73,31 @@ def settle_memory(
     sizes: dict[str, Any] = {"reference_bytes": reference_bytes, "engine_bytes": engine_bytes}
     plan = plan_memory(config, policy, longest_prompt, **sizes)
     all_fit = all(ranks.gather(plan.fits))  # one decision: machines may differ
+    if take_turns(config, next(policy.parameters()).device, rollout_device):
+        share = share_beside(training_state_bytes(policy) + reference_bytes, plan.available)
+        sizes["share"] = min(config.gpu_memory_utilization, share)
+        plan = replace(plan, share=sizes["share"])
     if config.gradient_checkpointing == "on" or (config.gradient_checkpointing == "auto" and not all_fit):
         enable_checkpointing(policy)
         plan = plan_memory(config, policy, longest_prompt, **sizes, checkpointed=True)
     return plan
+
+
+def take_turns(config: GrpoConfig, policy_device: torch.device, rollout_device: torch.device) -> bool:
+    """Whether policy and engine share a GPU: the engine sleeps while the policy trains."""
+    alone = ranks.size() == 1 and config.engine == "vllm" and not config.rollout_url
+    return alone and policy_device.type == "cuda" and policy_device == rollout_device
+
+
+def share_beside(reserved_bytes: int, total_bytes: int) -> float:
+    """The part of a GPU left for vLLM beside what else must stay there, less a tenth for all that is not counted."""
+    share = 0.9 - reserved_bytes / total_bytes
+    if share < 0.05:
+        raise UsageError(
+            f"rollout_device: {reserved_bytes / 2**30:.1f} of the GPU's {total_bytes / 2**30:.1f} GiB are needed "
+            "beside vLLM, which leaves it no room; name a second GPU"
+        )
+    return share
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -98,6 +127,7 @@ def plan_memory(
     reference_bytes: int = 0,
     engine_bytes: int = 0,
     checkpointed: bool = False,
+    share: float | None = None,
 ) -> MemoryPlan:
     """Of the largest micro-batch that can come, kept by all layers, or by one at a time where they are run again."""
     tokens = most_tokens(config, longest_prompt)
@@ -113,6 +143,7 @@ def plan_memory(
         engine=engine_bytes,
         available=available_bytes(next(policy.parameters()).device),
         checkpointed=checkpointed,
+        share=share,
     )
 
 
@@ -170,6 +201,17 @@ def available_bytes(device: torch.device) -> int:
     if meminfo.exists():
         sizes.append(1024 * int(meminfo.read_text().split("MemTotal:")[1].split()[0]))
     return min(sizes, default=0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks share a machine
+
+
+def take_peak() -> dict[str, float]:
+    """What torch had in use at most on the fullest GPU since it was last asked, in GiB; nothing where none is used."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return {}
+    devices = range(torch.cuda.device_count())
+    peak = max(torch.cuda.max_memory_allocated(device) for device in devices)
+    for device in devices:
+        torch.cuda.reset_peak_memory_stats(device)
+    return {"peak_memory_gib": peak / GIB}
 
 
 def enable_checkpointing(policy: Any) -> None:

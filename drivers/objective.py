@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, assert_never
 
@@ -13,6 +14,7 @@ from drivers.batch import RolloutBatch
 from drivers.config import GrpoConfig
 from drivers.errors import UnsoundRunError
 from drivers.legality import RATIO_OBJECTIVES, RESPONSE_OBJECTIVES
+from drivers.lora import without_lora
 from drivers.rollout import Completion
 from drivers.scoring import score_all
 
@@ -54,9 +56,10 @@ def prepare_rollouts(
         scored = score_all(policy, rollouts, config, with_entropy=config.top_entropy_fraction is not None)
         rollouts = replace(rollouts, old_log_probs=scored["log_probs"], old_entropy=scored.get("token_entropy"))
     if config.needs_reference:
-        if reference is None:
+        if reference is None and config.lora_rank == 0:
             raise ValueError(f"kl_coef={config.kl_coef} needs reference; got None: a frozen copy of the first policy")
-        rollouts = replace(rollouts, reference_log_probs=score_all(reference, rollouts, config)["log_probs"])
+        with nullcontext(reference) if reference is not None else without_lora(policy) as first:
+            rollouts = replace(rollouts, reference_log_probs=score_all(first, rollouts, config)["log_probs"])
     elif config.kl_coef > 0:
         rollouts = replace(rollouts, reference_log_probs=rollouts.sampler_log_probs)
     try:

@@ -34,7 +34,7 @@ from drivers.grading import BUILT_IN, Grader, GradingPool, check_file, one_by_on
 from drivers.guards import Anomaly
 from drivers.interrupts import uninterrupted
 from drivers.lora import add_lora
-from drivers.memory import settle_memory, weight_bytes
+from drivers.memory import settle_memory, take_peak, weight_bytes
 from drivers.models import (
     choose_device,
     choose_dtype,
@@ -208,7 +208,7 @@ class Run:
                 tolerance=tolerance,
                 seed=EVALUATION_SEED - 1,
             )
-        if version > self._begun_after:  # that of a start from a checkpoint belongs to no step
+        if self._checkpoint is None:  # the run that was never interrupted has none at a start from a checkpoint
             self._log.log("check", version, asdict(agreement))
         self.display.say(f"self-check at step {version}: {agreement}; {tolerance:g} mean allowed")
         return agreement
@@ -240,7 +240,7 @@ class Run:
         speed = {"update_tokens_per_s": values["trained_tokens"] / self._seconds["update"]}
         if "rollout" in self._seconds:  # not where they came with the checkpoint
             speed["rollout_tokens_per_s"] = values["sampled_tokens"] / self._seconds["rollout"]
-        values = {**values, **speed, **times, "learning_rate": self.config.learning_rate}
+        values = {**values, **speed, **times, **take_peak(), "learning_rate": self.config.learning_rate}
         self._log.log("train", step, values)
         self.display.end_step(step, values)
 
@@ -515,6 +515,12 @@ def choose_devices(config: GrpoConfig) -> tuple[torch.device, torch.device]:
             f"--rollout-process shared: vLLM on {rollout_device} and the policy on {policy_device} are two processes; "
             "pass --rollout-process auto"
         )
+    default = type(config).__dataclass_fields__["engine_deadline_s"].default
+    if together and config.rollout_process != "own" and config.engine_deadline_s != default:
+        raise UsageError(
+            f"--engine-deadline-s {config.engine_deadline_s:g}: has no effect on an engine in the trainer's own "
+            f"process, which nobody waits for: pass --rollout-process own, or leave it at {default:g}"
+        )
     if config.async_steps and together and policy_device.type == "cuda":
         raise UsageError(
             f"--async-steps {config.async_steps}: policy and engine take turns on {policy_device}: a second GPU is "
@@ -579,7 +585,7 @@ def load_models(
         generation: Any = policy.generation_config
         generation.eos_token_id = end_token_ids(policy, tokenizer)
     reference, reference_bytes = None, 0
-    if config.needs_reference:
+    if config.needs_reference and config.lora_rank == 0:  # else the policy without its adapters is it
         reference = load(lora=False).requires_grad_(False)
         reference_bytes = weight_bytes(reference)
     plan = settle_memory(config, policy, longest_prompt, reference_bytes, rollout_device)
@@ -615,6 +621,11 @@ def load_models(
         f"{several}{policy_device}, {config.engine} on {', '.join(config.rollout_url) or rollout_device}"
     )
     display.say(f"memory: {plan}")
+    if plan.share is not None and plan.share < config.gpu_memory_utilization:
+        display.say(
+            f"warning: --gpu-memory-utilization {config.gpu_memory_utilization:g}: beside what training keeps on "
+            f"{rollout_device}, vLLM gets {plan.share:.2f} of it"
+        )
     if not plan.fits:
         display.say("warning: that may not fit: lower --micro-batch-tokens, or pass --gradient-checkpointing on")
     return policy, reference, engine

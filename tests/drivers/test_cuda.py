@@ -6,15 +6,18 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from drivers.memory import share_beside
 from drivers.metrics import UpdateMetrics
 from drivers.objective import prepare_rollouts, weigh_step
-from drivers.rollout import HFEngine
+from drivers.optim import training_state_bytes
+from drivers.rollout import HFEngine, make_engine
 from drivers.scoring import score
 from drivers.train import accumulate_gradients, train
 from grpo_core import compute_entropy, compute_grpo_clip_loss, grpo_microbatch_loss, normalize_group_rewards
 from tests.drivers.parts import clone_policy, letter_grader, make_run, rollouts_of, tiny_config, tiny_parts
 from tests.drivers.test_batch import LONG_PROMPT, SHORT_PROMPT, batch_of
 from tests.drivers.test_train import ON_POLICY, TWO_EPOCHS
+from tests.tiny import save_tiny
 
 pytestmark = [
     pytest.mark.gpu,
@@ -83,3 +86,47 @@ def test_the_loop_learns(tmp_path, dtype, schedule):
     rewards = [row["reward"] for row in rows if row["phase"] == "train"]
     assert rewards[0] < 0.15
     assert sum(rewards[-3:]) / 3 > 0.9
+
+
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.xdist_group("vllm")
+def test_policy_and_vllm_take_turns_on_one_gpu(tmp_path, record_property):
+    """vLLM sleeps while the policy trains: what it had is free. Its weights arrive, and the run tells what it took."""
+    config, parts = tiny_config(engine="vllm", n_grpo_steps=4, eval_steps=4, self_check_tolerance=0.1), tiny_parts()
+    policy, device = parts.policy.to("cuda", torch.bfloat16), torch.device("cuda", torch.cuda.current_device())
+    total = torch.cuda.get_device_properties(device).total_memory
+    free_bytes = []
+
+    def grade(responses, ground_truths):
+        free_bytes.append(torch.cuda.mem_get_info()[0])
+        return letter_grader(responses, ground_truths)
+
+    engine = make_engine(
+        "vllm",
+        model_path=str(save_tiny(tmp_path / "tiny")),
+        policy=policy,
+        tokenizer=parts.tokenizer,
+        device=device,
+        dtype=torch.bfloat16,
+        max_model_len=64,
+        gpu_memory_utilization=0.3,
+        reserved_bytes=training_state_bytes(policy),
+        seed=0,
+    )
+    run = make_run(config, tmp_path / "run", parts.tokenizer)
+    try:
+        train(config, policy, engine, grade, parts.questions, parts.questions, run)
+        engine.sleep()
+        asleep = torch.cuda.mem_get_info()[0]
+    finally:
+        run.finish()
+        engine.close()
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if row["phase"] == "train"]
+    assert [row["n_weights"] for row in rows if row["phase"] == "check"] == [20, 20]
+    assert {row["staleness"] for row in steps} == {0.0}
+    assert asleep - min(free_bytes) > 0.5 * min(0.3, share_beside(training_state_bytes(policy), total)) * total
+    for name in ("time_push_s", "peak_memory_gib"):
+        record_property(name, [row[name] for row in steps])
+        print(name, *(f"{row[name]:.3f}" for row in steps))

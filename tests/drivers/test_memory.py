@@ -1,14 +1,25 @@
 """The memory plan against what a pass really keeps, and gradient checkpointing that changes nothing but that."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from drivers import scoring
+from drivers import memory, ranks, scoring
 from drivers.batch import make_rollout_batch
 from drivers.errors import UsageError
-from drivers.memory import GIB, MemoryPlan, enable_checkpointing, head_bytes, most_tokens, plan_memory
+from drivers.memory import (
+    GIB,
+    MemoryPlan,
+    enable_checkpointing,
+    head_bytes,
+    most_tokens,
+    plan_memory,
+    share_beside,
+    take_turns,
+)
 from drivers.optim import PolicyOptimizer, training_state_bytes
 from drivers.rollout import HFEngine, Sampling
 from drivers.scoring import score
@@ -83,6 +94,61 @@ def test_a_plan_says_what_it_is_of_and_whether_it_fits():
     unknown = MemoryPlan(2 * GIB, 3 * GIB, GIB // 2, GIB, 0, checkpointed=False)
     assert unknown.fits
     assert str(unknown).endswith(" of an amount that this system does not tell")
+
+
+def test_a_shared_gpu_is_shared_by_what_training_needs():
+    layer = torch.nn.Linear(1000, 1000, bias=False)  # 1 M parameters
+    assert share_beside(training_state_bytes(layer), 160_000_000) == pytest.approx(0.9 - 16 / 160)
+    assert share_beside(training_state_bytes(layer.bfloat16()), 160_000_000) == pytest.approx(0.9 - 18 / 160)
+    with pytest.raises(UsageError, match="name a second GPU"):
+        share_beside(training_state_bytes(layer), 18_000_000)
+
+
+def test_one_gpu_is_taken_in_turns_by_policy_and_vllm_of_one_process(monkeypatch):
+    cpu, one, two = torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)
+    vllm, hf = tiny_config(engine="vllm"), tiny_config(engine="hf")
+    servers = tiny_config(engine="vllm", rollout_url=("http://one:8000",))
+    cases = [(vllm, one, one), (vllm, one, two), (vllm, cpu, cpu), (hf, one, one), (servers, one, one)]
+    assert [take_turns(*case) for case in cases] == [True, False, False, False, False]
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    assert not take_turns(vllm, one, one)
+
+
+def test_the_plan_of_a_shared_gpu_tells_both_phases_and_what_the_engine_is_left(monkeypatch):
+    """On a GPU of a hundred times 16 bytes for each parameter: 0.9 less 0.16 of it, unless less was asked for."""
+    policy = make_policy()
+    total = 100 * sum(p.numel() for p in policy.parameters())
+    monkeypatch.setattr(memory, "available_bytes", lambda _: total)
+    monkeypatch.setattr(memory, "take_turns", lambda *_: True)
+    monkeypatch.setattr(memory, "enable_checkpointing", lambda _: None)
+    small = {"sampling_max_tokens": 2, "group_size": 2, "train_batch_size": 2, "rollout_batch_size": 2}
+    small |= {"gradient_accumulation_steps": 1}
+    for asked, share, checkpointing in ((0.85, 0.74, "off"), (0.85, 0.74, "on"), (0.3, 0.3, "off")):
+        config = tiny_config(
+            engine="vllm", gpu_memory_utilization=asked, gradient_checkpointing=checkpointing, **small
+        )
+        plan = memory.settle_memory(config, policy, 2, 0, torch.device("cpu"))
+        assert plan.share == pytest.approx(share)
+        assert "GiB while it trains, the engine asleep; while it samples, policy and optimizer" in str(plan)
+        assert f"({share:.2f} of the GPU)" in str(plan)
+        assert plan.checkpointed == (checkpointing == "on")
+    whole = replace(plan, states=16 * GIB, available=80 * GIB)
+    assert str(whole).endswith("policy and optimizer 16.0 + engine 24.0 (0.30 of the GPU)")
+    room = 18 * sum(p.numel() for p in policy.parameters())
+    monkeypatch.setattr(memory, "available_bytes", lambda _: room)
+    with pytest.raises(UsageError, match="name a second GPU"):
+        memory.settle_memory(config, policy, 2, 0, torch.device("cpu"))
+
+
+def test_the_peak_is_that_of_the_fullest_gpu_since_it_was_asked(monkeypatch):
+    assert memory.take_peak() == {}
+    peaks = [GIB, 3 * GIB]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", peaks.__getitem__)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peaks.__setitem__(device, 0))
+    assert memory.take_peak() == {"peak_memory_gib": 3.0}
+    assert memory.take_peak() == {"peak_memory_gib": 0.0}
 
 
 def test_the_head_is_planned_as_it_is_computed():

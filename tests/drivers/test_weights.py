@@ -1,5 +1,7 @@
 """What is pushed to an engine, and the checksums by which a push is known to have arrived."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drivers.lora import adapter_weights, add_lora
+from drivers.objective import prepare_rollouts
+from drivers.scoring import score_all
 from drivers.weights import PolicyWeights, checksum, checksums, differing, dithered
+from tests.drivers.parts import rollouts_of, tiny_config, tiny_parts
 from tests.tiny import make_tiny_policy
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
@@ -126,6 +131,27 @@ def test_a_policy_with_lora_is_at_first_what_it_was_and_pushes_what_it_computes(
     layer = policy.get_submodule("model.layers.0.mlp.down_proj")
     b, a = layer.lora_B["default"].weight, layer.lora_A["default"].weight
     assert torch.allclose(one, layer.base_layer.weight + 8.0 / 2 * (b @ a), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_its_adapters_a_policy_is_its_own_reference(dtype):
+    """To the bit what a frozen copy gives, which need not be held; and what is trained is trained on."""
+    config, parts = tiny_config(loss_type="grpo_clip", kl_coef=0.1, lora_rank=2), tiny_parts()
+    rollouts, scores = rollouts_of(config, parts)
+    policy = make_tiny_policy(0).to(dtype)
+    add_lora(policy, 2, 8.0, seed=5, base="tiny")
+    stir(policy)
+    trained = [name for name, p in policy.named_parameters() if p.requires_grad]
+    found, expected = (
+        prepare_rollouts(config, policy, reference, rollouts, scores, None)
+        for reference in (None, make_tiny_policy(0).to(dtype))
+    )
+    assert torch.equal(found.reference_log_probs, expected.reference_log_probs)
+    now = score_all(policy, rollouts, config)["log_probs"]
+    assert (now - found.reference_log_probs).abs().max() > 1e-2  # they are on again
+    assert trained == [name for name, p in policy.named_parameters() if p.requires_grad]
+    with pytest.raises(ValueError, match="needs reference; got None"):
+        prepare_rollouts(replace(config, lora_rank=0), policy, None, rollouts, scores, None)
 
 
 def test_rounding_by_chance_keeps_a_small_update_on_average_and_what_fits_as_it_is():
