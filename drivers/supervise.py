@@ -44,8 +44,8 @@ def within(
 
     Ctrl-C or SIGTERM that a push holds back ends the wait when it comes a second time.
 
-    Before either error, `give_up` is to end what the thread that asked waits for, and it gets some seconds to come out: a
-    successor of the engine is pushed the same weights, which that thread may be gathering.
+    Before either error, `give_up` is to end what the thread that asked waits for, and it gets some seconds to come
+    out: a successor of the engine is pushed the same weights, which that thread may be gathering.
     """
     if not is_alive():
         raise EngineDiedError("its process has ended")

@@ -261,6 +261,8 @@ class VLLMEngine:
         self._asleep = False
         self._busy = threading.Lock()
         if self._shares_gpu:
+            from drivers.memory import share_beside  # here: a worker, which imports this file too, plans nothing
+
             total = torch.cuda.get_device_properties(device).total_memory
             gpu_memory_utilization = min(gpu_memory_utilization, share_beside(reserved_bytes, total))
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(self._own_process)), TRAINER: str(os.getpid())}
@@ -393,7 +395,14 @@ class VLLMEngine:
             if self._is_alive() and not isinstance(error, EngineDeadError):
                 raise
             self.close()
-            raise EngineDiedError(f"vLLM's process died when it was to {what}; its own error stands above") from error
+            raise EngineDiedError(f"vLLM's process died when it was to {what}; {self._fate()}") from error
+
+    def _fate(self) -> str:
+        """How it ended, as far as that is known: of a signal it says nothing itself."""
+        status = next((code for process in self._processes if (code := process.exitcode) is not None), None)
+        if status is not None and status < 0:
+            return f"it was ended by {signal.Signals(-status).name}"
+        return "its own error stands above" + (f" (exit status {status})" if status else "")
 
     def _is_alive(self) -> bool:
         return all(is_running(process.pid) for process in self._processes)
@@ -455,17 +464,6 @@ def placement(device: torch.device, *, shared: bool, gpu_memory_utilization: flo
         "gpu_memory_utilization": gpu_memory_utilization,
         "enable_sleep_mode": shared,
     }
-
-
-def share_beside(reserved_bytes: int, total_bytes: int) -> float:
-    """The part of a GPU left for vLLM beside what else must stay there, less a tenth for all that is not counted."""
-    share = 0.9 - reserved_bytes / total_bytes
-    if share < 0.05:
-        raise UsageError(
-            f"rollout_device: {reserved_bytes / 2**30:.1f} of the GPU's {total_bytes / 2**30:.1f} GiB are needed "
-            "beside vLLM, which leaves it no room; name a second GPU"
-        )
-    return share
 
 
 @contextmanager

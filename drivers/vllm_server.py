@@ -48,7 +48,7 @@ MAX_CONNECTIONS = 512
 _LOOK_EVERY_S = 0.2
 COMMAND = (
     "VLLM_SERVER_DEV_MODE=1 PYTHONPATH=. vllm serve MODEL --enable-scale-out --logprobs-mode processed_logprobs "
-    "--load-format dummy --max-model-len TOKENS "
+    "--load-format dummy --dtype %s --max-model-len TOKENS "
     '--weight-transfer-config \'{"backend": "%s"}\' --worker-extension-cls drivers.vllm_engine.WorkerExtension'
 )
 
@@ -186,7 +186,8 @@ class ServerEngine:
         end_token_id: int | None = None,
     ) -> None:
         self._deadline_s, self._device = deadline_s, next(policy.parameters()).device
-        self._command = COMMAND % ("checked_nccl" if self._device.type == "cuda" else "host")
+        backend = "checked_nccl" if self._device.type == "cuda" else "host"
+        self._command = COMMAND % (str(dtype).removeprefix("torch."), backend)
         self._weights = PolicyWeights(policy, dtype)
         self._sender: Any = None
         self._version: int | None = None

@@ -34,8 +34,12 @@ def main(
     seconds: float = 300.0,
     kill_engine_at: int | None = None,
     break_push: tuple[int, int] | None = None,
+    fault: str | None = None,
 ) -> None:
-    """`kill_engine_at`: before which of its answers vLLM dies. `break_push`: in which push, after how many tensors."""
+    """`kill_engine_at`: before which of its answers vLLM dies. `break_push`: in which push, after how many tensors.
+
+    `fault`: what the push after the first update leaves out, of what all ranks gather for it: all, or the name of one.
+    """
     torch.set_num_threads(1)
     ranks.start(seconds)
     config, precision = tiny_config(**settings), getattr(torch, dtype)
@@ -49,7 +53,7 @@ def main(
         policy = ranks.shard(policy, precision, cpu)
     if config.gradient_checkpointing == "on":
         enable_checkpointing(policy)
-    reference = tiny_parts().policy if config.needs_reference else None
+    reference = tiny_parts().policy if config.needs_reference and not config.lora_rank else None
     if reference is not None:
         reference = ranks.shard(reference, precision, cpu) if several else reference.to(precision)
     weights = PolicyWeights(policy, precision)
@@ -101,6 +105,14 @@ def main(
             inner.send_weights = send_weights
     else:
         engine = HFReplica(tiny_parts().policy.to(precision), parts.tokenizer, weights)
+        load = engine.load_weights
+
+        def load_weights(version):
+            if fault is not None and version == 1:
+                engine._weights = ((name, one) for name, one in weights if fault not in ("all", name))
+            load(version)
+
+        engine.load_weights = load_weights
     run_folder = Path(folder) / "run"
     ranks.lead(lambda: run_folder.mkdir(parents=True, exist_ok=True))
     checkpoint = None if resume is None else find_checkpoint(Path(resume))

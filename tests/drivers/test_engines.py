@@ -3,14 +3,15 @@
 import gc
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from drivers.errors import EngineDiedError, UnsoundRunError, UsageError
-from drivers.optim import training_state_bytes
 from drivers.rollout import HFEngine, Sampling, make_engine
 from drivers.self_check import check_engine
+from drivers.weights import checksums
 from tests.tiny import make_tiny_policy, make_tiny_tokenizer, save_tiny
 
 pytestmark = [
@@ -341,15 +342,65 @@ def test_samples_of_another_push_than_the_last_one_are_not_taken(subject):
     assert [version_of(spans) for spans in (["7"], ["7", "7"], ["6", "7"], [])] == [7, 7, None, None]
 
 
-@pytest.mark.vllm
-def test_a_shared_gpu_is_shared_by_what_training_needs():
-    from drivers.vllm_engine import share_beside
+class Loading:
+    """A model of a worker that notes what it is given."""
 
-    layer = torch.nn.Linear(1000, 1000, bias=False)  # 1 M parameters
-    assert share_beside(training_state_bytes(layer), 160_000_000) == pytest.approx(0.9 - 16 / 160)
-    assert share_beside(training_state_bytes(layer.bfloat16()), 160_000_000) == pytest.approx(0.9 - 18 / 160)
-    with pytest.raises(UsageError, match="name a second GPU"):
-        share_beside(training_state_bytes(layer), 18_000_000)
+    def __init__(self):
+        self.loaded = {}
+
+    def load_weights(self, weights):
+        self.loaded |= dict(weights)
+
+
+@pytest.mark.vllm
+def test_what_comes_over_nccl_is_summed_up_chunk_by_chunk(monkeypatch):
+    """Without a GPU: what unpacks the buffers is told what would come. The model is itself again after a failure."""
+    from vllm.distributed.weight_transfer import nccl_engine
+
+    from drivers.vllm_engine import CheckedNCCLEngine
+
+    tensors, model, asked = dict(make_tiny_policy().named_parameters()), Loading(), []
+    names, fails = list(tensors), False
+
+    def consume(iterator, group, src, post_unpack_func, **more):
+        asked.append((dict(iterator), group, src, more["buffer_size_bytes"]))
+        post_unpack_func([(name, tensors[name]) for name in names[:7]])
+        if fails:
+            raise RuntimeError("the connection is gone")
+        post_unpack_func([(name, tensors[name]) for name in names[7:]])
+
+    monkeypatch.setattr(nccl_engine, "packed_nccl_broadcast_consumer", consume)
+    engine = object.__new__(CheckedNCCLEngine)
+    engine.model, engine.model_update_group, engine.device = model, "group", torch.device("cpu")
+    engine.packed, engine.packed_buffer_size_bytes, engine.packed_num_buffers = True, 1000, 2
+    shapes = [list(tensors[name].shape) for name in names]
+    update = nccl_engine.NCCLWeightTransferUpdateInfo(names, ["float32"] * len(names), shapes)
+    engine.receive_weights(update)
+    assert engine.received.checksums() == checksums(tensors.items())
+    assert model.loaded.keys() == tensors.keys()
+    assert asked == [({name: (list(t.shape), t.dtype) for name, t in tensors.items()}, "group", 0, 1000)]
+    assert engine.model is model
+    fails = True
+    with pytest.raises(RuntimeError, match="the connection is gone"):
+        engine.receive_weights(update)
+    assert engine.model is model
+    assert list(engine.received.checksums()) == names[:7]
+
+
+@pytest.mark.vllm
+def test_over_nccl_the_trainer_is_the_first_of_a_group_with_every_worker():
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+    from drivers.vllm_engine import PACKED_BUFFER_BYTES, HostTrainerInit, VLLMEngine
+
+    engine = object.__new__(VLLMEngine)
+    engine._llm, engine._own_process = SimpleNamespace(get_world_size=lambda: 2), True
+    ours = engine._transfer_init(own_gpu=True)
+    assert isinstance(ours, NCCLTrainerInitInfo)
+    assert (ours.rank, ours.world_size, ours.is_sender, ours.packed) == (0, 3, True, True)
+    assert (ours.master_address, ours.packed_buffer_size_bytes) == ("127.0.0.1", PACKED_BUFFER_BYTES)
+    assert 1024 <= ours.master_port < 65536
+    assert engine._transfer_init(own_gpu=False) == HostTrainerInit(rank=0, by_file=True)
 
 
 @pytest.mark.vllm

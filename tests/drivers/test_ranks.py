@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -148,6 +149,16 @@ def test_any_number_of_ranks_takes_the_steps_of_one(tmp_path, settings):
         assert_same_run(run_ranks(n, again, settings, resume=str(short)), one, 2e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["all", "model.layers.1.mlp.up_proj.weight"])
+def test_a_gathered_push_that_is_stale_or_partial_ends_the_run(tmp_path, fault):
+    """The first rank names what did not arrive, and the other one does not wait for it."""
+    with pytest.raises(AssertionError, match="others than the policy") as ended:
+        run_ranks(2, tmp_path, PLAIN, fault=fault)
+    assert f"worker 0 of the engine has {20 if fault == 'all' else 1} others" in str(ended.value)
+    assert [row["step"] for row in rows(tmp_path / "run", "check")] == [0]
+
+
 def masters(folder):
     """Float32 weights of the optimizer, from whatever number of files."""
     state = HuggingFaceStorageReader(str(folder / "trainer_state"))
@@ -177,7 +188,9 @@ def test_ranks_in_bfloat16_take_the_steps_of_one_process(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [{"gradient_checkpointing": "on"}, {"lora_rank": 2, "lora_alpha": 8}])
+@pytest.mark.parametrize(
+    "change", [{"gradient_checkpointing": "on"}, {"lora_rank": 2, "lora_alpha": 8, "kl_coef": 0.05}]
+)
 def test_ranks_take_the_steps_of_one_process_with(change, tmp_path):
     settings = PLAIN | {"n_grpo_steps": 2, "learning_rate": 1e-2} | change
     one, two = (run_ranks(n, tmp_path / str(n), settings) for n in (1, 2))
@@ -188,8 +201,10 @@ def test_ranks_take_the_steps_of_one_process_with(change, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.xdist_group("vllm")
 def test_the_program_itself_runs_under_torchrun(tmp_path):
-    """And is gone on with by one process, which then has nothing left to do."""
+    """With either engine: what one has begun, the other goes on with."""
     save_tiny(tmp_path / "tiny")
     flags = (
         "--recipe quickstart --model-path tiny --engine hf --dtype bfloat16 --n-grpo-steps 2 --rollout-batch-size 8 "
@@ -198,18 +213,20 @@ def test_the_program_itself_runs_under_torchrun(tmp_path):
     )
     program = [str(ROOT / "drivers/train.py")]
     several = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
-    for start, more in [(several, flags), ([sys.executable, *program], "--resume out --n-grpo-steps 3")]:
+    for engine, more in [("hf", flags), ("vllm", "--resume out --n-grpo-steps 3 --engine vllm")]:
         done = subprocess.run(
-            [*start, *more.split()], cwd=tmp_path, capture_output=True, text=True, env=environment(), timeout=300
+            [*several, *more.split()], cwd=tmp_path, capture_output=True, text=True, env=environment(), timeout=300
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        if start is several:
-            assert "policy on 2 x cpu" in done.stdout
-            assert done.stdout.count("Done: held-out accuracy") == 1
-            shards = sorted(file.name for file in (tmp_path / "out/checkpoint-2/trainer_state").iterdir())
-            assert len(shards) == 2
+        assert f"policy on 2 x cpu, {engine} on cpu" in done.stdout
+        assert done.stdout.count("Done: held-out accuracy") == 1
+        shards = sorted(file.name for file in (tmp_path / "out/checkpoint-2/trainer_state").iterdir())
+        assert len(shards) == 2
     assert "Going on after step 2, from out/checkpoint-2/" in done.stdout
     assert [row["step"] for row in rows(tmp_path / "out")] == [1, 2, 3]
+    assert [row["n_weights"] for row in rows(tmp_path / "out", "check")] == [20, 20]
+    for step in (2, 3):  # of vLLM, before its first step and after
+        assert re.search(rf"self-check at step {step}: .*; 20 tensors arrived whole", " ".join(done.stdout.split()))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out/final_model").dtype == torch.bfloat16
 
 

@@ -53,7 +53,7 @@ def start_server(folder, port, *more, development="1"):
         "--dtype",
         "float32",
     ]
-    command += ["--logprobs-mode", "processed_logprobs", "--load-format", "dummy", "--max-model-len", "64"]
+    command += ["--logprobs-mode", "processed_logprobs", "--load-format", "dummy", "--max-model-len", "512"]
     command += ["--block-size", "32", "--kv-cache-memory-bytes", str(64 << 20), "--no-enable-chunked-prefill"]
     command += ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
     environment = os.environ | {
@@ -193,6 +193,7 @@ def test_two_servers_are_one_engine(tmp_path):
             assert "it is started again" in said[-1]
             assert check(engine, policy, 1).n_weights
             trained(tmp_path, urls)
+            the_program_runs(tmp_path, urls)
         engine.close()
 
 
@@ -211,6 +212,21 @@ def trained(folder, urls):
         engine.close()
     assert run.state.accuracies[config.n_grpo_steps] > 0.8
     assert not torch.equal(before, weights(parts.policy))
+
+
+def the_program_runs(folder, urls):
+    """train.py itself, from its command line."""
+    from drivers import train
+
+    flags = (
+        f"--recipe quickstart --model-path {folder} --dtype float32 --n-grpo-steps 2 --rollout-batch-size 8 "
+        "--group-size 4 --train-batch-size 8 --gradient-accumulation-steps 2 --sampling-max-tokens 4 "
+        f"--n-val-examples 4 --save-dir {folder / 'out'} --wandb-project None --rollout-url {' '.join(urls)}"
+    )
+    train.main(flags.split())
+    rows = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["phase"] == "train"] == [1, 2]
+    assert [row["n_weights"] for row in rows if row["phase"] == "check"] == [20, 20]
 
 
 @pytest.mark.slow

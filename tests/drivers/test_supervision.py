@@ -1,5 +1,6 @@
 """vLLM in a process of its own: the same samples, and an end to every wait, whoever dies."""
 
+import json
 import multiprocessing
 import os
 import re
@@ -10,6 +11,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -20,6 +22,7 @@ from drivers.errors import EngineDiedError, UsageError
 from drivers.interrupts import terminate_as_interrupt, uninterrupted
 from drivers.rollout import Sampling, make_engine
 from drivers.run import choose_devices
+from drivers.run_folder import find_checkpoint
 from drivers.supervise import SupervisedEngine, is_running, within
 from tests.drivers.parts import letter_grader, make_run, tiny_config, tiny_parts
 from tests.drivers.test_train import weights
@@ -277,6 +280,23 @@ def test_what_a_process_cannot_be_is_one_clear_line(gpus, process, message, monk
         choose_devices(tiny_config(engine="vllm", rollout_process=process))
 
 
+def test_a_deadline_that_nobody_keeps_is_one_clear_line(monkeypatch):
+    """An engine in the trainer's own process is not waited for."""
+    own = {"engine": "vllm", "rollout_process": "own"}
+    servers = {"engine": "vllm", "rollout_url": ("http://one:8000",)}
+    for settings in (own, servers):
+        choose_devices(tiny_config(engine_deadline_s=60.0, policy_device="cpu", **settings))
+    for engine in ("hf", "vllm"):
+        choose_devices(tiny_config(engine=engine, policy_device="cpu"))
+        with pytest.raises(UsageError, match="--engine-deadline-s 60: has no effect"):
+            choose_devices(tiny_config(engine_deadline_s=60.0, policy_device="cpu", engine=engine))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    choose_devices(tiny_config(engine_deadline_s=60.0, engine="vllm"))  # on the second GPU
+    with pytest.raises(UsageError, match="--engine-deadline-s 60: has no effect"):
+        choose_devices(tiny_config(engine_deadline_s=60.0, engine="vllm", rollout_device="cuda:0"))
+
+
 def test_a_process_is_gone_whoever_has_waited_for_it():
     """`multiprocessing` calls its child alive for ever if another has reaped it: its death would not be noticed."""
     child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
@@ -289,6 +309,23 @@ def test_a_process_is_gone_whoever_has_waited_for_it():
     zombie = subprocess.Popen(["true"])
     wait_until(lambda: not is_running(zombie.pid))
     zombie.wait()
+
+
+@pytest.mark.vllm
+def test_how_an_engine_ended_is_told_as_far_as_it_is_known():
+    from drivers.vllm_engine import VLLMEngine
+
+    engine = object.__new__(VLLMEngine)
+    told = {}
+    for status in (-9, 1, 0, None):
+        engine._processes = [SimpleNamespace(exitcode=status)]
+        told[status] = engine._fate()
+    assert told == {
+        -9: "it was ended by SIGKILL",
+        1: "its own error stands above (exit status 1)",
+        0: "its own error stands above",
+        None: "its own error stands above",
+    }
 
 
 def test_a_process_that_goes_while_it_is_looked_at_is_gone(monkeypatch):
@@ -334,7 +371,7 @@ def test_an_engine_of_its_own_survives_a_kill_and_a_hang(tmp_path):
             found = engine.generate(PROMPTS, LONG, seed=1)
         assert found == expected
         assert time.monotonic() - begin < 120
-        assert "died when it was to answer 3 prompts" in said[0]
+        assert "died when it was to answer 3 prompts; it was ended by SIGKILL" in said[0]
         assert not askers()
         wait_until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in first))
 
@@ -358,52 +395,80 @@ def test_an_engine_of_its_own_survives_a_kill_and_a_hang(tmp_path):
     wait_until(lambda: not engine_processes())
 
 
-SCRIPT = """
-    import os, sys, torch
+PROGRAM = """
+    import os, sys, threading, time
     sys.path.insert(0, {root!r})
     from drivers import environment
     import tests.conftest
-    from tests.drivers.test_supervision import LONG, PROMPTS, engine_processes, start
-    from tests.tiny import make_tiny_policy
-    from pathlib import Path
     if __name__ == "__main__":
-        policy = make_tiny_policy(3)
-        engine = start(Path({folder!r}), policy)
-        engine.load_weights(0)
-        print("pids", *(one.pid for one in engine_processes()), flush=True)
-        version = 0
-        while True:
-            version += 1
-            {what}
+        from drivers import train, vllm_engine
+        from tests.drivers.test_supervision import engine_processes, shared_memory
+
+        where, number, *flags = sys.argv[1:]
+        owner, name = (vllm_engine.LocalClient, "update_weights") if where == "push" else (vllm_engine.LLM, "generate")
+        call, calls = getattr(owner, name), []
+
+        def strike():
+            pids = [one.pid for one in engine_processes()]
+            print("pids", *pids, flush=True)
+            print("shared", *shared_memory([os.getpid(), *pids]), flush=True)
+            os.kill(os.getpid(), int(number))
+
+        def struck(*arguments, **named):
+            calls.append(1)
+            if len(calls) == 4:
+                strike()
+            return call(*arguments, **named)
+
+        def watch():
+            while not any(one.name() == "VLLM::EngineCore" for one in engine_processes()):
+                time.sleep(0.05)
+            strike()
+
+        if where == "start":
+            threading.Thread(target=watch, daemon=True).start()
+        else:
+            setattr(owner, name, struck)
+        train.main(flags)
 """
 
 
 @VLLM
-@pytest.mark.parametrize(
-    ("number", "what"),
-    [
-        pytest.param(signal.SIGKILL, "engine.load_weights(version)", id="killed-in-a-push"),
-        pytest.param(signal.SIGTERM, "engine.generate(PROMPTS, LONG, seed=version)", id="ended-in-a-generation"),
-    ],
-)
-def test_nothing_outlives_the_trainer(tmp_path, what, number):
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT).format(root=root, folder=str(tmp_path / "model"), what=what))
-    command = [sys.executable, str(script)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as trainer:
-        try:
-            line = next(line for line in trainer.stdout if line.startswith("pids"))
-            pids = [int(pid) for pid in line.split()[1:]]
-            assert pids
-            time.sleep(0.7)
-            shared = shared_memory([trainer.pid, *pids])
-            trainer.send_signal(number)
-            trainer.wait(60)
-            wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
-        finally:
-            trainer.kill()
-    wait_until(lambda: not any(os.path.exists(name) for name in shared))
+def test_nothing_outlives_the_program_and_its_last_checkpoint_is_good(tmp_path):
+    """train.py, ended in a push, in a generation and while its engine starts; each time it is gone on with."""
+    script, out = tmp_path / "program.py", tmp_path / "out"
+    script.write_text(textwrap.dedent(PROGRAM).format(root=str(Path(__file__).resolve().parents[2])))
+    save_tiny(tmp_path / "tiny")
+    flags = (
+        "--recipe quickstart --model-path tiny --engine vllm --rollout-process own --dtype float32 "
+        "--n-grpo-steps 100000 --rollout-batch-size 8 --group-size 4 --train-batch-size 8 "
+        "--gradient-accumulation-steps 2 --sampling-max-tokens 4 --n-val-examples 4 --eval-steps 100000 "
+        "--checkpoint-steps 1 --save-dir out --resume auto --wandb-project None"
+    )
+    ends = [("push", signal.SIGKILL), ("generation", signal.SIGTERM), ("push", signal.SIGINT)]
+    last = 0
+    for where, number in [*ends, ("start", signal.SIGKILL)]:
+        done = subprocess.run(
+            [sys.executable, str(script), where, str(int(number)), *flags.split()],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+            # A shell's background job is started with SIGINT ignored, and hands that on to its children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        assert done.returncode == (-9 if number == signal.SIGKILL else 130), done.stderr[-4000:]
+        told = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.strip()}
+        assert told["pids"]
+        wait_until(lambda told=told: not any(psutil.pid_exists(int(pid)) for pid in told["pids"]), 90)
+        wait_until(lambda told=told: not any(os.path.exists(name) for name in told["shared"]))
+        newest = find_checkpoint(out)
+        step = json.loads((newest / "trainer_state.json").read_text())["step"]
+        assert step > last or where == "start"
+        last = step
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(row["step"] for row in rows if row["phase"] == "train") == list(range(1, last + 1))
 
 
 @VLLM
