@@ -495,6 +495,36 @@ def test_a_run_that_has_ended_lets_go(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.xdist_group("vllm")
+@pytest.mark.filterwarnings("ignore")
+def test_a_resumed_run_samples_the_same_from_vllm(tmp_path, monkeypatch):
+    """An engine that is started anew, from the weights of the checkpoint: equal lines, completions and weights."""
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "tiny")
+    Path("mine.py").write_text("def mine(response, truth):\n    return response.count('a') + 0.1 * len(response)\n")
+    flags = (
+        "--recipe quickstart --model-path tiny --reward mine.py:mine --engine vllm --dtype float32 "
+        "--rollout-batch-size 16 --group-size 4 --train-batch-size 8 --sampling-max-tokens 12 --n-val-examples 8 "
+        "--eval-steps 2 --checkpoint-steps 1 --learning-rate 1e-3 --wandb-project None"
+    )
+    program.main([*flags.split(), "--n-grpo-steps", "4", "--save-dir", "whole"])
+    program.main([*flags.split(), "--n-grpo-steps", "2", "--save-dir", "again"])
+    program.main(["--resume", "again", "--n-grpo-steps", "4"])
+    whole, again = (tmp_path / name for name in ("whole", "again"))
+    assert [row["step"] for row in numbers(whole) if row["phase"] == "train"] == [1, 2, 3, 4]
+    assert numbers(again) == numbers(whole)
+    assert (again / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
+    for pattern in ("model.safetensors", f"{TENSORS}/*.safetensors"):
+        (file, other) = (next((one / "checkpoint-4").glob(pattern)) for one in (again, whole))
+        found, expected = safetensors.torch.load_file(file), safetensors.torch.load_file(other)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+    first, last = (safetensors.torch.load_file(whole / f"checkpoint-{n}/model.safetensors") for n in (2, 4))
+    assert not all(torch.equal(tensor, last[key]) for key, tensor in first.items())
+
+
+@pytest.mark.slow
 def test_the_command_refuses_other_data_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_tiny(tmp_path / "tiny")

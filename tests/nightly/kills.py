@@ -21,12 +21,28 @@ from drivers import environment  # noqa: F401  before torch: OpenMP reads its se
 import torch
 from safetensors.torch import load_file
 
-from drivers.checkpoint import FACTS, MANIFEST, TENSORS, find_damage
+from drivers.checkpoint import FACTS, MANIFEST, TENSORS, find_damage, publish_model
 from drivers.run import finished_model, open_run_folder
+from tests.drivers import test_expert_iteration, test_sft
 from tests.drivers.parts import tiny_config
 from tests.drivers.test_resume import COMMON, KINDS, go, numbers
 
 STEPS = 6
+
+
+def fine_tune(folder: Path, checkpoint: Path | None) -> None:
+    """Twelve demonstrations, two at a time."""
+    shown = test_sft.shown(*test_sft.LETTERS, "ab", "ba")
+    test_sft.go(folder, shown, checkpoint, epochs=1, train_batch_size=2, eval_steps=2, checkpoint_steps=1)
+
+
+def iterate(folder: Path, checkpoint: Path | None) -> None:
+    each = {"eval_steps": 2, "checkpoint_steps": 1}
+    test_expert_iteration.go(folder, checkpoint=checkpoint, n_ei_steps=STEPS, epochs=1, **each)
+
+
+LOOPS = {"sft": fine_tune, "expert iteration": iterate}
+"""The programs beside train.py."""
 
 
 def in_a_process(act) -> int:
@@ -46,11 +62,17 @@ def in_a_process(act) -> int:
         os._exit(1)
 
 
-def train_on(folder: Path, settings: dict) -> None:
+def train_on(folder: Path, kind: str) -> None:
     """What the command line does with `--resume auto`."""
+    settings = KINDS.get(kind, {})
     config = replace(tiny_config(**(COMMON | settings)), resume="auto", save_dir=str(folder))
-    if finished_model(config) is None:
-        _, checkpoint = open_run_folder(config, print)
+    if finished_model(config) is not None:
+        return
+    _, checkpoint = open_run_folder(config, print)
+    if kind in LOOPS:
+        LOOPS[kind](folder, checkpoint)
+        publish_model(folder / f"checkpoint-{STEPS}", folder / "final_model")
+    else:
         go(folder, checkpoint, publish=True, **settings)
 
 
@@ -90,15 +112,16 @@ def main(wanted: int, seed: int) -> None:
     kills = runs = compared = torn = 0
     with tempfile.TemporaryDirectory() as name:
         whole, seconds = {}, {}
-        for kind, settings in KINDS.items():
+        kinds = [*LOOPS, *KINDS]
+        for kind in kinds:
             folder, start = Path(name) / kind, time.monotonic()
-            finish(in_a_process(lambda folder=folder, settings=settings: train_on(folder, settings)))
+            finish(in_a_process(lambda folder=folder, kind=kind: train_on(folder, kind)))
             whole[kind], seconds[kind] = fingerprint(folder)[0], time.monotonic() - start
         while kills < wanted:
-            kind = list(KINDS)[runs % len(KINDS)]
-            folder, settings = Path(name) / f"{kind}-{runs}", KINDS[kind]
+            kind = kinds[runs % len(kinds)]
+            folder = Path(name) / f"{kind}-{runs}"
             while not (folder / "final_model").exists():
-                pid = in_a_process(lambda folder=folder, settings=settings: train_on(folder, settings))
+                pid = in_a_process(lambda folder=folder, kind=kind: train_on(folder, kind))
                 wait_for_a_bad_moment(folder, draw, seconds[kind])
                 os.kill(pid, signal.SIGKILL)
                 _, status = os.waitpid(pid, 0)
