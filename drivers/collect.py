@@ -12,7 +12,7 @@ from drivers.batch import Collected, Scores
 from drivers.config import GrpoConfig
 from drivers.data import Question
 from drivers.errors import EngineDiedError, UnsoundRunError
-from drivers.grading import Graded, Grader
+from drivers.grading import Graded, Grader, grade_all
 from drivers.metrics import describe_completions, describe_grades
 from drivers.objective import shape_rewards
 from drivers.rollout import Completion, RolloutEngine
@@ -111,8 +111,8 @@ def collect(
                 seed=run.sampling_seed(step, refill),
             )
         with run.phase("reward"):
-            answers = [question.answer for question in questions for _ in range(size)]
-            verdicts = grade([completion.text for completion in completions], answers)
+            asked = [question for question in questions for _ in range(size)]
+            verdicts = _graded(grade, completions, asked)
             signal = [True] * len(questions)
             try:
                 rewards = read_rewards([verdict.scores for verdict in verdicts])
@@ -149,8 +149,7 @@ def collect(
         raw_rewards = shape_rewards(config, trained, trained_scores)
         greedy_rewards = None
         if greedy is not None:
-            answers = [question.answer for question, _, _ in kept]
-            greedy_verdicts = grade([completion.text for completion in greedy], answers)
+            greedy_verdicts = _graded(grade, greedy, [question for question, _, _ in kept])
             greedy_rewards = shape_rewards(config, greedy, [verdict.scores for verdict in greedy_verdicts])
         everything: Scores = [verdict.scores for verdict in graded]
         facts = {
@@ -175,6 +174,11 @@ def collect(
         for sample in islice(samples, config.n_logged_completions)
     ]
     return Collected(trained, trained_scores, raw_rewards, greedy_rewards, facts, shown)
+
+
+def _graded(grade: Grader, completions: Sequence[Completion], asked: Sequence[Question]) -> list[Graded]:
+    texts = [completion.text for completion in completions]
+    return grade_all(grade, texts, [one.answer for one in asked], [one.example.question for one in asked])
 
 
 def within_reach(config: GrpoConfig, train_set: Sequence[Question], step: int) -> Sequence[Question]:

@@ -21,7 +21,7 @@ from drivers.data import Example, Prompt, Question, load_examples, load_prompt, 
 from drivers.display import one_line
 from drivers.errors import UnsoundRunError, UsageError
 from drivers.files import write_json, write_jsonl
-from drivers.grading import BUILT_IN, Graded, Grader, GradingPool, check_file
+from drivers.grading import BUILT_IN, Graded, Grader, GradingPool, check_file, grade_all
 from drivers.metrics import STANDARD, describe_completions, describe_grades
 from drivers.models import (
     choose_device,
@@ -55,7 +55,12 @@ def evaluate_policy(
     """
     completions = engine.generate([question.prompt_token_ids for question in questions], sampling, seed=seed)
     asked = [question for question in questions for _ in range(sampling.n)]
-    graded = grade([completion.text for completion in completions], [question.answer for question in asked])
+    graded = grade_all(
+        grade,
+        [completion.text for completion in completions],
+        [question.answer for question in asked],
+        [question.example.question for question in asked],
+    )
     rows = [describe_sample(*one) for one in zip(asked, completions, graded, strict=True)]
     for row, completion in zip(rows[:n_shown], completions, strict=False):
         row |= describe_tokens(completion, tokenizer)

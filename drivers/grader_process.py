@@ -18,7 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from drivers.errors import UnsoundRunError, UsageError
-from drivers.grading import GRACE_S, Graded, failed, grade_one, is_async, late, load_reward, read_return
+from drivers.grading import (
+    GRACE_S,
+    Asked,
+    Graded,
+    failed,
+    grade_one,
+    is_async,
+    late,
+    load_reward,
+    read_return,
+    taking_question,
+)
 
 MOST_MEMORY = 4 << 30
 """Address space that a worker may take beyond what it has when its reward is loaded."""
@@ -120,25 +131,25 @@ def work(connection: Connection, reward: str, mix: dict[str, float], deadline_s:
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # where memory runs out, it is not the trainer that the kernel ends
     try:
-        call = load_reward(reward)
+        reward_fn = load_reward(reward)
     except UsageError as error:
         _send(connection, "refused", str(error))
         return
     limit_memory()
-    name = f"--reward {reward}"
-    _send(connection, "ready", os.getpid(), is_async(call))
+    name, call, waits = f"--reward {reward}", taking_question(reward_fn), is_async(reward_fn)
+    _send(connection, "ready", os.getpid(), waits)
     with asyncio.Runner() as runner:
         while True:
             chunk = json.loads(connection.recv_bytes())
             try:
-                if is_async(call):
+                if waits:
                     # Each has its own deadline; this one is for what does not give way to the others.
                     _set_alarm(deadline_s + GRACE_S)
                     runner.run(_grade_at_once(connection, chunk, name, call, mix, deadline_s))
                 else:
-                    for place, (response, truth) in enumerate(chunk):
+                    for place, asked in enumerate(chunk):
                         _set_alarm(deadline_s)
-                        graded = grade_one(name, call, mix, response, truth)
+                        graded = grade_one(name, call, mix, asked)
                         _set_alarm(0)
                         _answer(connection, place, graded)
             except UnsoundRunError as error:
@@ -154,18 +165,18 @@ async def _grade_at_once(
     mix: dict[str, float],
     deadline_s: float,
 ) -> None:
-    async def grade(place: int, response: str, truth: Any) -> None:
+    async def grade(place: int, asked: Asked) -> None:
         limit = asyncio.timeout(deadline_s)
         try:
             async with limit:
-                returned = await call(response, truth)
+                returned = await call(*asked)
         except (Exception, SystemExit, asyncio.CancelledError) as error:
             graded = late(deadline_s) if limit.expired() else failed(error)
         else:
-            graded = read_return(name, mix, response, returned)
+            graded = read_return(name, mix, asked[0], returned)
         _answer(connection, place, graded)
 
-    await asyncio.gather(*(grade(place, *pair) for place, pair in enumerate(chunk)))
+    await asyncio.gather(*(grade(place, asked) for place, asked in enumerate(chunk)))
 
 
 def limit_memory() -> None:

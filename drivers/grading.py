@@ -57,8 +57,22 @@ class Graded(NamedTuple):
         return self.scores["reward"] is not None
 
 
-Grader = Callable[[Sequence[str], Sequence[GroundTruth]], list[Graded]]
-"""Grades of a batch of responses, in order, each against the answer in its place."""
+Grader = Callable[..., list[Graded]]
+"""Grades of a batch of responses, in order, each against the answer in its place: `grade(responses, ground_truths)`.
+
+Those of this file also take the texts of the questions, for rewards that ask for them: see `grade_all`.
+"""
+Asked = tuple[str, GroundTruth, str | None]
+"""A response, its answer, and the text of its question where that is known."""
+
+
+def grade_all(
+    grade: Grader, responses: Sequence[str], ground_truths: Sequence[GroundTruth], questions: Sequence[str]
+) -> list[Graded]:
+    """By any grader: one of your own need not know of questions."""
+    if "questions" in inspect.signature(grade).parameters:
+        return grade(responses, ground_truths, questions)
+    return grade(responses, ground_truths)
 
 
 # --- the rules: from what a function returned, or raised, to a verdict -----------------------------------------------
@@ -67,25 +81,43 @@ Grader = Callable[[Sequence[str], Sequence[GroundTruth]], list[Graded]]
 def one_by_one(reward_fn: Callable[..., Any], mix: Sequence[str] = ()) -> Grader:
     """A grader in this process: the verdicts of a `GradingPool`, without its deadline."""
     name = f"reward_fn={getattr(reward_fn, '__name__', reward_fn)}"
-    call = (lambda *pair: asyncio.run(reward_fn(*pair))) if is_async(reward_fn) else reward_fn
+    with_question = taking_question(reward_fn)
+    call = (lambda *asked: asyncio.run(with_question(*asked))) if is_async(reward_fn) else with_question
     weights = parse_mix(mix)
 
-    def grade(responses: Sequence[str], ground_truths: Sequence[GroundTruth]) -> list[Graded]:
-        pairs = zip(responses, ground_truths, strict=True)
-        return [grade_one(name, call, weights, response, truth) for response, truth in pairs]
+    def grade(
+        responses: Sequence[str], ground_truths: Sequence[GroundTruth], questions: Sequence[str] | None = None
+    ) -> list[Graded]:
+        return [grade_one(name, call, weights, asked) for asked in _side_by_side(responses, ground_truths, questions)]
 
     return grade
 
 
-def grade_one(
-    name: str, call: Callable[..., Any], mix: Mapping[str, float], response: str, ground_truth: GroundTruth
-) -> Graded:
+def _side_by_side(
+    responses: Sequence[str], ground_truths: Sequence[GroundTruth], questions: Sequence[str] | None
+) -> list[Asked]:
+    texts: Sequence[str | None] = [None] * len(responses) if questions is None else questions
+    return list(zip(responses, ground_truths, texts, strict=True))
+
+
+def taking_question(reward_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The same as a function of response, answer and question; it is given that if it has a parameter of that name."""
+    try:
+        parameter = inspect.signature(reward_fn).parameters.get("question")
+    except ValueError:  # of what is not written in Python, no signature is known
+        parameter = None
+    if parameter is None or parameter.kind is parameter.POSITIONAL_ONLY:
+        return lambda response, ground_truth, question: reward_fn(response, ground_truth)
+    return lambda response, ground_truth, question: reward_fn(response, ground_truth, question=question)
+
+
+def grade_one(name: str, call: Callable[..., Any], mix: Mapping[str, float], asked: Asked) -> Graded:
     """The verdict of `call`, whatever it raises; an UnsoundRunError if it returns what is no reward."""
     try:
-        returned = call(response, ground_truth)
+        returned = call(*asked)
     except (Exception, SystemExit) as error:
         return failed(error)
-    return read_return(name, mix, response, returned)
+    return read_return(name, mix, asked[0], returned)
 
 
 def failed(error: BaseException) -> Graded:
@@ -216,10 +248,12 @@ def load_reward(reward: str) -> Callable[..., Any]:
     if not callable(function):
         raise UsageError(f"--reward {reward}: {module.__file__} has no function {name}")
     try:
-        inspect.signature(function).bind("response", "ground_truth")
+        signature = inspect.signature(function)
+        asks = {"question": "its text"} if "question" in signature.parameters else {}
+        signature.bind("response", "ground_truth", **asks)
     except TypeError as error:
         raise UsageError(
-            f"--reward {reward}: {name}{inspect.signature(function)} must take (response, ground_truth): {error}"
+            f"--reward {reward}: {name}{signature} must take (response, ground_truth), and may take question: {error}"
         ) from error
     except ValueError:  # of what is not written in Python, no signature is known
         pass
@@ -273,7 +307,7 @@ class _Worker:
 class _Batch:
     """What is to be graded, and how far that is."""
 
-    def __init__(self, pairs: Sequence[tuple[str, GroundTruth]], size: int) -> None:
+    def __init__(self, pairs: Sequence[Asked], size: int) -> None:
         self.pairs = pairs
         self.graded: list[Graded | None] = [None] * len(pairs)
         self.chunks = deque(list(range(len(pairs)))[start : start + size] for start in range(0, len(pairs), size))
@@ -325,9 +359,11 @@ class GradingPool:
         with self._lock:
             self._await_one()
 
-    def __call__(self, responses: Sequence[str], ground_truths: Sequence[GroundTruth]) -> list[Graded]:
+    def __call__(
+        self, responses: Sequence[str], ground_truths: Sequence[GroundTruth], questions: Sequence[str] | None = None
+    ) -> list[Graded]:
         """Grades in order. An UnsoundRunError where the reward function returns what is no reward."""
-        pairs = list(zip(responses, ground_truths, strict=True))
+        pairs = _side_by_side(responses, ground_truths, questions)
         with self._lock:
             try:
                 graded = self._grade(pairs)
@@ -413,7 +449,7 @@ class GradingPool:
 
     # A batch.
 
-    def _grade(self, pairs: Sequence[tuple[str, GroundTruth]]) -> list[Graded]:
+    def _grade(self, pairs: Sequence[Asked]) -> list[Graded]:
         for worker in [worker for worker in self._workers if worker.work]:
             self._replace(worker)  # of a batch that was interrupted: nobody waits for its grades
         self._await_one()
@@ -504,8 +540,8 @@ class GradingPool:
         elif left:
             batch.chunks.appendleft(left)
 
-    def _tell(self, pairs: Sequence[tuple[str, GroundTruth]], graded: Sequence[Graded]) -> None:
-        for (response, _), verdict in zip(pairs, graded, strict=True):
+    def _tell(self, pairs: Sequence[Asked], graded: Sequence[Graded]) -> None:
+        for (response, *_), verdict in zip(pairs, graded, strict=True):
             if verdict.why in ("timeout", "error", "not_finite") and self._n_told < N_TOLD:
                 self._n_told += 1
                 more = "" if self._n_told < N_TOLD else "; others are not told any more, but counted in the log"

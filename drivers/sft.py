@@ -21,7 +21,7 @@ from drivers.data import Demonstration, Question, WorkedExample, load_demonstrat
 from drivers.display import Display
 from drivers.errors import UsageError
 from drivers.evaluate import start_grading
-from drivers.grading import Grader
+from drivers.grading import Grader, grade_all
 from drivers.interrupts import uninterrupted
 from drivers.metrics import UpdateMetrics
 from drivers.program import conduct, ending_in_one_line
@@ -114,7 +114,12 @@ def choose(settings: SftConfig, say: Callable[[str], None] = print) -> list[Work
         if lacking is not None:
             raise UsageError(f"--correct-only: {lacking} has no `answer` to grade its response against")
         with start_grading(settings.of(1), lambda text: say(f"warning: {text}")) as grade:
-            graded = grade([example.response for example in examples], [example.answer for example in examples])
+            graded = grade_all(
+                grade,
+                [example.response for example in examples],
+                [example.answer for example in examples],
+                [example.question for example in examples],
+            )
         examples = [e for e, verdict in zip(examples, graded, strict=True) if verdict.scores["reward"] == 1]
         say(f"--correct-only: {len(examples)} of {found} demonstrations are graded right")
         if not examples:

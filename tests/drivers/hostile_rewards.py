@@ -130,6 +130,19 @@ def hanging_sometimes(response, ground_truth):
     return {"letters": response.count("a") / max(1, len(response)), "length": len(response)}
 
 
+def about(response, ground_truth, question):
+    """Whether it names what it was asked about."""
+    return question is not None and question in response
+
+
+async def async_about(response, ground_truth, *, question="nothing"):
+    return about(response, ground_truth, question)
+
+
+def another(response, ground_truth, prompt):
+    return 1.0
+
+
 def one_argument(response):
     return 0.0
 

@@ -167,10 +167,11 @@ def test_who_has_used_up_the_memory_is_replaced(pool):
     assert len(before & workers_of(pool)) == 1
 
 
-def test_what_a_response_has_started_ends_with_it(pool, tmp_path):
-    (verdict,), _ = grade_with(pool, f"other: {tmp_path / 'pid'}")
-    assert verdict.why == "timeout"
-    assert_gone([int((tmp_path / "pid").read_text())], within=2.0)
+def test_what_a_response_has_started_ends_with_it(tmp_path):
+    with open_pool(n_workers=1, deadline_s=2.0, warn=lambda _: None) as pool:  # so long may it take to start
+        (verdict,) = pool([f"other: {tmp_path / 'pid'}"], ["1"])
+        assert verdict.why == "timeout"
+        assert_gone([int((tmp_path / "pid").read_text())], within=2.0)
 
 
 def test_what_it_has_started_in_another_session_ends_too(tmp_path):
@@ -472,6 +473,38 @@ def test_a_worker_tells_of_it_too(pool):
     assert verdict == Graded({"reward": None}, "not_finite", "reward is nan: a finite number is required")
 
 
+@pytest.mark.parametrize("function", ["about", "async_about"])
+def test_a_reward_that_asks_for_the_question_gets_it(function):
+    """By its name, in the pool and in this process; any other is called as ever."""
+    responses, answers, questions = ["red 1", "blue 1", "red 2"], ["1"] * 3, ["red", "red", "blue"]
+    here = one_by_one(getattr(hostile_rewards, function))
+    with open_pool(function, n_workers=1, deadline_s=5.0) as there:
+        for grade in (here, there):
+            graded = grading.grade_all(grade, responses, answers, questions)
+            assert [verdict.scores["reward"] for verdict in graded] == [1.0, 0.0, 0.0]
+            assert [verdict.scores["reward"] for verdict in grade(responses, answers)] == [0.0] * 3
+    plain = one_by_one(lambda response, truth: truth in response)
+    assert [v.scores["reward"] for v in grading.grade_all(plain, responses, answers, questions)] == [1.0, 1.0, 0.0]
+    own = lambda responses, answers: R1(responses, answers)  # noqa: E731
+    assert len(grading.grade_all(own, responses, answers, questions)) == 3
+
+
+def test_the_question_of_each_response_is_handed_on(tmp_path):
+    """In training and in evaluations, to each response its own: what is asked for is the last sign of the question."""
+    seen = []
+
+    def reward(response, ground_truth, question):
+        seen.append((question, response))
+        return float(question[-1] in response)
+
+    questions = [question.example.question for question in tiny_parts().questions]
+    run_training(tmp_path, reward_fn=reward, n_grpo_steps=1)
+    assert [question for question, _ in seen[:4]] == questions
+    groups = dict.fromkeys(question for question, _ in seen[4:36])
+    assert [question for question, _ in seen[4:36]] == [question for question in groups for _ in range(8)]
+    assert {question for question, _ in seen[4:36]} == set(questions)
+
+
 def test_the_same_error_comes_out_of_the_pool_and_it_goes_on(pool):
     with pytest.raises(UnsoundRunError, match=rf"--reward {FILE}:reward: returned '1.0' for .*'text': a finite"):
         grade_with(pool, "text")
@@ -557,7 +590,10 @@ def test_a_mistake_is_one_clear_line(program, arguments, message, capsys):
     [
         ("{file}:nothing", "hostile_rewards.py has no function nothing"),
         slow("{file}:not_callable", "has no function not_callable"),
-        slow("{file}:one_argument", "one_argument(response) must take (response, ground_truth): too many positional"),
+        slow(
+            "{file}:one_argument", "one_argument(response) must take (response, ground_truth), and may take question"
+        ),
+        slow("{file}:another", "another(response, ground_truth, prompt) must take (response, ground_truth), and may"),
         slow("no_such_module:f", "cannot be imported (ModuleNotFoundError: No module named 'no_such_module')"),
         slow("{dying}:f", "its process ended with exit code 5 as it was imported"),
     ],
