@@ -113,8 +113,8 @@ class RunLog:
         self._has_warned = False
         own = settings_of or config
         settings = asdict(own)
-        written = {"program": own.program, "config": settings, "environment": describe_environment()}
-        write_json(folder / "config.json", written)
+        written = {"program": own.program, "steps": config.n_grpo_steps, "config": settings}
+        write_json(folder / "config.json", written | {"environment": describe_environment()})
         self._tensorboard = self._attempt("TensorBoard", lambda: _open_tensorboard(folder, after))
         self._wandb = None
         if config.wandb_project:

@@ -18,8 +18,6 @@ NO_DIFFERENCE = ("seed", "save_dir", "resume", "wandb_project", "wandb_run_name"
 """Settings that make no other experiment of a run."""
 PHASES = ("rollout", "reward", "update", "wait", "push", "check", "evaluate", "save")
 """What the clock is spent on, by the names of their times."""
-PLANNED = ("n_grpo_steps", "n_ei_steps")
-"""Settings that say how many steps there will be."""
 
 
 class Recorded:
@@ -29,6 +27,7 @@ class Recorded:
         self.folder, self.name = folder, name
         written = read_json(folder / "config.json")
         self.program = str(written.get("program") or "")
+        self.planned = written.get("steps")
         self.settings: Row = _object(written.get("config"))
         self.environment: Row = _object(written.get("environment"))
         self.rows = read_metrics(folder)
@@ -90,9 +89,8 @@ class Recorded:
     @property
     def steps(self) -> tuple[int, int | None]:
         """Made, and planned if that is known."""
-        planned = next((self.settings[name] for name in PLANNED if name in self.settings), None)
         made = max((row["step"] for row in self.rows.get("train", ())), default=0)
-        return made, planned if isinstance(planned, int) else None
+        return made, self.planned if isinstance(self.planned, int) else None
 
     @cached_property
     def anomalies(self) -> list[tuple[int, int, str]]:

@@ -59,10 +59,10 @@ def page_of(*folders, title="A title"):
     return Page(make_page(runs, group_runs(runs), title))
 
 
-def write_run(folder, rows=(), completions=None, program="train.py", **settings):
+def write_run(folder, rows=(), completions=None, program="train.py", planned=None, **settings):
     """A run's folder, as if it had been logged."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = {"program": program, "config": settings, "environment": {"python": "3.11"}}
+    written = {"program": program, "steps": planned, "config": settings, "environment": {"python": "3.11"}}
     (folder / "config.json").write_text(json.dumps(written))
     for name, lines in (("metrics", rows), ("completions", completions)):
         if lines is not None:
@@ -138,6 +138,8 @@ def test_a_page_has_the_responses_of_the_log_with_their_tokens(trained):
             name: theirs.get(name) for name in ("advantage", "log_probs", "entropy")
         }
         assert ours["facts"]["finish_reason"] == theirs["finish_reason"]
+    written = [json.loads((trained / name / "config.json").read_text())["steps"] for name in ("grpo", "sft")]
+    assert written == [3, 2]  # of SFT, which has no setting for it, two batches of two
     demonstrated = [row for row in page_of(trained / "sft").data["responses"] if row["phase"] == "train"]
     assert len(demonstrated) == 4
     assert all("reward" not in row and "log_probs" in row for row in demonstrated)
@@ -376,7 +378,7 @@ def test_a_run_that_lacks_things_has_a_page(tmp_path):
         {"step": 1, "tokens": [1]},
         {"step": 2, "tokens": ["a"], "log_probs": [1, 2], "entropy": "x", "reward": "1"},
     ]
-    going = write_run(tmp_path / "going", rows, responses, n_grpo_steps=9)
+    going = write_run(tmp_path / "going", rows, responses, planned=9)
     with (going / "metrics.jsonl").open("a") as file:
         file.write('{"phase": "train", "step": 7, "rew')
     with (going / "completions.jsonl").open("ab") as file:
