@@ -7,7 +7,6 @@ from drivers import environment  # noqa: F401  before torch: OpenMP reads its se
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import threading
@@ -270,7 +269,7 @@ class Runner:
             self._is_stopped = True
             running = list(self._running)
         for process in running:
-            process.send_signal(signal.SIGINT)
+            process.terminate()  # not Ctrl-C, which whoever was started in the background ignores
         for process in running:
             try:
                 process.wait(PATIENCE_S)

@@ -1,6 +1,11 @@
 """What every test runs under: no network, one thread, a Hypothesis profile chosen by HYPOTHESIS_PROFILE."""
 
 import os
+import signal
+
+# Started in the background by a shell, all that is started from here would ignore Ctrl-C, which some tests send.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before torch and transformers are imported, which read them once.
 for name, value in {

@@ -72,7 +72,7 @@ def test_what_is_taken_from_vllm_itself_is_right(tmp_path):
 @pytest.mark.xdist_group("vllm")
 def test_the_quickstart_learns_and_its_model_evaluates(tmp_path):
     """Steps of the default run on the real SmolLM2, few but long ones; then its checkpoint through evaluate.py."""
-    flags = f"--n-grpo-steps 3 --eval-steps 5 --n-val-examples 64 --save-dir {tmp_path}/run --wandb-project None"
+    flags = f"--n-grpo-steps 3 --eval-steps 5 --n-val-examples 48 --save-dir {tmp_path}/run --wandb-project None"
     flags += " --learning-rate 6e-5"
     done = subprocess.run([sys.executable, ROOT / "drivers/train.py", *flags.split()], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -80,7 +80,7 @@ def test_the_quickstart_learns_and_its_model_evaluates(tmp_path):
     before, after = (row["accuracy"] for row in rows if row["phase"] == "eval")
     assert before < 0.35
     assert after > before + 0.15
-    flags = f"--model-path {tmp_path}/run/final_model --n-examples 64 --sampling-max-tokens 32"
+    flags = f"--model-path {tmp_path}/run/final_model --n-examples 48 --sampling-max-tokens 32"
     done = subprocess.run(
         [sys.executable, ROOT / "drivers/evaluate.py", *flags.split(), "--output-dir", tmp_path / "eval"],
         capture_output=True,
@@ -89,4 +89,4 @@ def test_the_quickstart_learns_and_its_model_evaluates(tmp_path):
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "eval/results.json").read_text())["results"]["validation"]
     assert results["accuracy"] == pytest.approx(after, abs=0.2)
-    assert len((tmp_path / "eval/completions.jsonl").read_text().splitlines()) == 64
+    assert len((tmp_path / "eval/completions.jsonl").read_text().splitlines()) == 48

@@ -618,10 +618,8 @@ def test_the_same_text_twice_is_two_questions(tmp_path):
     assert rollouts.select([2, 3, 0, 1]).group_sizes == [2, 2]
 
 
-def test_a_reward_that_is_none_is_one_clear_line(tmp_path):
-    with pytest.raises(
-        UnsoundRunError, match=r"reward_fn=<lambda>: returned .*nan.* for the response .* a finite number is required"
-    ):
+def test_a_reward_that_is_no_number_is_one_clear_line(tmp_path):
+    with pytest.raises(UnsoundRunError, match=r"step 1: the reward of 32 responses is not a finite number; "):
         run_training(
             tmp_path, reward_fn=lambda *_: {"reward": float("nan"), "format_reward": 0.0, "answer_reward": 0.0}
         )
