@@ -3,9 +3,10 @@
 import os
 import signal
 
-# Started in the background by a shell, all that is started from here would ignore Ctrl-C, which some tests send.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# In the background of a shell, or under nohup, all that is started from here would ignore what some tests send.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # Before torch and transformers are imported, which read them once.
 for name, value in {
