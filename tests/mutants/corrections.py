@@ -495,7 +495,8 @@ DIAGNOSTICS = [
     *breaks(
         "compute_sign_flip_p_value",
         "diagnostics.py",
-        of("sign_flip"),
+        of("sign_flip", "p_value"),
+        ("nothing is left of a small one", "max(sys.float_info.min, extreme)", "extreme"),
         ("one-sided", "shares[sums.abs() >= abs(int(differences.sum()))]", "shares[sums >= int(differences.sum())]"),
         ("more extreme alone", "sums.abs() >= abs(", "sums.abs() > abs("),
         ("sizes forgotten", "abs(difference) for difference", "1 for difference"),

@@ -90,6 +90,19 @@ MUTANTS = [
         ("words with their case", "first.text.casefold() == second.text.casefold()", "first.text == second.text"),
     ),
     *breaks(
+        "question_only_reward_fn",
+        "grading.py",
+        f"{GRADING} {REWARDS}",
+        ("a letter is never a unit", "given, unit = split_letter(given)", "pass"),
+        ("any unit will do", "if unit and wanted and unit != wanted:", "if False:"),
+        (
+            "what is left undone is not done",
+            "return _symbolic.comes_to(given, value, _symbolic.Budget())",
+            "return False",
+        ),
+        ("a box needs braces", "if found[1]:", "if False:"),
+    ),
+    *breaks(
         "r1_zero_reward_fn",
         "rewards.py",
         f"{REWARDS} -k r1_zero",
