@@ -61,7 +61,7 @@ def sweep(folder: Path) -> None:
         if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left)
         else:
-            left.unlink()
+            left.unlink(missing_ok=True)  # gone with the unfinished folder that it was in
 
 
 def set_aside(path: Path) -> None:

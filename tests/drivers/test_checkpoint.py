@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from drivers import checkpoint
 from drivers.checkpoint import FACTS, MANIFEST, TENSORS, find_damage, save_checkpoint
 from drivers.errors import UsageError
-from drivers.files import write_json
+from drivers.files import sweep, write_json
 from drivers.run import finished_model, open_run_folder
 from drivers.run_folder import BEST, LOCK, checkpoints, find_checkpoint, let_go, newest_checkpoint, tidy
 from tests.drivers.parts import tiny_config
@@ -301,3 +301,13 @@ def test_nothing_in_a_checkpoint_can_execute(tmp_path):
     for source in [*(ROOT / "drivers").glob("*.py"), *(ROOT / "grpo_core").glob("*.py")]:
         text = source.read_text()
         assert not [word for word in ("trust_remote_code", "torch.load(", "pickle") if word in text], source
+
+
+def test_what_is_half_done_within_what_is_half_done_goes_too(tmp_path):
+    """A kill while the facts of a checkpoint are written."""
+    for name in (".unfinished-checkpoint-3/.unfinished-facts.json", "checkpoint-2/.unfinished-facts.json", "kept"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{")
+    (tmp_path / ".unfinished-best_checkpoint").symlink_to("checkpoint-2")
+    sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["checkpoint-2", "kept"]
