@@ -88,7 +88,8 @@ class UpdateMetrics:
             summed, count = ranks.total(sums).tolist()
             if count:
                 means[name] = summed / count
-        largest, self._ratios = [ratio.item() for ratio in self._ratios], []
+        largest: list[float] = torch.stack(self._ratios).tolist() if self._ratios else []  # the host waits once
+        self._ratios = []
         of_ranks = [value for values in ranks.gather(largest) for value in values]
         if of_ranks:
             means["max_log_ratio"] = math.nan if any(map(math.isnan, of_ranks)) else max(of_ranks)
