@@ -26,8 +26,9 @@ def run(program: str) -> None:
 
 def tell_help(program: str, arguments: Sequence[str]) -> None:
     """Of the programs that need much: from their settings alone, which need no more than the functions do."""
-    from drivers.config import EvaluateConfig, parse, parse_train_config
-    from drivers.sft_config import ExpertIterationConfig, SftConfig, parse_settings
+    from drivers.settings.command_line import parse, parse_settings, parse_train_config
+    from drivers.settings.evaluate import EvaluateConfig
+    from drivers.settings.imitation import ExpertIterationConfig, SftConfig
 
     match program:
         case "train":
@@ -41,12 +42,30 @@ def tell_help(program: str, arguments: Sequence[str]) -> None:
 
 
 train = partial(run, "train")
+
+
 sft = partial(run, "sft")
+
+
 expert_iteration = partial(run, "expert_iteration")
+
+
 evaluate = partial(run, "evaluate")
+
+
 sweep = partial(run, "sweep")
+
+
 report = partial(run, "report")
+
+
 pass_rates = partial(run, "pass_rates")
+
+
 convert_dataset = partial(run, "convert_dataset")
+
+
 make_countdown = partial(run, "make_countdown")
+
+
 make_gym = partial(run, "make_gym")

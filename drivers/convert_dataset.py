@@ -17,13 +17,15 @@ from typing import Any, Literal
 
 import tyro
 
-from drivers.config import exit_with
-from drivers.data import read_jsonl
-from drivers.errors import UsageError
-from drivers.files import write_jsonl
+from drivers.common.atomic_files import write_jsonl
+from drivers.common.cli import exit_with
+from drivers.common.errors import UsageError
+from drivers.tasks.questions import read_jsonl
 from grpo_core import extract_boxed_answer
 
 QUESTION_KEYS = ("question", "problem", "prompt")
+
+
 ANSWER_KEYS = (
     "ground_truth",
     "reward_model.ground_truth",
@@ -34,8 +36,14 @@ ANSWER_KEYS = (
     "response",
     "solution",
 )
+
+
 RESPONSE_KEYS = ("response", "solution", "answer")
+
+
 Form = Literal["r1_zero", "question_only"]
+
+
 _LAST_LINE = re.compile(r"####([^\n#]+)\Z")
 """Of GSM8K. Elsewhere #### is a heading."""
 

@@ -1,9 +1,10 @@
 """Expert iteration (Algorithm 2 of CS336's fifth assignment): `python drivers/expert_iteration.py --help`."""
 
 # isort: off
-from drivers import environment  # noqa: F401  before torch: OpenMP reads its settings once
+from drivers.common import environment  # noqa: F401  before torch: OpenMP reads its settings once
 
 # isort: on
+
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,23 +12,26 @@ from functools import partial
 
 from torch import nn
 
-from drivers import ranks
-from drivers.collect import collect
-from drivers.config import GrpoConfig
-from drivers.data import Question, load_examples, make_questions
-from drivers.display import Display
-from drivers.errors import UsageError
-from drivers.grading import Grader
-from drivers.guards import find_in_rollouts, find_none_right
-from drivers.interrupts import uninterrupted
-from drivers.metrics import UpdateMetrics
-from drivers.program import conduct, ending_in_one_line
-from drivers.rollout import RolloutEngine
-from drivers.run import Parts, Run, build, prompt_of
-from drivers.sft import all_right
-from drivers.sft_config import ExpertIterationConfig, parse_settings
-from drivers.state import TrainingState
-from drivers.train import update
+from drivers.common import distributed
+from drivers.common.cli import exit_on_user_error
+from drivers.common.display import Display
+from drivers.common.errors import UsageError
+from drivers.common.signals import uninterrupted
+from drivers.engines.protocol import RolloutEngine
+from drivers.grading.verdicts import Grader
+from drivers.settings.command_line import parse_settings
+from drivers.settings.grpo import GrpoConfig
+from drivers.settings.imitation import ExpertIterationConfig
+from drivers.tasks.questions import Question, load_examples, make_questions
+from drivers.training.anomalies import find_in_rollouts, find_none_right
+from drivers.training.batch import all_right
+from drivers.training.launch import conduct
+from drivers.training.metrics import UpdateMetrics
+from drivers.training.rollouts import collect
+from drivers.training.run import Run
+from drivers.training.setup import Parts, build, prompt_of
+from drivers.training.state import TrainingState
+from drivers.training.update import update
 
 
 def iterate(
@@ -39,11 +43,11 @@ def iterate(
     val_set: Sequence[Question],
     run: Run,
 ) -> None:
-    """The loop. Its parts are built by `drivers.run.build`, or by you."""
+    """The loop. Its parts are built by `drivers.training.setup.build`, or by you."""
     config = settings.of()
     untempered = replace(config, sampling_temperature=1.0)  # -log pi of the model as it is
     state = run.begin(TrainingState(config, policy))
-    ranks.lead(lambda: engine.load_weights(version=state.step))
+    distributed.lead(lambda: engine.load_weights(version=state.step))
     run.check_engine(engine, policy, val_set, version=state.step)
     if state.step == 0:
         run.evaluate(engine, val_set, grade, step=0)
@@ -51,7 +55,7 @@ def iterate(
     for step in run.steps():
         # D_b ~ D;  o_1 .. o_G ~ pi(. | q) for each question q of D_b;  r_i = R(q, o_i);  keep those with r_i = 1.
         sample = partial(collect, config, engine, grade, train_set, state.draw, run, step)
-        collected = ranks.lead(sample)
+        collected = distributed.lead(sample)
         graded = zip(collected.completions, collected.raw_rewards.tolist(), strict=True)
         right = [completion for completion, reward in graded if reward == 1]
 
@@ -69,7 +73,7 @@ def iterate(
 
         # The next samples are from the new policy.
         with run.phase("push"), uninterrupted():
-            ranks.lead(partial(engine.load_weights, version=step))
+            distributed.lead(partial(engine.load_weights, version=step))
         if run.is_first(step):
             run.check_engine(engine, policy, val_set, version=step)
         if step % config.eval_steps == 0 or step == config.n_grpo_steps:
@@ -83,7 +87,7 @@ def iterate(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: settings, parts, the loop."""
-    with ending_in_one_line(ExpertIterationConfig.program):
+    with exit_on_user_error(ExpertIterationConfig.program):
         settings = parse_settings(ExpertIterationConfig, sys.argv[1:] if arguments is None else arguments)
 
         def prepare(config: GrpoConfig, display: Display) -> tuple[Run, Parts]:

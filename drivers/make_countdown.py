@@ -13,9 +13,10 @@ from pathlib import Path
 
 import tyro
 
-from drivers.config import check_number, exit_with
-from drivers.errors import UsageError
-from drivers.files import write_jsonl
+from drivers.common.atomic_files import write_jsonl
+from drivers.common.cli import exit_with
+from drivers.common.errors import UsageError
+from drivers.settings.base import check_number
 
 PATIENCE = 1000
 """Puzzles in a row that are no use, after which there are taken to be no more."""

@@ -1,6 +1,6 @@
 """The procedural tasks of reasoning-gym as data files: `python drivers/make_gym.py chain_sum leg_counting`.
 
-They are graded by `--reward drivers.gym_reward:reward --sampling-stop "</answer>"`.
+They are graded by `--reward drivers.grading.gym:reward --sampling-stop "</answer>"`.
 """
 
 import json
@@ -13,9 +13,10 @@ from typing import Any
 
 import tyro
 
-from drivers.config import check_number, exit_with
-from drivers.errors import UsageError
-from drivers.files import write_jsonl
+from drivers.common.atomic_files import write_jsonl
+from drivers.common.cli import exit_with
+from drivers.common.errors import UsageError
+from drivers.settings.base import check_number
 
 TRIES = 20
 """Times as many entries as are wanted are made at most, where a task repeats itself."""
@@ -67,7 +68,7 @@ def make_gym(config: GymConfig) -> dict[str, list[dict[str, str]]]:
 
 def _rows(config: GymConfig, task: str, parameters: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     """Different questions of a task, as many as both files need. Each is checked to be graded as it is there."""
-    from drivers.gym_reward import reward
+    from drivers.grading.gym import reward
 
     wanted, seen = config.n_train + config.n_validation, set[str]()
     dataset = _create(task, {**parameters, "seed": config.seed, "size": TRIES * wanted})
@@ -115,7 +116,7 @@ def _create(task: str, parameters: Mapping[str, Any]) -> Any:
 def task_names() -> list[str]:
     """Of the package, if it is there."""
     try:
-        import drivers.gym_reward  # noqa: F401  it says what is missing
+        import drivers.grading.gym  # noqa: F401  it says what is missing
     except ImportError as error:
         raise UsageError(str(error)) from error
     import reasoning_gym

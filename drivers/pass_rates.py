@@ -13,10 +13,10 @@ from typing import Any
 
 import tyro
 
-from drivers.config import exit_with
-from drivers.data import read_jsonl
-from drivers.errors import UsageError
-from drivers.files import write_jsonl
+from drivers.common.atomic_files import write_jsonl
+from drivers.common.cli import exit_with
+from drivers.common.errors import UsageError
+from drivers.tasks.questions import read_jsonl
 
 
 @dataclass(frozen=True)

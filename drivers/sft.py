@@ -1,36 +1,39 @@
 """Fine-tuning on demonstrations (Algorithm 1 of CS336's fifth assignment): `python drivers/sft.py --help`."""
 
 # isort: off
-from drivers import environment  # noqa: F401  before torch: OpenMP reads its settings once
+from drivers.common import environment  # noqa: F401  before torch: OpenMP reads its settings once
 
 # isort: on
+
 import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
 
-import torch
 from torch import nn
 
-from drivers import ranks
-from drivers.batch import RolloutBatch, make_rollout_batch
-from drivers.config import GrpoConfig
-from drivers.data import Demonstration, Question, WorkedExample, load_demonstrations, make_demonstrations
-from drivers.display import Display
-from drivers.errors import UsageError
-from drivers.evaluate import start_grading
-from drivers.grading import Grader, grade_all
-from drivers.interrupts import uninterrupted
-from drivers.metrics import UpdateMetrics
-from drivers.program import conduct, ending_in_one_line
-from drivers.rollout import Completion, RolloutEngine
-from drivers.run import Parts, Run, build, prompt_of
-from drivers.samples import describe_demonstration
-from drivers.sft_config import SftConfig, parse_settings
-from drivers.state import TrainingState
-from drivers.train import update
+from drivers.common import distributed
+from drivers.common.cli import exit_on_user_error
+from drivers.common.display import Display
+from drivers.common.errors import UsageError
+from drivers.common.signals import uninterrupted
+from drivers.engines.protocol import RolloutEngine
+from drivers.grading.pool import start_grading
+from drivers.grading.verdicts import Grader, grade_all
+from drivers.runs.completions import describe_demonstration
+from drivers.settings.command_line import parse_settings
+from drivers.settings.grpo import GrpoConfig
+from drivers.settings.imitation import SftConfig
+from drivers.tasks.demonstrations import Demonstration, WorkedExample, load_demonstrations, make_demonstrations
+from drivers.tasks.questions import Question
+from drivers.training.batch import as_right
+from drivers.training.launch import conduct
+from drivers.training.metrics import UpdateMetrics
+from drivers.training.run import Run
+from drivers.training.setup import Parts, build, prompt_of
+from drivers.training.state import TrainingState
+from drivers.training.update import update
 
 
 def fine_tune(
@@ -45,7 +48,7 @@ def fine_tune(
     """The loop. `config` is `SftConfig.of` these demonstrations; the engine samples for evaluations alone."""
     untempered = replace(config, sampling_temperature=1.0)  # -log pi of the model as it is
     state = run.begin(TrainingState(config, policy))
-    ranks.lead(lambda: engine.load_weights(version=state.step))
+    distributed.lead(lambda: engine.load_weights(version=state.step))
     run.check_engine(engine, policy, val_set, version=state.step)
     if state.step == 0:
         run.evaluate(engine, val_set, grade, step=0)
@@ -64,7 +67,7 @@ def fine_tune(
         is_due = step % config.eval_steps == 0 or step == config.n_grpo_steps
         if run.is_first(step) or is_due:
             with run.phase("push"), uninterrupted():
-                ranks.lead(partial(engine.load_weights, version=step))
+                distributed.lead(partial(engine.load_weights, version=step))
             if run.is_first(step):
                 run.check_engine(engine, policy, val_set, version=step)
             if is_due:
@@ -83,26 +86,6 @@ def batch_of_step(n: int, size: int, seed: int, step: int) -> list[int]:
     epoch, place = divmod(step - 1, -(-n // size))
     order = random.Random(f"{seed}, {epoch}").sample(range(n), n)
     return order[place * size : (place + 1) * size]
-
-
-def as_right(demonstrations: Sequence[Demonstration]) -> RolloutBatch:
-    """As responses with a reward of 1. Nobody sampled them: 0 stands for log-probs that nothing reads."""
-    shown = [
-        Completion("", one.prompt_token_ids, one.response_token_ids, (0.0,) * len(one.response_token_ids), "stop")
-        for one in demonstrations
-    ]
-    return all_right(shown)
-
-
-def all_right(completions: Sequence[Completion]) -> RolloutBatch:
-    """A batch of responses that are imitated: reward and advantage are 1.
-
-    Those to one prompt that stand together are a group, of any size: they are shuffled, and scored, side by side.
-    """
-    batch = make_rollout_batch(completions, torch.ones(len(completions)))
-    groups = enumerate(groupby(completions, key=lambda completion: completion.prompt_token_ids))
-    group_ids = torch.tensor([number for number, (_, members) in groups for _ in members])[:, None]
-    return replace(batch, advantages=batch.raw_rewards, group_ids=group_ids)
 
 
 def choose(settings: SftConfig, say: Callable[[str], None] = print) -> list[WorkedExample]:
@@ -132,13 +115,13 @@ def choose(settings: SftConfig, say: Callable[[str], None] = print) -> list[Work
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: settings, demonstrations, parts, the loop."""
-    with ending_in_one_line(SftConfig.program):
+    with exit_on_user_error(SftConfig.program):
         settings = parse_settings(SftConfig, sys.argv[1:] if arguments is None else arguments)
-        examples = choose(settings, print if ranks.is_first() else lambda _: None)
+        examples = choose(settings, print if distributed.is_first() else lambda _: None)
         config = settings.of(len(examples))
 
         def prepare(config: GrpoConfig, display: Display) -> tuple[Run, Parts]:
-            if any(found != examples for found in ranks.gather(examples)):
+            if any(found != examples for found in distributed.gather(examples)):
                 raise UsageError(f"--reward {settings.reward}: the ranks found other demonstrations right")
             make = partial(make_demonstrations, examples, prompt_of(config), config.sampling.stop)
             return build(config, display, make, settings)

@@ -3,7 +3,8 @@
 import time
 from pathlib import Path
 
-from drivers.grading import Grader, GradingPool, one_by_one
+from drivers.grading.pool import GradingPool
+from drivers.grading.verdicts import Grader, one_by_one
 from grpo_core.rewards import r1_zero_reward_fn
 
 HOSTILE = Path(__file__).resolve().parents[1] / "drivers/hostile_rewards.py"

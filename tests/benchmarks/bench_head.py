@@ -6,7 +6,7 @@ its own is given the counted rows alone, as by a caller who packs them; the colu
 """
 
 # isort: off
-from drivers import environment  # noqa: F401  before torch: OpenMP reads its settings once
+from drivers.common import environment  # noqa: F401  before torch: OpenMP reads its settings once
 
 # isort: on
 import argparse

@@ -5,7 +5,7 @@ functions: those cells stay empty. The whole step of a micro-batch is there for 
 """
 
 # isort: off
-from drivers import environment  # noqa: F401  before torch: OpenMP reads its settings once
+from drivers.common import environment  # noqa: F401  before torch: OpenMP reads its settings once
 
 # isort: on
 import argparse

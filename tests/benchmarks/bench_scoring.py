@@ -5,7 +5,7 @@ group row of the same run.
 """
 
 # isort: off
-from drivers import environment  # noqa: F401  before torch: OpenMP reads its settings once
+from drivers.common import environment  # noqa: F401  before torch: OpenMP reads its settings once
 
 # isort: on
 import platform
@@ -15,7 +15,7 @@ import time
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from drivers.models import cpu_bfloat16_is_fast
+from drivers.policy.devices import cpu_bfloat16_is_fast
 from grpo_core import get_group_log_probs, get_response_log_probs
 
 PROMPT, RESPONSES, TOKENS, REPEATS = 137, 8, 26, 5

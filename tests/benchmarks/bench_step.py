@@ -8,7 +8,7 @@ tensors of it is part of every way, and of ours the advantages too.
 """
 
 # isort: off
-from drivers import environment  # noqa: F401  before torch: OpenMP reads its settings once
+from drivers.common import environment  # noqa: F401  before torch: OpenMP reads its settings once
 
 # isort: on
 import argparse
@@ -245,13 +245,14 @@ def liger(folder: str, dtype: str, rollouts: Rollouts) -> tuple[nn.Module, Step]
 
 def ours(folder: str, dtype: str, rollouts: Rollouts, micro_batch_tokens: int | None = None) -> tuple[nn.Module, Step]:
     """The update of `drivers/train.py`, with the model as its `prepare` loads it."""
-    from drivers.batch import make_rollout_batch
-    from drivers.config import GrpoConfig
-    from drivers.metrics import UpdateMetrics
-    from drivers.models import keep_freed_memory, load_policy
-    from drivers.objective import prepare_rollouts, weigh_step
-    from drivers.rollout import Completion
-    from drivers.train import accumulate_gradients
+    from drivers.engines.protocol import Completion
+    from drivers.policy.loading import keep_freed_memory, load_policy
+    from drivers.settings.grpo import GrpoConfig
+    from drivers.training.advantages import prepare_rollouts
+    from drivers.training.batch import make_rollout_batch
+    from drivers.training.metrics import UpdateMetrics
+    from drivers.training.objective import weigh_step
+    from drivers.training.update import accumulate_gradients
 
     keep_freed_memory()
     longest_row = max(map(len, rollouts.prompts)) + rollouts.group_size * rollouts.cap

@@ -12,7 +12,7 @@ and keeps float32 masters.
 """
 
 # isort: off
-from drivers import environment  # noqa: F401  before torch: OpenMP reads its settings once
+from drivers.common import environment  # noqa: F401  before torch: OpenMP reads its settings once
 
 # isort: on
 import argparse
@@ -26,10 +26,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from drivers.config import stop_strings
-from drivers.data import load_examples, load_prompt_template
-from drivers.models import load_tokenizer, resolve_model
-from drivers.recipes import EMBEDDED_MODEL, QUICKSTART
+from drivers.policy.loading import load_tokenizer, resolve_model
+from drivers.settings.base import stop_strings
+from drivers.settings.recipes import EMBEDDED_MODEL, QUICKSTART
+from drivers.tasks.questions import load_examples, load_prompt_template
 from grpo_core import r1_zero_reward_fn
 from tests.benchmarks._harness import ROOT, Result, describe, digits, make_table
 

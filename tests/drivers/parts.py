@@ -4,13 +4,14 @@ from types import SimpleNamespace
 
 import torch
 
-from drivers.batch import make_rollout_batch
-from drivers.config import GrpoConfig
-from drivers.data import Example, Question
-from drivers.display import Display
-from drivers.grading import one_by_one
-from drivers.rollout import Completion, HFEngine
-from drivers.run import Run
+from drivers.common.display import Display
+from drivers.engines.hf import HFEngine
+from drivers.engines.protocol import Completion
+from drivers.grading.verdicts import one_by_one
+from drivers.settings.grpo import GrpoConfig
+from drivers.tasks.questions import Example, Question
+from drivers.training.batch import make_rollout_batch
+from drivers.training.run import Run
 from tests.tiny import make_tiny_policy, make_tiny_tokenizer
 
 LETTER = "a"

@@ -7,20 +7,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 # isort: off
-from drivers import environment  # noqa: F401  before torch: OpenMP reads its settings once
+from drivers.policy import fsdp
+from drivers.common import environment  # noqa: F401  before torch: OpenMP reads its settings once
 
 # isort: on
 import torch
 
-from drivers import ranks
-from drivers.display import Display
-from drivers.lora import add_lora
-from drivers.memory import enable_checkpointing
-from drivers.rollout import FollowingEngine, HFReplica, make_engine
-from drivers.run import Run
-from drivers.run_folder import find_checkpoint
+from drivers.common import distributed
+from drivers.common.display import Display
+from drivers.engines.factory import make_engine
+from drivers.engines.hf import FollowingEngine, HFReplica
+from drivers.policy.lora import add_lora
+from drivers.policy.weights import PolicyWeights
+from drivers.runs.folder import find_checkpoint
 from drivers.train import train
-from drivers.weights import PolicyWeights
+from drivers.training.memory import enable_checkpointing
+from drivers.training.run import Run
 from tests.drivers.parts import letter_grader, tiny_config, tiny_parts
 from tests.drivers.test_supervision import engine_processes
 from tests.tiny import make_tiny_tokenizer, save_tiny
@@ -41,23 +43,23 @@ def main(
     `fault`: what the push after the first update leaves out, of what all ranks gather for it: all, or the name of one.
     """
     torch.set_num_threads(1)
-    ranks.start(seconds)
+    distributed.start(seconds)
     config, precision = tiny_config(**settings), getattr(torch, dtype)
     parts = tiny_parts()
-    several = ranks.size() > 1
+    several = distributed.size() > 1
     cpu = torch.device("cpu")
     policy = parts.policy.to(precision)
     if config.lora_rank:
         add_lora(policy, config.lora_rank, config.lora_alpha, seed=5, base="tiny")
     if several:
-        policy = ranks.shard(policy, precision, cpu)
+        policy = fsdp.shard(policy, precision, cpu)
     if config.gradient_checkpointing == "on":
         enable_checkpointing(policy)
     reference = tiny_parts().policy if config.needs_reference and not config.lora_rank else None
     if reference is not None:
-        reference = ranks.shard(reference, precision, cpu) if several else reference.to(precision)
+        reference = fsdp.shard(reference, precision, cpu) if several else reference.to(precision)
     weights = PolicyWeights(policy, precision)
-    if not ranks.is_first():
+    if not distributed.is_first():
         engine = FollowingEngine(weights)
     elif config.engine == "vllm":
         save_tiny(Path(folder) / "model")
@@ -114,9 +116,9 @@ def main(
 
         engine.load_weights = load_weights
     run_folder = Path(folder) / "run"
-    ranks.lead(lambda: run_folder.mkdir(parents=True, exist_ok=True))
+    distributed.lead(lambda: run_folder.mkdir(parents=True, exist_ok=True))
     checkpoint = None if resume is None else find_checkpoint(Path(resume))
-    display = Display(config.n_grpo_steps, quiet=not ranks.is_first())
+    display = Display(config.n_grpo_steps, quiet=not distributed.is_first())
     run = Run(config, run_folder, parts.tokenizer, display, checkpoint)
     try:
         train(config, policy, engine, letter_grader, parts.questions, parts.questions, run, reference)
@@ -124,7 +126,7 @@ def main(
     finally:
         run.finish()
         engine.close()
-    ranks.end()
+    distributed.end()
 
 
 if __name__ == "__main__":

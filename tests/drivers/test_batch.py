@@ -18,10 +18,12 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from drivers import scoring
-from drivers.batch import make_rollout_batch
-from drivers.memory import plan_memory
-from drivers.scoring import find_head, plan_micro_batches, plan_rows, score, score_all, shares_rows
+from drivers.training import micro_batches, scoring, shortcuts
+from drivers.training.batch import make_rollout_batch
+from drivers.training.memory import plan_memory
+from drivers.training.micro_batches import plan_micro_batches, plan_rows
+from drivers.training.scoring import score, score_all
+from drivers.training.shortcuts import find_head, shares_rows
 from tests.drivers.parts import clone_policy, completion, tiny_config
 from tests.tiny import make_tiny_policy
 
@@ -142,6 +144,12 @@ def test_a_column_stays_a_column_and_tokens_are_cut():
     assert rollouts.lengths.tolist() == [3, 1, 1, 1]
 
 
+def pack_rows(patch, packed):
+    """Pack rows, or pad them, whatever the attention."""
+    for module in (shortcuts, micro_batches, scoring):
+        patch.setattr(module, "packs_rows", lambda policy: packed)
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_packed_rows_are_the_padded_ones(attention, monkeypatch):
     """One sequence without padding, kept apart by its positions alone, as flash attention has it."""
@@ -149,7 +157,7 @@ def test_packed_rows_are_the_padded_ones(attention, monkeypatch):
     policy.set_attn_implementation(attention)
     rollouts = batch_of((LONG_PROMPT, [3, 4, 5]), (LONG_PROMPT, [6]), (SHORT_PROMPT, [7, 8]), ([9], []), ([4], [2, 2]))
     expected = score(policy, rollouts, 0.7, with_entropy=True)
-    monkeypatch.setattr(scoring, "packs_rows", lambda policy: True)
+    pack_rows(monkeypatch, True)
     assert all(len(row.members) == 1 for row in plan_rows(policy, rollouts, range(len(rollouts))))
     seen = []
     policy.model.register_forward_pre_hook(lambda *call: seen.append(call[2]), with_kwargs=True)
@@ -172,7 +180,7 @@ def test_a_plan_scores_each_wanted_response_once_within_its_budget(pairs, budget
     wanted = sorted(data.draw(st.sets(st.integers(0, len(pairs) - 1))))
     config = tiny_config(micro_batch_tokens=budget)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(scoring, "packs_rows", lambda policy: packed)
+        pack_rows(patched, packed)
         parts = list(plan_micro_batches(config, policy, rollouts, wanted))
         assert sorted(i for part in parts for i in part.members) == [i for i in wanted if pairs[i][1]]
         for members, rows in parts:
@@ -252,7 +260,7 @@ def test_a_model_that_cannot_be_split_makes_logits_where_they_are_needed_alone()
     policy.lm_head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
     rollouts = batch_of((LONG_PROMPT, [3, 4, 5]), (LONG_PROMPT, [6]))
     expected = score(policy, rollouts, 1.0)["log_probs"]
-    scoring._HEADS[policy] = None
+    shortcuts._HEADS[policy] = None
     seen.clear()
     assert_close(score(policy, rollouts, 1.0)["log_probs"], expected, rtol=0, atol=1e-6)
     assert seen == [3]  # of one row of 16: the end of the prompt, from which both start, and what precedes 4 and 5

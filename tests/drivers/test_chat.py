@@ -10,13 +10,15 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from drivers.chat import end_turns
-from drivers.config import EvaluateConfig
-from drivers.data import Example, Prompt, WorkedExample, load_prompt, make_demonstrations, make_questions
-from drivers.errors import UsageError
-from drivers.models import embedded_model, load_tokenizer
-from drivers.rollout import HFEngine, make_engine
-from drivers.sft_config import ExpertIterationConfig, SftConfig
+from drivers.common.errors import UsageError
+from drivers.engines.factory import make_engine
+from drivers.engines.hf import HFEngine
+from drivers.policy.loading import embedded_model, load_tokenizer
+from drivers.settings.evaluate import EvaluateConfig
+from drivers.settings.imitation import ExpertIterationConfig, SftConfig
+from drivers.tasks.chat import end_turns
+from drivers.tasks.demonstrations import WorkedExample, make_demonstrations
+from drivers.tasks.questions import Example, Prompt, load_prompt, make_questions
 from tests.drivers.parts import tiny_config
 from tests.tiny import make_tiny_policy, make_tiny_tokenizer, save_tiny
 
@@ -103,8 +105,8 @@ def test_vllm_is_told_what_ends_a_turn(urls, monkeypatch):
     def start(*_, **settings):
         told.update(settings)
 
-    monkeypatch.setitem(sys.modules, "drivers.vllm_engine", SimpleNamespace(VLLMEngine=start))
-    monkeypatch.setitem(sys.modules, "drivers.vllm_server", SimpleNamespace(ServerEngine=start))
+    monkeypatch.setitem(sys.modules, "drivers.engines.vllm", SimpleNamespace(VLLMEngine=start))
+    monkeypatch.setitem(sys.modules, "drivers.engines.vllm_server", SimpleNamespace(ServerEngine=start))
     tokenizer = tokenizer_with(CHATML)
     end_turns(tokenizer, "tiny")
     make_engine(

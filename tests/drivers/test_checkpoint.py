@@ -12,12 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from drivers import checkpoint
-from drivers.checkpoint import FACTS, MANIFEST, TENSORS, find_damage, save_checkpoint
-from drivers.errors import UsageError
-from drivers.files import sweep, write_json
-from drivers.run import finished_model, open_run_folder
-from drivers.run_folder import BEST, LOCK, checkpoints, find_checkpoint, let_go, newest_checkpoint, tidy
+from drivers.common.atomic_files import sweep, write_json
+from drivers.common.errors import UsageError
+from drivers.runs import checkpoint
+from drivers.runs.checkpoint import FACTS, MANIFEST, TENSORS, find_damage, save_checkpoint
+from drivers.runs.folder import BEST, LOCK, checkpoints, find_checkpoint, let_go, newest_checkpoint, tidy
+from drivers.runs.resume import finished_model, open_run_folder
 from tests.drivers.parts import tiny_config
 from tests.tiny import make_tiny_policy, make_tiny_tokenizer
 

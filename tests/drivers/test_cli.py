@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from drivers import train as train_program
-from drivers.config import EvaluateConfig, GrpoConfig, flag_given, parse_train_config
-from drivers.errors import UsageError
-from drivers.recipes import QUICKSTART
+from drivers.common.errors import UsageError
+from drivers.settings.command_line import flag_given, parse_train_config
+from drivers.settings.evaluate import EvaluateConfig
+from drivers.settings.grpo import GrpoConfig
+from drivers.settings.recipes import QUICKSTART
 from tests.drivers.parts import tiny_config
 from tests.tiny import save_tiny
 
@@ -267,7 +269,7 @@ def test_a_data_path_without_the_data_says_how_to_make_it(capsys):
 
 def test_without_vllm_the_message_names_the_extra(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "drivers.vllm_engine", None)
+    monkeypatch.setitem(sys.modules, "drivers.engines.vllm", None)
     save_tiny(tmp_path / "tiny")
     with pytest.raises(SystemExit) as ended:
         train_program.main(["--recipe", "quickstart", "--model-path", "tiny", "--dtype", "float32"])

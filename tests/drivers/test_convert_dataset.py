@@ -10,7 +10,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from drivers.convert_dataset import convert_demonstration, convert_row, main
-from drivers.data import load_demonstrations, load_examples
+from drivers.tasks.demonstrations import load_demonstrations
+from drivers.tasks.questions import load_examples
 from grpo_core import question_only_reward_fn, r1_zero_reward_fn
 
 ROWS = [

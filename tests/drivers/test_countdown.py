@@ -13,11 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drivers.countdown import MOST_CHARACTERS, countdown_reward_fn, solves
-from drivers.data import load_examples
-from drivers.errors import UsageError
-from drivers.grading import BUILT_IN, check_reward, one_by_one
+from drivers.common.errors import UsageError
+from drivers.grading.countdown import MOST_CHARACTERS, countdown_reward_fn, solves
+from drivers.grading.loading import BUILT_IN
+from drivers.grading.verdicts import one_by_one
 from drivers.make_countdown import CountdownConfig, main, make_countdown
+from drivers.settings.reward_spec import check_reward
+from drivers.tasks.questions import load_examples
 from tests.drivers.parts import tiny_config
 
 SMALL = CountdownConfig(n_train=150, n_validation=50)

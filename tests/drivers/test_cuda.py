@@ -6,13 +6,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from drivers.memory import share_beside
-from drivers.metrics import UpdateMetrics
-from drivers.objective import prepare_rollouts, weigh_step
-from drivers.optim import training_state_bytes
-from drivers.rollout import HFEngine, make_engine
-from drivers.scoring import score
-from drivers.train import accumulate_gradients, train
+from drivers.engines.factory import make_engine
+from drivers.engines.hf import HFEngine
+from drivers.engines.placement import share_beside
+from drivers.policy.optimizer import training_state_bytes
+from drivers.train import train
+from drivers.training.advantages import prepare_rollouts
+from drivers.training.metrics import UpdateMetrics
+from drivers.training.objective import weigh_step
+from drivers.training.scoring import score
+from drivers.training.update import accumulate_gradients
 from grpo_core import compute_entropy, compute_grpo_clip_loss, grpo_microbatch_loss, normalize_group_rewards
 from tests.drivers.parts import clone_policy, letter_grader, make_run, rollouts_of, tiny_config, tiny_parts
 from tests.drivers.test_batch import LONG_PROMPT, SHORT_PROMPT, batch_of

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from drivers.data import Prompt, load_examples, load_prompt_template, make_questions
-from drivers.errors import UsageError
-from drivers.make_wordadd import SHOTS, make_wordadd
+from drivers.common.errors import UsageError
+from drivers.tasks.questions import Prompt, load_examples, load_prompt_template, make_questions
+from drivers.tasks.wordadd import SHOTS, make_wordadd
 from tests.tiny import make_tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,7 +101,7 @@ def test_the_r1_zero_prompt_opens_the_thought():
 
 
 def test_a_cache_that_cannot_be_written_is_one_clear_line(tmp_path):
-    from drivers.models import embedded_model
+    from drivers.policy.loading import embedded_model
 
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=r"cannot be unpacked into .*set XDG_CACHE_HOME"):

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from drivers.errors import EngineDiedError, UnsoundRunError, UsageError
-from drivers.rollout import HFEngine, Sampling, make_engine
-from drivers.self_check import check_engine
-from drivers.weights import checksums
+from drivers.common.errors import EngineDiedError, UnsoundRunError, UsageError
+from drivers.engines.factory import make_engine
+from drivers.engines.hf import HFEngine
+from drivers.policy.weights import checksums
+from drivers.settings.sampling import Sampling
+from drivers.training.self_check import check_engine
 from tests.tiny import make_tiny_policy, make_tiny_tokenizer, save_tiny
 
 pytestmark = [
@@ -42,7 +44,7 @@ class Subject:
 def make_vllm(folder, policy, own_process=False):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from drivers.vllm_engine import VLLMEngine
+        from drivers.engines.vllm import VLLMEngine
 
         save_tiny(folder)
         return VLLMEngine(
@@ -284,7 +286,7 @@ def test_a_push_that_lies_is_noticed_by_its_checksums_and_by_its_log_probs(subje
     Each would notice alone: checksums what did not arrive, at the push and when the policy is asked again, log-probs
     what is not computed with.
     """
-    from drivers import vllm_engine
+    from drivers.engines import vllm
 
     if subject.kind == "hf":
         pytest.skip("this engine shares the policy's weights: no push can go wrong")
@@ -303,7 +305,7 @@ def test_a_push_that_lies_is_noticed_by_its_checksums_and_by_its_log_probs(subje
             with pytest.raises(UnsoundRunError, match=message):
                 subject.push()
         else:
-            patch.setattr(vllm_engine, "check_arrived", lambda *_: None)
+            patch.setattr(vllm, "check_arrived", lambda *_: None)
             subject.push()
             if seen == "log-probs":
                 patch.setattr(subject.engine, "received", list)
@@ -329,7 +331,7 @@ def test_a_push_that_is_never_sent_is_noticed_though_the_last_one_arrived(subjec
 @pytest.mark.vllm
 def test_samples_of_another_push_than_the_last_one_are_not_taken(subject):
     """By whatever name: an engine that somebody else has given weights. Or by none, or by two in one response."""
-    from drivers.vllm_engine import version_of
+    from drivers.engines.vllm_transfer import version_of
 
     if subject.kind == "hf":
         pytest.skip("this engine has the policy's weights")
@@ -357,7 +359,7 @@ def test_what_comes_over_nccl_is_summed_up_chunk_by_chunk(monkeypatch):
     """Without a GPU: what unpacks the buffers is told what would come. The model is itself again after a failure."""
     from vllm.distributed.weight_transfer import nccl_engine
 
-    from drivers.vllm_engine import CheckedNCCLEngine
+    from drivers.engines.vllm_transfer import CheckedNCCLEngine
 
     tensors, model, asked = dict(make_tiny_policy().named_parameters()), Loading(), []
     names, fails = list(tensors), False
@@ -391,7 +393,8 @@ def test_what_comes_over_nccl_is_summed_up_chunk_by_chunk(monkeypatch):
 def test_over_nccl_the_trainer_is_the_first_of_a_group_with_every_worker():
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-    from drivers.vllm_engine import PACKED_BUFFER_BYTES, HostTrainerInit, VLLMEngine
+    from drivers.engines.vllm import VLLMEngine
+    from drivers.engines.vllm_transfer import PACKED_BUFFER_BYTES, HostTrainerInit
 
     engine = object.__new__(VLLMEngine)
     engine._llm, engine._own_process = SimpleNamespace(get_world_size=lambda: 2), True
@@ -405,7 +408,7 @@ def test_over_nccl_the_trainer_is_the_first_of_a_group_with_every_worker():
 
 @pytest.mark.vllm
 def test_the_engine_is_placed_where_it_was_asked_to_be():
-    from drivers.vllm_engine import placement
+    from drivers.engines.vllm import placement
 
     own = placement(torch.device("cuda", 1), shared=False, gpu_memory_utilization=0.85)
     assert own == {"device_ids": [1], "gpu_memory_utilization": 0.85, "enable_sleep_mode": False}
@@ -416,7 +419,7 @@ def test_the_engine_is_placed_where_it_was_asked_to_be():
 
 @pytest.mark.vllm
 def test_the_other_build_of_vllm_is_one_clear_line():
-    from drivers.vllm_engine import VLLMEngine
+    from drivers.engines.vllm import VLLMEngine
 
     with pytest.raises(UsageError, match="rollout_device=cuda:0: this vLLM is built for cpu"):
         VLLMEngine(

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drivers.config import EvaluateConfig
-from drivers.errors import UsageError
-from drivers.evaluate import load_sets, main
-from drivers.outcomes import category_of, compare, describe, vote_of
+from drivers.common.errors import UsageError
+from drivers.evaluate import main
+from drivers.evaluation.outcomes import category_of, compare, describe, vote_of
+from drivers.evaluation.standalone import load_sets
+from drivers.settings.evaluate import EvaluateConfig
 from grpo_core import r1_zero_reward_fn
 from tests.tiny import save_tiny
 

@@ -10,18 +10,19 @@ import pytest
 import torch
 
 from drivers import expert_iteration as program
-from drivers import train as train_program
-from drivers.display import Display
-from drivers.errors import UnsoundRunError
+from drivers.common.display import Display
+from drivers.common.errors import UnsoundRunError
+from drivers.engines.hf import HFReplica
 from drivers.expert_iteration import iterate, main
-from drivers.grading import one_by_one
-from drivers.program import keep_what_was_made
-from drivers.rollout import HFReplica
-from drivers.run import Run
-from drivers.run_folder import find_checkpoint
-from drivers.sft import all_right
-from drivers.sft_config import QUICKSTARTS, ExpertIterationConfig, parse_settings
-from drivers.weights import PolicyWeights
+from drivers.grading.verdicts import one_by_one
+from drivers.policy.weights import PolicyWeights
+from drivers.runs.folder import find_checkpoint
+from drivers.settings.command_line import parse_settings
+from drivers.settings.imitation import QUICKSTARTS, ExpertIterationConfig
+from drivers.training import update as update_step
+from drivers.training.batch import all_right
+from drivers.training.launch import keep_what_was_made
+from drivers.training.run import Run
 from tests.drivers.parts import tiny_parts
 from tests.drivers.test_resume import Stop, assert_same, numbers
 from tests.drivers.test_sft import SHARED, rows_of
@@ -118,7 +119,7 @@ def test_exactly_the_right_responses_are_imitated_each_token_as_it_was_sampled(t
 def test_what_is_imitated_is_the_model_as_it_is_whatever_the_temperature_of_sampling(tmp_path, monkeypatch):
     """-log pi of the first batch, by hand."""
     seen = {}
-    compute = train_program.accumulate_gradients
+    compute = update_step.accumulate_gradients
 
     def recorded(policy, train_batch, config, entropy_coef, metrics):
         if not seen:
@@ -134,7 +135,7 @@ def test_what_is_imitated_is_the_model_as_it_is_whatever_the_temperature_of_samp
             return seen["loss"]
         return compute(policy, train_batch, config, entropy_coef, metrics)
 
-    monkeypatch.setattr(train_program, "accumulate_gradients", recorded)
+    monkeypatch.setattr(update_step, "accumulate_gradients", recorded)
     go(tmp_path, n_ei_steps=1, sampling_temperature=0.5)
     assert seen["loss"].item() == pytest.approx(sum(seen["expected"]) / seen["tokens"], rel=1e-5)
     (step,) = rows_of(tmp_path, "train")

@@ -18,18 +18,23 @@ from torch.testing import assert_close
 
 import grpo_core as core
 from drivers import evaluate as evaluate_program
-from drivers import grading
 from drivers import train as train_program
-from drivers.batch import Collected, make_rollout_batch
-from drivers.collect import collect
-from drivers.errors import UnsoundRunError, UsageError
-from drivers.evaluate import evaluate_policy
-from drivers.formula import formula
-from drivers.grading import Graded, GradingPool, one_by_one, parse_mix
-from drivers.metrics import UpdateMetrics, describe_grades
-from drivers.objective import prepare_rollouts, shape_rewards, weigh_step
-from drivers.rollout import Sampling
-from drivers.train import accumulate_gradients
+from drivers.common.errors import UnsoundRunError, UsageError
+from drivers.evaluation.policy import evaluate_policy
+from drivers.grading import pool as pool_module
+from drivers.grading import verdicts
+from drivers.grading.pool import GradingPool
+from drivers.grading.summary import describe_grades
+from drivers.grading.verdicts import Graded, one_by_one
+from drivers.settings.formula import formula
+from drivers.settings.reward_spec import parse_mix
+from drivers.settings.sampling import Sampling
+from drivers.training.advantages import prepare_rollouts, shape_rewards
+from drivers.training.batch import Collected, make_rollout_batch
+from drivers.training.metrics import UpdateMetrics
+from drivers.training.objective import weigh_step
+from drivers.training.rollouts import collect
+from drivers.training.update import accumulate_gradients
 from tests.drivers import hostile_rewards
 from tests.drivers.parts import clone_policy, completion, make_run, rollouts_of, tiny_config, tiny_parts
 from tests.drivers.test_run_files import Scripted
@@ -113,7 +118,7 @@ def test_a_deed_has_its_verdict_and_all_other_answers_are_graded(pool, deed, why
 
 def test_it_is_the_kernel_that_holds_the_deadline(pool, monkeypatch):
     """The trainer would come far later, and might be gone."""
-    monkeypatch.setattr(grading, "GRACE_S", 60.0)
+    monkeypatch.setattr(pool_module, "GRACE_S", 60.0)
     (verdict,), seconds = grade_with(pool, "regex")
     assert verdict.why == "timeout"
     assert seconds < 20.0
@@ -480,13 +485,13 @@ def test_a_reward_that_asks_for_the_question_gets_it(function):
     here = one_by_one(getattr(hostile_rewards, function))
     with open_pool(function, n_workers=1, deadline_s=5.0) as there:
         for grade in (here, there):
-            graded = grading.grade_all(grade, responses, answers, questions)
+            graded = verdicts.grade_all(grade, responses, answers, questions)
             assert [verdict.scores["reward"] for verdict in graded] == [1.0, 0.0, 0.0]
             assert [verdict.scores["reward"] for verdict in grade(responses, answers)] == [0.0] * 3
     plain = one_by_one(lambda response, truth: truth in response)
-    assert [v.scores["reward"] for v in grading.grade_all(plain, responses, answers, questions)] == [1.0, 1.0, 0.0]
+    assert [v.scores["reward"] for v in verdicts.grade_all(plain, responses, answers, questions)] == [1.0, 1.0, 0.0]
     own = lambda responses, answers: R1(responses, answers)  # noqa: E731
-    assert len(grading.grade_all(own, responses, answers, questions)) == 3
+    assert len(verdicts.grade_all(own, responses, answers, questions)) == 3
 
 
 def test_the_question_of_each_response_is_handed_on(tmp_path):
@@ -563,7 +568,7 @@ def test_an_async_deed_has_its_verdict_and_all_other_answers_are_graded(async_po
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--reward r2_zero", "reward=r2_zero must be r1_zero, question_only, countdown, or a function of your own"),
+        ("--reward r2_zero", "reward=r2_zero must be r1_zero, question_only, countdown, or your own function"),
         ("--reward my_module:", "reward=my_module: must be r1_zero, question_only"),
         ("--reward :f", "reward=:f must be"),
         ("--reward nowhere.py:f", "--reward nowhere.py:f: no such file, nowhere.py"),
@@ -602,10 +607,10 @@ def test_a_reward_that_cannot_be_had_ends_the_program_before_a_model_is_loaded(
     tmp_path, capsys, monkeypatch, reward, message
 ):
     """And before there is a run's folder; whatever was started is gone."""
-    import drivers.run
+    import drivers.training.setup
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(drivers.run, "load_models", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(drivers.training.setup, "load_models", lambda *_: pytest.fail("a model was loaded"))
     save_tiny(tmp_path / "tiny")
     (tmp_path / "dying.py").write_text("import os\nos._exit(5)\n")
     reward = reward.format(file=FILE, dying=tmp_path / "dying.py")

@@ -8,13 +8,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drivers.batch import make_rollout_batch
-from drivers.errors import UnsoundRunError
-from drivers.grading import one_by_one
-from drivers.guards import LEAST_ENTROPY, MOST_DRIFT, MOST_LOG_RATIO, SPIKE, find_in_rollouts, find_in_update
-from drivers.metrics import UpdateMetrics
-from drivers.state import TrainingState
+from drivers.common.errors import UnsoundRunError
+from drivers.grading.verdicts import one_by_one
 from drivers.train import train
+from drivers.training.anomalies import (
+    LEAST_ENTROPY,
+    MOST_DRIFT,
+    MOST_LOG_RATIO,
+    SPIKE,
+    find_in_rollouts,
+    find_in_update,
+)
+from drivers.training.batch import make_rollout_batch
+from drivers.training.metrics import UpdateMetrics
+from drivers.training.state import TrainingState
 from tests.drivers.parts import completion, make_run, tiny_config, tiny_parts
 from tests.drivers.test_train import weights
 
@@ -130,7 +137,7 @@ def test_one_token_far_from_the_sampler_is_named(tmp_path):
 @pytest.mark.parametrize("choice", ["skip", "auto"])
 def test_log_probs_of_the_sampler_that_are_none(tmp_path, choice):
     """With a coefficient that follows the entropy too: it stays as it was."""
-    import drivers.collect as collecting
+    import drivers.training.rollouts as collecting
 
     describe = collecting.describe_completions
     with pytest.MonkeyPatch.context() as patch:

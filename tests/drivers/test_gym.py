@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from drivers.data import load_examples
-from drivers.errors import UsageError
-from drivers.grading import load_reward, one_by_one
+from drivers.common.errors import UsageError
+from drivers.grading.loading import load_reward
+from drivers.grading.verdicts import one_by_one
 from drivers.make_gym import GymConfig, main, make_gym
+from drivers.tasks.questions import load_examples
 
-MODULE = "drivers.gym_reward"
+MODULE = "drivers.grading.gym"
 
 
 class Task:

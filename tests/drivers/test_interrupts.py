@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from drivers.interrupts import terminate_as_interrupt, uninterrupted
+from drivers.common.signals import terminate_as_interrupt, uninterrupted
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,22 +7,16 @@ import torch
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from drivers import memory, ranks, scoring
-from drivers.batch import make_rollout_batch
-from drivers.errors import UsageError
-from drivers.memory import (
-    GIB,
-    MemoryPlan,
-    enable_checkpointing,
-    head_bytes,
-    most_tokens,
-    plan_memory,
-    share_beside,
-    take_turns,
-)
-from drivers.optim import PolicyOptimizer, training_state_bytes
-from drivers.rollout import HFEngine, Sampling
-from drivers.scoring import score
+from drivers.common import distributed
+from drivers.common.errors import UsageError
+from drivers.engines.hf import HFEngine
+from drivers.engines.placement import share_beside, take_turns
+from drivers.policy.optimizer import PolicyOptimizer, training_state_bytes
+from drivers.settings.sampling import Sampling
+from drivers.training import memory, shortcuts
+from drivers.training.batch import make_rollout_batch
+from drivers.training.memory import GIB, MemoryPlan, enable_checkpointing, head_bytes, most_tokens, plan_memory
+from drivers.training.scoring import score
 from tests.drivers.parts import clone_policy, completion, tiny_config, tiny_parts
 
 
@@ -110,7 +104,7 @@ def test_one_gpu_is_taken_in_turns_by_policy_and_vllm_of_one_process(monkeypatch
     servers = tiny_config(engine="vllm", rollout_url=("http://one:8000",))
     cases = [(vllm, one, one), (vllm, one, two), (vllm, cpu, cpu), (hf, one, one), (servers, one, one)]
     assert [take_turns(*case) for case in cases] == [True, False, False, False, False]
-    monkeypatch.setattr(ranks, "size", lambda: 2)
+    monkeypatch.setattr(distributed, "size", lambda: 2)
     assert not take_turns(vllm, one, one)
 
 
@@ -157,7 +151,7 @@ def test_the_head_is_planned_as_it_is_computed():
     weight, tiles = 500 * 256 * 2, 2 * 100 * 500 * 4
     assert head_bytes(policy, 100) == 100 * 500 * 2 + tiles + weight
     assert head_bytes(policy, 10**7) == (1 << 29) + 2 * (3 << 20) + weight + 2 * weight
-    scoring._HEADS[policy] = None
+    shortcuts._HEADS[policy] = None
     assert head_bytes(policy, 100) == 2 * 100 * 500 * 2 + tiles
 
 

@@ -12,25 +12,20 @@ import torch
 from torch.testing import assert_close
 
 import grpo_core as core
-from drivers import train as train_program
-from drivers.batch import make_rollout_batch
-from drivers.collect import collect
-from drivers.config import AdvantageName, GrpoConfig, Objective, RecipeName, parse_train_config
-from drivers.errors import UnsoundRunError, UsageError
-from drivers.formula import formula, show
-from drivers.legality import CLIPPED
-from drivers.metrics import UpdateMetrics
-from drivers.objective import (
-    EntropyBonus,
-    compute_objective,
-    prepare_rollouts,
-    rows_with_gradient,
-    shape_rewards,
-    weigh_step,
-)
-from drivers.recipes import QUICKSTART, RECIPES
-from drivers.scoring import score
-from drivers.train import accumulate_gradients
+from drivers.common.errors import UnsoundRunError, UsageError
+from drivers.settings.command_line import parse_train_config
+from drivers.settings.formula import formula, show
+from drivers.settings.grpo import AdvantageName, GrpoConfig, Objective, RecipeName
+from drivers.settings.legality import CLIPPED
+from drivers.settings.recipes import QUICKSTART, RECIPES
+from drivers.training import update as update_step
+from drivers.training.advantages import prepare_rollouts, shape_rewards
+from drivers.training.batch import make_rollout_batch
+from drivers.training.metrics import UpdateMetrics
+from drivers.training.objective import EntropyBonus, compute_objective, rows_with_gradient, weigh_step
+from drivers.training.rollouts import collect
+from drivers.training.scoring import score
+from drivers.training.update import accumulate_gradients
 from grpo_core import LossType, grpo_microbatch_train_step, normalize_group_rewards
 from grpo_core.types import Aggregation
 from tests.drivers.parts import (
@@ -112,7 +107,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(settings, monkeypatch
     The policy that trains, the one that began the step and the reference are three different models. Nothing is
     skipped here, for means are taken over what was trained on.
     """
-    monkeypatch.setattr(train_program, "rows_with_gradient", lambda _, batch, __: list(range(len(batch))))
+    monkeypatch.setattr(update_step, "rows_with_gradient", lambda _, batch, __: list(range(len(batch))))
     gradients = []
     cuts = [{"gradient_accumulation_steps": steps} for steps in (1, 4, 16)]
     cuts += [{"micro_batch_tokens": tokens} for tokens in (1, 40, 60, 1000)]
@@ -213,7 +208,7 @@ def test_on_policy_the_correction_comes_from_the_pass_itself(importance, level, 
         rollouts = replace(rollouts, sampler_log_probs=rollouts.sampler_log_probs + 0.4 * noise)
         batch, facts = weigh_step(config, prepare_rollouts(config, parts.policy, None, rollouts, scores, None))
         metrics = UpdateMetrics()
-        monkeypatch.setattr(train_program, "rows_with_gradient", lambda _, batch, __: list(range(len(batch))))
+        monkeypatch.setattr(update_step, "rows_with_gradient", lambda _, batch, __: list(range(len(batch))))
         loss = accumulate_gradients(parts.policy, batch, config, 0.0, metrics)
         weights = torch.cat([p.grad.flatten() for p in parts.policy.parameters()])
         metrics.add_update(loss, weights.norm(), facts)
@@ -313,7 +308,7 @@ def test_dynamic_sampling_ends_where_nothing_teaches(tmp_path, capsys):
 
 def test_a_step_with_fewer_groups_has_the_denominators_of_what_it_has(tmp_path, monkeypatch):
     """Three groups in place of four: the loss is their mean, and no micro-batch is scaled for a missing one."""
-    from drivers import collect as program
+    from drivers.training import rollouts as program
 
     found = iter([[True, True, True, False], [False], [False]])
     monkeypatch.setattr(program, "find_signal_groups", lambda rewards, size: torch.tensor(next(found)))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from drivers.optim import PolicyOptimizer
+from drivers.policy.optimizer import PolicyOptimizer
 
 INF = 1e9
 

@@ -8,11 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from drivers.display import Display
-from drivers.errors import EngineDiedError, UsageError
-from drivers.rollout import HFEngine
-from drivers.run import Run, choose_devices
+from drivers.common.display import Display
+from drivers.common.errors import EngineDiedError, UsageError
+from drivers.engines.hf import HFEngine
+from drivers.policy.devices import choose_devices
 from drivers.train import train
+from drivers.training import update as update_step
+from drivers.training.run import Run
 from tests.drivers.parts import clone_policy, letter_grader, make_run, tiny_config, tiny_parts
 from tests.drivers.test_train import weights
 
@@ -118,7 +120,6 @@ def test_an_error_in_the_background_ends_the_run_as_itself(tmp_path):
 
 def test_a_failure_is_not_held_up_by_what_is_being_sampled(tmp_path, monkeypatch):
     """A checkpoint must be written within the seconds that a SIGTERM leaves; a rollout may take minutes."""
-    from drivers import train as program
 
     go_on = threading.Event()
 
@@ -133,7 +134,7 @@ def test_a_failure_is_not_held_up_by_what_is_being_sampled(tmp_path, monkeypatch
 
     config, parts = tiny_config(**OVERLAPPED, n_grpo_steps=4), tiny_parts()
     run, engine = make_run(config, tmp_path, parts.tokenizer), SlowEngine(parts.policy, parts.tokenizer)
-    monkeypatch.setattr(program, "accumulate_gradients", interrupted)
+    monkeypatch.setattr(update_step, "accumulate_gradients", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(config, parts.policy, engine, letter_grader, parts.questions, parts.questions, run)
     workers = [thread for thread in threading.enumerate() if thread.name.startswith("rollouts")]

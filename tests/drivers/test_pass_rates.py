@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drivers.collect import collect, within_reach
-from drivers.config import GrpoConfig
-from drivers.data import Example, Question, easiest_first, load_examples
-from drivers.errors import UsageError
-from drivers.evaluate import evaluate_policy
+from drivers.common.errors import UsageError
+from drivers.evaluation.policy import evaluate_policy
 from drivers.pass_rates import main, measure_pass_rates
-from drivers.recipes import QUICKSTART
-from drivers.rollout import Sampling
-from drivers.run import prepare
+from drivers.settings.grpo import GrpoConfig
+from drivers.settings.recipes import QUICKSTART
+from drivers.settings.sampling import Sampling
+from drivers.tasks.questions import Example, Question, easiest_first, load_examples
+from drivers.training.rollouts import collect, within_reach
+from drivers.training.setup import prepare
 from tests.drivers.parts import letter_grader, make_run, tiny_config, tiny_parts
 
 
@@ -155,7 +155,7 @@ def test_easiest_first_is_a_stable_order(pass_rates):
 
 def test_train_puts_its_questions_in_that_order(tmp_path, monkeypatch):
     path = write(tmp_path / "d.jsonl", *({"question": f"q{k}", "answer": "1", "pass_rate": k / 9} for k in range(9)))
-    monkeypatch.setattr("drivers.run.build", lambda config, display, make_train_set: make_train_set.args[0])
+    monkeypatch.setattr("drivers.training.setup.build", lambda config, display, make_train_set: make_train_set.args[0])
 
     def order(**settings):
         examples = prepare(tiny_config(data_path=path, prompt_path=QUICKSTART["prompt_path"], **settings), None)

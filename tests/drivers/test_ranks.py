@@ -17,13 +17,15 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from transformers import AutoModelForCausalLM
 
-from drivers import ranks, scoring
-from drivers.checkpoint import read_tensors
-from drivers.config import exit_with
-from drivers.errors import UsageError
-from drivers.report import OF_TOKENS
-from drivers.run_folder import find_checkpoint
-from drivers.scoring import find_head
+from drivers.common import distributed
+from drivers.common.cli import exit_with
+from drivers.common.errors import UsageError
+from drivers.policy import fsdp
+from drivers.reports.page import OF_TOKENS
+from drivers.runs.checkpoint import read_tensors
+from drivers.runs.folder import find_checkpoint
+from drivers.training import shortcuts
+from drivers.training.shortcuts import find_head
 from tests.drivers import ranked
 from tests.drivers.parts import tiny_parts
 from tests.drivers.test_server import free_port
@@ -371,15 +373,15 @@ def test_two_ranks_and_vllm_take_the_steps_of_one_process(tmp_path):
 def test_more_ranks_than_gpus_is_one_clear_line(monkeypatch):
     for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "3", "RANK": "3"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(ranks.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(distributed.dist, "is_torchelastic_launched", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UsageError, match="--nproc-per-node 4: this machine has 2 GPUs"):
-        ranks.start(60.0)
+        distributed.start(60.0)
 
 
 def test_the_others_say_why_too_if_the_first_one_has_not(monkeypatch, capsys):
-    monkeypatch.setattr(ranks, "rank", lambda: 2)
+    monkeypatch.setenv("RANK", "2")
     monkeypatch.setattr(time, "sleep", lambda _: None)
     with pytest.raises(SystemExit) as ended:
         exit_with("train.py", UsageError("no room"), status=2)
@@ -388,36 +390,36 @@ def test_the_others_say_why_too_if_the_first_one_has_not(monkeypatch, capsys):
 
 
 def test_alone_there_is_nothing_to_share():
-    assert (ranks.rank(), ranks.size(), ranks.is_first()) == (0, 1, True)
-    assert list(ranks.deal("abc")) == [("a", True), ("b", True), ("c", True)]
-    assert ranks.lead(lambda: 7) == 7
-    assert ranks.gather("x") == ["x"]
+    assert (distributed.rank(), distributed.size(), distributed.is_first()) == (0, 1, True)
+    assert list(distributed.deal("abc")) == [("a", True), ("b", True), ("c", True)]
+    assert distributed.lead(lambda: 7) == 7
+    assert distributed.gather("x") == ["x"]
     tensor = torch.ones(2)
-    assert ranks.total(tensor) is tensor
-    assert ranks.whole(tensor) is tensor
-    assert ranks.as_forward(torch.nn.Linear(1, 1), lambda: 5) == 5
+    assert distributed.total(tensor) is tensor
+    assert fsdp.whole(tensor) is tensor
+    assert fsdp.as_forward(torch.nn.Linear(1, 1), lambda: 5) == 5
 
 
 def test_a_trial_that_fails_on_one_rank_is_told_to_the_others(monkeypatch):
     """They ask for its answer, and would wait for it for hours."""
     told, policy = [], tiny_parts().policy
-    monkeypatch.setattr(ranks, "gather", lambda value: [told.append(value), True, value][1:])
+    monkeypatch.setattr(distributed, "gather", lambda value: [told.append(value), True, value][1:])
     assert find_head(policy) is not None
 
     def fail(_):
         raise NotImplementedError("no output layer here")
 
-    monkeypatch.setattr(scoring, "_head_error", fail)
+    monkeypatch.setattr(shortcuts, "_head_error", fail)
     assert find_head(tiny_parts().policy) is None
     assert told == [True, False]
 
 
 @pytest.mark.parametrize(("n", "items"), [(2, "abc"), (3, "abcd"), (3, "ab"), (4, "a"), (2, "")])
 def test_items_are_dealt_out_each_once_and_to_all_equally_many(n, items, monkeypatch):
-    monkeypatch.setattr(ranks, "size", lambda: n)
+    monkeypatch.setattr(distributed, "size", lambda: n)
     hands = []
     for rank in range(n):
-        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
-        hands.append(list(ranks.deal(items)))
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        hands.append(list(distributed.deal(items)))
     assert len({len(hand) for hand in hands}) == 1
     assert sorted(item for hand in hands for item, counts in hand if counts) == sorted(items)

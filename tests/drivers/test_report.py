@@ -12,10 +12,12 @@ from statistics import NormalDist, fmean
 
 import pytest
 
-from drivers.curves import DARK_PALETTE, PALETTE
-from drivers.errors import UsageError
-from drivers.report import MOST_OF_A_LINE, accuracy_at, main, make_page, write_report
-from drivers.series import group_runs, make_panels, make_times, read_metrics, read_runs, steps_within, thin
+from drivers.common.errors import UsageError
+from drivers.report import main
+from drivers.reports.curves import DARK_PALETTE, PALETTE
+from drivers.reports.logged_run import group_runs, read_metrics, read_runs
+from drivers.reports.page import MOST_OF_A_LINE, accuracy_at, make_page, write_report
+from drivers.reports.series import make_panels, make_times, steps_within, thin
 from tests.drivers.test_sft import go as fine_tune_letters
 from tests.drivers.test_sft import shown
 from tests.drivers.test_train import run_training
@@ -85,7 +87,7 @@ def trained(tmp_path_factory):
     """Real runs: GRPO with a clip that is met, and SFT."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("drivers.run.draw_curves", lambda _: None)  # it is drawn below
+        patch.setattr("drivers.training.run.draw_curves", lambda _: None)  # it is drawn below
         settings = {"n_grpo_steps": 3, "eval_steps": 2, "loss_type": "grpo_clip", "train_batch_size": 16}
         run_training(folder / "grpo", cliprange=0.01, **settings)
         fine_tune_letters(folder / "sft", shown("aa", "ab", "ba", "bb"), train_batch_size=2)
@@ -401,7 +403,7 @@ def test_a_run_that_lacks_things_has_a_page(tmp_path):
 
 
 def test_a_long_run_is_thinned_and_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("drivers.report.MOST_CHARACTERS", 30_000)
+    monkeypatch.setattr("drivers.reports.page.MOST_CHARACTERS", 30_000)
     rows = steps([step / 1000 for step in range(1000)])
     responses = [{"step": step, "response": "x" * 400, "question": f"{step}"} for step in range(100) for _ in range(2)]
     page = page_of(write_run(tmp_path, rows, responses))
@@ -440,7 +442,7 @@ def test_what_is_no_run_is_one_clear_line(tmp_path, capsys):
 
 
 def test_the_page_of_one_run_is_in_its_folder(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("drivers.report.draw", lambda *_, **__: None)  # curves are drawn above
+    monkeypatch.setattr("drivers.reports.page.draw", lambda *_, **__: None)  # curves are drawn above
     run = write_run(tmp_path / "run", steps([1.0]))
     main([str(run)])
     assert capsys.readouterr().out == f"Written to {run}/report.html\n"
@@ -477,7 +479,7 @@ def lab(rgb):
 
 @pytest.mark.parametrize(("palette", "page"), [(PALETTE, "#ffffff"), (DARK_PALETTE, "#16181d")], ids=["light", "dark"])
 def test_series_are_told_apart_by_any_eye(palette, page):
-    assert f"--page: {page};" in (ROOT / "drivers/report.css").read_text()
+    assert f"--page: {page};" in (ROOT / "drivers/reports/page.css").read_text()
     for kind, matrix in MACHADO.items():
         seen = [
             lab([min(1.0, max(0.0, sum(m * c for m, c in zip(row, linear(colour), strict=True)))) for row in matrix])

@@ -8,7 +8,7 @@ from html import unescape
 
 import pytest
 
-from drivers.report import write_report
+from drivers.reports.page import write_report
 from tests.drivers.test_report import HOSTILE, steps, write_run
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

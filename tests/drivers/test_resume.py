@@ -20,19 +20,21 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from transformers import AutoModelForCausalLM
 
 from drivers import train as program
-from drivers.batch import Collected
-from drivers.checkpoint import FACTS, TENSORS, find_damage, read_facts, read_tensors
-from drivers.errors import UnsoundRunError, UsageError
-from drivers.interrupts import terminate_as_interrupt
-from drivers.program import keep_what_was_made
-from drivers.rollout import HFReplica
-from drivers.run import Run, open_run_folder
-from drivers.run_folder import find_checkpoint, hold, let_go
-from drivers.run_log import Lines, RunLog
-from drivers.series import read_metrics
-from drivers.state import TrainingState, check_resumed, fingerprint
+from drivers.common.errors import UnsoundRunError, UsageError
+from drivers.common.signals import terminate_as_interrupt
+from drivers.engines.hf import HFReplica
+from drivers.policy.weights import PolicyWeights
+from drivers.reports.logged_run import read_metrics
+from drivers.runs.checkpoint import FACTS, TENSORS, find_damage, read_facts, read_tensors
+from drivers.runs.folder import find_checkpoint, hold, let_go
+from drivers.runs.log import Lines, RunLog
+from drivers.runs.resume import open_run_folder
 from drivers.train import train
-from drivers.weights import PolicyWeights
+from drivers.training import update as update_step
+from drivers.training.batch import Collected
+from drivers.training.launch import keep_what_was_made
+from drivers.training.run import Run
+from drivers.training.state import TrainingState, check_resumed, fingerprint
 from tests.drivers.parts import letter_grader, letter_questions, tiny_config, tiny_parts
 from tests.drivers.test_checkpoint import no_file_beyond
 from tests.drivers.test_train import weights
@@ -72,7 +74,7 @@ def go(folder, checkpoint=None, stop_at=None, publish=False, **settings):
 
     engine.generate = generate
     folder.mkdir(exist_ok=True)
-    from drivers.display import Display
+    from drivers.common.display import Display
 
     run = Run(config, folder, parts.tokenizer, Display(1, quiet=True), checkpoint)
     try:
@@ -181,13 +183,13 @@ def test_a_state_that_cannot_be_read_is_one_clear_line(tmp_path, monkeypatch, ra
         raise raised
 
     monkeypatch.setattr(HuggingFaceStorageReader, "read_data", fail)
-    with pytest.raises(UsageError, match=rf"cannot be gone on from \({type(raised).__name__}: "):
+    with pytest.raises(UsageError, match=rf"cannot resume from it \({type(raised).__name__}: "):
         go(tmp_path / "run", find_checkpoint(tmp_path / "run"), n_grpo_steps=2)
 
 
 def test_lines_that_wait_for_room_cost_the_checkpoint(tmp_path, monkeypatch, capsys):
     """It must not outlive the lines of its steps: it is left out, and the next one comes with them."""
-    import drivers.run as program
+    import drivers.training.run as program
 
     save, folder = program.save_checkpoint, tmp_path / "run"
     flush = Lines.flush
@@ -219,9 +221,7 @@ def test_a_link_that_was_left_half_done_costs_no_resume(tmp_path):
 
 def test_a_stop_inside_a_step_of_several_updates_cannot_be_gone_on_from(tmp_path, monkeypatch):
     """The weights are of a moment that no step begins at: they are kept, and marked by what they lack."""
-    import drivers.train as program
-
-    updates, original = [], program.accumulate_gradients
+    updates, original = [], update_step.accumulate_gradients
 
     def fail(*arguments, **named):
         updates.append(1)
@@ -229,7 +229,7 @@ def test_a_stop_inside_a_step_of_several_updates_cannot_be_gone_on_from(tmp_path
             raise Stop
         return original(*arguments, **named)
 
-    monkeypatch.setattr(program, "accumulate_gradients", fail)
+    monkeypatch.setattr(update_step, "accumulate_gradients", fail)
     go(tmp_path / "run", train_batch_size=16, checkpoint_steps=100)
     (stopped,) = (tmp_path / "run").glob("*-stopped")
     assert json.loads((stopped / FACTS).read_text()) == {"step": 1}
@@ -243,7 +243,7 @@ def test_another_models_checkpoint_is_refused_with_the_reason(tmp_path):
     config, parts = tiny_config(**COMMON), tiny_parts()
     with torch.no_grad():
         parts.policy.model.layers = parts.policy.model.layers[:1]
-    from drivers.display import Display
+    from drivers.common.display import Display
 
     run = Run(config, tmp_path / "run", parts.tokenizer, Display(1, quiet=True), find_checkpoint(tmp_path / "run"))
     with pytest.raises(UsageError, match="tensors do not fit this model's"):
@@ -261,7 +261,7 @@ def test_a_resume_that_fails_leaves_log_and_settings_as_they_were(tmp_path):
     other = safetensors.torch.load_file(shard)
     kept = dict(list(other.items())[1:])
     safetensors.torch.save_file(kept, shard)
-    with pytest.raises(UsageError, match="cannot be gone on from"):
+    with pytest.raises(UsageError, match="cannot resume from it"):
         go(folder, checkpoint, n_grpo_steps=4)
     assert {name: (folder / name).read_bytes() for name in before} == before
 
@@ -318,7 +318,7 @@ def test_from_an_older_checkpoint_later_ones_are_set_aside(tmp_path):
 @pytest.mark.slow
 def test_a_checkpoint_that_has_no_room_is_a_warning_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
     """The one before stays; at the last step it ends the run."""
-    import drivers.run as program
+    import drivers.training.run as program
 
     save, folder = program.save_checkpoint, tmp_path / "run"
 
@@ -537,7 +537,7 @@ def test_the_command_refuses_other_data_before_a_model_is_loaded(tmp_path, monke
         "--wandb-project None --data-path a --save-dir out"
     )
     program.main(flags.split())
-    monkeypatch.setattr("drivers.run.load_models", None)
+    monkeypatch.setattr("drivers.training.setup.load_models", None)
     with pytest.raises(SystemExit, match="2"):
         program.main(["--resume", "out", "--n-grpo-steps", "2", "--data-path", "b"])
     assert "--data-path b, --prompt-path" in capsys.readouterr().err
@@ -547,7 +547,7 @@ def test_the_command_refuses_other_data_before_a_model_is_loaded(tmp_path, monke
 
 
 def test_a_second_stop_in_the_same_step_finds_another_name(tmp_path):
-    from drivers.display import Display
+    from drivers.common.display import Display
 
     run = Run(tiny_config(**COMMON), tmp_path, tiny_parts().tokenizer, Display(1, quiet=True))
     names = []

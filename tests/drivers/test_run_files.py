@@ -12,15 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from drivers.curves import draw_curves
-from drivers.display import clock, one_line
-from drivers.errors import UsageError
-from drivers.evaluate import evaluate_policy
-from drivers.grading import one_by_one
-from drivers.metrics import UpdateMetrics, describe_completions
-from drivers.rollout import Sampling
-from drivers.run_folder import abandon_run_folder, create_run_folder
-from drivers.run_log import Lines, RunLog, describe_environment
+from drivers.common.display import clock, one_line
+from drivers.common.errors import UsageError
+from drivers.engines.protocol import describe_completions
+from drivers.evaluation.policy import evaluate_policy
+from drivers.grading.verdicts import one_by_one
+from drivers.reports.curves import draw_curves
+from drivers.runs.folder import abandon_run_folder, create_run_folder
+from drivers.runs.log import Lines, RunLog, describe_environment
+from drivers.settings.sampling import Sampling
+from drivers.training.metrics import UpdateMetrics
 from grpo_core import r1_zero_reward_fn
 from tests.drivers.parts import completion, letter_questions, tiny_config
 from tests.drivers.test_batch import batch_of
@@ -99,7 +100,9 @@ def test_evaluation_grades_each_response_against_its_own_question():
 @pytest.mark.slow
 def test_every_logged_number_is_documented(tmp_path, monkeypatch):
     """docs/metrics.md has a row for each key of metrics.jsonl and completions.jsonl."""
-    monkeypatch.setattr("drivers.run.take_peak", lambda: {"peak_memory_gib": 1.0})  # what a GPU adds is there too
+    monkeypatch.setattr(
+        "drivers.training.run.take_peak", lambda: {"peak_memory_gib": 1.0}
+    )  # what a GPU adds is there too
     documented = set(re.findall(r"^\| `(\w+)`", (ROOT / "docs/metrics.md").read_text(), flags=re.MULTILINE))
     plain = {"n_grpo_steps": 3, "loss_type": "grpo_clip", "epochs_per_rollout_batch": 2, "checkpoint_steps": 1}
     settings = [
@@ -154,9 +157,9 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
 
 
 def test_a_logging_service_that_fails_is_a_warning(tmp_path, monkeypatch, capsys):
-    import drivers.run_log
+    import drivers.runs.log
 
-    monkeypatch.setattr(drivers.run_log, "_open_wandb", lambda *_: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr(drivers.runs.log, "_open_wandb", lambda *_: (_ for _ in ()).throw(OSError("no network")))
     log = RunLog(tmp_path, tiny_config(wandb_project="p"))
     log.log("train", 1, {"reward": 1.0})
     monkeypatch.setattr(log._tensorboard, "add_scalar", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
@@ -249,7 +252,7 @@ def test_a_screen_that_is_full_ends_no_run(tmp_path, monkeypatch):
 def test_a_reader_that_has_gone_ends_no_run():
     """`train.py | head`: rich would end the program."""
     program = (
-        "import sys, time; from drivers.display import Display; show = Display(3)\n"
+        "import sys, time; from drivers.common.display import Display; show = Display(3)\n"
         "for _ in range(2000): show.say('x' * 200)\n"
         "print('still here', file=sys.stderr)"
     )
@@ -271,9 +274,9 @@ def test_a_number_that_is_none_is_null(tmp_path):
 
 
 def test_a_picture_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
-    import drivers.run
+    import drivers.training.run
 
-    monkeypatch.setattr(drivers.run, "draw_curves", lambda _: (_ for _ in ()).throw(RuntimeError("no font")))
+    monkeypatch.setattr(drivers.training.run, "draw_curves", lambda _: (_ for _ in ()).throw(RuntimeError("no font")))
     run_training(tmp_path, n_grpo_steps=1)
     assert "warning: curves.png could not be drawn (RuntimeError: no font)" in capsys.readouterr().out
 

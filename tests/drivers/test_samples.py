@@ -8,11 +8,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from drivers.batch import Collected
-from drivers.metrics import UpdateMetrics
-from drivers.rollout import Completion
-from drivers.samples import token_texts, with_values, written
-from drivers.scoring import score
+from drivers.engines.protocol import Completion
+from drivers.runs.completions import token_texts, with_values, written
+from drivers.training.batch import Collected
+from drivers.training.metrics import UpdateMetrics
+from drivers.training.scoring import score
 from grpo_core import normalize_group_rewards
 from tests.drivers.parts import completion, letter_reward, rollouts_of, tiny_config, tiny_parts
 from tests.drivers.test_batch import batch_of

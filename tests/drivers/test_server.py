@@ -19,11 +19,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from drivers import supervise
-from drivers.errors import EngineDiedError, UnsoundRunError, UsageError
-from drivers.rollout import Sampling, make_engine
-from drivers.self_check import check_engine
-from drivers.weights import PolicyWeights, checksums
+from drivers.common.errors import EngineDiedError, UnsoundRunError, UsageError
+from drivers.engines import supervision
+from drivers.engines.factory import make_engine
+from drivers.policy.weights import PolicyWeights, checksums
+from drivers.settings.sampling import Sampling
+from drivers.training.self_check import check_engine
 from tests.drivers.parts import letter_grader, make_run, tiny_config, tiny_parts
 from tests.drivers.test_engines import PROMPTS, Lying, policy_log_probs
 from tests.drivers.test_supervision import family_of, wait_until
@@ -70,7 +71,7 @@ OURS = (
     "--weight-transfer-config",
     '{"backend": "host"}',
     "--worker-extension-cls",
-    "drivers.vllm_engine.WorkerExtension",
+    "drivers.engines.vllm_transfer.WorkerExtension",
 )
 
 
@@ -240,7 +241,7 @@ def test_a_server_that_cannot_serve_is_one_clear_line(tmp_path):
             wait_until(lambda url=url: is_up(url[0]), 120)
             with pytest.raises(UsageError, match="is to be started with: VLLM_SERVER_DEV_MODE=1"):
                 connect(url, policy, [])
-    from drivers.vllm_server import ServerEngine
+    from drivers.engines.vllm_server import ServerEngine
 
     with pytest.raises(EngineDiedError, match="did not answer within 1 s"):
         ServerEngine(urls[0], policy, dtype=torch.float32, max_model_len=64, start_s=1.0)
@@ -308,11 +309,11 @@ def stub():
 @pytest.fixture
 def impatient(monkeypatch):
     """Who is left behind is not waited for."""
-    monkeypatch.setattr(supervise, "_COME_OUT_S", 0.2)
+    monkeypatch.setattr(supervision, "_COME_OUT_S", 0.2)
 
 
 def engine_of(*stubs, policy=None, **options):
-    from drivers.vllm_server import ServerEngine
+    from drivers.engines.vllm_server import ServerEngine
 
     settings = {"dtype": torch.float32, "max_model_len": 64, "deadline_s": 60.0} | options
     return ServerEngine([one.url for one in stubs], policy or make_tiny_policy(3), **settings)
@@ -345,7 +346,7 @@ def test_whatever_goes_wrong_at_the_start_is_one_clear_line(stub, path, answer, 
 
 def test_a_refusal_is_told_though_the_sender_waits_for_whom_it_refuses(stub, impatient, monkeypatch):
     """As nccl's does, in a rendezvous that hears of no error."""
-    from drivers import vllm_server
+    from drivers.engines import vllm_server
 
     def trainer_init(init_info, *, client, source):
         rendezvous = threading.Thread(target=try_to, args=(client.init_weight_transfer_engine, {}), daemon=True)
@@ -369,7 +370,7 @@ def test_servers_on_several_sides_all_come_to_the_store_of_the_group(monkeypatch
     """It listens where all can come to it; each is told this machine's address as it sees it."""
     from vllm.distributed.utils import StatelessProcessGroup
 
-    from drivers import vllm_server
+    from drivers.engines import vllm_server
 
     sides = {"http://one:8000": "127.0.0.1", "http://two:8000": "127.0.0.2"}
     monkeypatch.setattr(vllm_server, "_address_towards", sides.get)
@@ -401,7 +402,7 @@ def test_servers_on_several_sides_all_come_to_the_store_of_the_group(monkeypatch
 
 
 def test_this_machine_has_an_address_towards_another():
-    from drivers.vllm_server import _address_towards
+    from drivers.engines.vllm_server import _address_towards
 
     assert _address_towards("http://127.0.0.1:1") == "127.0.0.1"
     with pytest.raises(EngineDiedError, match="no way to it"):
@@ -432,7 +433,7 @@ def test_samples_of_other_weights_are_not_taken(stub, version):
 
 
 def test_a_cache_that_is_not_dropped_is_noticed(stub, monkeypatch):
-    from drivers import vllm_server
+    from drivers.engines import vllm_server
 
     monkeypatch.setattr(vllm_server, "RESET_WAIT_S", 0.01)
     engine = engine_of(stub)
@@ -453,7 +454,7 @@ def test_a_cache_that_is_not_dropped_is_noticed(stub, monkeypatch):
 
 
 def test_closing_does_not_wait_for_a_dead_server(stub, monkeypatch):
-    from drivers import vllm_server
+    from drivers.engines import vllm_server
 
     monkeypatch.setattr(vllm_server, "CLOSE_S", 0.3)
     engine, end = engine_of(stub), threading.Event()
@@ -524,7 +525,7 @@ def test_who_waits_for_an_answer_comes_out_when_the_servers_are_given_up(stub):
 
 def test_a_host_that_vanishes_is_noticed_by_the_kernel(stub, monkeypatch):
     """On every connection, of either client; and no proxy of the environment is asked for one."""
-    from drivers import vllm_server
+    from drivers.engines import vllm_server
 
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     monkeypatch.delenv("NO_PROXY", raising=False)
@@ -632,7 +633,7 @@ def test_a_push_whose_server_dies_is_told_though_the_sender_waits_for_it(stub, i
 
 def test_who_gathers_when_it_is_shut_down_writes_to_no_file_of_another():
     """The number of a file that was closed is the next one's."""
-    from drivers.vllm_engine import HostTrainerEngine, HostTrainerInit
+    from drivers.engines.vllm_transfer import HostTrainerEngine, HostTrainerInit
 
     class Client:
         def init_weight_transfer_engine(self, _):
@@ -656,8 +657,8 @@ def test_who_gathers_when_it_is_shut_down_writes_to_no_file_of_another():
 
 def test_weights_on_a_gpu_are_sent_from_it_when_they_are_done(monkeypatch):
     """A new thread's device is the first one, and the sender's streams wait for nobody's."""
-    from drivers.vllm_engine import VLLMEngine
-    from drivers.vllm_server import ServerEngine
+    from drivers.engines.vllm import VLLMEngine
+    from drivers.engines.vllm_server import ServerEngine
 
     done = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(("device", device)))

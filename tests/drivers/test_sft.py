@@ -12,18 +12,21 @@ import torch
 from torch.testing import assert_close
 
 from drivers import train as train_program
-from drivers.data import Prompt, WorkedExample, load_demonstrations, make_demonstrations
-from drivers.display import Display
-from drivers.errors import UsageError
-from drivers.make_wordadd import WRONG_SHARE
-from drivers.make_wordadd import make_demonstrations as make_wordadd_demonstrations
-from drivers.program import keep_what_was_made
-from drivers.rollout import HFReplica
-from drivers.run import Run
-from drivers.run_folder import find_checkpoint
+from drivers.common.display import Display
+from drivers.common.errors import UsageError
+from drivers.engines.hf import HFReplica
+from drivers.policy.weights import PolicyWeights
+from drivers.runs.folder import find_checkpoint
+from drivers.settings.command_line import parse_settings
+from drivers.settings.imitation import QUICKSTARTS, SftConfig
 from drivers.sft import batch_of_step, choose, fine_tune, main
-from drivers.sft_config import QUICKSTARTS, SftConfig, parse_settings
-from drivers.weights import PolicyWeights
+from drivers.tasks.demonstrations import WorkedExample, load_demonstrations, make_demonstrations
+from drivers.tasks.questions import Prompt
+from drivers.tasks.wordadd import WRONG_SHARE
+from drivers.tasks.wordadd import make_demonstrations as make_wordadd_demonstrations
+from drivers.training import update as update_step
+from drivers.training.launch import keep_what_was_made
+from drivers.training.run import Run
 from grpo_core import tokenize_prompt_and_output
 from tests.drivers.parts import letter_grader, tiny_parts
 from tests.drivers.test_resume import Stop, assert_same, numbers
@@ -164,7 +167,7 @@ def likelihood_by_hand(demonstrations, aggregation):
 def test_a_step_descends_the_mean_of_minus_log_pi(tmp_path, monkeypatch, aggregation):
     """Whatever the temperature of evaluations, however the batch is cut: of the model as it is."""
     demonstrations, seen = shown(*LETTERS), {}
-    compute = train_program.accumulate_gradients
+    compute = update_step.accumulate_gradients
 
     def recorded(policy, train_batch, config, entropy_coef, metrics):
         loss = compute(policy, train_batch, config, entropy_coef, metrics)
@@ -172,7 +175,7 @@ def test_a_step_descends_the_mean_of_minus_log_pi(tmp_path, monkeypatch, aggrega
         seen["gradients"] = {name: p.grad.clone() for name, p in policy.named_parameters()}
         return loss
 
-    monkeypatch.setattr(train_program, "accumulate_gradients", recorded)
+    monkeypatch.setattr(update_step, "accumulate_gradients", recorded)
     go(tmp_path, demonstrations, train_batch_size=10, aggregation=aggregation, sampling_temperature=0.5)
     loss, gradients = likelihood_by_hand(demonstrations, aggregation)
     assert seen["loss"] == pytest.approx(loss, rel=1e-5)

@@ -17,13 +17,14 @@ import psutil
 import pytest
 import torch
 
-from drivers import supervise
-from drivers.errors import EngineDiedError, UsageError
-from drivers.interrupts import terminate_as_interrupt, uninterrupted
-from drivers.rollout import Sampling, make_engine
-from drivers.run import choose_devices
-from drivers.run_folder import find_checkpoint
-from drivers.supervise import SupervisedEngine, is_running, within
+from drivers.common.errors import EngineDiedError, UsageError
+from drivers.common.signals import terminate_as_interrupt, uninterrupted
+from drivers.engines import supervision
+from drivers.engines.factory import make_engine
+from drivers.engines.supervision import SupervisedEngine, is_running, within
+from drivers.policy.devices import choose_devices
+from drivers.runs.folder import find_checkpoint
+from drivers.settings.sampling import Sampling
 from tests.drivers.parts import letter_grader, make_run, tiny_config, tiny_parts
 from tests.drivers.test_train import weights
 from tests.tiny import make_tiny_policy, make_tiny_tokenizer, save_tiny
@@ -130,7 +131,7 @@ def test_who_asked_comes_out_before_a_failure_is_told(seconds):
 
 
 def test_who_asked_and_does_not_come_out_is_left_behind(monkeypatch):
-    monkeypatch.setattr(supervise, "_COME_OUT_S", 0.1)
+    monkeypatch.setattr(supervision, "_COME_OUT_S", 0.1)
     begin, never = time.monotonic(), threading.Event()
     with pytest.raises(TimeoutError):
         within(0.05, lambda: never.wait(30))
@@ -260,10 +261,10 @@ def test_an_engine_whose_trainer_is_gone_ends_itself_and_nobody_else(monkeypatch
             raise found
         return found
 
-    monkeypatch.setenv(supervise.TRAINER, "1")
-    monkeypatch.setattr(supervise, "is_running", look)
-    monkeypatch.setattr(supervise.os, "kill", lambda *one: (killed.append(one), ended.set()))
-    supervise.end_with_trainer(0.01)
+    monkeypatch.setenv(supervision.TRAINER, "1")
+    monkeypatch.setattr(supervision, "is_running", look)
+    monkeypatch.setattr(supervision.os, "kill", lambda *one: (killed.append(one), ended.set()))
+    supervision.end_with_trainer(0.01)
     assert ended.wait(10)
     assert killed == [(os.getpid(), signal.SIGKILL)]
     assert next(looks, None) is None
@@ -313,7 +314,7 @@ def test_a_process_is_gone_whoever_has_waited_for_it():
 
 @pytest.mark.vllm
 def test_how_an_engine_ended_is_told_as_far_as_it_is_known():
-    from drivers.vllm_engine import VLLMEngine
+    from drivers.engines.vllm import VLLMEngine
 
     engine = object.__new__(VLLMEngine)
     told = {}
@@ -337,7 +338,7 @@ def test_a_process_that_goes_while_it_is_looked_at_is_gone(monkeypatch):
         child.wait()
         return file
 
-    monkeypatch.setattr(supervise, "open", open_and_lose, raising=False)
+    monkeypatch.setattr(supervision, "open", open_and_lose, raising=False)
     assert not is_running(child.pid)
 
 
@@ -401,7 +402,8 @@ PROGRAM = """
     from drivers import environment
     import tests.conftest
     if __name__ == "__main__":
-        from drivers import train, vllm_engine
+        from drivers import train
+        from drivers.engines import vllm as vllm_engine
         from tests.drivers.test_supervision import engine_processes, shared_memory
 
         where, number, *flags = sys.argv[1:]

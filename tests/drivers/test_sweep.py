@@ -10,9 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from drivers.errors import UsageError
-from drivers.sweep import Planned, SweepConfig, as_flags, keep_plan, main, plan, results_of, table_of, understood
-from drivers.sweeps import SWEEPS, Variant
+from drivers.common.errors import UsageError
+from drivers.sweep import main
+from drivers.sweeps.plan import Planned, SweepConfig, as_flags, keep_plan, plan, understood
+from drivers.sweeps.presets import SWEEPS, Variant
+from drivers.sweeps.results import results_of, table_of
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,12 +9,15 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from drivers.errors import UnsoundRunError
-from drivers.grading import one_by_one
-from drivers.metrics import UpdateMetrics
-from drivers.objective import prepare_rollouts, rows_with_gradient, weigh_step
-from drivers.run import Parts
+from drivers.common.errors import UnsoundRunError
+from drivers.grading.verdicts import one_by_one
 from drivers.train import train
+from drivers.training import update as update_step
+from drivers.training.advantages import prepare_rollouts
+from drivers.training.metrics import UpdateMetrics
+from drivers.training.objective import rows_with_gradient, weigh_step
+from drivers.training.scoring import score
+from drivers.training.setup import Parts
 from grpo_core.types import Aggregation, LossType
 from tests.drivers.parts import (
     clone_policy,
@@ -115,7 +118,7 @@ def test_off_policy_the_ratio_is_to_the_policy_before_the_first_update(tmp_path,
     ("loss_type", "passes"), [("reinforce_with_baseline", 0), ("grpo_clip", 2), ("grpo_no_clip", 2)]
 )
 def test_old_log_probs_are_computed_once_a_step_and_only_for_a_ratio(tmp_path, monkeypatch, loss_type, passes):
-    from drivers import objective as program
+    from drivers.training import advantages as program
 
     calls = []
     compute = program.score_all
@@ -125,7 +128,7 @@ def test_old_log_probs_are_computed_once_a_step_and_only_for_a_ratio(tmp_path, m
 
 
 def test_off_policy_makes_an_update_per_train_batch_and_epoch(tmp_path, monkeypatch):
-    from drivers.optim import PolicyOptimizer
+    from drivers.policy.optimizer import PolicyOptimizer
 
     made = []
     step = PolicyOptimizer.step
@@ -152,7 +155,6 @@ class NeverWaits(TorchDispatchMode):
 @pytest.mark.parametrize("loss", [{"loss_type": "grpo_clip", "importance": "truncate"}, {"entropy_coef": 0.01}])
 def test_the_host_waits_for_nothing_inside_the_loop_of_micro_batches(cut, loss, monkeypatch):
     """Everything that is planned is planned on the host; metrics are read once a step."""
-    from drivers import train as program
     from grpo_core import fused_head
 
     with pytest.raises(AssertionError, match="makes the host wait"), NeverWaits():
@@ -163,11 +165,11 @@ def test_the_host_waits_for_nothing_inside_the_loop_of_micro_batches(cut, loss, 
     batch = prepare_rollouts(config, parts.policy, None, rollouts, scores, None)
     batch, facts = weigh_step(config, batch)
     metrics = UpdateMetrics()
-    program.score(parts.policy, batch.select([0, 1]), 1.0)  # the trials of head and rows are not part of the loop
+    score(parts.policy, batch.select([0, 1]), 1.0)  # the trials of head and rows are not part of the loop
     pulling = rows_with_gradient(config, batch, config.entropy_coef)  # read from host memory, before the loop
-    monkeypatch.setattr(program, "rows_with_gradient", lambda *_: pulling)
+    monkeypatch.setattr(update_step, "rows_with_gradient", lambda *_: pulling)
     with NeverWaits():
-        loss = program.accumulate_gradients(parts.policy, batch, config, config.entropy_coef, metrics)
+        loss = update_step.accumulate_gradients(parts.policy, batch, config, config.entropy_coef, metrics)
     metrics.add_update(loss, loss, facts)
     assert metrics.summary()["micro_batches"] >= 2
 
@@ -180,11 +182,10 @@ def test_the_same_seed_is_the_same_run_to_the_last_bit(tmp_path):
 
 def test_skipping_silent_groups_is_exact(tmp_path, monkeypatch):
     """A group without signal has gradient zero: running it changes no weight, only the time."""
-    from drivers import train as program
 
     skipping, steps, _ = run_training(tmp_path / "a", **SHORT)
     assert sum(row["skipped_responses"] for row in steps) > 0
-    monkeypatch.setattr(program, "rows_with_gradient", lambda _, batch, __: list(range(len(batch))))
+    monkeypatch.setattr(update_step, "rows_with_gradient", lambda _, batch, __: list(range(len(batch))))
     running, steps, _ = run_training(tmp_path / "b", **SHORT)
     assert sum(row["skipped_responses"] for row in steps) == 0
     assert_close(weights(skipping), weights(running), rtol=0, atol=1e-7)
@@ -238,7 +239,7 @@ def stand_in(monkeypatch, program, config, run, parts):
 def test_a_stop_inside_a_step_leaves_earlier_checkpoints_alone(tmp_path, monkeypatch):
     """Interrupted after the first of two updates of step 3: checkpoint-2 stays, what was made is saved beside it."""
     from drivers import train as program
-    from drivers.optim import PolicyOptimizer
+    from drivers.policy.optimizer import PolicyOptimizer
 
     config, parts = tiny_config(n_grpo_steps=5, checkpoint_steps=2, **TWO_UPDATES), tiny_parts()
     run = make_run(config, tmp_path, parts.tokenizer)
@@ -267,13 +268,13 @@ def test_a_stop_inside_a_step_leaves_earlier_checkpoints_alone(tmp_path, monkeyp
 
 
 def test_a_full_disk_is_one_clear_line_and_keeps_the_log(tmp_path, monkeypatch, capsys):
-    import drivers.run
+    import drivers.training.run
     from drivers import train as program
 
     config, parts = tiny_config(n_grpo_steps=3, checkpoint_steps=2), tiny_parts()
     run = make_run(config, tmp_path, parts.tokenizer)
     monkeypatch.setattr(
-        drivers.run, "save_checkpoint", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space"))
+        drivers.training.run, "save_checkpoint", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space"))
     )
     stand_in(monkeypatch, program, config, run, parts)
     with pytest.raises(SystemExit) as ended:

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drivers.lora import adapter_weights, add_lora
-from drivers.objective import prepare_rollouts
-from drivers.scoring import score_all
-from drivers.weights import PolicyWeights, checksum, checksums, differing, dithered
+from drivers.policy.lora import adapter_weights, add_lora
+from drivers.policy.weights import PolicyWeights, checksum, checksums, differing, dithered
+from drivers.training.advantages import prepare_rollouts
+from drivers.training.scoring import score_all
 from tests.drivers.parts import rollouts_of, tiny_config, tiny_parts
 from tests.tiny import make_tiny_policy
 
@@ -217,7 +217,7 @@ def test_the_adapter_of_a_checkpoint_is_peft_own(tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from drivers.checkpoint import save_checkpoint
+    from drivers.runs.checkpoint import save_checkpoint
     from tests.tiny import make_tiny_tokenizer
 
     policy, ids = with_lora(), torch.tensor([[3, 4, 5, 6]])
@@ -232,7 +232,7 @@ def test_the_adapter_of_a_checkpoint_is_peft_own(tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_training_with_lora_learns_and_leaves_the_model_alone(tmp_path):
-    from drivers.rollout import HFReplica
+    from drivers.engines.hf import HFReplica
     from drivers.train import train
     from tests.drivers.parts import letter_grader, make_run, tiny_config, tiny_parts
 

@@ -15,15 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 
 # isort: off
-from drivers import environment  # noqa: F401  before torch: OpenMP reads its settings once
+from drivers.common import environment  # noqa: F401  before torch: OpenMP reads its settings once
 
 # isort: on
 import torch
 from safetensors.torch import load_file
 
-from drivers import run
-from drivers.checkpoint import FACTS, MANIFEST, TENSORS, find_damage, publish_model
-from drivers.run import finished_model, open_run_folder
+from drivers.runs.checkpoint import FACTS, MANIFEST, TENSORS, find_damage, publish_model
+from drivers.runs.resume import finished_model, open_run_folder
+from drivers.training import run
 from tests.drivers import test_expert_iteration, test_sft
 from tests.drivers.parts import tiny_config
 from tests.drivers.test_resume import COMMON, KINDS, go, numbers

@@ -14,15 +14,16 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from drivers.checkpoint import FACTS, MANIFEST, TENSORS, find_damage, write_manifest
-from drivers.config import GrpoConfig, parse_train_config
-from drivers.data import load_examples
-from drivers.display import Display
-from drivers.errors import UsageError
-from drivers.run import Run
-from drivers.run_folder import find_checkpoint
-from drivers.run_log import Lines, RunLog
-from drivers.state import TrainingState
+from drivers.common.display import Display
+from drivers.common.errors import UsageError
+from drivers.runs.checkpoint import FACTS, MANIFEST, TENSORS, find_damage, write_manifest
+from drivers.runs.folder import find_checkpoint
+from drivers.runs.log import Lines, RunLog
+from drivers.settings.command_line import parse_train_config
+from drivers.settings.grpo import GrpoConfig
+from drivers.tasks.questions import load_examples
+from drivers.training.run import Run
+from drivers.training.state import TrainingState
 from tests.drivers.parts import tiny_config, tiny_parts
 
 # Files of one test are overwritten by the next example.

@@ -12,14 +12,15 @@ import tyro
 from matplotlib import pyplot
 
 import grpo_core
-from drivers.config import EvaluateConfig, parse
 from drivers.convert_dataset import ConvertConfig
 from drivers.make_countdown import CountdownConfig
 from drivers.make_gym import GymConfig
 from drivers.pass_rates import PassRatesConfig
 from drivers.report import ReportConfig
-from drivers.sweep import SweepConfig, plan, understood
-from drivers.sweeps import SWEEPS
+from drivers.settings.command_line import parse
+from drivers.settings.evaluate import EvaluateConfig
+from drivers.sweeps.plan import SweepConfig, plan, understood
+from drivers.sweeps.presets import SWEEPS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "data/README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -81,7 +81,7 @@ def run_light(installed, code, **kwargs):
 def test_what_is_in_it(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"grpo_core/__init__.py", "grpo_core/py.typed", "drivers/py.typed", "drivers/train.py"} <= names
-    assert {f"drivers/report.{kind}" for kind in ("py", "html", "css", "js")} <= names
+    assert {f"drivers/reports/page.{kind}" for kind in ("py", "html", "css", "js")} <= names
     assert "drivers/shipped/data/wordadd/train.jsonl" in names
     assert not {name for name in names if name.startswith(("tests", "docs", "data"))}
     (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
@@ -145,7 +145,7 @@ def test_each_command_is_its_program(installed):
 import sys
 from importlib.metadata import EntryPoint
 sys.path[:] = [{str(installed)!r}, *(entry for entry in sys.path if entry != {str(ROOT)!r})]
-from drivers.config import repository_path
+from drivers.common.paths import repository_path
 assert repository_path("data/wordadd/train.jsonl").is_relative_to({str(installed)!r})
 for line in open({str(installed)!r} + "/" + sys.argv[1]).read().split("[console_scripts]")[1].split("\\n"):
     if line:

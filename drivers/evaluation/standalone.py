@@ -1,0 +1,117 @@
+"""Evaluate a model on question sets."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from drivers.common.atomic_files import write_json, write_jsonl
+from drivers.common.errors import UsageError
+from drivers.engines.factory import make_engine
+from drivers.evaluation.comparison import Rows, Values, of_all, read_earlier, tell
+from drivers.evaluation.outcomes import category_of, compare, describe
+from drivers.evaluation.policy import evaluate_policy
+from drivers.grading.pool import start_grading
+from drivers.grading.verdicts import Grader
+from drivers.policy.devices import choose_device, choose_dtype, default_policy_device
+from drivers.policy.loading import context_length, load_policy, load_tokenizer, resolve_model
+from drivers.runs.folder import abandon_run_folder, create_run_folder
+from drivers.runs.log import describe_environment
+from drivers.settings.evaluate import EvaluateConfig
+from drivers.settings.reward_spec import check_file
+from drivers.tasks.questions import Example, Prompt, Question, load_examples, load_prompt, make_questions
+
+
+def evaluate(config: EvaluateConfig) -> Path:
+    """Everything from the flags to the files on disk. Returns the folder that holds them."""
+    sets = load_sets(config)
+    check_file(config.reward)
+    prompt = load_prompt(config.prompt_path, config.chat_template, config.system_prompt_path)
+    device = choose_device("--device", config.device, default_policy_device())
+    earlier = None if config.compare_to is None else read_earlier(config, sets)
+    with start_grading(config, lambda text: print(f"warning: {text}", file=sys.stderr)) as grade:
+        models = [config.model_path] + ([] if config.compare_to is None or earlier else [config.compare_to])
+        asked = [ask(config, sets, prompt, model) for model in models]
+        folder = create_run_folder("--output-dir", config.output_dir, "evaluate", marker="results.json")
+        try:
+            values, rows = sample_and_grade(config, asked[0], device, grade)
+            write_jsonl(folder / "completions.jsonl", of_all(rows))
+            compared, others = earlier or ({}, None)
+            if len(asked) > 1:
+                compared, others = sample_and_grade(config, asked[1], device, grade)
+                write_jsonl(folder / "completions_compared.jsonl", of_all(others))
+        except BaseException:
+            abandon_run_folder(folder, "results.json")
+            raise
+    results = {name: values[name] | describe(rows[name], config.reward) for name in sets}
+    written: dict[str, Any] = {"results": results, "comparison": {}, "compared": {}}
+    if others is not None:
+        written["comparison"] = {name: compare(rows[name], others[name]) for name in sets}
+        written["compared"] = {name: compared[name] | describe(others[name], config.reward) for name in sets}
+    written |= {"config": asdict(config), "environment": describe_environment()}
+    write_json(folder / "results.json", written)
+    for name in sets:
+        tell(name, config, results[name], rows[name], written["comparison"].get(name), written["compared"].get(name))
+    print(f"Written to {folder}/: results.json, completions.jsonl")
+    return folder
+
+
+def load_sets(config: EvaluateConfig) -> dict[str, list[Example]]:
+    """The questions of each file, by a name that is short: that of the file, if no other has it."""
+    stems = [Path(path).stem for path in config.data_path]
+    names = [stem if stems.count(stem) == 1 else path for stem, path in zip(stems, config.data_path, strict=True)]
+    if len(set(names)) < len(names):
+        raise UsageError(f"--data-path {' '.join(config.data_path)}: the same file twice; name each once")
+    sets = zip(names, config.data_path, strict=True)
+    return {name: load_examples("--data-path", path)[: config.n_examples] for name, path in sets}
+
+
+class Asked(NamedTuple):
+    """A model, and the questions in its tokens."""
+
+    model_path: str
+    tokenizer: Any
+    questions: dict[str, list[Question]]
+
+
+def ask(config: EvaluateConfig, sets: Mapping[str, Sequence[Example]], prompt: Prompt, model: str) -> Asked:
+    model_path = resolve_model(model)
+    tokenizer = load_tokenizer(model_path, for_chat=config.chat_template)
+    context = context_length(model_path)
+    make = partial(make_questions, max_new_tokens=config.sampling_max_tokens, context=context)
+    return Asked(model_path, tokenizer, {name: make(some, prompt, tokenizer) for name, some in sets.items()})
+
+
+def sample_and_grade(config: EvaluateConfig, asked: Asked, device: torch.device, grade: Grader) -> tuple[Values, Rows]:
+    """`evaluate_policy` of each data set, with the model and the engine that the settings name."""
+    dtype = choose_dtype(config.dtype, device)
+    policy = load_policy(asked.model_path, device, dtype)
+    engine = make_engine(
+        config.engine,
+        model_path=asked.model_path,
+        policy=policy,
+        tokenizer=asked.tokenizer,
+        device=device,
+        dtype=dtype,
+        max_model_len=max(q.n_tokens(config.sampling_max_tokens) for some in asked.questions.values() for q in some),
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        reserved_bytes=sum(p.numel() * p.element_size() for p in policy.parameters()),
+        seed=config.seed,
+    )
+    values: Values = {}
+    rows: Rows = {}
+    try:
+        engine.load_weights(0)
+        for name, questions in asked.questions.items():
+            values[name], found = evaluate_policy(engine, questions, config.sampling, grade, seed=config.seed)
+            rows[name] = [
+                {"dataset": name, "question_number": number // config.n_samples, "category": category_of(row), **row}
+                for number, row in enumerate(found)
+            ]
+    finally:
+        engine.close()
+    return values, rows

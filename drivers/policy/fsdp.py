@@ -1,0 +1,66 @@
+"""Shard a policy over ranks with FSDP2."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils._pytree import tree_map_only
+
+from drivers.common.distributed import T, size
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered, on every rank; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+
+
+# --- shards ----------------------------------------------------------------------------------------------------------
+def shard(policy: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Give each rank its part of the weights, in float32 on its `device`; passes gather layers in `dtype`."""
+    if size() == 1:
+        return policy
+    mesh = init_device_mesh(device.type, (size(),))
+    precision = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    layers = set(getattr(policy, "_no_split_modules", None) or ())
+    for module in [module for module in policy.modules() if type(module).__name__ in layers]:
+        fully_shard(module, mesh=mesh, mp_policy=precision)
+    fully_shard(policy, mesh=mesh, mp_policy=precision)
+    policy.float()  # of one shard: the whole need not be that wide anywhere
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    policy.call_within = lambda call: call()  # type: ignore[assignment]
+    register_fsdp_forward_method(policy, "call_within")
+    return policy
+
+
+def as_forward(policy: Any, call: Callable[[], T]) -> T:
+    """`call()` while the weights of `policy` outside its layers are at hand, as in a forward pass of its own."""
+    if not isinstance(policy, FSDPModule):
+        return call()
+    within: Callable[[Callable[[], T]], T] = policy.call_within  # type: ignore[attr-defined]
+    # FSDP hangs the gathering of weights for the backward pass on what comes out, and warns of views.
+    result = within(lambda: tree_map_only(Tensor, lambda out: out.clone() if out._is_view() else out, call()))
+    if not torch.is_grad_enabled():  # no backward pass will do it
+        policy.reshard()
+    return result
+
+
+def at_rest(policy: nn.Module) -> nn.Module:
+    """`policy`, its parameters being the shards, whatever pass was the last."""
+    if isinstance(policy, FSDPModule):
+        policy.reshard()
+    return policy
+
+
+def computing_dtype(policy: Any) -> torch.dtype:
+    """What passes compute in, which sharded weights are not kept in."""
+    with torch.no_grad():
+        dtype: torch.dtype = as_forward(policy, lambda: next(policy.get_input_embeddings().parameters()).dtype)
+    return dtype

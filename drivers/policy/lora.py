@@ -1,0 +1,80 @@
+"""LoRA: low-rank updates of the linear layers are trained, the model's own weights stay as they are."""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from drivers.policy import fsdp
+
+ADAPTER = "default"
+
+
+def add_lora(policy: Any, rank: int, alpha: int, *, seed: int, base: str) -> None:
+    """`W + alpha / rank * B A` in the place of each linear layer but the output; B is 0 at first. In place.
+
+    The same on every rank of a run, whatever else drew numbers before.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=_linear_layers(policy),
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+    )
+    with torch.random.fork_rng(), warnings.catch_warnings(action="ignore"):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(settings, policy, ADAPTER)
+    policy.lora_settings = settings  # for `save_adapter`
+    policy.eval()
+
+
+def _linear_layers(policy: Any) -> list[str]:
+    """Names of all linear layers of the body: the output layer is not one, and keeps its fast path."""
+    output = policy.get_output_embeddings()
+    kinds = ("Linear", "Conv1D")  # the second is GPT-2's
+    return sorted(
+        name for name, module in policy.named_modules() if type(module).__name__ in kinds and module is not output
+    )
+
+
+@contextmanager
+def without_lora(policy: nn.Module) -> Iterator[nn.Module]:
+    """`policy` as it was before training: its own weights, which are frozen, are the reference, and no copy is held.
+
+    Not by peft's own switch, which changes what needs a gradient, of shards too.
+    """
+    layers: list[Any] = [module for module in policy.modules() if hasattr(module, "lora_A")]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield policy
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def adapter_weights(policy: nn.Module) -> dict[str, Tensor]:
+    """A and B, as peft's own files name them. All ranks gather; empty where there is no LoRA."""
+    return {
+        f"base_model.model.{name.replace(f'.{ADAPTER}', '')}": fsdp.whole(parameter.detach())
+        for name, parameter in policy.named_parameters()
+        if ".lora_" in name
+    }
+
+
+def save_adapter(policy: Any, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """As peft loads it: beside the merged model, for whoever wants the update alone."""
+    folder.mkdir()
+    policy.lora_settings.save_pretrained(folder)
+    save_file(
+        {name: weight.cpu().contiguous() for name, weight in weights.items()}, folder / "adapter_model.safetensors"
+    )

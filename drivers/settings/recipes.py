@@ -1,0 +1,143 @@
+"""Named settings: plain data. Every flag still wins over its recipe."""
+
+from typing import Any
+
+EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
+"""The model whose weights come with the environment; `--model-path` takes this name beside a folder or hub name."""
+
+
+QUICKSTART: dict[str, Any] = {
+    "model_path": EMBEDDED_MODEL,
+    "data_path": "data/wordadd/train.jsonl",
+    "val_data_path": "data/wordadd/validation.jsonl",
+    "prompt_path": "data/prompts/wordadd.prompt",
+    "n_grpo_steps": 15,
+    "learning_rate": 3e-5,
+    "rollout_batch_size": 64,
+    "train_batch_size": 64,
+    "micro_batch_tokens": 1024,
+    "sampling_min_tokens": 0,
+    "sampling_max_tokens": 32,
+    "n_val_examples": 256,
+}
+"""The task for a laptop: it runs when neither a model nor a recipe is given, and under any recipe without a model."""
+
+
+CLIP = {"loss_type": "grpo_clip", "cliprange": 0.2}
+
+
+SAMPLER_IS_EXACT = {"sampling_min_tokens": 0}
+"""Where ratios to the sampler are used: a hidden end token would shift them."""
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "quickstart": {},
+    # Papers: what each changes, on the model, data, rates and batches of the base.
+    "grpo": {**CLIP, "kl_coef": 0.04},
+    "dr-grpo": {**CLIP, "use_std_normalization": False, "aggregation": "constant"},
+    "dapo": {
+        **CLIP,
+        "cliprange_high": 0.28,
+        "aggregation": "token_mean",
+        "length_penalty": "soft_overlong",
+        "max_refills": 4,
+    },
+    "gspo": {"loss_type": "gspo", "cliprange": 3e-4, "cliprange_high": 4e-4},
+    "gspo-token": {"loss_type": "gspo_token", "cliprange": 3e-4, "cliprange_high": 4e-4},
+    "gmpo": {"loss_type": "gmpo", "cliprange": 0.4},
+    "luspo": {"loss_type": "luspo", "cliprange": 2e-3, "cliprange_high": 2.5e-3},
+    "cispo": {"loss_type": "cispo", "aggregation": "token_mean"},
+    "sapo": {"loss_type": "sapo"},
+    "vespo": {"loss_type": "vespo", "aggregation": "token_mean", "old_policy": "sampler", **SAMPLER_IS_EXACT},
+    "dppo-tv": {"loss_type": "dppo_tv", "aggregation": "token_mean", "old_policy": "sampler", **SAMPLER_IS_EXACT},
+    "dppo-kl": {
+        "loss_type": "dppo_kl",
+        "cliprange": 0.05,
+        "aggregation": "token_mean",
+        "old_policy": "sampler",
+        **SAMPLER_IS_EXACT,
+    },
+    "clip-cov": {"loss_type": "clip_cov", "cliprange": 0.2, "aggregation": "token_mean"},
+    "kl-cov": {"loss_type": "kl_cov", "aggregation": "token_mean"},
+    "rloo": {"advantage": "leave_one_out", "aggregation": "sequence_sum"},
+    "reinforce-plus-plus": {
+        **CLIP,
+        "advantage": "reinforce_plus_plus",
+        "aggregation": "token_mean",
+        "kl_coef": 0.01,
+        "kl_estimator": "k1",
+        "kl_in": "reward",
+    },
+    "reinforce-plus-plus-baseline": {**CLIP, "advantage": "reinforce_plus_plus_baseline", "aggregation": "token_mean"},
+    "lite-ppo": {**CLIP, "advantage": "batch_std", "advantage_eps": 1e-4, "aggregation": "token_mean"},
+    "gdpo": {**CLIP, "advantage": "gdpo", "advantage_eps": 1e-4},
+    "opo": {"advantage": "opo", "aggregation": "token_mean"},
+    "gpg": {"advantage": "gpg", "aggregation": "token_mean"},
+    "maxrl": {"advantage": "maxrl", "aggregation": "sequence_sum"},
+    "remax": {"advantage": "remax", "aggregation": "sequence_sum"},
+    "pass-at-k": {**CLIP, "advantage": "pass_at_k", "pass_k": 4, "aggregation": "token_mean"},
+    "pkpo": {"advantage": "pkpo", "pass_k": 4, "aggregation": "sequence_sum"},
+    "entropy": {"entropy_coef": 0.005, "entropy_target": 0.2},
+    # Programs: objective and rate as they are if nothing is set there, on the group sizes, batches and lengths of the
+    # base. docs/parity.md has what cannot be set.
+    "cs336": {"learning_rate": 1e-5, "loss_type": "reinforce_with_baseline", "aggregation": "sequence_mean"},
+    "trl-default": {
+        **CLIP,
+        **SAMPLER_IS_EXACT,
+        "learning_rate": 1e-6,
+        "advantage_eps": 1e-4,
+        "aggregation": "token_mean",
+        "importance": "mask",
+        "importance_level": "sequence",
+        "importance_high": 3.0,
+    },
+    "verl-default": {**CLIP, "learning_rate": 1e-6, "dual_clip": 3.0, "aggregation": "token_mean"},
+    "openrlhf-default": {
+        **CLIP,
+        "learning_rate": 1e-6,
+        "advantage_eps": 1e-9,
+        "aggregation": "token_mean",
+        "kl_coef": 0.01,
+        "kl_estimator": "k1",
+        "kl_in": "reward",
+    },
+    "prime-rl-default": {
+        "loss_type": "dppo_tv",
+        "learning_rate": 1e-6,
+        "use_std_normalization": False,
+        "aggregation": "token_mean",
+        "old_policy": "sampler",
+        # k2 is half the square: 2e-3 of it is 1e-3 of the squared log ratio to the sampler.
+        "kl_coef": 2e-3,
+        "kl_estimator": "k2",
+        "kl_reference": "sampler",
+        **SAMPLER_IS_EXACT,
+    },
+    "open-instruct-default": {
+        **CLIP,
+        "cliprange_high": 0.272,
+        "use_std_normalization": False,
+        "aggregation": "token_mean",
+        "kl_coef": 0.05,
+        "importance": "truncate",
+        **SAMPLER_IS_EXACT,
+    },
+    "oat-default": {
+        **CLIP,
+        "learning_rate": 5e-7,
+        "use_std_normalization": False,
+        "aggregation": "constant",
+        "kl_coef": 0.1,
+        "importance": "truncate",
+        **SAMPLER_IS_EXACT,
+    },
+    "nano-aha-default": {
+        "learning_rate": 1e-6,
+        "advantage_eps": 1e-4,
+        "std_correction": 0,
+        "aggregation": "token_mean",
+        "kl_coef": 1e-3,
+        "sampling_top_p": 0.999,
+    },
+    "skyrl-default": {**CLIP, "learning_rate": 1e-6, "aggregation": "token_mean", "kl_coef": 1e-3},
+}

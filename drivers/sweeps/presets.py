@@ -1,0 +1,150 @@
+"""Ready-made sweeps: the questions of CS336's fifth assignment, each as the runs that answer it.
+
+Values follow the model and the flags at hand where they must: `base(program)` are that program's settings under these.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from drivers.settings.recipes import EMBEDDED_MODEL
+
+Base = Callable[[str], Any]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One run of a sweep: its name there, its program, and the flags that make it what it is."""
+
+    label: str
+    program: str
+    flags: dict[str, Any]
+
+
+def _train(label: str, **flags: Any) -> Variant:
+    return Variant(label, "train", flags)
+
+
+def learning_rates(base: Base) -> list[Variant]:
+    """Which learning rate: from too low to too high."""
+    rates = [f"{base('train').learning_rate * factor:.3g}" for factor in (0.1, 0.3, 1.0, 3.0, 10.0)]
+    return [_train(rate, learning_rate=float(rate)) for rate in rates]
+
+
+def baselines(base: Base) -> list[Variant]:
+    """Whether the mean reward of a group is taken off first."""
+    return [_train(name.replace("_", "-"), loss_type=name) for name in ("no_baseline", "reinforce_with_baseline")]
+
+
+def length_normalization(base: Base) -> list[Variant]:
+    """Over what tokens are averaged: each response, a constant, the whole batch."""
+    return [_train(name.replace("_", "-"), aggregation=name) for name in ("sequence_mean", "constant", "token_mean")]
+
+
+def std_normalization(base: Base) -> list[Variant]:
+    """Whether advantages are divided by the standard deviation of their group."""
+    return [_train("std", use_std_normalization=True), _train("no-std", use_std_normalization=False)]
+
+
+def off_policy(base: Base) -> list[Variant]:
+    """How many updates the same rollouts bear: passes over them, and batches of each pass."""
+    return [
+        _train(f"{epochs}-epochs-of-{parts}", loss_type="grpo_clip", **_reuse(base, epochs, parts))
+        for epochs, parts in ((1, 1), (1, 4), (2, 2), (4, 1), (4, 4))
+    ]
+
+
+def clip(base: Base) -> list[Variant]:
+    """What the clip is good for, where there are four updates on the same rollouts."""
+    forms = {"clipped": "grpo_clip", "not-clipped": "grpo_no_clip", "no-ratio": "reinforce_with_baseline"}
+    return [_train(label, loss_type=name, **_reuse(base, 2, 2)) for label, name in forms.items()]
+
+
+def prompts(base: Base) -> list[Variant]:
+    """The prompt, with the reward that grades what it asks for."""
+    given = base("train")
+    forms = {
+        given.prompt_path: given.reward,
+        "data/prompts/r1_zero.prompt": "r1_zero",
+        "data/prompts/question_only.prompt": "question_only",
+    }
+    return [
+        _train(path.rsplit("/", 1)[-1].removesuffix(".prompt").replace("_", "-"), prompt_path=path, reward=reward)
+        for path, reward in forms.items()
+    ]
+
+
+def objectives(base: Base) -> list[Variant]:
+    """Recipes of papers, each on two updates from the same rollouts."""
+    names = ("dr-grpo", "dapo", "gspo", "cispo", "rloo", "maxrl")
+    return [_train(name, recipe=name, **_reuse(base, 1, 2)) for name in names]
+
+
+def methods(base: Base) -> list[Variant]:
+    """Demonstrations, right responses of one's own, or rewards: SFT, expert iteration, GRPO."""
+    return [Variant("sft", "sft", {}), Variant("expert-iteration", "expert_iteration", {}), _train("grpo")]
+
+
+def sft_sizes(base: Base) -> list[Variant]:
+    """How many demonstrations, and whether wrong ones are left out first."""
+    sizes = (128, 256, 512, 1024, None)  # None: all that there are
+    return [
+        Variant(f"{n or 'all'}-{name}", "sft", {"n_examples": n, "correct_only": correct_only})
+        for correct_only, name in ((False, "as-they-are"), (True, "right"))
+        # Of the embedded demonstrations 913 are right.
+        for n in sizes
+        if not (correct_only and n == 1024 and base("sft").model_path == EMBEDDED_MODEL)
+    ]
+
+
+def expert_iterations(base: Base) -> list[Variant]:
+    """Responses to a question, passes over those that are right, and questions asked in a step."""
+    n_questions = base("expert_iteration").question_batch_size
+    return [
+        Variant(
+            f"{size}-of-{questions}-{epochs}-epochs",
+            "expert_iteration",
+            {"group_size": size, "question_batch_size": questions, "epochs": epochs},
+        )
+        for size, questions, epochs in (
+            (4, n_questions, 1),
+            (8, n_questions, 1),
+            (8, n_questions, 2),
+            (8, n_questions // 2, 2),
+        )
+    ]
+
+
+def _reuse(base: Base, epochs: int, parts: int) -> dict[str, Any]:
+    """Flags of `epochs` passes over rollouts in `parts` batches each, of micro-batches as they are."""
+    given = base("train")
+    flags: dict[str, Any] = {
+        "epochs_per_rollout_batch": epochs,
+        "train_batch_size": given.rollout_batch_size // parts,
+    }
+    if given.micro_batch_tokens is None:
+        flags["gradient_accumulation_steps"] = max(1, given.gradient_accumulation_steps // parts)
+    return flags
+
+
+SWEEPS: dict[str, Callable[[Base], list[Variant]]] = {
+    "learning-rates": learning_rates,
+    "baselines": baselines,
+    "length-normalization": length_normalization,
+    "std-normalization": std_normalization,
+    "off-policy": off_policy,
+    "clip": clip,
+    "prompts": prompts,
+    "objectives": objectives,
+    "methods": methods,
+    "sft-sizes": sft_sizes,
+    "expert-iterations": expert_iterations,
+}
+
+
+SHORT: dict[str, dict[str, Any]] = {
+    "train": {"n_grpo_steps": 10, "n_val_examples": 128},
+    "sft": {"n_val_examples": 128},
+    "expert_iteration": {"n_val_examples": 128},
+}
+"""Without a model of one's own: enough of the quickstart to tell settings apart."""

@@ -1,0 +1,135 @@
+"""Turn rewards into advantages."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import assert_never
+
+import torch
+from torch import Tensor, nn
+
+import grpo_core as core
+from drivers.common.errors import UnsoundRunError
+from drivers.engines.protocol import Completion
+from drivers.policy.lora import without_lora
+from drivers.settings.grpo import GrpoConfig
+from drivers.training.batch import RolloutBatch
+from drivers.training.scoring import score_all
+
+
+def shape_rewards(
+    config: GrpoConfig, completions: Sequence[Completion], scores: Sequence[Mapping[str, float | None]]
+) -> Tensor:
+    """The reward of each response, with what is added for its length; NaN where it could not be scored."""
+    rewards = core.read_rewards(list(scores))
+    lengths = torch.tensor([len(completion.token_ids) for completion in completions])
+    longest = config.sampling_max_tokens
+    match config.length_penalty:
+        case "none":
+            return rewards
+        case "soft_overlong":
+            return rewards + core.compute_soft_overlong_penalty(lengths, longest, config.penalized_tokens)
+        case "cosine":
+            right = core.compute_cosine_length_reward(lengths, longest, 2.0, 1.0)
+            wrong = core.compute_cosine_length_reward(lengths, longest, -10.0, 0.0)
+            answers = [score.get("answer_reward", score["reward"]) or 0.0 for score in scores]
+            shaped = torch.where(torch.tensor(answers) > 0, right, wrong)
+            # A wrong answer must not gain by running into the limit, where its cosine is best.
+            shaped = shaped.masked_fill(
+                torch.tensor([completion.finish_reason == "length" for completion in completions]), -10.0
+            )
+            return shaped.masked_fill(rewards.isnan(), torch.nan)
+
+
+def prepare_rollouts(
+    config: GrpoConfig,
+    policy: nn.Module,
+    reference: nn.Module | None,
+    rollouts: RolloutBatch,
+    scores: Sequence[Mapping[str, float | None]],
+    greedy_rewards: Tensor | None,
+) -> RolloutBatch:
+    """All that is one value per rollout batch: log-probs before the first update, then advantages."""
+    if config.needs_old_log_probs:
+        scored = score_all(policy, rollouts, config, with_entropy=config.top_entropy_fraction is not None)
+        rollouts = replace(rollouts, old_log_probs=scored["log_probs"], old_entropy=scored.get("token_entropy"))
+    if config.needs_reference:
+        if reference is None and config.lora_rank == 0:
+            raise ValueError(f"kl_coef={config.kl_coef} needs reference; got None: a frozen copy of the first policy")
+        with nullcontext(reference) if reference is not None else without_lora(policy) as first:
+            rollouts = replace(rollouts, reference_log_probs=score_all(first, rollouts, config)["log_probs"])
+    elif config.kl_coef > 0:
+        rollouts = replace(rollouts, reference_log_probs=rollouts.sampler_log_probs)
+    try:
+        return replace(rollouts, advantages=_advantages(config, rollouts, scores, greedy_rewards))
+    except ValueError as error:  # rewards of a kind that the estimator cannot take
+        raise UnsoundRunError(f"--advantage {config.advantage}: {error}") from error
+
+
+def _advantages(
+    config: GrpoConfig,
+    rollouts: RolloutBatch,
+    scores: Sequence[Mapping[str, float | None]],
+    greedy_rewards: Tensor | None,
+) -> Tensor:
+    """One column, or one value for each token where the divergence is in the reward."""
+    rewards, sizes = rollouts.raw_rewards[:, 0], config.group_size
+    match config.advantage:
+        case "group":
+            advantages = core.normalize_group_rewards(
+                rewards,
+                sizes,
+                advantage_eps=config.advantage_eps,
+                normalize_by_std=config.use_std_normalization and config.group_size > 1,
+                correction=config.std_correction,
+            )
+        case "leave_one_out":
+            advantages = core.compute_leave_one_out_advantages(rewards, sizes)
+        case "batch_std":
+            advantages = core.compute_batch_std_advantages(rewards, sizes, advantage_eps=config.advantage_eps)
+        case "reinforce_plus_plus":
+            advantages = rewards
+        case "reinforce_plus_plus_baseline":
+            advantages = core.normalize_group_rewards(rewards, sizes, normalize_by_std=False)
+        case "gdpo":
+            weights = config.weights_of_parts
+            advantages = core.compute_gdpo_advantages(
+                _parts(scores, list(weights)),
+                sizes,
+                reward_weights=list(weights.values()),
+                advantage_eps=config.advantage_eps,
+            )
+        case "opo":
+            advantages = core.compute_opo_advantages(rewards, sizes, rollouts.lengths)
+        case "gpg":
+            advantages = core.compute_gpg_advantages(rewards, sizes)
+        case "maxrl":
+            advantages = core.compute_maxrl_advantages(rewards, sizes)
+        case "remax":
+            assert greedy_rewards is not None  # sampled for it
+            advantages = core.compute_remax_advantages(rewards, sizes, greedy_rewards)
+        case "best_of":
+            advantages = core.compute_best_of_advantages(rewards, sizes)
+        case "pass_at_k":
+            advantages = core.compute_pass_at_k_advantages(rewards, sizes, config.pass_k)
+        case "pkpo":
+            advantages = core.compute_pkpo_advantages(rewards, sizes, config.pass_k)
+        case _:  # pragma: no cover - mypy shows that nothing is left
+            assert_never(config.advantage)
+    # What was not scored has no part in statistics over tokens either.
+    column, mask = advantages[:, None], core.drop_truncated_responses(rollouts.response_mask, rollouts.unscored)
+    if config.kl_coef > 0 and config.kl_in == "reward":
+        assert rollouts.old_log_probs is not None  # `needs_old_log_probs` says so
+        assert rollouts.reference_log_probs is not None
+        kl = core.estimate_kl(rollouts.old_log_probs, rollouts.reference_log_probs, "k1", response_mask=mask)
+        column = column - config.kl_coef * core.compute_reward_to_go(kl, mask)
+    return core.whiten_over_tokens(column, mask) if config.advantage.startswith("reinforce_plus_plus") else column
+
+
+def _parts(scores: Sequence[Mapping[str, float | None]], names: Sequence[str]) -> Tensor:
+    """What `gdpo` compares of each response; NaN where it could not be scored."""
+    lacking = [name for name in names for score in scores if score["reward"] is not None and name not in score]
+    if lacking:
+        raise ValueError(f"it compares {' and '.join(names)}, and the reward function returned no {lacking[0]}")
+    values = [[None if score["reward"] is None else score[name] for name in names] for score in scores]
+    return torch.tensor([[torch.nan if value is None else value for value in row] for row in values])

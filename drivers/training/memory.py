@@ -1,0 +1,227 @@
+"""What a run will need where the policy is, told before it starts."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drivers.common import distributed
+from drivers.common.errors import UsageError
+from drivers.engines.placement import share_beside, take_turns
+from drivers.policy import fsdp
+from drivers.policy.optimizer import training_state_bytes
+from drivers.settings.grpo import GrpoConfig
+from drivers.training.scoring import MAX_LOGITS_BYTES
+from drivers.training.shortcuts import find_head
+
+GIB = 2**30
+
+
+VLLM_ON_CPU = (512 + 512) << 20
+"""The cache of keys and values, and what the engine itself takes, beside its weights."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on the policy's device, engine left out where it has a device of its own."""
+
+    states: int
+    """Weights, and in float32 masters, gradients and both moments of AdamW; and the reference, if there is one."""
+    activations: int
+    """What one micro-batch keeps for its backward pass."""
+    logits: int
+    engine: int
+    available: int
+    checkpointed: bool
+    share: float | None = None
+    """Of a GPU that policy and engine take in turns, what the engine has while it samples; None where they do not."""
+
+    @property
+    def total(self) -> int:
+        return self.states + self.activations + self.logits + self.engine
+
+    @property
+    def fits(self) -> bool:
+        """With a tenth to spare for what no plan knows of."""
+        return self.available == 0 or self.total < 0.9 * self.available
+
+    def __str__(self) -> str:
+        parts = {
+            "policy and optimizer": self.states,
+            "activations" + (" (checkpointed)" if self.checkpointed else ""): self.activations,
+            "logits": self.logits,
+            "engine": self.engine,
+        }
+        listed = " + ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
+        limit = f"{self.available / GIB:.0f} GiB" if self.available else "an amount that this system does not tell"
+        plan = f"about {self.total / GIB:.1f} GiB ({listed}) of {limit}"
+        if self.share is None:
+            return plan
+        return (
+            f"{plan} while it trains, the engine asleep; while it samples, policy and optimizer "
+            f"{self.states / GIB:.1f} + engine {self.share * self.available / GIB:.1f} ({self.share:.2f} of the GPU)"
+        )
+
+
+def settle_memory(
+    config: GrpoConfig, policy: Any, longest_prompt: int, reference_bytes: int, rollout_device: torch.device
+) -> MemoryPlan:
+    """The plan of this run, layers checkpointed where it is asked for or would not fit without."""
+    here = config.engine == "vllm" and rollout_device.type == "cpu" and not config.rollout_url
+    # Its own; and for a push to another process the file, and what the file is made of.
+    copies = 3 if config.rollout_process == "own" or distributed.size() > 1 else 1
+    size = sum(p.numel() for p in policy.parameters()) * fsdp.computing_dtype(policy).itemsize
+    engine_bytes = copies * size + VLLM_ON_CPU if here else 0
+    sizes: dict[str, Any] = {"reference_bytes": reference_bytes, "engine_bytes": engine_bytes}
+    plan = plan_memory(config, policy, longest_prompt, **sizes)
+    all_fit = all(distributed.gather(plan.fits))  # one decision: machines may differ
+    if take_turns(config, next(policy.parameters()).device, rollout_device):
+        share = share_beside(training_state_bytes(policy) + reference_bytes, plan.available)
+        sizes["share"] = min(config.gpu_memory_utilization, share)
+        plan = replace(plan, share=sizes["share"])
+    if config.gradient_checkpointing == "on" or (config.gradient_checkpointing == "auto" and not all_fit):
+        enable_checkpointing(policy)
+        plan = plan_memory(config, policy, longest_prompt, **sizes, checkpointed=True)
+    return plan
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Of one rank."""
+    return sum(p.numel() * p.element_size() for p in model.parameters()) // distributed.size()
+
+
+def gathered_bytes(policy: Any) -> int:
+    """What a rank holds whole for a while: weights and gradients outside the layers and of two layers.
+
+    And in float32 what is summed over ranks: the larger of the two.
+    """
+    if distributed.size() == 1:
+        return 0
+    layers = policy.config.get_text_config().num_hidden_layers
+    inside = sum(p.numel() for name, p in policy.named_parameters() if ".layers." in name or ".h." in name)
+    outside = sum(p.numel() for p in policy.parameters()) - inside
+    kept = 2 * (outside + 2 * inside // layers) * fsdp.computing_dtype(policy).itemsize
+    return int(kept + 4 * max(outside, inside // layers))
+
+
+def plan_memory(
+    config: GrpoConfig,
+    policy: Any,
+    longest_prompt: int,
+    *,
+    reference_bytes: int = 0,
+    engine_bytes: int = 0,
+    checkpointed: bool = False,
+    share: float | None = None,
+) -> MemoryPlan:
+    """Of the largest micro-batch that can come, kept by all layers, or by one at a time where they are run again."""
+    tokens = most_tokens(config, longest_prompt)
+    longest_row = min(tokens, longest_prompt + config.group_size * config.sampling_max_tokens)
+    layers = policy.config.get_text_config().num_hidden_layers
+    per_layer = activation_bytes(policy, longest_row)
+    hidden = policy.config.get_text_config().hidden_size * fsdp.computing_dtype(policy).itemsize
+    kept = (layers * hidden + per_layer) if checkpointed else layers * per_layer
+    return MemoryPlan(
+        states=training_state_bytes(policy) + reference_bytes + gathered_bytes(policy),
+        activations=tokens * kept,
+        logits=head_bytes(policy, tokens),
+        engine=engine_bytes,
+        available=available_bytes(next(policy.parameters()).device),
+        checkpointed=checkpointed,
+        share=share,
+    )
+
+
+def most_tokens(config: GrpoConfig, longest_prompt: int) -> int:
+    """Of one pass, padding counted; at most, for where a group shares a row its prompt is counted once."""
+    longest = longest_prompt + config.sampling_max_tokens
+    if config.micro_batch_tokens is not None:
+        return max(config.micro_batch_tokens, longest)
+    return config.micro_train_batch_size * longest
+
+
+def head_bytes(policy: Any, tokens: int) -> int:
+    """Logits of so many tokens, and all that stands while they become a gradient."""
+    weight = policy.get_output_embeddings().weight
+    vocab, size = int(weight.shape[0]), fsdp.computing_dtype(policy).itemsize
+    if find_head(policy) is None:  # all of them, their gradient, and the tiles
+        return 2 * tokens * vocab * size + _tile_bytes(weight, tokens)
+    # On CUDA logits are wide, and a narrow gradient is not formed in their place.
+    wide = 4 if weight.is_cuda else size
+    logits = min(tokens * vocab * wide, MAX_LOGITS_BYTES)
+    gradient = logits // wide * size if wide > size else 0
+    several = tokens * vocab * wide > MAX_LOGITS_BYTES
+    return logits + gradient + _tile_bytes(weight, tokens) + int(weight.numel()) * (size + (4 if several else 0))
+
+
+def _tile_bytes(weight: Tensor, tokens: int) -> int:
+    """Two buffers of wide values, in which the sweep works."""
+    return 2 * min(256 << 20 if weight.is_cuda else 3 << 20, 4 * tokens * int(weight.shape[0]))
+
+
+def activation_bytes(policy: Any, row: int) -> int:
+    """What a layer of the Llama kind keeps of one token: the inputs of its products, norms in float32, rotations."""
+    config, size = policy.config.get_text_config(), fsdp.computing_dtype(policy).itemsize
+    width = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    heads = getattr(config, "num_attention_heads", None) or max(1, width // 64)
+    head_dim = getattr(config, "head_dim", None) or width // heads
+    keys = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+    norms = 2 * (2 * 4 * width + size * width)
+    attention = size * (3 * heads * head_dim + 4 * keys)
+    if config._attn_implementation == "eager":  # the weights of each head, in float32 and as they are applied
+        attention += heads * row * (4 + size) + size * 2 * heads * head_dim
+    return int(norms + attention + size * (4 * inner + 2 * width))
+
+
+def available_bytes(device: torch.device) -> int:
+    """All of a GPU, or what the machine's memory limit leaves."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    sizes = []
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        text = Path(file).read_text().strip() if Path(file).exists() else ""
+        sizes += [int(text)] if text.isdigit() else []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        sizes.append(1024 * int(meminfo.read_text().split("MemTotal:")[1].split()[0]))
+    return min(sizes, default=0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks share a machine
+
+
+def take_peak() -> dict[str, float]:
+    """What torch had in use at most on the fullest GPU since it was last asked, in GiB; nothing where none is used."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return {}
+    devices = range(torch.cuda.device_count())
+    peak = max(torch.cuda.max_memory_allocated(device) for device in devices)
+    for device in devices:
+        torch.cuda.reset_peak_memory_stats(device)
+    return {"peak_memory_gib": peak / GIB}
+
+
+def enable_checkpointing(policy: Any) -> None:
+    """Layers are run again in the backward pass. Transformers does that in training mode alone, so dropout goes."""
+    for module in policy.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    expected = _probe(policy)
+    policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy.train()
+    if not torch.equal(_probe(policy), expected):
+        raise UsageError(
+            "--gradient-checkpointing: in training mode, which it needs, this model gives other values (dropout that "
+            "cannot be turned off); pass --gradient-checkpointing off, and lower --micro-batch-tokens instead"
+        )
+
+
+@torch.no_grad()
+def _probe(policy: Any) -> Tensor:
+    ids = torch.arange(1, 9, device=policy.device)[None] % policy.get_input_embeddings().num_embeddings
+    logits: Tensor = fsdp.as_forward(policy, lambda: policy(input_ids=ids, use_cache=False).logits)
+    return logits

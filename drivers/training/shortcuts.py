@@ -1,0 +1,127 @@
+"""Shortcuts of the forward pass, each taken only if a trial shows that it gives the model's own logits."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from drivers.common import distributed
+from drivers.policy import fsdp
+from grpo_core import mask_group_rows, pack_group_rows
+
+_SHARING: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def shares_rows(policy: nn.Module) -> bool:
+    """Whether responses may stand side by side after one prompt: a trial shows that each is then scored as alone.
+
+    Not under flash attention, which takes no mask; nor where a model keeps a state or looks back through a window.
+    """
+    if packs_rows(policy):
+        return False
+    if policy not in _SHARING:
+        _SHARING[policy] = _holds(_sharing_error, policy)
+    return _SHARING[policy]
+
+
+def _sharing_error(policy: Any) -> Tensor:
+    config = policy.config.get_text_config()
+    if getattr(config, "sliding_window", None) is not None or not getattr(config, "num_attention_heads", None):
+        raise NotImplementedError("a mask of one's own replaces the window, or there is no attention")
+    size = policy.get_input_embeddings().num_embeddings
+    prompt, responses = [1 % size, 2 % size, 3 % size], [[4 % size, 5 % size], [3 % size, 1 % size, 2 % size]]
+    device = policy.get_input_embeddings().weight.device
+    logits = []
+    for rows in ([responses], [[response] for response in responses]):
+        packed = pack_group_rows([prompt] * len(rows), rows)
+        inputs = model_inputs(policy, packed, shared=len(rows) == 1, device=device)
+        logits.append(policy(**inputs).logits.flatten(0, 1)[packed["sources"].to(device)].float())
+    return _relative_error(*logits)
+
+
+class Head(NamedTuple):
+    """A model in two parts, of which the second is a matrix product."""
+
+    body: nn.Module
+    output: nn.Linear
+    softcap: float | None
+
+
+_HEADS: WeakKeyDictionary[nn.Module, Head | None] = WeakKeyDictionary()
+
+
+def find_head(policy: nn.Module) -> Head | None:
+    """Body and output layer, if together they give the logits of the model itself; None if there is more to them."""
+    if policy not in _HEADS:
+        _HEADS[policy] = _split(policy) if _holds(_head_error, policy) else None
+    return _HEADS[policy]
+
+
+def _split(policy: Any) -> Head:
+    output, body = policy.get_output_embeddings(), policy.base_model
+    if not isinstance(output, nn.Linear) or body is policy:
+        raise NotImplementedError("no output layer of its own")
+    return Head(body, output, getattr(policy.config, "final_logit_softcapping", None))
+
+
+def _head_error(policy: Any) -> Tensor:
+    head = _split(policy)
+    weight, bias = head.output.weight, head.output.bias
+    ids = torch.arange(1, 6, device=weight.device)[None] % len(weight)
+    expected = policy(input_ids=ids, use_cache=False).logits.float()
+    found = nn.functional.linear(head.body(input_ids=ids, use_cache=False).last_hidden_state, weight, bias)
+    if head.softcap is not None:
+        found = torch.tanh(found / head.softcap) * head.softcap
+    return _relative_error(found.float(), expected)
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> Tensor:
+    return (found - expected).abs().max() / expected.abs().max()
+
+
+@torch.no_grad()
+def _holds(error_of: Callable[[nn.Module], Tensor], policy: nn.Module) -> bool:
+    """Whether a shortcut gives what the model itself does, but for rounding; any failure of the trial says no.
+
+    Models come in all kinds, and what one lacks (a body, an output layer, a kind of mask) may show in any way: the way
+    without the shortcut, which follows, is right for all of them, and tells what is wrong with the rest.
+    """
+    rounding = 8 * torch.finfo(fsdp.computing_dtype(policy)).eps
+    try:
+        holds = bool(fsdp.as_forward(policy, lambda: error_of(policy)) <= rounding)
+    except Exception:  # of a trial; see above
+        holds = False
+    return all(distributed.gather(holds))  # also of a rank on which it failed alone: the others ask for its answer
+
+
+def model_inputs(policy: Any, packed: dict[str, Tensor], *, shared: bool, device: torch.device) -> dict[str, Any]:
+    """What the model is called with, on its device."""
+    ids, positions, segments = (
+        packed[name].to(device, non_blocking=True) for name in ("input_ids", "position_ids", "segments")
+    )
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    if packs_rows(policy):
+        inputs["position_ids"] = positions
+    elif shared:  # else the causal mask does
+        visible, dtype = mask_group_rows(segments)[:, None], policy.get_input_embeddings().weight.dtype
+        hidden = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+        inputs |= {"attention_mask": hidden, "position_ids": positions}
+    return inputs
+
+
+def without_padding(packed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All rows in one."""
+    real = packed["segments"].flatten() >= 0
+    place = real.cumsum(0) - 1
+    rows = {name: packed[name].flatten()[real][None] for name in ("input_ids", "position_ids", "segments")}
+    return packed | rows | {"sources": place[packed["sources"]]}
+
+
+def packs_rows(policy: Any) -> bool:
+    """Whether rows stand one after the other in one sequence without padding.
+
+    Flash attention keeps them apart by their positions; it takes no mask, so each response is a row of its own there.
+    """
+    return str(policy.config._attn_implementation).startswith("flash")
