@@ -1,40 +1,31 @@
 """A checkpoint: a model in Hugging Face format, with what training goes on from, and sums of all its files."""
 
-from typing import Any
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-from collections.abc import Iterator
-from collections.abc import Mapping
-from pathlib import Path
-from drivers.policy.weights import PolicyWeights
-from safetensors import SafetensorError
-from collections.abc import Sequence
-from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from concurrent.futures import ThreadPoolExecutor
-from drivers.common.atomic_files import UNFINISHED
-from drivers.policy.lora import adapter_weights
-from drivers.common.atomic_files import appear
-from contextlib import contextmanager
-from drivers.common.atomic_files import disappear
 import hashlib
 import json
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch import nn
 import os
-from functools import partial
-from torch.distributed.checkpoint.state_dict_saver import save
-from drivers.policy.lora import save_adapter
-from drivers.common.atomic_files import set_aside
 import shutil
-import torch
 import warnings
-from drivers.common.atomic_files import write_json
-from drivers.common.atomic_files import write_text
-from drivers.common import distributed
-from drivers.policy import fsdp
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from drivers.common import distributed
+from drivers.common.atomic_files import UNFINISHED, appear, disappear, set_aside, write_json, write_text
+from drivers.policy import fsdp
+from drivers.policy.lora import adapter_weights, save_adapter
+from drivers.policy.weights import PolicyWeights
 
 FACTS, TENSORS, MANIFEST = "trainer_state.json", "trainer_state", "manifest.json"
 

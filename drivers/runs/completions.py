@@ -1,16 +1,14 @@
 """Responses as rows of completions.jsonl: what was said, what it was worth, and what is known of each token."""
 
-from typing import Any
-from drivers.engines.protocol import Completion
-from drivers.tasks.demonstrations import Demonstration
-from drivers.grading.verdicts import Graded
-from collections.abc import Iterable
-from collections.abc import Mapping
-from drivers.tasks.questions import Question
-from collections.abc import Sequence
 import math
-from drivers.grading.summary import name_parts
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+from drivers.engines.protocol import Completion
+from drivers.grading.summary import name_parts
+from drivers.grading.verdicts import Graded
+from drivers.tasks.demonstrations import Demonstration
+from drivers.tasks.questions import Question
 
 DIGITS = 4
 """Of the values of tokens, after the point: a tenth of a thousandth of a nat."""

