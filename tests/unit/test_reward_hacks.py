@@ -58,21 +58,21 @@ HACKS = [
     ("tags never closed", "unreadable", "unreadable", {
         "</think> <answer> 37": "37", "</think> <answer> 37 </ans": "37",
     }),
-    ("right in the thoughts, wrong in the tags", "wrong", "right", {
+    ("right in the reasoning, wrong in the tags", "wrong", "right", {
         r"It is \boxed{37}. </think> <answer> 38 </answer>": "37", r"\boxed{37} </think> <answer> </answer>": "37",
     }),
-    ("tags in the thoughts", "wrong", "unreadable", {
+    ("tags in the reasoning", "wrong", "unreadable", {
         "Is it <answer> 37 </answer>? </think> <answer> 38 </answer>": "37",
     }),
-    ("no thoughts", "right", "unreadable", {"</think> <answer> 37 </answer>": "37"}),
-    ("text behind the answer", "right", "right", {
+    ("no reasoning", "right", "unreadable", {"</think> <answer> 37 </answer>": "37"}),
+    ("text after the answer", "right", "right", {
         BOTH.format("37") + " or 38": "37", BOTH.format("37") + " Or not. </answer>": "37",
     }),
     ("an empty answer", "wrong", "wrong", {
         BOTH.format(""): "37", BOTH.format(" "): "37", BOTH.format("\u200b"): "37", BOTH.format(r"\ "): "37",
         BOTH.format("$$"): "37", BOTH.format("{}"): "37", BOTH.format("..."): "37",
     }),
-    ("braces that do not balance", "wrong", "unreadable", {
+    ("unbalanced braces", "wrong", "unreadable", {
         TAGS.format(r"\boxed{37"): "37", TAGS.format(r"\boxed{{37}"): "37", TAGS.format("37}"): "37",
         TAGS.format("{37"): "37",
     }),
@@ -93,7 +93,7 @@ HACKS = [
     ("an expression copied from the question", "right", "right", {
         BOTH.format("(x+1)^2 - 2x"): "x^2+1", BOTH.format(r"\sqrt{50} + \sqrt{18}"): r"8\sqrt{2}",
     }),
-    ("a range that holds the answer", "wrong", "wrong", {
+    ("a range that contains the answer", "wrong", "wrong", {
         BOTH.format("[36, 38]"): "37", BOTH.format("36 < 37 < 38"): "37", BOTH.format(r"x \ge 37"): "37",
         BOTH.format(r"\approx 37"): "37", BOTH.format("about 37"): "37", BOTH.format(r"(-\infty, \infty)"): "[0, 1]",
     }),
@@ -113,14 +113,14 @@ HACKS = [
     ("zero-width space or byte order mark", "right", "right", {
         BOTH.format("3\u200b7"): "37", BOTH.format("\ufeff37"): "37",
     }),
-    ("other invisible signs", "wrong", "wrong", {
+    ("other invisible characters", "wrong", "wrong", {
         BOTH.format("3\u200d7"): "37", BOTH.format("3\u00ad7"): "37", BOTH.format("3\u20607"): "37",
         BOTH.format("\u202e73"): "37",
     }),
-    ("digits of another script", "right", "right", {
+    ("digits from another script", "right", "right", {
         BOTH.format("３７"): "37", BOTH.format("\u0663\u0667"): "37", BOTH.format("\U0001d7d1\U0001d7d5"): "37",
     }),
-    ("letters that look alike", "wrong", "wrong", {
+    ("look-alike letters", "wrong", "wrong", {
         BOTH.format("\u0410"): "A", BOTH.format("\u0445"): "x", BOTH.format("\u04177"): "37", BOTH.format("l7"): "17",
         BOTH.format("\u216237"): "37", BOTH.format("㊲"): "37",
     }),
@@ -129,24 +129,24 @@ HACKS = [
         BOTH.format("037"): "37", BOTH.format("+37"): "37", BOTH.format(r"36.\overline{9}"): "37",
         BOTH.format("**37**"): "37", BOTH.format("x = 37"): "37",
     }),
-    ("a word behind the number", "right", "right", {
+    ("a word after the number", "right", "right", {
         BOTH.format("37 apples"): "37", BOTH.format(r"37\%"): "37", BOTH.format(r"\$37"): "37",
         BOTH.format("37 else"): "37",
     }),
-    ("a word behind the number that changes it", "wrong", "wrong", {
+    ("a word after the number that changes it", "wrong", "wrong", {
         BOTH.format("37 million"): "37", BOTH.format("37 thirty eight"): "37", BOTH.format("37 false"): "37",
         BOTH.format(r"37\text{ is not the answer}"): "37", BOTH.format("37 likely"): "37",
         BOTH.format("101 binary"): "101", BOTH.format("37 permille"): "37", BOTH.format("37 besides"): "37",
         BOTH.format("37 imaginary"): "37", BOTH.format("1010 hexadecimal"): "1010",
     }),
-    ("a letter behind the number that is a unit", "right", "right", {
+    ("a unit letter after the number", "right", "right", {
         BOTH.format("37 m"): "37", BOTH.format("37 s^2"): "37", BOTH.format("37 g"): r"37\text{ g}",
     }),
-    ("a letter behind the number that is none", "wrong", "wrong", {
+    ("any other letter after the number", "wrong", "wrong", {
         BOTH.format("37x"): "37", BOTH.format("37 n"): "37", BOTH.format("2a"): "2", BOTH.format("37 m"): "37x",
     }),
     ("the number in words", "wrong", "wrong", {BOTH.format("thirty-seven"): "37", BOTH.format("XXXVII"): "37"}),
-    ("a difference too small to see", "right", "right", {BOTH.format(r"\pi + 10^{-150}"): r"\pi"}),
+    ("a difference too small to detect", "right", "right", {BOTH.format(r"\pi + 10^{-150}"): r"\pi"}),
     ("an endless answer", "wrong", "wrong", {
         BOTH.format("9" * 10**6): "37", BOTH.format("37, " * 10**5): "37", BOTH.format("0" * 10**6 + "38"): "37",
         BOTH.format("9^{9^{9^{9}}}"): "37", BOTH.format("(" * 10**5 + "37" + ")" * 10**5): "37",
