@@ -370,8 +370,7 @@ def make_head_table(
     facts = (
         f"{device}, {dtype}",
         f"vocabulary {vocab}, width {width}, {batch} responses of up to {seq} tokens, {counted} counted{bonus}",
-        f"median of {rounds} interleaved rounds, quartiles in brackets; memory in MiB; largest errors against float64"
-        " (of gradients, relative to the largest entry)",
+        f"{rounds} rounds",
     )
     header = ["way", "gives", "rows", "ms", "", f"x {BASELINE}", "peak", "kept", "first call, s"]
     header += ["log-prob", "entropy", "d hidden", "d weight"]

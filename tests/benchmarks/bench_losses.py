@@ -264,7 +264,7 @@ def main(arguments: list[str]) -> dict[str, str]:
         "cpu, float32",
         f"[{chosen.batch}, {chosen.seq}] tokens, {chosen.batch} distributions over {chosen.narrow} (narrow) or"
         f" {chosen.wide} (wide) tokens",
-        f"microseconds, median of {chosen.rounds} interleaved blocks of {1000 * BLOCK_SECONDS:.0f} ms or more",
+        f"microseconds, median of {chosen.rounds} interleaved blocks of at least {1000 * BLOCK_SECONDS:.0f} ms",
     )
     rows = []
     for case in measured[PLAIN].results:

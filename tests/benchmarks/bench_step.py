@@ -367,12 +367,10 @@ def make_step_table(chosen: argparse.Namespace, shape: dict[str, int], dtype: st
         f"cpu, {dtype}",
         f"Llama of {size / 1e6:.3g} M parameters, {shape['num_hidden_layers']} layers, vocabulary"
         f" {shape['vocab_size']}",
-        f"{chosen.groups} groups of {chosen.group_size}, {round(silent * chosen.groups)} of them silent; prompts of"
+        f"{chosen.groups} groups of {chosen.group_size}, {round(silent * chosen.groups)} with zero signal; prompts of"
         f" {chosen.prompt[0]} to {chosen.prompt[1]} tokens, {rollouts.response_tokens} response tokens, at most"
         f" {chosen.cap} each; micro-batches of {ROWS} responses, `{BASELINE}` of {chosen.micro_batch_tokens} tokens",
-        f"median of {chosen.rounds} interleaved rounds, quartiles in brackets; tokens and slots per real token count a"
-        " prompt once for each response; memory in MiB; largest error of a gradient, relative to the largest entry of"
-        " its tensor",
+        f"{chosen.rounds} rounds",
     )
     header = ["way", "s", "", f"x {BASELINE}", "tokens/s", "slots/token", "peak", "first call, s", "error"]
     baseline = measured[BASELINE].results[""].median

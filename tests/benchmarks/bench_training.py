@@ -191,9 +191,9 @@ def main(arguments: list[str]) -> dict[str, str]:
     facts = (
         "cpu, bfloat16",
         f"{Path(model).name}, {chosen.questions} questions x {chosen.group_size} responses of at most"
-        f" {chosen.max_tokens} tokens a step, stop string `</answer>`, learning rate {chosen.learning_rate:g}",
-        f"seconds of a step, median over {chosen.rounds} interleaved runs of {chosen.steps} steps after {WARMUP} to"
-        " warm up, quartiles in brackets; phases are medians, tokens per response and rewards are means",
+        f" {chosen.max_tokens} tokens per step, stop string `</answer>`, learning rate {chosen.learning_rate:g}",
+        f"{chosen.rounds} runs of {chosen.steps} steps after {WARMUP} warm-up step; phases are medians, tokens per"
+        " response and rewards are means",
     )
     header = ["way", "s", "", f"x {BASELINE}", *PHASES, "tokens", "mean reward"]
     rows = []
