@@ -1,4 +1,4 @@
-"""What both sides of a comparison are given: random ragged batches, in float64."""
+"""Inputs for both sides of a comparison: random ragged batches in float64."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Case:
-    """Responses to a few questions; only `policy` wants a gradient."""
+    """Responses to a few questions; only `policy` requires a gradient."""
 
     group_sizes: list[int]
     rewards: Tensor  # rollout
@@ -29,15 +29,16 @@ class Case:
 
     @property
     def groups(self) -> Tensor:
-        """The number of the group of each response."""
+        """Return the group index of each response."""
         return torch.repeat_interleave(torch.tensor(self.group_sizes))
 
 
 def draw(seed: int, ragged: bool = True) -> Case:
-    """Prefix masks with holes, as tool output leaves them; unless `ragged`, groups of one size, as TRL wants them.
+    """Draw a random case: prefix masks with holes, like those of tool output, and ragged groups.
 
-    The policy is up to 1 nat away from the old one, in every third response up to 2.5: beyond every clip. Rewards are
-    multiples of 1/8, which float32 holds exactly.
+    With `ragged` False, all groups have one size, as TRL requires. The policy is up to 1 nat from the old policy, and
+    in every third response up to 2.5 nats, beyond every clip. Rewards are multiples of 1/8, which float32 represents
+    exactly.
     """
     random = torch.Generator().manual_seed(seed)
 
@@ -56,7 +57,7 @@ def draw(seed: int, ragged: bool = True) -> Case:
     mask = (places < lengths) & (uniform(0, 1, rows, seq) > 0.15) | (places == lengths - 1)
     reach = torch.where(torch.arange(rows) % 3 == 0, 2.5, 1.0).double()[:, None]
     old = uniform(-3.2, -0.1, rows, seq)
-    # Mirrored where the sum is no log-probability, so that no two tokens tie.
+    # A sum above 0 is not a log-probability: it is mirrored, so that no two tokens tie.
     policy, sampler, reference = (
         -(old + span * uniform(-1, 1, rows, seq)).abs() - 0.01 for span in (reach, torch.tensor(0.6), reach)
     )
@@ -78,7 +79,7 @@ def draw(seed: int, ragged: bool = True) -> Case:
 
 
 def place(log_ratios: list[list[float]], advantages: list[float], level: float = -5.0, **fields) -> Case:
-    """One group of responses of full length with the log ratios that are asked for; `fields` replace the rest."""
+    """Return one group of full-length responses with the given log ratios; `fields` replace other fields."""
     log_ratio = torch.tensor(log_ratios, dtype=torch.float64)
     rows, seq = log_ratio.shape
     base = torch.full_like(log_ratio, level)

@@ -1,7 +1,6 @@
-"""What the specification says of TRL, verl and Liger, wherever it can be executed.
+"""The specification's claims about TRL, verl and Liger that can be executed.
 
-Each check runs their code and returns whether the claim holds and what was found. The words of a claim are those of
-the specification, shortened; what was found is put together from what was measured.
+Each check runs their code and returns whether the claim holds, and the measured values as text.
 """
 
 import math
@@ -49,7 +48,7 @@ def _list(values) -> str:
 
 
 def _facts(facts: dict[str, bool]) -> tuple[bool, str]:
-    """A claim of several parts."""
+    """Return the verdict and text of a claim with several parts."""
     return all(facts.values()), "; ".join(f"{name}: {'yes' if fact else 'no'}" for name, fact in facts.items())
 
 
@@ -59,7 +58,7 @@ def _values(found: dict[str, float], expected: list[float], tolerance: float = 1
 
 
 def _pull(loss: Callable[[Case], Tensor], case: Case) -> Tensor:
-    """-gradient / A of each token, times the number of tokens: the weight that its advantage gets."""
+    """Return the weight of each token's advantage: -gradient / A, times the number of tokens."""
     (gradient,) = torch.autograd.grad(loss(case), case.policy)
     return -gradient / case.advantages * case.mask.sum()
 
@@ -74,9 +73,9 @@ def _of_rewards(rewards: list[float], group_sizes: list[int]) -> Case:
 
 
 def _spread(advantages: Callable[[Case], Tensor], pooled: int, inside: bool = False) -> tuple[int, float]:
-    """(ddof, ε) of A = (r - mean) / (s + ε), s over `pooled` rewards, from two batches (0, a, 0, a).
+    """Return (ddof, ε) of A = (r - mean) / (s + ε), s over `pooled` rewards, from two batches (0, a, 0, a).
 
-    With `inside`, of A = (r - mean) / sqrt(s² + ε).
+    With `inside`, A = (r - mean) / sqrt(s² + ε).
     """
     power, a = (2 if inside else 1), 2.0**-10
     large, small = (
@@ -98,7 +97,7 @@ def _vectorized_passes() -> tuple[bool, str]:
     found = peers.verl_advantages(_of_rewards(rewards, [4]), "grpo_vectorized")[:, 0]
     exact = g.normalize_group_rewards(torch.tensor(rewards, dtype=torch.float64), 4)
     error = float((found - exact).abs().max() / exact.abs().max())
-    return error > 1e-2, f"rewards around 4096 give an error of {error:.0e}: two passes"
+    return error > 1e-2, f"rewards around 4096 give an error of {error:.0e}, so it takes two passes"
 
 
 def _batch_std_is_of_raw_rewards() -> tuple[bool, str]:
@@ -106,7 +105,7 @@ def _batch_std_is_of_raw_rewards() -> tuple[bool, str]:
         float(peers.trl_advantages(_of_rewards([0.0, 1.0, x, x + 1.0], [2, 2]), scale_rewards="batch")[1])
         for x in (0.0, 10.0)
     )
-    return far < near / 2, f"moving one group by 10 takes an advantage from {near:.3g} to {far:.3g}"
+    return far < near / 2, f"shifting one group by 10 changes an advantage from {near:.3g} to {far:.3g}"
 
 
 def _singletons() -> tuple[bool, str]:
@@ -125,7 +124,7 @@ def _unscored() -> tuple[bool, str]:
 def _dr_grpo() -> tuple[bool, str]:
     case = draw(0, ragged=False)
     kept = _same(peers.trl_advantages(case, loss_type="dr_grpo"), peers.trl_advantages(case))
-    return _facts({"advantages as with any other loss type": kept})
+    return _facts({"same advantages as other loss types": kept})
 
 
 def _tool_spans() -> tuple[bool, str]:
@@ -139,7 +138,7 @@ def _tool_spans() -> tuple[bool, str]:
 def _gpg_alpha() -> tuple[bool, str]:
     found = float(peers.verl_advantages(_of_rewards([1.0, 0.0, 0.5, 0.5], [2, 2]), "gpg")[0, 0]) / 0.5
     silent = peers.verl_advantages(_of_rewards([0.0, 0.0], [2]), "gpg").abs().max()
-    return _close(found, 4 / 3) and silent == 0, f"α {found:.4g} where 3 of 4 rewards are not 0; all 0 gives 0"
+    return _close(found, 4 / 3) and silent == 0, f"α {found:.4g} if 3 of 4 rewards are nonzero; 0 if all are 0"
 
 
 def _optimal_token_baseline() -> tuple[bool, str]:
@@ -155,7 +154,7 @@ def _whiten_by_verl(case: Case) -> Tensor:
 
 
 def _clamps() -> tuple[bool, str]:
-    """The log of the loss 30 nats out, where a negative advantage leaves the ratio free."""
+    """Check the log of the loss at a log ratio of 30 nats, which a negative advantage does not clip."""
     case = place([[30.0]], [-1.0], level=-31.0)
     found = {
         f"verl {name}": math.log(_number(peers.verl_loss(case, name, clip_ratio_c=1e30)))
@@ -213,8 +212,8 @@ def _gspo_forms() -> tuple[bool, str]:
     pull = torch.autograd.grad(peers.verl_loss(uneven, "gspo"), uneven.policy)[0]
     return _facts(
         {
-            "gradient of verl that of TRL": _same(sequence, token),
-            "verl takes an A for each token": pull[0, 1] == 3 * pull[0, 0],
+            "same gradient in verl and TRL": _same(sequence, token),
+            "verl takes one A per token": pull[0, 1] == 3 * pull[0, 0],
         }
     )
 
@@ -230,7 +229,7 @@ def _who_overrides_the_aggregation() -> tuple[bool, str]:
 
 
 def _reach(loss: Callable[[Case], Tensor]) -> float:
-    """How many nats up a token with A > 0 still has a gradient, to 0.01."""
+    """Return the largest log ratio in nats at which a token with A > 0 still has a gradient, to 0.01."""
     steps = [step / 100 for step in range(100)]
     return max(step for step in steps if _pull(loss, place([[step - 0.005]], [1.0]))[0, 0] != 0)
 
@@ -252,7 +251,7 @@ def _gmpo_without_tokens() -> tuple[bool, str]:
     found = {name: _number(loss) for name, loss in losses.items()}
     pulled = any(torch.autograd.grad(loss, case.policy)[0][1].any() for loss in losses.values())
     return found == {"TRL": -2.5, "verl": -2.5} and not pulled, (
-        f"of two responses, with A 0 and 5, the second without tokens: loss {found['TRL']:.3g} in TRL, "
+        f"two responses with A 0 and 5, the second empty: loss {found['TRL']:.3g} in TRL, "
         f"{found['verl']:.3g} in verl; gradient 0 in both"
     )
 
@@ -279,7 +278,7 @@ def _cispo_bounds() -> tuple[bool, str]:
     }
     expected = {"TRL": [0.1, 0.2, 0.2], "Liger": [0.1, 0.2, 0.2], "verl": [0.8, 0.9, 1.2]}
     holds = all(_same(found[name], torch.tensor(expected[name])) for name in found)
-    return holds, "ratios 0.1, 0.9, 3 weigh " + "; ".join(f"{_list(w)} in {name}" for name, w in found.items())
+    return holds, "ratios 0.1, 0.9, 3 get weights " + "; ".join(f"{_list(w)} in {name}" for name, w in found.items())
 
 
 def _sapo_at_one() -> tuple[bool, str]:
@@ -301,7 +300,7 @@ def _vespo_masked_ratio() -> tuple[bool, str]:
         weights[name] = float(_pull(lambda c, k=kappa: peers.trl_loss(c, loss_type="vespo", importance=k), case)[0, 0])
     log_w = (math.log(weights["1, 0"]) - 3) / 2
     return _close(weights["1, 1"], 1.0) and abs(log_w + 18.42) < 0.01, (
-        f"κ = 1, 1 weighs {weights['1, 1']:.3g}; κ = 1, 0 weighs {weights['1, 0']:.1e} (log W {log_w:.2f})"
+        f"κ = 1, 1 gives weight {weights['1, 1']:.3g}; κ = 1, 0 gives weight {weights['1, 0']:.1e} (log W {log_w:.2f})"
     )
 
 
@@ -309,7 +308,9 @@ def _dppo_cap() -> tuple[bool, str]:
     case = place([[math.log(10.0)]], [1.0])
     found = float(_pull(lambda c: peers.verl_loss(c, "dppo_tv"), case)[0, 0])
     default = peers.verl_yaml("actor_rollout_ref.actor.clip_ratio_c")
-    return _close(found, 3.0) and default == 3.0, f"ratio 10 weighs {found:.3g}; clip_ratio_c in its yaml {default:g}"
+    return _close(
+        found, 3.0
+    ) and default == 3.0, f"ratio 10 gets weight {found:.3g}; clip_ratio_c is {default:g} in its YAML"
 
 
 def _clip_cov_is_random() -> tuple[bool, str]:
@@ -318,7 +319,7 @@ def _clip_cov_is_random() -> tuple[bool, str]:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             losses.append(round(_number(peers.verl_loss(case, "clip_cov", clip_cov_lb=0.1)), 9))
-    return len(set(losses)) > 1, f"8 seeds give {len(set(losses))} losses"
+    return len(set(losses)) > 1, f"8 seeds give {len(set(losses))} different losses"
 
 
 def _kl_cov_defaults() -> tuple[bool, str]:
@@ -327,7 +328,7 @@ def _kl_cov_defaults() -> tuple[bool, str]:
     case = place([[2.0, 0.0]], [1.0], mask=torch.tensor([[True, True]]))
     unclipped = float(_pull(lambda c: peers.verl_loss(c, "kl_cov", ppo_kl_coef=0.0), case)[0, 0])
     return yaml == 0.1 and class_default == 0.1 and _close(unclipped, math.exp(2)), (
-        f"{class_default:g} in the class, {yaml:g} in the yaml; ratio e² weighs {unclipped:.3g}"
+        f"{class_default:g} in the class, {yaml:g} in the YAML; ratio e² gets weight {unclipped:.3g}"
     )
 
 
@@ -362,8 +363,8 @@ def _no_old_log_probs() -> tuple[bool, str]:
     ones = m.mean(case, -case.advantages.expand(case.policy.shape))
     return _facts(
         {
-            "value that of ratio 1": _same(loss, ones),
-            "gradient that of REINFORCE": _same(gradient, torch.autograd.grad(plain, case.policy)[0]),
+            "value of ratio 1": _same(loss, ones),
+            "gradient of REINFORCE": _same(gradient, torch.autograd.grad(plain, case.policy)[0]),
         }
     )
 
@@ -396,8 +397,8 @@ def _empty_responses() -> tuple[bool, str]:
     nominal = _number(peers.verl_aggregate(m.clip(case), mask, "seq-mean-token-mean", global_batch_size=rows))
     trl = _number(peers.trl_loss(case, loss_type="grpo", mask=mask))
     return _close(local * (rows - 1), trl * rows) and _close(nominal, trl), (
-        f"of {rows}, one empty: N is {round(trl * rows / local)} in verl, {round(trl * rows / nominal)} with its "
-        f"global_batch_size, {rows} in TRL"
+        f"{rows} responses, one empty: N is {round(trl * rows / local)} in verl, {round(trl * rows / nominal)} with "
+        f"its global_batch_size, {rows} in TRL"
     )
 
 
@@ -461,11 +462,11 @@ def _gmpo_kl() -> tuple[bool, str]:
     kl = g.estimate_kl(case.policy, case.reference, "k3", response_mask=case.mask)
     policy = m.by_response(case, g.compute_gmpo_loss(*m.whole(case), 0.4)[0])
     found = peers.trl_loss(case, "gmpo", kl_coef=0.1)
-    return _facts({"mean of the means of responses": _same(found, policy + 0.1 * m.mean_of_means(case, kl))})
+    return _facts({"mean of response means": _same(found, policy + 0.1 * m.mean_of_means(case, kl))})
 
 
 def _kl_direction() -> tuple[bool, str]:
-    """On-policy over a whole vocabulary: E[gradient] against those of both divergences."""
+    """Compare E[gradient], on-policy over a whole vocabulary, with the gradients of both divergences."""
     random = torch.Generator().manual_seed(0)
     logits, other = (torch.randn(1, 6, generator=random, dtype=torch.float64) for _ in range(2))
     parameters = logits.clone().requires_grad_()
@@ -505,7 +506,7 @@ def _entropy_first_step() -> tuple[bool, str]:
     plain = _number(peers.trl_loss(case, loss_type="dapo"))
     peers.trl_trainer.cache_clear()  # so that the first step is one
     first, second = (plain - _number(peers.trl_loss(case, loss_type="dapo", **options)) for _ in range(2))
-    return abs(first) < 1e-9 and second > 0.1, f"bonus of the first step {abs(first):.3g}, of the second {second:.3g}"
+    return abs(first) < 1e-9 and second > 0.1, f"bonus {abs(first):.3g} in the first step, {second:.3g} in the second"
 
 
 def _entropy_mask_denominator() -> tuple[bool, str]:
@@ -575,7 +576,7 @@ def _bypass() -> tuple[bool, str]:
     case = draw(4)
     correction = {"loss_type": "ppo_clip", "rollout_is": "token", "rollout_is_threshold": 2.0}
     found = peers.verl_loss(case, "bypass_mode", rollout_correction=correction)
-    return _facts({"ppo_clip in bypass_mode is vanilla, without κ": _same(found, peers.verl_loss(case, "vanilla"))})
+    return _facts({"ppo_clip in bypass_mode equals vanilla without κ": _same(found, peers.verl_loss(case, "vanilla"))})
 
 
 def _k1_bounds() -> tuple[bool, str]:
@@ -601,13 +602,13 @@ def _overlong() -> tuple[bool, str]:
 
 def _end_tokens() -> tuple[bool, str]:
     kept = peers.trl_keeps(place([[0.0, 0.0]] * 2, [0.0, 0.0]), 8, end_tokens=(1, 8))
-    return not kept, f"a response that ends with the second end token of the model is {'kept' if kept else 'masked'}"
+    return not kept, f"a response that ends with the model's second end token is {'kept' if kept else 'masked'}"
 
 
 def _truncated_denominator() -> tuple[bool, str]:
     case = place([[0.0] * 3] * 2, [0.0, 0.0])
     items = int(peers.trl_truncated(case, torch.tensor([True, False]))["num_items_in_batch"])
-    return items == 3, f"of two responses of 3 tokens, one cut: num_items_in_batch {items}"
+    return items == 3, f"two responses of 3 tokens, one truncated: num_items_in_batch {items}"
 
 
 # Defaults
@@ -684,16 +685,16 @@ CLAIMS = [
         lambda: _check_spread(lambda c: peers.verl_advantages(c, "grpo"), 2, 1e-6),
     ),
     Claim("2.1", "verl's vectorized variance takes one pass in float32", _vectorized_passes),
-    Claim("2.1", "a group of one: verl `grpo` and `rloo` give A = r, `rloo_vectorized` gives 0", _singletons),
+    Claim("2.1", "groups of one: verl `grpo` and `rloo` give A = r, `rloo_vectorized` gives 0", _singletons),
     Claim(
         "2.1",
-        "TRL raises for groups of one",
+        "TRL raises an error for groups of one",
         lambda: (
             _raises(lambda: peers.trl_trainer("grpo", num_generations=1)) == "ValueError",
             _raises(lambda: peers.trl_trainer("grpo", num_generations=1)),
         ),
     ),
-    Claim("2.1", "TRL `dr_grpo` changes only the normalizer: the division by s stays", _dr_grpo),
+    Claim("2.1", "TRL `dr_grpo` changes only the normalizer and still divides by s", _dr_grpo),
     Claim("2.1", "TRL RLOO: β 0.05, clip 0.2", _trl_rloo_defaults),
     Claim(
         "2.1",
@@ -706,42 +707,42 @@ CLAIMS = [
         'TRL `scale_rewards="batch"`: ddof 1, ε 1e-4',
         lambda: _check_spread(lambda c: peers.trl_advantages(c, scale_rewards="batch"), 4, 1e-4),
     ),
-    Claim("2.1", "that s is of the raw rewards, not of the centered ones", _batch_std_is_of_raw_rewards),
-    Claim("2.1", "verl GPG: α = B / count_nonzero(score), guarded where all are 0", _gpg_alpha),
+    Claim("2.1", "the batch s is of the raw rewards, not the centered ones", _batch_std_is_of_raw_rewards),
+    Claim("2.1", "verl GPG: α = B / count_nonzero(score), guarded if all are 0", _gpg_alpha),
     Claim("2.1", "verl's optimal token baseline zeroes the tail by default", _optimal_token_baseline),
-    Claim("2.1", "TRL leaves unscored rewards out of mean and s, and gives them 0", _unscored),
-    Claim("2.0", "TRL without old log-probs: ratio 1 in value, with the gradient of log π", _no_old_log_probs),
-    Claim("2.2", "log ratios are held within 20 nats by verl, not by TRL", _clamps),
-    Claim("2.2", "verl `vanilla` clips dually at 3, TRL does not unless asked", _dual_clip_default),
-    Claim("2.2", "TRL's δ and verl's c agree where the bound is at least 1 + ε", _delta_is_dual_clip),
+    Claim("2.1", "TRL excludes unscored rewards from mean and s and gives them 0", _unscored),
+    Claim("2.0", "TRL without old log-probs: value of ratio 1, gradient of log π", _no_old_log_probs),
+    Claim("2.2", "verl clamps log ratios to 20 nats, TRL does not", _clamps),
+    Claim("2.2", "verl `vanilla` has dual clip 3 by default, TRL none", _dual_clip_default),
+    Claim("2.2", "TRL's δ and verl's c agree if the bound is at least 1 + ε", _delta_is_dual_clip),
     Claim("2.2", "TRL counts clipped tokens after the δ clamp", _clip_metric_after_delta),
     Claim("2.2", "TRL counts only the binding side as clipped", _binding_side),
     Claim("2.2", "GSPO: verl has the token form, with the gradient of the sequence form", _gspo_forms),
     Claim("2.2", "verl GSPO and SAPO override `loss_agg_mode`", _who_overrides_the_aggregation),
     Claim("2.2", "GMPO clips in log space: TRL at 0.4, verl at `clip_ratio` 0.2", _gmpo_thresholds),
-    Claim("2.2", "GMPO: a response without tokens adds -A to the loss, nothing to the gradient", _gmpo_without_tokens),
-    Claim("2.2", "verl GMPO is a plain mean of the micro-batch, whatever mode and global batch", _gmpo_plain_mean),
-    Claim("2.2", "CISPO: TRL and Liger bound the weight by 0.2 above only, verl by 0.8 and 1.2", _cispo_bounds),
+    Claim("2.2", "GMPO: an empty response adds -A to the loss, nothing to the gradient", _gmpo_without_tokens),
+    Claim("2.2", "verl GMPO is a plain mean of the micro-batch in any mode and global batch", _gmpo_plain_mean),
+    Claim("2.2", "CISPO: TRL and Liger cap the weight at 0.2, verl bounds it by 0.8 and 1.2", _cispo_bounds),
     Claim("2.2", "SAPO has the value -2A/τ at ratio 1, τ 1.0 and 1.05", _sapo_at_one),
-    Claim("2.2", "VESPO in TRL: one κ that is masked to 0 adds -18.4 and silences the response", _vespo_masked_ratio),
-    Claim("2.2", "verl DPPO: C is 3 of `ActorConfig`, the 20 of the function is out of reach", _dppo_cap),
-    Claim("2.2", "verl Clip-Cov draws at random", _clip_cov_is_random),
-    Claim("2.2", "verl KL-Cov: coefficient 0.1 in the yaml, and no clip", _kl_cov_defaults),
+    Claim("2.2", "VESPO in TRL: one κ masked to 0 adds -18.4 to log W and silences the response", _vespo_masked_ratio),
+    Claim("2.2", "verl DPPO: C is 3 from `ActorConfig`; the function's default 20 is unreachable", _dppo_cap),
+    Claim("2.2", "verl Clip-Cov selects tokens at random", _clip_cov_is_random),
+    Claim("2.2", "verl KL-Cov: coefficient 0.1 in the YAML, no clip", _kl_cov_defaults),
     Claim("2.2", "verl DRO: gradient -A + βd, β must be set", _dro),
-    Claim("2.2", "TRL's off-policy mask looks at μ, leaves the KL term and the denominators alone", _off_policy_mask),
+    Claim("2.2", "TRL's off-policy mask compares with μ, keeps the KL term and the denominators", _off_policy_mask),
     Claim("2.2", "TRL: clip, then κ, then + β KL without κ", _order),
-    Claim("2.3", "TRL's DAPO gradient is off by K/S where generation and accumulation differ", _generation_batch),
+    Claim("2.3", "TRL's DAPO gradient is off by K/S if generation and accumulation differ", _generation_batch),
     Claim("2.3", "verl `seq-mean-token-sum-norm` divides by the padded width", _padded_width),
     Claim(
         "2.3",
-        "responses without tokens: left out by verl's fallback, counted by its global path and TRL",
+        "empty responses: excluded by verl's fallback, counted by its global path and TRL",
         _empty_responses,
     ),
     Claim("2.3", "verl: rejection shrinks the denominator, IcePop does not", _rejection_denominators),
-    Claim("2.0", "NaN under the mask does no harm in verl; in TRL it does", _nan_under_the_mask),
-    Claim("2.4", "verl holds k3 within 10, and TRL nothing", _kl_clamps),
-    Claim("2.4", "verl's plus: the value of kX with the gradient of k2", _kl_plus),
-    Claim("2.4", "TRL: k3 in the loss pulls along forward KL, ρ·k3 along reverse KL", _kl_direction),
+    Claim("2.0", "NaN under the mask is harmless in verl, not in TRL", _nan_under_the_mask),
+    Claim("2.4", "verl clamps k3 to 10, TRL clamps nothing", _kl_clamps),
+    Claim("2.4", "verl `kX+`: the value of kX with the gradient of k2", _kl_plus),
+    Claim("2.4", "TRL: k3 in the loss descends forward KL, ρ·k3 reverse KL", _kl_direction),
     Claim(
         "2.4",
         "TRL `use_bias_correction_kl` is False",
@@ -751,18 +752,18 @@ CLAIMS = [
         ),
     ),
     Claim("2.4", "TRL GMPO takes the KL term as a mean over responses", _gmpo_kl),
-    Claim("2.5", "TRL's entropy bonus is a mean over tokens whatever the loss type", _entropy_bonus),
-    Claim("2.5", "TRL's adaptive bonus goes by the entropy of the step before", _entropy_first_step),
-    Claim("2.5", "TRL's top-entropy selection leaves the denominator alone", _entropy_mask_denominator),
+    Claim("2.5", "TRL's entropy bonus is a mean over tokens for every loss type", _entropy_bonus),
+    Claim("2.5", "TRL's adaptive bonus uses the entropy of the previous step", _entropy_first_step),
+    Claim("2.5", "TRL's top-entropy selection keeps the denominator", _entropy_mask_denominator),
     Claim("2.6", "TRL corrects by `sequence_mask` at 3 by default", _sequence_mask_default),
-    Claim("2.6", "0.012 nats per token over 100 tokens drop the response", _long_responses),
-    Claim("2.6", "verl's correction is off by default, its cap 2", _verl_correction_defaults),
+    Claim("2.6", "a difference of 0.012 nats per token drops a response of 100 tokens", _long_responses),
+    Claim("2.6", "verl's correction is off by default, with cap 2", _verl_correction_defaults),
     Claim("2.6", "verl presets: geometric 0.999 to 1.001, sequence 0.5 to 2, IcePop 0.5 to 5, k3 0.01", _verl_presets),
-    Claim("2.6", "verl's k1 is -log κ with bounds of a ratio", _k1_bounds),
-    Claim("2.6", "verl holds the log of a product within 20", _verl_sequence_clamp),
+    Claim("2.6", "verl's k1 is -log κ, but its bounds are ratios", _k1_bounds),
+    Claim("2.6", "verl clamps the log of a product to 20", _verl_sequence_clamp),
     Claim("2.6", "verl does not apply κ twice in bypass mode", _bypass),
     Claim("2.7", "soft overlong: exact in TRL, without floor in verl", _overlong),
-    Claim("2.7", "TRL takes only the tokenizer's own end token as an end", _end_tokens),
+    Claim("2.7", "TRL recognizes only the tokenizer's end token", _end_tokens),
     Claim("2.7", "TRL recounts the denominator after masking truncated responses", _truncated_denominator),
     Claim("2.11", "TRL: dapo, G 8, T 1, 512 tokens, lr 1e-6, β 0, ε 0.2", _trl_defaults),
     Claim(
@@ -772,5 +773,5 @@ CLAIMS = [
         _verl_defaults,
     ),
     Claim("2.12", "TRL's documentation calls both `token_truncate` and `sequence_mask` the default", _two_defaults),
-    Claim("2.12", "Liger's loss types are those of TRL", _liger_is_trl),
+    Claim("2.12", "Liger's loss types equal TRL's", _liger_is_trl),
 ]

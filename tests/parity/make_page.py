@@ -1,4 +1,4 @@
-"""Write docs/parity.md from what is measured now: `make parity`."""
+"""Measure every row and claim, and write docs/parity.md: `make parity`."""
 
 from collections import Counter
 from pathlib import Path
@@ -11,37 +11,37 @@ from tests.parity.members import SECTIONS, SEEDS, TOLERANCE, Measured, Row, meas
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/parity.md"
 
-INTRODUCTION = """# Parity with the originals
+INTRODUCTION = """# Parity with TRL, verl and Liger
 
-This page is written by `make parity`; nothing on it is typed by hand but the reasons. TRL {TRL}, verl {verl} and Liger
-{Liger} run their own code, from the Python Package Index, beside ours on {cases} random batches of ragged responses in
-float64 (torch {torch}). Of TRL's trainers the methods themselves are called, with a model that returns the
-log-probabilities of the batch.
+`make parity` writes this page: everything except the reasons is measured. TRL {TRL}, verl {verl} and Liger
+{Liger} from PyPI run beside our functions on {cases} random batches of ragged responses in float64 (torch {torch}).
+TRL's trainer methods are called directly, with a model that returns the log-probs of the batch.
 
-A difference is the largest one, over the largest value of theirs: of the loss (or of the advantages, weights, masks
-compared), and of its gradient in the log-probabilities of the policy. Up to {tolerance:g} it is called equal; much
-of what is not zero is their float32. Where a row is different, its reason was checked: our call with that one thing
-changed is equal to theirs. {summary}
+A difference is the largest one, relative to their largest value: of the result (loss, advantages, weights or mask),
+and of the loss's gradient in the policy's log-probs. Differences up to {tolerance:g} count as equal; many of them
+come from their float32. Every reason for a difference was verified: with that one change, our call equals theirs.
+{summary}
 
-`tests/parity/members.py` holds the calls of every row, `tests/parity/claims.py` those of the last table. There is no
-row for what none of the three has: `compute_pass_at_k_advantages`, `compute_pkpo_advantages`,
-`compute_maxrl_advantages`, `compute_cosine_length_reward`, prompt_mean.
+The calls are in `tests/parity/members.py` and `tests/parity/claims.py`. These have no counterpart in any of the
+three: `compute_pass_at_k_advantages`, `compute_pkpo_advantages`, `compute_maxrl_advantages`,
+`compute_cosine_length_reward`, and the aggregation prompt_mean.
 """
 
 CLAIMS_INTRODUCTION = """## Claims of the specification, checked
 
-The specification of the family was read from TRL 1.10 and from verl as of August 2026. Here is what it says of them,
-as far as it can be executed, and what the versions above do. A corrected claim is wrong today, whatever it was then.
-What it says of OpenRLHF, SkyRL, prime-rl, open-instruct, oat and nano-aha-moment is not checked here.
+The family was specified from TRL 1.10 and verl as of August 2026. This table checks each executable claim about them
+against the versions above. *Corrected* means that the claim is wrong today. Claims about OpenRLHF, SkyRL, prime-rl,
+open-instruct, oat and nano-aha-moment are not checked.
 """
 
 
 def row_start(row: Row, measured: Measured) -> str:
-    """The cells that decide."""
+    """Return the start of a row, up to its verdict."""
     return f"| {row.member} | {row.peer} {row.setting} | {measured.verdict} |"
 
 
 def claim_start(claim: Claim, holds: bool) -> str:
+    """Return the start of a claim's row, up to its verdict."""
     return f"| {claim.section} | {claim.text} | {'holds' if holds else 'corrected'} |"
 
 
@@ -67,7 +67,7 @@ def _lines(measured: dict[str, list[tuple[Row, Measured]]], checked: list[tuple[
         lines += [
             f"## {section}",
             "",
-            "| ours | theirs | verdict | value | gradient | because |",
+            "| ours | theirs | verdict | value | gradient | reason |",
             "|---|---|---|---|---|---|",
         ]
         lines += [
@@ -85,13 +85,13 @@ def _difference(value: float | None) -> str:
 
 def _summary(measured: dict[str, list[tuple[Row, Measured]]]) -> str:
     kinds = Counter(
-        "equal" if found.verdict == "equal to 1e-6" else "equal up to a factor" if found.factors else "different"
+        "equal" if found.verdict == "equal" else "equal up to a factor" if found.factors else "different"
         for rows in measured.values()
         for _, found in rows
     )
     return (
         f"Of {sum(kinds.values())} rows, "
-        + ", ".join(f"{kinds[kind]} are {kind}" for kind in sorted(kinds, reverse=True))
+        + ", ".join(f"{kinds[kind]} are {kind}" for kind in ("equal", "equal up to a factor", "different"))
         + "."
     )
 

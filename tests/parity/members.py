@@ -1,7 +1,7 @@
-"""The table: each member of the family beside the function of TRL, verl or Liger that goes by the same name.
+"""The table of docs/parity.md: each member of the family beside its counterpart in TRL, verl or Liger.
 
-A row that is not equal says why, and `changed` is our call with that one thing done: it must equal theirs, or the
-reason is wrong. Nothing is asserted about which rows are equal: `measure` decides.
+A row that is not equal gives a reason, and `changed` is our call with that one change: it must equal theirs, or the
+reason is wrong. No row states whether it is equal; `measure` decides.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ LENGTHS, LONGEST, BUFFER = [3, 8, 9, 11, 12, 15, 20], 12, 4
 
 @dataclass(frozen=True)
 class Row:
-    """Both sides take a case; a scalar is a loss, whose gradient in the policy's log-probs is compared as well."""
+    """One comparison. Both sides take a case; if they return a scalar loss, its gradient is compared as well."""
 
     member: str
     peer: str
@@ -42,22 +42,22 @@ class Row:
 class Measured(NamedTuple):
     value: float  # largest difference, over the largest value of theirs
     gradient: float | None
-    factors: tuple[float, float] | None  # least and largest, if theirs is a multiple of ours in every batch
+    factors: tuple[float, float] | None  # min and max, if theirs is a multiple of ours in every batch
     explained: bool  # whether `changed` equals theirs
 
     @property
     def verdict(self) -> str:
         worst = max(self.value, self.gradient or 0.0)
         if worst <= TOLERANCE:
-            return "equal to 1e-6"
+            return "equal"
         if self.factors:
             low, high = self.factors
             if high - low <= TOLERANCE * high:
                 return f"equal up to the factor {high:.4g}"
-            return f"equal up to a factor of the batch, {low:.3g} to {high:.3g}"
+            return f"equal up to a factor per batch, {low:.3g} to {high:.3g}"
         reason = "different" if self.explained else "different, NOT EXPLAINED"
         same_pull = self.gradient is not None and self.gradient <= TOLERANCE
-        return f"gradient equal to 1e-6, value {reason}" if same_pull else reason
+        return f"gradient equal, value {reason}" if same_pull else reason
 
 
 def measure(row: Row) -> Measured:
@@ -93,7 +93,7 @@ def _differences(ours: list[tuple[Tensor, ...]], theirs: list[tuple[Tensor, ...]
     return parts[0], parts[1] if len(parts) > 1 else None
 
 
-# The two steps from a loss per token to a number, as often as the rows need them
+# Helpers from a loss per token to a number
 
 
 def tokens(case: Case) -> float:
@@ -101,7 +101,7 @@ def tokens(case: Case) -> float:
 
 
 def mean(case: Case, losses: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Over the tokens of the batch, times a correction for the sampler."""
+    """Return the mean over the tokens of the batch, times a correction for the sampler."""
     token_weights = g.compute_token_weights(case.mask, "token_mean")
     return g.sum_weighted_losses(losses, token_weights if weights is None else token_weights * weights)
 
@@ -117,12 +117,12 @@ def clip(case: Case, low: float = 0.2, high: float = 0.2, dual: float | None = N
 
 
 def some_missing(rewards: Tensor) -> Tensor:
-    """Every fourth could not be scored, counted over all rewards of all responses."""
+    """Return the rewards with every fourth one missing, counted over all rewards of all responses."""
     return torch.where((torch.arange(rewards.numel()) % 4 == 1).view(rewards.shape), torch.nan, rewards)
 
 
 def over_tokens(case: Case, advantages: Tensor) -> Tensor:
-    """As verl gives them."""
+    """Return one advantage per token, as verl does."""
     return (advantages[:, None] if advantages.dim() == 1 else advantages) * case.mask
 
 
@@ -140,7 +140,7 @@ def truncated(case: Case) -> Tensor:
 
 
 def without_row(case: Case, row: int = 1) -> Tensor:
-    """The mask, with one response whose tokens are all masked."""
+    """Return the mask with all tokens of one response masked."""
     return case.mask & (torch.arange(len(case.mask)) != row)[:, None]
 
 
@@ -168,7 +168,7 @@ ADVANTAGES = [
         lambda c: peers.verl_advantages(c, "grpo_vectorized"),
     ),
     Row(
-        "`normalize_group_rewards`, not divided",
+        "`normalize_group_rewards`, no std",
         "TRL",
         '`scale_rewards="none"`',
         lambda c: g.normalize_group_rewards(c.rewards, c.group_sizes, normalize_by_std=False),
@@ -176,7 +176,7 @@ ADVANTAGES = [
         ragged=False,
     ),
     Row(
-        "`normalize_group_rewards`, not divided",
+        "`normalize_group_rewards`, no std",
         "verl",
         "`grpo`, `norm_adv_by_std_in_grpo=False`",
         lambda c: over_tokens(c, g.normalize_group_rewards(c.rewards, c.group_sizes, normalize_by_std=False)),
@@ -191,14 +191,14 @@ ADVANTAGES = [
         ragged=False,
     ),
     Row(
-        "`compute_leave_one_out_advantages` of rewards less 0.05 k1",
+        "`compute_leave_one_out_advantages` of rewards minus 0.05 k1",
         "TRL",
         "`RLOOTrainer`, β 0.05",
         lambda c: g.compute_leave_one_out_advantages(
             c.rewards - 0.05 * g.estimate_kl(c.old, c.reference, "k1", response_mask=c.mask).sum(dim=1), c.group_sizes
         ),
         lambda c: peers.trl_advantages(c, "rloo", kl_coef=0.05),
-        because="its mask of completions leaves tool output in the sum of k1: `env_mask` does not exist there",
+        because="its sum of k1 includes tool output, because it has no `env_mask`",
         changed=lambda c: g.compute_leave_one_out_advantages(
             c.rewards
             - 0.05 * g.estimate_kl(c.old, c.reference, "k1", response_mask=peers.attended(c.mask)).sum(dim=1),
@@ -212,7 +212,7 @@ ADVANTAGES = [
         '`GRPOTrainer`, `scale_rewards="none"`',
         lambda c: g.compute_leave_one_out_advantages(c.rewards, c.group_sizes),
         lambda c: peers.trl_advantages(c, scale_rewards="none"),
-        because="the centered reward is (G - 1)/G of it",
+        because="the centered reward is (G - 1)/G times leave-one-out",
         changed=lambda c: g.compute_leave_one_out_advantages(c.rewards, c.group_sizes) * (1 - 1 / c.group_sizes[0]),
         ragged=False,
     ),
@@ -252,7 +252,7 @@ ADVANTAGES = [
         "`gdpo`",
         lambda c: over_tokens(c, g.compute_gdpo_advantages(c.components, c.group_sizes)),
         lambda c: peers.verl_gdpo(c),
-        because="it whitens over tokens, not over responses (ε 1e-8), after dividing by each group's s + 1e-6",
+        because="verl whitens over tokens instead of responses (ε 1e-8), after dividing by each group's s + 1e-6",
         changed=lambda c: over_tokens(
             c, g.whiten_over_tokens(group_scores(c, 1e-6)[:, None], c.mask, advantage_eps=1e-8)
         ),
@@ -294,7 +294,7 @@ ADVANTAGES = [
         "`gpg`",
         lambda c: over_tokens(c, g.compute_gpg_advantages(c.rewards, c.group_sizes)),
         lambda c: peers.verl_advantages(c, "gpg"),
-        because="its α counts the responses whose reward is not 0, not those in groups that teach",
+        because="its α counts responses with nonzero reward, not responses in groups with signal",
         changed=lambda c: over_tokens(
             c,
             g.normalize_group_rewards(c.rewards, c.group_sizes, normalize_by_std=False)
@@ -314,7 +314,7 @@ ADVANTAGES = [
         "`grpo_passk`",
         lambda c: over_tokens(c, g.compute_best_of_advantages(c.rewards, c.group_sizes)),
         lambda c: peers.verl_advantages(c, "grpo_passk"),
-        because="it divides by the group's s + 1e-6",
+        because="verl divides by the group's s + 1e-6",
         changed=lambda c: over_tokens(
             c,
             torch.cat(
@@ -331,7 +331,7 @@ ADVANTAGES = [
         "`remax`",
         lambda c: over_tokens(c, g.compute_remax_advantages(c.rewards, c.group_sizes, c.greedy_rewards)),
         lambda c: peers.verl_advantages(c, "remax", reward_baselines=c.greedy_rewards[c.groups]),
-        because="what tools put into a response gets r itself; no loss is taken there",
+        because="tool output in a response gets advantage r, but has no loss",
         changed=lambda c: (
             over_tokens(c, g.compute_remax_advantages(c.rewards, c.group_sizes, c.greedy_rewards))
             + c.rewards[:, None] * (peers.attended(c.mask) & ~c.mask)
@@ -405,7 +405,7 @@ TOKEN_LOSSES = [
         "`vanilla`",
         lambda c: mean(c, clip(c)),
         lambda c: peers.verl_loss(c, "vanilla"),
-        because="it has a dual clip unless told otherwise: `clip_ratio_c` is 3",
+        because="dual clip is on by default: `clip_ratio_c=3`",
         changed=lambda c: mean(c, clip(c, dual=3.0)),
     ),
     Row(
@@ -442,7 +442,7 @@ TOKEN_LOSSES = [
         '`loss_type="cispo"`',
         lambda c: mean(c, g.compute_cispo_loss(c.advantages, c.policy, c.old, response_mask=c.mask)[0]),
         lambda c: peers.trl_loss(c, loss_type="cispo"),
-        because="`epsilon_high` is the bound itself, and 0.2 where nothing is said",
+        because="`epsilon_high` is the bound itself and defaults to 0.2",
         changed=lambda c: mean(
             c, g.compute_cispo_loss(c.advantages, c.policy, c.old, 0.0, 0.2, response_mask=c.mask)[0]
         ),
@@ -467,7 +467,7 @@ TOKEN_LOSSES = [
         "`cispo`",
         lambda c: mean(c, g.compute_cispo_loss(c.advantages, c.policy, c.old, response_mask=c.mask)[0]),
         lambda c: peers.verl_loss(c, "cispo"),
-        because="its bounds are 1 - 0.2 and 1 + 0.2 where nothing is said",
+        because="its default bounds are 1 - 0.2 and 1 + 0.2",
         changed=lambda c: mean(
             c, g.compute_cispo_loss(c.advantages, c.policy, c.old, 0.8, 1.2, response_mask=c.mask)[0]
         ),
@@ -499,7 +499,7 @@ TOKEN_LOSSES = [
         "`dppo_tv`, `clip_ratio_c=1e9`",
         lambda c: mean(c, g.compute_dppo_tv_loss(c.advantages, c.policy, c.old, response_mask=c.mask)[0]),
         lambda c: peers.verl_loss(c, "dppo_tv", clip_ratio_c=1e9),
-        because="it is -sg[ρ] A M log p: the same gradient, another value",
+        because="verl computes -sg[ρ] A M log p, which has the same gradient",
         changed=lambda c: mean(c, dppo_as_verl(c, g.compute_dppo_tv_loss, (0.2, 0.2), 1e9)),
     ),
     Row(
@@ -508,7 +508,7 @@ TOKEN_LOSSES = [
         "`dppo_tv`",
         lambda c: mean(c, g.compute_dppo_tv_loss(c.advantages, c.policy, c.old, response_mask=c.mask)[0]),
         lambda c: peers.verl_loss(c, "dppo_tv"),
-        because="it is -sg[min(ρ, 3)] A M log p: `clip_ratio_c` of the dual clip cuts the weight here",
+        because="verl computes -sg[min(ρ, 3)] A M log p: `clip_ratio_c` caps the weight",
         changed=lambda c: mean(c, dppo_as_verl(c, g.compute_dppo_tv_loss, (0.2, 0.2), 3.0)),
     ),
     Row(
@@ -517,7 +517,7 @@ TOKEN_LOSSES = [
         "`dppo_kl`, `clip_ratio_c=1e9`",
         lambda c: mean(c, g.compute_dppo_kl_loss(c.advantages, c.policy, c.old, 0.2, response_mask=c.mask)[0]),
         lambda c: peers.verl_loss(c, "dppo_kl", clip_ratio_c=1e9),
-        because="it is -sg[ρ] A M log p: the same gradient, another value",
+        because="verl computes -sg[ρ] A M log p, which has the same gradient",
         changed=lambda c: mean(c, dppo_as_verl(c, g.compute_dppo_kl_loss, (0.2,), 1e9)),
     ),
     Row(
@@ -545,7 +545,7 @@ TOKEN_LOSSES = [
             c, clip(c), (~g.select_high_covariance(c.advantages, c.policy, c.mask, 1.0, low=0.5, high=5.0)).double()
         ),
         lambda c: peers.verl_loss(c, "clip_cov", clip_cov_ratio=1.0, clip_cov_lb=0.5),
-        because="a token that is clipped already is never chosen: it keeps its value, and has no gradient to lose",
+        because="verl never selects clipped tokens: they keep their value and have no gradient",
         changed=lambda c: mean(c, clip(c), (~chosen_by_clip_cov(c)).double()),
     ),
 ]
@@ -568,7 +568,7 @@ SEQUENCE_LOSSES = [
         lambda c: peers.trl_loss(
             c, loss_type="dapo", importance_sampling_level="sequence", epsilon=0.1, epsilon_high=0.15
         ),
-        because="a response then weighs as much as it has tokens",
+        because="responses are weighted by length",
         changed=lambda c: (
             g.compute_gspo_loss(*whole(c), 0.1, cliprange_high=0.15)[0][:, 0] * c.lengths / tokens(c)
         ).sum(),
@@ -647,7 +647,8 @@ SEQUENCE_LOSSES = [
         "`RLOOTrainer`",
         lambda c: by_response(c, g.compute_gspo_loss(*whole(c), 0.2)[0]),
         lambda c: peers.trl_loss(c, "rloo"),
-        because="its ratio of a response is the product, not the mean: `compute_grpo_clip_loss` of summed log-probs",
+        because="its response ratio is the product, not the geometric mean: `compute_grpo_clip_loss` of summed "
+        "log-probs",
         changed=lambda c: g.compute_grpo_clip_loss(
             c.advantages,
             torch.where(c.mask, c.policy, 0.0).sum(dim=1, keepdim=True),
@@ -674,7 +675,7 @@ KL = [
         "`low_var_kl`",
         lambda c: mean(c, g.estimate_kl(c.policy, c.reference, "k3", response_mask=c.mask)),
         lambda c: peers.verl_aggregate(peers.verl_kl(c, "low_var_kl"), c.mask, "token-mean"),
-        because="it is held within 10, where its gradient ends",
+        because="clamped to 10, with zero gradient beyond",
         changed=lambda c: mean(c, g.estimate_kl(c.policy, c.reference, "k3", response_mask=c.mask).clamp(-10.0, 10.0)),
     ),
     Row(
@@ -683,7 +684,7 @@ KL = [
         "`k1+`",
         lambda c: mean(c, g.estimate_kl(c.policy, c.reference, "k1", response_mask=c.mask)),
         lambda c: peers.verl_aggregate(peers.verl_kl(c, "k1+"), c.mask, "token-mean"),
-        because="the plus is the value of k1 with the gradient of k2",
+        because="`k1+` has the value of k1 and the gradient of k2",
         changed=lambda c: mean(c, with_gradient_of_k2(c, "k1")),
     ),
     Row(
@@ -737,7 +738,7 @@ AGGREGATION = [
         "`seq-mean-token-sum-norm`",
         lambda c: g.sum_weighted_losses(clip(c), constant(c, 64.0)),
         lambda c: peers.verl_aggregate(clip(c), c.mask, "seq-mean-token-sum-norm"),
-        because="without `loss_scale_factor` the constant is the padded width of the batch, here 9",
+        because="without `loss_scale_factor` the constant is the padded width, here 9",
         changed=lambda c: g.sum_weighted_losses(clip(c), constant(c, float(c.mask.shape[1]))),
     ),
     *(
@@ -765,19 +766,19 @@ AGGREGATION = [
         lambda c: peers.liger_loss(c, "dr_grpo", max_completion_length=64),
     ),
     Row(
-        "`compute_token_weights`, sequence_mean, a response without tokens",
+        "`compute_token_weights`, sequence_mean, one empty response",
         "TRL",
         '`loss_type="grpo"`',
         lambda c: g.sum_weighted_losses(clip(c), g.compute_token_weights(without_row(c), "sequence_mean")),
         lambda c: peers.trl_loss(c, loss_type="grpo", mask=without_row(c)),
     ),
     Row(
-        "`compute_token_weights`, sequence_mean, a response without tokens",
+        "`compute_token_weights`, sequence_mean, one empty response",
         "verl",
         "`seq-mean-token-mean`",
         lambda c: g.sum_weighted_losses(clip(c), g.compute_token_weights(without_row(c), "sequence_mean")),
         lambda c: peers.verl_aggregate(clip(c), without_row(c), "seq-mean-token-mean"),
-        because='it does not count in N: `empty_responses="drop"`',
+        because='verl does not count it in N: `empty_responses="drop"`',
         changed=lambda c: g.sum_weighted_losses(
             clip(c),
             g.compute_token_weights(without_row(c), "sequence_mean", empty_responses="drop"),
@@ -793,7 +794,7 @@ AGGREGATION = [
         lambda c: peers.verl_loss(
             c, "vanilla", mask=peers.verl_rejection(c, "seq_mean_k1", "0.8_1.25"), clip_ratio_c=1e9
         ),
-        because='what it rejects leaves the denominator: `rejected_tokens="drop"`',
+        because='rejected tokens leave the denominator: `rejected_tokens="drop"`',
         changed=lambda c: g.sum_weighted_losses(
             clip(c),
             g.compute_token_weights(c.mask, "token_mean", kept=kept(c, 0.8, 1.25) & c.mask, rejected_tokens="drop"),
@@ -829,7 +830,7 @@ SAMPLER = [
     Row(
         "`mask_importance_weights`, sequence, 3",
         "TRL",
-        "`sequence_mask`, its default",
+        "`sequence_mask` (default)",
         lambda c: g.mask_importance_weights(kappa(c, "sequence"), high=3.0),
         lambda c: peers.trl_importance(c, "sequence_mask"),
         ragged=False,
@@ -861,7 +862,7 @@ SAMPLER = [
         "`seq_mean_k1`, 0.8_1.1",
         lambda c: kept(c, 0.8, 1.1) & c.mask,
         lambda c: peers.verl_rejection(c, "seq_mean_k1", "0.8_1.1"),
-        because="its k1 is -log κ: the bounds are those of 1/κ",
+        because="its k1 is -log κ, so the bounds apply to 1/κ",
         changed=lambda c: kept(c, 1 / 1.1, 1 / 0.8) & c.mask,
     ),
     Row(
@@ -951,7 +952,7 @@ REST = [
             (0.25, ""),
             (
                 0.37,
-                "its threshold is an interpolated quantile: it keeps ⌊0.37 (n - 1)⌋ + 1 of n tokens, not ⌈0.37 n⌉",
+                "an interpolated quantile keeps ⌊0.37 (n - 1)⌋ + 1 of n tokens, not ⌈0.37 n⌉",
             ),
         ]
     ),
@@ -992,7 +993,7 @@ REST = [
         "`dapo` reward manager",
         lambda _: g.compute_soft_overlong_penalty(torch.tensor(LENGTHS), LONGEST, BUFFER),
         lambda _: peers.verl_overlong(LENGTHS, LONGEST, BUFFER),
-        because="it has no floor: beyond the limit the penalty goes on falling",
+        because="no floor: the penalty keeps falling beyond the limit",
         changed=lambda _: torch.where(
             torch.tensor(LENGTHS) <= LONGEST,
             g.compute_soft_overlong_penalty(torch.tensor(LENGTHS), LONGEST, BUFFER),
@@ -1003,17 +1004,17 @@ REST = [
 
 SECTIONS = {
     "Advantages": ADVANTAGES,
-    "Losses of tokens": TOKEN_LOSSES,
-    "Losses of responses": SEQUENCE_LOSSES,
-    "Divergence from a reference": KL,
-    "From losses to a number": AGGREGATION,
-    "A sampler that is not the trainer": SAMPLER,
+    "Token losses": TOKEN_LOSSES,
+    "Response losses": SEQUENCE_LOSSES,
+    "KL divergence": KL,
+    "Aggregation": AGGREGATION,
+    "Importance correction": SAMPLER,
     "Selection, entropy, length": REST,
 }
 
 
 def whole(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the losses of responses take first."""
+    """Return the leading arguments of the response losses."""
     return case.advantages, case.policy, case.old, case.mask
 
 
@@ -1030,7 +1031,7 @@ def kept(case: Case, low: float, high: float) -> Tensor:
 
 
 def dppo_as_verl(case: Case, loss: Callable, thresholds: tuple[float, ...], cap: float) -> Tensor:
-    """-sg[min(ρ, cap)] A M log p, with the M of our loss."""
+    """Return -sg[min(ρ, cap)] A M log p, with the M of our loss."""
     flags = loss(case.advantages, case.policy, case.old, *thresholds, response_mask=case.mask)[1]
     weighted = g.compute_cispo_loss(case.advantages, case.policy, case.old, ratio_high=cap, response_mask=case.mask)[0]
     return torch.where(flags["is_clipped"], 0.0, weighted)
