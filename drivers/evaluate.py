@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from drivers.common.cli import exit_with
-from drivers.common.errors import UnsoundRunError, UsageError
+from drivers.common.errors import TrainingAbortedError, UsageError
 from drivers.evaluation.standalone import evaluate
 from drivers.settings.command_line import parse
 from drivers.settings.evaluate import EvaluateConfig
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         evaluate(parse(EvaluateConfig, sys.argv[1:] if arguments is None else arguments, EvaluateConfig()))
     except UsageError as error:
         exit_with("evaluate.py", error, status=2)
-    except UnsoundRunError as error:
+    except TrainingAbortedError as error:
         exit_with("evaluate.py", error, status=1)
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -17,7 +17,7 @@ from drivers.common import distributed
 from drivers.common.cli import exit_on_user_error
 from drivers.common.display import Display
 from drivers.common.errors import UsageError
-from drivers.common.signals import uninterrupted
+from drivers.common.signals import defer_signals
 from drivers.engines.protocol import RolloutEngine
 from drivers.grading.pool import start_grading
 from drivers.grading.verdicts import Grader, grade_all
@@ -28,10 +28,10 @@ from drivers.settings.imitation import SftConfig
 from drivers.tasks.demonstrations import Demonstration, WorkedExample, load_demonstrations, make_demonstrations
 from drivers.tasks.questions import Question
 from drivers.training.batch import as_right
-from drivers.training.launch import conduct
+from drivers.training.launch import run_training
 from drivers.training.metrics import UpdateMetrics
 from drivers.training.run import Run
-from drivers.training.setup import Parts, build, prompt_of
+from drivers.training.setup import Components, prompt_of, setup_run
 from drivers.training.state import TrainingState
 from drivers.training.update import update
 
@@ -48,7 +48,7 @@ def fine_tune(
     """The loop. `config` is `SftConfig.of` these demonstrations; the engine samples for evaluations alone."""
     untempered = replace(config, sampling_temperature=1.0)  # -log pi of the model as it is
     state = run.begin(TrainingState(config, policy))
-    distributed.lead(lambda: engine.load_weights(version=state.step))
+    distributed.run_on_rank_zero(lambda: engine.load_weights(version=state.step))
     run.check_engine(engine, policy, val_set, version=state.step)
     if state.step == 0:
         run.evaluate(engine, val_set, grade, step=0)
@@ -66,8 +66,8 @@ def fine_tune(
 
         is_due = step % config.eval_steps == 0 or step == config.n_grpo_steps
         if run.is_first(step) or is_due:
-            with run.phase("push"), uninterrupted():
-                distributed.lead(partial(engine.load_weights, version=step))
+            with run.phase("push"), defer_signals():
+                distributed.run_on_rank_zero(partial(engine.load_weights, version=step))
             if run.is_first(step):
                 run.check_engine(engine, policy, val_set, version=step)
             if is_due:
@@ -75,8 +75,8 @@ def fine_tune(
             engine.sleep()
         run.report(step, metrics.summary())
         rows = [describe_demonstration(one, run.tokenizer) for one in shown]
-        run.log_samples(step, rows, metrics.of_shown())
-        state.mark()
+        run.log_samples(step, rows, metrics.logged_token_values())
+        state.snapshot()
         if step % config.checkpoint_steps == 0 or step == config.n_grpo_steps:
             run.save(policy, f"checkpoint-{step}")
 
@@ -120,17 +120,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         examples = choose(settings, print if distributed.is_first() else lambda _: None)
         config = settings.of(len(examples))
 
-        def prepare(config: GrpoConfig, display: Display) -> tuple[Run, Parts]:
+        def prepare(config: GrpoConfig, display: Display) -> tuple[Run, Components]:
             if any(found != examples for found in distributed.gather(examples)):
                 raise UsageError(f"--reward {settings.reward}: the ranks found other demonstrations right")
             make = partial(make_demonstrations, examples, prompt_of(config), config.sampling.stop)
-            return build(config, display, make, settings)
+            return setup_run(config, display, make, settings)
 
-        def loop(run: Run, parts: Parts) -> None:
+        def loop(run: Run, parts: Components) -> None:
             shown = [one for one in parts.train_set if isinstance(one, Demonstration)]
             fine_tune(config, parts.policy, parts.engine, parts.grade, shown, parts.val_set, run)
 
-        conduct(settings, config, prepare, loop)
+        run_training(settings, config, prepare, loop)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import nn
 
 from drivers.common import distributed
 from drivers.common.cli import exit_on_user_error
-from drivers.common.signals import uninterrupted
+from drivers.common.signals import defer_signals
 from drivers.engines.protocol import RolloutEngine
 from drivers.grading.verdicts import Grader
 from drivers.settings.command_line import parse_train_config
@@ -21,13 +21,13 @@ from drivers.settings.formula import show
 from drivers.settings.grpo import GrpoConfig
 from drivers.tasks.questions import Question
 from drivers.training.advantages import prepare_rollouts
-from drivers.training.anomalies import find_in_rollouts
+from drivers.training.anomalies import check_rollouts
 from drivers.training.batch import make_rollout_batch
-from drivers.training.launch import conduct
+from drivers.training.launch import run_training
 from drivers.training.metrics import UpdateMetrics
-from drivers.training.rollouts import Rollouts, collect
+from drivers.training.rollouts import RolloutPrefetcher, collect
 from drivers.training.run import Run
-from drivers.training.setup import prepare
+from drivers.training.setup import setup_grpo_run
 from drivers.training.state import TrainingState
 from drivers.training.update import update
 
@@ -44,21 +44,21 @@ def train(
 ) -> None:
     """The loop. Its parts are built by `drivers.training.setup.prepare`, or by you."""
     state = run.begin(TrainingState(config, policy))
-    distributed.lead(lambda: engine.load_weights(version=state.step))
+    distributed.run_on_rank_zero(lambda: engine.load_weights(version=state.step))
     run.check_engine(engine, policy, val_set, version=state.step)
     if state.step == 0:
         run.evaluate(engine, val_set, grade, step=0)
 
     sample = partial(collect, config, engine, grade, train_set, state.draw)
-    with Rollouts(sample, state, run, config.async_steps, engine.sleep) as batches:
+    with RolloutPrefetcher(sample, state, run, config.async_steps, engine.sleep) as batches:
         for step in run.steps():
             # D_b ~ D;  o_1 .. o_G ~ pi_old(. | q) for each question q of D_b;  r_i = R(q, o_i).
             collected = batches.of(step)
             batches.begin(step + 1)
 
             # A_i = r_i against its group;  pi <- ascend the objective on these rollouts, in one update or several.
-            metrics = UpdateMetrics(collected.shown_completions)
-            unsound = find_in_rollouts(collected.facts, has_other_pull=config.has_pull_beside_rewards)
+            metrics = UpdateMetrics(collected.logged_completions)
+            unsound = check_rollouts(collected.facts, has_regularization_gradient=config.has_regularization_gradient)
             entropy_coef = state.bonus.of_step(collected.facts["rollout_entropy"])
             with run.phase("update"):
                 rollouts = make_rollout_batch(collected.completions, collected.raw_rewards, config.group_size)
@@ -72,16 +72,16 @@ def train(
 
             # pi_old <- pi.
             batches.wait()
-            with run.phase("push"), uninterrupted():
-                distributed.lead(partial(engine.load_weights, version=step))
+            with run.phase("push"), defer_signals():
+                distributed.run_on_rank_zero(partial(engine.load_weights, version=step))
             if run.is_first(step):
                 run.check_engine(engine, policy, val_set, version=step)
             if step % config.eval_steps == 0 or step == config.n_grpo_steps:
                 run.evaluate(engine, val_set, grade, step=step)
             coefficient = {"entropy_coef": entropy_coef} if config.has_entropy_bonus else {}
             run.report(step, collected.facts | metrics.summary() | coefficient)
-            run.log_samples(step, collected.shown, metrics.of_shown(), rollouts.advantages)
-            state.mark()
+            run.log_samples(step, collected.shown, metrics.logged_token_values(), rollouts.advantages)
+            state.snapshot()
             if step % config.checkpoint_steps == 0 or step == config.n_grpo_steps:
                 run.save(policy, f"checkpoint-{step}")
 
@@ -93,7 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if config.show:
             print(show(config))
             return
-        conduct(config, config, prepare, lambda run, parts: train(config, *parts[:5], run, parts.reference))
+        run_training(
+            config, config, setup_grpo_run, lambda run, parts: train(config, *parts[:5], run, parts.reference)
+        )
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def appear(unfinished: Path, folder: Path) -> None:
+def commit_directory(unfinished: Path, folder: Path) -> None:
     """Give a folder its final name, all in it being on the disk."""
     for file in (*sorted(unfinished.rglob("*"), reverse=True), unfinished):
         flush_to_disk(file)
@@ -47,7 +47,7 @@ def appear(unfinished: Path, folder: Path) -> None:
     flush_to_disk(folder.parent)
 
 
-def disappear(folder: Path) -> None:
+def remove_directory(folder: Path) -> None:
     """Remove a folder; whoever looks meanwhile finds it whole or not."""
     unfinished = folder.with_name(f"{UNFINISHED}{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -55,7 +55,7 @@ def disappear(folder: Path) -> None:
     shutil.rmtree(unfinished)
 
 
-def sweep(folder: Path) -> None:
+def remove_unfinished(folder: Path) -> None:
     """Take away what earlier processes left half done, here and in the folders in it."""
     for left in (*folder.glob(f"{UNFINISHED}*"), *folder.glob(f"*/{UNFINISHED}*")):
         if left.is_dir() and not left.is_symlink():
@@ -64,7 +64,7 @@ def sweep(folder: Path) -> None:
             left.unlink(missing_ok=True)  # gone with the unfinished folder that it was in
 
 
-def set_aside(path: Path) -> None:
+def rename_superseded(path: Path) -> None:
     """Another name for what is there, if anything is: it stays, and what comes in its place has its name."""
     if path.exists():
         path.rename(free_path(path.with_name(f"superseded-{path.name}")))

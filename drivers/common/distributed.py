@@ -95,7 +95,7 @@ _followed: Iterable[Any] = ()
 """What this rank iterates when the first one gathers weights in the middle of `lead`."""
 
 
-def lead(act: Callable[[], T]) -> T:
+def run_on_rank_zero(act: Callable[[], T]) -> T:
     """What `act` gives on the first rank, on all of them. If it fails there, torchrun ends the others.
 
     Weights that it gathers in the meantime (for an engine that is started again) the others help to gather.
@@ -109,29 +109,29 @@ def lead(act: Callable[[], T]) -> T:
             result = act()
         finally:
             _is_leading = False
-        _tell(("done", result))
+        _broadcast_object(("done", result))
         return result
     while True:
-        what, value = _tell(None)
+        what, value = _broadcast_object(None)
         if what == "done":
             return value  # type: ignore[no-any-return]
         for _ in _followed:
             pass
 
 
-def follow(weights: Iterable[Any]) -> None:
+def register_weight_gather(weights: Iterable[Any]) -> None:
     """On the other ranks: iterate `weights` when the first rank summons them."""
     global _followed
     _followed = weights
 
 
-def summon() -> None:
+def request_weight_gather() -> None:
     """On the first rank: in the middle of `lead`, the others iterate what they follow."""
     if _is_leading:
-        _tell(("iterate", None))
+        _broadcast_object(("iterate", None))
 
 
-def _tell(message: Any) -> Any:
+def _broadcast_object(message: Any) -> Any:
     """From the first rank to all."""
     box = [message]
     dist.broadcast_object_list(box, src=0)
@@ -139,7 +139,7 @@ def _tell(message: Any) -> Any:
 
 
 # --- what all of them do ---------------------------------------------------------------------------------------------
-def deal(items: Sequence[T]) -> Iterator[tuple[T, bool]]:
+def shard_across_ranks(items: Sequence[T]) -> Iterator[tuple[T, bool]]:
     """This rank's items, and whether each counts. All ranks get equally many, for their passes must meet.
 
     Where that does not come out even, the last item is worked on by several and counts once.
@@ -149,7 +149,7 @@ def deal(items: Sequence[T]) -> Iterator[tuple[T, bool]]:
         yield (items[place], True) if place < len(items) else (items[-1], False)
 
 
-def total(tensor: Tensor) -> Tensor:
+def all_reduce_sum_(tensor: Tensor) -> Tensor:
     """The sum over ranks, in its place."""
     if size() > 1:
         dist.all_reduce(tensor)

@@ -9,7 +9,7 @@ class EngineDiedError(RuntimeError):
     """The engine's process has ended or hangs; what it was asked has no answer."""
 
 
-class UnsoundRunError(RuntimeError):
+class TrainingAbortedError(RuntimeError):
     """The run may not go on: a number that should be finite is not, or the engine samples from other weights."""
 
 

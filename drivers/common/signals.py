@@ -17,7 +17,7 @@ def terminate_as_interrupt() -> Iterator[None]:
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in _heeded(signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, interrupt) for number in _handled_signals(signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
@@ -25,7 +25,7 @@ def terminate_as_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _heeded(*numbers: int) -> list[int]:
+def _handled_signals(*numbers: int) -> list[int]:
     """Those that are not ignored, as whoever started the program may have asked, and that Python handles."""
     return [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]
 
@@ -45,12 +45,12 @@ class _Hold:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
+def defer_signals() -> Iterator[None]:
     """Hold these signals back until the block is done: half an update must not be saved."""
     if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
         yield
         return
-    hold, watched = _Hold(), _heeded(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    hold, watched = _Hold(), _handled_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     if any(isinstance(signal.getsignal(number), _Hold) for number in watched):  # until the block around this is done
         yield
         return
@@ -65,9 +65,9 @@ def uninterrupted() -> Iterator[None]:
 
 
 @contextmanager
-def hearing_the_second() -> Iterator[None]:
+def allow_second_signal() -> Iterator[None]:
     """Around a wait: whoever asks a second time is heard, though the block is uninterrupted."""
-    watched = _heeded(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    watched = _handled_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     found = [hold for hold in map(signal.getsignal, watched) if isinstance(hold, _Hold)]
     if not found or threading.current_thread() is not threading.main_thread():
         yield

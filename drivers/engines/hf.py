@@ -16,7 +16,7 @@ class FollowingEngine:
     """What the other ranks have for an engine: while the first one leads, they help to gather what it pushes."""
 
     def __init__(self, weights: PolicyWeights) -> None:
-        distributed.follow(weights)
+        distributed.register_weight_gather(weights)
 
     def load_weights(self, version: int) -> None:
         raise NotImplementedError("the first rank pushes")

@@ -7,13 +7,13 @@ from drivers.common.errors import UsageError
 from drivers.settings.grpo import GrpoConfig
 
 
-def take_turns(config: GrpoConfig, policy_device: torch.device, rollout_device: torch.device) -> bool:
+def shares_gpu(config: GrpoConfig, policy_device: torch.device, rollout_device: torch.device) -> bool:
     """Whether policy and engine share a GPU: the engine sleeps while the policy trains."""
     alone = distributed.size() == 1 and config.engine == "vllm" and not config.rollout_url
     return alone and policy_device.type == "cuda" and policy_device == rollout_device
 
 
-def share_beside(reserved_bytes: int, total_bytes: int) -> float:
+def engine_memory_fraction(reserved_bytes: int, total_bytes: int) -> float:
     """The part of a GPU left for vLLM beside what else must stay there, less a tenth for all that is not counted."""
     share = 0.9 - reserved_bytes / total_bytes
     if share < 0.05:

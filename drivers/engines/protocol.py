@@ -28,7 +28,7 @@ class Completion:
     """The push that the sampling weights came from; None where the engine cannot tell."""
 
 
-def of_push(version: int | None, engine: str, completions: list[Completion]) -> list[Completion]:
+def check_weight_version(version: int | None, engine: str, completions: list[Completion]) -> list[Completion]:
     """`completions`, if all are from the weights that this engine was pushed last: samples of others are not taken."""
     for other in {completion.weight_version for completion in completions} - {version}:
         raise EngineDiedError(

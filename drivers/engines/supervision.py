@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 from drivers.common.errors import EngineDiedError
-from drivers.common.signals import hearing_the_second
+from drivers.common.signals import allow_second_signal
 from drivers.engines.protocol import Completion, RolloutEngine
 from drivers.policy.weights import Checksum
 from drivers.settings.sampling import Sampling
@@ -39,7 +39,7 @@ def in_thread(call: Callable[[], T], name: str) -> Future[T]:
     return answer
 
 
-def within(
+def call_with_timeout(
     seconds: float,
     call: Callable[[], T],
     is_alive: Callable[[], bool] = lambda: True,
@@ -56,7 +56,7 @@ def within(
         raise EngineDiedError("its process has ended")
     answer = in_thread(call, "engine")
     end = time.monotonic() + seconds
-    with hearing_the_second():
+    with allow_second_signal():
         while not wait([answer], timeout=_LOOK_EVERY_S).done:
             died = not is_alive()
             if died or time.monotonic() > end:
@@ -123,7 +123,7 @@ TRAINER = "GRPO_TRAINER_PID"
 """Environment variable by which a process of the engine knows whose it is."""
 
 
-def end_with_trainer(seconds: float = 1.0) -> None:
+def exit_when_trainer_exits(seconds: float = 1.0) -> None:
     """In the engine's process, whose worker is in it too: end it when the trainer is gone, whatever ended that.
 
     It alone: by then the parent of an engine that was starting is whoever adopts orphans.

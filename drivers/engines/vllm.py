@@ -29,14 +29,14 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from drivers.common.errors import EngineDiedError, UsageError
-from drivers.engines.protocol import Completion, of_push
-from drivers.engines.supervision import TRAINER, end_with_trainer, is_running, within
+from drivers.engines.protocol import Completion, check_weight_version
+from drivers.engines.supervision import TRAINER, call_with_timeout, exit_when_trainer_exits, is_running
 from drivers.engines.vllm_transfer import (
     PACKED_BUFFER_BYTES,
     HostTrainerInit,
     LocalClient,
     read_checksums,
-    settle,
+    synchronize_before_send,
     version_of,
 )
 from drivers.policy.weights import Checksum, PolicyWeights, check_arrived
@@ -53,7 +53,7 @@ CPU_BLOCK_SIZE = (
 )
 
 
-end_with_trainer()
+exit_when_trainer_exits()
 
 
 # --- the engine ------------------------------------------------------------------------------------------------------
@@ -93,11 +93,11 @@ class VLLMEngine:
         self._busy = threading.Lock()
         if self._shares_gpu:
             from drivers.engines.placement import (
-                share_beside,
+                engine_memory_fraction,
             )  # here: a worker, which imports this file too, plans nothing
 
             total = torch.cuda.get_device_properties(device).total_memory
-            gpu_memory_utilization = min(gpu_memory_utilization, share_beside(reserved_bytes, total))
+            gpu_memory_utilization = min(gpu_memory_utilization, engine_memory_fraction(reserved_bytes, total))
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(self._own_process)), TRAINER: str(os.getpid())}
         if self._own_process:  # the two take turns: neither keeps a core from the other
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -129,7 +129,9 @@ class VLLMEngine:
         self._sender = self._ask("get ready for weights", lambda: self._make_sender(own_gpu))
 
     def _make_sender(self, own_gpu: bool) -> TrainerWeightTransferEngine[Any]:
-        settle(self._policy_device)  # nccl's sends from the current device, and asked in a thread that is the first
+        synchronize_before_send(
+            self._policy_device
+        )  # nccl's sends from the current device, and asked in a thread that is the first
         init, client = self._transfer_init(own_gpu), LocalClient(self._llm)
         return WeightTransferTrainerFactory.trainer_init(init, client=client, source=self._weights)
 
@@ -151,7 +153,7 @@ class VLLMEngine:
         self._ask("take the weights over", lambda: self._load_weights(version))
 
     def _load_weights(self, version: int) -> None:
-        settle(self._policy_device)
+        synchronize_before_send(self._policy_device)
         if self._asleep:
             torch.cuda.empty_cache()
             self._llm.wake_up(tags=["weights"])
@@ -160,7 +162,7 @@ class VLLMEngine:
         self._sender.send_weights()
         self._version = version
         self._llm.update_weight_version(str(version))
-        settle(self._policy_device)  # the sums too are taken on streams of the sender
+        synchronize_before_send(self._policy_device)  # the sums too are taken on streams of the sender
         check_arrived(self._weights.take_checksums(), self._received(), version)
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
@@ -183,7 +185,7 @@ class VLLMEngine:
         outputs = self._ask(
             f"answer {len(prompts)} prompts", lambda: self._llm.generate(requests, parameters, use_tqdm=False)
         )
-        return of_push(
+        return check_weight_version(
             self._version, "vLLM", [_completion(output, sample) for output in outputs for sample in output.outputs]
         )
 
@@ -219,7 +221,7 @@ class VLLMEngine:
             with self._busy:
                 return call()
         try:
-            return within(self._deadline_s, call, self._is_alive, self.close)
+            return call_with_timeout(self._deadline_s, call, self._is_alive, self.close)
         except TimeoutError as error:
             raise EngineDiedError(
                 f"vLLM did not {what} within {self._deadline_s:g} s (--engine-deadline-s) and was ended"
@@ -228,9 +230,9 @@ class VLLMEngine:
             if self._is_alive() and not isinstance(error, EngineDeadError):
                 raise
             self.close()
-            raise EngineDiedError(f"vLLM's process died when it was to {what}; {self._fate()}") from error
+            raise EngineDiedError(f"vLLM's process died when it was to {what}; {self._exit_reason()}") from error
 
-    def _fate(self) -> str:
+    def _exit_reason(self) -> str:
         """How it ended, as far as that is known: of a signal it says nothing itself."""
         status = next((code for process in self._processes if (code := process.exitcode) is not None), None)
         if status is not None and status < 0:

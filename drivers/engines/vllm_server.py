@@ -23,10 +23,16 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 from vllm.utils.network_utils import get_open_port
 
 from drivers.common.errors import EngineDiedError, UsageError
-from drivers.engines.protocol import Completion, of_push
-from drivers.engines.supervision import in_thread, within
+from drivers.engines.protocol import Completion, check_weight_version
+from drivers.engines.supervision import call_with_timeout, in_thread
 from drivers.engines.vllm import sampling_parameters
-from drivers.engines.vllm_transfer import PACKED_BUFFER_BYTES, HostTrainerInit, read_checksums, settle, version_of
+from drivers.engines.vllm_transfer import (
+    PACKED_BUFFER_BYTES,
+    HostTrainerInit,
+    read_checksums,
+    synchronize_before_send,
+    version_of,
+)
 from drivers.policy.weights import Checksum, PolicyWeights, check_arrived
 from drivers.settings.sampling import Sampling
 
@@ -211,7 +217,7 @@ class ServerEngine:
 
     def _connect(self, max_model_len: int) -> None:
         """With servers that can do what they are for."""
-        settle(self._device)
+        synchronize_before_send(self._device)
         self._servers.sizes = [int(answer["world_size"]) for answer in self._servers.call("GET", "get_world_size")]
         self._check(max_model_len)
         self._sender = WeightTransferTrainerFactory.trainer_init(
@@ -257,12 +263,12 @@ class ServerEngine:
         self._ask("take the weights over", lambda: self._load_weights(version))
 
     def _load_weights(self, version: int) -> None:
-        settle(self._device)
+        synchronize_before_send(self._device)
         self._version = version
         self._weights.take_checksums()
         self._sender.send_weights()
         self._servers.post("update_weight_version", {"new_version": str(version)})
-        settle(self._device)  # the sums too are taken on streams of the sender
+        synchronize_before_send(self._device)  # the sums too are taken on streams of the sender
         check_arrived(self._weights.take_checksums(), self._received(), version)
         self._drop_prefix_cache()
 
@@ -308,7 +314,7 @@ class ServerEngine:
         answer = await client.post(f"{url}/inference/v1/generate", json=body)
         answer.raise_for_status()
         choices = sorted(answer.json()["choices"], key=lambda choice: choice["index"])
-        return of_push(self._version, url, [_completion(prompt, choice) for choice in choices])
+        return check_weight_version(self._version, url, [_completion(prompt, choice) for choice in choices])
 
     def sleep(self) -> None:
         """They have devices of their own."""
@@ -337,7 +343,7 @@ class ServerEngine:
         named = ", ".join(self._servers.urls)
         try:
             try:
-                return within(self._deadline_s, call, lambda: self._servers.failed is None, self.close)
+                return call_with_timeout(self._deadline_s, call, lambda: self._servers.failed is None, self.close)
             except EngineDiedError as error:
                 raise self._servers.failed or error from None
         except TimeoutError as error:

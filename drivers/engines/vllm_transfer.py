@@ -27,7 +27,7 @@ PACKED_BUFFER_BYTES = 256 << 20
 
 
 # --- what arrives is checked -----------------------------------------------------------------------------------------
-class Checked:
+class ChecksummingModel:
     """The model of a worker while it takes weights over: each is summed up where it arrives, then loaded."""
 
     def __init__(self, model: Any) -> None:
@@ -49,11 +49,11 @@ class CheckedNCCLEngine(NCCLWeightTransferEngine):  # type: ignore[misc]
     """vLLM's own, with a sum of each tensor that it receives."""
 
     model: Any
-    received: Checked | None = None
+    received: ChecksummingModel | None = None
 
     def receive_weights(self, update_info: Any) -> None:
         model = self.model
-        self.model = self.received = Checked(model)
+        self.model = self.received = ChecksummingModel(model)
         try:
             super().receive_weights(update_info)
         finally:
@@ -78,7 +78,7 @@ class HostWorkerEngine(WeightTransferEngine[HostInit, HostUpdate]):  # type: ign
     """The engine's side: load what the trainer hands over."""
 
     init_info_cls, update_info_cls = HostInit, HostUpdate
-    received: Checked | None = None
+    received: ChecksummingModel | None = None
 
     def init_transfer_engine(self, init_info: HostInit) -> None:
         pass
@@ -93,7 +93,7 @@ class HostWorkerEngine(WeightTransferEngine[HostInit, HostUpdate]):  # type: ign
 
     @torch.no_grad()
     def receive_weights(self, update_info: HostUpdate) -> None:
-        self.received = Checked(self.model)
+        self.received = ChecksummingModel(self.model)
         if update_info.path is None:
             self.received.load_weights(update_info.tensors)
             return
@@ -190,7 +190,7 @@ class LocalClient:
         self.llm.finish_weight_update(weight_version)
 
 
-def settle(device: torch.device) -> None:
+def synchronize_before_send(device: torch.device) -> None:
     """Before the policy's weights on `device` are sent: all that is still to change them there is done.
 
     NCCL's sender packs on streams of its own, which wait for nobody's, and a new thread's device is the first one.

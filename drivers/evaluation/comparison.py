@@ -76,11 +76,11 @@ _ASKED_ALIKE = (
 """Settings whose difference may be what is to be measured; it is told."""
 
 
-def of_all(rows: Mapping[str, Sequence[Row]]) -> list[Row]:
+def flatten(rows: Mapping[str, Sequence[Row]]) -> list[Row]:
     return [row for of_set in rows.values() for row in of_set]
 
 
-def tell(
+def print_results(
     name: str,
     config: EvaluateConfig,
     values: Mapping[str, float],

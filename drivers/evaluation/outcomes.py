@@ -56,7 +56,7 @@ def by_question(rows: Sequence[Row]) -> list[list[Row]]:
     return [list(of_question) for _, of_question in groupby(rows, key=lambda row: row["question_number"])]
 
 
-def rights(of_question: Sequence[Row]) -> list[float]:
+def correctness_values(of_question: Sequence[Row]) -> list[float]:
     """1 or 0 of each response that could be scored: its answer reward, or where there is none, its reward."""
     values = [row.get("answer_reward", row["reward"]) for row in of_question]
     return [float(value) for value in values if value is not None]
@@ -75,7 +75,7 @@ def describe(rows: Sequence[Row], reward: str) -> dict[str, float]:
     categories = [category for row in rows if (category := category_of(row)) is not None]
     for name in CATEGORIES if categories else ():
         values[f"category_{name}"] = categories.count(name) / len(categories)
-    scored = [found for of_question in questions if (found := rights(of_question))]
+    scored = [found for of_question in questions if (found := correctness_values(of_question))]
     if not scored or not all(0 <= value <= 1 for found in scored for value in found):
         return values
     for name in ("accuracy", f"avg_at_{n}")[: 1 + (n > 1)]:
@@ -126,7 +126,7 @@ def compare(rows: Sequence[Row], other: Sequence[Row]) -> dict[str, float]:
     """
     pairs, are_binary, all_within = [], True, True
     for ours, theirs in zip(by_question(rows), by_question(other), strict=True):
-        right, right_there = rights(ours), rights(theirs)
+        right, right_there = correctness_values(ours), correctness_values(theirs)
         are_binary &= {*right, *right_there} <= {0.0, 1.0}
         all_within &= all(0 <= value <= 1 for value in (*right, *right_there))
         if len(right) == len(ours) and len(right_there) == len(theirs) == len(ours):

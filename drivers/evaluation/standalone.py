@@ -12,7 +12,7 @@ import torch
 from drivers.common.atomic_files import write_json, write_jsonl
 from drivers.common.errors import UsageError
 from drivers.engines.factory import make_engine
-from drivers.evaluation.comparison import Rows, Values, of_all, read_earlier, tell
+from drivers.evaluation.comparison import Rows, Values, flatten, print_results, read_earlier
 from drivers.evaluation.outcomes import category_of, compare, describe
 from drivers.evaluation.policy import evaluate_policy
 from drivers.grading.pool import start_grading
@@ -35,15 +35,15 @@ def evaluate(config: EvaluateConfig) -> Path:
     earlier = None if config.compare_to is None else read_earlier(config, sets)
     with start_grading(config, lambda text: print(f"warning: {text}", file=sys.stderr)) as grade:
         models = [config.model_path] + ([] if config.compare_to is None or earlier else [config.compare_to])
-        asked = [ask(config, sets, prompt, model) for model in models]
+        asked = [tokenize_questions(config, sets, prompt, model) for model in models]
         folder = create_run_folder("--output-dir", config.output_dir, "evaluate", marker="results.json")
         try:
             values, rows = sample_and_grade(config, asked[0], device, grade)
-            write_jsonl(folder / "completions.jsonl", of_all(rows))
+            write_jsonl(folder / "completions.jsonl", flatten(rows))
             compared, others = earlier or ({}, None)
             if len(asked) > 1:
                 compared, others = sample_and_grade(config, asked[1], device, grade)
-                write_jsonl(folder / "completions_compared.jsonl", of_all(others))
+                write_jsonl(folder / "completions_compared.jsonl", flatten(others))
         except BaseException:
             abandon_run_folder(folder, "results.json")
             raise
@@ -55,7 +55,9 @@ def evaluate(config: EvaluateConfig) -> Path:
     written |= {"config": asdict(config), "environment": describe_environment()}
     write_json(folder / "results.json", written)
     for name in sets:
-        tell(name, config, results[name], rows[name], written["comparison"].get(name), written["compared"].get(name))
+        print_results(
+            name, config, results[name], rows[name], written["comparison"].get(name), written["compared"].get(name)
+        )
     print(f"Written to {folder}/: results.json, completions.jsonl")
     return folder
 
@@ -70,7 +72,7 @@ def load_sets(config: EvaluateConfig) -> dict[str, list[Example]]:
     return {name: load_examples("--data-path", path)[: config.n_examples] for name, path in sets}
 
 
-class Asked(NamedTuple):
+class ModelInputs(NamedTuple):
     """A model, and the questions in its tokens."""
 
     model_path: str
@@ -78,15 +80,19 @@ class Asked(NamedTuple):
     questions: dict[str, list[Question]]
 
 
-def ask(config: EvaluateConfig, sets: Mapping[str, Sequence[Example]], prompt: Prompt, model: str) -> Asked:
+def tokenize_questions(
+    config: EvaluateConfig, sets: Mapping[str, Sequence[Example]], prompt: Prompt, model: str
+) -> ModelInputs:
     model_path = resolve_model(model)
     tokenizer = load_tokenizer(model_path, for_chat=config.chat_template)
     context = context_length(model_path)
     make = partial(make_questions, max_new_tokens=config.sampling_max_tokens, context=context)
-    return Asked(model_path, tokenizer, {name: make(some, prompt, tokenizer) for name, some in sets.items()})
+    return ModelInputs(model_path, tokenizer, {name: make(some, prompt, tokenizer) for name, some in sets.items()})
 
 
-def sample_and_grade(config: EvaluateConfig, asked: Asked, device: torch.device, grade: Grader) -> tuple[Values, Rows]:
+def sample_and_grade(
+    config: EvaluateConfig, asked: ModelInputs, device: torch.device, grade: Grader
+) -> tuple[Values, Rows]:
     """`evaluate_policy` of each data set, with the model and the engine that the settings name."""
     dtype = choose_dtype(config.dtype, device)
     policy = load_policy(asked.model_path, device, dtype)

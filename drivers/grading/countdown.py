@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from grpo_core import GroundTruth
 
-MOST_CHARACTERS = 256
+MAX_CHARACTERS = 256
 """Of an expression. All else is bounded by it: it is read once, and only the numbers given are ever computed with."""
 
 
@@ -86,7 +86,7 @@ def parse(expression: str) -> list[int | str] | None:
 
     A sign before a number is none of them, nor is a number that stands beside another or before a parenthesis.
     """
-    if len(expression) > MOST_CHARACTERS:
+    if len(expression) > MAX_CHARACTERS:
         return None
     postfix, waiting, place, awaits_value = list[int | str](), list[str](), 0, True
     expression = expression.rstrip(" \t\n")

@@ -18,9 +18,9 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Literal, get_args
 
-from drivers.common.errors import UnsoundRunError, UsageError
+from drivers.common.errors import TrainingAbortedError, UsageError
 from drivers.grading.loading import BUILT_IN
-from drivers.grading.verdicts import LARGEST, Asked, Graded, Why, late, side_by_side
+from drivers.grading.verdicts import LARGEST, Graded, GradingRequest, Why, side_by_side, timeout_verdict
 from drivers.settings.evaluate import EvaluateConfig
 from drivers.settings.grpo import GrpoConfig
 from drivers.settings.reward_spec import check_file, check_reward, parse_mix
@@ -39,13 +39,13 @@ STUCK_S = 30.0
 """For a worker that has nothing to do to read its work, or to end a message that it began."""
 
 
-MOST_WORKERS = 8
+MAX_WORKERS = 8
 
 
-MOST_IN_CHUNK = 32
+MAX_CHUNK_RESPONSES = 32
 
 
-MOST_BYTES = 1 << 20
+MAX_MESSAGE_BYTES = 1 << 20
 """Of a message from a worker."""
 
 
@@ -59,7 +59,7 @@ _PROGRAM = (
 )
 
 
-class _NurseryDiedError(UnsoundRunError):
+class ForkServerDiedError(TrainingAbortedError):
     """What starts and ends workers has ended."""
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ class _Worker:
 class _Batch:
     """What is to be graded, and how far that is."""
 
-    def __init__(self, pairs: Sequence[Asked], size: int) -> None:
+    def __init__(self, pairs: Sequence[GradingRequest], size: int) -> None:
         self.pairs = pairs
         self.graded: list[Graded | None] = [None] * len(pairs)
         self.chunks = deque(list(range(len(pairs)))[start : start + size] for start in range(0, len(pairs), size))
@@ -112,7 +112,7 @@ class GradingPool:
         """Workers start in the background. `n_workers`: 0 for half of the cores, at most 8."""
         check_reward(reward, mix)
         check_file(reward)
-        self._n_workers = n_workers or max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // 2))
+        self._n_workers = n_workers or max(1, min(MAX_WORKERS, len(os.sched_getaffinity(0)) // 2))
         self._reward, self._deadline_s, self._warn = reward, deadline_s, warn
         self._settings = json.dumps(
             {"reward": reward, "mix": parse_mix(mix), "deadline_s": deadline_s, "trainer": os.getpid()}
@@ -141,7 +141,7 @@ class GradingPool:
         with self._lock:
             try:
                 graded = self._grade(pairs)
-            except _NurseryDiedError:
+            except ForkServerDiedError:
                 self._check_open()
                 self._abandon()
                 self._start()
@@ -173,7 +173,7 @@ class GradingPool:
                 env=os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
             )
         self._heard = selectors.DefaultSelector()
-        self._workers = [self._hire() for _ in range(self._n_workers)]
+        self._workers = [self._spawn_worker() for _ in range(self._n_workers)]
 
     def _abandon(self) -> None:
         """The nursery, which takes the workers with it."""
@@ -188,7 +188,7 @@ class GradingPool:
         for worker in self._workers:
             worker.connection.close()
 
-    def _hire(self) -> _Worker:
+    def _spawn_worker(self) -> _Worker:
         ours, theirs = socket.socketpair()
         _end_waits(ours, STUCK_S)
         self._n_started += 1
@@ -197,7 +197,7 @@ class GradingPool:
                 socket.send_fds(self._control, [b"%d" % self._n_started], [theirs.fileno()])
             except OSError as error:
                 ours.close()
-                raise _NurseryDiedError from error
+                raise ForkServerDiedError from error
         worker = _Worker(self._n_started, Connection(ours.detach()))
         self._heard.register(worker.connection, selectors.EVENT_READ, worker)
         return worker
@@ -211,8 +211,8 @@ class GradingPool:
                 number, found = map(int, self._control.recv(64).split())
                 code = found if number == worker.number else None
         except (OSError, ValueError) as error:
-            raise _NurseryDiedError from error
-        self._workers[self._workers.index(worker)] = self._hire()
+            raise ForkServerDiedError from error
+        self._workers[self._workers.index(worker)] = self._spawn_worker()
         self._heard.unregister(worker.connection)
         worker.connection.close()
         return code
@@ -223,12 +223,12 @@ class GradingPool:
 
     # A batch.
 
-    def _grade(self, pairs: Sequence[Asked]) -> list[Graded]:
+    def _grade(self, pairs: Sequence[GradingRequest]) -> list[Graded]:
         for worker in [worker for worker in self._workers if worker.work]:
             self._replace(worker)  # of a batch that was interrupted: nobody waits for its grades
         self._await_one()
         share = -(-len(pairs) // self._n_workers)
-        batch = _Batch(pairs, max(1, min(MOST_IN_CHUNK, share if self._is_async else share // 4)))
+        batch = _Batch(pairs, max(1, min(MAX_CHUNK_RESPONSES, share if self._is_async else share // 4)))
         while batch.chunks or any(worker.work for worker in self._workers):
             for worker in [worker for worker in self._workers if worker.pid and not worker.work]:
                 if batch.chunks:
@@ -262,7 +262,7 @@ class GradingPool:
         for worker in list(self._workers):
             if worker in heard:
                 try:
-                    yield worker, json.loads(worker.connection.recv_bytes(MOST_BYTES))
+                    yield worker, json.loads(worker.connection.recv_bytes(MAX_MESSAGE_BYTES))
                 except (EOFError, OSError, ValueError, RecursionError):
                     yield worker, "ended"
             elif time.monotonic() > worker.due:
@@ -276,7 +276,7 @@ class GradingPool:
             case ["refused", str(text)] if worker.pid is None:
                 raise UsageError(text)
             case ["unsound", str(text)]:
-                raise UnsoundRunError(text)
+                raise TrainingAbortedError(text)
             case ["graded" | "last" as kind, int(place), dict(scores), str(why), str(detail)] if (
                 place in worker.work and _is_verdict(scores, why)
             ):
@@ -289,9 +289,9 @@ class GradingPool:
                 elif not self._is_async:
                     worker.due = time.monotonic() + self._deadline_s + GRACE_S
             case _:
-                self._bury(worker, batch, is_late=message == "late")
+                self._on_worker_exit(worker, batch, is_late=message == "late")
 
-    def _bury(self, worker: _Worker, batch: _Batch, *, is_late: bool) -> None:
+    def _on_worker_exit(self, worker: _Worker, batch: _Batch, *, is_late: bool) -> None:
         """Replace a worker that ended or is late. What it worked on gets that for a verdict."""
         self._check_open()
         code = self._replace(worker)
@@ -303,7 +303,9 @@ class GradingPool:
         if worker.work and not (self._is_async and len(worker.work) > 1):
             index = worker.work.pop(next(iter(worker.work)))
             timed_out = is_late or code == -signal.SIGALRM
-            batch.graded[index] = late(self._deadline_s) if timed_out else Graded({"reward": None}, "error", how)
+            batch.graded[index] = (
+                timeout_verdict(self._deadline_s) if timed_out else Graded({"reward": None}, "error", how)
+            )
         self._put_back(worker, batch)
 
     def _put_back(self, worker: _Worker, batch: _Batch) -> None:
@@ -314,7 +316,7 @@ class GradingPool:
         elif left:
             batch.chunks.appendleft(left)
 
-    def _tell(self, pairs: Sequence[Asked], graded: Sequence[Graded]) -> None:
+    def _tell(self, pairs: Sequence[GradingRequest], graded: Sequence[Graded]) -> None:
         for (response, *_), verdict in zip(pairs, graded, strict=True):
             if verdict.why in ("timeout", "error", "not_finite") and self._n_told < N_TOLD:
                 self._n_told += 1

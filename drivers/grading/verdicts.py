@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, NoReturn
 
-from drivers.common.errors import UnsoundRunError
+from drivers.common.errors import TrainingAbortedError
 from drivers.grading.loading import is_async
 from drivers.settings.reward_spec import parse_mix
 from grpo_core import GroundTruth
@@ -43,7 +43,7 @@ Those of this file also take the texts of the questions, for rewards that ask fo
 """
 
 
-Asked = tuple[str, GroundTruth, str | None]
+GradingRequest = tuple[str, GroundTruth, str | None]
 """A response, its answer, and the text of its question where that is known."""
 
 
@@ -57,7 +57,7 @@ def grade_all(
 
 
 # --- the rules: from what a function returned, or raised, to a verdict -----------------------------------------------
-def one_by_one(reward_fn: Callable[..., Any], mix: Sequence[str] = ()) -> Grader:
+def make_inline_grader(reward_fn: Callable[..., Any], mix: Sequence[str] = ()) -> Grader:
     """A grader in this process: the verdicts of a `GradingPool`, without its deadline."""
     name = f"reward_fn={getattr(reward_fn, '__name__', reward_fn)}"
     with_question = taking_question(reward_fn)
@@ -74,7 +74,7 @@ def one_by_one(reward_fn: Callable[..., Any], mix: Sequence[str] = ()) -> Grader
 
 def side_by_side(
     responses: Sequence[str], ground_truths: Sequence[GroundTruth], questions: Sequence[str] | None
-) -> list[Asked]:
+) -> list[GradingRequest]:
     texts: Sequence[str | None] = [None] * len(responses) if questions is None else questions
     return list(zip(responses, ground_truths, texts, strict=True))
 
@@ -90,7 +90,7 @@ def taking_question(reward_fn: Callable[..., Any]) -> Callable[..., Any]:
     return lambda response, ground_truth, question: reward_fn(response, ground_truth, question=question)
 
 
-def grade_one(name: str, call: Callable[..., Any], mix: Mapping[str, float], asked: Asked) -> Graded:
+def grade_one(name: str, call: Callable[..., Any], mix: Mapping[str, float], asked: GradingRequest) -> Graded:
     """The verdict of `call`, whatever it raises; an UnsoundRunError if it returns what is no reward."""
     try:
         returned = call(*asked)
@@ -104,7 +104,7 @@ def failed(error: BaseException) -> Graded:
     return Graded({"reward": None}, "error", f"{type(error).__name__}: {error}"[:300])
 
 
-def late(deadline_s: float) -> Graded:
+def timeout_verdict(deadline_s: float) -> Graded:
     """The verdict where it did not come to an end."""
     return Graded({"reward": None}, "timeout", f"no grade within {deadline_s:g} s")
 
@@ -129,7 +129,7 @@ def read_return(name: str, mix: Mapping[str, float], response: str, returned: ob
     def refuse(required: str) -> NoReturn:
         shown = repr(returned)
         shown = shown if len(shown) <= 120 else f"{shown[:119]}…"
-        raise UnsoundRunError(f"{name}: returned {shown} for the response {response[:60]!r}: {required}")
+        raise TrainingAbortedError(f"{name}: returned {shown} for the response {response[:60]!r}: {required}")
 
     if returned is None:
         return Graded({"reward": None}, "unparsable", "returned None")

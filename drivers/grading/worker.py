@@ -17,16 +17,24 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from drivers.common.errors import UnsoundRunError, UsageError
+from drivers.common.errors import TrainingAbortedError, UsageError
 from drivers.grading.loading import is_async, load_reward
 from drivers.grading.pool import GRACE_S
-from drivers.grading.verdicts import Asked, Graded, failed, grade_one, late, read_return, taking_question
+from drivers.grading.verdicts import (
+    Graded,
+    GradingRequest,
+    failed,
+    grade_one,
+    read_return,
+    taking_question,
+    timeout_verdict,
+)
 
-MOST_MEMORY = 4 << 30
+MAX_MEMORY_BYTES = 4 << 30
 """Address space that a worker may take beyond what it has when its reward is loaded."""
 
 
-MOST_GENERATIONS = 100
+MAX_GENERATIONS = 100
 """Of processes that start another one as they are killed."""
 
 
@@ -36,7 +44,7 @@ _LOOK_EVERY_S = 1.0
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
-def nurse(control: int, settings: str) -> None:
+def fork_server_main(control: int, settings: str) -> None:
     """Fork a worker for each socket that comes; end the one that is named, and say how it ended. Last, end them all.
 
     A message is the number of a worker, with its socket to start it, without to end it. What a worker has started in a
@@ -104,7 +112,7 @@ def _end(pid: int) -> int:
 
 def _end_strays(workers: Collection[int]) -> None:
     """Kill what workers have left to this process. The children of what is killed are the next to come."""
-    for _ in range(MOST_GENERATIONS):
+    for _ in range(MAX_GENERATIONS):
         strays = _children() - set(workers)
         if not strays:
             return
@@ -149,7 +157,7 @@ def work(connection: Connection, reward: str, mix: dict[str, float], deadline_s:
                         graded = grade_one(name, call, mix, asked)
                         _set_alarm(0)
                         _answer(connection, place, graded)
-            except UnsoundRunError as error:
+            except TrainingAbortedError as error:
                 _send(connection, "unsound", str(error))
             _set_alarm(0)
 
@@ -162,13 +170,13 @@ async def _grade_at_once(
     mix: dict[str, float],
     deadline_s: float,
 ) -> None:
-    async def grade(place: int, asked: Asked) -> None:
+    async def grade(place: int, asked: GradingRequest) -> None:
         limit = asyncio.timeout(deadline_s)
         try:
             async with limit:
                 returned = await call(*asked)
         except (Exception, SystemExit, asyncio.CancelledError) as error:
-            graded = late(deadline_s) if limit.expired() else failed(error)
+            graded = timeout_verdict(deadline_s) if limit.expired() else failed(error)
         else:
             graded = read_return(name, mix, asked[0], returned)
         _answer(connection, place, graded)
@@ -179,7 +187,7 @@ async def _grade_at_once(
 def limit_memory() -> None:
     """A response that asks for too much gets a MemoryError."""
     with open("/proc/self/statm") as file:
-        most = int(file.read().split()[0]) * resource.getpagesize() + MOST_MEMORY
+        most = int(file.read().split()[0]) * resource.getpagesize() + MAX_MEMORY_BYTES
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from drivers.common.distributed import T, size
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered, on every rank; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
 
@@ -40,7 +40,7 @@ def shard(policy: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Mod
     return policy
 
 
-def as_forward(policy: Any, call: Callable[[], T]) -> T:
+def with_unsharded_params(policy: Any, call: Callable[[], T]) -> T:
     """`call()` while the weights of `policy` outside its layers are at hand, as in a forward pass of its own."""
     if not isinstance(policy, FSDPModule):
         return call()
@@ -52,7 +52,7 @@ def as_forward(policy: Any, call: Callable[[], T]) -> T:
     return result
 
 
-def at_rest(policy: nn.Module) -> nn.Module:
+def resharded(policy: nn.Module) -> nn.Module:
     """`policy`, its parameters being the shards, whatever pass was the last."""
     if isinstance(policy, FSDPModule):
         policy.reshard()
@@ -62,5 +62,7 @@ def at_rest(policy: nn.Module) -> nn.Module:
 def computing_dtype(policy: Any) -> torch.dtype:
     """What passes compute in, which sharded weights are not kept in."""
     with torch.no_grad():
-        dtype: torch.dtype = as_forward(policy, lambda: next(policy.get_input_embeddings().parameters()).dtype)
+        dtype: torch.dtype = with_unsharded_params(
+            policy, lambda: next(policy.get_input_embeddings().parameters()).dtype
+        )
     return dtype

@@ -14,7 +14,7 @@ from torch import nn
 
 from drivers.common.errors import UsageError
 from drivers.settings.recipes import EMBEDDED_MODEL
-from drivers.tasks.chat import end_turns
+from drivers.tasks.chat import use_end_of_turn_as_eos
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
@@ -85,7 +85,7 @@ def load_tokenizer(model_path: str, *, for_chat: bool = False) -> Any:
     if tokenizer.eos_token_id is None:
         raise UsageError(f"--model-path {model_path}: its tokenizer has no end-of-sequence token; one is required")
     if for_chat:
-        end_turns(tokenizer, model_path)
+        use_end_of_turn_as_eos(tokenizer, model_path)
     return tokenizer
 
 
@@ -131,7 +131,7 @@ def load_policy(
     return policy
 
 
-def keep_freed_memory() -> None:
+def tune_malloc() -> None:
     """Let the C library hand freed memory to the next tensor, where it would return it to the system each time.
 
     On a CPU, new pages cost 25 ms for 100 MB, as much as a matrix product over them. What the environment says wins.

@@ -65,7 +65,7 @@ def without_lora(policy: nn.Module) -> Iterator[nn.Module]:
 def adapter_weights(policy: nn.Module) -> dict[str, Tensor]:
     """A and B, as peft's own files name them. All ranks gather; empty where there is no LoRA."""
     return {
-        f"base_model.model.{name.replace(f'.{ADAPTER}', '')}": fsdp.whole(parameter.detach())
+        f"base_model.model.{name.replace(f'.{ADAPTER}', '')}": fsdp.full_tensor(parameter.detach())
         for name, parameter in policy.named_parameters()
         if ".lora_" in name
     }

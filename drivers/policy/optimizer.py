@@ -26,7 +26,7 @@ class PolicyOptimizer:
     """
 
     def __init__(self, policy: nn.Module, learning_rate: float) -> None:
-        named = {name: p for name, p in fsdp.at_rest(policy).named_parameters() if p.requires_grad}
+        named = {name: p for name, p in fsdp.resharded(policy).named_parameters() if p.requires_grad}
         self._names, self._parameters = list(named), list(named.values())
         self.n_updates = 0
         self._masters = [self._master_of(p) for p in self._parameters]
@@ -59,7 +59,7 @@ class PolicyOptimizer:
 
     def clip(self, max_grad_norm: float) -> Tensor:
         """Scale the gradient down to this norm. Returns what it was before."""
-        return fsdp.whole(nn.utils.clip_grad_norm_(self._masters, max_grad_norm))
+        return fsdp.full_tensor(nn.utils.clip_grad_norm_(self._masters, max_grad_norm))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -87,7 +87,7 @@ class PolicyOptimizer:
             tensors |= {f"{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq")}
         return tensors
 
-    def restored(self, n_updates: int) -> None:
+    def finish_loading(self, n_updates: int) -> None:
         """What `tensors` gave was overwritten by what it was after `n_updates`: compute with it."""
         self.n_updates = n_updates
         for master in self._masters:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from drivers.common import distributed
-from drivers.common.errors import UnsoundRunError
+from drivers.common.errors import TrainingAbortedError
 from drivers.policy import fsdp
 
 Checksum = tuple[int, int]
@@ -49,19 +49,19 @@ class PolicyWeights:
 
     @torch.no_grad()
     def _gathered(self) -> Generator[tuple[str, Tensor], None, None]:
-        distributed.summon()
+        distributed.request_weight_gather()
         self._sums = {}
         entries = self._entries()
         try:
             for name, parameter, adapted in entries:
-                weight, update = fsdp.whole(parameter), None if adapted is None else _lora_update(adapted)
+                weight, update = fsdp.full_tensor(parameter), None if adapted is None else _lora_update(adapted)
                 if distributed.is_first():  # the others help to gather, and do nothing with what comes of it
                     weight = self._as_pushed(name, weight, update)
                     self._sums[name] = checksum(weight)
                 yield name, weight
         finally:  # where an engine died of it, the other ranks gather on: so does this one, to its end
             for _, parameter, adapted in entries if distributed.size() > 1 else ():
-                fsdp.whole(parameter)
+                fsdp.full_tensor(parameter)
                 if adapted is not None:
                     _lora_update(adapted)
 
@@ -69,7 +69,7 @@ class PolicyWeights:
         if update is None:
             return weight.to(self._dtype)
         merged = weight.float() + update
-        return dithered(merged, name) if self._dtype == torch.bfloat16 else merged.to(self._dtype)
+        return stochastic_round(merged, name) if self._dtype == torch.bfloat16 else merged.to(self._dtype)
 
     def checksums(self) -> dict[str, Checksum]:
         """Of all of them, as they are now; on the first rank, with which the others gather."""
@@ -85,7 +85,7 @@ class PolicyWeights:
     def _entries(self) -> Iterator[tuple[str, nn.Parameter, Any]]:
         """Name, parameter, and the LoRA layer that changes it, if one does."""
         modules = dict(self._policy.named_modules())
-        for name, parameter in fsdp.at_rest(self._policy).named_parameters():
+        for name, parameter in fsdp.resharded(self._policy).named_parameters():
             module_name, _, last = name.rpartition(".")
             parent_name, _, child = module_name.rpartition(".")
             if ".lora_" in name:
@@ -100,13 +100,13 @@ def _lora_update(layer: Any) -> Tensor:
     """`scaling * B A`, of every adapter that is on."""
     update = torch.zeros((), device=layer.base_layer.weight.device)
     for name in layer.active_adapters:
-        down, up = (fsdp.whole(part[name].weight).float() for part in (layer.lora_A, layer.lora_B))
+        down, up = (fsdp.full_tensor(part[name].weight).float() for part in (layer.lora_A, layer.lora_B))
         product = layer.scaling[name] * (up @ down)
         update = update + (product.T if getattr(layer, "fan_in_fan_out", False) else product)
     return update
 
 
-def dithered(weight: Tensor, name: str) -> Tensor:
+def stochastic_round(weight: Tensor, name: str) -> Tensor:
     """Float32 to bfloat16, up or down by a chance that makes the mean exact; the same chance each time for a `name`.
 
     Rounding to the nearest takes most of a small update away (LoRA's, from a model in bfloat16): what stays below half
@@ -157,7 +157,7 @@ def check_arrived(expected: Mapping[str, Checksum], received: Sequence[Mapping[s
     for worker, sums in enumerate(received):
         wrong = differing(expected, sums)
         if wrong:
-            raise UnsoundRunError(
+            raise TrainingAbortedError(
                 f"self-check: of the {len(expected)} tensors of push {version}, worker {worker} of the engine has "
                 f"{len(wrong)} others than the policy: {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}. A "
                 "push was skipped, cut short or is of other weights"

@@ -23,7 +23,7 @@ DASHES = ("solid", "dashed", "dotted", "dashdot")
 """Of quantities in one panel; begun anew where there are more."""
 
 
-MOST_DOTS = 60
+MAX_DOTS = 60
 """Points of a line that are marked."""
 
 
@@ -111,7 +111,7 @@ def _draw_lines(axis: Any, panel: Panel, groups: Sequence[Series], scale: Scale)
     for line in panel.lines:
         colour = colour_of(line.quantity if single else line.series)
         style = {"color": colour, "linestyle": dash_of(line.quantity), "linewidth": width_of(line.series)}
-        style |= {"marker": "o", "markersize": 3} if len(line.points) <= MOST_DOTS else {}
+        style |= {"marker": "o", "markersize": 3} if len(line.points) <= MAX_DOTS else {}
         places = [scale.of(point.step, point.seconds) for point in line.points]
         axis.plot(places, [point.value for point in line.points], **style)
         ranged = [

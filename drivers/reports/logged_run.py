@@ -20,7 +20,7 @@ NO_DIFFERENCE = ("seed", "save_dir", "resume", "wandb_project", "wandb_run_name"
 """Settings that make no other experiment of a run."""
 
 
-class Recorded:
+class LoggedRun:
     """One run, as its folder has it. Whatever is missing or half written there is missing here."""
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -119,11 +119,11 @@ class Series(NamedTuple):
     """Runs that are one experiment."""
 
     name: str
-    runs: list[Recorded]
+    runs: list[LoggedRun]
 
 
 # --- from files ------------------------------------------------------------------------------------------------------
-def read_runs(folders: Sequence[Path]) -> list[Recorded]:
+def read_runs(folders: Sequence[Path]) -> list[LoggedRun]:
     """Of each folder once; one that holds no run is a UsageError."""
     resolved = list(dict.fromkeys(folder.resolve() for folder in folders))
     for folder in resolved:
@@ -136,7 +136,7 @@ def read_runs(folders: Sequence[Path]) -> list[Recorded]:
         for depth in depths
         if len(set(names := ["/".join(folder.parts[-depth:]) for folder in resolved])) == len(resolved)
     )
-    return [Recorded(folder, name) for folder, name in zip(resolved, names, strict=True)]
+    return [LoggedRun(folder, name) for folder, name in zip(resolved, names, strict=True)]
 
 
 def read_metrics(folder: Path) -> dict[str, list[Row]]:
@@ -199,16 +199,16 @@ def _accuracy(value: float, row: Row) -> Estimate:
 
 
 # --- what is compared ------------------------------------------------------------------------------------------------
-def differing_settings(runs: Sequence[Recorded]) -> list[str]:
+def differing_settings(runs: Sequence[LoggedRun]) -> list[str]:
     """Names of the settings in which runs differ that have them: another program has others."""
     names = dict.fromkeys(name for run in runs for name in run.settings if name not in NO_DIFFERENCE)
     values = {name: {_key(run.settings[name]) for run in runs if name in run.settings} for name in names}
     return [name for name, found in values.items() if len(found) > 1]
 
 
-def group_runs(runs: Sequence[Recorded]) -> list[Series]:
+def group_runs(runs: Sequence[LoggedRun]) -> list[Series]:
     """In the order of their first runs. A run without settings is alone: nobody knows what it is one of."""
-    groups: dict[str, list[Recorded]] = {}
+    groups: dict[str, list[LoggedRun]] = {}
     for run in runs:
         compared = {name: value for name, value in run.settings.items() if name not in NO_DIFFERENCE}
         groups.setdefault(_key([run.program, compared] if compared else run.name), []).append(run)
@@ -216,7 +216,7 @@ def group_runs(runs: Sequence[Recorded]) -> list[Series]:
     return [Series(_name(members, differing, len(groups)), members) for members in groups.values()]
 
 
-def _name(members: Sequence[Recorded], differing: Sequence[str], n_series: int) -> str:
+def _name(members: Sequence[LoggedRun], differing: Sequence[str], n_series: int) -> str:
     """By the settings that make the difference if these are few, else by the first folder."""
     own = [f"{name}={show(members[0].settings[name])}" for name in differing if name in members[0].settings]
     name = ", ".join(own) if n_series > 1 and len(differing) <= 2 and own else members[0].name

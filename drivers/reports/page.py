@@ -17,7 +17,7 @@ from drivers.reports.curves import DARK_PALETTE, PALETTE, draw, explain_ranges, 
 from drivers.reports.logged_run import (
     PHASES,
     Estimate,
-    Recorded,
+    LoggedRun,
     Row,
     Series,
     differing_settings,
@@ -26,17 +26,17 @@ from drivers.reports.logged_run import (
     read_runs,
     show,
 )
-from drivers.reports.series import Panel, Times, make_panels, make_times, steps_within, thin
+from drivers.reports.series import Panel, Times, downsample, make_panels, make_times, steps_within
 
-MOST_POINTS = 16_000
+MAX_POINTS = 16_000
 """Of all lines on a page."""
 
 
-MOST_OF_A_LINE = 400
+MAX_POINTS_PER_LINE = 400
 """More would not be seen."""
 
 
-MOST_CHARACTERS = 1_500_000
+MAX_CHARACTERS = 1_500_000
 """Of the responses on a page."""
 
 
@@ -65,12 +65,12 @@ def write_report(folders: Sequence[Path], output: Path, title: str) -> Path:
     return output / "page.html"
 
 
-def make_page(runs: Sequence[Recorded], groups: Sequence[Series], title: str) -> str:
+def make_page(runs: Sequence[LoggedRun], groups: Sequence[Series], title: str) -> str:
     """All of it. What is not ours is escaped: here as HTML, in the data as JSON that holds no tag."""
     script, style = (_part(f"page.{kind}") for kind in ("js", "css"))
     style = f"{_colours()}{style}"
     responses, panels = collect_responses(runs), make_panels(groups)
-    most = min(MOST_OF_A_LINE, MOST_POINTS // max(1, sum(len(panel.lines) for panel in panels)))
+    most = min(MAX_POINTS_PER_LINE, MAX_POINTS // max(1, sum(len(panel.lines) for panel in panels)))
     data = {
         "colours": len(PALETTE),
         "series": [{"name": series.name, "runs": len(series.runs)} for series in groups],
@@ -116,7 +116,7 @@ def _colours() -> str:
 
 
 # --- in words --------------------------------------------------------------------------------------------------------
-def _subtitle(runs: Sequence[Recorded], groups: Sequence[Series]) -> str:
+def _subtitle(runs: Sequence[LoggedRun], groups: Sequence[Series]) -> str:
     programs = ", ".join(dict.fromkeys(run.program for run in runs if run.program))
     count = f"{len(runs)} runs in {len(groups)} series" if len(runs) > 1 else "One run"
     return f"{count} of {programs}" if programs else count
@@ -134,7 +134,7 @@ def _curves_note(groups: Sequence[Series], most: int) -> str:
     return " ".join(notes)
 
 
-def _responses_note(runs: Sequence[Recorded], kept: int) -> str:
+def _responses_note(runs: Sequence[LoggedRun], kept: int) -> str:
     there = sum(len(run.completions) for run in runs)
     if not there:
         return "No responses were logged (completions.jsonl)."
@@ -154,7 +154,7 @@ def summary_table(groups: Sequence[Series]) -> str:
     names += ["steps", "wall-clock", "sampled tokens/s", "trained tokens/s", "anomalies"]
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
 
-    def row(kind: str, name: str, members: Sequence[Recorded]) -> str:
+    def row(kind: str, name: str, members: Sequence[LoggedRun]) -> str:
         first = members[0]
         cells = [escape(first.program)] if several else []
         cells += [_accuracy_cell(members, which) for which in ("before", "last", "best")]
@@ -176,7 +176,7 @@ def summary_table(groups: Sequence[Series]) -> str:
     return f'<table class="summary"><thead><tr>{head}</tr></thead><tbody>\n' + "\n".join(lines) + "\n</tbody></table>"
 
 
-def _steps(members: Sequence[Recorded]) -> str:
+def _steps(members: Sequence[LoggedRun]) -> str:
     """Made, from the least to the most, of how many."""
     made = [run.steps[0] for run in members]
     planned = max(run.steps[1] or 0 for run in members)
@@ -184,7 +184,7 @@ def _steps(members: Sequence[Recorded]) -> str:
     return f"{shown} of {planned}" if planned > min(made) else shown
 
 
-def accuracy_at(run: Recorded, which: str) -> tuple[int, Estimate] | None:
+def accuracy_at(run: LoggedRun, which: str) -> tuple[int, Estimate] | None:
     """Before the first step, after the last that was evaluated, or the best with its step."""
     after = {step: estimate for step, estimate in run.accuracies.items() if step > 0}
     if which == "before":
@@ -194,7 +194,7 @@ def accuracy_at(run: Recorded, which: str) -> tuple[int, Estimate] | None:
     return max(run.accuracies.items(), key=lambda item: item[1].value, default=None)
 
 
-def _accuracy_cell(members: Sequence[Recorded], which: str) -> str:
+def _accuracy_cell(members: Sequence[LoggedRun], which: str) -> str:
     found = [known for run in members if (known := accuracy_at(run, which))]
     if not found:
         return ""
@@ -211,7 +211,7 @@ def _mean(values: Iterable[float | None]) -> str:
     return f"{fmean(known):.0f}" if known else ""
 
 
-def _settings(runs: Sequence[Recorded]) -> str:
+def _settings(runs: Sequence[LoggedRun]) -> str:
     """Collapsed tables of each run; what differs is marked."""
     differing = differing_settings(runs)
     parts = []
@@ -241,7 +241,7 @@ def _anomaly_list(groups: Sequence[Series]) -> str:
 # --- data for the script ---------------------------------------------------------------------------------------------
 def _panel_data(panel: Panel, most: int) -> Row:
     lines = [
-        {**line._asdict(), "points": [p._replace(seconds=round(p.seconds, 2)) for p in thin(line.points, most)]}
+        {**line._asdict(), "points": [p._replace(seconds=round(p.seconds, 2)) for p in downsample(line.points, most)]}
         for line in panel.lines
     ]
     return {**panel._asdict(), "lines": lines}
@@ -273,11 +273,11 @@ def _anomaly_data(groups: Sequence[Series]) -> list[Row]:
     ]
 
 
-def collect_responses(runs: Sequence[Recorded]) -> list[Row]:
+def collect_responses(runs: Sequence[LoggedRun]) -> list[Row]:
     """Of each run those of evenly spread steps, as many as the page has room for."""
     rows: list[Row] = []
     for number, run in enumerate(runs):
-        kept = steps_within(run.completions, MOST_CHARACTERS // len(runs))
+        kept = steps_within(run.completions, MAX_CHARACTERS // len(runs))
         rows += [_response(number, row) for row in run.completions if row["step"] in kept]
     return rows
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from drivers.reports.logged_run import PHASES, Estimate, Recorded, Row, Series
+from drivers.reports.logged_run import PHASES, Estimate, LoggedRun, Row, Series
 
 
 # --- panels: what the pictures show, whoever draws them --------------------------------------------------------------
@@ -38,14 +38,14 @@ class Panel(NamedTuple):
     lines: list[Line]
 
 
-MOST_BARS = 100
+MAX_BARS = 100
 
 
 PART = "part_"
 """What the numbers that a reward function returns by name are logged under."""
 
 
-Values = Callable[[Recorded], dict[int, Estimate]]
+Values = Callable[[LoggedRun], dict[int, Estimate]]
 
 
 def logged(phase: str, key: str) -> Values:
@@ -163,7 +163,7 @@ def make_times(groups: Sequence[Series]) -> Times | None:
     spent_of: dict[str, list[dict[str, float]]] = {}
     if len(groups) == 1:
         steps = sorted({step for run in groups[0].runs for step in run.seconds_of})
-        width = max(1, -(-len(steps) // MOST_BARS))
+        width = max(1, -(-len(steps) // MAX_BARS))
         for place, step in enumerate(steps):
             spent = [run.seconds_of[step] for run in groups[0].runs if step in run.seconds_of]
             spent_of.setdefault(str(steps[place - place % width]), []).extend(spent)
@@ -176,7 +176,7 @@ def make_times(groups: Sequence[Series]) -> Times | None:
     return Times([label for label, _ in bars], found, len(groups) == 1) if found else None
 
 
-def thin(items: Sequence[Any], most: int) -> list[Any]:
+def downsample(items: Sequence[Any], most: int) -> list[Any]:
     """Evenly spread ones and the last, if there are more than so many."""
     stride = max(1, -(-len(items) // most))
     return [*items[::stride], *(items[-1:] if (len(items) - 1) % stride else ())]
@@ -188,6 +188,6 @@ def steps_within(rows: Iterable[Row], budget: int) -> set[int]:
     for row in rows:
         sizes[row["step"]] = sizes.get(row["step"], 0) + len(json.dumps(row, ensure_ascii=False))
     most, steps = len(sizes), sorted(sizes)
-    while most > 1 and sum(sizes[step] for step in thin(steps, most)) > budget:
+    while most > 1 and sum(sizes[step] for step in downsample(steps, most)) > budget:
         most -= 1
-    return set(thin(steps, most)) if steps else set()
+    return set(downsample(steps, most)) if steps else set()

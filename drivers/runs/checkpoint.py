@@ -22,7 +22,14 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from drivers.common import distributed
-from drivers.common.atomic_files import UNFINISHED, appear, disappear, set_aside, write_json, write_text
+from drivers.common.atomic_files import (
+    UNFINISHED,
+    commit_directory,
+    remove_directory,
+    rename_superseded,
+    write_json,
+    write_text,
+)
 from drivers.policy import fsdp
 from drivers.policy.lora import adapter_weights, save_adapter
 from drivers.policy.weights import PolicyWeights
@@ -52,12 +59,14 @@ def save_checkpoint(
     Nothing in it can execute: safetensors and JSON. All ranks take part, each writes its own shards.
     """
     unfinished = folder.parent / f"{UNFINISHED}{folder.name}"
-    distributed.lead(partial(_begin, folder, unfinished))
+    distributed.run_on_rank_zero(partial(_begin, folder, unfinished))
     if tensors is not None:
         write_tensors(unfinished / TENSORS, tensors)
     weights, adapter = _whole_weights(policy), adapter_weights(policy)
     dtype = fsdp.computing_dtype(policy)
-    distributed.lead(partial(_finish, policy, tokenizer, folder, unfinished, weights, adapter, dtype, facts))
+    distributed.run_on_rank_zero(
+        partial(_finish, policy, tokenizer, folder, unfinished, weights, adapter, dtype, facts)
+    )
     return folder
 
 
@@ -101,7 +110,7 @@ def _finish(
     write_json(unfinished / "config.json", settings | {"dtype": str(dtype).removeprefix("torch.")})
     write_text(unfinished / FACTS, json.dumps(facts) + "\n")
     write_manifest(unfinished)
-    appear(unfinished, folder)
+    commit_directory(unfinished, folder)
 
 
 def precision_of(checkpoint: Path) -> str | None:
@@ -121,8 +130,8 @@ def publish_model(checkpoint: Path, folder: Path) -> None:
     write_text(unfinished / FACTS, json.dumps({"step": read_facts(checkpoint)["step"]}) + "\n")
     known = {name: entry for name, entry in _read_manifest(checkpoint).items() if name.endswith(".safetensors")}
     write_manifest(unfinished, known)
-    set_aside(folder)
-    appear(unfinished, folder)
+    rename_superseded(folder)
+    commit_directory(unfinished, folder)
 
 
 def _link(source: str, target: str) -> None:
@@ -182,7 +191,7 @@ def _find_difference(folder: Path, sizes: Mapping[str, Any], sums: Mapping[str, 
 def drop_tensors(folder: Path) -> None:
     """Of a checkpoint the model alone is kept."""
     kept = {name: entry for name, entry in _read_manifest(folder).items() if not name.startswith(f"{TENSORS}/")}
-    disappear(folder / TENSORS)
+    remove_directory(folder / TENSORS)
     write_manifest(folder, kept)
 
 

@@ -44,11 +44,11 @@ def describe_tokens(completion: Completion, tokenizer: Any) -> dict[str, Any]:
     """Texts, and what the sampler thought of each."""
     return {
         "tokens": token_texts(tokenizer, completion.token_ids),
-        "sampler_log_probs": written(completion.log_probs),
+        "sampler_log_probs": round_for_log(completion.log_probs),
     }
 
 
-def written(values: Iterable[float]) -> list[float | None]:
+def round_for_log(values: Iterable[float]) -> list[float | None]:
     """As it is logged: a few digits, and null for what is no finite number."""
     return [round(value, DIGITS) if math.isfinite(value) else None for value in values]
 
@@ -75,8 +75,8 @@ def with_values(
     row: Mapping[str, Any], values: Mapping[str, Iterable[float]], advantages: Sequence[float] | None
 ) -> dict[str, Any]:
     """The row with what the policy thought of each token, and its advantage: of the whole response, or of each."""
-    whole = {**row, **{name: written(some) for name, some in values.items()}}
+    whole = {**row, **{name: round_for_log(some) for name, some in values.items()}}
     if advantages is not None:
-        known = written(advantages[: len(row["tokens"])])
+        known = round_for_log(advantages[: len(row["tokens"])])
         whole["advantage"] = known[0] if len(advantages) == 1 else known
     return whole

@@ -10,7 +10,7 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-from drivers.common.atomic_files import UNFINISHED, disappear
+from drivers.common.atomic_files import UNFINISHED, remove_directory
 from drivers.common.errors import UsageError
 from drivers.runs.checkpoint import FACTS, TENSORS, drop_tensors, find_damage, read_facts
 
@@ -54,7 +54,7 @@ def abandon_run_folder(folder: Path, marker: str) -> None:
         folder.rmdir()
 
 
-def hold(flag: str, folder: Path) -> None:
+def acquire_run_lock(flag: str, folder: Path) -> None:
     """No other process may train there until `let_go`, or the end of this one, however it ends: a UsageError there.
 
     Two that go on with one run, as a job that is queued anew before the first has ended, would take each other's files
@@ -84,7 +84,7 @@ def hold(flag: str, folder: Path) -> None:
     _held[path] = file
 
 
-def let_go(folder: Path) -> None:
+def release_run_lock(folder: Path) -> None:
     """Others may train there. The file stays: taken away, two might hold one of that name each."""
     file = _held.pop((folder / LOCK).resolve(), None)
     if file is not None:
@@ -144,7 +144,7 @@ def later_checkpoints(folder: Path, step: int) -> list[Path]:
     return [one for held, one in checkpoints(folder) if held > step]
 
 
-def tidy(folder: Path, accuracies: Mapping[int, float], keep: int | None) -> Path | None:
+def prune_checkpoints(folder: Path, accuracies: Mapping[int, float], keep: int | None) -> Path | None:
     """Keep what is worth its room, and name the best by held-out accuracy; returns that, if any was evaluated.
 
     Of the newest two all is kept, of older ones the model alone: the rest is six times as large. With `keep`, only the
@@ -159,7 +159,7 @@ def tidy(folder: Path, accuracies: Mapping[int, float], keep: int | None) -> Pat
     best = max(whole, key=lambda pair: accuracies[pair[0]], default=(0, None))[1]
     for _, one in held[:-keep] if keep is not None else ():
         if one != best and one not in resumable[-1:]:  # newer ones may be of stops, and nothing goes on from those
-            disappear(one)
+            remove_directory(one)
     if best is not None:
         link = folder / f"{UNFINISHED}{BEST}"
         link.unlink(missing_ok=True)

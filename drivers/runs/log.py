@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from drivers.common.atomic_files import write_json, write_text
-from drivers.common.signals import uninterrupted
+from drivers.common.signals import defer_signals
 from drivers.settings.base import Settings
 from drivers.settings.grpo import GrpoConfig
 
@@ -46,13 +46,13 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def tell(text: str) -> None:
+def print_warning(text: str) -> None:
     """A warning. Nobody may be there to read it, or the screen be a file on a full disk: that ends no run."""
     with suppress(OSError, ValueError):
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-class Lines:
+class JsonlWriter:
     """Appends whole lines to a file, or nothing: on a full disk they wait here, and go with the next ones."""
 
     def __init__(self, path: Path) -> None:
@@ -64,7 +64,7 @@ class Lines:
         known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         text = json.dumps(known, ensure_ascii=False, allow_nan=False)
         line = text.encode(errors="backslashreplace") + b"\n"  # half of a surrogate pair, as JSON escapes it
-        with uninterrupted():  # between writing and forgetting a line, it would be written twice
+        with defer_signals():  # between writing and forgetting a line, it would be written twice
             self._waiting += line
             return self.flush()
 
@@ -84,7 +84,7 @@ class Lines:
 
     def sync(self) -> None:
         """To the disk; an OSError if lines wait for room."""
-        with uninterrupted():
+        with defer_signals():
             waiting = self.flush()
         if waiting:
             raise OSError(errno.ENOSPC, waiting)
@@ -110,7 +110,10 @@ class RunLog:
         self.folder = folder
         for name in ("metrics.jsonl", "completions.jsonl"):
             _keep_until(folder / name, after)
-        self._metrics, self._completions = Lines(folder / "metrics.jsonl"), Lines(folder / "completions.jsonl")
+        self._metrics, self._completions = (
+            JsonlWriter(folder / "metrics.jsonl"),
+            JsonlWriter(folder / "completions.jsonl"),
+        )
         self._has_warned = False
         own = settings_of or config
         settings = asdict(own)
@@ -147,16 +150,16 @@ class RunLog:
         for lines in (self._metrics, self._completions):
             lost = lines.close()
             if lost:
-                tell(f"{lost}, and are lost")
+                print_warning(f"{lost}, and are lost")
         if self._tensorboard is not None:
             self._attempt("TensorBoard", self._tensorboard.close)
         if self._wandb is not None:
             self._attempt("wandb", self._wandb.finish)
 
-    def _add(self, lines: Lines, row: Mapping[str, Any]) -> None:
+    def _add(self, lines: JsonlWriter, row: Mapping[str, Any]) -> None:
         waiting = lines.add(row)
         if waiting and not self._has_warned:
-            tell(f"{waiting}; they wait for room, and the run goes on")
+            print_warning(f"{waiting}; they wait for room, and the run goes on")
         self._has_warned = waiting is not None
 
     @staticmethod
@@ -167,7 +170,7 @@ class RunLog:
                 warnings.simplefilter("ignore")  # a logging library's own deprecations are not this run's news
                 return action()
         except Exception as error:  # whatever a logging service raises, the run goes on
-            tell(f"{name} failed ({type(error).__name__}: {error}); the run goes on without it")
+            print_warning(f"{name} failed ({type(error).__name__}: {error}); the run goes on without it")
             return None
 
 
@@ -196,7 +199,7 @@ def _keep_until(path: Path, step: int) -> None:
     steps = [_step_of(line) for line in lines]
     kept = [line for line, found in zip(lines, steps, strict=True) if found is not None and found <= step]
     if None in steps:
-        tell(f"{path}: {steps.count(None)} lines cannot be read, and are left out")
+        print_warning(f"{path}: {steps.count(None)} lines cannot be read, and are left out")
     if torn or kept != lines:
         write_text(path, b"".join(line + b"\n" for line in kept).decode())
 

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from drivers.common.atomic_files import set_aside
+from drivers.common.atomic_files import rename_superseded
 from drivers.common.errors import UsageError
 from drivers.runs.checkpoint import FACTS, TENSORS, read_facts
-from drivers.runs.folder import checkpoints, create_run_folder, find_checkpoint, hold
+from drivers.runs.folder import acquire_run_lock, checkpoints, create_run_folder, find_checkpoint
 from drivers.settings.grpo import GrpoConfig
 
 RUN_MARKER = "metrics.jsonl"
@@ -20,11 +20,11 @@ def open_run_folder(config: GrpoConfig, say: Callable[[str], None]) -> tuple[Pat
     name = config.recipe or Path(str(config.model_path)).name
     if config.resume is None:
         folder = create_run_folder("--save-dir", config.save_dir, name, marker=RUN_MARKER)
-        hold("--save-dir", folder)
+        acquire_run_lock("--save-dir", folder)
         return folder, None
     if config.resume != "auto":
         path = Path(config.resume)
-        hold("--resume", path.parent if (path / FACTS).exists() else path)
+        acquire_run_lock("--resume", path.parent if (path / FACTS).exists() else path)
         checkpoint = find_checkpoint(path, say)
         if checkpoint is None:
             raise UsageError(
@@ -33,7 +33,7 @@ def open_run_folder(config: GrpoConfig, say: Callable[[str], None]) -> tuple[Pat
         return checkpoint.parent, checkpoint
     assert config.save_dir is not None  # the settings refuse that
     folder = Path(config.save_dir)
-    hold("--save-dir", folder)
+    acquire_run_lock("--save-dir", folder)
     checkpoint = find_checkpoint(folder, say)
     if checkpoint is None:
         if (folder / FINAL).exists():
@@ -43,11 +43,11 @@ def open_run_folder(config: GrpoConfig, say: Callable[[str], None]) -> tuple[Pat
             )
         for _, useless in checkpoints(folder):
             say(f"warning: nothing can go on from {useless}; it is set aside, and the run begins again")
-            set_aside(useless)
+            rename_superseded(useless)
         for file in (RUN_MARKER, "completions.jsonl"):  # it ended before its first one
-            set_aside(folder / file)
+            rename_superseded(folder / file)
         create_run_folder("--save-dir", config.save_dir, name, marker=RUN_MARKER)
-        hold("--save-dir", folder)
+        acquire_run_lock("--save-dir", folder)
     return folder, checkpoint
 
 

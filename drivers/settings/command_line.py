@@ -44,7 +44,7 @@ def parse_train_config(arguments: Sequence[str]) -> GrpoConfig:
                 f"--recipe {recipe}: the run to go on with has recipe={earlier.recipe}; its settings can be changed "
                 "by flags of their own"
             )
-        return cut_by_the_flag_given(arguments, parse(GrpoConfig, arguments, earlier))
+        return resolve_micro_batching(arguments, parse(GrpoConfig, arguments, earlier))
     has_model = flag_given(arguments, "--model-path") is not None
     asks_for_help = bool({"-h", "--help"} & set(arguments))
     if recipe is None and not has_model and not asks_for_help:
@@ -54,13 +54,13 @@ def parse_train_config(arguments: Sequence[str]) -> GrpoConfig:
     if recipe in RECIPES:
         base = QUICKSTART if recipe == "quickstart" or not has_model else {}
         settings = {"recipe": recipe, **base, **RECIPES[recipe]}
-    config = cut_by_the_flag_given(arguments, parse(GrpoConfig, arguments, GrpoConfig(**settings)))
+    config = resolve_micro_batching(arguments, parse(GrpoConfig, arguments, GrpoConfig(**settings)))
     if config.model_path is None:
         raise UsageError("model_path=None: a folder or hub name is required, or --recipe quickstart, which names one")
     return config
 
 
-def cut_by_the_flag_given(arguments: Sequence[str], config: GrpoConfig) -> GrpoConfig:
+def resolve_micro_batching(arguments: Sequence[str], config: GrpoConfig) -> GrpoConfig:
     """Of the two flags that say how a train batch is cut, the one that was given wins over what was there before."""
     if flag_given(arguments, "--gradient-accumulation-steps") is None:
         return config

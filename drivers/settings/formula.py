@@ -126,7 +126,7 @@ def _advantage(config: GrpoConfig) -> str:
 def _old(config: GrpoConfig) -> str:
     if config.old_policy == "sampler":
         return "mu"
-    return "sg[pi]" if config.is_ratio_to_own_pass else "pi_old"
+    return "sg[pi]" if config.uses_current_policy_as_old else "pi_old"
 
 
 def _objective(config: GrpoConfig) -> str:
@@ -232,7 +232,7 @@ def _notes(config: GrpoConfig) -> list[str]:
         f"N = {config.train_batch_size} responses in an update; {per_step} update{'s' if per_step > 1 else ''} on "
         f"each rollout batch of {config.n_prompts_per_rollout_batch} questions x {config.group_size} responses"
     ]
-    if config.loss_type in RATIO_OBJECTIVES and config.is_ratio_to_own_pass:
+    if config.loss_type in RATIO_OBJECTIVES and config.uses_current_policy_as_old:
         notes.append("pi_old is the policy of the same pass: every ratio is 1, and no bound ever binds")
     if config.async_steps:
         notes.append("mu is the policy before the last update: a batch is sampled while the one before is trained on")

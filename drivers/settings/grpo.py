@@ -370,7 +370,7 @@ class GrpoConfig(Settings):
             raise UsageError(f"gpu_memory_utilization={self.gpu_memory_utilization} must be at most 1")
 
     @property
-    def leading_s(self) -> float:
+    def collective_timeout_s(self) -> float:
         """How long the other ranks may have to wait for the first: it asks in rounds, and starts a dead engine."""
         return (4 + self.max_refills) * self.engine_deadline_s + 1800
 
@@ -413,7 +413,7 @@ class GrpoConfig(Settings):
         return self.entropy_coef > 0 or self.entropy_target is not None
 
     @property
-    def has_pull_beside_rewards(self) -> bool:
+    def has_regularization_gradient(self) -> bool:
         """Whether there is a gradient where no group has two different rewards, although these teach nothing then."""
         silent_teach = self.loss_type == "no_baseline" or self.advantage in SILENT_GROUPS_TEACH
         return (self.has_entropy_bonus or self.kl_coef > 0) and not silent_teach and self.length_penalty == "none"
@@ -424,7 +424,7 @@ class GrpoConfig(Settings):
         return self.sampling_max_tokens // 5 if self.overlong_buffer is None else self.overlong_buffer
 
     @property
-    def is_ratio_to_own_pass(self) -> bool:
+    def uses_current_policy_as_old(self) -> bool:
         """Whether the policy that began the step is still the policy of each pass."""
         return not self.is_off_policy and self.old_policy == "trainer"
 
@@ -432,7 +432,7 @@ class GrpoConfig(Settings):
     def needs_old_log_probs(self) -> bool:
         """Whether a pass before the first update must score the rollouts; on-policy, each update's own pass has it."""
         uses_ratio = self.loss_type in RATIO_OBJECTIVES or (self.kl_coef > 0 and self.kl_estimator == "ratio_k3")
-        corrects_before = self.importance != "none" and not self.corrects_in_pass
+        corrects_before = self.importance != "none" and not self.computes_importance_weights_in_forward
         off_policy = self.is_off_policy and uses_ratio and self.old_policy == "trainer"
         return corrects_before or off_policy or self._chooses_by_old_policy
 
@@ -446,10 +446,10 @@ class GrpoConfig(Settings):
         )
 
     @property
-    def corrects_in_pass(self) -> bool:
+    def computes_importance_weights_in_forward(self) -> bool:
         """Whether importance weights come from the same pass as the loss: each then needs its own response alone."""
         of_each_response = not self.self_normalize and self.rejected_tokens == "count"
-        own_pass = self.is_ratio_to_own_pass and not self._chooses_by_old_policy
+        own_pass = self.uses_current_policy_as_old and not self._chooses_by_old_policy
         return self.importance != "none" and of_each_response and own_pass
 
     @property

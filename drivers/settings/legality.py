@@ -34,7 +34,7 @@ CLIPPED = ("grpo_clip", "clip_cov", "gspo", "gspo_token", "gmpo", "luspo", "dppo
 
 
 # A flag that nothing would read is a misunderstanding: where it counts, by the flag that decides it.
-READ_ONLY_BY = {
+OPTIONS_READ_BY_LOSS = {
     "cliprange": ("loss_type", (*CLIPPED, "dppo_kl")),
     "advantage_eps": ("advantage", ("group", "batch_std", "gdpo")),
     "importance_level": ("importance", ("truncate", "mask", "reject")),
@@ -69,7 +69,7 @@ def check_combination(config: "GrpoConfig") -> None:
 
 def _check_unread(config: "GrpoConfig") -> None:
     defaults = type(config).__dataclass_fields__
-    for flag, (decider, readers) in READ_ONLY_BY.items():
+    for flag, (decider, readers) in OPTIONS_READ_BY_LOSS.items():
         value, chosen = getattr(config, flag), getattr(config, decider)
         if value != defaults[flag].default and chosen not in readers:
             raise UsageError(

@@ -82,13 +82,13 @@ def plan(config: SweepConfig, shared: Sequence[str]) -> list[Planned]:
         return [*as_flags({} if is_own else SHORT[program]), *shared, *as_flags(own)]
 
     planned = []
-    for variant in _variants(config, lambda program: understood(program, flags_of(program, {}))):
+    for variant in _variants(config, lambda program: parse_program_flags(program, flags_of(program, {}))):
         own = [name for name in OF_THE_SWEEP if name in variant.flags]
         if own:  # it would lose against the sweep's, and the run have a name that says otherwise
             raise UsageError(f"{config.sweep or '--grid'}, {variant.label}: {own[0]} {_GIVEN}")
         for seed in config.seeds:
             flags = flags_of(variant.program, variant.flags | {"seed": seed})
-            understood(variant.program, flags)
+            parse_program_flags(variant.program, flags)
             folder = folder_of(config) / f"{variant.label}-seed{seed}"
             program = str(Path(__file__).parents[1] / f"{variant.program}.py")
             command = (sys.executable, program, *flags, "--save-dir", str(folder), "--resume", "auto")
@@ -101,7 +101,7 @@ def folder_of(config: SweepConfig) -> Path:
     return Path(config.save_dir or f"runs/sweep-{name}")
 
 
-def understood(program: str, flags: Sequence[str]) -> Settings:
+def parse_program_flags(program: str, flags: Sequence[str]) -> Settings:
     """The settings that the program makes of these flags. What it cannot make anything of ends this program too."""
     with redirect_stdout(StringIO()):  # what it takes for granted each run tells anew
         match program:

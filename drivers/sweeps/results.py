@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from drivers.common.atomic_files import write_json, write_text
-from drivers.reports.logged_run import Recorded
+from drivers.reports.logged_run import LoggedRun
 from drivers.reports.page import write_report
 from drivers.sweeps.plan import Planned
 from drivers.sweeps.runner import STOPPED
@@ -21,7 +21,7 @@ def results_of(one: Planned, status: int | None) -> dict[str, Any]:
     row["state"] = "finished" if (one.folder / "final_model").exists() else "failed" if is_failed else "not finished"
     if not (one.folder / "metrics.jsonl").is_file():
         return row
-    run = Recorded(one.folder, one.name)
+    run = LoggedRun(one.folder, one.name)
     if run.accuracies:
         last, best = max(run.accuracies), max(run.accuracies, key=lambda step: run.accuracies[step].value)
         row |= {

@@ -22,7 +22,7 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, to_answer: 
     return str(text)
 
 
-def end_turns(tokenizer: Any, model_path: str) -> None:
+def use_end_of_turn_as_eos(tokenizer: Any, model_path: str) -> None:
     """Make the token that ends a turn of the template the tokenizer's end token, and refuse what cannot be asked.
 
     It need not be the one that the tokenizer names: base models name the one that ends a text, and come with the

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import grpo_core as core
-from drivers.common.errors import UnsoundRunError
+from drivers.common.errors import TrainingAbortedError
 from drivers.engines.protocol import Completion
 from drivers.policy.lora import without_lora
 from drivers.settings.grpo import GrpoConfig
@@ -63,7 +63,7 @@ def prepare_rollouts(
     try:
         return replace(rollouts, advantages=_advantages(config, rollouts, scores, greedy_rewards))
     except ValueError as error:  # rewards of a kind that the estimator cannot take
-        raise UnsoundRunError(f"--advantage {config.advantage}: {error}") from error
+        raise TrainingAbortedError(f"--advantage {config.advantage}: {error}") from error
 
 
 def _advantages(

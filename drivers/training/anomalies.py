@@ -13,15 +13,15 @@ SPIKE = 20.0
 """A gradient norm so many times their median is one."""
 
 
-LEAST_ENTROPY = 0.001
+MIN_ENTROPY = 0.001
 """Nats per token; below, hardly one response in a group differs from the others."""
 
 
-MOST_DRIFT = 1.0
+MAX_DRIFT = 1.0
 """Nats per token that the policy may be from the one that sampled, on the responses of an update."""
 
 
-MOST_LOG_RATIO = 10.0
+MAX_LOG_RATIO = 10.0
 """Nats that it may be on a single token of them: means hide one token that is 20,000 times as likely as it was."""
 
 
@@ -44,18 +44,17 @@ class Anomaly(NamedTuple):
         return self.is_fatal and self.kind != "reward"
 
 
-def find_in_rollouts(facts: Mapping[str, float], *, has_other_pull: bool = False) -> list[Anomaly]:
+def check_rollouts(facts: Mapping[str, float], *, has_regularization_gradient: bool = False) -> list[Anomaly]:
     """Of what a step sampled: nothing in it teaches, or the policy has no choice left.
 
-    `has_other_pull`: silent groups teach nothing by their rewards, and yet there is a gradient, of a divergence or an
-    entropy, so that nothing else would show it.
+    `has_regularization_gradient`: a KL penalty or entropy bonus has a gradient even where every group is silent.
     """
     found = []
     bad = facts.get("grader_not_finite", 0.0)
     if bad:
         text = f"the reward of {bad:g} responses is not a finite number; they are not scored: see the reward"
         found.append(Anomaly("reward", math.nan, math.inf, text))
-    if has_other_pull and facts.get("zero_std_groups", 0.0) >= 1 > facts.get("unscored", 0.0):
+    if has_regularization_gradient and facts.get("zero_std_groups", 0.0) >= 1 > facts.get("unscored", 0.0):
         text = "no group has two different rewards: what pulls is the divergence or the entropy alone"
         found.append(Anomaly("all_silent", 1.0, 1.0, text))
     whole = {
@@ -66,11 +65,11 @@ def find_in_rollouts(facts: Mapping[str, float], *, has_other_pull: bool = False
         if facts.get(name, 0.0) >= 1:
             found.append(Anomaly(kind, facts[name], 1.0, text))
     entropy = facts["rollout_entropy"]
-    if not (entropy >= LEAST_ENTROPY and math.isfinite(entropy)):
-        text = f"the sampler has {entropy:.3g} nats of entropy per token, below {LEAST_ENTROPY}: the policy collapsed"
+    if not (entropy >= MIN_ENTROPY and math.isfinite(entropy)):
+        text = f"the sampler has {entropy:.3g} nats of entropy per token, below {MIN_ENTROPY}: the policy collapsed"
         if not math.isfinite(entropy):
             text = f"the sampler's log-probs are not finite (mean {-entropy})"
-        found.append(Anomaly("entropy_collapse", entropy, LEAST_ENTROPY, text))
+        found.append(Anomaly("entropy_collapse", entropy, MIN_ENTROPY, text))
     return found
 
 
@@ -80,7 +79,7 @@ def find_none_right(n_right: int) -> list[Anomaly]:
     return [Anomaly("none_right", 0.0, 1.0, text)] if n_right == 0 else []
 
 
-def find_in_update(
+def check_update(
     loss: float, grad_norm: float, earlier_norms: Sequence[float], drift: Mapping[str, float]
 ) -> list[Anomaly]:
     """Of one optimizer step, before it is made. `drift`: distances of the policy to the one that sampled."""
@@ -97,7 +96,7 @@ def find_in_update(
             text = f"the gradient norm is {grad_norm:.3g}, {SPIKE:g} times the median of the last ones is {limit:.3g}"
             found.append(Anomaly("grad_norm_spike", grad_norm, limit, text))
     for name, value in drift.items():
-        limit = MOST_LOG_RATIO if name == "max_log_ratio" else MOST_DRIFT
+        limit = MAX_LOG_RATIO if name == "max_log_ratio" else MAX_DRIFT
         if not value <= limit:
             text = f"{name} is {value:.3g}, above {limit:g} nats per token: the policy is far from what sampled"
             found.append(Anomaly(name, value, limit, text))

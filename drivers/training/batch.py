@@ -18,7 +18,7 @@ Scores = list[dict[str, float | None]]
 """Of each response; a reward of None where it could not be scored."""
 
 
-class Collected(NamedTuple):
+class StepRollouts(NamedTuple):
     """What a step trains on, and what all that was sampled for it was like."""
 
     completions: list[Completion]
@@ -31,7 +31,7 @@ class Collected(NamedTuple):
     """The first of the completions, as rows of completions.jsonl."""
 
     @property
-    def shown_completions(self) -> list[Completion]:
+    def logged_completions(self) -> list[Completion]:
         return self.completions[: len(self.shown)]
 
     def to_json(self) -> dict[str, Any]:
@@ -46,14 +46,14 @@ class Collected(NamedTuple):
         }
 
     @staticmethod
-    def from_json(values: dict[str, Any]) -> "Collected":
+    def from_json(values: dict[str, Any]) -> "StepRollouts":
         """The same again."""
         ids = ("prompt_token_ids", "token_ids", "log_probs")
         kept: list[dict[str, Any]] = [
             {k: tuple(v) if k in ids else v for k, v in completion.items()} for completion in values["completions"]
         ]
         greedy = values["greedy_rewards"]
-        return Collected(
+        return StepRollouts(
             [Completion(**fields) for fields in kept],
             values["scores"],
             _from_json(values["raw_rewards"]),
@@ -178,10 +178,10 @@ def as_right(demonstrations: Sequence[Demonstration]) -> RolloutBatch:
         Completion("", one.prompt_token_ids, one.response_token_ids, (0.0,) * len(one.response_token_ids), "stop")
         for one in demonstrations
     ]
-    return all_right(shown)
+    return imitation_batch(shown)
 
 
-def all_right(completions: Sequence[Completion]) -> RolloutBatch:
+def imitation_batch(completions: Sequence[Completion]) -> RolloutBatch:
     """A batch of responses that are imitated: reward and advantage are 1.
 
     Those to one prompt that stand together are a group, of any size: they are shuffled, and scored, side by side.

@@ -6,27 +6,27 @@ from torch import nn
 
 from drivers.common import distributed
 from drivers.common.display import Display
-from drivers.common.errors import UnsoundRunError
-from drivers.common.signals import terminate_as_interrupt, uninterrupted
+from drivers.common.errors import TrainingAbortedError
+from drivers.common.signals import defer_signals, terminate_as_interrupt
 from drivers.runs.resume import finished_model
 from drivers.settings.base import Settings
 from drivers.settings.grpo import GrpoConfig
 from drivers.training.run import Run
-from drivers.training.setup import Parts
+from drivers.training.setup import Components
 
 
-def conduct(
+def run_training(
     settings: Settings,
     config: GrpoConfig,
-    prepare: Callable[[GrpoConfig, Display], tuple[Run, Parts]],
-    loop: Callable[[Run, Parts], None],
+    prepare: Callable[[GrpoConfig, Display], tuple[Run, Components]],
+    loop: Callable[[Run, Components], None],
 ) -> None:
     """Parts, the loop, the model. `settings` are the program's own, `config` is what its parts are given."""
     finished = finished_model(config)
     if finished is not None:
         print(f"Nothing is left to do: {finished}/ has all {config.n_grpo_steps} steps; more: {settings.more}.")
         return
-    distributed.start(config.leading_s, on_gpus=config.policy_device != "cpu")
+    distributed.start(config.collective_timeout_s, on_gpus=config.policy_device != "cpu")
     display = Display(config.n_grpo_steps, quiet=not distributed.is_first(), title=settings.title)
     with display, terminate_as_interrupt():
         run, parts = prepare(config, display)
@@ -34,7 +34,7 @@ def conduct(
             loop(run, parts)
             saved = run.publish("final_model")
         except BaseException:  # whatever ends the run, the steps that were made are kept
-            keep_what_was_made(run, parts.policy)
+            save_on_abort(run, parts.policy)
             raise
         finally:
             try:
@@ -45,7 +45,7 @@ def conduct(
     distributed.end()
 
 
-def keep_what_was_made(run: Run, policy: nn.Module) -> None:
+def save_on_abort(run: Run, policy: nn.Module) -> None:
     """A checkpoint of a run that was stopped. Of several ranks none knows what the others do: the last one stands."""
     if run.step == 0:
         return
@@ -55,9 +55,9 @@ def keep_what_was_made(run: Run, policy: nn.Module) -> None:
     saved = run.last_checkpoint()
     if saved is None:
         try:
-            with uninterrupted():
+            with defer_signals():
                 saved = run.save(policy, run.free_name(f"checkpoint-{run.step}-stopped"))
-        except UnsoundRunError as error:  # what ended the run is what is told last
+        except TrainingAbortedError as error:  # what ended the run is what is told last
             run.warn(str(error))
     kept = f"the weights of the last update are in {saved}/" if saved else "its weights could not be written"
     run.display.say(f"Stopped after step {run.step}; {kept}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from drivers.common import distributed
 from drivers.common.errors import UsageError
-from drivers.engines.placement import share_beside, take_turns
+from drivers.engines.placement import engine_memory_fraction, shares_gpu
 from drivers.policy import fsdp
 from drivers.policy.optimizer import training_state_bytes
 from drivers.settings.grpo import GrpoConfig
@@ -66,7 +66,7 @@ class MemoryPlan:
         )
 
 
-def settle_memory(
+def configure_memory(
     config: GrpoConfig, policy: Any, longest_prompt: int, reference_bytes: int, rollout_device: torch.device
 ) -> MemoryPlan:
     """The plan of this run, layers checkpointed where it is asked for or would not fit without."""
@@ -78,8 +78,8 @@ def settle_memory(
     sizes: dict[str, Any] = {"reference_bytes": reference_bytes, "engine_bytes": engine_bytes}
     plan = plan_memory(config, policy, longest_prompt, **sizes)
     all_fit = all(distributed.gather(plan.fits))  # one decision: machines may differ
-    if take_turns(config, next(policy.parameters()).device, rollout_device):
-        share = share_beside(training_state_bytes(policy) + reference_bytes, plan.available)
+    if shares_gpu(config, next(policy.parameters()).device, rollout_device):
+        share = engine_memory_fraction(training_state_bytes(policy) + reference_bytes, plan.available)
         sizes["share"] = min(config.gpu_memory_utilization, share)
         plan = replace(plan, share=sizes["share"])
     if config.gradient_checkpointing == "on" or (config.gradient_checkpointing == "auto" and not all_fit):
@@ -118,7 +118,7 @@ def plan_memory(
     share: float | None = None,
 ) -> MemoryPlan:
     """Of the largest micro-batch that can come, kept by all layers, or by one at a time where they are run again."""
-    tokens = most_tokens(config, longest_prompt)
+    tokens = max_micro_batch_tokens(config, longest_prompt)
     longest_row = min(tokens, longest_prompt + config.group_size * config.sampling_max_tokens)
     layers = policy.config.get_text_config().num_hidden_layers
     per_layer = activation_bytes(policy, longest_row)
@@ -135,7 +135,7 @@ def plan_memory(
     )
 
 
-def most_tokens(config: GrpoConfig, longest_prompt: int) -> int:
+def max_micro_batch_tokens(config: GrpoConfig, longest_prompt: int) -> int:
     """Of one pass, padding counted; at most, for where a group shares a row its prompt is counted once."""
     longest = longest_prompt + config.sampling_max_tokens
     if config.micro_batch_tokens is not None:
@@ -191,7 +191,7 @@ def available_bytes(device: torch.device) -> int:
     return min(sizes, default=0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks share a machine
 
 
-def take_peak() -> dict[str, float]:
+def pop_peak_memory() -> dict[str, float]:
     """What torch had in use at most on the fullest GPU since it was last asked, in GiB; nothing where none is used."""
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return {}
@@ -223,5 +223,5 @@ def enable_checkpointing(policy: Any) -> None:
 @torch.no_grad()
 def _probe(policy: Any) -> Tensor:
     ids = torch.arange(1, 9, device=policy.device)[None] % policy.get_input_embeddings().num_embeddings
-    logits: Tensor = fsdp.as_forward(policy, lambda: policy(input_ids=ids, use_cache=False).logits)
+    logits: Tensor = fsdp.with_unsharded_params(policy, lambda: policy(input_ids=ids, use_cache=False).logits)
     return logits

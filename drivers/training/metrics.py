@@ -83,7 +83,7 @@ class UpdateMetrics:
                 tokens = torch.stack([part["response_tokens"] for part in parts]).double()
                 values = torch.where(tokens > 0, torch.stack([part[name] for part in parts]).double() * tokens, 0.0)
                 sums = torch.stack([values.sum(), tokens.sum()]).cpu()
-            summed, count = distributed.total(sums).tolist()
+            summed, count = distributed.all_reduce_sum_(sums).tolist()
             if count:
                 means[name] = summed / count
         largest: list[float] = torch.stack(self._ratios).tolist() if self._ratios else []  # the host waits once
@@ -132,7 +132,7 @@ class UpdateMetrics:
             facts |= describe_correction(self._watched)
         return dict(sorted((facts | dict(zip(numbers, host, strict=True))).items())) | counts
 
-    def of_shown(self) -> list[dict[str, list[float]]]:
+    def logged_token_values(self) -> list[dict[str, list[float]]]:
         """After `summary`: each token's values in the first pass over a response; none where there was no pass."""
         first: dict[int, dict[str, Tensor]] = {}
         for _, place, values in sorted(self._of_shown, key=lambda one: one[:2]):

@@ -25,7 +25,7 @@ def weigh_step(config: GrpoConfig, batch: RolloutBatch) -> tuple[RolloutBatch, d
     assert batch.advantages is not None  # `prepare_rollouts` took them
     kept, importance = mask, None
     facts: dict[str, float] = {}
-    if config.importance != "none" and not config.corrects_in_pass:
+    if config.importance != "none" and not config.computes_importance_weights_in_forward:
         assert batch.old_log_probs is not None  # `needs_old_log_probs` says so
         importance, inside, watched = correct_for_sampler(config, batch, batch.old_log_probs, mask)
         facts = describe_correction([watched])
@@ -128,12 +128,12 @@ def compute_loss(
     assert micro.policy_weights is not None
     # On-policy, pi_old is the policy of this very pass: the ratio is exactly 1, its gradient is not 0.
     old = log_probs.detach()
-    if not config.is_ratio_to_own_pass and micro.old_log_probs is not None:
+    if not config.uses_current_policy_as_old and micro.old_log_probs is not None:
         old = micro.old_log_probs
     losses, flags = compute_objective(config, micro, log_probs, old)
     weights, importance = micro.policy_weights, micro.importance_weights
     dropped, watched = None, None
-    if config.corrects_in_pass:
+    if config.computes_importance_weights_in_forward:
         assert micro.token_weights is not None
         counted = mask & (micro.token_weights > 0)
         importance, inside, watched = correct_for_sampler(config, micro, log_probs.detach(), counted)

@@ -8,7 +8,7 @@ from itertools import islice
 from types import TracebackType
 
 from drivers.common import distributed
-from drivers.common.errors import EngineDiedError, UnsoundRunError
+from drivers.common.errors import EngineDiedError, TrainingAbortedError
 from drivers.engines.protocol import Completion, RolloutEngine, describe_completions
 from drivers.grading.summary import describe_grades
 from drivers.grading.verdicts import Graded, Grader, grade_all
@@ -16,18 +16,18 @@ from drivers.runs.completions import describe_sample, describe_tokens
 from drivers.settings.grpo import GrpoConfig
 from drivers.tasks.questions import Question
 from drivers.training.advantages import shape_rewards
-from drivers.training.batch import Collected, Scores
+from drivers.training.batch import Scores, StepRollouts
 from drivers.training.run import Run
 from drivers.training.state import TrainingState
 from grpo_core import describe_rewards, describe_silent_groups, find_signal_groups, read_rewards
 
 
-class Rollouts:
+class RolloutPrefetcher:
     """The batches of a run. With `async_steps`, that of the next step is sampled while this one is trained on."""
 
     def __init__(
         self,
-        collect_step: Callable[[Run, int], Collected],
+        collect_step: Callable[[Run, int], StepRollouts],
         state: TrainingState,
         run: Run,
         async_steps: int,
@@ -37,9 +37,9 @@ class Rollouts:
         self._collect, self._state, self._run, self._rest = collect_step, state, run, rest
         ahead = async_steps and distributed.is_first()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="rollouts") if ahead else None
-        self._ahead: tuple[int, Run, Future[Collected]] | None = None
+        self._ahead: tuple[int, Run, Future[StepRollouts]] | None = None
 
-    def __enter__(self) -> "Rollouts":
+    def __enter__(self) -> "RolloutPrefetcher":
         return self
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
@@ -50,11 +50,11 @@ class Rollouts:
         if self._worker is not None:
             self._worker.shutdown(wait=error is None, cancel_futures=True)
 
-    def of(self, step: int) -> Collected:
+    def of(self, step: int) -> StepRollouts:
         """The batch of this step: what was begun for it, or else sampled now. The same on all ranks."""
-        return distributed.lead(lambda: self._of(step))
+        return distributed.run_on_rank_zero(lambda: self._of(step))
 
-    def _of(self, step: int) -> Collected:
+    def _of(self, step: int) -> StepRollouts:
         pending, self._state.pending = self._state.pending, None
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
@@ -95,13 +95,13 @@ def collect(
     draw: random.Random,
     run: Run,
     step: int,
-) -> Collected:
+) -> StepRollouts:
     """Whole groups; with `max_refills`, only groups with signal, as far as that many further rounds find them."""
     sampled: list[Completion] = []
     graded: list[Graded] = []
     kept: list[tuple[Question, list[Completion], list[Graded]]] = []
     wanted, size, refill = config.n_prompts_per_rollout_batch, config.group_size, 0
-    open_questions = train_set = within_reach(config, train_set, step)
+    open_questions = train_set = curriculum_subset(config, train_set, step)
     while True:
         with run.phase("rollout"):
             questions = draw.sample(open_questions, min(wanted, len(open_questions)))
@@ -117,7 +117,7 @@ def collect(
             try:
                 rewards = read_rewards([verdict.scores for verdict in verdicts])
             except ValueError as error:
-                raise UnsoundRunError(f"step {step}: {error}") from error
+                raise TrainingAbortedError(f"step {step}: {error}") from error
             if config.max_refills:
                 signal = find_signal_groups(rewards, size).tolist()
         sampled += completions
@@ -153,7 +153,7 @@ def collect(
             greedy_rewards = shape_rewards(config, greedy, [verdict.scores for verdict in greedy_verdicts])
         everything: Scores = [verdict.scores for verdict in graded]
         facts = {
-            **_known(describe_rewards(everything, size)),
+            **drop_nan(describe_rewards(everything, size)),
             **describe_grades(graded),
             **describe_silent_groups(read_rewards(everything), size),
             **describe_completions(sampled),
@@ -165,15 +165,15 @@ def collect(
         if config.max_refills:
             facts |= {"refills": float(refill), "missing_groups": float(missing)}
         if config.length_penalty != "none":
-            facts |= _known({"shaped_reward": raw_rewards.nanmean().item()})
+            facts |= drop_nan({"shaped_reward": raw_rewards.nanmean().item()})
         if greedy_rewards is not None:
-            facts |= _known({"greedy_reward": greedy_rewards.nanmean().item()})
+            facts |= drop_nan({"greedy_reward": greedy_rewards.nanmean().item()})
     samples = ((question, *one) for question, *parts in kept for one in zip(*parts, strict=True))
     shown = [
         describe_sample(*sample) | describe_tokens(sample[1], run.tokenizer)
         for sample in islice(samples, config.n_logged_completions)
     ]
-    return Collected(trained, trained_scores, raw_rewards, greedy_rewards, facts, shown)
+    return StepRollouts(trained, trained_scores, raw_rewards, greedy_rewards, facts, shown)
 
 
 def _graded(grade: Grader, completions: Sequence[Completion], asked: Sequence[Question]) -> list[Graded]:
@@ -181,7 +181,7 @@ def _graded(grade: Grader, completions: Sequence[Completion], asked: Sequence[Qu
     return grade_all(grade, texts, [one.answer for one in asked], [one.example.question for one in asked])
 
 
-def within_reach(config: GrpoConfig, train_set: Sequence[Question], step: int) -> Sequence[Question]:
+def curriculum_subset(config: GrpoConfig, train_set: Sequence[Question], step: int) -> Sequence[Question]:
     """What this step draws from: with `curriculum_steps`, of a set in order of difficulty, a growing first part.
 
     It follows from the step alone, so a run that is gone on with draws as it would have.
@@ -192,7 +192,7 @@ def within_reach(config: GrpoConfig, train_set: Sequence[Question], step: int) -
     return train_set[: max(share, config.n_prompts_per_rollout_batch)]
 
 
-def _known(facts: dict[str, float]) -> dict[str, float]:
+def drop_nan(facts: dict[str, float]) -> dict[str, float]:
     """Without the means of nothing, where nothing was scored."""
     return {name: value for name, value in facts.items() if not math.isnan(value)}
 

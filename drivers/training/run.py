@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from drivers.common import distributed
-from drivers.common.atomic_files import free_path, set_aside, sweep
+from drivers.common.atomic_files import free_path, remove_unfinished, rename_superseded
 from drivers.common.display import Display
-from drivers.common.errors import UnsoundRunError, UsageError, first_line
-from drivers.common.signals import uninterrupted
+from drivers.common.errors import TrainingAbortedError, UsageError, first_line
+from drivers.common.signals import defer_signals
 from drivers.engines.protocol import RolloutEngine
 from drivers.evaluation.policy import evaluate_policy
 from drivers.grading.verdicts import Grader
@@ -23,13 +23,13 @@ from drivers.policy import fsdp
 from drivers.reports.curves import draw_curves
 from drivers.runs.checkpoint import TENSORS, WRITE_ERRORS, publish_model, read_facts, read_tensors, save_checkpoint
 from drivers.runs.completions import with_values
-from drivers.runs.folder import later_checkpoints, let_go, newest_checkpoint, tidy
+from drivers.runs.folder import later_checkpoints, newest_checkpoint, prune_checkpoints, release_run_lock
 from drivers.runs.log import NoLog, RunLog
 from drivers.settings.base import Settings
 from drivers.settings.grpo import GrpoConfig
 from drivers.tasks.questions import Question
 from drivers.training.anomalies import Anomaly
-from drivers.training.memory import take_peak
+from drivers.training.memory import pop_peak_memory
 from drivers.training.self_check import DEFAULT_TOLERANCE, Agreement, check_engine
 from drivers.training.state import TrainingState
 
@@ -91,15 +91,15 @@ class Run:
                 ) from error
             self.display.say(f"Going on after step {state.step}, from {self._checkpoint}/")
         self.state = state
-        distributed.lead(self._open_folder)
+        distributed.run_on_rank_zero(self._open_folder)
         return state
 
     def _open_folder(self) -> None:
         """What is there of steps that are still to be made gives way; from now on there is a log."""
         try:
-            sweep(self.folder)
+            remove_unfinished(self.folder)
             for later in later_checkpoints(self.folder, self.step) if self._checkpoint is not None else ():
-                set_aside(later)
+                rename_superseded(later)
             self._log = RunLog(self.folder, self.config, after=self._begun_after, settings_of=self._settings)
         except OSError as error:
             raise UsageError(f"{self.folder}: cannot be written to ({error.strerror or error})") from error
@@ -139,7 +139,7 @@ class Run:
         """What a person should know of a step, and the run survives."""
         self.display.say(f"warning: {text}")
 
-    def allows(self, step: int, anomalies: Sequence[Anomaly]) -> bool:
+    def should_apply_update(self, step: int, anomalies: Sequence[Anomaly]) -> bool:
         """Whether an update may be made in spite of these: they are logged, and --on-anomaly says. It may end the run.
 
         One kind is told once, until a step is without it.
@@ -153,7 +153,7 @@ class Run:
             self._told.add((step, anomaly.kind))
         fatal = [one for one in anomalies if choice == "stop" or (choice == "auto" and one.is_fatal)]
         if fatal:
-            raise UnsoundRunError(
+            raise TrainingAbortedError(
                 f"step {step}: {fatal[0].text}; this update was not made, the weights are as before. "
                 "--on-anomaly skip goes on without such updates"
             )
@@ -185,7 +185,7 @@ class Run:
         """Held-out accuracy, logged and shown with some completions. The same noise at every evaluation."""
         n_shown, sampling = self.config.n_logged_completions, self.config.sampling.alone()
         with self.phase("evaluate"):
-            values, rows = distributed.lead(
+            values, rows = distributed.run_on_rank_zero(
                 lambda: evaluate_policy(
                     engine,
                     questions,
@@ -208,7 +208,7 @@ class Run:
         speed = {"update_tokens_per_s": values["trained_tokens"] / self._seconds["update"]}
         if "rollout" in self._seconds:  # not where they came with the checkpoint
             speed["rollout_tokens_per_s"] = values["sampled_tokens"] / self._seconds["rollout"]
-        values = {**values, **speed, **times, **take_peak(), "learning_rate": self.config.learning_rate}
+        values = {**values, **speed, **times, **pop_peak_memory(), "learning_rate": self.config.learning_rate}
         self._log.log("train", step, values)
         self.display.end_step(step, values)
 
@@ -231,26 +231,26 @@ class Run:
         """
         assert self.state is not None
         folder, seconds, state = self.folder / name, dict[str, float](), self.state
-        whole = state.is_whole and name.startswith("checkpoint")
+        whole = state.is_at_snapshot and name.startswith("checkpoint")
         facts, tensors = ({"step": state.step}, None)
         if whole:
             facts, tensors = state.facts() | ({"data": self._data} if self._data else {}), state.tensors()
-        with self.display.phase("save", seconds), uninterrupted():
+        with self.display.phase("save", seconds), defer_signals():
             try:
                 self._log.sync()
                 save_checkpoint(policy, self.tokenizer, folder, facts=facts, tensors=tensors)
             except WRITE_ERRORS as error:
                 reason = f"{folder}: no checkpoint can be written ({first_line(error)})"
                 if distributed.size() > 1 or state.step == self.config.n_grpo_steps:
-                    raise UnsoundRunError(reason) from error
+                    raise TrainingAbortedError(reason) from error
                 with suppress(OSError):
-                    sweep(self.folder)
+                    remove_unfinished(self.folder)
                 last = newest_checkpoint(self.folder)
                 self.warn(f"{reason}; the run goes on, and the last one is {last.name if last else 'none'}")
                 return None
             if distributed.is_first():
                 try:
-                    tidy(self.folder, state.accuracies, self.config.keep_checkpoints)
+                    prune_checkpoints(self.folder, state.accuracies, self.config.keep_checkpoints)
                 except (OSError, ValueError, KeyError) as error:  # what was there before costs no run
                     self.warn(f"{self.folder}: earlier checkpoints cannot be tidied up ({first_line(error)})")
         self._log.log("save", state.step, {"time_save_s": seconds["save"]})
@@ -258,12 +258,12 @@ class Run:
 
     def publish(self, name: str) -> Path:
         """The model of the last checkpoint, which holds all that was made, under a name of its own."""
-        checkpoint, folder = distributed.lead(self.last_checkpoint), self.folder / name
+        checkpoint, folder = distributed.run_on_rank_zero(self.last_checkpoint), self.folder / name
         assert checkpoint is not None
         try:
-            distributed.lead(partial(publish_model, checkpoint, folder))
+            distributed.run_on_rank_zero(partial(publish_model, checkpoint, folder))
         except OSError as error:
-            raise UnsoundRunError(
+            raise TrainingAbortedError(
                 f"{folder}: cannot be written ({first_line(error)}); the same model is in {checkpoint}/"
             ) from error
         return folder
@@ -275,7 +275,7 @@ class Run:
     def last_checkpoint(self) -> Path | None:
         """If it holds all that was made since."""
         newest = newest_checkpoint(self.folder)
-        whole = self.state is not None and self.state.is_whole
+        whole = self.state is not None and self.state.is_at_snapshot
         return newest if whole and newest is not None and read_facts(newest)["step"] == self.step else None
 
     def summary(self) -> str:
@@ -290,7 +290,7 @@ class Run:
     def finish(self) -> None:
         """Close the log and draw its picture."""
         self._log.close()
-        let_go(self.folder)
+        release_run_lock(self.folder)
         if distributed.is_first():
             try:
                 draw_curves(self.folder)

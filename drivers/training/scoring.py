@@ -46,7 +46,7 @@ def score(
         i * width + t for row in rows for i in row.members for t in range(len(rollouts.completions[i].token_ids))
     ]
     head = find_head(policy)  # its trial is a pass of its own
-    scored = fsdp.as_forward(policy, lambda: _score_rows(policy, head, rollouts, rows, options))
+    scored = fsdp.with_unsharded_params(policy, lambda: _score_rows(policy, head, rollouts, rows, options))
     index = torch.tensor(places, dtype=torch.long).to(device, non_blocking=True)
     return {
         name: values.new_zeros(len(rollouts) * width).index_copy(0, index, values).view(len(rollouts), width)
@@ -109,8 +109,8 @@ def score_all(
     names = ("log_probs", "token_entropy") if with_entropy else ("log_probs",)
     whole = {name: torch.zeros(rollouts.response_mask.shape) for name in names}
     parts = list(plan_micro_batches(config, policy, rollouts, range(len(rollouts))))
-    for (members, rows), counts in distributed.deal(parts):
+    for (members, rows), counts in distributed.shard_across_ranks(parts):
         part = score(policy, rollouts.select(members), config.sampling_temperature, rows, with_entropy=with_entropy)
         for name, values in part.items() if counts else ():
             whole[name][members, : values.shape[1]] = values.to("cpu", torch.float32)
-    return {name: distributed.total(values) for name, values in whole.items()}
+    return {name: distributed.all_reduce_sum_(values) for name, values in whole.items()}

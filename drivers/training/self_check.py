@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from drivers.common import distributed
-from drivers.common.errors import UnsoundRunError
+from drivers.common.errors import TrainingAbortedError
 from drivers.engines.protocol import RolloutEngine
 from drivers.policy import fsdp
 from drivers.policy.weights import PolicyWeights, check_arrived
@@ -50,7 +50,7 @@ def check_engine(
     The first `min_tokens` tokens of a response are left out: there only the sampler hides the end token.
     """
     n_weights = check_weights(engine, policy, version)
-    completions = distributed.lead(lambda: engine.generate(prompts, sampling, seed=seed))
+    completions = distributed.run_on_rank_zero(lambda: engine.generate(prompts, sampling, seed=seed))
     rollouts = make_rollout_batch(completions, torch.zeros(len(completions))).to(next(policy.parameters()).device)
     compared = rollouts.response_mask.clone()
     compared[:, : sampling.min_tokens] = False
@@ -58,19 +58,19 @@ def check_engine(
         compared
     ]
     if difference.numel() == 0:
-        raise UnsoundRunError(
+        raise TrainingAbortedError(
             f"self-check: no token to compare, for every response is at most min_tokens={sampling.min_tokens} long: "
             "lower --sampling-min-tokens"
         )
     agreement = Agreement(difference.mean().item(), difference.max().item(), difference.numel(), n_weights)
     versions = {completion.weight_version for completion in completions} - {None}
     if versions - {version}:
-        raise UnsoundRunError(
+        raise TrainingAbortedError(
             f"self-check: the engine samples from the weights of push {sorted(map(str, versions))}, the policy is at "
             f"{version}: a weight push did not arrive ({agreement})"
         )
     if not agreement.mean <= tolerance:
-        raise UnsoundRunError(
+        raise TrainingAbortedError(
             f"self-check: engine and policy disagree on the log-probs of the engine's own samples: {agreement}; "
             f"{tolerance} is allowed. Either the weights did not arrive, or the two compute differently: compare with "
             "--dtype float32, and raise --self-check-tolerance only if you know why they differ"
@@ -80,9 +80,9 @@ def check_engine(
 
 def check_weights(engine: RolloutEngine, policy: nn.Module, version: int) -> int:
     """How many tensors each worker of the engine received; an error if any is not the policy's, bit for bit."""
-    received = distributed.lead(engine.received)
+    received = distributed.run_on_rank_zero(engine.received)
     if not received:
         return 0
     expected = PolicyWeights(policy, fsdp.computing_dtype(policy)).checksums()
-    distributed.lead(lambda: check_arrived(expected, received, version))
+    distributed.run_on_rank_zero(lambda: check_arrived(expected, received, version))
     return len(received[0])

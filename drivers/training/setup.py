@@ -17,26 +17,26 @@ from drivers.engines.hf import FollowingEngine, HFReplica, end_token_ids
 from drivers.engines.protocol import RolloutEngine
 from drivers.grading.loading import BUILT_IN
 from drivers.grading.pool import GradingPool, start_grading
-from drivers.grading.verdicts import Grader, one_by_one
+from drivers.grading.verdicts import Grader, make_inline_grader
 from drivers.policy import fsdp
 from drivers.policy.devices import choose_devices, choose_dtype
-from drivers.policy.loading import context_length, keep_freed_memory, load_policy, load_tokenizer, resolve_model
+from drivers.policy.loading import context_length, load_policy, load_tokenizer, resolve_model, tune_malloc
 from drivers.policy.lora import add_lora
 from drivers.policy.optimizer import training_state_bytes
 from drivers.policy.weights import PolicyWeights
 from drivers.runs.checkpoint import precision_of, read_facts
-from drivers.runs.folder import abandon_run_folder, let_go
+from drivers.runs.folder import abandon_run_folder, release_run_lock
 from drivers.runs.resume import RUN_MARKER, open_run_folder
 from drivers.settings.base import Settings
 from drivers.settings.grpo import GrpoConfig
 from drivers.settings.reward_spec import check_file
 from drivers.tasks.questions import Prompt, Question, easiest_first, load_examples, load_prompt, make_questions
-from drivers.training.memory import settle_memory, weight_bytes
+from drivers.training.memory import configure_memory, weight_bytes
 from drivers.training.run import Run
-from drivers.training.state import check_resumed, fingerprint
+from drivers.training.state import fingerprint, validate_resume
 
 
-class Parts(NamedTuple):
+class Components(NamedTuple):
     """What `train` is given beside its settings."""
 
     policy: nn.Module
@@ -56,7 +56,7 @@ class Parts(NamedTuple):
                 self.grade.close()
 
 
-def prepare(config: GrpoConfig, display: Display) -> tuple[Run, Parts]:
+def setup_grpo_run(config: GrpoConfig, display: Display) -> tuple[Run, Components]:
     """Everything that the settings name."""
     examples = load_examples("--data-path", config.data_path)
     if len(examples) < config.n_prompts_per_rollout_batch:
@@ -67,7 +67,7 @@ def prepare(config: GrpoConfig, display: Display) -> tuple[Run, Parts]:
         )
     if config.curriculum_steps:
         examples = easiest_first("--curriculum-steps", examples)
-    return build(config, display, partial(make_questions, examples, prompt_of(config)))
+    return setup_run(config, display, partial(make_questions, examples, prompt_of(config)))
 
 
 def prompt_of(config: GrpoConfig) -> Prompt:
@@ -75,12 +75,12 @@ def prompt_of(config: GrpoConfig) -> Prompt:
     return load_prompt(config.prompt_path, config.chat_template, config.system_prompt_path)
 
 
-def build(
+def setup_run(
     config: GrpoConfig,
     display: Display,
     make_train_set: Callable[..., Sequence[Question]],
     settings: Settings | None = None,
-) -> tuple[Run, Parts]:
+) -> tuple[Run, Components]:
     """The parts. Cheap checks first: a bad file stops the run before a model is loaded.
 
     `make_train_set`: what `make_questions` is once it has its examples. `settings`: the program's own.
@@ -90,7 +90,7 @@ def build(
     prompt = prompt_of(config)
     devices = choose_devices(config)
     assert config.model_path is not None  # the command line refuses that
-    model_path = distributed.lead(partial(resolve_model, config.model_path))
+    model_path = distributed.run_on_rank_zero(partial(resolve_model, config.model_path))
     tokenizer = load_tokenizer(model_path, for_chat=config.chat_template)
     context = context_length(model_path)
     train_set, val_set = (
@@ -98,14 +98,14 @@ def build(
         for make in (make_train_set, partial(make_questions, val_examples, prompt))
     )
     with ExitStack() as unless_prepared:
-        grade: Grader = one_by_one(BUILT_IN["r1_zero"])  # of other ranks, which are never asked
+        grade: Grader = make_inline_grader(BUILT_IN["r1_zero"])  # of other ranks, which are never asked
         if distributed.is_first():
             grade = unless_prepared.enter_context(start_grading(config, lambda text: display.say(f"warning: {text}")))
-        folder, checkpoint = distributed.lead(partial(open_run_folder, config, display.say))
+        folder, checkpoint = distributed.run_on_rank_zero(partial(open_run_folder, config, display.say))
         data = fingerprint(train_set)
         try:
             if checkpoint is not None:
-                check_resumed(config, read_facts(checkpoint), data)
+                validate_resume(config, read_facts(checkpoint), data)
             # In a prompt and a response of sampling_max_tokens there is room for each demonstration too.
             longest = max(question.n_tokens(config.sampling_max_tokens) for question in (*train_set, *val_set))
             longest -= config.sampling_max_tokens
@@ -114,14 +114,14 @@ def build(
         except BaseException:
             if distributed.is_first() and checkpoint is None:
                 abandon_run_folder(folder, RUN_MARKER)
-            let_go(folder)
+            release_run_lock(folder)
             raise
         display.say(f"{len(train_set)} training and {len(val_set)} held-out questions; run folder {folder}/")
         run = Run(config, folder, tokenizer, display, checkpoint, settings, data)
         unless_prepared.pop_all()
     for warning in config.warnings:
         run.warn(warning)
-    return run, Parts(policy, engine, grade, train_set, val_set, reference)
+    return run, Components(policy, engine, grade, train_set, val_set, reference)
 
 
 def load_models(
@@ -142,12 +142,12 @@ def load_models(
     asked: str = config.dtype
     if asked == "auto":
         asked = earlier_dtype or ("float32" if config.deterministic else "auto")
-    dtype = distributed.lead(partial(choose_dtype, asked, policy_device))  # it may measure
+    dtype = distributed.run_on_rank_zero(partial(choose_dtype, asked, policy_device))  # it may measure
     if config.deterministic and policy_device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch demands it
         torch.use_deterministic_algorithms(True)
     if policy_device.type == "cpu":
-        keep_freed_memory()
+        tune_malloc()
     longest_row = longest_prompt + config.group_size * config.sampling_max_tokens
     load = partial(load_sharded, config, model_path, policy_device, dtype, longest_row)
     policy = load(lora=config.lora_rank > 0)
@@ -158,7 +158,7 @@ def load_models(
     if config.needs_reference and config.lora_rank == 0:  # else the policy without its adapters is it
         reference = load(lora=False).requires_grad_(False)
         reference_bytes = weight_bytes(reference)
-    plan = settle_memory(config, policy, longest_prompt, reference_bytes, rollout_device)
+    plan = configure_memory(config, policy, longest_prompt, reference_bytes, rollout_device)
     weights = PolicyWeights(policy, dtype)
     engine: RolloutEngine
     if not distributed.is_first():

@@ -22,7 +22,7 @@ def shares_rows(policy: nn.Module) -> bool:
     if packs_rows(policy):
         return False
     if policy not in _SHARING:
-        _SHARING[policy] = _holds(_sharing_error, policy)
+        _SHARING[policy] = shortcut_matches_model(_sharing_error, policy)
     return _SHARING[policy]
 
 
@@ -55,7 +55,7 @@ _HEADS: WeakKeyDictionary[nn.Module, Head | None] = WeakKeyDictionary()
 def find_head(policy: nn.Module) -> Head | None:
     """Body and output layer, if together they give the logits of the model itself; None if there is more to them."""
     if policy not in _HEADS:
-        _HEADS[policy] = _split(policy) if _holds(_head_error, policy) else None
+        _HEADS[policy] = _split(policy) if shortcut_matches_model(_head_error, policy) else None
     return _HEADS[policy]
 
 
@@ -82,7 +82,7 @@ def _relative_error(found: Tensor, expected: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _holds(error_of: Callable[[nn.Module], Tensor], policy: nn.Module) -> bool:
+def shortcut_matches_model(error_of: Callable[[nn.Module], Tensor], policy: nn.Module) -> bool:
     """Whether a shortcut gives what the model itself does, but for rounding; any failure of the trial says no.
 
     Models come in all kinds, and what one lacks (a body, an output layer, a kind of mask) may show in any way: the way
@@ -90,7 +90,7 @@ def _holds(error_of: Callable[[nn.Module], Tensor], policy: nn.Module) -> bool:
     """
     rounding = 8 * torch.finfo(fsdp.computing_dtype(policy)).eps
     try:
-        holds = bool(fsdp.as_forward(policy, lambda: error_of(policy)) <= rounding)
+        holds = bool(fsdp.with_unsharded_params(policy, lambda: error_of(policy)) <= rounding)
     except Exception:  # of a trial; see above
         holds = False
     return all(distributed.gather(holds))  # also of a rank on which it failed alone: the others ask for its answer

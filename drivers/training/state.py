@@ -16,7 +16,7 @@ from drivers.policy.optimizer import PolicyOptimizer
 from drivers.settings.grpo import GrpoConfig
 from drivers.tasks.questions import Question
 from drivers.training.anomalies import N_NORMS
-from drivers.training.batch import Collected
+from drivers.training.batch import StepRollouts
 from drivers.training.objective import EntropyBonus
 
 _SAMPLED_WITH = (
@@ -40,7 +40,7 @@ _KEPT = ("seed", "entropy_coef", "entropy_target", "advantage", *_SAMPLED_WITH)
 """Settings that the state follows from, or would no longer."""
 
 
-def check_resumed(config: GrpoConfig, facts: Mapping[str, Any], data: str | None = None) -> None:
+def validate_resume(config: GrpoConfig, facts: Mapping[str, Any], data: str | None = None) -> None:
     """A UsageError for what a run that goes on from `facts` would not heed. Of an older checkpoint, nothing is known.
 
     `data`: the `fingerprint` of what it would draw from.
@@ -104,13 +104,13 @@ class TrainingState:
         """Of questions. Only the first rank draws."""
         self.shuffle = torch.Generator().manual_seed(config.seed)
         """Of groups, into train batches."""
-        self.pending: Collected | None = None
+        self.pending: StepRollouts | None = None
         """What was sampled ahead, for the step after `step`."""
         self.grad_norms: deque[float] = deque(maxlen=N_NORMS)
         """Of the last updates, those that were left out among them: a lasting rise must not be skipped for ever."""
         self.accuracies: dict[int, float] = {}
         """Of the evaluations so far, by step."""
-        self.mark()
+        self.snapshot()
 
     def update(self, grad_norm: float, *, made: bool) -> bool:
         """Take the optimizer's step, or leave weights and moments as they are. Returns `made`."""
@@ -122,7 +122,7 @@ class TrainingState:
             self.grad_norms.append(grad_norm)
         return made
 
-    def mark(self) -> None:
+    def snapshot(self) -> None:
         """A step has ended: this is what a checkpoint goes on from."""
         version, words, gauss = self.draw.getstate()
         facts: dict[str, Any] = {
@@ -139,7 +139,7 @@ class TrainingState:
         self._marked = (self.optimizer.n_updates, facts, self.pending)
 
     @property
-    def is_whole(self) -> bool:
+    def is_at_snapshot(self) -> bool:
         """Whether nothing was updated since `mark`: else the facts and the weights are of different moments."""
         return self.optimizer.n_updates == self._marked[0]
 
@@ -154,9 +154,9 @@ class TrainingState:
 
     def restore(self, facts: dict[str, Any]) -> None:
         """After `tensors` were filled: the rest. A UsageError where the settings ask for what would not be heeded."""
-        check_resumed(self._config, facts)
+        validate_resume(self._config, facts)
         self.step = facts["step"]
-        self.optimizer.restored(facts["updates"])
+        self.optimizer.finish_loading(facts["updates"])
         # Only what was adapted has moved on: a constant one is the settings' own.
         was_adapted = _settings_of(facts).get("entropy_target", True) is not None
         if self._config.entropy_target is not None and was_adapted:
@@ -166,5 +166,5 @@ class TrainingState:
         self.shuffle.set_state(torch.tensor(facts["shuffle"], dtype=torch.uint8))
         self.grad_norms = deque(facts["grad_norms"], maxlen=N_NORMS)
         self.accuracies = dict(facts["accuracies"])
-        self.pending = None if facts["pending"] is None else Collected.from_json(facts["pending"])
-        self.mark()
+        self.pending = None if facts["pending"] is None else StepRollouts.from_json(facts["pending"])
+        self.snapshot()

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from drivers.common import distributed
-from drivers.common.signals import uninterrupted
+from drivers.common.signals import defer_signals
 from drivers.settings.grpo import GrpoConfig
-from drivers.training.anomalies import Anomaly, find_in_update
+from drivers.training.anomalies import Anomaly, check_update
 from drivers.training.batch import RolloutBatch
 from drivers.training.metrics import UpdateMetrics
 from drivers.training.micro_batches import plan_micro_batches
@@ -33,9 +33,9 @@ def update(
     train_batch, facts = weigh_step(config, train_batch)
     loss = accumulate_gradients(policy, train_batch, config, entropy_coef, metrics)
     norm, drift = state.optimizer.clip(config.max_grad_norm), metrics.drift()
-    found = find_in_update(loss.item(), norm.item(), state.grad_norms, drift)
-    with uninterrupted():
-        made = state.update(norm.item(), made=run.allows(step, [*unsound, *found]))
+    found = check_update(loss.item(), norm.item(), state.grad_norms, drift)
+    with defer_signals():
+        made = state.update(norm.item(), made=run.should_apply_update(step, [*unsound, *found]))
         metrics.add_update(loss, norm, facts, made=made)
 
 
@@ -49,7 +49,9 @@ def accumulate_gradients(
     pulling = rows_with_gradient(config, train_batch, entropy_coef)
     metrics.skipped_responses += len(train_batch) - len(pulling)  # exactly 0, without a forward pass
     watched_alone = entropy_coef == 0
-    for (members, rows), counts in distributed.deal(list(plan_micro_batches(config, policy, train_batch, pulling))):
+    for (members, rows), counts in distributed.shard_across_ranks(
+        list(plan_micro_batches(config, policy, train_batch, pulling))
+    ):
         micro = train_batch.select(members).to(device)
         scored = score(
             policy, micro, config.sampling_temperature, rows, with_entropy=True, detach_entropy=watched_alone
@@ -60,4 +62,4 @@ def accumulate_gradients(
         if counts:
             total += loss.detach()
             metrics.add_micro_batch(micro, scored, described, watched)
-    return distributed.total(total)
+    return distributed.all_reduce_sum_(total)

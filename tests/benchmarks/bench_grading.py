@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from drivers.grading.pool import GradingPool
-from drivers.grading.verdicts import Grader, one_by_one
+from drivers.grading.verdicts import Grader, make_inline_grader
 from grpo_core.rewards import r1_zero_reward_fn
 
 HOSTILE = Path(__file__).resolve().parents[1] / "drivers/hostile_rewards.py"
@@ -65,7 +65,7 @@ def main(_: list[str] | None = None) -> None:
     r1_zero_reward_fn(r"</think> <answer> \sqrt{8} </answer>", r"2\sqrt{2}")  # the imports
     for kind, forms in KINDS.items():
         print(f"{kind:>24}: {answers_per_second(forms):>8,.0f} answers/s")
-    here = max(batch_rate(one_by_one(r1_zero_reward_fn), 4096, 10**6 * k) for k in range(1, 4))
+    here = max(batch_rate(make_inline_grader(r1_zero_reward_fn), 4096, 10**6 * k) for k in range(1, 4))
     print(f"{'4,096 of all kinds':>24}: {here:>8,.0f} answers/s in this process")
     for workers in (1, 2, 4):
         start = time.perf_counter()

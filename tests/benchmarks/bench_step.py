@@ -246,7 +246,7 @@ def liger(folder: str, dtype: str, rollouts: Rollouts) -> tuple[nn.Module, Step]
 def ours(folder: str, dtype: str, rollouts: Rollouts, micro_batch_tokens: int | None = None) -> tuple[nn.Module, Step]:
     """The update of `drivers/train.py`, with the model as its `prepare` loads it."""
     from drivers.engines.protocol import Completion
-    from drivers.policy.loading import keep_freed_memory, load_policy
+    from drivers.policy.loading import load_policy, tune_malloc
     from drivers.settings.grpo import GrpoConfig
     from drivers.training.advantages import prepare_rollouts
     from drivers.training.batch import make_rollout_batch
@@ -254,7 +254,7 @@ def ours(folder: str, dtype: str, rollouts: Rollouts, micro_batch_tokens: int | 
     from drivers.training.objective import weigh_step
     from drivers.training.update import accumulate_gradients
 
-    keep_freed_memory()
+    tune_malloc()
     longest_row = max(map(len, rollouts.prompts)) + rollouts.group_size * rollouts.cap
     policy = load_policy(folder, torch.device("cpu"), getattr(torch, dtype), longest_row)
     config = GrpoConfig(

@@ -7,7 +7,7 @@ import torch
 from drivers.common.display import Display
 from drivers.engines.hf import HFEngine
 from drivers.engines.protocol import Completion
-from drivers.grading.verdicts import one_by_one
+from drivers.grading.verdicts import make_inline_grader
 from drivers.settings.grpo import GrpoConfig
 from drivers.tasks.questions import Example, Question
 from drivers.training.batch import make_rollout_batch
@@ -23,7 +23,7 @@ def letter_reward(response: str, ground_truth: str) -> dict[str, float]:
     return {"reward": share, "format_reward": float(bool(response)), "answer_reward": share}
 
 
-letter_grader = one_by_one(letter_reward)
+letter_grader = make_inline_grader(letter_reward)
 
 
 def letter_questions(tokenizer, n=4):

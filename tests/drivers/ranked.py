@@ -116,7 +116,7 @@ def main(
 
         engine.load_weights = load_weights
     run_folder = Path(folder) / "run"
-    distributed.lead(lambda: run_folder.mkdir(parents=True, exist_ok=True))
+    distributed.run_on_rank_zero(lambda: run_folder.mkdir(parents=True, exist_ok=True))
     checkpoint = None if resume is None else find_checkpoint(Path(resume))
     display = Display(config.n_grpo_steps, quiet=not distributed.is_first())
     run = Run(config, run_folder, parts.tokenizer, display, checkpoint)

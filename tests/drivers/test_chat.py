@@ -16,7 +16,7 @@ from drivers.engines.hf import HFEngine
 from drivers.policy.loading import embedded_model, load_tokenizer
 from drivers.settings.evaluate import EvaluateConfig
 from drivers.settings.imitation import ExpertIterationConfig, SftConfig
-from drivers.tasks.chat import end_turns
+from drivers.tasks.chat import use_end_of_turn_as_eos
 from drivers.tasks.demonstrations import WorkedExample, make_demonstrations
 from drivers.tasks.questions import Example, Prompt, load_prompt, make_questions
 from tests.drivers.parts import tiny_config
@@ -85,7 +85,7 @@ def test_what_ends_a_turn_ends_a_response():
     """Sampled, and demonstrated: base models name the token that ends a text, and learn to end turns."""
     tokenizer = tokenizer_with(CHATML)
     assert tokenizer.eos_token == "<eos>"
-    end_turns(tokenizer, "tiny")
+    use_end_of_turn_as_eos(tokenizer, "tiny")
     assert tokenizer.eos_token == END
     engine = HFEngine(make_tiny_policy(), tokenizer)
     assert set(engine._end_ids) == set(tokenizer.convert_tokens_to_ids([END, "<eos>"]))
@@ -108,7 +108,7 @@ def test_vllm_is_told_what_ends_a_turn(urls, monkeypatch):
     monkeypatch.setitem(sys.modules, "drivers.engines.vllm", SimpleNamespace(VLLMEngine=start))
     monkeypatch.setitem(sys.modules, "drivers.engines.vllm_server", SimpleNamespace(ServerEngine=start))
     tokenizer = tokenizer_with(CHATML)
-    end_turns(tokenizer, "tiny")
+    use_end_of_turn_as_eos(tokenizer, "tiny")
     make_engine(
         "vllm",
         model_path="unused",
@@ -145,7 +145,7 @@ def test_a_whole_prompt_of_a_demonstration_is_taken_as_it_is():
 )
 def test_templates_of_other_kinds(template, end):
     tokenizer = tokenizer_with(template, writes_bos=True)
-    end_turns(tokenizer, "tiny")
+    use_end_of_turn_as_eos(tokenizer, "tiny")
     assert tokenizer.eos_token == end
 
 
@@ -161,7 +161,7 @@ def test_templates_of_other_kinds(template, end):
 )
 def test_what_cannot_be_asked_is_one_line(template, message):
     with pytest.raises(UsageError) as raised:
-        end_turns(tokenizer_with(template), "tiny")
+        use_end_of_turn_as_eos(tokenizer_with(template), "tiny")
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 

@@ -12,11 +12,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from drivers.common.atomic_files import sweep, write_json
+from drivers.common.atomic_files import remove_unfinished, write_json
 from drivers.common.errors import UsageError
 from drivers.runs import checkpoint
 from drivers.runs.checkpoint import FACTS, MANIFEST, TENSORS, find_damage, save_checkpoint
-from drivers.runs.folder import BEST, LOCK, checkpoints, find_checkpoint, let_go, newest_checkpoint, tidy
+from drivers.runs.folder import (
+    BEST,
+    LOCK,
+    checkpoints,
+    find_checkpoint,
+    newest_checkpoint,
+    prune_checkpoints,
+    release_run_lock,
+)
 from drivers.runs.resume import finished_model, open_run_folder
 from tests.drivers.parts import tiny_config
 from tests.tiny import make_tiny_policy, make_tiny_tokenizer
@@ -189,19 +197,19 @@ def test_what_is_kept(tmp_path):
     for step in range(1, 6):
         save(tmp_path, step, seed=step)
     (tmp_path / "checkpoint-4").rename(tmp_path / "checkpoint-4-stopped")
-    assert tidy(tmp_path, accuracies, None).name == "checkpoint-2"
+    assert prune_checkpoints(tmp_path, accuracies, None).name == "checkpoint-2"
     assert (tmp_path / BEST).resolve() == tmp_path / "checkpoint-2"
     whole = {path.name for path in tmp_path.glob("checkpoint-*") if (path / TENSORS).exists()}
     assert whole == {"checkpoint-4-stopped", "checkpoint-5"}
     assert all(find_damage(path) is None for path in tmp_path.glob("checkpoint-*"))
-    assert tidy(tmp_path, accuracies, 2).name == "checkpoint-2"
+    assert prune_checkpoints(tmp_path, accuracies, 2).name == "checkpoint-2"
     names = {"checkpoint-2", "checkpoint-4-stopped", "checkpoint-5"}
     assert {path.name for path in tmp_path.iterdir()} == names | {BEST}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / BEST)
     save(tmp_path, 6)
-    assert tidy(tmp_path, accuracies | {6: 0.8}, 1).name == "checkpoint-6"
+    assert prune_checkpoints(tmp_path, accuracies | {6: 0.8}, 1).name == "checkpoint-6"
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-6", BEST}
-    assert tidy(tmp_path, {}, None) is None  # nothing was evaluated
+    assert prune_checkpoints(tmp_path, {}, None) is None  # nothing was evaluated
 
 
 def test_what_a_person_puts_beside_them_is_left_alone(tmp_path):
@@ -215,7 +223,7 @@ def test_what_a_person_puts_beside_them_is_left_alone(tmp_path):
     assert [one.name for _, one in checkpoints(tmp_path)] == [
         *("checkpoint-1", "checkpoint-2", "checkpoint-2-stopped-2", "checkpoint-3")
     ]
-    tidy(tmp_path, {}, 1)
+    prune_checkpoints(tmp_path, {}, 1)
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {
         *("checkpoint-1-for-the-paper", "checkpoint-3", "checkpoint-8", "checkpoint-9.tar.gz")
     }
@@ -229,7 +237,7 @@ def test_stops_do_not_cost_the_checkpoint_that_training_goes_on_from(tmp_path, k
     for name in ("checkpoint-3-stopped", "checkpoint-3-stopped-2", "checkpoint-4-stopped"):
         shutil.copytree(tmp_path / "checkpoint-3", tmp_path / name)
         checkpoint.drop_tensors(tmp_path / name)
-    tidy(tmp_path, {}, keep)
+    prune_checkpoints(tmp_path, {}, keep)
     assert find_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
 
 
@@ -268,7 +276,7 @@ def test_a_run_without_a_usable_checkpoint_begins_again_and_says_so(tmp_path):
     settings = tiny_config(save_dir=str(tmp_path), resume="auto")
     assert open_run_folder(settings, said.append) == (tmp_path, None)
     assert [f"nothing can go on from {tmp_path}/checkpoint-{n}" in said[n - 3] for n in (5, 6)] == [True, True]
-    let_go(tmp_path)
+    release_run_lock(tmp_path)
     names = {path.name for path in tmp_path.iterdir()} - {"metrics.jsonl", LOCK}
     assert names == {
         f"superseded-{name}" for name in ("checkpoint-5", "checkpoint-6", "metrics.jsonl", "completions.jsonl")
@@ -309,5 +317,5 @@ def test_what_is_half_done_within_what_is_half_done_goes_too(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{")
     (tmp_path / ".unfinished-best_checkpoint").symlink_to("checkpoint-2")
-    sweep(tmp_path)
+    remove_unfinished(tmp_path)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["checkpoint-2", "kept"]

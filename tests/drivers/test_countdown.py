@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drivers.common.errors import UsageError
-from drivers.grading.countdown import MOST_CHARACTERS, countdown_reward_fn, solves
+from drivers.grading.countdown import MAX_CHARACTERS, countdown_reward_fn, solves
 from drivers.grading.loading import BUILT_IN
-from drivers.grading.verdicts import one_by_one
+from drivers.grading.verdicts import make_inline_grader
 from drivers.make_countdown import CountdownConfig, main, make_countdown
 from drivers.settings.reward_spec import check_reward
 from drivers.tasks.questions import load_examples
@@ -121,7 +121,7 @@ def compute(tree):
 @given(trees(), st.randoms(use_true_random=False))
 def test_an_expression_is_right_for_its_own_numbers_and_value_alone(tree, rng):
     text, _, leaves = write(tree, rng.random)
-    if len(text) > MOST_CHARACTERS:
+    if len(text) > MAX_CHARACTERS:
         assert not solves(text, leaves, 1)
         return
     value = compute(tree)
@@ -257,7 +257,7 @@ def test_format_without_a_right_answer_earns_nothing():
 def test_another_answer_than_a_puzzle_is_named(truth):
     with pytest.raises(ValueError, match="a puzzle is required"):
         countdown_reward_fn(response("3"), truth)
-    (verdict,) = one_by_one(BUILT_IN["countdown"])(["x"], [truth])
+    (verdict,) = make_inline_grader(BUILT_IN["countdown"])(["x"], [truth])
     assert verdict.why == "error"
 
 

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from drivers.engines.factory import make_engine
 from drivers.engines.hf import HFEngine
-from drivers.engines.placement import share_beside
+from drivers.engines.placement import engine_memory_fraction
 from drivers.policy.optimizer import training_state_bytes
 from drivers.train import train
 from drivers.training.advantages import prepare_rollouts
@@ -129,7 +129,9 @@ def test_policy_and_vllm_take_turns_on_one_gpu(tmp_path, record_property):
     steps = [row for row in rows if row["phase"] == "train"]
     assert [row["n_weights"] for row in rows if row["phase"] == "check"] == [20, 20]
     assert {row["staleness"] for row in steps} == {0.0}
-    assert asleep - min(free_bytes) > 0.5 * min(0.3, share_beside(training_state_bytes(policy), total)) * total
+    assert (
+        asleep - min(free_bytes) > 0.5 * min(0.3, engine_memory_fraction(training_state_bytes(policy), total)) * total
+    )
     for name in ("time_push_s", "peak_memory_gib"):
         record_property(name, [row[name] for row in steps])
         print(name, *(f"{row[name]:.3f}" for row in steps))

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from drivers.common.errors import EngineDiedError, UnsoundRunError, UsageError
+from drivers.common.errors import EngineDiedError, TrainingAbortedError, UsageError
 from drivers.engines.factory import make_engine
 from drivers.engines.hf import HFEngine
 from drivers.policy.weights import checksums
@@ -201,7 +201,7 @@ def test_the_self_check_notices_log_probs_of_another_temperature():
     subject = Subject("hf", policy, RawLogProbs(policy, make_tiny_tokenizer()))
     subject.push()
     assert check(subject).mean < TOLERANCE  # at temperature 1 they are the same
-    with pytest.raises(UnsoundRunError, match="disagree on the log-probs"):
+    with pytest.raises(TrainingAbortedError, match="disagree on the log-probs"):
         check(subject, sampling=Sampling(n=4, max_tokens=8, temperature=0.6))
 
 
@@ -257,12 +257,12 @@ def test_a_shared_gpu_is_woken_in_order_weights_push_cache(tmp_path, monkeypatch
 def test_the_self_check_leaves_out_the_tokens_where_the_end_is_hidden(subject):
     """With min_tokens the sampler's log-probs differ there by nats, and the check passes all the same."""
     assert check(subject, sampling=Sampling(n=4, min_tokens=4, max_tokens=8)).largest < TOLERANCE
-    with pytest.raises(UnsoundRunError, match="no token to compare"):
+    with pytest.raises(TrainingAbortedError, match="no token to compare"):
         check(subject, sampling=Sampling(n=4, min_tokens=8, max_tokens=8))
 
 
 def test_a_skipped_push_is_noticed_by_its_version(subject):
-    with pytest.raises(UnsoundRunError, match="a weight push did not arrive"):
+    with pytest.raises(TrainingAbortedError, match="a weight push did not arrive"):
         check(subject, version=subject.version + 1)
 
 
@@ -302,14 +302,14 @@ def test_a_push_that_lies_is_noticed_by_its_checksums_and_by_its_log_probs(subje
         patch.setattr(subject.engine._sender, "source", Lying(subject.engine._weights, sent[fault]))
         message = "disagree on the log-probs" if seen == "log-probs" else "others than the policy"
         if seen == "push":
-            with pytest.raises(UnsoundRunError, match=message):
+            with pytest.raises(TrainingAbortedError, match=message):
                 subject.push()
         else:
             patch.setattr(vllm, "check_arrived", lambda *_: None)
             subject.push()
             if seen == "log-probs":
                 patch.setattr(subject.engine, "received", list)
-            with pytest.raises(UnsoundRunError, match=message):
+            with pytest.raises(TrainingAbortedError, match=message):
                 check(subject)
     subject.push()
     assert check(subject).largest < TOLERANCE
@@ -323,7 +323,7 @@ def test_a_push_that_is_never_sent_is_noticed_though_the_last_one_arrived(subjec
         pytest.skip("this engine shares the policy's weights: no push can go wrong")
     with monkeypatch.context() as patch:
         patch.setattr(subject.engine._sender, "send_weights", lambda: None)
-        with pytest.raises(UnsoundRunError, match="of the 0 tensors of push"):
+        with pytest.raises(TrainingAbortedError, match="of the 0 tensors of push"):
             subject.push()
     subject.push()
 

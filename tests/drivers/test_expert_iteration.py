@@ -11,17 +11,17 @@ import torch
 
 from drivers import expert_iteration as program
 from drivers.common.display import Display
-from drivers.common.errors import UnsoundRunError
+from drivers.common.errors import TrainingAbortedError
 from drivers.engines.hf import HFReplica
 from drivers.expert_iteration import iterate, main
-from drivers.grading.verdicts import one_by_one
+from drivers.grading.verdicts import make_inline_grader
 from drivers.policy.weights import PolicyWeights
 from drivers.runs.folder import find_checkpoint
 from drivers.settings.command_line import parse_settings
 from drivers.settings.imitation import QUICKSTARTS, ExpertIterationConfig
 from drivers.training import update as update_step
-from drivers.training.batch import all_right
-from drivers.training.launch import keep_what_was_made
+from drivers.training.batch import imitation_batch
+from drivers.training.launch import save_on_abort
 from drivers.training.run import Run
 from tests.drivers.parts import tiny_parts
 from tests.drivers.test_resume import Stop, assert_same, numbers
@@ -70,9 +70,9 @@ def go(folder, reward=has_letter, checkpoint=None, stop_at=None, **changes):
     folder.mkdir(exist_ok=True)
     run = Run(settings.of(), folder, parts.tokenizer, Display(1, quiet=True), checkpoint, settings)
     try:
-        iterate(settings, parts.policy, engine, one_by_one(reward), parts.questions, parts.questions, run)
+        iterate(settings, parts.policy, engine, make_inline_grader(reward), parts.questions, parts.questions, run)
     except Stop:
-        keep_what_was_made(run, parts.policy)
+        save_on_abort(run, parts.policy)
     finally:
         run.finish()
     moments = {name: tensor.clone() for name, tensor in run.state.tensors().items()}
@@ -165,7 +165,7 @@ def test_with_nothing_right_no_weight_changes_and_the_run_goes_on(tmp_path, caps
     ]
     assert [row["right_responses"] for row in rows_of(tmp_path, "train")] == [0, 0]
     assert not {"loss", "grad_norm"} & rows_of(tmp_path, "train")[0].keys()
-    with pytest.raises(UnsoundRunError, match="no response has a reward of 1"):
+    with pytest.raises(TrainingAbortedError, match="no response has a reward of 1"):
         go(tmp_path / "strict", lambda *_: 0.0, on_anomaly="stop")
 
 
@@ -189,7 +189,7 @@ def test_groups_may_be_of_any_size():
         seed=0,
     )
     kept = [*sampled[:3], sampled[16], *sampled[32:34]]
-    batch = all_right(kept)
+    batch = imitation_batch(kept)
     assert batch.group_sizes == [3, 1, 2]
     shuffled = batch.shuffled(torch.Generator().manual_seed(0))
     assert sorted(shuffled.group_sizes) == [1, 2, 3]

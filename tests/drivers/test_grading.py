@@ -19,18 +19,18 @@ from torch.testing import assert_close
 import grpo_core as core
 from drivers import evaluate as evaluate_program
 from drivers import train as train_program
-from drivers.common.errors import UnsoundRunError, UsageError
+from drivers.common.errors import TrainingAbortedError, UsageError
 from drivers.evaluation.policy import evaluate_policy
 from drivers.grading import pool as pool_module
 from drivers.grading import verdicts
 from drivers.grading.pool import GradingPool
 from drivers.grading.summary import describe_grades
-from drivers.grading.verdicts import Graded, one_by_one
+from drivers.grading.verdicts import Graded, make_inline_grader
 from drivers.settings.formula import formula
 from drivers.settings.reward_spec import parse_mix
 from drivers.settings.sampling import Sampling
 from drivers.training.advantages import prepare_rollouts, shape_rewards
-from drivers.training.batch import Collected, make_rollout_batch
+from drivers.training.batch import StepRollouts, make_rollout_batch
 from drivers.training.metrics import UpdateMetrics
 from drivers.training.objective import weigh_step
 from drivers.training.rollouts import collect
@@ -44,7 +44,7 @@ from tests.tiny import save_tiny
 ROOT = Path(__file__).resolve().parents[2]
 FILE = str(ROOT / "tests/drivers/hostile_rewards.py")
 DEADLINE = 0.5
-R1 = one_by_one(core.r1_zero_reward_fn)
+R1 = make_inline_grader(core.r1_zero_reward_fn)
 
 
 def slow(*values):
@@ -418,7 +418,7 @@ def test_a_pool_that_is_closed_as_it_starts_leaves_nothing():
     ],
 )
 def test_a_returned_value_is_read(returned, mix, scores, why):
-    (verdict,) = one_by_one(lambda response, truth: returned, mix)(["x"], ["1"])
+    (verdict,) = make_inline_grader(lambda response, truth: returned, mix)(["x"], ["1"])
     assert (verdict.scores, verdict.why) == (scores, why)
     assert next(iter(verdict.scores)) == "reward"
 
@@ -448,8 +448,8 @@ def test_what_is_no_reward_is_one_clear_error(returned, mix, message):
     def mine(response, truth):
         return returned
 
-    with pytest.raises(UnsoundRunError) as raised:
-        one_by_one(mine, mix)(["r" * 100], ["1"])
+    with pytest.raises(TrainingAbortedError) as raised:
+        make_inline_grader(mine, mix)(["r" * 100], ["1"])
     assert message in str(raised.value)
     assert str(raised.value).startswith("reward_fn=mine: returned ")
     assert len(str(raised.value)) < 400
@@ -469,7 +469,7 @@ def test_what_is_no_reward_is_one_clear_error(returned, mix, message):
     ],
 )
 def test_a_number_that_is_not_finite_is_no_reward(returned, mix, detail):
-    (verdict,) = one_by_one(lambda response, truth: returned, mix)(["x"], ["1"])
+    (verdict,) = make_inline_grader(lambda response, truth: returned, mix)(["x"], ["1"])
     assert verdict == Graded({"reward": None}, "not_finite", f"{detail}: a finite number is required")
 
 
@@ -482,13 +482,13 @@ def test_a_worker_tells_of_it_too(pool):
 def test_a_reward_that_asks_for_the_question_gets_it(function):
     """By its name, in the pool and in this process; any other is called as ever."""
     responses, answers, questions = ["red 1", "blue 1", "red 2"], ["1"] * 3, ["red", "red", "blue"]
-    here = one_by_one(getattr(hostile_rewards, function))
+    here = make_inline_grader(getattr(hostile_rewards, function))
     with open_pool(function, n_workers=1, deadline_s=5.0) as there:
         for grade in (here, there):
             graded = verdicts.grade_all(grade, responses, answers, questions)
             assert [verdict.scores["reward"] for verdict in graded] == [1.0, 0.0, 0.0]
             assert [verdict.scores["reward"] for verdict in grade(responses, answers)] == [0.0] * 3
-    plain = one_by_one(lambda response, truth: truth in response)
+    plain = make_inline_grader(lambda response, truth: truth in response)
     assert [v.scores["reward"] for v in verdicts.grade_all(plain, responses, answers, questions)] == [1.0, 1.0, 0.0]
     own = lambda responses, answers: R1(responses, answers)  # noqa: E731
     assert len(verdicts.grade_all(own, responses, answers, questions)) == 3
@@ -511,7 +511,7 @@ def test_the_question_of_each_response_is_handed_on(tmp_path):
 
 
 def test_the_same_error_comes_out_of_the_pool_and_it_goes_on(pool):
-    with pytest.raises(UnsoundRunError, match=rf"--reward {FILE}:reward: returned '1.0' for .*'text': a finite"):
+    with pytest.raises(TrainingAbortedError, match=rf"--reward {FILE}:reward: returned '1.0' for .*'text': a finite"):
         grade_with(pool, "text")
     grade_with(pool)
 
@@ -519,17 +519,17 @@ def test_the_same_error_comes_out_of_the_pool_and_it_goes_on(pool):
 def test_in_this_process_verdicts_are_the_same():
     """But for what cannot be survived there."""
     deeds = ["1", "raise", "recursion", "leave", "2"]
-    graded = one_by_one(hostile_rewards.reward)(deeds, ["1"] * 5)
+    graded = make_inline_grader(hostile_rewards.reward)(deeds, ["1"] * 5)
     assert [verdict.why for verdict in graded] == ["parsed", "error", "error", "error", "parsed"]
     assert graded[1].detail.startswith("ValueError: invalid literal")
-    graded = one_by_one(hostile_rewards.async_reward)(["1", "impatient"], ["1", "1"])
+    graded = make_inline_grader(hostile_rewards.async_reward)(["1", "impatient"], ["1", "1"])
     assert [verdict.scores["reward"] for verdict in graded] == [1.0, None]
 
     def interrupted(response, truth):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        one_by_one(interrupted)(["1"], ["1"])
+        make_inline_grader(interrupted)(["1"], ["1"])
 
 
 # --- async -----------------------------------------------------------------------------------------------------------
@@ -846,7 +846,7 @@ def test_shaping_keeps_what_is_not_scored(tmp_path):
     config, parts = tiny_config(advantage="gdpo"), tiny_parts()
     rollouts, _ = rollouts_of(config, parts)
     with pytest.raises(
-        UnsoundRunError, match="--advantage gdpo: it compares format_reward and answer_reward, and the"
+        TrainingAbortedError, match="--advantage gdpo: it compares format_reward and answer_reward, and the"
     ):
         prepare_rollouts(config, parts.policy, None, rollouts, [{"reward": 1.0}] * 32, None)
 
@@ -863,7 +863,7 @@ def test_a_batch_sampled_ahead_keeps_what_is_not_known(tmp_path):
     assert collected.raw_rewards.isnan().sum() == 21
     assert collected.greedy_rewards.isnan().sum() == 2
     text = json.dumps(collected.to_json(), allow_nan=False)
-    again = Collected.from_json(json.loads(text))
+    again = StepRollouts.from_json(json.loads(text))
     assert (again.scores, again.facts) == (collected.scores, collected.facts)
     for name in ("raw_rewards", "greedy_rewards"):
         assert_close(getattr(again, name), getattr(collected, name), rtol=0, atol=0, equal_nan=True)

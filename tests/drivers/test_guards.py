@@ -8,16 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drivers.common.errors import UnsoundRunError
-from drivers.grading.verdicts import one_by_one
+from drivers.common.errors import TrainingAbortedError
+from drivers.grading.verdicts import make_inline_grader
 from drivers.train import train
 from drivers.training.anomalies import (
-    LEAST_ENTROPY,
-    MOST_DRIFT,
-    MOST_LOG_RATIO,
+    MAX_DRIFT,
+    MAX_LOG_RATIO,
+    MIN_ENTROPY,
     SPIKE,
-    find_in_rollouts,
-    find_in_update,
+    check_rollouts,
+    check_update,
 )
 from drivers.training.batch import make_rollout_batch
 from drivers.training.metrics import UpdateMetrics
@@ -38,22 +38,22 @@ def kinds(found):
     [
         ({"truncated": 1.0}, "all_truncated"),
         ({"unscored": 1.0}, "all_unscored"),
-        ({"rollout_entropy": LEAST_ENTROPY / 2}, "entropy_collapse"),
+        ({"rollout_entropy": MIN_ENTROPY / 2}, "entropy_collapse"),
         ({"rollout_entropy": math.nan}, "entropy_collapse"),
         ({"rollout_entropy": -math.inf}, "entropy_collapse"),
         ({"rollout_entropy": math.inf}, "entropy_collapse"),
     ],
 )
 def test_rollouts_that_cannot_teach_are_named(changed, kind):
-    assert find_in_rollouts(FINE) == []
-    assert kinds(find_in_rollouts(FINE | changed)) == [kind]
-    (anomaly,) = find_in_rollouts(FINE | changed)
+    assert check_rollouts(FINE) == []
+    assert kinds(check_rollouts(FINE | changed)) == [kind]
+    (anomaly,) = check_rollouts(FINE | changed)
     assert anomaly.is_unusable == (not math.isfinite(*changed.values()))
 
 
 def test_an_update_without_any_gradient_is_named():
-    assert kinds(find_in_update(0.0, 0.0, [1.0] * 20, NEAR)) == ["no_gradient"]
-    assert kinds(find_in_update(0.0, 1e-30, [1.0] * 20, NEAR)) == []
+    assert kinds(check_update(0.0, 0.0, [1.0] * 20, NEAR)) == ["no_gradient"]
+    assert kinds(check_update(0.0, 1e-30, [1.0] * 20, NEAR)) == []
 
 
 SILENT = {"reward": 1.0, "format_reward": 0.0, "answer_reward": 0.0}
@@ -76,9 +76,9 @@ def test_silent_groups_are_told_of_where_another_term_has_a_gradient(tmp_path):
     ],
 )
 def test_silent_groups_that_teach_are_none(settings):
-    assert not tiny_config(entropy_coef=0.01, **settings).has_pull_beside_rewards
-    assert tiny_config(entropy_coef=0.01, loss_type="reinforce_with_baseline").has_pull_beside_rewards
-    assert not tiny_config(loss_type="reinforce_with_baseline").has_pull_beside_rewards
+    assert not tiny_config(entropy_coef=0.01, **settings).has_regularization_gradient
+    assert tiny_config(entropy_coef=0.01, loss_type="reinforce_with_baseline").has_regularization_gradient
+    assert not tiny_config(loss_type="reinforce_with_baseline").has_regularization_gradient
 
 
 class NotANumber:
@@ -105,7 +105,7 @@ class NotANumber:
 def test_a_reward_that_is_not_finite_follows_the_policy(tmp_path, choice, skipped, value):
     """Its response is not scored, so that an update without it is sound; what there is of it is left out or made."""
     if skipped is None:
-        with pytest.raises(UnsoundRunError, match="step 2: the reward of 1 responses is not a finite number"):
+        with pytest.raises(TrainingAbortedError, match="step 2: the reward of 1 responses is not a finite number"):
             go(tmp_path, NotANumber(value), on_anomaly=choice)
         return
     policy, _ = go(tmp_path, NotANumber(value), on_anomaly=choice)
@@ -118,10 +118,10 @@ def test_a_reward_that_is_not_finite_follows_the_policy(tmp_path, choice, skippe
 
 def test_one_token_far_from_the_sampler_is_named(tmp_path):
     """Which a mean over all of them hides."""
-    found = find_in_update(0.1, 1.0, [], NEAR | {"max_log_ratio": 1.01 * MOST_LOG_RATIO})
+    found = check_update(0.1, 1.0, [], NEAR | {"max_log_ratio": 1.01 * MAX_LOG_RATIO})
     assert kinds(found) == ["max_log_ratio"]
     assert not found[0].is_fatal
-    assert find_in_update(0.1, 1.0, [], NEAR | {"max_log_ratio": 0.99 * MOST_LOG_RATIO}) == []
+    assert check_update(0.1, 1.0, [], NEAR | {"max_log_ratio": 0.99 * MAX_LOG_RATIO}) == []
     metrics = UpdateMetrics()
     for extra in (0.0, 12.0):
         micro = make_rollout_batch([completion([1], [2, 3, 4]), completion([1], [5])], torch.zeros(2))
@@ -144,7 +144,7 @@ def test_log_probs_of_the_sampler_that_are_none(tmp_path, choice):
         patch.setattr(collecting, "describe_completions", lambda s: describe(s) | {"rollout_entropy": math.nan})
         settings = {"entropy_target": 2.0, "entropy_coef": 0.02, "on_anomaly": choice}
         if choice == "auto":
-            with pytest.raises(UnsoundRunError, match="the sampler's log-probs are not finite"):
+            with pytest.raises(TrainingAbortedError, match="the sampler's log-probs are not finite"):
                 go(tmp_path, Sometimes(0, {}), **settings)
             return
         go(tmp_path, Sometimes(0, {}), **settings)
@@ -154,7 +154,7 @@ def test_log_probs_of_the_sampler_that_are_none(tmp_path, choice):
 
 @given(st.lists(st.floats(1e-3, 1e3), max_size=30), st.floats(0, 1e6))
 def test_a_spike_is_many_times_the_median_of_enough_norms(norms, norm):
-    found = [kind for kind in kinds(find_in_update(0.1, norm, norms, NEAR)) if kind != "no_gradient"]
+    found = [kind for kind in kinds(check_update(0.1, norm, norms, NEAR)) if kind != "no_gradient"]
     ordered = sorted(norms)
     middle = (ordered[(len(norms) - 1) // 2] + ordered[len(norms) // 2]) / 2 if norms else 0.0
     assert found == (["grad_norm_spike"] if len(norms) >= 10 and norm > SPIKE * middle else [])
@@ -162,16 +162,16 @@ def test_a_spike_is_many_times_the_median_of_enough_norms(norms, norm):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_unusable(value):
-    for found in (find_in_update(value, 1.0, [1.0] * 20, NEAR), find_in_update(0.0, value, [1.0] * 20, NEAR)):
+    for found in (check_update(value, 1.0, [1.0] * 20, NEAR), check_update(0.0, value, [1.0] * 20, NEAR)):
         assert len(found) == 1
         assert found[0].is_unusable
-    assert kinds(find_in_update(0.0, 1.0, [], {"approx_kl": value})) == ([] if value == -math.inf else ["approx_kl"])
+    assert kinds(check_update(0.0, 1.0, [], {"approx_kl": value})) == ([] if value == -math.inf else ["approx_kl"])
 
 
 def test_a_policy_far_from_the_sampler_is_named():
-    assert find_in_update(0.1, 1.0, [], NEAR) == []
-    assert kinds(find_in_update(0.1, 1.0, [], {"approx_kl": 1.01 * MOST_DRIFT})) == ["approx_kl"]
-    assert not find_in_update(0.1, 1.0, [], {"approx_kl": 1.01 * MOST_DRIFT})[0].is_unusable
+    assert check_update(0.1, 1.0, [], NEAR) == []
+    assert kinds(check_update(0.1, 1.0, [], {"approx_kl": 1.01 * MAX_DRIFT})) == ["approx_kl"]
+    assert not check_update(0.1, 1.0, [], {"approx_kl": 1.01 * MAX_DRIFT})[0].is_unusable
 
 
 class Sometimes:
@@ -201,7 +201,7 @@ def go(folder, reward_fn, **settings):
 
     run.report = snapshot
     try:
-        train(config, parts.policy, parts.engine, one_by_one(reward_fn), parts.questions, parts.questions, run)
+        train(config, parts.policy, parts.engine, make_inline_grader(reward_fn), parts.questions, parts.questions, run)
     finally:
         run.finish()
         logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -224,7 +224,9 @@ def test_an_update_that_is_not_finite_is_left_out_and_the_run_goes_on(tmp_path, 
 
 @pytest.mark.parametrize("choice", ["auto", "stop"])
 def test_an_update_that_is_not_finite_ends_the_run(tmp_path, choice):
-    with pytest.raises(UnsoundRunError, match=r"step 2: the loss is .*; this update was not made.*--on-anomaly skip"):
+    with pytest.raises(
+        TrainingAbortedError, match=r"step 2: the loss is .*; this update was not made.*--on-anomaly skip"
+    ):
         go(tmp_path, Sometimes(3e38, {2}), on_anomaly=choice)
     assert len(go.rows["train"]) == 1
 
@@ -264,7 +266,7 @@ def test_a_rise_that_lasts_is_skipped_for_a_while_only(tmp_path):
 
 @pytest.mark.slow
 def test_a_spike_can_end_the_run(tmp_path):
-    with pytest.raises(UnsoundRunError, match="times the median"):
+    with pytest.raises(TrainingAbortedError, match="times the median"):
         go(tmp_path, Sometimes(1e5, {12}), on_anomaly="stop", n_grpo_steps=13, learning_rate=1e-4)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from drivers.common.errors import UsageError
 from drivers.grading.loading import load_reward
-from drivers.grading.verdicts import one_by_one
+from drivers.grading.verdicts import make_inline_grader
 from drivers.make_gym import GymConfig, main, make_gym
 from drivers.tasks.questions import load_examples
 
@@ -103,7 +103,7 @@ def test_what_is_no_answer_gets_no_point(gym, response, formatted):
 
 
 def test_memory_that_runs_out_is_not_the_answers_fault(gym):
-    (verdict,) = one_by_one(reward)([answered("out of memory")], [row_of()["answer"]])
+    (verdict,) = make_inline_grader(reward)([answered("out of memory")], [row_of()["answer"]])
     assert (verdict.why, verdict.is_scored) == ("error", False)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from drivers.common.signals import terminate_as_interrupt, uninterrupted
+from drivers.common.signals import defer_signals, terminate_as_interrupt
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +22,7 @@ def test_a_signal_waits_for_the_block_to_end(number):
     done = []
 
     def update():
-        with uninterrupted():
+        with defer_signals():
             os.kill(os.getpid(), number)
             done.append("the rest of the update")
         done.append("never")
@@ -36,8 +36,8 @@ def test_in_a_block_within_a_block_it_waits_for_the_outer_one():
     done = []
 
     def save():
-        with uninterrupted():
-            with uninterrupted():
+        with defer_signals():
+            with defer_signals():
                 os.kill(os.getpid(), signal.SIGINT)
             done.append("the rest of the save")
 
@@ -51,7 +51,7 @@ def test_what_is_ignored_stays_ignored(number):
     """By a shell of a job in the background, or by nohup."""
     before = signal.signal(number, signal.SIG_IGN)
     try:
-        with terminate_as_interrupt(), uninterrupted():
+        with terminate_as_interrupt(), defer_signals():
             os.kill(os.getpid(), number)
         assert signal.getsignal(number) is signal.SIG_IGN
     finally:
@@ -61,7 +61,7 @@ def test_what_is_ignored_stays_ignored(number):
 def test_handlers_are_put_back():
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
-    with terminate_as_interrupt(), uninterrupted():
+    with terminate_as_interrupt(), defer_signals():
         assert signal.getsignal(signal.SIGINT) != before[0]
     assert [signal.getsignal(number) for number in numbers] == before
 
@@ -70,7 +70,7 @@ def test_another_thread_is_left_alone():
     seen = []
 
     def work():
-        with uninterrupted():
+        with defer_signals():
             seen.append("ran")
 
     thread = threading.Thread(target=work)

@@ -10,12 +10,19 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 from drivers.common import distributed
 from drivers.common.errors import UsageError
 from drivers.engines.hf import HFEngine
-from drivers.engines.placement import share_beside, take_turns
+from drivers.engines.placement import engine_memory_fraction, shares_gpu
 from drivers.policy.optimizer import PolicyOptimizer, training_state_bytes
 from drivers.settings.sampling import Sampling
 from drivers.training import memory, shortcuts
 from drivers.training.batch import make_rollout_batch
-from drivers.training.memory import GIB, MemoryPlan, enable_checkpointing, head_bytes, most_tokens, plan_memory
+from drivers.training.memory import (
+    GIB,
+    MemoryPlan,
+    enable_checkpointing,
+    head_bytes,
+    max_micro_batch_tokens,
+    plan_memory,
+)
 from drivers.training.scoring import score
 from tests.drivers.parts import clone_policy, completion, tiny_config, tiny_parts
 
@@ -60,7 +67,7 @@ def test_the_plan_is_near_what_a_pass_keeps(attention, dtype):
         sampling_max_tokens=8, rollout_batch_size=8, group_size=8, train_batch_size=8, gradient_accumulation_steps=2
     )
     plan = plan_memory(config, policy, row - 8)
-    assert most_tokens(config, row - 8) == 4 * row
+    assert max_micro_batch_tokens(config, row - 8) == 4 * row
     assert 0.75 < plan.activations / kept_bytes(policy, 4, row) < 1.5
 
 
@@ -92,10 +99,10 @@ def test_a_plan_says_what_it_is_of_and_whether_it_fits():
 
 def test_a_shared_gpu_is_shared_by_what_training_needs():
     layer = torch.nn.Linear(1000, 1000, bias=False)  # 1 M parameters
-    assert share_beside(training_state_bytes(layer), 160_000_000) == pytest.approx(0.9 - 16 / 160)
-    assert share_beside(training_state_bytes(layer.bfloat16()), 160_000_000) == pytest.approx(0.9 - 18 / 160)
+    assert engine_memory_fraction(training_state_bytes(layer), 160_000_000) == pytest.approx(0.9 - 16 / 160)
+    assert engine_memory_fraction(training_state_bytes(layer.bfloat16()), 160_000_000) == pytest.approx(0.9 - 18 / 160)
     with pytest.raises(UsageError, match="name a second GPU"):
-        share_beside(training_state_bytes(layer), 18_000_000)
+        engine_memory_fraction(training_state_bytes(layer), 18_000_000)
 
 
 def test_one_gpu_is_taken_in_turns_by_policy_and_vllm_of_one_process(monkeypatch):
@@ -103,9 +110,9 @@ def test_one_gpu_is_taken_in_turns_by_policy_and_vllm_of_one_process(monkeypatch
     vllm, hf = tiny_config(engine="vllm"), tiny_config(engine="hf")
     servers = tiny_config(engine="vllm", rollout_url=("http://one:8000",))
     cases = [(vllm, one, one), (vllm, one, two), (vllm, cpu, cpu), (hf, one, one), (servers, one, one)]
-    assert [take_turns(*case) for case in cases] == [True, False, False, False, False]
+    assert [shares_gpu(*case) for case in cases] == [True, False, False, False, False]
     monkeypatch.setattr(distributed, "size", lambda: 2)
-    assert not take_turns(vllm, one, one)
+    assert not shares_gpu(vllm, one, one)
 
 
 def test_the_plan_of_a_shared_gpu_tells_both_phases_and_what_the_engine_is_left(monkeypatch):
@@ -113,7 +120,7 @@ def test_the_plan_of_a_shared_gpu_tells_both_phases_and_what_the_engine_is_left(
     policy = make_policy()
     total = 100 * sum(p.numel() for p in policy.parameters())
     monkeypatch.setattr(memory, "available_bytes", lambda _: total)
-    monkeypatch.setattr(memory, "take_turns", lambda *_: True)
+    monkeypatch.setattr(memory, "shares_gpu", lambda *_: True)
     monkeypatch.setattr(memory, "enable_checkpointing", lambda _: None)
     small = {"sampling_max_tokens": 2, "group_size": 2, "train_batch_size": 2, "rollout_batch_size": 2}
     small |= {"gradient_accumulation_steps": 1}
@@ -121,7 +128,7 @@ def test_the_plan_of_a_shared_gpu_tells_both_phases_and_what_the_engine_is_left(
         config = tiny_config(
             engine="vllm", gpu_memory_utilization=asked, gradient_checkpointing=checkpointing, **small
         )
-        plan = memory.settle_memory(config, policy, 2, 0, torch.device("cpu"))
+        plan = memory.configure_memory(config, policy, 2, 0, torch.device("cpu"))
         assert plan.share == pytest.approx(share)
         assert "GiB while it trains, the engine asleep; while it samples, policy and optimizer" in str(plan)
         assert f"({share:.2f} of the GPU)" in str(plan)
@@ -131,18 +138,18 @@ def test_the_plan_of_a_shared_gpu_tells_both_phases_and_what_the_engine_is_left(
     room = 18 * sum(p.numel() for p in policy.parameters())
     monkeypatch.setattr(memory, "available_bytes", lambda _: room)
     with pytest.raises(UsageError, match="name a second GPU"):
-        memory.settle_memory(config, policy, 2, 0, torch.device("cpu"))
+        memory.configure_memory(config, policy, 2, 0, torch.device("cpu"))
 
 
 def test_the_peak_is_that_of_the_fullest_gpu_since_it_was_asked(monkeypatch):
-    assert memory.take_peak() == {}
+    assert memory.pop_peak_memory() == {}
     peaks = [GIB, 3 * GIB]
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", peaks.__getitem__)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peaks.__setitem__(device, 0))
-    assert memory.take_peak() == {"peak_memory_gib": 3.0}
-    assert memory.take_peak() == {"peak_memory_gib": 0.0}
+    assert memory.pop_peak_memory() == {"peak_memory_gib": 3.0}
+    assert memory.pop_peak_memory() == {"peak_memory_gib": 0.0}
 
 
 def test_the_head_is_planned_as_it_is_computed():

@@ -12,7 +12,7 @@ import torch
 from torch.testing import assert_close
 
 import grpo_core as core
-from drivers.common.errors import UnsoundRunError, UsageError
+from drivers.common.errors import TrainingAbortedError, UsageError
 from drivers.settings.command_line import parse_train_config
 from drivers.settings.formula import formula, show
 from drivers.settings.grpo import AdvantageName, GrpoConfig, Objective, RecipeName
@@ -199,8 +199,8 @@ def test_on_policy_the_correction_comes_from_the_pass_itself(importance, level, 
     found = []
     for in_pass in (True, False):
         if not in_pass:
-            monkeypatch.setattr(GrpoConfig, "corrects_in_pass", False)
-        assert config.corrects_in_pass is in_pass
+            monkeypatch.setattr(GrpoConfig, "computes_importance_weights_in_forward", False)
+        assert config.computes_importance_weights_in_forward is in_pass
         assert config.needs_old_log_probs is not in_pass
         parts = tiny_parts()
         rollouts, scores = rollouts_of(config, parts)
@@ -331,7 +331,7 @@ def test_a_reference_that_is_missing_is_named():
 
 
 def test_rewards_that_an_estimator_cannot_take_are_one_clear_line(tmp_path):
-    with pytest.raises(UnsoundRunError, match=r"--advantage pass_at_k: rewards hold .* must be 0 or 1"):
+    with pytest.raises(TrainingAbortedError, match=r"--advantage pass_at_k: rewards hold .* must be 0 or 1"):
         run_training(tmp_path, advantage="pass_at_k")
 
 
@@ -614,7 +614,7 @@ def test_the_same_text_twice_is_two_questions(tmp_path):
 
 
 def test_a_reward_that_is_no_number_is_one_clear_line(tmp_path):
-    with pytest.raises(UnsoundRunError, match=r"step 1: the reward of 32 responses is not a finite number; "):
+    with pytest.raises(TrainingAbortedError, match=r"step 1: the reward of 32 responses is not a finite number; "):
         run_training(
             tmp_path, reward_fn=lambda *_: {"reward": float("nan"), "format_reward": 0.0, "answer_reward": 0.0}
         )

@@ -18,8 +18,8 @@ from drivers.settings.grpo import GrpoConfig
 from drivers.settings.recipes import QUICKSTART
 from drivers.settings.sampling import Sampling
 from drivers.tasks.questions import Example, Question, easiest_first, load_examples
-from drivers.training.rollouts import collect, within_reach
-from drivers.training.setup import prepare
+from drivers.training.rollouts import collect, curriculum_subset
+from drivers.training.setup import setup_grpo_run
 from tests.drivers.parts import letter_grader, make_run, tiny_config, tiny_parts
 
 
@@ -155,30 +155,32 @@ def test_easiest_first_is_a_stable_order(pass_rates):
 
 def test_train_puts_its_questions_in_that_order(tmp_path, monkeypatch):
     path = write(tmp_path / "d.jsonl", *({"question": f"q{k}", "answer": "1", "pass_rate": k / 9} for k in range(9)))
-    monkeypatch.setattr("drivers.training.setup.build", lambda config, display, make_train_set: make_train_set.args[0])
+    monkeypatch.setattr(
+        "drivers.training.setup.setup_run", lambda config, display, make_train_set: make_train_set.args[0]
+    )
 
     def order(**settings):
-        examples = prepare(tiny_config(data_path=path, prompt_path=QUICKSTART["prompt_path"], **settings), None)
+        examples = setup_grpo_run(tiny_config(data_path=path, prompt_path=QUICKSTART["prompt_path"], **settings), None)
         return [int(example.question[1:]) for example in examples]
 
     assert order(curriculum_steps=3) == list(range(8, -1, -1))
     assert order() == list(range(9))
     with pytest.raises(UsageError, match=r"--curriculum-steps: .*train\.jsonl:1 has no `pass_rate`"):
-        prepare(tiny_config(data_path=QUICKSTART["data_path"], curriculum_steps=3), None)
+        setup_grpo_run(tiny_config(data_path=QUICKSTART["data_path"], curriculum_steps=3), None)
 
 
 @given(st.integers(2, 60), st.integers(1, 30))
 def test_what_is_asked_grows_from_the_easiest_to_all(n_questions, steps):
     config = tiny_config(curriculum_steps=steps, rollout_batch_size=16, train_batch_size=16)  # two questions a step
     questions = list(range(n_questions))
-    reached = [within_reach(config, questions, step) for step in range(1, steps + 3)]
+    reached = [curriculum_subset(config, questions, step) for step in range(1, steps + 3)]
     assert all(list(pool) == questions[: len(pool)] for pool in reached)
     sizes = [len(pool) for pool in reached]
     assert sizes == sorted(sizes)
     assert all(size >= 2 for size in sizes)
     assert sizes[steps - 1 :] == [n_questions] * 3
     assert abs(sizes[0] - max(2, n_questions / steps)) < 1
-    assert within_reach(tiny_config(), questions, 1) is questions
+    assert curriculum_subset(tiny_config(), questions, 1) is questions
 
 
 @pytest.fixture

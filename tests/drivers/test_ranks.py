@@ -391,13 +391,13 @@ def test_the_others_say_why_too_if_the_first_one_has_not(monkeypatch, capsys):
 
 def test_alone_there_is_nothing_to_share():
     assert (distributed.rank(), distributed.size(), distributed.is_first()) == (0, 1, True)
-    assert list(distributed.deal("abc")) == [("a", True), ("b", True), ("c", True)]
-    assert distributed.lead(lambda: 7) == 7
+    assert list(distributed.shard_across_ranks("abc")) == [("a", True), ("b", True), ("c", True)]
+    assert distributed.run_on_rank_zero(lambda: 7) == 7
     assert distributed.gather("x") == ["x"]
     tensor = torch.ones(2)
-    assert distributed.total(tensor) is tensor
-    assert fsdp.whole(tensor) is tensor
-    assert fsdp.as_forward(torch.nn.Linear(1, 1), lambda: 5) == 5
+    assert distributed.all_reduce_sum_(tensor) is tensor
+    assert fsdp.full_tensor(tensor) is tensor
+    assert fsdp.with_unsharded_params(torch.nn.Linear(1, 1), lambda: 5) == 5
 
 
 def test_a_trial_that_fails_on_one_rank_is_told_to_the_others(monkeypatch):
@@ -420,6 +420,6 @@ def test_items_are_dealt_out_each_once_and_to_all_equally_many(n, items, monkeyp
     hands = []
     for rank in range(n):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        hands.append(list(distributed.deal(items)))
+        hands.append(list(distributed.shard_across_ranks(items)))
     assert len({len(hand) for hand in hands}) == 1
     assert sorted(item for hand in hands for item, counts in hand if counts) == sorted(items)

@@ -16,8 +16,8 @@ from drivers.common.errors import UsageError
 from drivers.report import main
 from drivers.reports.curves import DARK_PALETTE, PALETTE
 from drivers.reports.logged_run import group_runs, read_metrics, read_runs
-from drivers.reports.page import MOST_OF_A_LINE, accuracy_at, make_page, write_report
-from drivers.reports.series import make_panels, make_times, steps_within, thin
+from drivers.reports.page import MAX_POINTS_PER_LINE, accuracy_at, make_page, write_report
+from drivers.reports.series import downsample, make_panels, make_times, steps_within
 from tests.drivers.test_sft import go as fine_tune_letters
 from tests.drivers.test_sft import shown
 from tests.drivers.test_train import run_training
@@ -403,12 +403,12 @@ def test_a_run_that_lacks_things_has_a_page(tmp_path):
 
 
 def test_a_long_run_is_thinned_and_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("drivers.reports.page.MOST_CHARACTERS", 30_000)
+    monkeypatch.setattr("drivers.reports.page.MAX_CHARACTERS", 30_000)
     rows = steps([step / 1000 for step in range(1000)])
     responses = [{"step": step, "response": "x" * 400, "question": f"{step}"} for step in range(100) for _ in range(2)]
     page = page_of(write_run(tmp_path, rows, responses))
     found = [point[0] for point in panels_of(page)["Reward"]["lines"][0]["points"]]
-    assert len(found) <= MOST_OF_A_LINE + 1
+    assert len(found) <= MAX_POINTS_PER_LINE + 1
     assert (found[0], found[-1]) == (1, 1000)
     assert {b - a for a, b in pairwise(found[:-1])} == {3}
     assert "Of 1000 steps at most 400, evenly spread, and the last are drawn." in page.text
@@ -417,9 +417,9 @@ def test_a_long_run_is_thinned_and_says_so(tmp_path, monkeypatch):
     assert all(shown_steps.count(step) == 2 for step in shown_steps)
     assert 20_000 < len(json.dumps(page.data["responses"])) < 40_000
     assert f"{len(shown_steps)} of the 200" in page.text
-    assert thin([], 3) == []
-    assert thin(range(5), 5) == [0, 1, 2, 3, 4]
-    assert thin(range(5), 2) == [0, 3, 4]
+    assert downsample([], 3) == []
+    assert downsample(range(5), 5) == [0, 1, 2, 3, 4]
+    assert downsample(range(5), 2) == [0, 3, 4]
     assert steps_within([{"step": 7, "response": "long" * 99}], 10) == {7}
 
 

@@ -20,21 +20,21 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from transformers import AutoModelForCausalLM
 
 from drivers import train as program
-from drivers.common.errors import UnsoundRunError, UsageError
+from drivers.common.errors import TrainingAbortedError, UsageError
 from drivers.common.signals import terminate_as_interrupt
 from drivers.engines.hf import HFReplica
 from drivers.policy.weights import PolicyWeights
 from drivers.reports.logged_run import read_metrics
 from drivers.runs.checkpoint import FACTS, TENSORS, find_damage, read_facts, read_tensors
-from drivers.runs.folder import find_checkpoint, hold, let_go
-from drivers.runs.log import Lines, RunLog
+from drivers.runs.folder import acquire_run_lock, find_checkpoint, release_run_lock
+from drivers.runs.log import JsonlWriter, RunLog
 from drivers.runs.resume import open_run_folder
 from drivers.train import train
 from drivers.training import update as update_step
-from drivers.training.batch import Collected
-from drivers.training.launch import keep_what_was_made
+from drivers.training.batch import StepRollouts
+from drivers.training.launch import save_on_abort
 from drivers.training.run import Run
-from drivers.training.state import TrainingState, check_resumed, fingerprint
+from drivers.training.state import TrainingState, fingerprint, validate_resume
 from tests.drivers.parts import letter_grader, letter_questions, tiny_config, tiny_parts
 from tests.drivers.test_checkpoint import no_file_beyond
 from tests.drivers.test_train import weights
@@ -82,7 +82,7 @@ def go(folder, checkpoint=None, stop_at=None, publish=False, **settings):
         if publish:
             run.publish("final_model")
     except Stop:
-        keep_what_was_made(run, policy)
+        save_on_abort(run, policy)
     finally:
         run.finish()
     moments = {name: tensor.clone() for name, tensor in run.state.tensors().items()}
@@ -192,8 +192,8 @@ def test_lines_that_wait_for_room_cost_the_checkpoint(tmp_path, monkeypatch, cap
     import drivers.training.run as program
 
     save, folder = program.save_checkpoint, tmp_path / "run"
-    flush = Lines.flush
-    monkeypatch.setattr(Lines, "flush", lambda lines: "no room" if "fail" in state else flush(lines))
+    flush = JsonlWriter.flush
+    monkeypatch.setattr(JsonlWriter, "flush", lambda lines: "no room" if "fail" in state else flush(lines))
     state = set()
 
     class Moody(program.Run):
@@ -337,7 +337,7 @@ def test_a_checkpoint_that_has_no_room_is_a_warning_and_the_run_goes_on(tmp_path
     assert torch.equal(found, whole)
     assert sorted(path.name for path in folder.glob("*checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
     monkeypatch.setattr(program, "save_checkpoint", fail_at({3}))
-    with pytest.raises(UnsoundRunError, match="checkpoint-3: no checkpoint can be written"):
+    with pytest.raises(TrainingAbortedError, match="checkpoint-3: no checkpoint can be written"):
         go(tmp_path / "last", n_grpo_steps=3)
     assert find_checkpoint(tmp_path / "last").name == "checkpoint-2"
 
@@ -370,7 +370,7 @@ def sampled_ahead(config):
     parts = tiny_parts()
     completions = parts.engine.generate([parts.questions[0].prompt_token_ids], config.sampling, seed=0)
     scores = [{"reward": 1.0}] * len(completions)
-    return Collected(completions, scores, torch.ones(len(completions)), None, {"rollout_entropy": 1.0}).to_json()
+    return StepRollouts(completions, scores, torch.ones(len(completions)), None, {"rollout_entropy": 1.0}).to_json()
 
 
 ADAPTIVE = {"entropy_target": 6.0, "entropy_coef": 0.01}
@@ -427,7 +427,7 @@ def test_the_entropy_coefficient_is_what_was_given_unless_it_is_adapted(before, 
 def test_other_questions_are_refused_and_another_order_is_none():
     questions = letter_questions(tiny_parts().tokenizer)
     facts = as_kept(tiny_config()) | {"data": fingerprint(questions)}
-    check_resumed(tiny_config(), facts, fingerprint(questions[::-1]))
+    validate_resume(tiny_config(), facts, fingerprint(questions[::-1]))
     example = questions[0].example
     others = {
         "fewer": questions[1:],
@@ -436,8 +436,8 @@ def test_other_questions_are_refused_and_another_order_is_none():
     }
     for other in others.values():
         with pytest.raises(UsageError, match=r"--data-path .*, --prompt-path .*: with --resume the prompts"):
-            check_resumed(tiny_config(), facts, fingerprint(other))
-    check_resumed(tiny_config(), as_kept(tiny_config()), fingerprint(questions))  # an older checkpoint
+            validate_resume(tiny_config(), facts, fingerprint(other))
+    validate_resume(tiny_config(), as_kept(tiny_config()), fingerprint(questions))  # an older checkpoint
 
 
 def in_another_process(act):
@@ -467,7 +467,7 @@ def test_one_process_at_a_time_goes_on_with_a_run(tmp_path):
     for name in ("metrics.jsonl", "config.json"):
         (folder / name).touch()
     config = tiny_config(resume="auto", save_dir=str(folder))
-    pid, held = in_another_process(lambda: hold("--resume", folder))
+    pid, held = in_another_process(lambda: acquire_run_lock("--resume", folder))
     try:
         assert held
         refused = rf"--save-dir .*run: process {pid} on {re.escape(socket.gethostname())} is training in it; end that"
@@ -478,8 +478,8 @@ def test_one_process_at_a_time_goes_on_with_a_run(tmp_path):
     finally:
         end(pid)
     assert open_run_folder(config, print) == (folder, None)
-    let_go(folder)
-    pid, held = in_another_process(lambda: hold("--resume", folder))
+    release_run_lock(folder)
+    pid, held = in_another_process(lambda: acquire_run_lock("--resume", folder))
     end(pid)
     assert held
 
@@ -487,9 +487,9 @@ def test_one_process_at_a_time_goes_on_with_a_run(tmp_path):
 def test_a_run_that_has_ended_lets_go(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    hold("--save-dir", folder)
+    acquire_run_lock("--save-dir", folder)
     go(folder, n_grpo_steps=1)
-    pid, held = in_another_process(lambda: hold("--resume", folder))
+    pid, held = in_another_process(lambda: acquire_run_lock("--resume", folder))
     end(pid)
     assert held
 

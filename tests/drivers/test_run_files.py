@@ -16,10 +16,10 @@ from drivers.common.display import clock, one_line
 from drivers.common.errors import UsageError
 from drivers.engines.protocol import describe_completions
 from drivers.evaluation.policy import evaluate_policy
-from drivers.grading.verdicts import one_by_one
+from drivers.grading.verdicts import make_inline_grader
 from drivers.reports.curves import draw_curves
 from drivers.runs.folder import abandon_run_folder, create_run_folder
-from drivers.runs.log import Lines, RunLog, describe_environment
+from drivers.runs.log import JsonlWriter, RunLog, describe_environment
 from drivers.settings.sampling import Sampling
 from drivers.training.metrics import UpdateMetrics
 from grpo_core import r1_zero_reward_fn
@@ -34,7 +34,7 @@ from tests.drivers.test_train import run_training
 from tests.tiny import make_tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-GRADE = one_by_one(r1_zero_reward_fn)
+GRADE = make_inline_grader(r1_zero_reward_fn)
 
 
 def test_update_metrics_weigh_micro_batches_by_their_tokens():
@@ -101,7 +101,7 @@ def test_evaluation_grades_each_response_against_its_own_question():
 def test_every_logged_number_is_documented(tmp_path, monkeypatch):
     """docs/metrics.md has a row for each key of metrics.jsonl and completions.jsonl."""
     monkeypatch.setattr(
-        "drivers.training.run.take_peak", lambda: {"peak_memory_gib": 1.0}
+        "drivers.training.run.pop_peak_memory", lambda: {"peak_memory_gib": 1.0}
     )  # what a GPU adds is there too
     documented = set(re.findall(r"^\| `(\w+)`", (ROOT / "docs/metrics.md").read_text(), flags=re.MULTILINE))
     plain = {"n_grpo_steps": 3, "loss_type": "grpo_clip", "epochs_per_rollout_batch": 2, "checkpoint_steps": 1}
@@ -206,7 +206,7 @@ def test_lines_that_have_no_room_wait_and_none_is_ever_half_there(tmp_path, caps
 
 def test_an_interrupt_writes_no_line_twice(tmp_path, monkeypatch):
     """Between the kernel's write and the end of it."""
-    lines, write = Lines(tmp_path / "a.jsonl"), os.write
+    lines, write = JsonlWriter(tmp_path / "a.jsonl"), os.write
 
     def interrupted(descriptor, content):
         written = write(descriptor, content)
@@ -223,7 +223,7 @@ def test_an_interrupt_writes_no_line_twice(tmp_path, monkeypatch):
 
 
 def test_before_a_checkpoint_no_line_may_wait(tmp_path):
-    lines, file = Lines(tmp_path / "a.jsonl"), tmp_path / "a.jsonl"
+    lines, file = JsonlWriter(tmp_path / "a.jsonl"), tmp_path / "a.jsonl"
     lines.add({"step": 1})
     with no_file_beyond(12):
         assert lines.add({"step": 2})
@@ -266,7 +266,7 @@ def test_a_reader_that_has_gone_ends_no_run():
 
 
 def test_a_number_that_is_none_is_null(tmp_path):
-    lines = Lines(tmp_path / "a.jsonl")
+    lines = JsonlWriter(tmp_path / "a.jsonl")
     lines.add({"a": float("nan"), "b": -float("inf"), "c": 1.5, "d": "nan"})
     lines.close()
     text = (tmp_path / "a.jsonl").read_text()

@@ -9,8 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from drivers.engines.protocol import Completion
-from drivers.runs.completions import token_texts, with_values, written
-from drivers.training.batch import Collected
+from drivers.runs.completions import round_for_log, token_texts, with_values
+from drivers.training.batch import StepRollouts
 from drivers.training.metrics import UpdateMetrics
 from drivers.training.scoring import score
 from grpo_core import normalize_group_rewards
@@ -55,7 +55,7 @@ def test_a_character_of_several_tokens_is_with_the_last_of_them():
 
 
 def test_numbers_are_short_and_null_where_they_are_none():
-    assert written([-1.23456789, 0.0, math.nan, -math.inf]) == [-1.2346, 0.0, None, None]
+    assert round_for_log([-1.23456789, 0.0, math.nan, -math.inf]) == [-1.2346, 0.0, None, None]
     row = {"tokens": ["a", "b"]}
     assert with_values(row, {"entropy": [1.0, 2.0]}, [0.5]) == row | {"entropy": [1.0, 2.0], "advantage": 0.5}
     assert with_values(row, {}, [0.5, math.nan, 7.0])["advantage"] == [0.5, None]
@@ -103,13 +103,13 @@ def test_values_are_those_of_the_first_pass_whatever_the_order(tmp_path):
             metrics.add_micro_batch(micro, scored, {"response_tokens": micro.response_mask.sum().float()})
         metrics.add_update(torch.zeros(()), torch.zeros(()), {})
     metrics.summary()
-    found = metrics.of_shown()
+    found = metrics.logged_token_values()
     assert len(found) == 3
     for place, values in enumerate(found):
         length = len(rollouts.completions[place].token_ids)
         for name, key in (("log_probs", "log_probs"), ("entropy", "token_entropy")):
             assert values[name] == pytest.approx(expected[key][place, :length].tolist(), abs=1e-5)
-    assert UpdateMetrics(batch_of(([1], [4, 4])).completions).of_shown() == [{}]  # no pass, no values
+    assert UpdateMetrics(batch_of(([1], [4, 4])).completions).logged_token_values() == [{}]  # no pass, no values
 
 
 def test_an_advantage_of_each_token_is_logged_as_one(tmp_path):
@@ -138,10 +138,10 @@ def test_demonstrations_and_right_responses_are_logged_too(tmp_path):
 def test_a_batch_that_was_sampled_ahead_keeps_its_rows_in_a_checkpoint():
     rows = [{"question": "q", "reward": 1.0, "tokens": ["a"], "sampler_log_probs": [-0.5]}]
     one = Completion("a", (1,), (2,), (-0.5,), "stop")
-    collected = Collected([one, completion([1], [3])], [{"reward": 1.0}] * 2, torch.ones(2), None, {}, rows)
-    again = Collected.from_json(json.loads(json.dumps(collected.to_json())))
+    collected = StepRollouts([one, completion([1], [3])], [{"reward": 1.0}] * 2, torch.ones(2), None, {}, rows)
+    again = StepRollouts.from_json(json.loads(json.dumps(collected.to_json())))
     assert again.shown == rows
-    assert again.shown_completions == [one]
+    assert again.logged_completions == [one]
     older = collected.to_json()
     del older["shown"]
-    assert Collected.from_json(older).shown_completions == []
+    assert StepRollouts.from_json(older).logged_completions == []

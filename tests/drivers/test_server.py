@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from drivers.common.errors import EngineDiedError, UnsoundRunError, UsageError
+from drivers.common.errors import EngineDiedError, TrainingAbortedError, UsageError
 from drivers.engines import supervision
 from drivers.engines.factory import make_engine
 from drivers.policy.weights import PolicyWeights, checksums
@@ -160,16 +160,16 @@ def test_two_servers_are_one_engine(tmp_path):
         with torch.no_grad():
             for p in policy.parameters():
                 p.add_(0.05 * torch.randn_like(p))
-        with pytest.raises(UnsoundRunError, match="others than the policy"):
+        with pytest.raises(TrainingAbortedError, match="others than the policy"):
             check(engine, policy, 0)
         fresh = [(name, p.detach().clone()) for name, p in policy.named_parameters()]
         sender = engine._engine._sender
         source = sender.source
         for fault in (stale, fresh[:-1], fresh[:-1] + stale[-1:]):
             sender.source = Lying(source, fault)
-            with pytest.raises(UnsoundRunError, match="self-check: of the"):
+            with pytest.raises(TrainingAbortedError, match="self-check: of the"):
                 engine.load_weights(1)
-            with pytest.raises(UnsoundRunError, match="self-check: of the"):
+            with pytest.raises(TrainingAbortedError, match="self-check: of the"):
                 check(engine, policy, 1)
         sender.source = source
         engine.load_weights(1)

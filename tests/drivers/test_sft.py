@@ -25,7 +25,7 @@ from drivers.tasks.questions import Prompt
 from drivers.tasks.wordadd import WRONG_SHARE
 from drivers.tasks.wordadd import make_demonstrations as make_wordadd_demonstrations
 from drivers.training import update as update_step
-from drivers.training.launch import keep_what_was_made
+from drivers.training.launch import save_on_abort
 from drivers.training.run import Run
 from grpo_core import tokenize_prompt_and_output
 from tests.drivers.parts import letter_grader, tiny_parts
@@ -129,7 +129,7 @@ def go(folder, demonstrations, checkpoint=None, stop_at=None, **changes):
     try:
         fine_tune(config, parts.policy, engine, letter_grader, demonstrations, parts.questions, run)
     except Stop:
-        keep_what_was_made(run, parts.policy)
+        save_on_abort(run, parts.policy)
     finally:
         run.finish()
     moments = {name: tensor.clone() for name, tensor in run.state.tensors().items()}

@@ -18,10 +18,10 @@ import pytest
 import torch
 
 from drivers.common.errors import EngineDiedError, UsageError
-from drivers.common.signals import terminate_as_interrupt, uninterrupted
+from drivers.common.signals import defer_signals, terminate_as_interrupt
 from drivers.engines import supervision
 from drivers.engines.factory import make_engine
-from drivers.engines.supervision import SupervisedEngine, is_running, within
+from drivers.engines.supervision import SupervisedEngine, call_with_timeout, is_running
 from drivers.policy.devices import choose_devices
 from drivers.runs.folder import find_checkpoint
 from drivers.settings.sampling import Sampling
@@ -99,14 +99,14 @@ def shared_memory(pids):
 
 
 def test_an_answer_in_time_is_the_answer_and_an_error_is_raised():
-    assert within(5.0, lambda: 3) == 3
+    assert call_with_timeout(5.0, lambda: 3) == 3
     with pytest.raises(KeyError):
-        within(5.0, lambda: {}["a"])
+        call_with_timeout(5.0, lambda: {}["a"])
     with pytest.raises(TimeoutError):
-        within(0.05, lambda: time.sleep(1))
+        call_with_timeout(0.05, lambda: time.sleep(1))
     for lives in ([], [True]):  # dead before it is asked, and while it is waited for
         with pytest.raises(EngineDiedError):
-            within(60.0, lambda: time.sleep(1), lambda lives=lives: bool(lives) and lives.pop())
+            call_with_timeout(60.0, lambda: time.sleep(1), lambda lives=lives: bool(lives) and lives.pop())
 
 
 @pytest.mark.parametrize("seconds", [0.05, 60.0], ids=["late", "dead"])
@@ -126,7 +126,7 @@ def test_who_asked_comes_out_before_a_failure_is_told(seconds):
 
     lives = [True, True]
     with pytest.raises(TimeoutError if seconds < 1 else EngineDiedError):
-        within(seconds, call, lambda: seconds < 1 or bool(lives and lives.pop()), give_up)
+        call_with_timeout(seconds, call, lambda: seconds < 1 or bool(lives and lives.pop()), give_up)
     assert events == ["given up", "came out"]
 
 
@@ -134,7 +134,7 @@ def test_who_asked_and_does_not_come_out_is_left_behind(monkeypatch):
     monkeypatch.setattr(supervision, "_COME_OUT_S", 0.1)
     begin, never = time.monotonic(), threading.Event()
     with pytest.raises(TimeoutError):
-        within(0.05, lambda: never.wait(30))
+        call_with_timeout(0.05, lambda: never.wait(30))
     assert time.monotonic() - begin < 5
     never.set()
 
@@ -155,8 +155,8 @@ def test_an_engine_that_hangs_in_a_push_does_not_make_a_run_deaf(number):
             sender = threading.Thread(target=send, args=(times,))
             sender.start()
             begin = time.monotonic()
-            with pytest.raises(KeyboardInterrupt), uninterrupted():  # noqa: PT012
-                within(60, lambda seconds=seconds: never.wait(seconds))
+            with pytest.raises(KeyboardInterrupt), defer_signals():  # noqa: PT012
+                call_with_timeout(60, lambda seconds=seconds: never.wait(seconds))
                 done.append("pushed")
             sender.join()
             assert time.monotonic() - begin < 20
@@ -264,7 +264,7 @@ def test_an_engine_whose_trainer_is_gone_ends_itself_and_nobody_else(monkeypatch
     monkeypatch.setenv(supervision.TRAINER, "1")
     monkeypatch.setattr(supervision, "is_running", look)
     monkeypatch.setattr(supervision.os, "kill", lambda *one: (killed.append(one), ended.set()))
-    supervision.end_with_trainer(0.01)
+    supervision.exit_when_trainer_exits(0.01)
     assert ended.wait(10)
     assert killed == [(os.getpid(), signal.SIGKILL)]
     assert next(looks, None) is None
@@ -320,7 +320,7 @@ def test_how_an_engine_ended_is_told_as_far_as_it_is_known():
     told = {}
     for status in (-9, 1, 0, None):
         engine._processes = [SimpleNamespace(exitcode=status)]
-        told[status] = engine._fate()
+        told[status] = engine._exit_reason()
     assert told == {
         -9: "it was ended by SIGKILL",
         1: "its own error stands above (exit status 1)",

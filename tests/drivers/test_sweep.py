@@ -12,7 +12,7 @@ import pytest
 
 from drivers.common.errors import UsageError
 from drivers.sweep import main
-from drivers.sweeps.plan import Planned, SweepConfig, as_flags, keep_plan, plan, understood
+from drivers.sweeps.plan import Planned, SweepConfig, as_flags, keep_plan, parse_program_flags, plan
 from drivers.sweeps.presets import SWEEPS, Variant
 from drivers.sweeps.results import results_of, table_of
 from tests.tiny import save_tiny
@@ -27,7 +27,7 @@ def planned(name=None, *shared, **settings):
 
 def settings_of(one):
     flags = one.command[2 : one.command.index("--save-dir")]
-    return understood(one.variant.program, flags)
+    return parse_program_flags(one.variant.program, flags)
 
 
 @pytest.mark.parametrize("shared", [[], OWN], ids=["embedded", "own"])
@@ -160,7 +160,7 @@ def test_of_two_recipes_the_last_one_is_that_of_the_run():
 
 def test_flags_are_written_as_they_are_read():
     flags = {"use_std_normalization": False, "deterministic": True, "sampling_stop": ("a", "b"), "learning_rate": 1e-6}
-    settings = understood("train", as_flags(flags))
+    settings = parse_program_flags("train", as_flags(flags))
     assert {name: getattr(settings, name) for name in flags} == flags
 
 

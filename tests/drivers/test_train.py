@@ -9,15 +9,15 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from drivers.common.errors import UnsoundRunError
-from drivers.grading.verdicts import one_by_one
+from drivers.common.errors import TrainingAbortedError
+from drivers.grading.verdicts import make_inline_grader
 from drivers.train import train
 from drivers.training import update as update_step
 from drivers.training.advantages import prepare_rollouts
 from drivers.training.metrics import UpdateMetrics
 from drivers.training.objective import rows_with_gradient, weigh_step
 from drivers.training.scoring import score
-from drivers.training.setup import Parts
+from drivers.training.setup import Components
 from grpo_core.types import Aggregation, LossType
 from tests.drivers.parts import (
     clone_policy,
@@ -39,7 +39,7 @@ def run_training(folder, reward_fn=letter_reward, **changes):
     run = make_run(config, folder, parts.tokenizer)
     reference = clone_policy(parts.policy) if config.needs_reference else None
     try:
-        grade = one_by_one(reward_fn)
+        grade = make_inline_grader(reward_fn)
         train(config, parts.policy, parts.engine, grade, parts.questions, parts.questions, run, reference)
     finally:
         run.finish()
@@ -209,8 +209,8 @@ def test_an_infinite_loss_stops_the_run_and_changes_nothing(tmp_path):
     config, parts = tiny_config(loss_type="no_baseline"), tiny_parts()
     before = weights(parts.policy).clone()
     run = make_run(config, tmp_path, parts.tokenizer)
-    with pytest.raises(UnsoundRunError, match="not made"):
-        train(config, parts.policy, parts.engine, one_by_one(huge), parts.questions, parts.questions, run)
+    with pytest.raises(TrainingAbortedError, match="not made"):
+        train(config, parts.policy, parts.engine, make_inline_grader(huge), parts.questions, parts.questions, run)
     run.finish()
     assert torch.equal(weights(parts.policy), before)
 
@@ -231,9 +231,9 @@ def test_checkpoints_and_evaluations_come_when_they_are_due(tmp_path):
 
 def stand_in(monkeypatch, program, config, run, parts):
     """Have `main` run these parts instead of building some."""
-    everything = Parts(parts.policy, parts.engine, letter_grader, parts.questions, parts.questions)
+    everything = Components(parts.policy, parts.engine, letter_grader, parts.questions, parts.questions)
     monkeypatch.setattr(program, "parse_train_config", lambda *_: config)
-    monkeypatch.setattr(program, "prepare", lambda *_: (run, everything))
+    monkeypatch.setattr(program, "setup_grpo_run", lambda *_: (run, everything))
 
 
 def test_a_stop_inside_a_step_leaves_earlier_checkpoints_alone(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drivers.policy.lora import adapter_weights, add_lora
-from drivers.policy.weights import PolicyWeights, checksum, checksums, differing, dithered
+from drivers.policy.weights import PolicyWeights, checksum, checksums, differing, stochastic_round
 from drivers.training.advantages import prepare_rollouts
 from drivers.training.scoring import score_all
 from tests.drivers.parts import rollouts_of, tiny_config, tiny_parts
@@ -158,11 +158,11 @@ def test_rounding_by_chance_keeps_a_small_update_on_average_and_what_fits_as_it_
     """Oracle: in exact fractions of the gap between the two neighbours."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(400, 500, generator=generator).bfloat16().float()
-    assert torch.equal(dithered(weight, "a"), weight.bfloat16())
+    assert torch.equal(stochastic_round(weight, "a"), weight.bfloat16())
     for share in (0.004, 0.1, 0.5, 0.9):
         gap = 2.0 ** (torch.frexp(weight).exponent.float() - 8)  # of bfloat16 at each weight
         update = share * gap * torch.randint(0, 2, weight.shape, generator=generator).mul(2).sub(1)
-        moved = dithered(weight + update, "a").float() - weight
+        moved = stochastic_round(weight + update, "a").float() - weight
         grows = (update * weight) > 0  # towards 0 the next gap may be half as wide
         assert set((moved / gap)[grows].abs().unique().tolist()) == {0.0, 1.0}
         kept = (moved * update)[grows].sum() / (update * update)[grows].sum()
@@ -170,11 +170,11 @@ def test_rounding_by_chance_keeps_a_small_update_on_average_and_what_fits_as_it_
         assert abs(kept - 1) < 5 * ((1 - share) / share / count) ** 0.5
     nearest = (weight + 0.1 * 2.0 ** (torch.frexp(weight).exponent.float() - 8)).bfloat16().float() - weight
     assert nearest.abs().max() == 0  # which is why
-    one, other, same = (dithered(weight * 1.001, name) for name in "aba")
+    one, other, same = (stochastic_round(weight * 1.001, name) for name in "aba")
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     extreme = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), 1e-45])
-    assert torch.equal(dithered(extreme, "a")[:4].float(), extreme[:4])
+    assert torch.equal(stochastic_round(extreme, "a")[:4].float(), extreme[:4])
 
 
 def test_a_bfloat16_push_holds_what_lora_has_learned():

@@ -18,7 +18,7 @@ from drivers.common.display import Display
 from drivers.common.errors import UsageError
 from drivers.runs.checkpoint import FACTS, MANIFEST, TENSORS, find_damage, write_manifest
 from drivers.runs.folder import find_checkpoint
-from drivers.runs.log import Lines, RunLog
+from drivers.runs.log import JsonlWriter, RunLog
 from drivers.settings.command_line import parse_train_config
 from drivers.settings.grpo import GrpoConfig
 from drivers.tasks.questions import load_examples
@@ -55,7 +55,7 @@ def test_a_data_file_is_read_or_refused_in_one_line(tmp_path, content):
         assert "data.jsonl" in str(error)
         assert "\n" not in str(error)
         return
-    lines = Lines(tmp_path / "log.jsonl")  # what is read can be logged
+    lines = JsonlWriter(tmp_path / "log.jsonl")  # what is read can be logged
     for one in examples:
         assert lines.add({"question": one.question, "answer": one.answer}) is None
     lines.close()
@@ -219,7 +219,7 @@ def test_a_log_in_any_state_is_gone_on_with(tmp_path, lines, ends):
 def test_any_row_is_one_line_of_json(tmp_path, row):
     file = tmp_path / "rows.jsonl"
     file.unlink(missing_ok=True)
-    lines = Lines(file)
+    lines = JsonlWriter(file)
     assert lines.add(row) is None
     lines.close()
     text = file.read_bytes()

@@ -19,7 +19,7 @@ from drivers.pass_rates import PassRatesConfig
 from drivers.report import ReportConfig
 from drivers.settings.command_line import parse
 from drivers.settings.evaluate import EvaluateConfig
-from drivers.sweeps.plan import SweepConfig, plan, understood
+from drivers.sweeps.plan import SweepConfig, parse_program_flags, plan
 from drivers.sweeps.presets import SWEEPS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,7 +115,7 @@ def test_the_commands_of_a_page_are_understood(page, capsys):
             continue
         match program:
             case "train" | "sft" | "expert_iteration":
-                understood(program, arguments)
+                parse_program_flags(program, arguments)
             case "evaluate":
                 parse(EvaluateConfig, arguments, EvaluateConfig())
             case "sweep":
