@@ -54,8 +54,8 @@ N_TOLD = 3
 
 
 _PROGRAM = (
-    "import sys; sys.path[:] = sys.argv[3:]; from drivers.grading.worker import nurse; nurse(int(sys.argv[1]), "
-    "sys.argv[2])"
+    "import sys; sys.path[:] = sys.argv[3:]; from drivers.grading.worker import fork_server_main; "
+    "fork_server_main(int(sys.argv[1]), sys.argv[2])"
 )
 
 
