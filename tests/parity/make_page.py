@@ -17,10 +17,10 @@ INTRODUCTION = """# Parity with TRL, verl and Liger
 {Liger} from PyPI run beside our functions on {cases} random batches of ragged responses in float64 (torch {torch}).
 TRL's trainer methods are called directly, with a model that returns the log-probs of the batch.
 
-A difference is the largest one, relative to their largest value: of the result (loss, advantages, weights or mask),
-and of the loss's gradient in the policy's log-probs. Differences up to {tolerance:g} count as equal; many of them
-come from their float32. Every reason for a difference was verified: with that one change, our call equals theirs.
-{summary}
+*Value* is the largest difference between both results (loss, advantages, weights or mask), relative to the largest
+value of theirs. *Gradient* is the same for the loss's gradient with respect to the policy's log-probs. Differences up
+to {tolerance:g} count as equal; many come from float32 arithmetic on their side. Every reason was verified: with that
+one change, our call equals theirs. {summary}
 
 The calls are in `tests/parity/members.py` and `tests/parity/claims.py`. These have no counterpart in any of the
 three: `compute_pass_at_k_advantages`, `compute_pkpo_advantages`, `compute_maxrl_advantages`,
