@@ -1,0 +1,1 @@
+"""Everything that samples completions: vLLM, vLLM servers, Hugging Face."""

@@ -1,0 +1,1 @@
+"""A model on sets of questions, and comparisons of two models."""

@@ -1,0 +1,1 @@
+"""The model that learns: loading, devices, FSDP, LoRA, optimizer, weights to push."""

@@ -1,0 +1,1 @@
+"""Logged runs as curves and as an HTML page."""

@@ -1,0 +1,1 @@
+"""Flags, recipes and the checks that reject invalid combinations; loads no torch."""

@@ -1,0 +1,1 @@
+"""Questions, demonstrations, prompts and chat templates; loads no torch."""
