@@ -1,14 +1,14 @@
-"""What every test runs under: no network, one thread, a Hypothesis profile chosen by HYPOTHESIS_PROFILE."""
+"""Settings of all tests: no network, one thread, and the Hypothesis profile that HYPOTHESIS_PROFILE names."""
 
 import os
 import signal
 
-# In the background of a shell, or under nohup, all that is started from here would ignore what some tests send.
+# A background job of a shell, or one under nohup, ignores signals that some tests send, and so would its children.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
 
-# Before torch and transformers are imported, which read them once.
+# torch and transformers read these once, when they are imported.
 for name, value in {
     "OMP_WAIT_POLICY": "PASSIVE",
     "OMP_NUM_THREADS": "1",
@@ -25,14 +25,15 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-# Triton reads it as it is imported, which torch does not do. Without a GPU its kernels run in an interpreter.
+# Without a GPU, Triton's kernels run in its interpreter. Triton reads the variable when it is imported, which torch
+# does not do.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Two busy cores and a thread pool per test process: one thread each is several times faster.
+# Each core is busy with one test process, so one thread per process is several times faster than a thread pool.
 torch.set_num_threads(1)
 
-# No deadline: the first call of a torch operation takes longer than any deadline that would catch a slow one.
+# No deadline: the first call of a torch operation takes longer than any useful deadline.
 settings.register_profile("dev", max_examples=20, deadline=None)
 settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("nightly", max_examples=2000, deadline=None, print_blob=True)
@@ -41,20 +42,22 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.ge
 
 @pytest.fixture(params=["eager", "traced"])
 def each_way(request, monkeypatch):
-    """The kernels and known slopes of eager mode, and the plain expressions that torch.compile and torch.func get."""
+    """Run a test with the kernels and known gradients of eager mode, and with the expressions that are compiled."""
     if request.param == "traced":
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
 
 
-@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects and before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items) -> None:
+    """Mark every test that starts vLLM as slow and put it in one group: two engines at once need too much memory."""
     for item in items:
         if item.get_closest_marker("vllm"):
             item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.xdist_group("vllm"))
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """How much of the family the two batteries covered: members, aggregations, laws."""
+    """Print how many members, aggregations and laws the two test batteries covered."""
     for title, file in (("objectives", "test_family.py"), ("advantage estimators", "test_estimators.py")):
         passed = [
             report.nodeid for report in terminalreporter.stats.get("passed", []) if f"/{file}::" in report.nodeid

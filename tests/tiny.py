@@ -1,4 +1,4 @@
-"""A language model of 100k parameters and a character tokenizer, both built in code: no download, no file."""
+"""A language model of 100k parameters and a character tokenizer, built in code without downloads or files."""
 
 import string
 from pathlib import Path
@@ -12,7 +12,7 @@ CHARACTERS = string.digits + string.ascii_letters + string.punctuation + " \n"
 
 
 def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per printable character; any other character is an error, not an unknown token."""
+    """Return a tokenizer with one token per printable character; other characters are an error."""
     vocab = {token: index for index, token in enumerate([PAD, EOS, *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocab))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
@@ -23,7 +23,7 @@ def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_tiny_policy(seed: int = 0, vocab_size: int = len(CHARACTERS) + 2) -> LlamaForCausalLM:
-    """A Llama of two layers; head_dim 32 is the smallest that vLLM's CPU attention takes."""
+    """Return a Llama of two layers; 32 is the smallest head_dim that vLLM's CPU attention takes."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=64,
@@ -45,7 +45,7 @@ def make_tiny_policy(seed: int = 0, vocab_size: int = len(CHARACTERS) + 2) -> Ll
 
 
 def save_tiny(directory: Path, seed: int = 0) -> Path:
-    """Policy and tokenizer as a directory that `from_pretrained` and vLLM load."""
+    """Save policy and tokenizer into a folder that `from_pretrained` and vLLM load."""
     make_tiny_policy(seed).save_pretrained(directory)
     make_tiny_tokenizer().save_pretrained(directory)
     return directory

@@ -7,7 +7,7 @@ from drivers.grading.pool import GradingPool
 from drivers.grading.verdicts import Grader, make_inline_grader
 from grpo_core.rewards import r1_zero_reward_fn
 
-HOSTILE = Path(__file__).resolve().parents[1] / "drivers/hostile_rewards.py"
+HOSTILE = Path(__file__).resolve().parents[1] / "drivers/helpers/hostile_rewards.py"
 
 KINDS = {
     "plain integer, right": [("{0}", "{0}")],

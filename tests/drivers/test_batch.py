@@ -1,4 +1,4 @@
-"""Rollouts as tensors: layouts of scoring agree with a plain forward per response, in values and gradients."""
+"""Rollouts as tensors: every layout of scoring equals one forward pass per response, in values and gradients."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ from drivers.training.memory import plan_memory
 from drivers.training.micro_batches import plan_micro_batches, plan_rows
 from drivers.training.scoring import score, score_all
 from drivers.training.shortcuts import find_head, shares_rows
-from tests.drivers.parts import clone_policy, completion, tiny_config
+from tests.drivers.helpers.letters import clone_policy, make_batch, make_completion, make_tiny_config
 from tests.tiny import make_tiny_policy
 
 TOKENS = st.lists(st.integers(2, 60), min_size=1, max_size=5)
@@ -36,7 +36,7 @@ LONG_PROMPT, SHORT_PROMPT = list(range(5, 17)), [7, 8]
 
 
 def one_by_one(policy, rollouts, temperature):
-    """Log-probs and entropies of each response from a forward pass of its own, by log_softmax over the whole row."""
+    """Return log-probs and entropies of each response from its own forward pass, by log_softmax over the whole row."""
     log_probs, entropies = [], []
     for item in rollouts.completions:
         ids = torch.tensor([[*item.prompt_token_ids, *item.token_ids]])
@@ -48,11 +48,6 @@ def one_by_one(policy, rollouts, temperature):
     return log_probs, entropies
 
 
-def batch_of(*pairs):
-    completions = [completion(prompt, tokens) for prompt, tokens in pairs]
-    return make_rollout_batch(completions, torch.zeros(len(completions)))
-
-
 @settings(max_examples=25)
 @given(
     prompt=st.sampled_from([LONG_PROMPT, SHORT_PROMPT]),
@@ -60,11 +55,11 @@ def batch_of(*pairs):
     other=TOKENS,
     temperature=st.sampled_from([0.7, 1.0]),
 )
-def test_scores_are_those_of_a_forward_per_response(prompt, responses, other, temperature):
-    """LONG_PROMPT takes the group row, SHORT_PROMPT padded rows; `other` has a prompt of its own."""
+def test_score_any_layout_equals_one_forward_per_response(prompt, responses, other, temperature):
+    """LONG_PROMPT gives a group row and SHORT_PROMPT padded rows; `other` has a third prompt."""
     policy = make_tiny_policy(1).double()
     twin = clone_policy(policy)
-    rollouts = batch_of(*[(prompt, response) for response in responses], ([9, 9, 9], other))
+    rollouts = make_batch(*[(prompt, response) for response in responses], ([9, 9, 9], other))
     scored = score(policy, rollouts, temperature, with_entropy=True)
     assert not scored["token_entropy"].requires_grad
     expected, entropies = one_by_one(twin, rollouts, temperature)
@@ -76,25 +71,25 @@ def test_scores_are_those_of_a_forward_per_response(prompt, responses, other, te
     (scored["log_probs"] * weight).sum().backward()
     sum((values * weight[row, : len(values)]).sum() for row, values in enumerate(expected)).backward()
     for ours, theirs in zip(policy.parameters(), twin.parameters(), strict=True):
-        assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)  # the norms inside a Llama are float32 in any case
+        assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)  # Llama norms are always float32
 
 
-def test_an_empty_response_scores_nothing_and_keeps_its_row():
-    rollouts = batch_of((SHORT_PROMPT, []), (SHORT_PROMPT, [5]), (LONG_PROMPT, []), (LONG_PROMPT, [6]))
+def test_score_empty_response_is_a_row_of_zeros():
+    rollouts = make_batch((SHORT_PROMPT, []), (SHORT_PROMPT, [5]), (LONG_PROMPT, []), (LONG_PROMPT, [6]))
     scored = score(make_tiny_policy(), rollouts, 1.0)["log_probs"]
     assert rollouts.response_mask.tolist() == [[False], [True], [False], [True]]
     assert (scored[[0, 2]] == 0).all()
     assert (scored[[1, 3]] < 0).all()
 
 
-def test_a_group_of_empty_responses_scores_nothing():
-    scored = score(make_tiny_policy(), batch_of((LONG_PROMPT, []), (LONG_PROMPT, [])), 1.0)
+def test_score_group_of_empty_responses_has_no_tokens():
+    scored = score(make_tiny_policy(), make_batch((LONG_PROMPT, []), (LONG_PROMPT, [])), 1.0)
     assert scored["log_probs"].tolist() == [[0], [0]]
 
 
-def test_rows_carry_the_tokens_and_log_probs_that_were_sampled():
+def test_rollout_batch_holds_sampled_tokens_and_log_probs():
     rollouts = make_rollout_batch(
-        [completion([1], [4, 5], [-0.5, -0.25]), completion([1], [6], [-2.0])],
+        [make_completion([1], [4, 5], [-0.5, -0.25]), make_completion([1], [6], [-2.0])],
         torch.tensor([1.0, 0.0]),
     )
     assert rollouts.response_mask.tolist() == [[True, True], [True, False]]
@@ -103,16 +98,16 @@ def test_rows_carry_the_tokens_and_log_probs_that_were_sampled():
     assert rollouts.n_response_tokens == 3
 
 
-def test_parts_are_cut_to_their_longest_response():
-    rollouts = batch_of(([1], [4, 5, 6]), ([1], [4]), ([2], [7, 8]), ([2], []))
+def test_rollout_batch_select_trims_to_longest_response():
+    rollouts = make_batch(([1], [4, 5, 6]), ([1], [4]), ([2], [7, 8]), ([2], []))
     widths = [part.response_mask.shape for part in rollouts.split(2)]
     assert widths == [(2, 3), (2, 2)]
     assert [len(part) for part in rollouts.split(3)] == [3, 1]
 
 
-def test_shuffling_keeps_groups_together_and_rows_whole():
+def test_rollout_batch_shuffled_keeps_groups_and_rows():
     prompts = [[k, k] for k in range(2, 10)]
-    completions = [completion(prompt, [10 * prompt[0] + k]) for prompt in prompts for k in range(3)]
+    completions = [make_completion(prompt, [10 * prompt[0] + k]) for prompt in prompts for k in range(3)]
     marks = torch.tensor([float(item.token_ids[0]) for item in completions])
     rollouts = replace(make_rollout_batch(completions, marks, 3), advantages=marks[:, None])
     shuffled = rollouts.shuffled(torch.Generator().manual_seed(0))
@@ -122,18 +117,18 @@ def test_shuffling_keeps_groups_together_and_rows_whole():
     assert shuffled.advantages[:, 0].tolist() == [float(item.token_ids[0]) for item in shuffled.completions]
 
 
-def test_old_log_probs_are_the_policys_and_carry_no_gradient():
-    config = tiny_config(rollout_batch_size=8, group_size=4, train_batch_size=8, gradient_accumulation_steps=4)
+def test_score_all_equals_policy_without_gradient():
+    config = make_tiny_config(rollout_batch_size=8, group_size=4, train_batch_size=8, gradient_accumulation_steps=4)
     policy = make_tiny_policy(2)
-    rollouts = batch_of(*[(LONG_PROMPT, [3 + k] * (1 + k % 3)) for k in range(8)])
+    rollouts = make_batch(*[(LONG_PROMPT, [3 + k] * (1 + k % 3)) for k in range(8)])
     old = score_all(policy, rollouts, config)["log_probs"]
     assert not old.requires_grad
     assert_close(old, score(policy, rollouts, 1.0)["log_probs"].detach(), rtol=0, atol=1e-6)
 
 
-def test_a_column_stays_a_column_and_tokens_are_cut():
-    """Values of a response and values of its tokens are told apart by their width, whatever the rows."""
-    rollouts = batch_of(([1], [4, 5, 6]), ([1], [4]), ([2], [7]), ([2], [8]))
+def test_rollout_batch_select_keeps_columns_and_trims_tokens():
+    """The width alone separates values of a response from values of its tokens, for any number of rows."""
+    rollouts = make_batch(([1], [4, 5, 6]), ([1], [4]), ([2], [7]), ([2], [8]))
     tokens = torch.arange(12.0).view(4, 3)
     rollouts = replace(rollouts, advantages=tokens[:, :1], policy_weights=tokens[:, :1], token_weights=tokens)
     part = rollouts.select([3, 1])
@@ -145,17 +140,19 @@ def test_a_column_stays_a_column_and_tokens_are_cut():
 
 
 def pack_rows(patch, packed):
-    """Pack rows, or pad them, whatever the attention."""
+    """Pack rows, or pad them, independently of the attention implementation."""
     for module in (shortcuts, micro_batches, scoring):
         patch.setattr(module, "packs_rows", lambda policy: packed)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_packed_rows_are_the_padded_ones(attention, monkeypatch):
-    """One sequence without padding, kept apart by its positions alone, as flash attention has it."""
+def test_score_packed_rows_equals_padded_rows(attention, monkeypatch):
+    """One sequence without padding, whose responses are separated only by positions, as with flash attention."""
     policy = make_tiny_policy(3).double()
     policy.set_attn_implementation(attention)
-    rollouts = batch_of((LONG_PROMPT, [3, 4, 5]), (LONG_PROMPT, [6]), (SHORT_PROMPT, [7, 8]), ([9], []), ([4], [2, 2]))
+    rollouts = make_batch(
+        (LONG_PROMPT, [3, 4, 5]), (LONG_PROMPT, [6]), (SHORT_PROMPT, [7, 8]), ([9], []), ([4], [2, 2])
+    )
     expected = score(policy, rollouts, 0.7, with_entropy=True)
     pack_rows(monkeypatch, True)
     assert all(len(row.members) == 1 for row in plan_rows(policy, rollouts, range(len(rollouts))))
@@ -175,10 +172,10 @@ ROLLOUTS = st.lists(
 
 
 @given(ROLLOUTS, st.integers(1, 60), st.booleans(), st.data())
-def test_a_plan_scores_each_wanted_response_once_within_its_budget(pairs, budget, packed, data):
-    rollouts, policy = batch_of(*pairs), make_tiny_policy()
+def test_plan_micro_batches_covers_each_response_once_within_budget(pairs, budget, packed, data):
+    rollouts, policy = make_batch(*pairs), make_tiny_policy()
     wanted = sorted(data.draw(st.sets(st.integers(0, len(pairs) - 1))))
-    config = tiny_config(micro_batch_tokens=budget)
+    config = make_tiny_config(micro_batch_tokens=budget)
     with pytest.MonkeyPatch.context() as patched:
         pack_rows(patched, packed)
         parts = list(plan_micro_batches(config, policy, rollouts, wanted))
@@ -192,11 +189,11 @@ def test_a_plan_scores_each_wanted_response_once_within_its_budget(pairs, budget
             assert slots <= budget or len(members) == 1
 
 
-def test_a_pass_is_of_the_rows_that_were_planned():
-    """Planned anew, the responses of a micro-batch could come to longer rows than the budget has room for."""
+def test_score_uses_planned_rows():
+    """A second plan could make longer rows for the responses of a micro-batch than the budget allows."""
     prompt = [5] * 12
-    rollouts, policy = batch_of(*[(prompt, [6] * n) for n in (30, 9, 8, 20, 5, 3)]), make_tiny_policy(4).double()
-    config, seen = tiny_config(micro_batch_tokens=100), []
+    rollouts, policy = make_batch(*[(prompt, [6] * n) for n in (30, 9, 8, 20, 5, 3)]), make_tiny_policy(4).double()
+    config, seen = make_tiny_config(micro_batch_tokens=100), []
     policy.model.register_forward_pre_hook(lambda *call: seen.append(call[2]["input_ids"].shape), with_kwargs=True)
     expected = score(policy, rollouts, 1.0)["log_probs"].detach()
     shares_rows(policy)
@@ -209,22 +206,22 @@ def test_a_pass_is_of_the_rows_that_were_planned():
     assert_close(score_all(policy, rollouts, config)["log_probs"], expected.float())
 
 
-def test_what_is_cheaper_is_one_row_or_many():
-    """A long prompt is shared; where responses are long, the mask of one row would cost more than it saves."""
+def test_plan_rows_picks_cheaper_of_shared_and_separate():
+    """A long prompt is shared; with long responses the mask of one row would cost more than sharing saves."""
     policy = make_tiny_policy()
-    shared = batch_of(*[([5] * 100, [6] * 10)] * 4)
+    shared = make_batch(*[([5] * 100, [6] * 10)] * 4)
     assert [row.members for row in plan_rows(policy, shared, range(4))] == [(0, 1, 2, 3)]
-    alone = batch_of(*[([5], [6] * 300)] * 4)
+    alone = make_batch(*[([5], [6] * 300)] * 4)
     assert [row.members for row in plan_rows(policy, alone, range(4))] == [(0,), (1,), (2,), (3,)]
 
 
-def test_rows_are_shared_where_a_trial_shows_that_nothing_changes():
+def test_shares_rows_only_if_trial_gives_equal_scores():
     assert shares_rows(make_tiny_policy())
     windowed = MistralForCausalLM(MistralConfig(**SMALL, sliding_window=4))
     assert not shares_rows(windowed.eval())
     deaf = make_tiny_policy()
     forward = deaf.forward
-    deaf.forward = lambda *args, attention_mask=None, **kwargs: forward(*args, **kwargs)  # a mask changes nothing
+    deaf.forward = lambda *args, attention_mask=None, **kwargs: forward(*args, **kwargs)  # unmasked
     assert not shares_rows(deaf)
     broken = make_tiny_policy()
     broken.forward = lambda **_: 1 / 0
@@ -233,8 +230,8 @@ def test_rows_are_shared_where_a_trial_shows_that_nothing_changes():
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "mistral", "opt", "qwen2"])
-def test_models_of_other_kinds_score_as_alone(kind):
-    """Learned positions, a window, dropout, a bias: plans, rows and heads are theirs."""
+def test_score_other_architectures_equals_one_forward_per_response(kind):
+    """Learned positions, a sliding window, dropout and a bias need their own plans, rows and heads."""
     torch.manual_seed(0)
     policy = {
         "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=2)),
@@ -245,28 +242,30 @@ def test_models_of_other_kinds_score_as_alone(kind):
         ),
         "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
     }[kind]().eval().double()  # fmt: skip
-    rollouts = batch_of((LONG_PROMPT, [3, 4, 5]), (LONG_PROMPT, [6, 7]), (SHORT_PROMPT, [7, 8]))
+    rollouts = make_batch((LONG_PROMPT, [3, 4, 5]), (LONG_PROMPT, [6, 7]), (SHORT_PROMPT, [7, 8]))
     expected, _ = one_by_one(policy, rollouts, 1.0)
     found = score(policy, rollouts, 1.0)["log_probs"]
     for row, values in enumerate(expected):
         assert_close(found[row, : len(values)], values, rtol=0, atol=1e-6)
-    plan = plan_memory(tiny_config(), policy, 16)
+    plan = plan_memory(make_tiny_config(), policy, 16)
     assert plan.activations > 0
     assert plan.logits > 0
 
 
-def test_a_model_that_cannot_be_split_makes_logits_where_they_are_needed_alone():
+def test_score_without_head_makes_response_logits_only():
     policy, seen = make_tiny_policy(2), []
     policy.lm_head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
-    rollouts = batch_of((LONG_PROMPT, [3, 4, 5]), (LONG_PROMPT, [6]))
+    rollouts = make_batch((LONG_PROMPT, [3, 4, 5]), (LONG_PROMPT, [6]))
     expected = score(policy, rollouts, 1.0)["log_probs"]
     shortcuts._HEADS[policy] = None
     seen.clear()
     assert_close(score(policy, rollouts, 1.0)["log_probs"], expected, rtol=0, atol=1e-6)
-    assert seen == [3]  # of one row of 16: the end of the prompt, from which both start, and what precedes 4 and 5
+    assert seen == [
+        3
+    ]  # of a row of 16: the last prompt token, shared by both responses, and the tokens before 4 and 5
 
 
-def test_a_model_whose_output_is_more_than_a_product_takes_all_its_logits():
+def test_find_head_scaled_logits_is_none():
     policy = make_tiny_policy(2).double()
     assert find_head(policy) is not None
     scaled = clone_policy(policy)
@@ -279,7 +278,7 @@ def test_a_model_whose_output_is_more_than_a_product_takes_all_its_logits():
 
     scaled.forward = divided
     assert find_head(scaled) is None
-    rollouts = batch_of((LONG_PROMPT, [3, 4, 5]), (LONG_PROMPT, [6]), (SHORT_PROMPT, [7]))
+    rollouts = make_batch((LONG_PROMPT, [3, 4, 5]), (LONG_PROMPT, [6]), (SHORT_PROMPT, [7]))
     expected = score(policy, rollouts, 3.0, with_entropy=True)
     for name, values in score(scaled, rollouts, 1.0, with_entropy=True).items():
         assert_close(values, expected[name], rtol=0, atol=1e-9)

@@ -1,4 +1,4 @@
-"""Prompts through a chat template: what the tokenizer's makers wrote down, token for token, and where a turn ends."""
+"""Prompts through a chat template: they equal the template's own output token by token, and turns end."""
 
 import importlib
 import json
@@ -19,7 +19,7 @@ from drivers.settings.imitation import ExpertIterationConfig, SftConfig
 from drivers.tasks.chat import use_end_of_turn_as_eos
 from drivers.tasks.demonstrations import WorkedExample, make_demonstrations
 from drivers.tasks.questions import Example, Prompt, load_prompt, make_questions
-from tests.drivers.parts import tiny_config
+from tests.drivers.helpers.letters import make_tiny_config
 from tests.tiny import make_tiny_policy, make_tiny_tokenizer, save_tiny
 
 START, END, BOS = "<|im_start|>", "<|im_end|>", "<s>"
@@ -39,7 +39,7 @@ EMPTY_THOUGHTS = CHATML.replace(
 
 
 def tokenizer_with(template, *, writes_bos=False):
-    """Characters, the usual special tokens, and an end token that ends a text and no turn."""
+    """Return a tokenizer with characters, the usual special tokens and an end token that ends a text, not a turn."""
     tokenizer = make_tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [START, END]})
     if writes_bos:
@@ -51,7 +51,7 @@ def tokenizer_with(template, *, writes_bos=False):
 
 
 def ids(tokenizer, *pieces):
-    """Special tokens as they stand, texts character by character."""
+    """Return special tokens as they are and texts character by character."""
     return tuple(
         token
         for piece in pieces
@@ -63,7 +63,7 @@ def ids(tokenizer, *pieces):
     )
 
 
-def test_a_question_is_a_users_message_and_the_model_is_to_answer():
+def test_chat_prompt_question_is_user_message():
     tokenizer = tokenizer_with(CHATML)
     prompt = Prompt("Solve: {question}!", is_message=True)
     (question,) = make_questions([Example("1+1", "2", "a:1")], prompt, tokenizer, max_new_tokens=1, context=None)
@@ -75,14 +75,14 @@ def test_a_question_is_a_users_message_and_the_model_is_to_answer():
     )
 
 
-def test_a_token_that_begins_a_text_stands_there_once():
+def test_chat_prompt_has_one_bos_token():
     tokenizer = tokenizer_with(INST, writes_bos=True)
     assert Prompt("{question}").token_ids("ab", tokenizer) == ids(tokenizer, BOS, "ab")
     assert Prompt("{question}", is_message=True).token_ids("ab", tokenizer) == ids(tokenizer, BOS, "[INST] ab [/INST]")
 
 
-def test_what_ends_a_turn_ends_a_response():
-    """Sampled, and demonstrated: base models name the token that ends a text, and learn to end turns."""
+def test_end_of_turn_ends_samples_and_demonstrations():
+    """Base models name the token that ends a text; training teaches them to end turns."""
     tokenizer = tokenizer_with(CHATML)
     assert tokenizer.eos_token == "<eos>"
     use_end_of_turn_as_eos(tokenizer, "tiny")
@@ -98,8 +98,8 @@ def test_what_ends_a_turn_ends_a_response():
 
 
 @pytest.mark.parametrize("urls", [(), ("http://127.0.0.1:1",)])
-def test_vllm_is_told_what_ends_a_turn(urls, monkeypatch):
-    """It reads the model's folder itself, where another token may stand."""
+def test_vllm_engine_gets_end_of_turn_token(urls, monkeypatch):
+    """vLLM reads the model's folder itself, which may name another token."""
     told = {}
 
     def start(*_, **settings):
@@ -125,7 +125,7 @@ def test_vllm_is_told_what_ends_a_turn(urls, monkeypatch):
     assert told["end_token_id"] == tokenizer.convert_tokens_to_ids(END)
 
 
-def test_a_whole_prompt_of_a_demonstration_is_taken_as_it_is():
+def test_chat_demonstration_with_prompt_is_unchanged():
     tokenizer = tokenizer_with(CHATML)
     shown = [WorkedExample("Q: ", "2", "a:1", "2", has_prompt=True)]
     (one,) = make_demonstrations(shown, Prompt("{question}", True), (), tokenizer, max_new_tokens=1, context=None)
@@ -135,15 +135,15 @@ def test_a_whole_prompt_of_a_demonstration_is_taken_as_it_is():
 @pytest.mark.parametrize(
     ("template", "end"),
     [
-        (INST, "<eos>"),  # no opening is needed, and the turn ends as a text does
-        (CHATML.replace("<|im_end|>\n", "\n"), "<eos>"),  # ends with no token
-        (SILENT, "<eos>"),  # what the model said is not shown
-        (EMPTY_THOUGHTS, END),  # what it thought is not, and it is to begin with its thoughts
-        (CHATML.replace("assistant\n", "assistant\n<think>"), END),  # opens more than stands in an answered turn
+        (INST, "<eos>"),  # needs no opening, and ends a turn like a text
+        (CHATML.replace("<|im_end|>\n", "\n"), "<eos>"),  # ends a turn without a token
+        (SILENT, "<eos>"),  # does not show what the model said
+        (EMPTY_THOUGHTS, END),  # hides earlier thoughts, and the response begins with thoughts
+        (CHATML.replace("assistant\n", "assistant\n<think>"), END),  # opens more text than an answered turn holds
         (CHATML.replace("'<|im_end|>\n'", "' <|im_end|>\n'"), END),
     ],
 )
-def test_templates_of_other_kinds(template, end):
+def test_chat_prompt_other_templates_render(template, end):
     tokenizer = tokenizer_with(template, writes_bos=True)
     use_end_of_turn_as_eos(tokenizer, "tiny")
     assert tokenizer.eos_token == end
@@ -159,28 +159,28 @@ def test_templates_of_other_kinds(template, end):
         ("{% for %}", "refuses messages of user and assistant"),
     ],
 )
-def test_what_cannot_be_asked_is_one_line(template, message):
+def test_chat_invalid_template_raises_usage_error(template, message):
     with pytest.raises(UsageError) as raised:
         use_end_of_turn_as_eos(tokenizer_with(template), "tiny")
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-def test_a_template_without_a_system_refuses_one():
+def test_chat_template_without_system_raises_usage_error():
     tokenizer = tokenizer_with(INST, writes_bos=True)
     with pytest.raises(UsageError, match=r"refuses messages of system and user \(no system here\)"):
         Prompt("{question}", is_message=True, system="S").token_ids("1", tokenizer)
 
 
-def test_the_system_message_is_a_file_and_asks_for_a_chat(tmp_path):
+def test_system_prompt_path_is_read_and_requires_chat_template(tmp_path):
     (tmp_path / "system.txt").write_text("Be short.\n")
     path = str(tmp_path / "system.txt")
     assert load_prompt("data/prompts/question_only.prompt", True, path) == Prompt("{question}", True, "Be short.")
     with pytest.raises(UsageError, match=r"--system-prompt-path nowhere\.txt: cannot be read"):
         load_prompt("data/prompts/question_only.prompt", True, "nowhere.txt")
     makers = (
-        tiny_config,
-        lambda **flags: SftConfig(**flags).of(1),  # checked as train.py's
+        make_tiny_config,
+        lambda **flags: SftConfig(**flags).of(1),  # the same checks as train.py's
         lambda **flags: ExpertIterationConfig(**flags).of(),
         EvaluateConfig,
     )
@@ -191,8 +191,8 @@ def test_the_system_message_is_a_file_and_asks_for_a_chat(tmp_path):
 
 
 @pytest.mark.parametrize("program", ["train", "sft", "expert_iteration", "evaluate"])
-def test_every_program_takes_the_flag(program, tmp_path, capsys, monkeypatch):
-    """A tokenizer without a template ends each in one line, before a model is loaded."""
+def test_programs_chat_template_without_template_exit_with_one_line(program, tmp_path, capsys, monkeypatch):
+    """A tokenizer without a template ends each program with one line, before it loads a model."""
     monkeypatch.chdir(tmp_path)
     save_tiny(Path("tiny"))
     data = {"sft": "sft", "evaluate": "validation"}.get(program, "train")
@@ -209,7 +209,7 @@ def test_every_program_takes_the_flag(program, tmp_path, capsys, monkeypatch):
     assert not Path("runs").exists()
 
 
-def test_the_shipped_prompts_for_chats_leave_the_opening_to_the_model():
+def test_shipped_chat_prompts_do_not_open_the_response():
     for name in ("boxed", "think_and_answer"):
         template = load_prompt(f"data/prompts/{name}.prompt").template
         assert template.startswith("{question}\n")
@@ -218,7 +218,7 @@ def test_the_shipped_prompts_for_chats_leave_the_opening_to_the_model():
 
 
 @pytest.mark.slow
-def test_the_embedded_models_template_is_what_transformers_makes_of_it():
+def test_embedded_model_chat_prompt_equals_transformers():
     tokenizer = load_tokenizer(str(embedded_model()), for_chat=True)
     assert tokenizer.eos_token == END
     user, system = {"role": "user", "content": "What is 2 + 2?"}, {"role": "system", "content": "Be short."}
@@ -228,12 +228,12 @@ def test_the_embedded_models_template_is_what_transformers_makes_of_it():
     ]:
         whole = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=True)
         assert prompt.token_ids("2 + 2", tokenizer) == tuple(whole["input_ids"])
-        assert prompt.token_ids("2 + 2", tokenizer).count(tokenizer.bos_token_id) == 3  # it begins each message
+        assert prompt.token_ids("2 + 2", tokenizer).count(tokenizer.bos_token_id) == 3  # one each
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("program", ["train", "sft", "expert_iteration"])
-def test_a_run_ends_turns_and_its_model_does_too(program, tmp_path, monkeypatch):
+def test_run_with_chat_template_saves_end_of_turn(program, tmp_path, monkeypatch):
     """Whole runs of one step, on a model whose files name another end token."""
     monkeypatch.chdir(tmp_path)
     tokenizer = tokenizer_with(CHATML)

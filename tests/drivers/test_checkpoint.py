@@ -1,11 +1,9 @@
-"""Checkpoints: whole or not at all, and loadable by others."""
+"""Checkpoints are complete or absent, and other programs load them."""
 
 import errno
 import json
 import os
-import resource
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,21 +24,11 @@ from drivers.runs.folder import (
     release_run_lock,
 )
 from drivers.runs.resume import finished_model, open_run_folder
-from tests.drivers.parts import tiny_config
+from tests.drivers.helpers.letters import make_tiny_config
+from tests.drivers.helpers.processes import limit_file_size
 from tests.tiny import make_tiny_policy, make_tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@contextmanager
-def no_file_beyond(size):
-    """The kernel refuses to write more into one file, as a full disk does: what fails is what would fail then."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def save(folder, step, seed=0, **more):
@@ -51,7 +39,7 @@ def save(folder, step, seed=0, **more):
     )
 
 
-def test_a_checkpoint_loads_with_transformers_to_the_same_bits(tmp_path):
+def test_checkpoint_loaded_by_transformers_is_bit_identical(tmp_path):
     policy, tokenizer = make_tiny_policy(5), make_tiny_tokenizer()
     folder = save_checkpoint(policy, tokenizer, tmp_path / "checkpoint-3", facts={"step": 3})
     loaded = AutoModelForCausalLM.from_pretrained(folder)
@@ -62,12 +50,12 @@ def test_a_checkpoint_loads_with_transformers_to_the_same_bits(tmp_path):
     assert json.loads((folder / "trainer_state.json").read_text()) == {"step": 3}
 
 
-def test_a_bfloat16_policy_stays_bfloat16(tmp_path):
+def test_checkpoint_bfloat16_keeps_dtype(tmp_path):
     save_checkpoint(make_tiny_policy().bfloat16(), make_tiny_tokenizer(), tmp_path / "c", facts={"step": 1})
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "c").dtype == torch.bfloat16
 
 
-def test_a_save_that_fails_leaves_no_checkpoint_and_can_be_tried_again(tmp_path, monkeypatch):
+def test_save_checkpoint_error_leaves_nothing_and_can_be_retried(tmp_path, monkeypatch):
     policy, folder = make_tiny_policy(), tmp_path / "checkpoint-1"
     monkeypatch.setattr(checkpoint, "write_text", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space left"):
@@ -79,7 +67,7 @@ def test_a_save_that_fails_leaves_no_checkpoint_and_can_be_tried_again(tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
-def test_a_finished_checkpoint_is_never_replaced(tmp_path):
+def test_save_checkpoint_existing_folder_raises(tmp_path):
     folder = save_checkpoint(make_tiny_policy(1), make_tiny_tokenizer(), tmp_path / "c", facts={"step": 1})
     before = (folder / "model.safetensors").read_bytes()
     with pytest.raises(FileExistsError, match="never replaced"):
@@ -87,7 +75,7 @@ def test_a_finished_checkpoint_is_never_replaced(tmp_path):
     assert (folder / "model.safetensors").read_bytes() == before
 
 
-def test_json_replaces_the_file_at_once(tmp_path):
+def test_write_json_error_keeps_old_file(tmp_path):
     write_json(tmp_path / "a.json", {"x": 1})
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"x": object()})
@@ -123,7 +111,7 @@ def make_longer(path):
     ],
     ids=["flipped", "short", "longer", "gone"],
 )
-def test_any_file_that_is_not_as_it_was_written_is_noticed(tmp_path, damage, message):
+def test_find_damage_changed_file_is_named(tmp_path, damage, message):
     whole = save(tmp_path, 1)
     assert find_damage(whole) is None
     names = [path.relative_to(whole) for path in files_of(whole)]
@@ -151,7 +139,7 @@ def test_any_file_that_is_not_as_it_was_written_is_noticed(tmp_path, damage, mes
         (f"{TENSORS}/more.safetensors", "", "more.safetensors is not of this checkpoint"),
     ],
 )
-def test_what_this_program_has_not_written_is_refused(tmp_path, name, text, message):
+def test_find_damage_foreign_content_is_named(tmp_path, name, text, message):
     folder = save(tmp_path, 1)
     (folder / name).write_text(text)
     assert message in find_damage(folder)
@@ -159,7 +147,7 @@ def test_what_this_program_has_not_written_is_refused(tmp_path, name, text, mess
     assert find_damage(folder).startswith(f"it has no {MANIFEST}")
 
 
-def test_the_checkpoint_before_a_damaged_one_is_used_and_the_reason_told(tmp_path):
+def test_find_checkpoint_damaged_falls_back_and_warns(tmp_path):
     said = []
     for step in (1, 2, 3):
         save(tmp_path, step)
@@ -175,13 +163,16 @@ def test_the_checkpoint_before_a_damaged_one_is_used_and_the_reason_told(tmp_pat
     assert find_checkpoint(tmp_path, said.append) is None
 
 
-def test_a_full_disk_loses_nothing(tmp_path):
-    """Wherever the kernel refuses: in a tensor, in the model, in a text. What is there stays, and the room is free."""
+def test_save_checkpoint_full_disk_loses_nothing(tmp_path):
+    """The kernel refuses a tensor, the model or a text. Earlier files stay, and the space is freed."""
     first = save(tmp_path, 1)
     before = {path: path.read_bytes() for path in files_of(tmp_path)}
     sizes = sorted({path.stat().st_size for path in files_of(first)})
     for limit in (0, *(size - 1 for size in sizes)):
-        with pytest.raises(BaseException, match=r".") as failed, no_file_beyond(limit):  # of three libraries
+        with (
+            pytest.raises(BaseException, match=r".") as failed,
+            limit_file_size(limit),
+        ):  # three libraries raise different errors
             save(tmp_path, 2)
         assert isinstance(failed.value, checkpoint.WRITE_ERRORS)
         assert not (tmp_path / "checkpoint-2").exists()
@@ -191,8 +182,8 @@ def test_a_full_disk_loses_nothing(tmp_path):
     assert find_damage(tmp_path / "checkpoint-2") is None
 
 
-def test_what_is_kept(tmp_path):
-    """The newest two whole; with a number, the newest so many and the best, which has a name of its own."""
+def test_prune_checkpoints_keeps_newest_and_best(tmp_path):
+    """By default the newest two stay resumable; with a number, that many and the best one stay."""
     accuracies = {0: 0.9, 1: 0.1, 2: 0.7, 3: 0.7, 5: 0.2}
     for step in range(1, 6):
         save(tmp_path, step, seed=step)
@@ -209,11 +200,11 @@ def test_what_is_kept(tmp_path):
     save(tmp_path, 6)
     assert prune_checkpoints(tmp_path, accuracies | {6: 0.8}, 1).name == "checkpoint-6"
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-6", BEST}
-    assert prune_checkpoints(tmp_path, {}, None) is None  # nothing was evaluated
+    assert prune_checkpoints(tmp_path, {}, None) is None  # there was no evaluation
 
 
-def test_what_a_person_puts_beside_them_is_left_alone(tmp_path):
-    """An archive, a copy of another name: neither is removed, renamed, or taken for the newest."""
+def test_prune_checkpoints_leaves_foreign_files(tmp_path):
+    """An archive or a renamed copy is not removed, renamed or taken for the newest checkpoint."""
     for step in (1, 2, 3):
         save(tmp_path, step)
     shutil.copytree(tmp_path / "checkpoint-1", tmp_path / "checkpoint-1-for-the-paper")
@@ -231,8 +222,8 @@ def test_what_a_person_puts_beside_them_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_stops_do_not_cost_the_checkpoint_that_training_goes_on_from(tmp_path, keep):
-    """Of a stop in mid-step the model alone is kept, however new it is."""
+def test_prune_checkpoints_stopped_ones_do_not_count(tmp_path, keep):
+    """A stop inside a step leaves only a model, which does not replace a resumable checkpoint."""
     save(tmp_path, 3)
     for name in ("checkpoint-3-stopped", "checkpoint-3-stopped-2", "checkpoint-4-stopped"):
         shutil.copytree(tmp_path / "checkpoint-3", tmp_path / name)
@@ -241,7 +232,7 @@ def test_stops_do_not_cost_the_checkpoint_that_training_goes_on_from(tmp_path, k
     assert find_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
 
 
-def test_a_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
+def test_find_checkpoint_unreadable_file_falls_back(tmp_path, monkeypatch):
     save(tmp_path, 1)
     newer = save(tmp_path, 2)
 
@@ -257,7 +248,7 @@ def test_a_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
     assert "it cannot be read ([Errno 5] Input/output error" in said[0]
 
 
-def test_a_tokenizer_that_finds_no_room_fails_as_the_others_do(tmp_path, monkeypatch):
+def test_save_checkpoint_tokenizer_error_is_a_write_error(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise Exception("No space left on device (os error 28)")
 
@@ -266,14 +257,14 @@ def test_a_tokenizer_that_finds_no_room_fails_as_the_others_do(tmp_path, monkeyp
         save(tmp_path, 1)
 
 
-def test_a_run_without_a_usable_checkpoint_begins_again_and_says_so(tmp_path):
-    """What was there gives way whole: left there, it would pass for newer than what is made now."""
+def test_open_run_folder_all_damaged_starts_over_and_warns(tmp_path):
+    """Damaged checkpoints are renamed: otherwise they would pass for newer than those of the new run."""
     for step in (5, 6):
         flip_a_bit(next((save(tmp_path, step) / TENSORS).iterdir()))
     (tmp_path / "metrics.jsonl").write_text("{}")
     (tmp_path / "completions.jsonl").write_text("{}")
     said = []
-    settings = tiny_config(save_dir=str(tmp_path), resume="auto")
+    settings = make_tiny_config(save_dir=str(tmp_path), resume="auto")
     assert open_run_folder(settings, said.append) == (tmp_path, None)
     assert [f"nothing can go on from {tmp_path}/checkpoint-{n}" in said[n - 3] for n in (5, 6)] == [True, True]
     release_run_lock(tmp_path)
@@ -283,9 +274,9 @@ def test_a_run_without_a_usable_checkpoint_begins_again_and_says_so(tmp_path):
     }
 
 
-def test_a_final_model_that_cannot_be_read_is_one_clear_line(tmp_path):
+def test_finished_model_unreadable_raises_usage_error(tmp_path):
     (tmp_path / "final_model").mkdir()
-    settings = tiny_config(save_dir=str(tmp_path), resume="auto")
+    settings = make_tiny_config(save_dir=str(tmp_path), resume="auto")
     for text in (None, "{", "[]"):
         if text is not None:
             (tmp_path / "final_model" / FACTS).write_text(text)
@@ -294,16 +285,16 @@ def test_a_final_model_that_cannot_be_read_is_one_clear_line(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_checkpoint_knows_the_precision_of_its_run(tmp_path, dtype):
-    """Measured anew, `--dtype auto` might be another, and the run not the one that was stopped."""
+def test_precision_of_checkpoint_is_the_runs_dtype(tmp_path, dtype):
+    """A second measurement for `--dtype auto` might choose another dtype and so another run."""
     policy = make_tiny_policy().to(dtype)
     folder = save_checkpoint(policy, make_tiny_tokenizer(), tmp_path / "checkpoint-1", facts={"step": 1})
     assert checkpoint.precision_of(folder) == str(dtype).removeprefix("torch.")
     assert checkpoint.precision_of(tmp_path) is None
 
 
-def test_nothing_in_a_checkpoint_can_execute(tmp_path):
-    """Safetensors, JSON and the tokenizer's text: no pickle, no code."""
+def test_checkpoint_holds_no_code(tmp_path):
+    """A checkpoint is safetensors, JSON and the tokenizer's text: no pickle and no code."""
     folder = save(tmp_path, 1)
     assert {path.suffix for path in files_of(folder)} <= {".safetensors", ".json", ".jinja", ".txt"}
     for source in [*(ROOT / "drivers").glob("*.py"), *(ROOT / "grpo_core").glob("*.py")]:
@@ -311,8 +302,8 @@ def test_nothing_in_a_checkpoint_can_execute(tmp_path):
         assert not [word for word in ("trust_remote_code", "torch.load(", "pickle") if word in text], source
 
 
-def test_what_is_half_done_within_what_is_half_done_goes_too(tmp_path):
-    """A kill while the facts of a checkpoint are written."""
+def test_remove_unfinished_nested_files_are_removed(tmp_path):
+    """A kill while the state of a checkpoint is written leaves such files."""
     for name in (".unfinished-checkpoint-3/.unfinished-facts.json", "checkpoint-2/.unfinished-facts.json", "kept"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{")

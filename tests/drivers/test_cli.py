@@ -1,7 +1,6 @@
-"""The command line: flags pinned, defaults pinned, and one clear line for each mistake."""
+"""The command line: fixed flags, fixed defaults, and one clear line for each mistake."""
 
 import json
-import subprocess
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -14,7 +13,8 @@ from drivers.settings.command_line import flag_given, parse_train_config
 from drivers.settings.evaluate import EvaluateConfig
 from drivers.settings.grpo import GrpoConfig
 from drivers.settings.recipes import QUICKSTART
-from tests.drivers.parts import tiny_config
+from tests.drivers.helpers.letters import make_tiny_config
+from tests.drivers.helpers.processes import run_program
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,11 +134,11 @@ FLAGS = [
 ]
 
 
-def test_the_flags_are_these_and_no_others():
+def test_train_flags_and_defaults_are_fixed():
     assert [field.name for field in fields(GrpoConfig)] == FLAGS
 
 
-def test_a_model_alone_is_the_seeds_run():
+def test_train_model_path_alone_uses_defaults():
     config = asdict(parse_train_config(["--model-path", "somewhere"]))
     assert {name: config[name] for name in SEEDS} == SEEDS
     assert config["recipe"] is None
@@ -148,7 +148,7 @@ def test_a_model_alone_is_the_seeds_run():
     assert parse_train_config(["--model-path", "somewhere"]).micro_train_batch_size == 2
 
 
-def test_the_bare_command_is_the_quickstart_and_says_so(capsys):
+def test_train_without_flags_runs_quickstart_and_prints_it(capsys):
     bare = parse_train_config([])
     assert "quickstart" in capsys.readouterr().out
     assert bare == parse_train_config(["--recipe", "quickstart"]) == parse_train_config(["--recipe=quickstart"])
@@ -156,7 +156,7 @@ def test_the_bare_command_is_the_quickstart_and_says_so(capsys):
     assert bare.n_val_examples >= 256
 
 
-def test_accumulation_steps_keep_their_meaning_where_they_are_given(capsys):
+def test_gradient_accumulation_steps_override_recipe_token_budget(capsys):
     assert parse_train_config([]).micro_batch_tokens == QUICKSTART["micro_batch_tokens"]
     given = parse_train_config(["--recipe", "quickstart", "--gradient_accumulation_steps", "16"])
     assert (given.micro_batch_tokens, given.micro_train_batch_size) == (None, 4)
@@ -165,7 +165,7 @@ def test_accumulation_steps_keep_their_meaning_where_they_are_given(capsys):
         parse_train_config(["--gradient-accumulation-steps", "8", "--micro-batch-tokens", "100"])
 
 
-def test_flags_win_over_the_recipe():
+def test_flags_override_recipe():
     config = parse_train_config(["--recipe", "quickstart", "--n_grpo_steps", "3", "--model-path", "mine"])
     assert (config.n_grpo_steps, config.model_path, config.learning_rate) == (3, "mine", QUICKSTART["learning_rate"])
 
@@ -174,11 +174,11 @@ def test_flags_win_over_the_recipe():
     ("arguments", "value"),
     [(["--recipe", "x"], "x"), (["--recipe=x"], "x"), (["--seed", "1"], None), (["--recipe"], ""), ([], None)],
 )
-def test_a_flag_is_found_in_any_spelling(arguments, value):
+def test_flag_given_any_spelling_is_found(arguments, value):
     assert flag_given(arguments, "--recipe") == value
 
 
-def test_help_names_every_flag_with_its_default(capsys):
+def test_train_help_names_every_flag_and_default(capsys):
     with pytest.raises(SystemExit) as ended:
         train_program.main(["--help"])
     assert ended.value.code == 0
@@ -232,7 +232,7 @@ def test_help_names_every_flag_with_its_default(capsys):
         ("--model-path {tiny} --recipe quickstart --sampling-max-tokens 500", "more than the model's context of 512"),
     ],
 )
-def test_a_mistake_is_one_clear_line(arguments, message, tmp_path, capsys, monkeypatch):
+def test_train_invalid_flags_exit_with_one_line(arguments, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files = {
         "bad_json": ("bad.jsonl", '{"question": "q", "answer": "1"}\n{"question": \n'),
@@ -259,7 +259,7 @@ def test_a_mistake_is_one_clear_line(arguments, message, tmp_path, capsys, monke
     assert not list(Path().glob("runs/*/metrics.jsonl"))
 
 
-def test_a_data_path_without_the_data_says_how_to_make_it(capsys):
+def test_train_missing_data_names_the_command_that_makes_it(capsys):
     if (ROOT / "data/math/train.jsonl").exists():
         pytest.skip("MATH has been converted into this checkout")
     with pytest.raises(SystemExit):
@@ -267,7 +267,7 @@ def test_a_data_path_without_the_data_says_how_to_make_it(capsys):
     assert "convert_dataset.py" in capsys.readouterr().err
 
 
-def test_without_vllm_the_message_names_the_extra(tmp_path, capsys, monkeypatch):
+def test_train_without_vllm_names_the_extra(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "drivers.engines.vllm", None)
     save_tiny(tmp_path / "tiny")
@@ -278,18 +278,15 @@ def test_without_vllm_the_message_names_the_extra(tmp_path, capsys, monkeypatch)
 
 
 @pytest.mark.slow
-def test_the_program_runs_from_any_folder(tmp_path):
-    """A subprocess: the script's own imports and paths, the tiny model, everything a run leaves behind."""
+def test_train_from_any_folder_writes_run_and_resumes(tmp_path):
+    """A subprocess checks the script's own imports and paths, and all files that a run leaves."""
     save_tiny(tmp_path / "tiny")
     flags = (
         "--recipe quickstart --model-path tiny --engine hf --dtype float32 --n-grpo-steps 2 --rollout-batch-size 8 "
         "--group-size 4 --train-batch-size 8 --gradient-accumulation-steps 2 --sampling-max-tokens 4 "
         "--n-val-examples 4 --checkpoint-steps 1 --save-dir out --wandb-project None"
     )
-    done = subprocess.run(
-        [sys.executable, ROOT / "drivers/train.py", *flags.split()], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_program("train", flags, cwd=tmp_path)
     left = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert {"config.json", "metrics.jsonl", "completions.jsonl", "curves.png", "final_model/model.safetensors"} <= left
     assert {"checkpoint-1/config.json", "checkpoint-2/trainer_state.json"} <= left
@@ -298,18 +295,15 @@ def test_the_program_runs_from_any_folder(tmp_path):
     assert resolved["config"]["rollout_batch_size"] == 8
     assert {"torch", "transformers", "grpo_core"} <= resolved["environment"]["versions"].keys()
     phases = [json.loads(line)["phase"] for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
-    phases = [phase for phase in phases if phase != "anomaly"]  # a tiny model that learns nothing is told of
+    phases = [phase for phase in phases if phase != "anomaly"]  # a tiny model that learns nothing gives a warning
     assert phases == ["check", "eval", "check", "train", "save", "eval", "train", "save"]
     assert "reward" in done.stdout
     assert "self-check at step 0" in done.stdout
     assert json.loads((tmp_path / "out/checkpoint-2/trainer_state.json").read_text())["step"] == 2
-    # The run, and not what its command line said, is what is gone on with.
+    # A resume continues the run with its saved settings, not with this command line's defaults.
     more = ["--resume", "out", "--n-grpo-steps", "3", "--checkpoint-steps", "10"]
     for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, ROOT / "drivers/train.py", *more], cwd=tmp_path, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
+        done = run_program("train", more, cwd=tmp_path)
         if "Nothing is left to do" not in done.stdout:
             shown = done.stdout
     assert "Nothing is left to do: out/final_model/ has all 3 steps" in done.stdout
@@ -339,7 +333,7 @@ def test_the_program_runs_from_any_folder(tmp_path):
         (["--resume", "run", "--save-dir", "new"], "--save-dir new: a run is gone on with in its own folder"),
     ],
 )
-def test_what_cannot_be_gone_on_with_is_one_clear_line(arguments, message, capsys):
+def test_resume_invalid_folder_exits_with_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit) as ended:
         train_program.main([*arguments, "--data-path", "data/wordadd/train.jsonl", "--rollout-batch-size", "8",
                             "--val-data-path", "data/wordadd/validation.jsonl", "--train-batch-size", "8",
@@ -348,8 +342,8 @@ def test_what_cannot_be_gone_on_with_is_one_clear_line(arguments, message, capsy
     assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
-def test_a_run_is_gone_on_with_by_its_own_settings(tmp_path):
-    """Flags win over them, by the ordinary rules; what would not be heeded is refused."""
+def test_resume_uses_saved_settings(tmp_path):
+    """Flags override the saved settings; flags that could no longer take effect are rejected."""
     saved = parse_train_config(["--recipe", "dapo", "--seed", "7", "--micro-batch-tokens", "512"])
     (tmp_path / "config.json").write_text(json.dumps({"config": asdict(saved)}))
     (tmp_path / "metrics.jsonl").touch()
@@ -365,13 +359,13 @@ def test_a_run_is_gone_on_with_by_its_own_settings(tmp_path):
         parse_train_config(resume)
 
 
-def test_low_rates_for_lora_are_told():
-    assert "low for LoRA" in " ".join(tiny_config(lora_rank=4, learning_rate=1e-5).warnings)
-    assert not tiny_config(lora_rank=4, learning_rate=1e-4).warnings
-    assert not tiny_config(learning_rate=1e-5).warnings
+def test_lora_low_learning_rate_warns():
+    assert "low for LoRA" in " ".join(make_tiny_config(lora_rank=4, learning_rate=1e-5).warnings)
+    assert not make_tiny_config(lora_rank=4, learning_rate=1e-4).warnings
+    assert not make_tiny_config(learning_rate=1e-5).warnings
 
 
-def test_evaluate_has_the_same_manners(capsys):
+def test_evaluate_invalid_flags_exit_with_one_line(capsys):
     from drivers.evaluate import main
 
     assert [field.name for field in fields(EvaluateConfig)][:5] == [

@@ -1,4 +1,4 @@
-"""Layouts, backups, and bad lines."""
+"""Conversion of data sets: layouts, backups and bad lines."""
 
 import json
 import re
@@ -15,9 +15,9 @@ from drivers.tasks.questions import load_examples
 from grpo_core import question_only_reward_fn, r1_zero_reward_fn
 
 ROWS = [
-    # Hendrycks MATH: the last box counts, nested braces and all
+    # Hendrycks MATH: the last box counts, with nested braces
     ({"problem": "P", "solution": r"First \boxed{1}, so \boxed{\frac{1}{2}}.", "level": "1"}, "P", r"\frac{1}{2}"),
-    # MATH with the answer already drawn out
+    # MATH with an extracted answer
     ({"problem": "P", "solution": "long", "answer": "3"}, "P", "3"),
     # GSM8K
     ({"question": "Q", "answer": "She has 3 + 4 = <<3+4=7>>7.\n#### 1,234"}, "Q", "1234"),
@@ -29,30 +29,30 @@ ROWS = [
     ({"question": "Q", "answer": ["1/2", "0.5"]}, "Q", ["1/2", "0.5"]),
     ({"question": "Q", "answer": 0}, "Q", 0),
     ({"question": "Q", "answer": "#### One\n\\boxed{7}\n#### Two\nAs was to be shown."}, "Q", "7"),
-    # MATH has boxes without braces
+    # MATH also has boxes without braces
     ({"problem": "P", "solution": r"\boxed{1} or rather $\boxed 17$, as was to be shown."}, "P", "17"),
     ({"problem": "P", "solution": r"so it is $\boxed\frac12$"}, "P", r"\frac12"),
     ({"problem": "P", "solution": r"So it is \fbox{$17$} at last."}, "P", "$17$"),
     ({"problem": "P", "solution": r"\boxed{3} and not \fbox{4}"}, "P", "3"),
     ({"problem": "P", "expected_answer": "7", "solution": "long"}, "P", "7"),
-    # verl's: a chat, and the answer a level deeper
+    # verl's layout: a chat, and a nested answer
     ({"prompt": [{"role": "user", "content": "Q"}], "reward_model": {"style": "rule", "ground_truth": "7"}}, "Q", "7"),
 ]
 
 
 @pytest.mark.parametrize(("row", "question", "answer"), ROWS)
-def test_known_layouts(row, question, answer):
+def test_convert_known_layouts_are_recognized(row, question, answer):
     assert convert_row(row) == {"question": question, "answer": answer}
 
 
-def test_keys_can_be_named():
+def test_convert_keys_can_be_named():
     assert convert_row({"q": "Q", "gold": "1", "answer": "2"}, "q", "gold") == {"question": "Q", "answer": "1"}
 
 
 @pytest.mark.parametrize(
     ("question_key", "answer_key"), [("extra.ask", "turns.1.final.text"), ("a.b", "turns.1.final.text")]
 )
-def test_named_keys_reach_what_lies_deeper(question_key, answer_key):
+def test_convert_named_keys_reach_nested_values(question_key, answer_key):
     row = {"extra": {"ask": "Q"}, "a.b": "Q", "a": {"b": "other"}, "turns": [{}, {"final": {"text": "5"}}]}
     assert convert_row(row, question_key, answer_key) == {"question": "Q", "answer": "5"}
 
@@ -60,7 +60,7 @@ def test_named_keys_reach_what_lies_deeper(question_key, answer_key):
 @pytest.mark.parametrize(
     "key", ["extra.no", "extra.ask.no", "turns.1", "turns.x", "turns.-1", "no.ask", "extra.", "."]
 )
-def test_where_nothing_lies_that_is_said(key):
+def test_convert_missing_key_is_named(key):
     row = {"extra": {"ask": "Q"}, "turns": [{}], "answer": "1"}
     with pytest.raises(
         ValueError, match=re.escape(f"no question under {key}; keys here: ['answer', 'extra', 'turns']")
@@ -68,7 +68,7 @@ def test_where_nothing_lies_that_is_said(key):
         convert_row(row, key)
 
 
-def test_half_a_character_is_a_bad_line(tmp_path, capsys):
+def test_convert_lone_surrogate_is_a_bad_line(tmp_path, capsys):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"question": "\\ud835", "answer": "1"}\n{"question": "Q", "answer": "1"}\n')
     with pytest.raises(SystemExit):
@@ -96,7 +96,7 @@ def test_half_a_character_is_a_bad_line(tmp_path, capsys):
         ({"prompt": [{"role": "system", "content": "S"}], "response": "1"}, "no message of the role `user`"),
     ],
 )
-def test_what_is_missing_is_named(row, message):
+def test_convert_missing_field_is_named(row, message):
     with pytest.raises(ValueError, match=message):
         convert_row(row)
 
@@ -107,7 +107,7 @@ def write(path, *rows):
 
 
 def run(capsys, *arguments):
-    """Exit status, stdout, stderr."""
+    """Return exit status, stdout and stderr of the program."""
     try:
         main(arguments)
         status = 0
@@ -117,13 +117,13 @@ def run(capsys, *arguments):
     return status, captured.out, captured.err
 
 
-def test_a_file_is_rewritten_with_its_backup_and_restored(tmp_path, capsys):
+def test_convert_in_place_keeps_backup(tmp_path, capsys):
     path = write(tmp_path / "gsm.jsonl", {"question": "Q", "answer": "so\n#### 5"})
     original = (tmp_path / "gsm.jsonl").read_bytes()
     assert run(capsys, path)[0] == 0
     assert [example.answer for example in load_examples("-", path)] == ["5"]
     assert (tmp_path / "gsm.jsonl.backup").read_bytes() == original
-    assert run(capsys, path)[0] == 0  # again: the backup is still the original
+    assert run(capsys, path)[0] == 0  # the second time, the backup is still the original
     assert (tmp_path / "gsm.jsonl.backup").read_bytes() == original
     assert run(capsys, path, "--restore")[0] == 0
     assert (tmp_path / "gsm.jsonl").read_bytes() == original
@@ -131,7 +131,7 @@ def test_a_file_is_rewritten_with_its_backup_and_restored(tmp_path, capsys):
     assert run(capsys, path, "--restore") == (2, "", f"convert_dataset.py: {path}.backup: no such backup\n")
 
 
-def test_bad_lines_are_named_and_nothing_is_written(tmp_path, capsys):
+def test_convert_bad_lines_are_named_and_nothing_is_written(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", {"question": "Q", "answer": "1"}, {"question": "Q"}, {"answer": "1"})
     before = (tmp_path / "a.jsonl").read_bytes()
     status, _, errors = run(capsys, path)
@@ -147,7 +147,7 @@ def test_bad_lines_are_named_and_nothing_is_written(tmp_path, capsys):
     assert len(load_examples("-", str(tmp_path / "new/b.jsonl"))) == 1
 
 
-def test_a_json_file_is_not_turned_into_jsonl_under_its_name(tmp_path, capsys):
+def test_convert_json_in_place_is_refused(tmp_path, capsys):
     (tmp_path / "a.json").write_text(json.dumps([{"prompt": "Q", "response": "1"}]))
     status, _, errors = run(capsys, str(tmp_path / "a.json"))
     assert status == 2
@@ -155,12 +155,12 @@ def test_a_json_file_is_not_turned_into_jsonl_under_its_name(tmp_path, capsys):
     assert run(capsys, str(tmp_path / "a.json"), "--output", str(tmp_path / "a.jsonl"))[0] == 0
 
 
-def test_a_folder_of_single_problems_becomes_one_file(tmp_path, capsys):
+def test_convert_folder_becomes_one_file(tmp_path, capsys):
     for name, answer in (("algebra/1.json", "1"), ("geometry/2.json", "2")):
         file = tmp_path / "MATH" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({"problem": "P" + answer, "solution": rf"\boxed{{{answer}}}"}))
-    assert run(capsys, str(tmp_path / "MATH"))[0] == 2  # a folder is not rewritten in place
+    assert run(capsys, str(tmp_path / "MATH"))[0] == 2  # a folder cannot be rewritten in place
     assert run(capsys, str(tmp_path / "MATH"), "--output", str(tmp_path / "o.jsonl"))[0] == 0
     assert [example.answer for example in load_examples("-", str(tmp_path / "o.jsonl"))] == ["1", "2"]
 
@@ -169,7 +169,7 @@ def test_a_folder_of_single_problems_becomes_one_file(tmp_path, capsys):
     ("content", "message"),
     [('{"question": "Q"', "not valid JSON"), ("", "no line could be converted"), ("[1]\n", "object is required")],
 )
-def test_a_damaged_file_is_one_clear_line(tmp_path, capsys, content, message):
+def test_convert_damaged_file_exits_with_one_line(tmp_path, capsys, content, message):
     (tmp_path / "a.jsonl").write_text(content)
     status, _, errors = run(capsys, str(tmp_path / "a.jsonl"))
     assert status == 2
@@ -179,14 +179,14 @@ def test_a_damaged_file_is_one_clear_line(tmp_path, capsys, content, message):
     assert run(capsys)[0] == 2
 
 
-def test_the_hub_needs_its_extra(capsys, monkeypatch):
+def test_convert_hub_without_extra_names_it(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     status, _, errors = run(capsys, "openai/gsm8k", "--hub", "--output", "x.jsonl")
     assert status == 2
     assert "grpo_core[hub]" in errors
 
 
-SUBSETS = {  # of the public release of MATH: training and test problems of each subject
+SUBSETS = {  # numbers of the public release of MATH: training and test problems of each subject
     "algebra": (1744, 1187),
     "counting_and_probability": (771, 474),
     "geometry": (870, 479),
@@ -201,8 +201,8 @@ def hub(monkeypatch, load):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load))
 
 
-def test_subsets_of_the_hub_become_one_file(tmp_path, capsys, monkeypatch):
-    """MATH as EleutherAI/hendrycks_math has it: 7,500 and 5,000 problems by subject."""
+def test_convert_hub_subsets_become_one_file(tmp_path, capsys, monkeypatch):
+    """MATH as EleutherAI/hendrycks_math stores it: 7,500 and 5,000 problems by subject."""
 
     def load(name, subset, split):
         assert name == "EleutherAI/hendrycks_math"
@@ -224,7 +224,7 @@ def test_subsets_of_the_hub_become_one_file(tmp_path, capsys, monkeypatch):
         }
 
 
-def test_the_hub_tells_what_it_has_not_and_which_row_is_bad(tmp_path, capsys, monkeypatch):
+def test_convert_hub_missing_split_and_bad_row_are_named(tmp_path, capsys, monkeypatch):
     def load(name, subset, split):
         if subset == "none":
             raise FileNotFoundError("no such\nthing")
@@ -271,7 +271,7 @@ CHAT = {"prompt": "Q", "ground_truth": "7", "response": [{"role": "assistant", "
         (CHAT, " So: </think> <answer> 7 </answer>", "So:\n\\boxed{7}"),
     ],
 )
-def test_a_worked_solution_becomes_a_response(row, r1_zero, question_only):
+def test_convert_solution_becomes_response(row, r1_zero, question_only):
     shown = convert_demonstration(row, "r1_zero")
     assert shown == {**convert_row(row), "response": r1_zero}
     assert r1_zero_reward_fn(shown["response"], shown["answer"])["reward"] == float(row is not WRONG)
@@ -281,7 +281,7 @@ def test_a_worked_solution_becomes_a_response(row, r1_zero, question_only):
 
 
 @given(st.text(), st.integers(-(10**6), 10**6), st.sampled_from(["boxed", "hashes"]))
-def test_demonstrations_are_graded_right_by_the_reward_they_are_for(thoughts, answer, kind):
+def test_convert_demonstrations_earn_full_reward(thoughts, answer, kind):
     assume(not re.search(r"####|\\boxed|</?think>|</?answer>|<<", thoughts))
     text = f"{thoughts}\n#### {answer:,}" if kind == "hashes" else rf"{thoughts} $\boxed{{{answer}}}$"
     row = {"question": "Q", "answer": text}
@@ -303,7 +303,7 @@ def test_demonstrations_are_graded_right_by_the_reward_they_are_for(thoughts, an
         ({"question": "Q", "solution": r"\boxed{7}", "answer": ""}, None),
     ],
 )
-def test_a_row_that_shows_nothing_is_named(row, message):
+def test_convert_row_without_solution_is_named(row, message):
     if message is None:
         assert convert_demonstration(row, "r1_zero")["answer"] == "7"
         return
@@ -311,7 +311,7 @@ def test_a_row_that_shows_nothing_is_named(row, message):
         convert_demonstration(row, "r1_zero")
 
 
-def test_demonstrations_are_read_by_sft(tmp_path, capsys):
+def test_convert_demonstrations_load_in_sft(tmp_path, capsys):
     source = write(tmp_path / "gsm.jsonl", GSM8K, {**GSM8K, "why": {"text": "Because. #### 8"}})
     output = str(tmp_path / "data/gsm8k/sft.jsonl")
     status, out, _ = run(capsys, source, "--demonstrations", "r1_zero", "--output", output)

@@ -1,4 +1,4 @@
-"""Countdown: puzzles that can be solved, and a verifier that agrees with Python's own grammar and with brute force."""
+"""Countdown: puzzles are solvable, and the verifier agrees with Python's grammar and with brute force."""
 
 import ast
 import json
@@ -20,7 +20,7 @@ from drivers.grading.verdicts import make_inline_grader
 from drivers.make_countdown import CountdownConfig, main, make_countdown
 from drivers.settings.reward_spec import check_reward
 from drivers.tasks.questions import load_examples
-from tests.drivers.parts import tiny_config
+from tests.drivers.helpers.letters import make_tiny_config
 
 SMALL = CountdownConfig(n_train=150, n_validation=50)
 OPERATIONS = {
@@ -43,7 +43,7 @@ def grade(expression, numbers, target):
 
 
 def by_pythons_grammar(expression, numbers, target):
-    """Python's parser, then its tree by hand: integers and the four operations, nothing else."""
+    """Evaluate an expression by Python's own parser: integers and the four operations only."""
     used = []
 
     def value(node):
@@ -71,7 +71,7 @@ def by_pythons_grammar(expression, numbers, target):
 
 
 def solutions(parts):
-    """Every value that numbers can be brought to, each with an expression, by trying all pairs and operations."""
+    """Return each reachable value with an expression, by trying all pairs and operations."""
     if len(parts) == 1:
         yield parts[0]
         return
@@ -97,13 +97,13 @@ def trees(depth=4):
 
 
 def write(tree, draw):
-    """With parentheses where they are needed, and sometimes where they are not."""
+    """Return an expression with the needed parentheses, and sometimes with superfluous ones."""
     if isinstance(tree, int):
         return (str(tree) if draw() < 0.9 else f"({tree})"), 3, [tree]
     left, sign, right = tree
     own = 1 if sign in "+-" else 2
     texts, leaves = [], []
-    for side, below in ((left, own), (right, own + 1)):  # the right side of - and / must bind more tightly
+    for side, below in ((left, own), (right, own + 1)):  # the right side of - and / needs parentheses
         text, binds, found = write(side, draw)
         texts.append(f"({text})" if binds < below or draw() < 0.1 else text)
         leaves += found
@@ -119,7 +119,7 @@ def compute(tree):
 
 
 @given(trees(), st.randoms(use_true_random=False))
-def test_an_expression_is_right_for_its_own_numbers_and_value_alone(tree, rng):
+def test_countdown_expression_is_right_for_its_puzzle_only(tree, rng):
     text, _, leaves = write(tree, rng.random)
     if len(text) > MAX_CHARACTERS:
         assert not solves(text, leaves, 1)
@@ -138,12 +138,12 @@ PIECES = ["3", "5", "12", "+", "-", "*", "/", "(", ")", " ", "\n", "**", "//", "
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join), st.integers(-20, 200))
-def test_any_text_is_an_expression_only_if_python_reads_it_as_one(text, target):
+def test_countdown_parse_agrees_with_python_grammar(text, target):
     used = [int(word) for word in re.findall("[0-9]+", text)]
     assert solves(text, used, target) == by_pythons_grammar(text, used, target)
     try:
-        with warnings.catch_warnings(action="ignore"):  # of what looks like a call
-            value = eval(text, {"__builtins__": {}})  # a value worth asking for; the text is our own
+        with warnings.catch_warnings(action="ignore"):  # the text looks like a call
+            value = eval(text, {"__builtins__": {}})  # a suitable target; the text is safe to evaluate
     except Exception:
         return
     if isinstance(value, int | float) and value == int(value):
@@ -151,7 +151,7 @@ def test_any_text_is_an_expression_only_if_python_reads_it_as_one(text, target):
 
 
 @given(st.text(), st.lists(st.integers(0, 99), min_size=1, max_size=6), st.integers())
-def test_any_response_gets_a_grade(text, numbers, target):
+def test_countdown_any_response_gets_a_grade(text, numbers, target):
     for answer in (text, response(text)):
         scores = countdown_reward_fn(answer, json.dumps({"numbers": numbers, "target": target}))
         assert set(scores) == {"reward", "format_reward", "answer_reward"}
@@ -200,7 +200,7 @@ def test_any_response_gets_a_grade(text, numbers, target):
         r"\boxed{(3 + 5) * 7}",
     ],
 )
-def test_what_is_no_solution_is_refused_at_once(expression):
+def test_countdown_invalid_solution_is_wrong(expression):
     begin = time.perf_counter()
     assert grade(expression, [3, 5, 7], 56) == 0.0
     assert time.perf_counter() - begin < 0.2
@@ -212,26 +212,26 @@ def test_what_is_no_solution_is_refused_at_once(expression):
         ("(3 + 5) * 7", [3, 5, 7], 56),
         ("7*(5+3)", [7, 3, 5], 56),
         ("\n(3 + 5)\t* 7 ", [3, 5, 7], 56),
-        ("8 / (3 - 8 / 3)", [3, 3, 8, 8], 24),  # only with fractions
-        ("10 - 4 - 3", [3, 4, 10], 3),  # from the left
+        ("8 / (3 - 8 / 3)", [3, 3, 8, 8], 24),  # solvable only with fractions
+        ("10 - 4 - 3", [3, 4, 10], 3),  # operations associate to the left
         ("100 / 5 / 2", [2, 5, 100], 10),
         ("1 - 5", [1, 5], -4),
         ("((3))", [3], 3),
         ("0 * 5", [0, 5], 0),
     ],
 )
-def test_what_is_a_solution_is_right(expression, numbers, target):
+def test_countdown_valid_solution_is_right(expression, numbers, target):
     assert grade(expression, numbers, target) == 1.0
 
 
 @pytest.mark.parametrize(
     ("expression", "numbers"), [("7 / (3 - 3)", [3, 3, 7]), ("0 / 0", [0, 0]), ("7 * (5 / 0) * 0", [7, 5, 0, 0])]
 )
-def test_a_division_by_zero_comes_to_nothing(expression, numbers):
+def test_countdown_division_by_zero_is_wrong(expression, numbers):
     assert not any(solves(expression, numbers, target) for target in (0, 1, 7))
 
 
-def test_format_without_a_right_answer_earns_nothing():
+def test_countdown_format_alone_earns_nothing():
     puzzle = json.dumps({"numbers": [3, 5, 7], "target": 56})
     assert countdown_reward_fn("(3 + 5) * 7", puzzle) == {"reward": 0.0, "format_reward": 0.0, "answer_reward": 0.0}
     assert countdown_reward_fn(response("3"), puzzle) == {"reward": 0.0, "format_reward": 1.0, "answer_reward": 0.0}
@@ -254,16 +254,16 @@ def test_format_without_a_right_answer_earns_nothing():
         '{"numbers": [-3], "target": -3}',
     ],
 )
-def test_another_answer_than_a_puzzle_is_named(truth):
+def test_countdown_invalid_ground_truth_is_named(truth):
     with pytest.raises(ValueError, match="a puzzle is required"):
         countdown_reward_fn(response("3"), truth)
     (verdict,) = make_inline_grader(BUILT_IN["countdown"])(["x"], [truth])
     assert verdict.why == "error"
 
 
-def test_it_is_a_reward_by_name():
+def test_countdown_is_a_built_in_reward():
     check_reward("countdown")
-    assert tiny_config(reward="countdown").sampling.stop == ("</answer>",)
+    assert make_tiny_config(reward="countdown").sampling.stop == ("</answer>",)
     with pytest.raises(UsageError, match="it returns one reward"):
         check_reward("countdown", ["a=1"])
 
@@ -275,8 +275,8 @@ def puzzles(rows):
     return [json.loads(row["answer"]) for row in rows]
 
 
-def test_every_puzzle_has_a_solution_that_is_graded_right():
-    """By brute force, which shares nothing with how they were made."""
+def test_make_countdown_every_puzzle_is_solvable():
+    """Brute force finds the solutions, independently of how the puzzles were made."""
     splits = make_countdown(SMALL)
     for puzzle in puzzles(random.Random(0).sample(splits["train"], 25) + splits["validation"][:15]):
         found = reachable(puzzle["numbers"])
@@ -286,7 +286,7 @@ def test_every_puzzle_has_a_solution_that_is_graded_right():
         assert grade(found[wrong], puzzle["numbers"], puzzle["target"]) == 0.0
 
 
-def test_the_splits_share_no_set_of_numbers_and_no_puzzle_comes_twice():
+def test_make_countdown_splits_are_disjoint():
     splits = make_countdown(SMALL)
     kinds = {split: [tuple(sorted(puzzle["numbers"])) for puzzle in puzzles(rows)] for split, rows in splits.items()}
     assert not set(kinds["train"]) & set(kinds["validation"])
@@ -302,14 +302,14 @@ def test_the_splits_share_no_set_of_numbers_and_no_puzzle_comes_twice():
     assert {len(kind) for kind in kinds["train"]} == {3, 4}
 
 
-def test_where_there_are_few_sets_of_numbers_the_splits_still_share_none():
+def test_make_countdown_few_number_sets_splits_are_disjoint():
     few = make_countdown(CountdownConfig(n_train=300, n_validation=40, sizes=(3,), largest_number=8))
     kinds = {split: [(tuple(sorted(p["numbers"])), p["target"]) for p in puzzles(few[split])] for split in few}
     assert not {numbers for numbers, _ in kinds["train"]} & {numbers for numbers, _ in kinds["validation"]}
     assert all(len(set(kind)) == len(kind) for kind in kinds.values())
 
 
-def test_a_seed_makes_the_same_files_and_fewer_are_the_first_of_more():
+def test_make_countdown_same_seed_gives_same_prefix():
     splits = make_countdown(SMALL)
     assert make_countdown(SMALL) == splits
     more = make_countdown(CountdownConfig(n_train=180, n_validation=50))
@@ -318,7 +318,7 @@ def test_a_seed_makes_the_same_files_and_fewer_are_the_first_of_more():
     assert make_countdown(CountdownConfig(n_train=150, n_validation=50, seed=1)) != splits
 
 
-def test_the_program_writes_data_files_and_says_what_is_wrong(tmp_path, capsys):
+def test_make_countdown_writes_files_and_rejects_invalid_flags(tmp_path, capsys):
     main(["--output-dir", str(tmp_path / "new"), "--n-train", "20", "--n-validation", "5", "--sizes", "3"])
     assert "20 puzzles" in capsys.readouterr().out
     examples = load_examples("-", str(tmp_path / "new/train.jsonl"))

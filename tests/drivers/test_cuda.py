@@ -1,4 +1,4 @@
-"""On a CUDA GPU, where there is one: the same numbers as on the CPU, and a loop that learns."""
+"""On a CUDA GPU: the same numbers as on the CPU, and a loop that learns."""
 
 import json
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from drivers.engines.factory import make_engine
 from drivers.engines.hf import HFEngine
 from drivers.engines.placement import engine_memory_fraction
 from drivers.policy.optimizer import training_state_bytes
@@ -17,9 +16,19 @@ from drivers.training.objective import weigh_step
 from drivers.training.scoring import score
 from drivers.training.update import accumulate_gradients
 from grpo_core import compute_entropy, compute_grpo_clip_loss, grpo_microbatch_loss, normalize_group_rewards
-from tests.drivers.parts import clone_policy, letter_grader, make_run, rollouts_of, tiny_config, tiny_parts
-from tests.drivers.test_batch import LONG_PROMPT, SHORT_PROMPT, batch_of
-from tests.drivers.test_train import ON_POLICY, TWO_EPOCHS
+from tests.drivers.helpers.engines import make_vllm_engine
+from tests.drivers.helpers.letters import (
+    LONG_PROMPT,
+    SHORT_PROMPT,
+    clone_policy,
+    letter_grader,
+    make_batch,
+    make_run,
+    make_tiny_config,
+    make_tiny_parts,
+    sample_rollouts,
+)
+from tests.drivers.helpers.runs import ON_POLICY, TWO_EPOCHS
 from tests.tiny import save_tiny
 
 pytestmark = [
@@ -28,7 +37,7 @@ pytestmark = [
 ]
 
 
-def test_the_functions_agree_with_the_cpu():
+def test_core_functions_on_cuda_equal_cpu():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(4, 6, 50, generator=generator)
     policy, old = -torch.rand(4, 6, generator=generator), -torch.rand(4, 6, generator=generator)
@@ -53,20 +62,23 @@ def test_the_functions_agree_with_the_cpu():
 
 
 @pytest.mark.parametrize("prompt", [LONG_PROMPT, SHORT_PROMPT], ids=["group row", "padded rows"])
-def test_scores_agree_with_the_cpu(prompt):
-    policy = tiny_parts().policy
-    rollouts = batch_of((prompt, [5, 6, 7]), (prompt, [8]))
+def test_score_on_cuda_equals_cpu(prompt):
+    policy = make_tiny_parts().policy
+    rollouts = make_batch((prompt, [5, 6, 7]), (prompt, [8]))
     expected = score(policy, rollouts, 1.0)["log_probs"]
     scored = score(clone_policy(policy).cuda(), rollouts.to(torch.device("cuda")), 1.0)["log_probs"]
     assert_close(scored.cpu(), expected, rtol=0, atol=1e-4)
 
 
-def test_the_host_waits_for_nothing_inside_the_loop_of_micro_batches():
-    config, parts = tiny_config(micro_batch_tokens=60, loss_type="grpo_clip", importance="truncate"), tiny_parts()
+def test_accumulate_gradients_on_cuda_never_synchronizes():
+    config, parts = (
+        make_tiny_config(micro_batch_tokens=60, loss_type="grpo_clip", importance="truncate"),
+        make_tiny_parts(),
+    )
     policy = parts.policy.cuda()
-    rollouts, scores = rollouts_of(config, tiny_parts())
+    rollouts, scores = sample_rollouts(config, make_tiny_parts())
     batch, _ = weigh_step(config, prepare_rollouts(config, policy, None, rollouts, scores, None))
-    score(policy, batch.select([0]), 1.0)  # the probe of the head
+    score(policy, batch.select([0]), 1.0)  # the trial of the head is not part of the loop
     torch.cuda.set_sync_debug_mode("error")
     try:
         accumulate_gradients(policy, batch, config, 0.0, UpdateMetrics())
@@ -76,8 +88,8 @@ def test_the_host_waits_for_nothing_inside_the_loop_of_micro_batches():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("schedule", [ON_POLICY, TWO_EPOCHS], ids=["on-policy", "two-epochs"])
-def test_the_loop_learns(tmp_path, dtype, schedule):
-    config, parts = tiny_config(self_check_tolerance=0.1, loss_type="grpo_clip", **schedule), tiny_parts()
+def test_train_on_cuda_learns(tmp_path, dtype, schedule):
+    config, parts = make_tiny_config(self_check_tolerance=0.1, loss_type="grpo_clip", **schedule), make_tiny_parts()
     policy = parts.policy.to("cuda", dtype)
     run = make_run(config, tmp_path, parts.tokenizer)
     engine = HFEngine(policy, parts.tokenizer)
@@ -93,10 +105,12 @@ def test_the_loop_learns(tmp_path, dtype, schedule):
 
 @pytest.mark.vllm
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.xdist_group("vllm")
-def test_policy_and_vllm_take_turns_on_one_gpu(tmp_path, record_property):
-    """vLLM sleeps while the policy trains: what it had is free. Its weights arrive, and the run tells what it took."""
-    config, parts = tiny_config(engine="vllm", n_grpo_steps=4, eval_steps=4, self_check_tolerance=0.1), tiny_parts()
+def test_train_with_vllm_on_shared_gpu_takes_turns(tmp_path, record_property):
+    """vLLM sleeps while the policy trains and frees its memory. Weights arrive, and the run logs what it used."""
+    config, parts = (
+        make_tiny_config(engine="vllm", n_grpo_steps=4, eval_steps=4, self_check_tolerance=0.1),
+        make_tiny_parts(),
+    )
     policy, device = parts.policy.to("cuda", torch.bfloat16), torch.device("cuda", torch.cuda.current_device())
     total = torch.cuda.get_device_properties(device).total_memory
     free_bytes = []
@@ -105,17 +119,13 @@ def test_policy_and_vllm_take_turns_on_one_gpu(tmp_path, record_property):
         free_bytes.append(torch.cuda.mem_get_info()[0])
         return letter_grader(responses, ground_truths)
 
-    engine = make_engine(
-        "vllm",
-        model_path=str(save_tiny(tmp_path / "tiny")),
-        policy=policy,
-        tokenizer=parts.tokenizer,
+    engine = make_vllm_engine(
+        policy,
+        save_tiny(tmp_path / "tiny"),
         device=device,
         dtype=torch.bfloat16,
-        max_model_len=64,
         gpu_memory_utilization=0.3,
         reserved_bytes=training_state_bytes(policy),
-        seed=0,
     )
     run = make_run(config, tmp_path / "run", parts.tokenizer)
     try:

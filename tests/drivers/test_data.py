@@ -1,4 +1,4 @@
-"""Data files, prompts, and what is shipped."""
+"""Data files, prompts and the shipped data."""
 
 import json
 import re
@@ -19,7 +19,7 @@ def write(path, *lines):
     return str(path)
 
 
-def test_examples_keep_their_order_their_place_and_their_alternatives(tmp_path):
+def test_load_examples_keeps_order_source_and_alternatives(tmp_path):
     path = write(
         tmp_path / "a.jsonl",
         '{"question": "1+1?", "answer": 2}',
@@ -31,8 +31,8 @@ def test_examples_keep_their_order_their_place_and_their_alternatives(tmp_path):
     assert (second.answer, second.source) == (["1/2", "0.5"], f"{path}:3")
 
 
-def test_only_a_newline_ends_a_line(tmp_path):
-    """U+2028, U+0085 and form feeds stand in questions; a byte order mark stands before the first."""
+def test_load_examples_only_newline_ends_a_line(tmp_path):
+    """Questions hold U+2028, U+0085 and form feeds, and the file begins with a byte order mark."""
     question = "one\u2028two\x85three\x0cfour"
     line = json.dumps({"question": question, "answer": "1"}, ensure_ascii=False)
     (tmp_path / "u.jsonl").write_text("\ufeff" + line + "\r\n" + line + "\n", encoding="utf-8", newline="")
@@ -56,19 +56,19 @@ def test_only_a_newline_ends_a_line(tmp_path):
         ('{"question": "q", "response": "a"}', "keys here: ['question', 'response']"),
     ],
 )
-def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, message):
+def test_load_examples_bad_line_is_named(tmp_path, line, message):
     path = write(tmp_path / "b.jsonl", '{"question": "q", "answer": "a"}', line)
     with pytest.raises(UsageError, match=re.escape(f"{path}:2: ") + ".*" + re.escape(message)):
         load_examples("--data-path", path)
 
 
-def test_a_file_that_is_not_text_is_named(tmp_path):
+def test_load_examples_binary_file_is_named(tmp_path):
     (tmp_path / "c.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match=r"c\.jsonl: is not UTF-8"):
         load_examples("--data-path", str(tmp_path / "c.jsonl"))
 
 
-def test_prompts_replace_the_question_and_nothing_else():
+def test_prompt_replaces_question_only():
     tokenizer = make_tiny_tokenizer()
     example = load_examples("--data-path", "data/wordadd/validation.jsonl")[0]
     prompt = Prompt("{x} {question} {question}")
@@ -76,7 +76,7 @@ def test_prompts_replace_the_question_and_nothing_else():
     assert tokenizer.decode(question.prompt_token_ids) == f"{{x}} {example.question} {example.question}"
 
 
-def test_a_question_may_hold_braces(tmp_path):
+def test_prompt_question_may_hold_braces(tmp_path):
     path = write(tmp_path / "d.jsonl", json.dumps({"question": r"$\frac{1}{2}$ {question}", "answer": "1"}))
     tokenizer = make_tiny_tokenizer()
     examples, prompt = load_examples("-", path), Prompt("Q: {question}")
@@ -84,7 +84,7 @@ def test_a_question_may_hold_braces(tmp_path):
     assert tokenizer.decode(question.prompt_token_ids) == r"Q: $\frac{1}{2}$ {question}"
 
 
-def test_the_context_must_hold_prompt_and_response(tmp_path):
+def test_encode_questions_beyond_context_raises_usage_error(tmp_path):
     examples = load_examples("-", write(tmp_path / "e.jsonl", '{"question": "12345", "answer": "1"}'))
     tokenizer = make_tiny_tokenizer()
     assert make_questions(examples, Prompt("{question}"), tokenizer, max_new_tokens=3, context=8)
@@ -92,7 +92,7 @@ def test_the_context_must_hold_prompt_and_response(tmp_path):
         make_questions(examples, Prompt("{question}"), tokenizer, max_new_tokens=4, context=8)
 
 
-def test_the_r1_zero_prompt_opens_the_thought():
+def test_r1_zero_prompt_opens_the_thought():
     template = load_prompt_template("data/prompts/r1_zero.prompt")
     assert template.startswith("A conversation between User and Assistant.")
     assert template.endswith("User: {question}\nAssistant: <think>")
@@ -100,7 +100,7 @@ def test_the_r1_zero_prompt_opens_the_thought():
     assert load_prompt_template("data/prompts/wordadd.prompt").endswith("User: {question}\nAssistant: <think>")
 
 
-def test_a_cache_that_cannot_be_written_is_one_clear_line(tmp_path):
+def test_prompt_cache_not_writable_raises_usage_error(tmp_path):
     from drivers.policy.loading import embedded_model
 
     (tmp_path / "file").touch()
@@ -108,13 +108,13 @@ def test_a_cache_that_cannot_be_written_is_one_clear_line(tmp_path):
         embedded_model(tmp_path / "file" / "cache")
 
 
-def test_shipped_data_are_what_the_script_makes():
+def test_shipped_wordadd_equals_script_output():
     for split, rows in make_wordadd().items():
         shipped = (ROOT / f"data/wordadd/{split}.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in shipped] == rows
 
 
-def test_no_held_out_sum_is_trained_on_or_worked_out_in_the_prompt():
+def test_wordadd_validation_sums_are_unseen():
     def pairs(rows):
         return [tuple(sorted(map(int, re.findall(r"\d+", row["question"])))) for row in rows]
 

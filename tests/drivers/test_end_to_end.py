@@ -1,25 +1,23 @@
 """The real engine in the real loop, and the real model in the real program."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from drivers.train import train
-from tests.drivers.parts import letter_grader, make_run, tiny_config, tiny_parts
-from tests.drivers.test_engines import make_vllm
+from tests.drivers.helpers.engines import start_vllm
+from tests.drivers.helpers.letters import letter_grader, make_run, make_tiny_config, make_tiny_parts
+from tests.drivers.helpers.processes import run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.vllm
-@pytest.mark.xdist_group("vllm")
 @pytest.mark.filterwarnings("ignore")
-def test_the_tiny_policy_learns_with_vllm(tmp_path):
-    config, parts = tiny_config(engine="vllm"), tiny_parts()
-    engine = make_vllm(tmp_path / "tiny", parts.policy)
+def test_train_tiny_policy_with_vllm_learns(tmp_path):
+    config, parts = make_tiny_config(engine="vllm"), make_tiny_parts()
+    engine = start_vllm(tmp_path / "tiny", parts.policy)
     run = make_run(config, tmp_path / "run", parts.tokenizer)
     try:
         train(config, parts.policy, engine, letter_grader, parts.questions, parts.questions, run)
@@ -35,12 +33,11 @@ def test_the_tiny_policy_learns_with_vllm(tmp_path):
 
 
 @pytest.mark.vllm
-@pytest.mark.xdist_group("vllm")
 @pytest.mark.filterwarnings("ignore")
-def test_what_is_taken_from_vllm_itself_is_right(tmp_path):
-    """Its log-probs as the old policy and in importance weights, its greedy responses as a baseline, top-p."""
-    parts = tiny_parts()
-    engine = make_vllm(tmp_path / "tiny", parts.policy)
+def test_train_uses_vllm_log_probs_and_greedy_samples(tmp_path):
+    """vLLM's log-probs serve as old policy and in importance weights, its greedy samples as a baseline."""
+    parts = make_tiny_parts()
+    engine = start_vllm(tmp_path / "tiny", parts.policy)
     short = {"engine": "vllm", "n_grpo_steps": 3, "learning_rate": 1e-3, "loss_type": "grpo_clip"}
     steps = {}
     try:
@@ -49,7 +46,7 @@ def test_what_is_taken_from_vllm_itself_is_right(tmp_path):
             "corrected": {"importance": "truncate", "importance_level": "sequence", "advantage": "remax"},
             "narrow": {"sampling_top_p": 0.5},
         }.items():
-            config = tiny_config(**short, **settings)
+            config = make_tiny_config(**short, **settings)
             run = make_run(config, tmp_path / name, parts.tokenizer)
             try:
                 train(config, parts.policy, engine, letter_grader, parts.questions, parts.questions, run)
@@ -63,30 +60,22 @@ def test_what_is_taken_from_vllm_itself_is_right(tmp_path):
     assert all(row["mismatch_max"] < 1e-3 for row in steps["corrected"])
     assert all(row["importance_ess"] > 0.9999 for row in steps["corrected"])
     assert all(0 <= row["greedy_reward"] <= 1 for row in steps["corrected"])
-    # Of the likeliest half, each token is about twice as likely: log 2 between the two sides, and no weight of it.
+    # Renormalized over the likeliest half, a token is about twice as likely: log 2 between sampler and trainer.
     assert steps["narrow"][0]["sampler_log_prob_diff"] > 0.3
 
 
-@pytest.mark.slow
 @pytest.mark.vllm
-@pytest.mark.xdist_group("vllm")
-def test_the_quickstart_learns_and_its_model_evaluates(tmp_path):
-    """Steps of the default run on the real SmolLM2, few but long ones; then its checkpoint through evaluate.py."""
+def test_quickstart_learns_and_its_model_evaluates(tmp_path):
+    """A few long steps of the default run on the real SmolLM2; then evaluate.py reads its final model."""
     flags = f"--n-grpo-steps 3 --eval-steps 5 --n-val-examples 48 --save-dir {tmp_path}/run --wandb-project None"
     flags += " --learning-rate 6e-5"
-    done = subprocess.run([sys.executable, ROOT / "drivers/train.py", *flags.split()], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_program("train", flags)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     before, after = (row["accuracy"] for row in rows if row["phase"] == "eval")
     assert before < 0.35
     assert after > before + 0.15
     flags = f"--model-path {tmp_path}/run/final_model --n-examples 48 --sampling-max-tokens 32"
-    done = subprocess.run(
-        [sys.executable, ROOT / "drivers/evaluate.py", *flags.split(), "--output-dir", tmp_path / "eval"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    run_program("evaluate", f"{flags} --output-dir {tmp_path}/eval")
     results = json.loads((tmp_path / "eval/results.json").read_text())["results"]["validation"]
     assert results["accuracy"] == pytest.approx(after, abs=0.2)
     assert len((tmp_path / "eval/completions.jsonl").read_text().splitlines()) == 48

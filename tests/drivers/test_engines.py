@@ -1,7 +1,6 @@
-"""One contract, every engine: the Hugging Face reference and the real vLLM."""
+"""One contract for every engine: the Hugging Face reference and the real vLLM."""
 
 import gc
-import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,23 +8,26 @@ import pytest
 import torch
 
 from drivers.common.errors import EngineDiedError, TrainingAbortedError, UsageError
-from drivers.engines.factory import make_engine
 from drivers.engines.hf import HFEngine
 from drivers.policy.weights import checksums
 from drivers.settings.sampling import Sampling
 from drivers.training.self_check import check_engine
+from tests.drivers.helpers.engines import (
+    PROMPTS,
+    VLLM_SETTINGS,
+    FaultyWeights,
+    compute_log_probs,
+    make_vllm_engine,
+    start_vllm,
+)
 from tests.tiny import make_tiny_policy, make_tiny_tokenizer, save_tiny
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # vLLM's own deprecations
-    pytest.mark.xdist_group("vllm"),
-]
-PROMPTS = ((5, 6, 7, 8), (9, 10), (11, 12, 13))
+pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
 TOLERANCE = 1e-4
 
 
 class Subject:
-    """An engine, the policy it follows, and how to push."""
+    """An engine, the policy whose weights it has, and a way to push them."""
 
     def __init__(self, kind, policy, engine):
         self.kind, self.policy, self.engine, self.version = kind, policy, engine, -1
@@ -41,29 +43,7 @@ class Subject:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
-def make_vllm(folder, policy, own_process=False):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from drivers.engines.vllm import VLLMEngine
-
-        save_tiny(folder)
-        return VLLMEngine(
-            str(folder),
-            policy,
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-            max_model_len=64,
-            gpu_memory_utilization=0.5,
-            reserved_bytes=0,
-            seed=0,
-            own_process=own_process,
-        )
-
-
-VLLM = [
-    pytest.param("vllm", marks=pytest.mark.vllm),
-    pytest.param("vllm in its own process", marks=[pytest.mark.vllm, pytest.mark.slow]),
-]
+VLLM = [pytest.param(kind, marks=pytest.mark.vllm) for kind in ("vllm", "vllm in its own process")]
 
 
 @pytest.fixture(scope="module", params=["hf", *VLLM])
@@ -72,7 +52,7 @@ def subject(request, tmp_path_factory):
     if request.param == "hf":
         engine = HFEngine(policy, make_tiny_tokenizer())
     else:
-        engine = make_vllm(tmp_path_factory.mktemp("tiny"), policy, own_process=request.param != "vllm")
+        engine = start_vllm(tmp_path_factory.mktemp("tiny"), policy, own_process=request.param != "vllm")
     subject = Subject(request.param, policy, engine)
     subject.push()
     yield subject
@@ -80,29 +60,21 @@ def subject(request, tmp_path_factory):
     gc.collect()
 
 
-def policy_log_probs(policy, completion, temperature=1.0):
-    ids = torch.tensor([[*completion.prompt_token_ids, *completion.token_ids]])
-    with torch.no_grad():
-        rows = torch.log_softmax(policy(ids).logits[0].double() / temperature, dim=-1)
-    begin = len(completion.prompt_token_ids) - 1
-    return [rows[begin + k, token].item() for k, token in enumerate(completion.token_ids)]
-
-
-def test_completions_come_in_the_order_of_the_prompts(subject):
+def test_generate_returns_completions_in_prompt_order(subject):
     completions = subject.engine.generate(PROMPTS, Sampling(n=3, max_tokens=5, stop=()), seed=1)
     assert [c.prompt_token_ids for c in completions] == [prompt for prompt in PROMPTS for _ in range(3)]
-    assert len({c.token_ids for c in completions}) == len(completions)  # each sample has noise of its own
+    assert len({c.token_ids for c in completions}) == len(completions)  # each sample has its own noise
     assert all(1 <= len(c.token_ids) <= 5 for c in completions)
     assert all(len(c.log_probs) == len(c.token_ids) for c in completions)
 
 
-def test_log_probs_are_the_policys(subject):
+def test_generate_log_probs_equal_policy(subject):
     for temperature in (1.0, 0.6):
         for c in subject.engine.generate(PROMPTS, Sampling(n=2, max_tokens=6, temperature=temperature), seed=2):
-            assert c.log_probs == pytest.approx(policy_log_probs(subject.policy, c, temperature), abs=TOLERANCE)
+            assert c.log_probs == pytest.approx(compute_log_probs(subject.policy, c, temperature), abs=TOLERANCE)
 
 
-def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(subject):
+def test_generate_same_seed_gives_same_tokens(subject):
     sampling = Sampling(n=2, max_tokens=6)
     first, again, other = (
         [c.token_ids for c in subject.engine.generate(PROMPTS, sampling, seed=seed)] for seed in (4, 4, 5000)
@@ -111,7 +83,7 @@ def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(subject):
     assert first != other
 
 
-def test_temperature_zero_is_the_likeliest_token(subject):
+def test_generate_temperature_zero_is_greedy(subject):
     (c,) = subject.engine.generate(PROMPTS[:1], Sampling(temperature=0.0, max_tokens=6, stop=()), seed=0)
     ids = torch.tensor([[*c.prompt_token_ids, *c.token_ids]])
     with torch.no_grad():
@@ -120,8 +92,8 @@ def test_temperature_zero_is_the_likeliest_token(subject):
     assert list(c.token_ids) == likeliest[begin : begin + len(c.token_ids)]
 
 
-def test_a_stop_string_ends_the_response_and_stays_in_it(subject):
-    """Every character is a token, so one that is sampled somewhere serves as a stop string."""
+def test_generate_stop_string_ends_and_stays(subject):
+    """Every character is a token, so any sampled character can serve as a stop string."""
     (free,) = subject.engine.generate(PROMPTS[:1], Sampling(max_tokens=12, stop=()), seed=6)
     stop = make_tiny_tokenizer().decode([free.token_ids[3]])
     (stopped,) = subject.engine.generate(PROMPTS[:1], Sampling(max_tokens=12, stop=(stop,)), seed=6)
@@ -133,11 +105,13 @@ def test_a_stop_string_ends_the_response_and_stays_in_it(subject):
     assert len(free.token_ids) == 12
 
 
-def test_the_end_token_ends_the_response_and_is_kept(subject):
-    """Bias the policy towards its end token: responses end there, with its id in token_ids and not in the text."""
+def test_generate_end_token_ends_and_stays(subject):
+    """A policy biased to its end token ends responses with it: the id is in token_ids, not in the text."""
     eos = make_tiny_tokenizer().eos_token_id
     before = {name: p.detach().clone() for name, p in subject.policy.named_parameters()}
-    with torch.no_grad():  # the tied embedding of the end token points where the others do on average, only more so
+    with (
+        torch.no_grad()
+    ):  # point the end token's tied embedding along the hidden state, so that it becomes the likeliest token
         embedding = subject.policy.model.embed_tokens.weight
         hidden = subject.policy.model(torch.tensor([PROMPTS[0]])).last_hidden_state[0, -1]
         embedding[eos] = 20 * hidden / hidden.norm() ** 2
@@ -154,8 +128,8 @@ def test_the_end_token_ends_the_response_and_is_kept(subject):
     assert all(len(c.token_ids) >= 3 and eos not in c.token_ids[:3] for c in longer)
 
 
-def test_after_a_push_the_samples_are_the_new_policys(subject):
-    """Greedy output and log-probs follow the policy through several pushes; without a push they do not."""
+def test_generate_after_push_uses_new_weights(subject):
+    """Greedy output and log-probs follow the policy through several pushes."""
     sampling = Sampling(temperature=0.0, max_tokens=8, stop=())
     outputs = []
     for seed in range(3):
@@ -166,7 +140,7 @@ def test_after_a_push_the_samples_are_the_new_policys(subject):
         sampled = subject.engine.generate(PROMPTS, Sampling(n=2, max_tokens=8), seed=seed)
         assert {c.weight_version for c in sampled} == {subject.version}
         for c in sampled:
-            assert c.log_probs == pytest.approx(policy_log_probs(subject.policy, c), abs=TOLERANCE)
+            assert c.log_probs == pytest.approx(compute_log_probs(subject.policy, c), abs=TOLERANCE)
     assert outputs[0] != outputs[1] != outputs[2]
 
 
@@ -182,31 +156,31 @@ def check(subject, version=None, sampling=None):
     )
 
 
-def test_the_self_check_passes_after_a_push(subject):
+def test_self_check_after_push_passes(subject):
     agreement = check(subject)
     assert agreement.largest < TOLERANCE
     assert agreement.n_tokens > 20
 
 
 class RawLogProbs(HFEngine):
-    """Log-probs of the distribution before the temperature: what a sampler reports that was not asked for its own."""
+    """An engine that reports log-probs of the distribution before the temperature."""
 
     def generate(self, prompts, sampling, *, seed):
         completions = super().generate(prompts, sampling, seed=seed)
-        return [replace(c, log_probs=tuple(policy_log_probs(self._policy, c, 1.0))) for c in completions]
+        return [replace(c, log_probs=tuple(compute_log_probs(self._policy, c, 1.0))) for c in completions]
 
 
-def test_the_self_check_notices_log_probs_of_another_temperature():
+def test_self_check_wrong_temperature_fails():
     policy = make_tiny_policy(3)
     subject = Subject("hf", policy, RawLogProbs(policy, make_tiny_tokenizer()))
     subject.push()
-    assert check(subject).mean < TOLERANCE  # at temperature 1 they are the same
+    assert check(subject).mean < TOLERANCE  # at temperature 1 both are equal
     with pytest.raises(TrainingAbortedError, match="disagree on the log-probs"):
         check(subject, sampling=Sampling(n=4, max_tokens=8, temperature=0.6))
 
 
-def test_any_of_several_end_tokens_ends_a_response():
-    """A model may have more than the tokenizer knows of: what ends there was not cut off."""
+def test_generate_any_end_token_ends_response():
+    """A model may have more end tokens than the tokenizer names; a response that ends there is not truncated."""
     policy = make_tiny_policy(3)
     (free,) = HFEngine(policy, make_tiny_tokenizer()).generate(PROMPTS[:1], Sampling(max_tokens=9, stop=()), seed=6)
     end = free.token_ids[4]
@@ -216,8 +190,8 @@ def test_any_of_several_end_tokens_ends_a_response():
     assert (ended.finish_reason, free.finish_reason) == ("stop", "length")
 
 
-def test_the_end_token_of_the_tokenizer_ends_a_response_too(subject, monkeypatch):
-    """As a chat template sets it; the model's folder does not name it."""
+def test_generate_tokenizer_end_token_ends_response(subject, monkeypatch):
+    """A chat template may set an end token that the model's folder does not name."""
     sampling = Sampling(n=2, max_tokens=9, stop=())
     free = subject.engine.generate(PROMPTS[:1], sampling, seed=6)
     end, engine = free[0].token_ids[4], subject.engine
@@ -235,10 +209,10 @@ def test_the_end_token_of_the_tokenizer_ends_a_response_too(subject, monkeypatch
 
 
 @pytest.mark.vllm
-def test_a_shared_gpu_is_woken_in_order_weights_push_cache(tmp_path, monkeypatch):
-    """The cache only when the weights are there: their peaks do not add up. The calls, on an engine of the CPU."""
+def test_vllm_on_shared_gpu_wakes_weights_before_cache(tmp_path, monkeypatch):
+    """The cache comes back after the push, so that their peaks do not add up. The calls are checked on the CPU."""
     policy, calls = make_tiny_policy(3), []
-    engine = make_vllm(tmp_path, policy)
+    engine = start_vllm(tmp_path, policy)
     try:
         send = engine._sender.send_weights
         monkeypatch.setattr(engine._sender, "send_weights", lambda: (calls.append("send"), send()))
@@ -247,44 +221,32 @@ def test_a_shared_gpu_is_woken_in_order_weights_push_cache(tmp_path, monkeypatch
         engine._shares_gpu = True
         engine.load_weights(0)
         engine.sleep()
-        engine.sleep()  # it does already
+        engine.sleep()  # it is asleep already
         engine.load_weights(1)
         assert calls == ["send", "sleep 2", "weights", "send", "kv_cache"]
     finally:
         engine.close()
 
 
-def test_the_self_check_leaves_out_the_tokens_where_the_end_is_hidden(subject):
-    """With min_tokens the sampler's log-probs differ there by nats, and the check passes all the same."""
+def test_self_check_skips_tokens_below_min_tokens(subject):
+    """There the sampler excludes the end token, so that its log-probs differ by nats from the policy's."""
     assert check(subject, sampling=Sampling(n=4, min_tokens=4, max_tokens=8)).largest < TOLERANCE
     with pytest.raises(TrainingAbortedError, match="no token to compare"):
         check(subject, sampling=Sampling(n=4, min_tokens=8, max_tokens=8))
 
 
-def test_a_skipped_push_is_noticed_by_its_version(subject):
+def test_self_check_skipped_push_fails_by_version(subject):
     with pytest.raises(TrainingAbortedError, match="a weight push did not arrive"):
         check(subject, version=subject.version + 1)
-
-
-class Lying:
-    """What gathers weights, and gives others in their place."""
-
-    def __init__(self, source, fault):
-        self.source, self.fault = source, fault
-
-    def __iter__(self):
-        list(self.source)
-        return iter(self.fault)
 
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("seen", ["push", "checksums", "log-probs"])
 @pytest.mark.parametrize("fault", ["nothing", "stale", "partial"])
-def test_a_push_that_lies_is_noticed_by_its_checksums_and_by_its_log_probs(subject, fault, seen, monkeypatch):
-    """The version says the weights arrived; they are none, the last ones, or all but the head's layer.
+def test_faulty_push_fails_by_checksum_and_by_log_probs(subject, fault, seen, monkeypatch):
+    """The version says that the weights arrived, but none, the last ones or only a part did.
 
-    Each would notice alone: checksums what did not arrive, at the push and when the policy is asked again, log-probs
-    what is not computed with.
+    Each check alone notices it: the checksums at the push and in the self-check, the log-probs in the self-check.
     """
     from drivers.engines import vllm
 
@@ -299,7 +261,7 @@ def test_a_push_that_lies_is_noticed_by_its_checksums_and_by_its_log_probs(subje
         "partial": [pair for pair in fresh if "layers.1" not in pair[0]] + [p for p in stale if "layers.1" in p[0]],
     }
     with monkeypatch.context() as patch:
-        patch.setattr(subject.engine._sender, "source", Lying(subject.engine._weights, sent[fault]))
+        patch.setattr(subject.engine._sender, "source", FaultyWeights(subject.engine._weights, sent[fault]))
         message = "disagree on the log-probs" if seen == "log-probs" else "others than the policy"
         if seen == "push":
             with pytest.raises(TrainingAbortedError, match=message):
@@ -317,8 +279,8 @@ def test_a_push_that_lies_is_noticed_by_its_checksums_and_by_its_log_probs(subje
 
 
 @pytest.mark.vllm
-def test_a_push_that_is_never_sent_is_noticed_though_the_last_one_arrived(subject, monkeypatch):
-    """In any step, not in those of the self-check alone: no tensor was gathered for it."""
+def test_push_never_sent_fails(subject, monkeypatch):
+    """The push itself fails, in every step: no tensor was gathered for it."""
     if subject.kind == "hf":
         pytest.skip("this engine shares the policy's weights: no push can go wrong")
     with monkeypatch.context() as patch:
@@ -329,8 +291,8 @@ def test_a_push_that_is_never_sent_is_noticed_though_the_last_one_arrived(subjec
 
 
 @pytest.mark.vllm
-def test_samples_of_another_push_than_the_last_one_are_not_taken(subject):
-    """By whatever name: an engine that somebody else has given weights. Or by none, or by two in one response."""
+def test_generate_other_weight_version_fails(subject):
+    """Another program has pushed weights; or a response has no version, or two."""
     from drivers.engines.vllm_transfer import version_of
 
     if subject.kind == "hf":
@@ -345,7 +307,7 @@ def test_samples_of_another_push_than_the_last_one_are_not_taken(subject):
 
 
 class Loading:
-    """A model of a worker that notes what it is given."""
+    """The model of a worker, which records the weights that it gets."""
 
     def __init__(self):
         self.loaded = {}
@@ -354,9 +316,8 @@ class Loading:
         self.loaded |= dict(weights)
 
 
-@pytest.mark.vllm
-def test_what_comes_over_nccl_is_summed_up_chunk_by_chunk(monkeypatch):
-    """Without a GPU: what unpacks the buffers is told what would come. The model is itself again after a failure."""
+def test_nccl_engine_checksums_each_chunk(monkeypatch):
+    """A fake receiver delivers the tensors, so no GPU is needed. After a failure the engine's model is restored."""
     from vllm.distributed.weight_transfer import nccl_engine
 
     from drivers.engines.vllm_transfer import CheckedNCCLEngine
@@ -389,8 +350,7 @@ def test_what_comes_over_nccl_is_summed_up_chunk_by_chunk(monkeypatch):
     assert list(engine.received.checksums()) == names[:7]
 
 
-@pytest.mark.vllm
-def test_over_nccl_the_trainer_is_the_first_of_a_group_with_every_worker():
+def test_nccl_transfer_trainer_is_rank_zero():
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
     from drivers.engines.vllm import VLLMEngine
@@ -406,8 +366,7 @@ def test_over_nccl_the_trainer_is_the_first_of_a_group_with_every_worker():
     assert engine._transfer_init(own_gpu=False) == HostTrainerInit(rank=0, by_file=True)
 
 
-@pytest.mark.vllm
-def test_the_engine_is_placed_where_it_was_asked_to_be():
+def test_placement_uses_requested_device():
     from drivers.engines.vllm import placement
 
     own = placement(torch.device("cuda", 1), shared=False, gpu_memory_utilization=0.85)
@@ -417,36 +376,15 @@ def test_the_engine_is_placed_where_it_was_asked_to_be():
     assert "device_ids" not in placement(torch.device("cpu"), shared=False, gpu_memory_utilization=0.85)
 
 
-@pytest.mark.vllm
-def test_the_other_build_of_vllm_is_one_clear_line():
+def test_vllm_wrong_build_raises_usage_error():
     from drivers.engines.vllm import VLLMEngine
 
     with pytest.raises(UsageError, match="rollout_device=cuda:0: this vLLM is built for cpu"):
-        VLLMEngine(
-            "tiny",
-            make_tiny_policy(),
-            device=torch.device("cuda", 0),
-            dtype=torch.float32,
-            max_model_len=64,
-            gpu_memory_utilization=0.5,
-            reserved_bytes=0,
-            seed=0,
-        )
+        VLLMEngine("tiny", make_tiny_policy(), **VLLM_SETTINGS | {"device": torch.device("cuda", 0)})
 
 
 @pytest.mark.vllm
-def test_an_engine_that_cannot_start_is_one_clear_line(tmp_path):
+def test_vllm_start_failure_raises_usage_error(tmp_path):
     save_tiny(tmp_path)
     with pytest.raises(UsageError, match="--engine vllm: vLLM cannot start: "):
-        make_engine(
-            "vllm",
-            model_path=str(tmp_path),
-            policy=make_tiny_policy(),
-            tokenizer=make_tiny_tokenizer(),
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-            max_model_len=100_000,
-            gpu_memory_utilization=0.5,
-            reserved_bytes=0,
-            seed=0,
-        )
+        make_vllm_engine(make_tiny_policy(), tmp_path, max_model_len=100_000)

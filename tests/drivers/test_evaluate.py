@@ -1,4 +1,4 @@
-"""evaluate.py: several tries, categories, several data sets, and two models on the same questions."""
+"""evaluate.py: several samples per question, categories, several data sets, and two models on the same questions."""
 
 import json
 import math
@@ -25,7 +25,7 @@ SCORES = {RIGHT: (1.0, 1.0), WRONG: (1.0, 0.0), FORMLESS: (0.0, 0.0)}
 
 
 def rows_of(*questions):
-    """Responses to question after question, as evaluate.py writes them."""
+    """Return rows of responses, question after question, as evaluate.py writes them."""
     rows = []
     for number, responses in enumerate(questions):
         for response in responses:
@@ -39,7 +39,7 @@ def rows_of(*questions):
 
 
 @given(st.lists(st.lists(st.sampled_from([RIGHT, WRONG, FORMLESS]), min_size=4, max_size=4), min_size=1, max_size=5))
-def test_of_several_tries_each_figure_is_its_definition(questions):
+def test_summarize_several_samples_equals_definitions(questions):
     values = describe(rows_of(*questions), "r1_zero")
     is_right = [[response == RIGHT for response in responses] for responses in questions]
     assert values["avg_at_4"] == pytest.approx(fmean(fmean(row) for row in is_right))
@@ -61,20 +61,20 @@ def test_of_several_tries_each_figure_is_its_definition(questions):
     assert values["category_neither"] == every.count(FORMLESS) / len(every)
 
 
-def test_what_could_not_be_scored_counts_nowhere():
+def test_summarize_unscored_is_excluded():
     values = describe(rows_of([RIGHT, "unscored"], ["unscored", "unscored"]), "r1_zero")
     assert (values["category_both"], values["avg_at_2"], values["pass_at_1"]) == (1.0, 1.0, 1.0)
-    assert "pass_at_2" not in values  # no question has two tries that were scored
+    assert "pass_at_2" not in values  # no question has two scored samples
     assert values["maj_at_2"] == 0.5
     assert describe(rows_of(["unscored"]), "r1_zero") == {}
 
 
-def test_a_reward_of_ones_own_has_no_votes_and_no_categories():
+def test_summarize_custom_reward_has_no_votes_or_categories():
     rows = [{"question_number": 0, "question": "q", "answer": "a", "response": "x", "reward": 0.3}] * 2
     values = describe(rows, "mine.py:reward")
     assert values["avg_at_2"] == pytest.approx(0.3)
     assert not any(name.startswith(("maj", "category")) for name in values)
-    # A reward beyond [0, 1] is no rate.
+    # A reward outside [0, 1] is not a rate.
     assert describe([rows[0] | {"reward": 3.0}] * 2, "mine.py:reward") == {}
 
 
@@ -82,7 +82,7 @@ def test_a_reward_of_ones_own_has_no_votes_and_no_categories():
     ("answers", "share"),
     [(("0.5", "1/2", "7", "7"), 0.5), (("0.5", "0.50", "1/2", "7"), 1.0), (("0.5", "7", "7", r"\frac12"), 0.5)],
 )
-def test_votes_for_what_is_right_are_not_split_by_its_spelling(answers, share):
+def test_summarize_votes_merge_spellings_of_right_answer(answers, share):
     responses = [f" </think> <answer> {answer} </answer>" for answer in answers]
     rows = [
         {"question_number": 0, "response": one, "reward": right, "format_reward": 1.0, "answer_reward": right}
@@ -92,7 +92,7 @@ def test_votes_for_what_is_right_are_not_split_by_its_spelling(answers, share):
     assert describe(rows, "r1_zero")["maj_at_4"] == share
 
 
-def test_of_any_number_of_tries_there_is_a_figure_for_all_of_them():
+def test_summarize_any_sample_count_has_pass_at_all():
     values = describe(rows_of([RIGHT] * 2 + [WRONG] * 8), "r1_zero")
     assert [name for name in values if re.fullmatch(r"pass_at_\d+", name)] == [
         f"pass_at_{k}" for k in (1, 2, 4, 8, 10)
@@ -117,21 +117,21 @@ def test_of_any_number_of_tries_there_is_a_figure_for_all_of_them():
         ("4", "mine.py:reward", None),
     ],
 )
-def test_votes(response, reward, vote):
+def test_majority_vote_cases(response, reward, vote):
     assert vote_of(response, reward) == vote
 
 
-def test_equal_answers_in_other_spellings_vote_together():
+def test_majority_vote_merges_equal_answers():
     spelled = [" </think> <answer> 0.50 </answer>", r" </think> <answer> $0.50$ </answer>"]
     assert len({vote_of(one, "r1_zero") for one in spelled}) == 1
 
 
-def test_a_comparison_is_by_question():
+def test_compare_pairs_by_question():
     ours, theirs = rows_of([RIGHT] * 2, [RIGHT, WRONG], [WRONG] * 2), rows_of([WRONG] * 2, [WRONG, RIGHT], [WRONG] * 2)
     found = compare(ours, theirs)
     assert found["difference"] == pytest.approx(1 / 3)
     assert (found["better_on"], found["worse_on"], found["n_compared"]) == (1, 0, 3)
-    assert found["p_value"] == 1.0  # one coin
+    assert found["p_value"] == 1.0  # one coin toss
     back = compare(theirs, ours)
     assert back["difference"] == -found["difference"]
     assert back["difference_low"] == pytest.approx(-found["difference_high"])
@@ -140,7 +140,7 @@ def test_a_comparison_is_by_question():
     assert compare(rows_of(["unscored"]), rows_of([RIGHT])) == {"n_compared": 0.0}
 
 
-def test_a_difference_is_found_where_there_is_one_and_its_interval_holds_it():
+def test_compare_real_difference_is_significant():
     draw = random.Random(0)
     better = rows_of(*[[RIGHT if draw.random() < 0.7 else WRONG] for _ in range(200)])
     worse = rows_of(*[[RIGHT if draw.random() < 0.4 else WRONG] for _ in range(200)])
@@ -150,7 +150,7 @@ def test_a_difference_is_found_where_there_is_one_and_its_interval_holds_it():
 
 
 @pytest.mark.parametrize(("wins", "ties"), [(1, 0), (5, 0), (0, 3), (20, 0), (2, 100)])
-def test_an_interval_is_no_point_and_agrees_with_the_test(wins, ties):
+def test_compare_interval_has_width_and_agrees_with_test(wins, ties):
     questions = [([RIGHT], [WRONG])] * wins + [([WRONG], [WRONG])] * ties
     found = compare(rows_of(*(ours for ours, _ in questions)), rows_of(*(theirs for _, theirs in questions)))
     low, high = found["difference_low"], found["difference_high"]
@@ -160,8 +160,8 @@ def test_an_interval_is_no_point_and_agrees_with_the_test(wins, ties):
 
 
 @given(st.lists(st.sampled_from([(RIGHT, RIGHT), (RIGHT, WRONG), (WRONG, RIGHT), (WRONG, WRONG)]), min_size=1))
-def test_the_interval_is_that_of_agresti_and_min(pairs):
-    """From the four counts, half a question added to each; 0 is let in by the exact test."""
+def test_compare_interval_equals_agresti_min(pairs):
+    """The interval follows from the four counts with half a question added to each."""
     found = compare(rows_of(*([one] for one, _ in pairs)), rows_of(*([other] for _, other in pairs)))
     n = len(pairs) + 2
     better, worse = (pairs.count(kind) + 0.5 for kind in ((RIGHT, WRONG), (WRONG, RIGHT)))
@@ -174,14 +174,14 @@ def test_the_interval_is_that_of_agresti_and_min(pairs):
     assert found["difference_high"] == pytest.approx(max(high, difference), abs=1e-6)
 
 
-def test_rewards_between_0_and_1_have_no_exact_test():
+def test_compare_fractional_rewards_have_no_exact_test():
     rows = [
         {"question_number": 0, "question": "q", "answer": "a", "response": "x", "reward": value} for value in (0.3, 1)
     ]
     assert "p_value" not in compare(rows[:1], rows[1:])
 
 
-def test_rewards_beyond_one_have_an_interval_about_their_difference():
+def test_compare_rewards_beyond_one_interval_holds_difference():
     ours, theirs = (
         [{"question_number": k, "reward": reward, "answer_reward": reward} for k, reward in enumerate(rewards)]
         for rewards in ([7.0, 9.0, 8.0, 9.0], [5.0, 5.0, 6.0, 5.0])
@@ -202,12 +202,12 @@ def test_rewards_beyond_one_have_an_interval_about_their_difference():
         ({"sampling_temperature": 0.0, "n_samples": 8}, "n_samples=8 with sampling_temperature=0: a greedy response"),
     ],
 )
-def test_what_vllm_would_refuse_is_one_clear_line(settings, message):
+def test_evaluate_config_invalid_sampling_raises_usage_error(settings, message):
     with pytest.raises(UsageError, match=message):
         EvaluateConfig(**settings)
 
 
-def test_every_number_is_documented():
+def test_results_keys_are_documented():
     page = (Path(__file__).resolve().parents[2] / "docs/evaluation.md").read_text()
     documented = {
         name for row in re.findall(r"^\| (`.*?) \|", page, flags=re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
@@ -235,7 +235,7 @@ def tiny_flags(tmp_path):
 
 
 @pytest.mark.slow
-def test_several_data_sets_and_an_earlier_evaluation(tmp_path, tiny_flags, capsys):
+def test_evaluate_several_sets_compares_to_earlier(tmp_path, tiny_flags, capsys):
     main([*tiny_flags, "--output-dir", str(tmp_path / "first")])
     first = json.loads((tmp_path / "first/results.json").read_text())
     assert list(first["results"]) == ["a", "b"]
@@ -243,11 +243,11 @@ def test_several_data_sets_and_an_earlier_evaluation(tmp_path, tiny_flags, capsy
     rows = [json.loads(line) for line in (tmp_path / "first/completions.jsonl").read_text().splitlines()]
     assert [row["dataset"] for row in rows] == ["a"] * 6 + ["b"] * 6
     assert [row["question_number"] for row in rows] == [0, 0, 1, 1, 2, 2] * 2
-    assert first["results"]["a"]["category_neither"] == 1.0  # a tiny policy has nothing to say
+    assert first["results"]["a"]["category_neither"] == 1.0  # a tiny policy is never right
     shown = capsys.readouterr().out
     assert "a: 3 questions, 2 responses to each" in shown
     assert "neither: a 0?" in shown
-    # The same again, against the first, and against the model itself: nothing differs.
+    # Again, compared with the first evaluation and with the model itself: nothing differs.
     main([*tiny_flags, "--output-dir", str(tmp_path / "second"), "--compare-to", str(tmp_path / "first")])
     main([*tiny_flags, "--output-dir", str(tmp_path / "third"), "--compare-to", str(tmp_path / "tiny")])
     for name in ("second", "third"):
@@ -264,7 +264,7 @@ def test_several_data_sets_and_an_earlier_evaluation(tmp_path, tiny_flags, capsy
 
 
 @pytest.mark.slow
-def test_only_what_was_graded_alike_is_compared(tmp_path, tiny_flags, capsys):
+def test_evaluate_other_grading_is_not_compared(tmp_path, tiny_flags, capsys):
     main([*tiny_flags, "--output-dir", str(tmp_path / "first")])
 
     def compare_to(folder, *changed):
@@ -288,7 +288,7 @@ def test_only_what_was_graded_alike_is_compared(tmp_path, tiny_flags, capsys):
 
 
 @pytest.mark.slow
-def test_of_other_questions_there_is_no_comparison(tmp_path, tiny_flags, capsys):
+def test_evaluate_other_questions_are_not_compared(tmp_path, tiny_flags, capsys):
     main([*tiny_flags, "--output-dir", str(tmp_path / "first")])
     for changed in (["--n-examples", "2"], ["--n-samples", "3"]):
         with pytest.raises(SystemExit) as ended:
@@ -307,7 +307,7 @@ def test_of_other_questions_there_is_no_comparison(tmp_path, tiny_flags, capsys)
         assert not (tmp_path / "none").exists()
 
 
-def test_files_of_one_name_are_told_apart(tmp_path):
+def test_evaluate_equal_file_names_get_distinct_labels(tmp_path):
     for folder in ("x", "y"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "test.jsonl").write_text('{"question": "q", "answer": "1"}')

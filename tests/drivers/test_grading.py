@@ -1,4 +1,4 @@
-"""Grades by killable processes: verdicts, deadlines, rewards of the user's own, and that nothing is left behind."""
+"""Grading in processes that can be killed: verdicts, deadlines, custom rewards, and nothing left behind."""
 
 import json
 import os
@@ -35,14 +35,22 @@ from drivers.training.metrics import UpdateMetrics
 from drivers.training.objective import weigh_step
 from drivers.training.rollouts import collect
 from drivers.training.update import accumulate_gradients
-from tests.drivers import hostile_rewards
-from tests.drivers.parts import clone_policy, completion, make_run, rollouts_of, tiny_config, tiny_parts
-from tests.drivers.test_run_files import Scripted
-from tests.drivers.test_train import run_training
+from tests.drivers.helpers import hostile_rewards
+from tests.drivers.helpers.engines import ScriptedEngine
+from tests.drivers.helpers.letters import (
+    clone_policy,
+    make_completion,
+    make_run,
+    make_tiny_config,
+    make_tiny_parts,
+    sample_rollouts,
+)
+from tests.drivers.helpers.processes import restore_interrupt, run_program
+from tests.drivers.helpers.runs import run_training
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
-FILE = str(ROOT / "tests/drivers/hostile_rewards.py")
+FILE = str(ROOT / "tests/drivers/helpers/hostile_rewards.py")
 DEADLINE = 0.5
 R1 = make_inline_grader(core.r1_zero_reward_fn)
 
@@ -70,14 +78,14 @@ def async_pool():
 
 
 def workers_of(pool):
-    """Once all are ready: who takes another's place is listened to in the next batch."""
+    """Return the process ids of the workers once all are ready."""
     while not all(worker.pid for worker in pool._workers):
         pool(["1"], ["1"])
     return {worker.pid for worker in pool._workers}
 
 
 def grade_with(pool, *deeds, before=30, after=30):
-    """The verdicts on `deeds`, which stand among answers that are right before them, and wrong after them."""
+    """Return the verdicts on `deeds`, graded between right answers before them and wrong ones after them."""
     begin = time.monotonic()
     graded = pool(["1"] * before + [*deeds] + ["2"] * after, ["1"] * (before + len(deeds) + after))
     others = graded[:before] + graded[before + len(deeds) :]
@@ -86,7 +94,7 @@ def grade_with(pool, *deeds, before=30, after=30):
     return graded[before : before + len(deeds)], time.monotonic() - begin
 
 
-# --- deeds and verdicts ----------------------------------------------------------------------------------------------
+# --- hostile rewards and their verdicts ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -109,28 +117,28 @@ def grade_with(pool, *deeds, before=30, after=30):
         ("leave", "error", "SystemExit: 4"),
     ],
 )
-def test_a_deed_has_its_verdict_and_all_other_answers_are_graded(pool, deed, why, detail):
+def test_grading_pool_hostile_reward_has_its_verdict_and_others_are_graded(pool, deed, why, detail):
     (verdict,), seconds = grade_with(pool, deed)
     assert verdict == Graded({"reward": None}, why, detail)
     assert seconds < DEADLINE + 2.0
     assert len(workers_of(pool)) == 2
 
 
-def test_it_is_the_kernel_that_holds_the_deadline(pool, monkeypatch):
-    """The trainer would come far later, and might be gone."""
+def test_grading_worker_deadline_is_kept_by_the_kernel(pool, monkeypatch):
+    """The trainer would end the worker much later, and may be gone."""
     monkeypatch.setattr(pool_module, "GRACE_S", 60.0)
     (verdict,), seconds = grade_with(pool, "regex")
     assert verdict.why == "timeout"
     assert seconds < 20.0
 
 
-def test_nobody_speaks_in_the_name_of_a_worker(pool):
-    """Where it would be believed: for the first answer of a chunk, a message of the right form and no verdict."""
+def test_grading_worker_forged_message_is_not_believed(pool):
+    """The forged message has the right form and arrives where the first answer of a chunk is expected."""
     (verdict,), _ = grade_with(pool, "scribble", before=0)
     assert verdict.why == "error"
 
 
-def test_descriptors_are_given_back(pool):
+def test_grading_pool_closes_descriptors(pool):
     grade_with(pool)
     workers_of(pool)
     folders = [Path("/proc/self/fd"), Path(f"/proc/{pool._nursery.pid}/fd")]
@@ -140,8 +148,8 @@ def test_descriptors_are_given_back(pool):
     assert [len(list(folder.iterdir())) for folder in folders] == before
 
 
-def test_several_hang_at_once(pool):
-    """Chunks are given back, one after the other; each culprit costs one deadline of one worker."""
+def test_grading_pool_several_hang_each_costs_one_deadline(pool):
+    """Chunks return to the queue, and each hanging response costs one worker one deadline."""
     verdicts, seconds = grade_with(pool, "sleep", "1", "exit", "loop", "sleep", "2", "raise", before=100)
     assert [verdict.why for verdict in verdicts] == [
         "timeout",
@@ -156,13 +164,13 @@ def test_several_hang_at_once(pool):
 
 
 @pytest.mark.slow
-def test_memory_that_is_filled_bit_by_bit_is_an_error():
+def test_grading_worker_memory_limit_is_an_error():
     with open_pool(deadline_s=100.0) as pool:
         (verdict,), _ = grade_with(pool, "fill")
         assert verdict == Graded({"reward": None}, "error", "MemoryError: ")
 
 
-def test_who_has_used_up_the_memory_is_replaced(pool):
+def test_grading_worker_out_of_memory_is_replaced(pool):
     grade_with(pool)
     before = workers_of(pool)
     grade_with(pool, "raise")
@@ -172,15 +180,17 @@ def test_who_has_used_up_the_memory_is_replaced(pool):
     assert len(before & workers_of(pool)) == 1
 
 
-def test_what_a_response_has_started_ends_with_it(tmp_path):
-    with open_pool(n_workers=1, deadline_s=2.0, warn=lambda _: None) as pool:  # so long may it take to start
+def test_grading_worker_child_process_ends_with_it(tmp_path):
+    with open_pool(
+        n_workers=1, deadline_s=2.0, warn=lambda _: None
+    ) as pool:  # the time that the child may need to start
         (verdict,) = pool([f"other: {tmp_path / 'pid'}"], ["1"])
         assert verdict.why == "timeout"
         assert_gone([int((tmp_path / "pid").read_text())], within=2.0)
 
 
-def test_what_it_has_started_in_another_session_ends_too(tmp_path):
-    """With the worker that is ended; and of one that goes on, with the pool."""
+def test_grading_worker_child_in_other_session_ends(tmp_path):
+    """It ends with a worker that is killed, and with the pool if its worker continues."""
     with open_pool(n_workers=1, deadline_s=2.0, warn=lambda _: None) as pool:
         (verdict,) = pool([f"hanging stray: {tmp_path / 'hanging'}"], ["1"])
         assert verdict.why == "timeout"
@@ -195,7 +205,7 @@ def test_what_it_has_started_in_another_session_ends_too(tmp_path):
     assert_gone(pids, within=2.0)
 
 
-def test_the_first_failures_are_told():
+def test_grading_pool_first_failures_warn():
     told = []
     with open_pool(warn=told.append) as pool:
         grade_with(pool, *["raise"] * 2)
@@ -207,31 +217,31 @@ def test_the_first_failures_are_told():
     assert told[2].endswith("others are not told any more, but counted in the log")
 
 
-# --- a grader like any other -----------------------------------------------------------------------------------------
+# --- a pool grades like an inline grader -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def built_in_pool():
     with GradingPool("r1_zero", n_workers=2) as pool:
-        yield pool  # the first batch waits until a worker is ready
+        yield pool  # the first batch waits for a ready worker
 
 
 @pytest.mark.slow
-def test_many_answers_have_the_grades_that_they_have_in_this_process(built_in_pool):
+def test_grading_pool_equals_inline_grader(built_in_pool):
     forms = ["{}", r"\boxed{{{}}}", r"\frac{{{}}}{{1}}", "so {}", "{}, or not", ""]
     responses = [f"hm </think> <answer> {forms[k % 6].format(k // 2)} </answer>" for k in range(1998)]
     responses += ["no answer", "\ud800 </think> <answer> é９\u200b </answer>"]
     truths = [str(k // 3) if k % 7 else [k // 2, str(k // 3)] for k in range(2000)]
     graded = built_in_pool(responses, truths)
     assert graded == R1(responses, truths)
-    assert len({tuple(verdict.scores.values()) for verdict in graded}) == 3  # all kinds there are
+    assert len({tuple(verdict.scores.values()) for verdict in graded}) == 3  # one of each kind
     assert graded[1998] == Graded({"reward": 0.0, "format_reward": 0.0, "answer_reward": 0.0}, "unparsable")
     assert built_in_pool([], []) == []
     with pytest.raises(ValueError, match="zip"):
         built_in_pool(["1"], [])
 
 
-def test_an_answer_that_cannot_be_a_reference_is_an_error_and_no_end(built_in_pool):
+def test_grading_pool_invalid_ground_truth_is_an_error(built_in_pool):
     good, bad = built_in_pool(["</think> <answer> 1 </answer>"] * 2, ["1", ""])
     assert good.scores["reward"] == 1.0
     assert (bad.scores, bad.why) == ({"reward": None}, "error")
@@ -239,7 +249,7 @@ def test_an_answer_that_cannot_be_a_reference_is_an_error_and_no_end(built_in_po
     assert bad == R1(["</think> <answer> 1 </answer>"], [""])[0]
 
 
-def test_threads_may_grade_even_at_once(pool):
+def test_grading_pool_is_thread_safe(pool):
     found = {}
 
     def grade(name):
@@ -254,8 +264,8 @@ def test_threads_may_grade_even_at_once(pool):
         assert [verdict.scores["reward"] for verdict in found[name]] == [1.0, 0.0] * 100 + [None]
 
 
-def test_after_an_interrupt_the_next_batch_is_graded_right(pool, monkeypatch):
-    """Answers to what nobody waits for any more are not taken for those of the next batch."""
+def test_grading_pool_after_interrupt_grades_next_batch(pool, monkeypatch):
+    """Late answers to the interrupted batch do not count for the next one."""
     taken = []
     take = GradingPool._take
 
@@ -271,11 +281,11 @@ def test_after_an_interrupt_the_next_batch_is_graded_right(pool, monkeypatch):
     assert [verdict.scores["reward"] for verdict in pool(["1", "2"] * 50, ["2"] * 100)] == [0.0, 1.0] * 50
 
 
-def test_ctrl_c_and_sigterm_are_for_the_trainer(pool):
+def test_grading_workers_ignore_sigint_and_sigterm(pool):
     grade_with(pool)
     before = workers_of(pool)
     for pid in (*before, pool._nursery.pid):
-        assert os.getpgid(pid) != os.getpgrp()  # a terminal sends it to the group
+        assert os.getpgid(pid) != os.getpgrp()  # a terminal sends the signal to the whole group
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(pid, number)
     grade_with(pool)
@@ -283,10 +293,10 @@ def test_ctrl_c_and_sigterm_are_for_the_trainer(pool):
 
 
 @pytest.mark.slow
-def test_it_starts_anew_where_everything_was_killed(pool):
+def test_grading_pool_restarts_after_all_were_killed(pool):
     pids = [*workers_of(pool), pool._nursery.pid]
     os.kill(pool._nursery.pid, signal.SIGKILL)
-    assert_gone(pids[:-1], within=2.0)  # they do not outlive it
+    assert_gone(pids[:-1], within=2.0)  # the workers end with the pool
     grade_with(pool, "exit")
     assert not {*pids} & workers_of(pool)
 
@@ -308,7 +318,7 @@ def assert_gone(pids, *, within):
 
 
 @pytest.mark.slow
-def test_closing_ends_all_and_what_is_being_graded():
+def test_grading_pool_close_ends_workers_and_calls():
     pool = open_pool(n_workers=1, deadline_s=100.0)
     pool.load()
     pids, ended = [*workers_of(pool), pool._nursery.pid], []
@@ -328,15 +338,15 @@ def test_closing_ends_all_and_what_is_being_graded():
     assert ended == ["the GradingPool is closed"]
     assert time.monotonic() - begin < 5.0
     assert_gone(pids, within=0.0)
-    pool.close()  # nothing happens
+    pool.close()  # a second close has no effect
     with pytest.raises(RuntimeError, match="closed"):
         pool(["1"], ["1"])
 
 
 TRAINER = """
 import os, sys, threading, time
-from drivers.grading import GradingPool
-from drivers.interrupts import terminate_as_interrupt
+from drivers.grading.pool import GradingPool
+from drivers.common.signals import terminate_as_interrupt
 pool = GradingPool(sys.argv[1], n_workers=2, deadline_s=float(sys.argv[2]))
 pool.load()
 threading.Thread(target=pool, args=(["no alarm"] * 4, ["1"] * 4), daemon=True).start()
@@ -364,15 +374,15 @@ with terminate_as_interrupt():
         slow(signal.SIGINT, "close"),
     ],
 )
-def test_nothing_outlives_a_trainer_that_was_ended(number, how):
-    """Not even workers that hang, with their alarm turned off and a deadline far away."""
+def test_grading_workers_end_with_killed_trainer(number, how):
+    """This includes workers that hang with their alarm off and a distant deadline."""
     with subprocess.Popen(
         [sys.executable, "-c", TRAINER, f"{FILE}:reward", "1000", how],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=restore_interrupt,
     ) as trainer:
         assert trainer.stdout is not None
         pids = [int(pid) for pid in trainer.stdout.readline().split()]
@@ -387,7 +397,7 @@ def test_nothing_outlives_a_trainer_that_was_ended(number, how):
                 os.killpg(trainer.pid, signal.SIGKILL)
 
 
-def test_a_pool_that_is_closed_as_it_starts_leaves_nothing():
+def test_grading_pool_closed_at_start_leaves_nothing():
     pool = open_pool(n_workers=3)
     begin = time.monotonic()
     pool.close()
@@ -417,7 +427,7 @@ def test_a_pool_that_is_closed_as_it_starts_leaves_nothing():
         ({"a": 2, "b": None}, ("a=1",), {"reward": 2.0, "a": 2.0, "b": None}, "parsed"),
     ],
 )
-def test_a_returned_value_is_read(returned, mix, scores, why):
+def test_read_return_valid_values(returned, mix, scores, why):
     (verdict,) = make_inline_grader(lambda response, truth: returned, mix)(["x"], ["1"])
     assert (verdict.scores, verdict.why) == (scores, why)
     assert next(iter(verdict.scores)) == "reward"
@@ -444,7 +454,7 @@ NUMBER = "a finite number is required, None where the response cannot be scored,
         (list(range(1000)), (), "1, 2, 3"),
     ],
 )
-def test_what_is_no_reward_is_one_clear_error(returned, mix, message):
+def test_read_return_invalid_values_raise(returned, mix, message):
     def mine(response, truth):
         return returned
 
@@ -468,19 +478,19 @@ def test_what_is_no_reward_is_one_clear_error(returned, mix, message):
         ({"a": 3e38, "b": 3e38}, ("a=1e300", "b=-1e300"), "the sum by --reward-mix is nan"),
     ],
 )
-def test_a_number_that_is_not_finite_is_no_reward(returned, mix, detail):
+def test_read_return_not_finite_is_unscored(returned, mix, detail):
     (verdict,) = make_inline_grader(lambda response, truth: returned, mix)(["x"], ["1"])
     assert verdict == Graded({"reward": None}, "not_finite", f"{detail}: a finite number is required")
 
 
-def test_a_worker_tells_of_it_too(pool):
+def test_grading_pool_not_finite_warns(pool):
     (verdict,), _ = grade_with(pool, "nan")
     assert verdict == Graded({"reward": None}, "not_finite", "reward is nan: a finite number is required")
 
 
 @pytest.mark.parametrize("function", ["about", "async_about"])
-def test_a_reward_that_asks_for_the_question_gets_it(function):
-    """By its name, in the pool and in this process; any other is called as ever."""
+def test_grader_reward_with_question_parameter_gets_question(function):
+    """A parameter named `question` receives it, in the pool and in this process."""
     responses, answers, questions = ["red 1", "blue 1", "red 2"], ["1"] * 3, ["red", "red", "blue"]
     here = make_inline_grader(getattr(hostile_rewards, function))
     with open_pool(function, n_workers=1, deadline_s=5.0) as there:
@@ -494,15 +504,15 @@ def test_a_reward_that_asks_for_the_question_gets_it(function):
     assert len(verdicts.grade_all(own, responses, answers, questions)) == 3
 
 
-def test_the_question_of_each_response_is_handed_on(tmp_path):
-    """In training and in evaluations, to each response its own: what is asked for is the last sign of the question."""
+def test_run_reward_gets_question_of_each_response(tmp_path):
+    """In training and evaluation, each response gets its own question, whose last character is the wanted letter."""
     seen = []
 
     def reward(response, ground_truth, question):
         seen.append((question, response))
         return float(question[-1] in response)
 
-    questions = [question.example.question for question in tiny_parts().questions]
+    questions = [question.example.question for question in make_tiny_parts().questions]
     run_training(tmp_path, reward_fn=reward, n_grpo_steps=1)
     assert [question for question, _ in seen[:4]] == questions
     groups = dict.fromkeys(question for question, _ in seen[4:36])
@@ -510,14 +520,14 @@ def test_the_question_of_each_response_is_handed_on(tmp_path):
     assert {question for question, _ in seen[4:36]} == set(questions)
 
 
-def test_the_same_error_comes_out_of_the_pool_and_it_goes_on(pool):
+def test_grading_pool_usage_error_is_raised_and_pool_continues(pool):
     with pytest.raises(TrainingAbortedError, match=rf"--reward {FILE}:reward: returned '1.0' for .*'text': a finite"):
         grade_with(pool, "text")
     grade_with(pool)
 
 
-def test_in_this_process_verdicts_are_the_same():
-    """But for what cannot be survived there."""
+def test_inline_grader_equals_grading_pool():
+    """This excludes rewards that would end this process."""
     deeds = ["1", "raise", "recursion", "leave", "2"]
     graded = make_inline_grader(hostile_rewards.reward)(deeds, ["1"] * 5)
     assert [verdict.why for verdict in graded] == ["parsed", "error", "error", "error", "parsed"]
@@ -535,10 +545,10 @@ def test_in_this_process_verdicts_are_the_same():
 # --- async -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_waits_elsewhere_waits_at_once(async_pool):
+def test_async_reward_awaits_concurrently(async_pool):
     begin = time.monotonic()
     graded = async_pool([f"{k}" for k in range(60)], ["7"] * 60)
-    assert time.monotonic() - begin < 2.0  # one after the other, it would be 6
+    assert time.monotonic() - begin < 2.0  # sequentially it would be 6 s
     assert [verdict.scores for verdict in graded] == [
         {"reward": float(k == 7), "length": float(len(str(k)))} for k in range(60)
     ]
@@ -549,20 +559,20 @@ def test_what_waits_elsewhere_waits_at_once(async_pool):
     [
         ("await", "timeout", "no grade within 0.5 s"),
         slow("swallow", "timeout", "no grade within 0.5 s"),
-        slow("sleep", "timeout", "no grade within 0.5 s"),  # it blocks all that are graded with it
+        slow("sleep", "timeout", "no grade within 0.5 s"),  # it blocks the event loop of its chunk
         ("exit", "error", "its process ended with exit code 3"),
         ("raise", "error", "ValueError: invalid literal for int() with base 10: 'no number'"),
         ("leave", "error", "SystemExit: 4"),
         ("impatient", "error", "TimeoutError: the judge is slow"),
     ],
 )
-def test_an_async_deed_has_its_verdict_and_all_other_answers_are_graded(async_pool, deed, why, detail):
+def test_async_hostile_reward_has_its_verdict_and_others_are_graded(async_pool, deed, why, detail):
     (verdict,), seconds = grade_with(async_pool, deed, before=4, after=4)
     assert verdict == Graded({"reward": None}, why, detail)
     assert seconds < 2 * (DEADLINE + 2.0)
 
 
-# --- a reward of the user's own, from the command line ---------------------------------------------------------------
+# --- custom rewards from the command line ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -581,7 +591,7 @@ def test_an_async_deed_has_its_verdict_and_all_other_answers_are_graded(async_po
     ],
 )
 @pytest.mark.parametrize("program", [train_program, evaluate_program], ids=["train", "evaluate"])
-def test_a_mistake_is_one_clear_line(program, arguments, message, capsys):
+def test_load_reward_invalid_spelling_raises_usage_error(program, arguments, message, capsys):
     recipe = ["--recipe", "quickstart"] if program is train_program else []
     with pytest.raises(SystemExit) as ended:
         program.main([*recipe, *arguments.split()])
@@ -603,10 +613,8 @@ def test_a_mistake_is_one_clear_line(program, arguments, message, capsys):
         slow("{dying}:f", "its process ended with exit code 5 as it was imported"),
     ],
 )
-def test_a_reward_that_cannot_be_had_ends_the_program_before_a_model_is_loaded(
-    tmp_path, capsys, monkeypatch, reward, message
-):
-    """And before there is a run's folder; whatever was started is gone."""
+def test_train_unusable_reward_exits_before_model_is_loaded(tmp_path, capsys, monkeypatch, reward, message):
+    """The program also leaves no run folder and no process."""
     import drivers.training.setup
 
     monkeypatch.chdir(tmp_path)
@@ -622,20 +630,20 @@ def test_a_reward_that_cannot_be_had_ends_the_program_before_a_model_is_loaded(
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_stops_a_response_follows_the_reward_or_is_said():
-    assert tiny_config().sampling.stop == ("</answer>",)
-    assert tiny_config(reward="question_only").sampling.stop == ()
-    assert tiny_config(reward="my.module:f").sampling.stop == ()
-    assert tiny_config(reward="my.module:f", sampling_stop=("END",)).sampling.stop == ("END",)
-    assert tiny_config(sampling_stop=()).sampling.stop == ()
+def test_config_stop_strings_follow_reward():
+    assert make_tiny_config().sampling.stop == ("</answer>",)
+    assert make_tiny_config(reward="question_only").sampling.stop == ()
+    assert make_tiny_config(reward="my.module:f").sampling.stop == ()
+    assert make_tiny_config(reward="my.module:f", sampling_stop=("END",)).sampling.stop == ("END",)
+    assert make_tiny_config(sampling_stop=()).sampling.stop == ()
     assert parse_mix(("a=1", "b_2=-0.5")) == {"a": 1.0, "b_2": -0.5}
-    assert formula(tiny_config(reward="m:f"))[0] == "r_i      = f(o_i)"
-    mixed = tiny_config(reward="a/b.py:f", reward_mix=("x=1", "y=-0.5"))
+    assert formula(make_tiny_config(reward="m:f"))[0] == "r_i      = f(o_i)"
+    mixed = make_tiny_config(reward="a/b.py:f", reward_mix=("x=1", "y=-0.5"))
     assert formula(mixed)[0] == "r_i      = 1 f(o_i)[x] + -0.5 f(o_i)[y]"
 
 
 @pytest.mark.slow
-def test_a_run_with_a_reward_of_its_own_learns_past_what_goes_wrong(tmp_path):
+def test_run_with_failing_custom_reward_continues(tmp_path):
     save_tiny(tmp_path / "tiny")
     (tmp_path / "mine.py").write_text(Path(FILE).read_text())
     flags = (
@@ -644,10 +652,7 @@ def test_a_run_with_a_reward_of_its_own_learns_past_what_goes_wrong(tmp_path):
         "--n-val-examples 8 --save-dir out --wandb-project None --reward mine:hanging_sometimes "
         "--reward-mix letters=1 length=-0.01 --grader-deadline-s 0.2 --grader-workers 2"
     )
-    done = subprocess.run(
-        [sys.executable, ROOT / "drivers/train.py", *flags.split()], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_program("train", flags, cwd=tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["phase"] == "train"]
     assert sum(row["grader_timeouts"] for row in steps) > 0
@@ -663,24 +668,23 @@ def test_a_run_with_a_reward_of_its_own_learns_past_what_goes_wrong(tmp_path):
     assert all((row["reward"] is None) == (row["why"] != "parsed") for row in shown)
     flags = "--model-path out/final_model --engine hf --n-examples 8 --sampling-max-tokens 4 --reward mine.py:parts "
     flags += "--reward-mix right=1 short=0.5 --output-dir eval --dtype float32"
-    done = subprocess.run(
-        [sys.executable, ROOT / "drivers/evaluate.py", *flags.split()], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    run_program("evaluate", flags, cwd=tmp_path)
     results = json.loads((tmp_path / "eval/results.json").read_text())["results"]["validation"]
     assert results["accuracy"] == results["reward"] == results["part_right"] + 0.5 * results["part_short"]
 
 
-# --- what is not scored is not 0 -------------------------------------------------------------------------------------
+# --- unscored is not 0 -----------------------------------------------------------------------------------------------
 
 
 def gradient_of(config, rewards, *, twin=0):
-    """Of one optimizer step on the same policy and prompts; `twin` has other tokens in the unscored responses."""
-    parts = tiny_parts()
-    rollouts, _ = rollouts_of(config, parts, rewards)
+    """Return the gradient of one optimizer step; `twin` changes the tokens of unscored responses."""
+    parts = make_tiny_parts()
+    rollouts, _ = sample_rollouts(config, parts, rewards)
     generator = torch.Generator().manual_seed(twin)
     completions = [
-        completion(one.prompt_token_ids, torch.randint(5, 60, (len(one.token_ids),), generator=generator).tolist())
+        make_completion(
+            one.prompt_token_ids, torch.randint(5, 60, (len(one.token_ids),), generator=generator).tolist()
+        )
         if twin and rewards[row].isnan()
         else one
         for row, one in enumerate(rollouts.completions)
@@ -690,7 +694,7 @@ def gradient_of(config, rewards, *, twin=0):
         {"reward": r, "format_reward": 0.5 * r, "answer_reward": r} if r == r else {"reward": None}
         for r in rewards.tolist()
     ]
-    reference = clone_policy(tiny_parts(seed=1).policy) if config.needs_reference else None
+    reference = clone_policy(make_tiny_parts(seed=1).policy) if config.needs_reference else None
     batch = prepare_rollouts(config, parts.policy, reference, rollouts, scores, None)
     batch, _ = weigh_step(config, batch)
     metrics = UpdateMetrics()
@@ -701,7 +705,7 @@ def gradient_of(config, rewards, *, twin=0):
 
 SIGNAL = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0] * 4)
 UNSCORED = torch.zeros(32, dtype=torch.bool)
-UNSCORED[[1, 3, 9, *range(16, 24)]] = True  # some of two groups, all of a third
+UNSCORED[[1, 3, 9, *range(16, 24)]] = True  # parts of two groups and all of a third
 
 
 @pytest.mark.parametrize(
@@ -721,9 +725,9 @@ UNSCORED[[1, 3, 9, *range(16, 24)]] = True  # some of two groups, all of a third
     ],
     ids=lambda settings: "-".join(map(str, settings.values())) or "plain",
 )
-def test_what_stands_in_an_unscored_response_has_no_part_in_anything(settings):
-    """Its tokens may be any others: neither statistics nor gradient notice, KL and entropy included."""
-    config = tiny_config(**settings)
+def test_unscored_response_tokens_do_not_matter(settings):
+    """Neither statistics nor the gradient depend on them, including the KL penalty and the entropy."""
+    config = make_tiny_config(**settings)
     rewards = SIGNAL.masked_fill(UNSCORED, torch.nan)
     loss, gradient, _ = gradient_of(config, rewards)
     other_loss, other, _ = gradient_of(config, rewards, twin=1)
@@ -736,9 +740,9 @@ def test_what_stands_in_an_unscored_response_has_no_part_in_anything(settings):
 
 
 @pytest.mark.parametrize(("counting", "n"), [("count", 32), ("drop", 21)])
-def test_the_step_is_that_of_the_scored_responses(counting, n):
-    """By hand: advantages of the groups that are left, weighed by their tokens; a policy moved by plain descent."""
-    config = tiny_config(empty_responses=counting)
+def test_step_with_unscored_equals_step_without_them(counting, n):
+    """By hand: advantages of the remaining groups, weighted by their tokens, and one step of gradient descent."""
+    config = make_tiny_config(empty_responses=counting)
     rewards = SIGNAL.masked_fill(UNSCORED, torch.nan)
     _, gradient, batch = gradient_of(config, rewards)
     scored = ~UNSCORED
@@ -746,7 +750,7 @@ def test_the_step_is_that_of_the_scored_responses(counting, n):
     advantages = torch.zeros(32)
     advantages[scored] = core.normalize_group_rewards(SIGNAL[scored], sizes)
     assert_close(batch.advantages[:, 0], advantages)
-    parts = tiny_parts()
+    parts = make_tiny_parts()
     total = torch.zeros(())
     for one, advantage in zip(batch.completions, advantages.tolist(), strict=True):
         if advantage:
@@ -758,17 +762,17 @@ def test_the_step_is_that_of_the_scored_responses(counting, n):
     assert_close(gradient, by_hand, rtol=1e-3, atol=1e-6)
 
 
-def test_each_of_several_rewards_is_compared_with_those_that_are_known():
+def test_gdpo_unscored_parts_are_excluded():
     rewards = SIGNAL.masked_fill(UNSCORED, torch.nan)
-    _, _, batch = gradient_of(tiny_config(advantage="gdpo"), rewards)
+    _, _, batch = gradient_of(make_tiny_config(advantage="gdpo"), rewards)
     scored = ~UNSCORED
     sizes = [int(part.sum()) for part in scored.view(4, 8) if part.any()]
     known = torch.stack([0.5 * SIGNAL[scored], SIGNAL[scored]], dim=1)
     assert_close(batch.advantages[scored, 0], core.compute_gdpo_advantages(known, sizes, advantage_eps=1e-6))
 
 
-def test_a_run_counts_and_logs_what_is_not_scored(tmp_path):
-    """With all of it: a step that teaches nothing, and numbers that have no meaning left out."""
+def test_run_logs_unscored_responses(tmp_path):
+    """If all are unscored, the step has no signal, and metrics without a meaning are absent."""
 
     def sometimes(response, ground_truth):
         value = 1.0 + response.count("a") + len(set(response)) / 10
@@ -780,7 +784,7 @@ def test_a_run_counts_and_logs_what_is_not_scored(tmp_path):
 
     _, steps, evaluations = run_training(tmp_path / "some", reward_fn=sometimes, n_grpo_steps=8, max_refills=1)
     assert all(0 < row["unscored"] < 1 for row in steps[:2])
-    assert all(row["reward_min"] >= 1.0 for row in steps)  # what is not scored is no 0
+    assert all(row["reward_min"] >= 1.0 for row in steps)  # unscored is null, not 0
     assert steps[-1]["reward"] > steps[0]["reward"] + 0.5
     assert {"accuracy", "unscored"} <= evaluations[0].keys()
     _, steps, evaluations = run_training(
@@ -792,7 +796,7 @@ def test_a_run_counts_and_logs_what_is_not_scored(tmp_path):
     assert evaluations[0]["unscored"] == 1.0
 
 
-def test_verdicts_are_counted():
+def test_describe_grades_counts_verdicts():
     graded = [
         Graded({"reward": 1.0, "b": 2.0, "a": 1.0}, "parsed"),
         Graded({"reward": None, "b": 4.0, "a": None}, "unparsable"),
@@ -804,17 +808,17 @@ def test_verdicts_are_counted():
     assert describe_grades(graded) == facts | {"part_a": 1.0, "part_b": 3.0}
 
 
-def test_an_evaluation_is_over_what_was_scored():
-    """Of four questions one has no scored response, one a single one."""
+def test_evaluation_excludes_unscored():
+    """One of four questions has no scored response, another has one."""
     answers = {"r": 1.0, "w": 0.0, "?": None}
-    parts, texts = tiny_parts(), "rw?w??rr"
+    parts, texts = make_tiny_parts(), "rw?w??rr"
 
     def grade(responses, truths):
         assert truths == [question.answer for question in parts.questions for _ in range(2)]
         verdicts = [answers[text] for text in responses]
         return [Graded({"reward": v} if v is None else {"reward": v, "x": 2.0}, "parsed") for v in verdicts]
 
-    values, rows = evaluate_policy(Scripted(*texts), parts.questions, Sampling(n=2), grade, seed=0)
+    values, rows = evaluate_policy(ScriptedEngine(*texts), parts.questions, Sampling(n=2), grade, seed=0)
     assert values["accuracy"] == pytest.approx((0.5 + 0.0 + 1.0) / 3)
     assert values["accuracy_stderr"] == pytest.approx(0.5 / 3**0.5)
     assert values["reward"] == 3 / 5
@@ -822,37 +826,39 @@ def test_an_evaluation_is_over_what_was_scored():
     assert "format_reward" not in values
     assert [row["reward"] for row in rows] == [answers[text] for text in texts]
     assert (rows[0]["part_x"], rows[0]["why"]) == (2.0, "parsed")
-    values, _ = evaluate_policy(Scripted(*"????????"), parts.questions, Sampling(n=2), grade, seed=0)
+    values, _ = evaluate_policy(ScriptedEngine(*"????????"), parts.questions, Sampling(n=2), grade, seed=0)
     assert not {"accuracy", "accuracy_stderr", "reward"} & values.keys()
 
 
-def test_an_answer_reward_decides_accuracy_where_there_is_one():
-    parts = tiny_parts()
+def test_evaluation_accuracy_uses_answer_reward():
+    parts = make_tiny_parts()
 
     def grade(responses, truths):
         return [Graded({"reward": 5.0, "answer_reward": float(text == "r")}, "parsed") for text in responses]
 
-    values, _ = evaluate_policy(Scripted(*"rrrw"), parts.questions, Sampling(n=1), grade, seed=0)
+    values, _ = evaluate_policy(ScriptedEngine(*"rrrw"), parts.questions, Sampling(n=1), grade, seed=0)
     assert (values["accuracy"], values["answer_reward"], values["reward"]) == (0.75, 0.75, 5.0)
 
 
-def test_shaping_keeps_what_is_not_scored(tmp_path):
-    completions = [completion([1], [4] * n, finish_reason=end) for n, end in ((2, "stop"), (6, "stop"), (8, "length"))]
+def test_shape_rewards_keeps_unscored(tmp_path):
+    completions = [
+        make_completion([1], [4] * n, finish_reason=end) for n, end in ((2, "stop"), (6, "stop"), (8, "length"))
+    ]
     scores = [{"reward": 1.0}, {"reward": None}, {"reward": None}]
     for penalty in ("none", "soft_overlong", "cosine"):
-        shaped = shape_rewards(tiny_config(length_penalty=penalty, sampling_max_tokens=8), completions, scores)
+        shaped = shape_rewards(make_tiny_config(length_penalty=penalty, sampling_max_tokens=8), completions, scores)
         assert shaped.isnan().tolist() == [False, True, True]
-    assert shaped[0] > 1.0  # right, for there is no answer reward and the reward is above 0
-    config, parts = tiny_config(advantage="gdpo"), tiny_parts()
-    rollouts, _ = rollouts_of(config, parts)
+    assert shaped[0] > 1.0  # right, because there is no answer reward and the reward is above 0
+    config, parts = make_tiny_config(advantage="gdpo"), make_tiny_parts()
+    rollouts, _ = sample_rollouts(config, parts)
     with pytest.raises(
         TrainingAbortedError, match="--advantage gdpo: it compares format_reward and answer_reward, and the"
     ):
         prepare_rollouts(config, parts.policy, None, rollouts, [{"reward": 1.0}] * 32, None)
 
 
-def test_a_batch_sampled_ahead_keeps_what_is_not_known(tmp_path):
-    config, parts = tiny_config(advantage="remax"), tiny_parts()
+def test_step_rollouts_json_keeps_unscored(tmp_path):
+    config, parts = make_tiny_config(advantage="remax"), make_tiny_parts()
     run = make_run(config, tmp_path, parts.tokenizer)
 
     def grade(responses, truths):
@@ -869,7 +875,7 @@ def test_a_batch_sampled_ahead_keeps_what_is_not_known(tmp_path):
         assert_close(getattr(again, name), getattr(collected, name), rtol=0, atol=0, equal_nan=True)
 
 
-def test_usage_is_checked_before_anything_is_started():
+def test_grading_pool_invalid_usage_raises_before_start():
     for reward, mix, message in [("nonsense", (), "must be r1_zero"), ("no.py:f", (), "no such file")]:
         with pytest.raises(UsageError, match=message):
             GradingPool(reward, mix)

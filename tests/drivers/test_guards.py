@@ -1,4 +1,4 @@
-"""What a step should not have: found, logged, and dealt with as --on-anomaly says."""
+"""Anomalies of a step: detected, logged, and handled as --on-anomaly says."""
 
 import json
 import math
@@ -22,8 +22,7 @@ from drivers.training.anomalies import (
 from drivers.training.batch import make_rollout_batch
 from drivers.training.metrics import UpdateMetrics
 from drivers.training.state import TrainingState
-from tests.drivers.parts import completion, make_run, tiny_config, tiny_parts
-from tests.drivers.test_train import weights
+from tests.drivers.helpers.letters import flatten_weights, make_completion, make_run, make_tiny_config, make_tiny_parts
 
 FINE = {"truncated": 0.5, "zero_std_groups": 0.5, "rollout_entropy": 2.0}
 NEAR = {"approx_kl": 0.01, "sampler_log_prob_diff": 0.1}
@@ -44,14 +43,14 @@ def kinds(found):
         ({"rollout_entropy": math.inf}, "entropy_collapse"),
     ],
 )
-def test_rollouts_that_cannot_teach_are_named(changed, kind):
+def test_check_rollouts_without_signal_is_named(changed, kind):
     assert check_rollouts(FINE) == []
     assert kinds(check_rollouts(FINE | changed)) == [kind]
     (anomaly,) = check_rollouts(FINE | changed)
     assert anomaly.is_unusable == (not math.isfinite(*changed.values()))
 
 
-def test_an_update_without_any_gradient_is_named():
+def test_check_update_without_gradient_is_named():
     assert kinds(check_update(0.0, 0.0, [1.0] * 20, NEAR)) == ["no_gradient"]
     assert kinds(check_update(0.0, 1e-30, [1.0] * 20, NEAR)) == []
 
@@ -59,8 +58,8 @@ def test_an_update_without_any_gradient_is_named():
 SILENT = {"reward": 1.0, "format_reward": 0.0, "answer_reward": 0.0}
 
 
-def test_silent_groups_are_told_of_where_another_term_has_a_gradient(tmp_path):
-    """A bonus on the entropy: the updates are made, and nothing else would show that the reward teaches nothing."""
+def test_check_zero_signal_groups_with_entropy_bonus_warns(tmp_path):
+    """With an entropy bonus updates continue, and nothing else would show that the reward gives no signal."""
     go(tmp_path, lambda *_: SILENT, loss_type="reinforce_with_baseline", entropy_coef=0.01)
     assert [row["skipped_updates"] for row in go.rows["train"]] == [0, 0, 0]
     assert [(row["step"], row["kind"]) for row in go.rows["anomaly"]] == [(n, "all_silent") for n in (1, 2, 3)]
@@ -75,14 +74,14 @@ def test_silent_groups_are_told_of_where_another_term_has_a_gradient(tmp_path):
         {"loss_type": "reinforce_with_baseline", "length_penalty": "soft_overlong"},
     ],
 )
-def test_silent_groups_that_teach_are_none(settings):
-    assert not tiny_config(entropy_coef=0.01, **settings).has_regularization_gradient
-    assert tiny_config(entropy_coef=0.01, loss_type="reinforce_with_baseline").has_regularization_gradient
-    assert not tiny_config(loss_type="reinforce_with_baseline").has_regularization_gradient
+def test_check_zero_signal_groups_with_gradient_is_silent(settings):
+    assert not make_tiny_config(entropy_coef=0.01, **settings).has_regularization_gradient
+    assert make_tiny_config(entropy_coef=0.01, loss_type="reinforce_with_baseline").has_regularization_gradient
+    assert not make_tiny_config(loss_type="reinforce_with_baseline").has_regularization_gradient
 
 
 class NotANumber:
-    """Sometimes; else a share of letters."""
+    """A reward that is sometimes NaN, and otherwise the share of a letter."""
 
     def __init__(self, value):
         self.value, self.graded = value, 0
@@ -90,7 +89,7 @@ class NotANumber:
     def __call__(self, response, ground_truth):
         self.graded += 1
         share = response.count(ground_truth) / max(1, len(response)) + 0.1 * len(response)
-        return self.value if self.graded == 40 else share  # of the second step: 4 held-out questions come first
+        return self.value if self.graded == 40 else share  # in the second step, after 4 held-out questions
 
 
 @pytest.mark.parametrize(
@@ -102,8 +101,8 @@ class NotANumber:
         pytest.param("stop", None, math.inf, marks=pytest.mark.slow),
     ],
 )
-def test_a_reward_that_is_not_finite_follows_the_policy(tmp_path, choice, skipped, value):
-    """Its response is not scored, so that an update without it is sound; what there is of it is left out or made."""
+def test_run_not_finite_reward_follows_on_anomaly(tmp_path, choice, skipped, value):
+    """The response is unscored, so the update without it is sound; `--on-anomaly` decides whether to make it."""
     if skipped is None:
         with pytest.raises(TrainingAbortedError, match="step 2: the reward of 1 responses is not a finite number"):
             go(tmp_path, NotANumber(value), on_anomaly=choice)
@@ -113,30 +112,30 @@ def test_a_reward_that_is_not_finite_follows_the_policy(tmp_path, choice, skippe
     assert [row["skipped_updates"] for row in go.rows["train"]] == skipped
     assert [row["grader_not_finite"] for row in go.rows["train"]] == [0, 1, 0]
     assert [row["unscored"] for row in go.rows["train"]] == [0, 1 / 32, 0]
-    assert weights(policy).isfinite().all()
+    assert flatten_weights(policy).isfinite().all()
 
 
-def test_one_token_far_from_the_sampler_is_named(tmp_path):
-    """Which a mean over all of them hides."""
+def test_check_update_single_token_drift_is_named(tmp_path):
+    """A mean over all tokens would hide it."""
     found = check_update(0.1, 1.0, [], NEAR | {"max_log_ratio": 1.01 * MAX_LOG_RATIO})
     assert kinds(found) == ["max_log_ratio"]
     assert not found[0].is_fatal
     assert check_update(0.1, 1.0, [], NEAR | {"max_log_ratio": 0.99 * MAX_LOG_RATIO}) == []
     metrics = UpdateMetrics()
     for extra in (0.0, 12.0):
-        micro = make_rollout_batch([completion([1], [2, 3, 4]), completion([1], [5])], torch.zeros(2))
+        micro = make_rollout_batch([make_completion([1], [2, 3, 4]), make_completion([1], [5])], torch.zeros(2))
         log_probs = micro.sampler_log_probs - 0.25 * micro.response_mask
         log_probs[0, 2] -= extra
-        log_probs[1, 2] = math.nan  # past the end
+        log_probs[1, 2] = math.nan  # after the end of the response
         scored = {"log_probs": log_probs, "token_entropy": log_probs}
         metrics.add_micro_batch(micro, scored, {"response_tokens": torch.tensor(4.0)})
     assert metrics.drift()["max_log_ratio"] == 12.25
-    assert "max_log_ratio" not in metrics.drift()  # of the next update
+    assert "max_log_ratio" not in metrics.drift()  # in the next update
 
 
 @pytest.mark.parametrize("choice", ["skip", "auto"])
-def test_log_probs_of_the_sampler_that_are_none(tmp_path, choice):
-    """With a coefficient that follows the entropy too: it stays as it was."""
+def test_check_rollouts_missing_sampler_log_probs_is_named(tmp_path, choice):
+    """An adaptive entropy coefficient keeps its value in such a step."""
     import drivers.training.rollouts as collecting
 
     describe = collecting.describe_completions
@@ -153,7 +152,7 @@ def test_log_probs_of_the_sampler_that_are_none(tmp_path, choice):
 
 
 @given(st.lists(st.floats(1e-3, 1e3), max_size=30), st.floats(0, 1e6))
-def test_a_spike_is_many_times_the_median_of_enough_norms(norms, norm):
+def test_check_update_spike_is_relative_to_median_norm(norms, norm):
     found = [kind for kind in kinds(check_update(0.1, norm, norms, NEAR)) if kind != "no_gradient"]
     ordered = sorted(norms)
     middle = (ordered[(len(norms) - 1) // 2] + ordered[len(norms) // 2]) / 2 if norms else 0.0
@@ -161,27 +160,27 @@ def test_a_spike_is_many_times_the_median_of_enough_norms(norms, norm):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_unusable(value):
+def test_check_update_not_finite_is_unusable(value):
     for found in (check_update(value, 1.0, [1.0] * 20, NEAR), check_update(0.0, value, [1.0] * 20, NEAR)):
         assert len(found) == 1
         assert found[0].is_unusable
     assert kinds(check_update(0.0, 1.0, [], {"approx_kl": value})) == ([] if value == -math.inf else ["approx_kl"])
 
 
-def test_a_policy_far_from_the_sampler_is_named():
+def test_check_update_policy_drift_is_named():
     assert check_update(0.1, 1.0, [], NEAR) == []
     assert kinds(check_update(0.1, 1.0, [], {"approx_kl": 1.01 * MAX_DRIFT})) == ["approx_kl"]
     assert not check_update(0.1, 1.0, [], {"approx_kl": 1.01 * MAX_DRIFT})[0].is_unusable
 
 
 class Sometimes:
-    """A reward that is so large at some steps that the loss is not finite, or a spike."""
+    """A reward so large at some steps that the loss is not finite, or that the gradient spikes."""
 
     def __init__(self, size, at):
         self.size, self.at, self.graded = size, at, 0
 
     def __call__(self, response, ground_truth):
-        step = 1 + (self.graded - 4) // 32  # 4 held-out questions come first
+        step = 1 + (self.graded - 4) // 32  # the first 4 calls grade held-out questions
         self.graded += 1
         share = response.count(ground_truth) / max(1, len(response))
         value = self.size if step in self.at else share + 0.1 * len(response)
@@ -189,9 +188,9 @@ class Sometimes:
 
 
 def go(folder, reward_fn, **settings):
-    # So long that some response ends by itself in every step.
+    # Long enough that some response ends by itself in every step.
     common = {"loss_type": "no_baseline", "n_grpo_steps": 3, "sampling_max_tokens": 24}
-    config, parts = tiny_config(**(common | settings)), tiny_parts()
+    config, parts = make_tiny_config(**(common | settings)), make_tiny_parts()
     run = make_run(config, folder, parts.tokenizer)
     moments, report = [], run.report
 
@@ -210,20 +209,20 @@ def go(folder, reward_fn, **settings):
 
 
 @pytest.mark.parametrize("choice", ["skip", "warn"])
-def test_an_update_that_is_not_finite_is_left_out_and_the_run_goes_on(tmp_path, choice, capsys):
-    """Weights, moments and their count are those of the step before, to the last bit; then it learns on."""
+def test_run_not_finite_update_is_skipped_exactly(tmp_path, choice, capsys):
+    """Weights, moments and their count stay bit-identical to the step before; then training continues."""
     policy, moments = go(tmp_path, Sometimes(3e38, {2}), on_anomaly=choice)
     assert all(torch.equal(a, b) for a, b in zip(moments[0], moments[1], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(moments[1], moments[2], strict=True))
     assert [row["skipped_updates"] for row in go.rows["train"]] == [0, 1, 0]
     assert {(row["step"], row["kind"]) for row in go.rows["anomaly"]} == {(2, "loss"), (2, "grad_norm")}
-    assert all(row["value"] is None for row in go.rows["anomaly"])  # JSON has no word for infinity
-    assert weights(policy).isfinite().all()
+    assert all(row["value"] is None for row in go.rows["anomaly"])  # JSON cannot represent infinity
+    assert flatten_weights(policy).isfinite().all()
     assert "warning: step 2: the loss is" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("choice", ["auto", "stop"])
-def test_an_update_that_is_not_finite_ends_the_run(tmp_path, choice):
+def test_run_not_finite_update_with_stop_aborts(tmp_path, choice):
     with pytest.raises(
         TrainingAbortedError, match=r"step 2: the loss is .*; this update was not made.*--on-anomaly skip"
     ):
@@ -234,7 +233,7 @@ def test_an_update_that_is_not_finite_ends_the_run(tmp_path, choice):
 @pytest.mark.parametrize(
     ("choice", "skipped"), [("skip", 1), *(pytest.param(one, 0, marks=pytest.mark.slow) for one in ("auto", "warn"))]
 )
-def test_a_spike_is_told_or_skipped(tmp_path, choice, skipped):
+def test_run_gradient_spike_warns_or_is_skipped(tmp_path, choice, skipped):
     settings = {"n_grpo_steps": 13, "learning_rate": 1e-4}
     _, moments = go(tmp_path, Sometimes(1e5, {12}), on_anomaly=choice, **settings)
     assert [row["skipped_updates"] for row in go.rows["train"]] == [0] * 11 + [skipped, 0]
@@ -245,9 +244,9 @@ def test_a_spike_is_told_or_skipped(tmp_path, choice, skipped):
     assert same == bool(skipped)
 
 
-def test_what_was_left_out_has_a_norm_all_the_same():
-    """But for what is no number, and for 0, which is no size to compare others with."""
-    state = TrainingState(tiny_config(), tiny_parts().policy)
+def test_run_skipped_update_norm_enters_median():
+    """This excludes norms that are not finite, and 0."""
+    state = TrainingState(make_tiny_config(), make_tiny_parts().policy)
     for norm, made in ((1.0, True), (50.0, False), (math.nan, False), (math.inf, False), (0.0, True), (2.0, True)):
         assert state.update(norm, made=made) == made
     assert list(state.grad_norms) == [1.0, 50.0, 2.0]
@@ -255,8 +254,8 @@ def test_what_was_left_out_has_a_norm_all_the_same():
 
 
 @pytest.mark.slow
-def test_a_rise_that_lasts_is_skipped_for_a_while_only(tmp_path):
-    """What is left out has a norm all the same, so the median follows; its weights and moments do not."""
+def test_run_lasting_norm_rise_is_accepted(tmp_path):
+    """Norms of skipped updates enter the median, so it follows; their weights and moments do not change."""
     settings = {"n_grpo_steps": 24, "learning_rate": 1e-4}
     _, moments = go(tmp_path, Sometimes(1e5, set(range(12, 25))), on_anomaly="skip", **settings)
     skipped = [row["skipped_updates"] for row in go.rows["train"]]
@@ -265,13 +264,13 @@ def test_a_rise_that_lasts_is_skipped_for_a_while_only(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_spike_can_end_the_run(tmp_path):
+def test_run_gradient_spike_with_stop_aborts(tmp_path):
     with pytest.raises(TrainingAbortedError, match="times the median"):
         go(tmp_path, Sometimes(1e5, {12}), on_anomaly="stop", n_grpo_steps=13, learning_rate=1e-4)
 
 
-def test_one_kind_is_told_once_while_it_lasts(tmp_path, capsys):
-    """And logged at each step."""
+def test_run_repeated_anomaly_warns_once(tmp_path, capsys):
+    """Every step still logs it."""
     go(tmp_path, lambda *_: {"reward": 0.0, "format_reward": 0.0, "answer_reward": 0.0},
        loss_type="reinforce_with_baseline")  # fmt: skip
     assert [row["step"] for row in go.rows["anomaly"]] == [1, 2, 3]

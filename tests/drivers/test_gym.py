@@ -1,4 +1,4 @@
-"""Tasks of reasoning-gym as data files, its verifiers as a reward: with a stand-in, and the package where it is."""
+"""Tasks of reasoning-gym as data files and its verifiers as a reward, with a fake package and with the real one."""
 
 import importlib
 import json
@@ -17,7 +17,7 @@ MODULE = "drivers.grading.gym"
 
 
 class Task:
-    """Questions k + 1?, and a verifier that gives partial points, fails, and asks for what it was made with."""
+    """A task with questions "k + 1?" and a verifier that gives partial scores, fails, and reads its entry."""
 
     def __init__(self, seed=0, size=500, step=1, distinct=1000, repeat=1, metadata=None):
         if step < 1:
@@ -41,7 +41,7 @@ class Task:
 
 
 class Silent(Task):
-    """Has no answer of its own."""
+    """A task without an answer."""
 
     def __getitem__(self, index):
         return super().__getitem__(index) | {"answer": None}
@@ -49,7 +49,7 @@ class Silent(Task):
 
 @pytest.fixture
 def gym(monkeypatch):
-    """A stand-in for the package."""
+    """Return a fake of the package."""
     tasks, made = {"plus": Task, "silent": Silent}, []
 
     def create_dataset(name, **parameters):
@@ -76,7 +76,7 @@ def row_of(**more):
     return make_gym(GymConfig(**config))["train"][0]
 
 
-def test_a_verifier_is_given_the_answer_and_what_it_needs(gym):
+def test_gym_reward_calls_verifier_with_answer_and_entry(gym):
     row = row_of(params=("step=3",))
     assert row["question"] == "1 + 3?"
     right = {"reward": 1.0, "format_reward": 1.0, "answer_reward": 1.0}
@@ -84,7 +84,7 @@ def test_a_verifier_is_given_the_answer_and_what_it_needs(gym):
     assert reward(answered(" 04 "), row["answer"]) == right
     partial = reward(answered("5"), row["answer"])
     assert partial == {"reward": pytest.approx(0.03), "format_reward": 1.0, "answer_reward": 0.0}
-    assert gym.made[-1] == ("plus", {"step": 3})  # made once for all of them
+    assert gym.made[-1] == ("plus", {"step": 3})  # created once for all questions
     assert gym.made.count(("plus", {"step": 3})) == 1
 
 
@@ -98,22 +98,22 @@ def test_a_verifier_is_given_the_answer_and_what_it_needs(gym):
         ("<answer> 1 </answer>", 0.0),
     ],
 )
-def test_what_is_no_answer_gets_no_point(gym, response, formatted):
+def test_gym_reward_without_answer_is_zero(gym, response, formatted):
     assert reward(response, row_of()["answer"]) == {"reward": 0.0, "format_reward": formatted, "answer_reward": 0.0}
 
 
-def test_memory_that_runs_out_is_not_the_answers_fault(gym):
+def test_gym_reward_memory_error_is_raised(gym):
     (verdict,) = make_inline_grader(reward)([answered("out of memory")], [row_of()["answer"]])
     assert (verdict.why, verdict.is_scored) == ("error", False)
 
 
 @pytest.mark.parametrize("truth", ["4", "{}", '{"task": "plus"}', ["a"], "x"])
-def test_another_answer_than_a_task_is_named(gym, truth):
+def test_gym_reward_invalid_ground_truth_is_named(gym, truth):
     with pytest.raises(ValueError, match="a task of reasoning-gym is required"):
         reward(answered("1"), truth)
 
 
-def test_the_splits_share_no_question_and_a_seed_makes_the_same(gym):
+def test_make_gym_splits_are_disjoint_and_seeded(gym):
     config = GymConfig(tasks=("plus", "silent", "plus"), n_train=30, n_validation=10, params=())
     splits = make_gym(config)
     assert [len(splits[split]) for split in ("train", "validation")] == [60, 20]
@@ -128,7 +128,7 @@ def test_the_splits_share_no_question_and_a_seed_makes_the_same(gym):
     assert [row["question"] for row in splits["train"]] != sorted(row["question"] for row in splits["train"])
 
 
-def test_a_task_that_repeats_itself_gives_each_question_once(gym):
+def test_make_gym_repeated_questions_appear_once(gym):
     splits = make_gym(GymConfig(tasks=("plus",), params=("repeat=3",), n_train=8, n_validation=4))
     assert sorted(int(row["question"].split()[0]) for rows in splits.values() for row in rows) == list(range(12))
     assert [len(splits[split]) for split in ("train", "validation")] == [8, 4]
@@ -152,7 +152,7 @@ def test_a_task_that_repeats_itself_gives_each_question_once(gym):
         ("plus --output-dir {file}/x", "cannot be written"),
     ],
 )
-def test_a_mistake_is_one_clear_line(gym, arguments, message, tmp_path, capsys, monkeypatch):
+def test_make_gym_invalid_flags_exit_with_one_line(gym, arguments, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     flags = ["--n-train", "8", "--n-validation", "4", *arguments.replace("{file}", "file").split()]
@@ -165,7 +165,7 @@ def test_a_mistake_is_one_clear_line(gym, arguments, message, tmp_path, capsys, 
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_the_program_writes_data_files(gym, tmp_path, capsys):
+def test_make_gym_writes_data_files(gym, tmp_path, capsys):
     main(["--list"])
     assert capsys.readouterr().out == "plus\nsilent\n"
     main(
@@ -177,7 +177,7 @@ def test_the_program_writes_data_files(gym, tmp_path, capsys):
         assert reward(answered(str(k + 2)), example.answer)["reward"] == 1.0
 
 
-def test_without_the_package_both_say_what_is_missing(monkeypatch, capsys):
+def test_gym_without_package_names_the_extra(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     monkeypatch.delitem(sys.modules, MODULE, raising=False)
     with pytest.raises(UsageError, match=r"cannot be imported .*pip install 'grpo_core\[gym\]'"):
@@ -198,7 +198,7 @@ def test_without_the_package_both_say_what_is_missing(monkeypatch, capsys):
         ("letter_jumble", (), "xxxxx"),
     ],
 )
-def test_the_packages_own_verifiers(task, params, wrong):
+def test_gym_reward_with_reasoning_gym_accepts_its_answers(task, params, wrong):
     pytest.importorskip("reasoning_gym")
     splits = make_gym(GymConfig(tasks=(task,), params=params, n_train=12, n_validation=4))
     assert [len(splits[split]) for split in ("train", "validation")] == [12, 4]
@@ -208,7 +208,7 @@ def test_the_packages_own_verifiers(task, params, wrong):
         assert reward(answered(wrong), row["answer"])["answer_reward"] == 0.0
 
 
-def test_a_task_that_needs_tuples_is_refused():
+def test_make_gym_task_with_tuples_is_refused():
     pytest.importorskip("reasoning_gym")
     with pytest.raises(UsageError, match="rearc: cannot be used"):
         make_gym(GymConfig(tasks=("rearc",), n_train=1, n_validation=1))

@@ -1,10 +1,9 @@
-"""Ctrl-C and SIGTERM."""
+"""Ctrl-C, SIGTERM and SIGHUP."""
 
 import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -12,13 +11,14 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from drivers.common.signals import defer_signals, terminate_as_interrupt
+from tests.drivers.helpers.processes import program_command, restore_interrupt
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_waits_for_the_block_to_end(number):
+def test_defer_signals_signal_waits_for_block(number):
     done = []
 
     def update():
@@ -32,7 +32,7 @@ def test_a_signal_waits_for_the_block_to_end(number):
     assert done == ["the rest of the update"]
 
 
-def test_in_a_block_within_a_block_it_waits_for_the_outer_one():
+def test_defer_signals_nested_waits_for_outer_block():
     done = []
 
     def save():
@@ -47,8 +47,8 @@ def test_in_a_block_within_a_block_it_waits_for_the_outer_one():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_what_is_ignored_stays_ignored(number):
-    """By a shell of a job in the background, or by nohup."""
+def test_terminate_as_interrupt_ignored_signal_stays_ignored(number):
+    """A shell ignores it for a background job, and nohup ignores SIGHUP."""
     before = signal.signal(number, signal.SIG_IGN)
     try:
         with terminate_as_interrupt(), defer_signals():
@@ -58,7 +58,7 @@ def test_what_is_ignored_stays_ignored(number):
         signal.signal(number, before)
 
 
-def test_handlers_are_put_back():
+def test_defer_signals_restores_handlers():
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
     with terminate_as_interrupt(), defer_signals():
@@ -66,7 +66,7 @@ def test_handlers_are_put_back():
     assert [signal.getsignal(number) for number in numbers] == before
 
 
-def test_another_thread_is_left_alone():
+def test_defer_signals_other_thread_is_unaffected():
     seen = []
 
     def work():
@@ -81,7 +81,7 @@ def test_another_thread_is_left_alone():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_a_checkpoint_of_its_last_step(tmp_path, number):
+def test_train_interrupted_saves_checkpoint_of_last_step(tmp_path, number):
     save_tiny(tmp_path / "tiny")
     flags = (
         "--recipe quickstart --model-path tiny --engine hf --dtype float32 --n-grpo-steps 100000 "
@@ -90,13 +90,12 @@ def test_an_interrupted_run_leaves_a_checkpoint_of_its_last_step(tmp_path, numbe
         "--save-dir out --wandb-project None"
     )
     with subprocess.Popen(
-        [sys.executable, "-u", ROOT / "drivers/train.py", *flags.split()],
+        program_command("train", flags),
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell's background job is started with SIGINT ignored, and hands that on to its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=restore_interrupt,
     ) as process:
         try:
             assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""The memory plan against what a pass really keeps, and gradient checkpointing that changes nothing but that."""
+"""The memory plan against what a pass really keeps; gradient checkpointing, which changes memory only."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ from drivers.training.memory import (
     plan_memory,
 )
 from drivers.training.scoring import score
-from tests.drivers.parts import clone_policy, completion, tiny_config, tiny_parts
+from tests.drivers.helpers.letters import clone_policy, make_completion, make_tiny_config, make_tiny_parts
 
 
 def make_policy(attention="sdpa", dtype=torch.float32, dropout=0.0):
@@ -43,7 +43,7 @@ def make_policy(attention="sdpa", dtype=torch.float32, dropout=0.0):
 
 
 def kept_bytes(policy, rows, row):
-    """What autograd keeps for a pass over `rows` responses in rows of `row` tokens, weights and logits left out."""
+    """Return the bytes that autograd keeps for `rows` rows of `row` tokens, without weights and logits."""
     own = {p.untyped_storage().data_ptr() for p in policy.parameters()}
     kept = {}
 
@@ -53,7 +53,9 @@ def kept_bytes(policy, rows, row):
             kept[storage.data_ptr()] = (storage.nbytes(), storage)
         return tensor
 
-    rollouts = make_rollout_batch([completion([5 + k] * (row - 8), [9] * 8) for k in range(rows)], torch.zeros(rows))
+    rollouts = make_rollout_batch(
+        [make_completion([5 + k] * (row - 8), [9] * 8) for k in range(rows)], torch.zeros(rows)
+    )
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         score(policy, rollouts, 1.0, with_entropy=True)["log_probs"].sum()
     return sum(size for size, _ in kept.values())
@@ -61,9 +63,9 @@ def kept_bytes(policy, rows, row):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_plan_is_near_what_a_pass_keeps(attention, dtype):
+def test_plan_memory_is_near_measured_activations(attention, dtype):
     policy, row = make_policy(attention, dtype), 128
-    config = tiny_config(
+    config = make_tiny_config(
         sampling_max_tokens=8, rollout_batch_size=8, group_size=8, train_batch_size=8, gradient_accumulation_steps=2
     )
     plan = plan_memory(config, policy, row - 8)
@@ -71,7 +73,7 @@ def test_the_plan_is_near_what_a_pass_keeps(attention, dtype):
     assert 0.75 < plan.activations / kept_bytes(policy, 4, row) < 1.5
 
 
-def test_the_state_of_training_is_counted_to_the_byte():
+def test_training_state_bytes_is_exact():
     for dtype in (torch.float32, torch.bfloat16):
         policy = make_policy(dtype=dtype)
         optimizer = PolicyOptimizer(policy, 1e-3)
@@ -85,7 +87,7 @@ def test_the_state_of_training_is_counted_to_the_byte():
         assert training_state_bytes(policy) == sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def test_a_plan_says_what_it_is_of_and_whether_it_fits():
+def test_plan_memory_prints_parts_and_fit():
     plan = MemoryPlan(2 * GIB, 3 * GIB, GIB // 2, GIB, 8 * GIB, checkpointed=False)
     assert str(plan) == (
         "about 6.5 GiB (policy and optimizer 2.0 + activations 3.0 + logits 0.5 + engine 1.0) of 8 GiB"
@@ -97,7 +99,7 @@ def test_a_plan_says_what_it_is_of_and_whether_it_fits():
     assert str(unknown).endswith(" of an amount that this system does not tell")
 
 
-def test_a_shared_gpu_is_shared_by_what_training_needs():
+def test_engine_memory_fraction_leaves_room_for_training():
     layer = torch.nn.Linear(1000, 1000, bias=False)  # 1 M parameters
     assert engine_memory_fraction(training_state_bytes(layer), 160_000_000) == pytest.approx(0.9 - 16 / 160)
     assert engine_memory_fraction(training_state_bytes(layer.bfloat16()), 160_000_000) == pytest.approx(0.9 - 18 / 160)
@@ -105,18 +107,18 @@ def test_a_shared_gpu_is_shared_by_what_training_needs():
         engine_memory_fraction(training_state_bytes(layer), 18_000_000)
 
 
-def test_one_gpu_is_taken_in_turns_by_policy_and_vllm_of_one_process(monkeypatch):
+def test_shares_gpu_only_in_one_process(monkeypatch):
     cpu, one, two = torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)
-    vllm, hf = tiny_config(engine="vllm"), tiny_config(engine="hf")
-    servers = tiny_config(engine="vllm", rollout_url=("http://one:8000",))
+    vllm, hf = make_tiny_config(engine="vllm"), make_tiny_config(engine="hf")
+    servers = make_tiny_config(engine="vllm", rollout_url=("http://one:8000",))
     cases = [(vllm, one, one), (vllm, one, two), (vllm, cpu, cpu), (hf, one, one), (servers, one, one)]
     assert [shares_gpu(*case) for case in cases] == [True, False, False, False, False]
     monkeypatch.setattr(distributed, "size", lambda: 2)
     assert not shares_gpu(vllm, one, one)
 
 
-def test_the_plan_of_a_shared_gpu_tells_both_phases_and_what_the_engine_is_left(monkeypatch):
-    """On a GPU of a hundred times 16 bytes for each parameter: 0.9 less 0.16 of it, unless less was asked for."""
+def test_configure_memory_shared_gpu_prints_both_phases(monkeypatch):
+    """The GPU holds 100 times 16 bytes per parameter: vLLM gets 0.9 minus 0.16, or less if requested."""
     policy = make_policy()
     total = 100 * sum(p.numel() for p in policy.parameters())
     monkeypatch.setattr(memory, "available_bytes", lambda _: total)
@@ -125,7 +127,7 @@ def test_the_plan_of_a_shared_gpu_tells_both_phases_and_what_the_engine_is_left(
     small = {"sampling_max_tokens": 2, "group_size": 2, "train_batch_size": 2, "rollout_batch_size": 2}
     small |= {"gradient_accumulation_steps": 1}
     for asked, share, checkpointing in ((0.85, 0.74, "off"), (0.85, 0.74, "on"), (0.3, 0.3, "off")):
-        config = tiny_config(
+        config = make_tiny_config(
             engine="vllm", gpu_memory_utilization=asked, gradient_checkpointing=checkpointing, **small
         )
         plan = memory.configure_memory(config, policy, 2, 0, torch.device("cpu"))
@@ -141,7 +143,7 @@ def test_the_plan_of_a_shared_gpu_tells_both_phases_and_what_the_engine_is_left(
         memory.configure_memory(config, policy, 2, 0, torch.device("cpu"))
 
 
-def test_the_peak_is_that_of_the_fullest_gpu_since_it_was_asked(monkeypatch):
+def test_pop_peak_memory_is_fullest_gpu_since_last_call(monkeypatch):
     assert memory.pop_peak_memory() == {}
     peaks = [GIB, 3 * GIB]
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
@@ -152,8 +154,8 @@ def test_the_peak_is_that_of_the_fullest_gpu_since_it_was_asked(monkeypatch):
     assert memory.pop_peak_memory() == {"peak_memory_gib": 0.0}
 
 
-def test_the_head_is_planned_as_it_is_computed():
-    """Logits in the type of the weights on a CPU, kept up to a limit; all of them where the head is no product."""
+def test_plan_memory_head_follows_computation():
+    """Logits have the weights' dtype on a CPU and a size limit; a head that is not a product makes all."""
     policy = make_policy(dtype=torch.bfloat16)
     weight, tiles = 500 * 256 * 2, 2 * 100 * 500 * 4
     assert head_bytes(policy, 100) == 100 * 500 * 2 + tiles + weight
@@ -162,21 +164,21 @@ def test_the_head_is_planned_as_it_is_computed():
     assert head_bytes(policy, 100) == 2 * 100 * 500 * 2 + tiles
 
 
-def test_checkpointing_keeps_less_and_changes_no_gradient():
-    """Dropout, which training mode would bring back, is off."""
+def test_gradient_checkpointing_saves_memory_and_keeps_gradient():
+    """Training mode would enable dropout, which therefore stays off."""
     plain, checkpointed = make_policy(dropout=0.5), make_policy(dropout=0.5)
     for policy in (plain, checkpointed):
         policy.lm_head.weight = policy.model.embed_tokens.weight
     enable_checkpointing(checkpointed)
     assert kept_bytes(checkpointed, 2, 64) < 0.5 * kept_bytes(plain, 2, 64)
-    rollouts = make_rollout_batch([completion([5, 6, 7], [8, 9]), completion([5, 6], [3])], torch.zeros(2))
+    rollouts = make_rollout_batch([make_completion([5, 6, 7], [8, 9]), make_completion([5, 6], [3])], torch.zeros(2))
     for policy in (plain, checkpointed):
         score(policy, rollouts, 1.0)["log_probs"].sum().backward()
     for ours, theirs in zip(checkpointed.parameters(), plain.parameters(), strict=True):
         assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_checkpointing_turns_off_dropout_that_is_a_number():
+def test_gradient_checkpointing_disables_numeric_dropout():
     small = {"vocab_size": 64, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     policy = OPTForCausalLM(OPTConfig(**small, word_embed_proj_dim=32, dropout=0.5)).eval()
     ids = torch.arange(2, 9)[None]
@@ -186,7 +188,7 @@ def test_checkpointing_turns_off_dropout_that_is_a_number():
     assert torch.equal(policy(ids).logits, expected)
 
 
-def test_checkpointing_is_refused_where_dropout_cannot_be_turned_off():
+def test_gradient_checkpointing_fixed_dropout_raises_usage_error():
     policy = make_policy()
     layer = policy.model.layers[0]
     forward = layer.forward
@@ -195,16 +197,16 @@ def test_checkpointing_is_refused_where_dropout_cannot_be_turned_off():
         enable_checkpointing(policy)
 
 
-def test_the_reference_engine_goes_back_to_training_after_an_error():
-    parts = tiny_parts()
+def test_hf_engine_error_restores_training_mode():
+    parts = make_tiny_parts()
     parts.policy.train()
     with pytest.raises(IndexError):
         HFEngine(parts.policy, parts.tokenizer).generate([[10**6]], Sampling(), seed=0)
     assert parts.policy.training
 
 
-def test_the_reference_engine_samples_the_same_from_a_checkpointed_policy():
-    parts = tiny_parts()
+def test_hf_engine_with_gradient_checkpointing_samples_the_same():
+    parts = make_tiny_parts()
     twin = clone_policy(parts.policy)
     enable_checkpointing(twin)
     prompts = [question.prompt_token_ids for question in parts.questions]

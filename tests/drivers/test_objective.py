@@ -1,4 +1,4 @@
-"""The whole family in the loop: every recipe learns, every setting composes, what is wrong together is refused."""
+"""The whole family in the loop: every recipe learns, settings combine, and illegal combinations are rejected."""
 
 import random
 import re
@@ -28,17 +28,18 @@ from drivers.training.scoring import score
 from drivers.training.update import accumulate_gradients
 from grpo_core import LossType, grpo_microbatch_train_step, normalize_group_rewards
 from grpo_core.types import Aggregation
-from tests.drivers.parts import (
+from tests.drivers.helpers.letters import (
     clone_policy,
-    completion,
+    flatten_weights,
     letter_grader,
     letter_reward,
+    make_completion,
     make_run,
-    rollouts_of,
-    tiny_config,
-    tiny_parts,
+    make_tiny_config,
+    make_tiny_parts,
+    sample_rollouts,
 )
-from tests.drivers.test_train import TWO_UPDATES, run_training, weights
+from tests.drivers.helpers.runs import TWO_UPDATES, run_training
 from tests.tiny import make_tiny_policy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,45 +47,45 @@ TINY_RATE = {"learning_rate": 1e-2}
 
 
 def has_the_letter(response, ground_truth):
-    """Right or wrong, for advantages that count right answers."""
+    """Return 1 or 0, for advantages that count right answers."""
     right = float(ground_truth in response)
     return {"reward": right, "format_reward": 1.0, "answer_reward": right}
 
 
-# Some of each kind in the quick suite; the others take their turn in the whole one.
+# The quick suite runs some of each kind, the whole suite all.
 QUICK = ["dapo"]
 
 
 @pytest.mark.parametrize(
     "recipe", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RECIPES]
 )
-def test_every_recipe_learns_the_letter(tmp_path, recipe):
+def test_recipe_learns_the_letter(tmp_path, recipe):
     settings = RECIPES[recipe] | TINY_RATE
     reward_fn = has_the_letter if settings.get("advantage") == "pass_at_k" else letter_reward
-    # Two updates for each rollout batch: on-policy no bound binds, and all objectives are one.
+    # Two updates per rollout batch: on-policy no bound is active, and all objectives are equal.
     _, steps, _ = run_training(tmp_path, reward_fn=reward_fn, **settings | TWO_UPDATES)
-    gain = 0.1 if settings.get("kl_coef", 0.0) >= 0.1 else 0.6  # held back, as it should be
+    gain = 0.1 if settings.get("kl_coef", 0.0) >= 0.1 else 0.6  # held back by design
     assert sum(row["reward"] for row in steps[-3:]) / 3 > gain + steps[0]["reward"]
     if settings.get("loss_type") in ("grpo_clip", "gspo", "gspo_token", "gmpo", "luspo"):
         assert max(row.get("clip_fraction", 0.0) for row in steps) > 0.01
 
 
 @pytest.mark.slow
-def test_off_policy_every_objective_is_its_own(tmp_path):
-    """What one gradient would hide: with two epochs, no two objectives end at the same weights."""
+def test_objectives_off_policy_differ(tmp_path):
+    """Two epochs show what one gradient would hide: no two objectives end at the same weights."""
     ends = {}
     for loss_type in get_args(Objective):
         settings = {"loss_type": loss_type, "covariance_bounds": (0.0, 5.0)} if loss_type == "clip_cov" else {}
         settings |= {"covariance_fraction": 0.2} if loss_type in ("clip_cov", "kl_cov") else {}
         settings |= {"loss_type": loss_type, "epochs_per_rollout_batch": 2, "n_grpo_steps": 3, "learning_rate": 1e-2}
         settings |= {"cliprange": 0.05} if loss_type in (*CLIPPED, "dppo_kl") else {}
-        ends[loss_type] = weights(run_training(tmp_path / loss_type, **settings)[0])
+        ends[loss_type] = flatten_weights(run_training(tmp_path / loss_type, **settings)[0])
     for first, second in combinations(ends, 2):
-        if {first, second} != {"gspo", "gspo_token"}:  # one gradient, by design
+        if {first, second} != {"gspo", "gspo_token"}:  # equal gradients by design
             assert not torch.allclose(ends[first], ends[second], rtol=0, atol=1e-6), (first, second)
 
 
-# Off-policy, with everything on that can be on together.
+# Off-policy, with all settings that can be combined.
 EVERYTHING = [
     {"loss_type": "gspo", "cliprange": 0.01, "importance": "truncate", "importance_level": "sequence"},
     {"loss_type": "gmpo", "cliprange": 0.01, "kl_coef": 0.1, "entropy_coef": 0.01},
@@ -100,21 +101,20 @@ EVERYTHING = [
 
 
 @pytest.mark.parametrize("settings", EVERYTHING, ids=lambda s: s.get("loss_type") or next(iter(s)))
-def test_the_gradient_does_not_depend_on_the_micro_batches(settings, monkeypatch):
-    """Statistics are those of the optimizer step: all at once, groups, single responses, and sorted rows that fill a
-    budget of tokens give one gradient.
+def test_gradient_is_independent_of_micro_batches(settings, monkeypatch):
+    """All responses at once, groups, single responses and rows sorted into a token budget give one gradient.
 
-    The policy that trains, the one that began the step and the reference are three different models. Nothing is
-    skipped here, for means are taken over what was trained on.
+    Statistics are those of the optimizer step. The current policy, the old policy and the reference are three
+    different models. No row is skipped here, because means are over the trained tokens.
     """
     monkeypatch.setattr(update_step, "rows_with_gradient", lambda _, batch, __: list(range(len(batch))))
     gradients = []
     cuts = [{"gradient_accumulation_steps": steps} for steps in (1, 4, 16)]
     cuts += [{"micro_batch_tokens": tokens} for tokens in (1, 40, 60, 1000)]
     for cut in cuts:
-        config = tiny_config(**TWO_UPDATES | settings | cut)
-        parts, reference = tiny_parts(), make_tiny_policy(5) if settings.get("kl_coef") else None
-        rollouts, scores = rollouts_of(config, parts)
+        config = make_tiny_config(**TWO_UPDATES | settings | cut)
+        parts, reference = make_tiny_parts(), make_tiny_policy(5) if settings.get("kl_coef") else None
+        rollouts, scores = sample_rollouts(config, parts)
         batch = prepare_rollouts(config, make_tiny_policy(1), reference, rollouts, scores, None)
         weighed, _ = weigh_step(config, next(batch.split(config.train_batch_size)))
         metrics = UpdateMetrics()
@@ -132,11 +132,11 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(settings, monkeypatch
 
 @pytest.mark.parametrize("loss_type", get_args(LossType))
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "constant", "sequence_sum"])
-def test_the_loop_has_the_gradient_of_the_named_step(loss_type, aggregation):
-    """Weights of the whole step, against `grpo_microbatch_train_step` on one micro-batch."""
-    config, parts = tiny_config(loss_type=loss_type, aggregation=aggregation), tiny_parts()
+def test_gradient_equals_grpo_microbatch_train_step(loss_type, aggregation):
+    """Weights of the whole step equal `grpo_microbatch_train_step` on one micro-batch."""
+    config, parts = make_tiny_config(loss_type=loss_type, aggregation=aggregation), make_tiny_parts()
     twin = clone_policy(parts.policy)
-    rollouts, scores = rollouts_of(config, parts)
+    rollouts, scores = sample_rollouts(config, parts)
     batch = prepare_rollouts(config, parts.policy, None, rollouts, scores, None)
     weighed, _ = weigh_step(config, batch)
     loss = accumulate_gradients(parts.policy, weighed, config, 0.0, UpdateMetrics())
@@ -160,17 +160,17 @@ def test_the_loop_has_the_gradient_of_the_named_step(loss_type, aggregation):
         assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_the_sampler_in_the_place_of_the_old_policy():
-    config, parts = tiny_config(loss_type="grpo_clip", old_policy="sampler"), tiny_parts()
-    rollouts, scores = rollouts_of(config, parts)
+def test_old_policy_sampler_uses_sampler_log_probs():
+    config, parts = make_tiny_config(loss_type="grpo_clip", old_policy="sampler"), make_tiny_parts()
+    rollouts, scores = sample_rollouts(config, parts)
     batch, _ = weigh_step(config, prepare_rollouts(config, parts.policy, None, rollouts, scores, None))
     assert torch.equal(batch.old_log_probs, rollouts.sampler_log_probs)
     assert not config.needs_old_log_probs
 
 
-def test_importance_weights_are_the_trainers_over_the_samplers():
-    config, parts = tiny_config(importance="truncate", importance_high=1.5, **TWO_UPDATES), tiny_parts()
-    rollouts, scores = rollouts_of(config, parts)
+def test_importance_weights_are_trainer_over_sampler():
+    config, parts = make_tiny_config(importance="truncate", importance_high=1.5, **TWO_UPDATES), make_tiny_parts()
+    rollouts, scores = sample_rollouts(config, parts)
     rollouts = replace(rollouts, sampler_log_probs=rollouts.sampler_log_probs - 0.25)
     batch, facts = weigh_step(config, prepare_rollouts(config, parts.policy, None, rollouts, scores, None))
     mask = rollouts.response_mask
@@ -186,9 +186,9 @@ def test_importance_weights_are_the_trainers_over_the_samplers():
 @pytest.mark.parametrize("importance", ["truncate", "mask", "reject"])
 @pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
 @pytest.mark.parametrize("mask_truncated", [False, True])
-def test_on_policy_the_correction_comes_from_the_pass_itself(importance, level, mask_truncated, monkeypatch):
-    """Without a pass before it: the same gradient, and the same account of it."""
-    config = tiny_config(
+def test_importance_correction_on_policy_needs_no_extra_pass(importance, level, mask_truncated, monkeypatch):
+    """Without a pass before the update, gradient and metrics are the same."""
+    config = make_tiny_config(
         importance=importance,
         importance_level=level,
         importance_low=0.8,
@@ -202,8 +202,8 @@ def test_on_policy_the_correction_comes_from_the_pass_itself(importance, level, 
             monkeypatch.setattr(GrpoConfig, "computes_importance_weights_in_forward", False)
         assert config.computes_importance_weights_in_forward is in_pass
         assert config.needs_old_log_probs is not in_pass
-        parts = tiny_parts()
-        rollouts, scores = rollouts_of(config, parts)
+        parts = make_tiny_parts()
+        rollouts, scores = sample_rollouts(config, parts)
         noise = torch.rand(rollouts.response_mask.shape, generator=torch.Generator().manual_seed(0)) - 0.5
         rollouts = replace(rollouts, sampler_log_probs=rollouts.sampler_log_probs + 0.4 * noise)
         batch, facts = weigh_step(config, prepare_rollouts(config, parts.policy, None, rollouts, scores, None))
@@ -223,35 +223,35 @@ def test_on_policy_the_correction_comes_from_the_pass_itself(importance, level, 
         assert value == pytest.approx(other_summary[name], rel=1e-3, abs=1e-5), name
 
 
-def test_truncated_responses_leave_loss_and_denominators():
-    config, parts = tiny_config(mask_truncated=True, aggregation="token_mean"), tiny_parts()
-    ended, cut = completion([1], [4, 5, 6]), completion([1], [7, 8, 9], finish_reason="length")
+def test_truncated_responses_leave_loss_and_token_counts():
+    config, parts = make_tiny_config(mask_truncated=True, aggregation="token_mean"), make_tiny_parts()
+    ended, cut = make_completion([1], [4, 5, 6]), make_completion([1], [7, 8, 9], finish_reason="length")
     rollouts = make_rollout_batch([ended, cut], torch.tensor([1.0, 0.0]))
     config = replace(config, rollout_batch_size=2, group_size=2, train_batch_size=2, gradient_accumulation_steps=1)
     scores = [{"reward": 1.0}, {"reward": 0.0}]
     batch, facts = weigh_step(config, prepare_rollouts(config, parts.policy, None, rollouts, scores, None))
     assert batch.policy_weights.tolist() == [[1 / 3] * 3, [0.0] * 3]
     assert facts["kept_tokens"] == 0.5
-    assert (batch.advantages != 0).all()  # compared with the cut one all the same
+    assert (batch.advantages != 0).all()  # still compared with the truncated response
 
 
-def test_length_penalties():
-    config = tiny_config(length_penalty="soft_overlong", overlong_buffer=4, sampling_max_tokens=8)
-    completions = [completion([1], [4] * n) for n in (2, 6, 8)]
+def test_length_penalty_values():
+    config = make_tiny_config(length_penalty="soft_overlong", overlong_buffer=4, sampling_max_tokens=8)
+    completions = [make_completion([1], [4] * n) for n in (2, 6, 8)]
     scores = [{"reward": 1.0, "answer_reward": a} for a in (1.0, 1.0, 0.0)]
     assert shape_rewards(config, completions, scores).tolist() == [1.0, 0.5, 0.0]
-    cosine = tiny_config(length_penalty="cosine", sampling_max_tokens=8)
+    cosine = make_tiny_config(length_penalty="cosine", sampling_max_tokens=8)
     assert_close(shape_rewards(cosine, completions, scores)[2].item(), 0.0, rtol=0, atol=1e-6)
     assert 1.0 < shape_rewards(cosine, completions, scores)[1] < shape_rewards(cosine, completions, scores)[0] < 2.0
     cut = [replace(one, finish_reason="length") for one in completions]
-    assert shape_rewards(cosine, cut, scores).tolist() == [-10.0] * 3  # running into the limit never pays
+    assert shape_rewards(cosine, cut, scores).tolist() == [-10.0] * 3  # reaching the limit never pays
 
 
 @pytest.mark.slow
-def test_a_divergence_holds_the_policy_back(tmp_path):
+def test_kl_penalty_limits_drift(tmp_path):
     free, steps, _ = run_training(tmp_path / "free", kl_coef=1e-6)
     held, held_steps, _ = run_training(tmp_path / "held", kl_coef=5.0, kl_estimator="k2")
-    assert steps[0]["kl"] == pytest.approx(0.0, abs=1e-9)  # before the first update the two are one
+    assert steps[0]["kl"] == pytest.approx(0.0, abs=1e-9)  # both are equal before the first update
     assert held_steps[-1]["kl"] < 0.1 * steps[-1]["kl"]
     in_reward, reward_steps, _ = run_training(tmp_path / "r", kl_coef=5.0, kl_estimator="k1", kl_in="reward")
     assert reward_steps[-1]["reward"] < steps[-1]["reward"]
@@ -259,23 +259,23 @@ def test_a_divergence_holds_the_policy_back(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_entropy_bonus_keeps_the_policy_open(tmp_path):
+def test_entropy_bonus_raises_entropy(tmp_path):
     _, steps, _ = run_training(tmp_path / "a")
     _, open_steps, _ = run_training(tmp_path / "b", entropy_coef=1.0)
     assert open_steps[-1]["rollout_entropy"] > 2 * steps[-1]["rollout_entropy"]
 
 
-def test_the_entropy_coefficient_follows_what_was_sampled():
-    bonus = EntropyBonus(tiny_config(entropy_coef=0.01, entropy_target=1.0))
-    assert bonus.of_step(2.0) == 0.0  # above the target it falls, and is not applied
+def test_adaptive_entropy_coefficient_follows_rollout_entropy():
+    bonus = EntropyBonus(make_tiny_config(entropy_coef=0.01, entropy_target=1.0))
+    assert bonus.of_step(2.0) == 0.0  # above the target it decreases and is not applied
     assert bonus.of_step(0.5) == pytest.approx(0.01)
     assert bonus.of_step(1.0) == pytest.approx(0.015)
     assert [bonus.of_step(9.0) for _ in range(9)] == [0.0] * 9
     assert bonus.of_step(0.5) == pytest.approx(0.005)  # never below 0
-    assert EntropyBonus(tiny_config(entropy_coef=0.02)).of_step(9.0) == 0.02
+    assert EntropyBonus(make_tiny_config(entropy_coef=0.02)).of_step(9.0) == 0.02
 
 
-def test_an_adaptive_bonus_is_logged_as_applied(tmp_path):
+def test_adaptive_entropy_coefficient_is_logged_as_applied(tmp_path):
     _, steps, _ = run_training(tmp_path, entropy_target=4.0, learning_rate=3e-2, n_grpo_steps=12)
     applied = [row["entropy_coef"] for row in steps]
     assert applied[0] == 0.0
@@ -283,8 +283,8 @@ def test_an_adaptive_bonus_is_logged_as_applied(tmp_path):
     assert max(applied) > 0
 
 
-def test_dynamic_sampling_fills_the_step_with_groups_that_teach(tmp_path):
-    """Half of the groups are silent at first: the others are found by asking again, with other noise."""
+def test_dynamic_sampling_replaces_zero_signal_groups(tmp_path):
+    """Half of the groups have no signal at first; further rounds with other noise replace them."""
     _, steps, _ = run_training(tmp_path, reward_fn=has_the_letter, max_refills=4, n_grpo_steps=4)
     assert steps[0]["zero_std_groups"] > 0
     assert all(row["refills"] <= 4 for row in steps)
@@ -293,8 +293,8 @@ def test_dynamic_sampling_fills_the_step_with_groups_that_teach(tmp_path):
     assert any(row["micro_batches"] == 4 and row["skipped_responses"] == 0 for row in steps)
 
 
-def test_dynamic_sampling_ends_where_nothing_teaches(tmp_path, capsys):
-    """An infeasible dataset: bounded refills, a warning, and a step of gradient zero."""
+def test_dynamic_sampling_without_signal_ends_and_warns(tmp_path, capsys):
+    """Data without any signal lead to a bounded number of rounds, a warning and a gradient of zero."""
 
     def hopeless(response, ground_truth):
         return {"reward": 0.5, "format_reward": 0.0, "answer_reward": 0.0}
@@ -306,8 +306,8 @@ def test_dynamic_sampling_ends_where_nothing_teaches(tmp_path, capsys):
     assert "warning: step 1: 4 of 4 groups are missing after 2 refills" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_step_with_fewer_groups_has_the_denominators_of_what_it_has(tmp_path, monkeypatch):
-    """Three groups in place of four: the loss is their mean, and no micro-batch is scaled for a missing one."""
+def test_step_with_missing_group_is_mean_of_others(tmp_path, monkeypatch):
+    """With three groups instead of four, the loss is their mean, unscaled."""
     from drivers.training import rollouts as program
 
     found = iter([[True, True, True, False], [False], [False]])
@@ -315,22 +315,22 @@ def test_a_step_with_fewer_groups_has_the_denominators_of_what_it_has(tmp_path, 
     _, steps, _ = run_training(tmp_path, max_refills=2, n_grpo_steps=1)
     assert 8 * steps[0]["micro_batches"] + steps[0]["skipped_responses"] == 24
     assert (steps[0]["refills"], steps[0]["missing_groups"]) == (2.0, 1.0)
-    config, parts = tiny_config(), tiny_parts()
-    rollouts, scores = rollouts_of(config, parts)
+    config, parts = make_tiny_config(), make_tiny_parts()
+    rollouts, scores = sample_rollouts(config, parts)
     some = rollouts.select(range(24))
     batch, _ = weigh_step(config, prepare_rollouts(config, parts.policy, None, some, scores[:24], None))
     lengths = some.lengths[:, None].double()
     assert_close(batch.policy_weights.sum(1, keepdim=True), (lengths > 0).double() / 24)
 
 
-def test_a_reference_that_is_missing_is_named():
-    config, parts = tiny_config(kl_coef=0.1), tiny_parts()
-    rollouts, scores = rollouts_of(config, parts)
+def test_prepare_rollouts_without_reference_raises():
+    config, parts = make_tiny_config(kl_coef=0.1), make_tiny_parts()
+    rollouts, scores = sample_rollouts(config, parts)
     with pytest.raises(ValueError, match=r"kl_coef=0.1 needs reference; got None"):
         prepare_rollouts(config, parts.policy, None, rollouts, scores, None)
 
 
-def test_rewards_that_an_estimator_cannot_take_are_one_clear_line(tmp_path):
+def test_advantage_invalid_rewards_raise_usage_error(tmp_path):
     with pytest.raises(TrainingAbortedError, match=r"--advantage pass_at_k: rewards hold .* must be 0 or 1"):
         run_training(tmp_path, advantage="pass_at_k")
 
@@ -338,7 +338,7 @@ def test_rewards_that_an_estimator_cannot_take_are_one_clear_line(tmp_path):
 # Recipes and formulas.
 
 
-def test_the_recipes_are_those_of_the_flag_and_all_are_legal():
+def test_recipes_equal_flag_choices_and_are_legal():
     assert list(RECIPES) == list(get_args(RecipeName))
     names = {field.name for field in fields(GrpoConfig)}
     for recipe, settings in RECIPES.items():
@@ -349,14 +349,14 @@ def test_the_recipes_are_those_of_the_flag_and_all_are_legal():
             assert config.recipe == recipe
 
 
-def test_a_recipe_without_a_model_runs_on_the_quickstart_and_with_one_on_the_defaults():
+def test_recipe_without_model_uses_quickstart_data():
     small, large = (parse_train_config(["--recipe", "gspo", *more]) for more in ([], ["--model-path", "somewhere"]))
     assert {name: getattr(small, name) for name in QUICKSTART} == QUICKSTART
     assert (large.model_path, large.n_grpo_steps, large.rollout_batch_size) == ("somewhere", 200, 256)
     assert small.loss_type == large.loss_type == "gspo"
 
 
-def test_the_papers_page_names_recipes_that_exist():
+def test_papers_page_names_existing_recipes():
     page = (ROOT / "docs/papers.md").read_text()
 
     named = {
@@ -370,12 +370,12 @@ def test_the_papers_page_names_recipes_that_exist():
 
 @pytest.mark.parametrize("loss_type", get_args(Objective))
 @pytest.mark.parametrize("aggregation", get_args(Aggregation))
-def test_every_objective_has_a_formula(loss_type, aggregation):
+def test_formula_exists_for_every_objective(loss_type, aggregation):
     if loss_type in ("gspo", "gspo_token", "gmpo", "luspo") and aggregation != "sequence_mean":
         with pytest.raises(UsageError, match="objective of whole responses"):
-            tiny_config(loss_type=loss_type, aggregation=aggregation)
+            make_tiny_config(loss_type=loss_type, aggregation=aggregation)
         return
-    config = tiny_config(loss_type=loss_type, aggregation=aggregation, kl_coef=0.1, entropy_coef=0.01)
+    config = make_tiny_config(loss_type=loss_type, aggregation=aggregation, kl_coef=0.1, entropy_coef=0.01)
     lines = formula(config)
     assert lines[0].startswith("r_i ")
     assert any(line.startswith("L ") for line in lines)
@@ -383,12 +383,12 @@ def test_every_objective_has_a_formula(loss_type, aggregation):
 
 
 @pytest.mark.parametrize("advantage", get_args(AdvantageName))
-def test_every_advantage_has_a_formula(advantage):
-    lines = formula(tiny_config(advantage=advantage))
+def test_formula_exists_for_every_advantage(advantage):
+    lines = formula(make_tiny_config(advantage=advantage))
     assert lines[1].startswith(("A_i      = ", "B_i      = "))
 
 
-def test_what_show_prints(capsys):
+def test_show_prints_formula_and_settings(capsys):
     from drivers.train import main
 
     main(["--recipe", "dapo", "--train-batch-size", "32", "--gradient-accumulation-steps", "4", "--show"])
@@ -402,7 +402,7 @@ def test_what_show_prints(capsys):
     assert show(parse_train_config(["--recipe", "dapo"])).startswith("* recipe ")
 
 
-# Each objective by its function, called by hand: what the flag must come to.
+# Each objective must equal its function of grpo_core, called by hand.
 BY_HAND = {
     "no_baseline": lambda a, p, o, m, r: core.compute_naive_policy_gradient_loss(r, p, response_mask=m),
     "reinforce_with_baseline": lambda a, p, o, m, r: core.compute_naive_policy_gradient_loss(a, p, response_mask=m),
@@ -432,12 +432,12 @@ BY_HAND_FLAGS = {
 
 
 @pytest.mark.parametrize("loss_type", get_args(Objective))
-def test_a_loss_type_is_its_function(loss_type):
+def test_loss_type_calls_its_function(loss_type):
     flags = BY_HAND_FLAGS.get(loss_type, {})
     if loss_type in CLIPPED:
         flags = {"cliprange": 0.1, "cliprange_high": 0.15, **flags}
-    config, parts = tiny_config(loss_type=loss_type, **flags), tiny_parts()
-    rollouts, scores = rollouts_of(config, parts)
+    config, parts = make_tiny_config(loss_type=loss_type, **flags), make_tiny_parts()
+    rollouts, scores = sample_rollouts(config, parts)
     batch = prepare_rollouts(config, parts.policy, None, rollouts, scores, None)
     batch = replace(batch, penalized=batch.response_mask)
     generator = torch.Generator().manual_seed(0)
@@ -451,7 +451,7 @@ def test_a_loss_type_is_its_function(loss_type):
     assert losses.abs().max() > 0
 
 
-# Each advantage by its function, called by hand, on rewards that tell them all apart.
+# Each advantage must equal its function of grpo_core, on rewards for which all of them differ.
 REWARDS = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0] * 2 + [1.0] * 8 + [1.0, 1.0, 1.0, 0.0] * 2)
 ESTIMATES = {
     "group": lambda r, b: core.normalize_group_rewards(r, 8, advantage_eps=0.1, correction=0),
@@ -475,7 +475,7 @@ ESTIMATES = {
 
 
 @pytest.mark.parametrize("advantage", get_args(AdvantageName))
-def test_an_advantage_is_its_function(advantage):
+def test_advantage_calls_its_function(advantage):
     flags = {
         "group": {"advantage_eps": 0.1, "std_correction": 0},
         "batch_std": {"advantage_eps": 0.1},
@@ -483,8 +483,8 @@ def test_an_advantage_is_its_function(advantage):
         "pass_at_k": {"pass_k": 3},
         "pkpo": {"pass_k": 3},
     }.get(advantage, {})
-    config, parts = tiny_config(advantage=advantage, **flags), tiny_parts()
-    completions = [completion([1 + k // 8], [4] * (1 + k % 5)) for k in range(32)]
+    config, parts = make_tiny_config(advantage=advantage, **flags), make_tiny_parts()
+    completions = [make_completion([1 + k // 8], [4] * (1 + k % 5)) for k in range(32)]
     scores = [{"reward": r, "format_reward": 1 - r, "answer_reward": r} for r in REWARDS.tolist()]
     rollouts = make_rollout_batch(completions, REWARDS, 8)
     greedy = torch.tensor([0.5, 0.0, 1.0, 0.25])
@@ -493,9 +493,12 @@ def test_an_advantage_is_its_function(advantage):
     assert batch.advantages.abs().max() > 0 or advantage == "best_of"
 
 
-def test_gdpo_compares_the_parts_of_the_mix_by_their_weights():
-    config, parts = tiny_config(advantage="gdpo", reward="m:f", reward_mix=("right=2", "brief=0.25")), tiny_parts()
-    rollouts = make_rollout_batch([completion([1 + k // 8], [4] * (1 + k % 5)) for k in range(32)], REWARDS, 8)
+def test_gdpo_weighs_parts_of_reward_mix():
+    config, parts = (
+        make_tiny_config(advantage="gdpo", reward="m:f", reward_mix=("right=2", "brief=0.25")),
+        make_tiny_parts(),
+    )
+    rollouts = make_rollout_batch([make_completion([1 + k // 8], [4] * (1 + k % 5)) for k in range(32)], REWARDS, 8)
     brief = torch.linspace(0, 1, 32) ** 2
     scores = [{"reward": 9.0, "right": r, "brief": b} for r, b in zip(REWARDS.tolist(), brief.tolist(), strict=True)]
     batch = prepare_rollouts(config, parts.policy, None, rollouts, scores, None)
@@ -509,9 +512,12 @@ def test_gdpo_compares_the_parts_of_the_mix_by_their_weights():
 
 
 @pytest.mark.parametrize("advantage", ["group", "reinforce_plus_plus"])
-def test_a_divergence_in_the_reward_is_what_lies_ahead(advantage):
-    config, parts = tiny_config(advantage=advantage, kl_coef=0.5, kl_in="reward", kl_estimator="k1"), tiny_parts()
-    rollouts, scores = rollouts_of(config, parts)
+def test_kl_in_reward_is_sum_of_future_tokens(advantage):
+    config, parts = (
+        make_tiny_config(advantage=advantage, kl_coef=0.5, kl_in="reward", kl_estimator="k1"),
+        make_tiny_parts(),
+    )
+    rollouts, scores = sample_rollouts(config, parts)
     reference = make_tiny_policy(5)
     batch = prepare_rollouts(config, parts.policy, reference, rollouts, scores, None)
     mask = rollouts.response_mask
@@ -529,14 +535,14 @@ def test_a_divergence_in_the_reward_is_what_lies_ahead(advantage):
     assert facts["kl"] == pytest.approx(gap[mask].mean().item(), abs=1e-4)
 
 
-def test_what_has_a_gradient():
-    """Silent rewards alone have none; a divergence, a bonus or a penalty on tokens has."""
-    parts = tiny_parts()
+def test_rows_with_gradient_cases():
+    """Zero-signal rewards alone give no gradient; a KL penalty, an entropy bonus or a token penalty does."""
+    parts = make_tiny_parts()
     silent = torch.full((32,), 0.5)
 
     def answer(entropy_coef=0.0, rewards=silent, **settings):
-        config = tiny_config(**settings)
-        rollouts, scores = rollouts_of(config, parts, rewards)
+        config = make_tiny_config(**settings)
+        rollouts, scores = sample_rollouts(config, parts, rewards)
         reference = make_tiny_policy(5) if config.needs_reference else None
         batch, _ = weigh_step(config, prepare_rollouts(config, parts.policy, reference, rollouts, scores, None))
         return bool(rows_with_gradient(config, batch, entropy_coef))
@@ -548,19 +554,19 @@ def test_what_has_a_gradient():
     assert answer(kl_coef=0.1)
     assert answer(entropy_coef=0.01)
     assert answer(kl_coef=0.1, kl_in="reward", kl_estimator="k1")
-    assert not answer(loss_type="kl_cov", covariance_fraction=0.5)  # no covariance is positive where A is constant
+    assert not answer(loss_type="kl_cov", covariance_fraction=0.5)  # no covariance is positive if A is constant
     assert not answer(rewards=torch.arange(32.0), importance="reject", importance_high=1e-9, **TWO_UPDATES)
 
 
-def test_rejected_tokens_leave_the_denominators_where_asked():
-    """By a mask of weights as by rejection."""
-    parts = tiny_parts()
+def test_rejected_tokens_leave_token_counts_if_requested():
+    """This holds for a mask of weights as well as for rejection."""
+    parts = make_tiny_parts()
     for importance in ("mask", "reject"):
         sums = []
         for counting in ("count", "drop"):
             settings = {"importance": importance, "importance_high": 1.05, "aggregation": "token_mean", **TWO_UPDATES}
-            config = tiny_config(**settings, rejected_tokens=counting)
-            rollouts, scores = rollouts_of(config, parts)
+            config = make_tiny_config(**settings, rejected_tokens=counting)
+            rollouts, scores = sample_rollouts(config, parts)
             noise = torch.rand(rollouts.response_mask.shape, generator=torch.Generator().manual_seed(0)) - 0.5
             rollouts = replace(rollouts, sampler_log_probs=rollouts.sampler_log_probs + 0.4 * noise)
             batch, facts = weigh_step(config, prepare_rollouts(config, parts.policy, None, rollouts, scores, None))
@@ -570,12 +576,12 @@ def test_rejected_tokens_leave_the_denominators_where_asked():
         assert sums[1] == pytest.approx(1.0)
 
 
-def test_what_is_rejected_changes_no_advantage():
-    """Advantages are of the rewards: a response that the sampler was too sure of stays in its group."""
-    parts, found = tiny_parts(), []
+def test_rejection_changes_no_advantage():
+    """Advantages come from rewards: a rejected response stays in its group."""
+    parts, found = make_tiny_parts(), []
     for settings in ({}, {"importance": "reject", "importance_high": 1.01}):
-        config = tiny_config(**settings)
-        rollouts, scores = rollouts_of(config, parts)
+        config = make_tiny_config(**settings)
+        rollouts, scores = sample_rollouts(config, parts)
         rollouts = replace(rollouts, sampler_log_probs=rollouts.sampler_log_probs - 1.0)
         prepared = prepare_rollouts(config, parts.policy, None, rollouts, scores, None)
         found.append(prepared.advantages)
@@ -583,37 +589,37 @@ def test_what_is_rejected_changes_no_advantage():
     assert torch.equal(*found)
 
 
-def test_a_trust_region_of_ppo_around_a_mean_is_warned_of():
-    assert "hardly ever binds" in "\n".join(formula(tiny_config(loss_type="gspo")))
-    assert "hardly ever binds" not in "\n".join(formula(tiny_config(loss_type="gspo", cliprange=3e-4)))
+def test_ppo_with_sequence_mean_warns():
+    assert "hardly ever binds" in "\n".join(formula(make_tiny_config(loss_type="gspo")))
+    assert "hardly ever binds" not in "\n".join(formula(make_tiny_config(loss_type="gspo", cliprange=3e-4)))
 
 
-def test_the_formula_says_whose_samples_an_overlapped_run_has():
+def test_formula_with_async_steps_names_sampler():
     config = {"async_steps": 1, "engine": "vllm", "importance": "truncate"}
-    assert "mu is the policy before the last update" in "\n".join(formula(tiny_config(**config)))
-    assert "before the last update" not in "\n".join(formula(tiny_config()))
+    assert "mu is the policy before the last update" in "\n".join(formula(make_tiny_config(**config)))
+    assert "before the last update" not in "\n".join(formula(make_tiny_config()))
 
 
-def test_formulas_name_each_stage_once():
-    lines = formula(tiny_config(advantage="reinforce_plus_plus_baseline", loss_type="grpo_clip"))
+def test_formula_names_each_stage_once():
+    lines = formula(make_tiny_config(advantage="reinforce_plus_plus_baseline", loss_type="grpo_clip"))
     assert lines[1] == "B_i      = r_i - mean_group(r)"
     assert lines[2].startswith("A_i      = (B_i - mean) / (std + 1e-08)")
-    lines = formula(tiny_config(advantage="reinforce_plus_plus", kl_coef=0.1, kl_estimator="k1", kl_in="reward"))
+    lines = formula(make_tiny_config(advantage="reinforce_plus_plus", kl_coef=0.1, kl_estimator="k1", kl_in="reward"))
     assert [line.split()[0] for line in lines[1:4]] == ["B_i", "C_it", "A_it"]
     assert lines[4] == "loss_it  = -A_it log pi(o_it)"
-    lines = formula(tiny_config(loss_type="grpo_clip", dual_clip=3.0))
+    lines = formula(make_tiny_config(loss_type="grpo_clip", dual_clip=3.0))
     assert lines[3].endswith("or -max(min(rho_it A_i, clip(rho_it, 1 - 0.2, 1 + 0.2) A_i), 3 A_i) where A_i < 0")
 
 
-def test_the_same_text_twice_is_two_questions(tmp_path):
-    """Data may hold a question twice: its groups are not one."""
-    completions = [completion([1], [4, 5])] * 4
+def test_duplicate_question_is_two_groups(tmp_path):
+    """Data may hold a question twice; it makes two groups."""
+    completions = [make_completion([1], [4, 5])] * 4
     rollouts = make_rollout_batch(completions, torch.tensor([1.0, 0.0, 1.0, 1.0]), 2)
     assert rollouts.group_sizes == [2, 2]
     assert rollouts.select([2, 3, 0, 1]).group_sizes == [2, 2]
 
 
-def test_a_reward_that_is_no_number_is_one_clear_line(tmp_path):
+def test_reward_not_a_number_raises_usage_error(tmp_path):
     with pytest.raises(TrainingAbortedError, match=r"step 1: the reward of 32 responses is not a finite number; "):
         run_training(
             tmp_path, reward_fn=lambda *_: {"reward": float("nan"), "format_reward": 0.0, "answer_reward": 0.0}
@@ -674,20 +680,20 @@ ILLEGAL = [
 
 
 @pytest.mark.parametrize(("settings", "message"), ILLEGAL, ids=lambda value: str(value)[:60])
-def test_what_is_wrong_together_is_refused_in_one_line(settings, message):
+def test_config_illegal_combination_raises_usage_error(settings, message):
     with pytest.raises(UsageError) as refused:
-        tiny_config(**settings)
+        make_tiny_config(**settings)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
-def test_top_p_samples_the_likeliest_tokens_only():
-    """The engine obeys; its log-probs are renormalized, which is why ratios to it are refused."""
-    config, parts = tiny_config(sampling_top_p=0.05), tiny_parts()
+def test_top_p_samples_likeliest_tokens_only():
+    """The log-probs of the engine are renormalized, which is why ratios to them are rejected."""
+    config, parts = make_tiny_config(sampling_top_p=0.05), make_tiny_parts()
     prompts = [question.prompt_token_ids for question in parts.questions]
     policy = make_tiny_policy()
     narrow, wide = (
-        parts.engine.generate(prompts, sampling, seed=1) for sampling in (config.sampling, tiny_config().sampling)
+        parts.engine.generate(prompts, sampling, seed=1) for sampling in (config.sampling, make_tiny_config().sampling)
     )
     assert len({t for one in narrow for t in one.token_ids}) < len({t for one in wide for t in one.token_ids})
     rollouts = make_rollout_batch(narrow, torch.zeros(len(narrow)))
@@ -695,8 +701,8 @@ def test_top_p_samples_the_likeliest_tokens_only():
     assert (rollouts.sampler_log_probs[rollouts.response_mask] > own + 1).all()
 
 
-def test_a_greedy_response_is_the_baseline_of_remax(tmp_path):
-    config, parts = tiny_config(advantage="remax"), tiny_parts()
+def test_remax_baseline_is_greedy_response(tmp_path):
+    config, parts = make_tiny_config(advantage="remax"), make_tiny_parts()
     run = make_run(config, tmp_path, parts.tokenizer)
     collected = collect(config, parts.engine, letter_grader, parts.questions, random.Random(0), run, 1)
     assert collected.greedy_rewards.shape == (4,)

@@ -1,4 +1,4 @@
-"""AdamW over float32 masters."""
+"""AdamW over float32 master weights."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def step(optimizer, max_grad_norm=INF):
 
 
 def adam_by_hand(weight, grads, lr, betas=(0.9, 0.95), eps=1e-8):
-    """Adam of Kingma and Ba, without weight decay, in float64."""
+    """Return the weights after Adam (Kingma and Ba) without weight decay, in float64."""
     weight, m, v = weight.double(), 0.0, 0.0
     for t, grad in enumerate(grads, start=1):
         m = betas[0] * m + (1 - betas[0]) * grad.double()
@@ -38,7 +38,7 @@ def adam_by_hand(weight, grads, lr, betas=(0.9, 0.95), eps=1e-8):
     return weight
 
 
-def test_float32_is_adam_with_the_promised_betas_and_no_decay():
+def test_optimizer_float32_equals_adam_by_hand():
     layer = linear(torch.float32)
     optimizer, begin, grads = PolicyOptimizer(layer, 1e-2), layer.weight.detach().clone(), []
     for _ in range(4):
@@ -48,7 +48,7 @@ def test_float32_is_adam_with_the_promised_betas_and_no_decay():
     assert_close(layer.weight.double(), adam_by_hand(begin, grads, 1e-2), rtol=1e-5, atol=1e-6)
 
 
-def test_clipping_scales_the_gradient_and_the_norm_returned_is_from_before():
+def test_optimizer_clipping_scales_gradient_and_returns_norm():
     layer = linear(torch.float32)
     optimizer, begin = PolicyOptimizer(layer, 1e-2), layer.weight.detach().clone()
     grads = []
@@ -62,8 +62,8 @@ def test_clipping_scales_the_gradient_and_the_norm_returned_is_from_before():
     assert_close(layer.weight.double(), adam_by_hand(begin, grads, 1e-2), rtol=1e-4, atol=1e-5)
 
 
-def test_small_updates_of_a_bfloat16_policy_add_up_in_its_masters():
-    """At 1e-5 one update is below half a unit in the last place of a weight of 0.25; 200 of them are not."""
+def test_optimizer_bfloat16_small_updates_accumulate():
+    """At 1e-5 one update is below half a unit in the last place of a bfloat16 weight of 0.25; 200 updates are not."""
     layer = linear(torch.bfloat16)
     with torch.no_grad():
         layer.weight.fill_(0.25)
@@ -75,8 +75,8 @@ def test_small_updates_of_a_bfloat16_policy_add_up_in_its_masters():
     assert_close(moved, torch.full_like(moved, 2e-3), rtol=0.3, atol=0)
 
 
-def test_gradients_of_many_micro_batches_are_summed_in_float32():
-    """In bfloat16 a sum stops growing once an addend is below half a unit in its last place: here at 256."""
+def test_optimizer_bfloat16_gradients_sum_in_float32():
+    """A bfloat16 sum stops growing when an addend is below half a unit in its last place: here at 256."""
     layer = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
     optimizer = PolicyOptimizer(layer, 1e-3)
     for _ in range(1000):
@@ -85,7 +85,7 @@ def test_gradients_of_many_micro_batches_are_summed_in_float32():
     assert step(optimizer).item() == pytest.approx(1000, rel=1e-6)
 
 
-def test_gradients_do_not_leak_into_the_next_step():
+def test_optimizer_step_clears_gradients():
     layer = linear(torch.bfloat16)
     optimizer = PolicyOptimizer(layer, 0.0)
     norms = []
@@ -98,7 +98,7 @@ def test_gradients_do_not_leak_into_the_next_step():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, float("inf"), float("nan")])
-def test_a_step_that_is_not_taken_changes_neither_weights_nor_moments(dtype, scale):
+def test_optimizer_skipped_step_changes_nothing(dtype, scale):
     spoiled, clean = linear(dtype), linear(dtype)
     optimizers = PolicyOptimizer(spoiled, 1e-2), PolicyOptimizer(clean, 1e-2)
     for layer, optimizer in zip((spoiled, clean), optimizers, strict=True):

@@ -1,4 +1,4 @@
-"""Pass rates: counted from an evaluation's responses, filtered by, and the order in which a curriculum asks."""
+"""Pass rates: counted from evaluation rows, used as a filter, and the order of a curriculum."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from drivers.settings.sampling import Sampling
 from drivers.tasks.questions import Example, Question, easiest_first, load_examples
 from drivers.training.rollouts import collect, curriculum_subset
 from drivers.training.setup import setup_grpo_run
-from tests.drivers.parts import letter_grader, make_run, tiny_config, tiny_parts
+from tests.drivers.helpers.letters import letter_grader, make_run, make_tiny_config, make_tiny_parts
 
 
 def row(question, reward, answer="1", **more):
@@ -35,23 +35,23 @@ def rates(*rows):
     return [(one["question"], one["pass_rate"], one["n_samples"]) for one in measure(*rows)]
 
 
-def test_right_is_a_reward_of_one_and_what_was_not_scored_does_not_count():
+def test_pass_rate_counts_reward_one_of_scored():
     rows = [row("a", 1.0), row("b", 0.0), row("a", 0.5), row("b", None), row("c", None), row("a", 1.0), row("b", 1)]
     assert rates(*rows) == [("a", 2 / 3, 3), ("b", 0.5, 2), ("c", None, 0)]
 
 
-def test_an_answer_reward_goes_before_the_reward():
+def test_pass_rate_prefers_answer_reward():
     rows = [row("a", 0.9, answer_reward=1.0), row("a", 1.0, answer_reward=0.0), row("a", 1.0, answer_reward=None)]
     assert rates(*rows, row("a", None, answer_reward=1.0)) == [("a", 0.5, 2)]
 
 
-def test_the_same_words_with_another_answer_are_another_question():
+def test_pass_rate_same_text_other_answer_is_other_question():
     rows = measure(row("a", 1.0, ["1", "2"]), row("a", 0.0, "1"), row("a", 0.0, ["1", "2"]))
     assert [(one["answer"], one["pass_rate"]) for one in rows] == [(["1", "2"], 0.5), ("1", 0.0)]
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from([0.0, 0.3, 1.0, None]))))
-def test_it_is_a_count(samples):
+def test_pass_rate_equals_count(samples):
     found = {one["question"]: one for one in measure(*(row(*sample) for sample in samples))}
     counted = Counter(samples)
     assert list(found) == list(dict.fromkeys(question for question, _ in samples))
@@ -64,8 +64,8 @@ def test_it_is_a_count(samples):
             assert one["pass_rate"] is None
 
 
-def test_it_reads_what_an_evaluation_writes():
-    parts = tiny_parts()
+def test_pass_rates_reads_evaluation_output():
+    parts = make_tiny_parts()
     sampling = Sampling(n=3, max_tokens=4, stop=())
     _, rows = evaluate_policy(parts.engine, parts.questions, sampling, letter_grader, seed=1)
     found = measure(*json.loads(json.dumps(rows)))
@@ -78,7 +78,7 @@ def write(path, *rows):
     return str(path)
 
 
-def test_the_program_filters_and_its_file_is_trained_on(tmp_path, capsys):
+def test_pass_rates_filters_and_train_reads_file(tmp_path, capsys):
     first = write(
         tmp_path / "a.jsonl", *(row(name, float(k < n)) for name, n in (("x", 0), ("y", 1)) for k in range(2))
     )
@@ -92,7 +92,7 @@ def test_the_program_filters_and_its_file_is_trained_on(tmp_path, capsys):
     assert [example.question for example in easiest_first("-", examples)] == ["z", "y", "x"]
     main([first, second, "--output", str(output), "--min-pass-rate", "0.1", "--max-pass-rate", "0.9"])
     assert [example.question for example in load_examples("-", str(output))] == ["y"]
-    main([first, second, "--output", str(output), "--min-pass-rate", "1"])  # the bounds belong to it
+    main([first, second, "--output", str(output), "--min-pass-rate", "1"])  # bounds are inclusive
     assert [example.question for example in load_examples("-", str(output))] == ["z"]
 
 
@@ -110,7 +110,7 @@ def test_the_program_filters_and_its_file_is_trained_on(tmp_path, capsys):
         (["{good}", "--output", "{good}/x/o"], "cannot be written"),
     ],
 )
-def test_a_mistake_is_one_clear_line_and_nothing_is_written(arguments, message, tmp_path, capsys, monkeypatch):
+def test_pass_rates_invalid_flags_exit_and_write_nothing(arguments, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {
         "good": write(tmp_path / "good.jsonl", row("a", 0.0)),
@@ -134,16 +134,16 @@ def rated(*pass_rates):
 
 
 @pytest.mark.parametrize("bad", [None, True, "0.5", 1.5, -0.1, math.nan, [1]])
-def test_a_line_without_a_rate_is_named_where_one_is_needed(tmp_path, bad):
+def test_curriculum_line_without_pass_rate_is_named(tmp_path, bad):
     lines = [{"question": "q", "answer": "1", "pass_rate": 0}, {"question": "q", "answer": "1", "pass_rate": bad}]
-    examples = load_examples("--data-path", write(tmp_path / "d.jsonl", *lines))  # elsewhere it may mean anything
+    examples = load_examples("--data-path", write(tmp_path / "d.jsonl", *lines))  # unread so far
     assert [example.pass_rate for example in examples] == [0, None]
     with pytest.raises(UsageError, match=r"--curriculum-steps: .*d\.jsonl:2 has no `pass_rate`, a number from 0 to 1"):
         easiest_first("--curriculum-steps", examples)
 
 
 @given(st.lists(st.floats(0, 1), max_size=30))
-def test_easiest_first_is_a_stable_order(pass_rates):
+def test_curriculum_order_is_stable_easiest_first(pass_rates):
     ordered = easiest_first("-", rated(*pass_rates))
     assert sorted(ordered, key=lambda example: example.source) == sorted(
         rated(*pass_rates), key=lambda example: example.source
@@ -153,25 +153,29 @@ def test_easiest_first_is_a_stable_order(pass_rates):
         assert (-one.pass_rate, places[0]) < (-next_one.pass_rate, places[1])
 
 
-def test_train_puts_its_questions_in_that_order(tmp_path, monkeypatch):
+def test_train_curriculum_sorts_questions(tmp_path, monkeypatch):
     path = write(tmp_path / "d.jsonl", *({"question": f"q{k}", "answer": "1", "pass_rate": k / 9} for k in range(9)))
     monkeypatch.setattr(
         "drivers.training.setup.setup_run", lambda config, display, make_train_set: make_train_set.args[0]
     )
 
     def order(**settings):
-        examples = setup_grpo_run(tiny_config(data_path=path, prompt_path=QUICKSTART["prompt_path"], **settings), None)
+        examples = setup_grpo_run(
+            make_tiny_config(data_path=path, prompt_path=QUICKSTART["prompt_path"], **settings), None
+        )
         return [int(example.question[1:]) for example in examples]
 
     assert order(curriculum_steps=3) == list(range(8, -1, -1))
     assert order() == list(range(9))
     with pytest.raises(UsageError, match=r"--curriculum-steps: .*train\.jsonl:1 has no `pass_rate`"):
-        setup_grpo_run(tiny_config(data_path=QUICKSTART["data_path"], curriculum_steps=3), None)
+        setup_grpo_run(make_tiny_config(data_path=QUICKSTART["data_path"], curriculum_steps=3), None)
 
 
 @given(st.integers(2, 60), st.integers(1, 30))
-def test_what_is_asked_grows_from_the_easiest_to_all(n_questions, steps):
-    config = tiny_config(curriculum_steps=steps, rollout_batch_size=16, train_batch_size=16)  # two questions a step
+def test_curriculum_subset_grows_to_all_questions(n_questions, steps):
+    config = make_tiny_config(
+        curriculum_steps=steps, rollout_batch_size=16, train_batch_size=16
+    )  # two questions a step
     questions = list(range(n_questions))
     reached = [curriculum_subset(config, questions, step) for step in range(1, steps + 3)]
     assert all(list(pool) == questions[: len(pool)] for pool in reached)
@@ -180,14 +184,16 @@ def test_what_is_asked_grows_from_the_easiest_to_all(n_questions, steps):
     assert all(size >= 2 for size in sizes)
     assert sizes[steps - 1 :] == [n_questions] * 3
     assert abs(sizes[0] - max(2, n_questions / steps)) < 1
-    assert curriculum_subset(tiny_config(), questions, 1) is questions
+    assert curriculum_subset(make_tiny_config(), questions, 1) is questions
 
 
 @pytest.fixture
 def ask(tmp_path):
-    """The numbers of the questions that a step asks, a set for each round; no response earns anything."""
-    config = tiny_config(rollout_batch_size=16, train_batch_size=16, curriculum_steps=8, n_grpo_steps=8, max_refills=3)
-    parts, asked = tiny_parts(), []
+    """Return a function that lists the questions of a step's rounds; no response earns a reward."""
+    config = make_tiny_config(
+        rollout_batch_size=16, train_batch_size=16, curriculum_steps=8, n_grpo_steps=8, max_refills=3
+    )
+    parts, asked = make_tiny_parts(), []
     questions = [Question(Example(f"q{k}", "a", f"q:{k}"), (5, 6 + k)) for k in range(24)]
     generate = parts.engine.generate
 
@@ -207,7 +213,7 @@ def ask(tmp_path):
     return ask
 
 
-def test_a_step_asks_what_is_within_reach_and_refills_from_it(ask):
+def test_curriculum_step_and_refills_stay_in_subset(ask):
     for step in (1, 4, 8):
         rounds = ask(random.Random(step), step)
         assert [len(one) for one in rounds] == [2] * 4
@@ -215,8 +221,8 @@ def test_a_step_asks_what_is_within_reach_and_refills_from_it(ask):
     assert any(number >= 12 for number in set().union(*rounds))
 
 
-def test_where_a_draw_stands_and_the_step_are_all_that_it_depends_on(ask):
-    """So a run that is gone on with asks the same; tests/drivers/test_resume.py does it with whole runs."""
+def test_curriculum_draw_depends_on_position_and_step_only(ask):
+    """So a resumed run asks the same questions; tests/drivers/test_resume.py checks whole runs."""
     draw = random.Random(0)
     ask(draw, 1)
     stands = draw.getstate()
@@ -226,9 +232,11 @@ def test_where_a_draw_stands_and_the_step_are_all_that_it_depends_on(ask):
     assert [ask(again, step) for step in (2, 3)] == expected
 
 
-def test_the_flag_is_checked_and_told(tmp_path):
+def test_curriculum_steps_is_checked_and_warned(tmp_path):
     with pytest.raises(UsageError, match="curriculum_steps=-1 must not be negative"):
-        tiny_config(curriculum_steps=-1)
-    assert any("the hardest questions are never asked" in said for said in tiny_config(curriculum_steps=21).warnings)
-    assert not tiny_config(curriculum_steps=20).warnings
+        make_tiny_config(curriculum_steps=-1)
+    assert any(
+        "the hardest questions are never asked" in said for said in make_tiny_config(curriculum_steps=21).warnings
+    )
+    assert not make_tiny_config(curriculum_steps=20).warnings
     assert GrpoConfig(model_path="m").curriculum_steps == 0

@@ -1,4 +1,4 @@
-"""Several processes that train one policy: the trajectory of one, checkpoints for any number, an end when one dies."""
+"""Several processes train one policy: they follow the trajectory of one process, and all end when one dies."""
 
 import json
 import multiprocessing
@@ -6,11 +6,9 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -26,14 +24,15 @@ from drivers.runs.checkpoint import read_tensors
 from drivers.runs.folder import find_checkpoint
 from drivers.training import shortcuts
 from drivers.training.shortcuts import find_head
-from tests.drivers import ranked
-from tests.drivers.parts import tiny_parts
-from tests.drivers.test_server import free_port
+from tests.drivers.helpers import preloaded, rank_process
+from tests.drivers.helpers.letters import make_tiny_parts
+from tests.drivers.helpers.processes import TORCHRUN, find_free_port, is_gone, list_descendants, wait_until
+from tests.drivers.helpers.runs import drop_times, read_rows
 from tests.tiny import save_tiny
 
-SCRIPT = Path(__file__).parent / "ranked.py"
+SCRIPT = Path(rank_process.__file__)
 ROOT = Path(__file__).resolve().parents[2]
-# Three updates a step on old log-probs, a reference, a correction for the sampler, rows of very unlike length.
+# Several updates per step with old log-probs, a reference, an importance correction and rows of very different length.
 RICH = {
     "n_grpo_steps": 3,
     "loss_type": "grpo_clip",
@@ -52,37 +51,30 @@ RICH = {
 PLAIN = {"n_grpo_steps": 3, "learning_rate": 1e-3, "eval_steps": 2, "checkpoint_steps": 2}
 
 
-def command(n, arguments):
-    script = [str(SCRIPT), json.dumps(arguments)]
-    if n == 1:
-        return [sys.executable, *script]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), *script]
-
-
 def environment():
-    """Not that of a rank, if these tests should run in one."""
+    """Return this process's environment without the variables of a rank."""
     named = ("RANK", "WORLD_SIZE", "MASTER", "TORCHELASTIC", "GROUP_", "ROLE_", "LOCAL_")
     return {k: v for k, v in os.environ.items() if not k.startswith(named)} | {"OMP_NUM_THREADS": "1"}
 
 
-# Ranks are forked from a process that has imported everything: torchrun's own start is what takes its time.
+# Ranks are forked from a process that has imported everything, because a start by torchrun takes long.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.drivers.ranked", "tests.drivers.preloaded"])
+FORKS.set_forkserver_preload([rank_process.__name__, preloaded.__name__])
 
 
 def be_a_rank(variables, output, arguments):
-    """What torchrun does: variables, and where it speaks to."""
+    """Do what torchrun does, set the variables and redirect the output, and train as a rank."""
     os.environ.update(variables)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
-    ranked.main(**arguments)
+    rank_process.main(**arguments)
 
 
 def run_ranks(n, folder, settings, **more):
     folder.mkdir(exist_ok=True)
     arguments, output = {"folder": str(folder), "settings": settings, **more}, folder / "said.txt"
-    group = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    group = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": find_free_port()}
     group |= {"TORCHELASTIC_RUN_ID": "forked"} if n > 1 else {}
     processes = []
     for rank in range(n):
@@ -99,21 +91,11 @@ def run_ranks(n, folder, settings, **more):
     return folder / "run"
 
 
-def rows(folder, phase="train"):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["phase"] == phase]
-
-
-def without_times(row):
-    dropped = ("phase", "time_", "rollout_tokens_per_s", "update_tokens_per_s")
-    return {name: value for name, value in row.items() if not name.startswith(dropped)}
-
-
 def assert_same_run(found, expected, tolerance):
-    """What is counted is equal; what is computed is equal to rounding."""
+    """Check that counts are equal and computed values equal up to rounding."""
     for phase in ("train", "eval"):
-        for ours, theirs in zip(rows(found, phase), rows(expected, phase), strict=True):
-            ours, theirs = without_times(ours), without_times(theirs)
+        for ours, theirs in zip(read_rows(found, phase), read_rows(expected, phase), strict=True):
+            ours, theirs = drop_times(ours), drop_times(theirs)
             assert ours.keys() == theirs.keys()
             assert ours == pytest.approx(theirs, rel=2e-4, abs=2e-5)
             for name in {"reward", "trained_tokens", "micro_batches", "response_tokens", "accuracy"} & ours.keys():
@@ -123,7 +105,7 @@ def assert_same_run(found, expected, tolerance):
         for folder in (found, expected)
     )
     for row, other in zip(ours, theirs, strict=True):
-        assert row.keys() == other.keys()  # each rank has seen some of the responses, and all are told of
+        assert row.keys() == other.keys()  # each rank scores some of the responses, and the log has all
         for name, value in row.items():
             assert value == (pytest.approx(other[name], abs=2e-3) if name in OF_TOKENS else other[name])
     ours, theirs = (load_file(folder / "final_model/model.safetensors") for folder in (found, expected))
@@ -134,8 +116,8 @@ def assert_same_run(found, expected, tolerance):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [PLAIN, RICH], ids=["plain", "rich"])
-def test_any_number_of_ranks_takes_the_steps_of_one(tmp_path, settings):
-    """And a checkpoint of two is gone on from by three, and by one."""
+def test_ranks_any_number_equals_one_rank(tmp_path, settings):
+    """A checkpoint of two ranks is also resumed by three, and by one."""
     one = run_ranks(1, tmp_path / "1", settings)
     two = run_ranks(2, tmp_path / "2", settings)
     three = run_ranks(3, tmp_path / "3", settings)
@@ -153,16 +135,16 @@ def test_any_number_of_ranks_takes_the_steps_of_one(tmp_path, settings):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["all", "model.layers.1.mlp.up_proj.weight"])
-def test_a_gathered_push_that_is_stale_or_partial_ends_the_run(tmp_path, fault):
-    """The first rank names what did not arrive, and the other one does not wait for it."""
+def test_ranks_faulty_weight_gather_aborts(tmp_path, fault):
+    """Rank 0 names the tensors that did not arrive, and the other rank does not wait for it."""
     with pytest.raises(AssertionError, match="others than the policy") as ended:
         run_ranks(2, tmp_path, PLAIN, fault=fault)
     assert f"worker 0 of the engine has {20 if fault == 'all' else 1} others" in str(ended.value)
-    assert [row["step"] for row in rows(tmp_path / "run", "check")] == [0]
+    assert [row["step"] for row in read_rows(tmp_path / "run", "check")] == [0]
 
 
 def masters(folder):
-    """Float32 weights of the optimizer, from whatever number of files."""
+    """Return the float32 master weights of a checkpoint with any number of shards."""
     state = HuggingFaceStorageReader(str(folder / "trainer_state"))
     shapes = {name: value.size for name, value in state.read_metadata().state_dict_metadata.items()}
     tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
@@ -171,14 +153,14 @@ def masters(folder):
 
 
 @pytest.mark.slow
-def test_ranks_in_bfloat16_take_the_steps_of_one_process(tmp_path):
-    """Each gradient is rounded before the sum either way; sums and master weights are in float32."""
+def test_ranks_bfloat16_equals_one_rank(tmp_path):
+    """Each gradient is rounded before the sum; sums and master weights are in float32."""
     settings = PLAIN | {"self_check_tolerance": 0.5, "checkpoint_steps": 1}
     one, two = (run_ranks(n, tmp_path / str(n), settings, dtype="bfloat16") for n in (1, 2))
-    for ours, theirs in zip(rows(two), rows(one), strict=True):
+    for ours, theirs in zip(read_rows(two, "train"), read_rows(one, "train"), strict=True):
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-2)
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-3)
-    start = torch.cat([p.bfloat16().float().flatten() for _, p in sorted(tiny_parts().policy.named_parameters())])
+    start = torch.cat([p.bfloat16().float().flatten() for _, p in sorted(make_tiny_parts().policy.named_parameters())])
     ours, theirs = (masters(folder / "checkpoint-3") for folder in (two, one))
     assert (theirs - start).abs().mean() > 3e-4
     assert (ours - theirs).abs().mean() < 0.02 * (theirs - start).abs().mean()
@@ -193,28 +175,25 @@ def test_ranks_in_bfloat16_take_the_steps_of_one_process(tmp_path):
 @pytest.mark.parametrize(
     "change", [{"gradient_checkpointing": "on"}, {"lora_rank": 2, "lora_alpha": 8, "kl_coef": 0.05}]
 )
-def test_ranks_take_the_steps_of_one_process_with(change, tmp_path):
+def test_ranks_with_checkpointing_or_lora_equals_one_rank(change, tmp_path):
     settings = PLAIN | {"n_grpo_steps": 2, "learning_rate": 1e-2} | change
     one, two = (run_ranks(n, tmp_path / str(n), settings) for n in (1, 2))
     assert_same_run(two, one, 1e-5)
-    start = tiny_parts().policy.state_dict()
+    start = make_tiny_parts().policy.state_dict()
     final = load_file(one / "final_model/model.safetensors")
     assert max(float((weight - start[name]).abs().max()) for name, weight in final.items()) > 1e-3
 
 
-@pytest.mark.slow
 @pytest.mark.vllm
-@pytest.mark.xdist_group("vllm")
-def test_the_program_itself_runs_under_torchrun(tmp_path):
-    """With either engine: what one has begun, the other goes on with."""
+def test_train_under_torchrun_runs_and_resumes(tmp_path):
+    """One engine begins the run, the other resumes it."""
     save_tiny(tmp_path / "tiny")
     flags = (
         "--recipe quickstart --model-path tiny --engine hf --dtype bfloat16 --n-grpo-steps 2 --rollout-batch-size 8 "
         "--group-size 4 --train-batch-size 8 --gradient-accumulation-steps 2 --sampling-max-tokens 4 "
         "--n-val-examples 4 --save-dir out --wandb-project None --self-check-tolerance 1"
     )
-    program = [str(ROOT / "drivers/train.py")]
-    several = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
+    several = [*TORCHRUN, str(ROOT / "drivers/train.py")]
     for engine, more in [("hf", flags), ("vllm", "--resume out --n-grpo-steps 3 --engine vllm")]:
         done = subprocess.run(
             [*several, *more.split()], cwd=tmp_path, capture_output=True, text=True, env=environment(), timeout=300
@@ -225,9 +204,9 @@ def test_the_program_itself_runs_under_torchrun(tmp_path):
         shards = sorted(file.name for file in (tmp_path / "out/checkpoint-2/trainer_state").iterdir())
         assert len(shards) == 2
     assert "Going on after step 2, from out/checkpoint-2/" in done.stdout
-    assert [row["step"] for row in rows(tmp_path / "out")] == [1, 2, 3]
-    assert [row["n_weights"] for row in rows(tmp_path / "out", "check")] == [20, 20]
-    for step in (2, 3):  # of vLLM, before its first step and after
+    assert [row["step"] for row in read_rows(tmp_path / "out", "train")] == [1, 2, 3]
+    assert [row["n_weights"] for row in read_rows(tmp_path / "out", "check")] == [20, 20]
+    for step in (2, 3):  # vLLM's, before and after its first step
         assert re.search(rf"self-check at step {step}: .*; 20 tensors arrived whole", " ".join(done.stdout.split()))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out/final_model").dtype == torch.bfloat16
 
@@ -235,27 +214,26 @@ def test_the_program_itself_runs_under_torchrun(tmp_path):
 THREADED = """
 import threading
 import torch
-from drivers import ranks
+from drivers.common import distributed
 
 def work():
     x = torch.ones(100_000)
     while True:
         x.add_(1)
 
-ranks.start(60.0)
+distributed.start(60.0)
 threading.Thread(target=work, daemon=True).start()
-ranks.end()
+distributed.end()
 print("has ended")
 """
 
 
 @pytest.mark.slow
-def test_ranks_end_well_whatever_threads_are_left(tmp_path):
-    """As those of a group are, which a sharded model holds: one that wants the interpreter in its end aborts."""
+def test_ranks_with_running_threads_exit_cleanly(tmp_path):
+    """A process group has such threads; one that asks for the interpreter during its shutdown would abort."""
     (tmp_path / "threaded.py").write_text(THREADED)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*launch, str(tmp_path / "threaded.py")],
+        [*TORCHRUN, str(tmp_path / "threaded.py")],
         capture_output=True,
         text=True,
         timeout=120,
@@ -268,10 +246,9 @@ def test_ranks_end_well_whatever_threads_are_left(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_mistake_is_told_once_by_all_ranks(tmp_path):
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def test_ranks_usage_error_is_printed_once(tmp_path):
     done = subprocess.run(
-        [*program, str(ROOT / "drivers/train.py"), "--model-path", "nowhere", "--save-dir", "out"],
+        [*TORCHRUN, str(ROOT / "drivers/train.py"), "--model-path", "nowhere", "--save-dir", "out"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -288,89 +265,76 @@ def test_a_mistake_is_told_once_by_all_ranks(tmp_path):
 def start_ranks(folder, settings, **more):
     arguments = {"folder": str(folder), "settings": settings, **more}
     return subprocess.Popen(
-        command(2, arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
+        [*TORCHRUN, str(SCRIPT), json.dumps(arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
     )
-
-
-def wait_for(condition, seconds=120.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(0.05)
-
-
-def family(pid):
-    return psutil.Process(pid).children(recursive=True)
-
-
-def is_gone(process):
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_dies_ends_all_and_the_last_checkpoint_is_good(tmp_path, victim):
+def test_rank_death_ends_all_and_keeps_checkpoint(tmp_path, victim):
     settings = PLAIN | {"n_grpo_steps": 10_000, "checkpoint_steps": 2, "eval_steps": 10_000}
     with start_ranks(tmp_path, settings) as parent:
         try:
-            wait_for(lambda: (tmp_path / "run/checkpoint-4").exists())
-            children = family(parent.pid)
+            wait_until(lambda: (tmp_path / "run/checkpoint-4").exists(), 120)
+            children = list_descendants(parent.pid)
             trainers = [one for one in children if str(SCRIPT) in " ".join(one.cmdline())]
             assert len(trainers) == 2
             of_rank = {int(one.environ()["RANK"]): one for one in trainers}
             of_rank[victim].send_signal(signal.SIGKILL)
             begin = time.monotonic()
             assert parent.wait(60) != 0
-            assert time.monotonic() - begin < 45  # torchrun gives the others 30 s to end
+            assert time.monotonic() - begin < 45  # torchrun gives the other ranks 30 s to end
         finally:
-            for one in family(parent.pid) if parent.poll() is None else []:
+            for one in list_descendants(parent.pid) if parent.poll() is None else []:
                 one.kill()
             parent.kill()
-    wait_for(lambda: all(map(is_gone, children)))
+    wait_until(lambda: all(map(is_gone, children)), 120)
     left = [folder for folder in (tmp_path / "run").glob("checkpoint-*") if (folder / "trainer_state").exists()]
     newest = max(json.loads((folder / "trainer_state.json").read_text())["step"] for folder in left)
     assert newest >= 4
     AutoModelForCausalLM.from_pretrained(tmp_path / f"run/checkpoint-{newest}")
     more = PLAIN | {"n_grpo_steps": newest + 1, "checkpoint_steps": 10_000, "eval_steps": 10_000}
     run_ranks(1, tmp_path, more, resume=str(tmp_path / "run"))
-    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, newest + 2))
+    assert [row["step"] for row in read_rows(tmp_path / "run", "train")] == list(range(1, newest + 2))
 
 
 @pytest.mark.slow
-def test_sigterm_ends_all_ranks_and_the_last_checkpoint_is_good(tmp_path):
+def test_ranks_sigterm_ends_all_and_keeps_checkpoint(tmp_path):
     settings = PLAIN | {"n_grpo_steps": 10_000, "checkpoint_steps": 2, "eval_steps": 10_000}
     with start_ranks(tmp_path, settings) as parent:
         try:
-            wait_for(lambda: (tmp_path / "run/checkpoint-4").exists())
-            children = family(parent.pid)
+            wait_until(lambda: (tmp_path / "run/checkpoint-4").exists(), 120)
+            children = list_descendants(parent.pid)
             parent.send_signal(signal.SIGTERM)
             assert parent.wait(60) != 0
         finally:
             parent.kill()
-    wait_for(lambda: all(map(is_gone, children)))
+    wait_until(lambda: all(map(is_gone, children)), 120)
     newest = find_checkpoint(tmp_path / "run")
     assert newest is not None
     AutoModelForCausalLM.from_pretrained(newest)
 
 
-@pytest.mark.slow
 @pytest.mark.vllm
-@pytest.mark.xdist_group("vllm")
-def test_two_ranks_and_vllm_take_the_steps_of_one_process(tmp_path):
-    """vLLM in a process of the first rank's. Where it dies, all ranks gather the weights that it is started with."""
+def test_ranks_with_vllm_equals_one_rank(tmp_path):
+    """vLLM is a child process of rank 0. If it dies, all ranks gather the weights for its restart."""
     settings = PLAIN | {"engine": "vllm"}
     one = run_ranks(1, tmp_path / "1", settings)
-    assert rows(one, "check")[-1]["n_weights"] == 20
+    assert read_rows(one, "check")[-1]["n_weights"] == 20
     two = run_ranks(2, tmp_path / "2", settings, break_push=(2, 7), kill_engine_at=5)
     assert (tmp_path / "2/said.txt").read_text().count("it is started again") == 2
     assert_same_run(two, one, 2e-6)
-    assert rows(two, "check")[-1]["n_weights"] == 20
+    assert read_rows(two, "check")[-1]["n_weights"] == 20
     ahead = settings | {"async_steps": 1, "importance": "truncate"}
     one, two = (run_ranks(n, tmp_path / f"ahead-{n}", ahead) for n in (1, 2))
     assert_same_run(two, one, 2e-6)
 
 
-def test_more_ranks_than_gpus_is_one_clear_line(monkeypatch):
+def test_ranks_more_than_gpus_raises_usage_error(monkeypatch):
     for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "3", "RANK": "3"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(distributed.dist, "is_torchelastic_launched", lambda: True)
@@ -380,7 +344,7 @@ def test_more_ranks_than_gpus_is_one_clear_line(monkeypatch):
         distributed.start(60.0)
 
 
-def test_the_others_say_why_too_if_the_first_one_has_not(monkeypatch, capsys):
+def test_exit_with_other_rank_prints_if_rank_zero_has_not(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setattr(time, "sleep", lambda _: None)
     with pytest.raises(SystemExit) as ended:
@@ -389,7 +353,7 @@ def test_the_others_say_why_too_if_the_first_one_has_not(monkeypatch, capsys):
     assert capsys.readouterr().err == "train.py, rank 2: no room\n"
 
 
-def test_alone_there_is_nothing_to_share():
+def test_collectives_single_process_are_identity():
     assert (distributed.rank(), distributed.size(), distributed.is_first()) == (0, 1, True)
     assert list(distributed.shard_across_ranks("abc")) == [("a", True), ("b", True), ("c", True)]
     assert distributed.run_on_rank_zero(lambda: 7) == 7
@@ -400,9 +364,9 @@ def test_alone_there_is_nothing_to_share():
     assert fsdp.with_unsharded_params(torch.nn.Linear(1, 1), lambda: 5) == 5
 
 
-def test_a_trial_that_fails_on_one_rank_is_told_to_the_others(monkeypatch):
-    """They ask for its answer, and would wait for it for hours."""
-    told, policy = [], tiny_parts().policy
+def test_find_head_failure_on_one_rank_is_shared(monkeypatch):
+    """The other ranks wait for its answer, and would wait for hours."""
+    told, policy = [], make_tiny_parts().policy
     monkeypatch.setattr(distributed, "gather", lambda value: [told.append(value), True, value][1:])
     assert find_head(policy) is not None
 
@@ -410,12 +374,12 @@ def test_a_trial_that_fails_on_one_rank_is_told_to_the_others(monkeypatch):
         raise NotImplementedError("no output layer here")
 
     monkeypatch.setattr(shortcuts, "_head_error", fail)
-    assert find_head(tiny_parts().policy) is None
+    assert find_head(make_tiny_parts().policy) is None
     assert told == [True, False]
 
 
 @pytest.mark.parametrize(("n", "items"), [(2, "abc"), (3, "abcd"), (3, "ab"), (4, "a"), (2, "")])
-def test_items_are_dealt_out_each_once_and_to_all_equally_many(n, items, monkeypatch):
+def test_shard_across_ranks_is_even_and_complete(n, items, monkeypatch):
     monkeypatch.setattr(distributed, "size", lambda: n)
     hands = []
     for rank in range(n):

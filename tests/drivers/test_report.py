@@ -1,4 +1,4 @@
-"""The page of a run, or of several: its numbers are the log's, nothing in it is another's HTML, nothing is fetched."""
+"""The page of one or several runs: it holds the logged numbers, escapes foreign text and fetches nothing."""
 
 import json
 import math
@@ -18,17 +18,15 @@ from drivers.reports.curves import DARK_PALETTE, PALETTE
 from drivers.reports.logged_run import group_runs, read_metrics, read_runs
 from drivers.reports.page import MAX_POINTS_PER_LINE, accuracy_at, make_page, write_report
 from drivers.reports.series import downsample, make_panels, make_times, steps_within
-from tests.drivers.test_sft import go as fine_tune_letters
-from tests.drivers.test_sft import shown
-from tests.drivers.test_train import run_training
+from tests.drivers.helpers.reports import HOSTILE_TEXT, make_step_rows, write_run
+from tests.drivers.helpers.runs import make_letter_demonstrations, run_sft, run_training
 
 ROOT = Path(__file__).resolve().parents[2]
 VOID = {"meta", "input", "br", "hr", "img", "link"}
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)><!-- <b>&amp;\"' \u2028 $title \\frac{$"
 
 
 class Page(HTMLParser):
-    """A page taken apart: elements, texts, the script's data. What is not nested as it should be is an error."""
+    """A parsed page: elements, texts and the data of the script. Wrong nesting is an error."""
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
@@ -61,40 +59,23 @@ def page_of(*folders, title="A title"):
     return Page(make_page(runs, group_runs(runs), title))
 
 
-def write_run(folder, rows=(), completions=None, program="train.py", planned=None, **settings):
-    """A run's folder, as if it had been logged."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = {"program": program, "steps": planned, "config": settings, "environment": {"python": "3.11"}}
-    (folder / "config.json").write_text(json.dumps(written))
-    for name, lines in (("metrics", rows), ("completions", completions)):
-        if lines is not None:
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
-
-
-def steps(values, key="reward", **more):
-    return [
-        {"phase": "train", "step": k, key: value, "time_update_s": 2.0, **more} for k, value in enumerate(values, 1)
-    ]
-
-
 def panels_of(page):
     return {panel["title"]: panel for panel in page.data["panels"]}
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Real runs: GRPO with a clip that is met, and SFT."""
+    """Return the folder of real runs: GRPO with an active clip, and SFT."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("drivers.training.run.draw_curves", lambda _: None)  # it is drawn below
+        patch.setattr("drivers.training.run.draw_curves", lambda _: None)  # drawn in another test
         settings = {"n_grpo_steps": 3, "eval_steps": 2, "loss_type": "grpo_clip", "train_batch_size": 16}
         run_training(folder / "grpo", cliprange=0.01, **settings)
-        fine_tune_letters(folder / "sft", shown("aa", "ab", "ba", "bb"), train_batch_size=2)
+        run_sft(folder / "sft", make_letter_demonstrations("aa", "ab", "ba", "bb"), train_batch_size=2)
     return folder
 
 
-def test_a_page_has_the_numbers_of_the_log(trained):
+def test_page_holds_logged_numbers(trained):
     page, rows = page_of(trained / "grpo"), read_metrics(trained / "grpo")
     panels = panels_of(page)
     kept = {
@@ -122,13 +103,13 @@ def test_a_page_has_the_numbers_of_the_log(trained):
     assert seconds == pytest.approx([before + sum(spent[:n]) for n in (1, 2, 3)], abs=0.005)
     last = rows["eval"][-1]["accuracy"]
     assert f"{last:.3f}" in page.text
-    assert "3 of 3" not in page.text  # all that were planned were made
+    assert "3 of 3" not in page.text  # all planned steps were made
     speed = sum(row["sampled_tokens"] for row in rows["train"]) / sum(row["time_rollout_s"] for row in rows["train"])
     assert f"{speed:.0f}" in page.text.split()
     assert "cliprange" in page.text
 
 
-def test_a_page_has_the_responses_of_the_log_with_their_tokens(trained):
+def test_page_holds_logged_responses_and_tokens(trained):
     page = page_of(trained / "grpo")
     lines = [json.loads(line) for line in (trained / "grpo/completions.jsonl").read_text().splitlines()]
     found = page.data["responses"]
@@ -141,15 +122,15 @@ def test_a_page_has_the_responses_of_the_log_with_their_tokens(trained):
         }
         assert ours["facts"]["finish_reason"] == theirs["finish_reason"]
     written = [json.loads((trained / name / "config.json").read_text())["steps"] for name in ("grpo", "sft")]
-    assert written == [3, 2]  # of SFT, which has no setting for it, two batches of two
+    assert written == [3, 2]  # SFT has no setting for it: two batches of two
     demonstrated = [row for row in page_of(trained / "sft").data["responses"] if row["phase"] == "train"]
     assert len(demonstrated) == 4
     assert all("reward" not in row and "log_probs" in row for row in demonstrated)
 
 
 @pytest.mark.slow
-def test_files_are_written_and_the_same_again(trained, tmp_path):
-    """A run without rollouts is left out of their panels; what differs between two programs is what both have."""
+def test_write_report_is_deterministic(trained, tmp_path):
+    """A run without rollouts is absent from their panels; two programs are compared by the settings of both."""
     folders = [trained / "grpo", trained / "sft"]
     page = write_report(folders, tmp_path / "one", "Two programs")
     files = ["curves-by-time.png", "curves.png", "report.html"]
@@ -167,7 +148,7 @@ def test_files_are_written_and_the_same_again(trained, tmp_path):
     assert page.stat().st_size < 200_000
 
 
-def test_a_page_fetches_nothing_and_runs_one_script(trained):
+def test_page_fetches_nothing_and_has_one_script(trained):
     runs = read_runs([trained / "grpo"])
     text = make_page(runs, group_runs(runs), "x")
     page = Page(text)
@@ -181,13 +162,13 @@ def test_a_page_fetches_nothing_and_runs_one_script(trained):
     assert not re.search(
         r"fetch\(|XMLHttpRequest|import\(|innerHTML|insertAdjacentHTML|document\.write|eval\(", script
     )
-    assert set(re.findall(r"\w+://[^\"'`]+", text)) == {"http://www.w3.org/2000/svg"}  # a name, not an address
+    assert set(re.findall(r"\w+://[^\"'`]+", text)) == {"http://www.w3.org/2000/svg"}  # a name, not a URL
     (policy,) = (a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'; base-uri 'none'; form-action 'none'; script-src 'sha256-")
     assert "unsafe" not in policy
 
 
-def test_the_policy_allows_this_script_and_style(trained):
+def test_page_security_policy_matches_script_and_style(trained):
     page = page_of(trained / "sft")
     (policy,) = (a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
     for kind in ("script", "style"):
@@ -195,38 +176,51 @@ def test_the_policy_allows_this_script_and_style(trained):
         assert f"{kind}-src 'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'" in policy
 
 
-def test_what_a_model_says_is_text(tmp_path):
-    """So is what a run, its settings, its anomalies and its title are called."""
-    row = {"step": 1, "phase": "train", "question": HOSTILE, "answer": [HOSTILE, "b"], "response": HOSTILE}
-    row |= {"reward": 1.0, "why": HOSTILE, "tokens": [HOSTILE, "\ud83d", ""], "log_probs": [-1.0, None, -2.0]}
-    anomaly = {"phase": "anomaly", "step": 1, "kind": "loss", "value": None, "limit": 0.0, "text": HOSTILE}
-    rows = [*steps([0.5]), anomaly]
+def test_page_hostile_text_is_escaped(tmp_path):
+    """This includes names of runs, settings, anomalies and the title."""
+    row = {
+        "step": 1,
+        "phase": "train",
+        "question": HOSTILE_TEXT,
+        "answer": [HOSTILE_TEXT, "b"],
+        "response": HOSTILE_TEXT,
+    }
+    row |= {
+        "reward": 1.0,
+        "why": HOSTILE_TEXT,
+        "tokens": [HOSTILE_TEXT, "\ud83d", ""],
+        "log_probs": [-1.0, None, -2.0],
+    }
+    anomaly = {"phase": "anomaly", "step": 1, "kind": "loss", "value": None, "limit": 0.0, "text": HOSTILE_TEXT}
+    rows = [*make_step_rows([0.5]), anomaly]
     folders = [
-        write_run(tmp_path / f"<img src={name}>", rows, [row], model_path=f"{HOSTILE}{name}") for name in ("a", "b")
+        write_run(tmp_path / f"<img src={name}>", rows, [row], model_path=f"{HOSTILE_TEXT}{name}")
+        for name in ("a", "b")
     ]
-    plain = page_of(write_run(tmp_path / "plain", steps([0.5]), [row | {"question": "", "response": ""}]))
-    page = page_of(*folders, title=HOSTILE)
+    plain = page_of(write_run(tmp_path / "plain", make_step_rows([0.5]), [row | {"question": "", "response": ""}]))
+    page = page_of(*folders, title=HOSTILE_TEXT)
     assert [page.count(tag) for tag in ("script", "style", "img", "b")] == [2, 1, 0, 0]
     assert page.count("script") == plain.count("script")
     response = page.data["responses"][0]
-    assert response["question"] == response["response"] == HOSTILE
+    assert response["question"] == response["response"] == HOSTILE_TEXT
     assert response["tokens"] == row["tokens"]
-    assert response["answer"] == f"{HOSTILE} or b"
-    assert HOSTILE in page.data["anomalies"][0]["text"]
+    assert response["answer"] == f"{HOSTILE_TEXT} or b"
+    assert HOSTILE_TEXT in page.data["anomalies"][0]["text"]
     assert page.data["runs"] == ["<img src=a>", "<img src=b>"]
-    assert page.text.count(HOSTILE) >= 4  # title, settings, anomalies
-    report, again = (write_report(folders, tmp_path / name, HOSTILE) for name in ("out", "again"))
+    assert page.text.count(HOSTILE_TEXT) >= 4  # title, settings, anomalies
+    report, again = (write_report(folders, tmp_path / name, HOSTILE_TEXT) for name in ("out", "again"))
     assert Page(report.read_text()).data == page.data
     for file in report.parent.iterdir():  # equal input, equal bytes
         assert file.read_bytes() == (again.parent / file.name).read_bytes()
 
 
-def test_runs_that_differ_in_their_seed_are_one_series_with_a_band(tmp_path):
+def test_series_of_seeds_has_one_band(tmp_path):
     values = {0: [0.1, 0.5, 0.9], 1: [0.3, 0.4], 2: [0.2, 0.6, None]}
     folders = [
-        write_run(tmp_path / f"seed-{s}", steps(v), seed=s, save_dir=f"runs/{s}", rate=1e-5) for s, v in values.items()
+        write_run(tmp_path / f"seed-{s}", make_step_rows(v), seed=s, save_dir=f"runs/{s}", rate=1e-5)
+        for s, v in values.items()
     ]
-    other = write_run(tmp_path / "other", steps([0.0, 0.0]), seed=0, save_dir="x", rate=3e-5)
+    other = write_run(tmp_path / "other", make_step_rows([0.0, 0.0]), seed=0, save_dir="x", rate=3e-5)
     page = page_of(*folders, other)
     assert page.data["series"] == [{"name": "rate=1e-05 (3 runs)", "runs": 3}, {"name": "rate=3e-05", "runs": 1}]
     (ours, theirs) = panels_of(page)["Reward"]["lines"]
@@ -244,19 +238,19 @@ def test_runs_that_differ_in_their_seed_are_one_series_with_a_band(tmp_path):
     assert {"rate=1e-05 (3 runs)", "seed-1, seed 1", "other"} <= set(headed)
 
 
-def test_one_series_has_its_name_from_the_first_run_and_runs_without_settings_are_apart(tmp_path):
-    same = [write_run(tmp_path / name, steps([1.0]), seed=number, a=1) for number, name in enumerate("xy")]
+def test_series_name_is_first_runs_and_unknown_settings_are_separate(tmp_path):
+    same = [write_run(tmp_path / name, make_step_rows([1.0]), seed=number, a=1) for number, name in enumerate("xy")]
     assert [series.name for series in group_runs(read_runs(same))] == ["x (2 runs)"]
     for folder in same:
         (folder / "config.json").write_text("{")
     assert [series.name for series in group_runs(read_runs(same))] == ["x", "y"]
     assert len(read_runs([same[0], same[0]])) == 1
-    deep = [write_run(tmp_path / place / "run", steps([1.0])) for place in ("one", "two")]
+    deep = [write_run(tmp_path / place / "run", make_step_rows([1.0])) for place in ("one", "two")]
     assert [run.name for run in read_runs(deep)] == ["one/run", "two/run"]
 
 
 def wilson(p, n):
-    """Solved for the shares that are 1.96 standard errors from p."""
+    """Return the shares that are 1.96 standard errors away from p."""
     z = NormalDist().inv_cdf(0.975)
     a, b, c = 1 + z * z / n, -(2 * p + z * z / n), p * p
     root = math.sqrt(b * b - 4 * a * c)
@@ -264,8 +258,8 @@ def wilson(p, n):
 
 
 @pytest.mark.parametrize("accuracy", [0.0, 0.25, 1.0])
-def test_an_accuracy_has_its_interval(tmp_path, accuracy):
-    """Over the questions of which a response was scored."""
+def test_series_accuracy_has_wilson_interval(tmp_path, accuracy):
+    """The interval is over the questions with a scored response."""
     row = {
         "phase": "eval",
         "step": 0,
@@ -285,8 +279,8 @@ def test_an_accuracy_has_its_interval(tmp_path, accuracy):
     assert run.accuracies[0] == (accuracy, None, None)
 
 
-def test_what_a_reward_returns_by_name_is_a_panel(tmp_path):
-    rows = steps([0.5, 1.0], part_right=0.5, part_brief=0.25)
+def test_panels_include_named_reward_parts(tmp_path):
+    rows = make_step_rows([0.5, 1.0], part_right=0.5, part_brief=0.25)
     rows[1] |= {"part_b": 0.0, "part_c": 0.0, "part_d": 1.0}
     page = page_of(write_run(tmp_path, rows))
     titles = list(panels_of(page))
@@ -297,14 +291,14 @@ def test_what_a_reward_returns_by_name_is_a_panel(tmp_path):
     write_report([tmp_path], tmp_path / "out", "more quantities than dashes")
 
 
-def test_which_quantity_is_alone_is_said(tmp_path):
-    page = page_of(write_run(tmp_path, steps([0.5], sampler_log_prob_diff=0.1, grad_norm=1.0)))
+def test_panel_single_quantity_is_labeled(tmp_path):
+    page = page_of(write_run(tmp_path, make_step_rows([0.5], sampler_log_prob_diff=0.1, grad_norm=1.0)))
     units = {title: panel["unit"] for title, panel in panels_of(page).items()}
     assert units["Distance"] == "to the sampler, nats per token"
     assert units["Gradient norm"] == "before clipping"
 
 
-def test_before_last_and_best(tmp_path):
+def test_page_table_has_first_last_and_best_accuracy(tmp_path):
     values = {0: 0.1, 5: 0.8, 10: 0.8, 15: 0.6}
     rows = [{"phase": "eval", "step": step, "accuracy": value, "n_examples": 50} for step, value in values.items()]
     (run,) = read_runs([write_run(tmp_path, rows)])
@@ -320,8 +314,8 @@ def test_before_last_and_best(tmp_path):
     assert f"0.100 {low:.3f} to {high:.3f}" in page_of(tmp_path).text
 
 
-def test_the_clock_counts_what_was_waited_for(tmp_path):
-    """What was sampled in the background costs no more than the waiting; a checkpoint is written after its step."""
+def test_times_count_waiting_only(tmp_path):
+    """Sampling in the background costs only the wait for it; a checkpoint is written after its step."""
     times = {"time_rollout_s": 10.0, "time_reward_s": 1.0, "time_update_s": 5.0, "time_wait_s": 2.0}
     rows = [{"phase": "eval", "step": 0, "accuracy": 0.5, "time_evaluate_s": 3.0}]
     rows += [{"phase": "train", "step": step, "reward": 0.0, **times} for step in (1, 2)]
@@ -340,7 +334,7 @@ def test_the_clock_counts_what_was_waited_for(tmp_path):
     assert "2:19" in page_of(tmp_path).text
 
 
-def test_anomalies_are_told_and_those_of_neighbouring_steps_are_one(tmp_path):
+def test_page_merges_anomalies_of_adjacent_steps(tmp_path):
     found = [
         ("spike", 2, "high"),
         ("none", 3, "no gradient"),
@@ -348,7 +342,7 @@ def test_anomalies_are_told_and_those_of_neighbouring_steps_are_one(tmp_path):
         ("none", 5, "again"),
         ("none", 8, "later"),
     ]
-    rows = steps([0.0] * 9) + [
+    rows = make_step_rows([0.0] * 9) + [
         {"phase": "anomaly", "step": s, "kind": k, "value": 1, "limit": 0, "text": t} for k, s, t in found
     ]
     rows.append({"phase": "anomaly", "step": 9, "kind": "old", "value": None, "limit": 2})
@@ -363,8 +357,8 @@ def test_anomalies_are_told_and_those_of_neighbouring_steps_are_one(tmp_path):
     assert "steps 3 to 5: no gradient" in page.text
 
 
-def test_a_run_that_lacks_things_has_a_page(tmp_path):
-    """Nothing logged yet; no settings; half a line; numbers that are none; a run that goes on."""
+def test_page_incomplete_run_renders(tmp_path):
+    """No log yet, no settings, half a line, values that are not numbers, and a run that continues."""
     empty = write_run(tmp_path / "empty")
     (empty / "config.json").unlink()
     page = page_of(empty)
@@ -374,7 +368,7 @@ def test_a_run_that_lacks_things_has_a_page(tmp_path):
         assert said in page.text
     assert "No responses were logged" in page.text
     odd = [None, [], 3, {"step": "1"}, {"step": True}, {"phase": "train"}, {"phase": ["train"], "step": 1}]
-    rows = [*odd, *steps([0.1, None, "0.3", True, float("nan"), 0.6])]
+    rows = [*odd, *make_step_rows([0.1, None, "0.3", True, float("nan"), 0.6])]
     responses = [
         *odd,
         {"step": 1, "tokens": [1]},
@@ -402,9 +396,9 @@ def test_a_run_that_lacks_things_has_a_page(tmp_path):
     write_report([empty], tmp_path / "out", "Nothing yet")
 
 
-def test_a_long_run_is_thinned_and_says_so(tmp_path, monkeypatch):
+def test_page_long_run_is_downsampled_and_labeled(tmp_path, monkeypatch):
     monkeypatch.setattr("drivers.reports.page.MAX_CHARACTERS", 30_000)
-    rows = steps([step / 1000 for step in range(1000)])
+    rows = make_step_rows([step / 1000 for step in range(1000)])
     responses = [{"step": step, "response": "x" * 400, "question": f"{step}"} for step in range(100) for _ in range(2)]
     page = page_of(write_run(tmp_path, rows, responses))
     found = [point[0] for point in panels_of(page)["Reward"]["lines"][0]["points"]]
@@ -423,8 +417,8 @@ def test_a_long_run_is_thinned_and_says_so(tmp_path, monkeypatch):
     assert steps_within([{"step": 7, "response": "long" * 99}], 10) == {7}
 
 
-def test_what_is_no_run_is_one_clear_line(tmp_path, capsys):
-    run = write_run(tmp_path / "run", steps([1.0]))
+def test_report_invalid_folder_exits_with_one_line(tmp_path, capsys):
+    run = write_run(tmp_path / "run", make_step_rows([1.0]))
     for arguments, said in (
         ([str(tmp_path)], "is no run's folder; one with a metrics.jsonl is required"),
         ([], "which runs?"),
@@ -441,9 +435,9 @@ def test_what_is_no_run_is_one_clear_line(tmp_path, capsys):
         read_runs([tmp_path / "nowhere"])
 
 
-def test_the_page_of_one_run_is_in_its_folder(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("drivers.reports.page.draw", lambda *_, **__: None)  # curves are drawn above
-    run = write_run(tmp_path / "run", steps([1.0]))
+def test_report_single_run_is_written_to_its_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("drivers.reports.page.draw", lambda *_, **__: None)  # drawn in another test
+    run = write_run(tmp_path / "run", make_step_rows([1.0]))
     main([str(run)])
     assert capsys.readouterr().out == f"Written to {run}/report.html\n"
     assert "<title>run</title>" in (run / "report.html").read_text()
@@ -478,7 +472,7 @@ def lab(rgb):
 
 
 @pytest.mark.parametrize(("palette", "page"), [(PALETTE, "#ffffff"), (DARK_PALETTE, "#16181d")], ids=["light", "dark"])
-def test_series_are_told_apart_by_any_eye(palette, page):
+def test_palette_is_distinguishable_with_color_blindness(palette, page):
     assert f"--page: {page};" in (ROOT / "drivers/reports/page.css").read_text()
     for kind, matrix in MACHADO.items():
         seen = [

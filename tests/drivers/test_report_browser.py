@@ -1,4 +1,4 @@
-"""The page of a report in a real browser: its script draws, filters and colours, wide and narrow."""
+"""The page of a report in a real browser: its script draws, filters and colors, on wide and narrow screens."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from html import unescape
 import pytest
 
 from drivers.reports.page import write_report
-from tests.drivers.test_report import HOSTILE, steps, write_run
+from tests.drivers.helpers.reports import HOSTILE_TEXT, make_step_rows, write_run
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = [
@@ -23,10 +23,10 @@ FLAGS = (
 
 
 def open_in_browser(tmp_path, page, width, script=""):
-    """The page when all its scripts have run, then `script`; what it complained of is in the second text."""
+    """Return the page after all its scripts and `script` have run, and what the browser printed."""
     text = page.read_text()
     opened = tmp_path / f"opened-{width}.html"
-    # What the page's policy would not allow a stranger is allowed the test.
+    # The page's security policy would refuse the test's own scripts.
     text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
     probe = (
         "<script>window.addEventListener('error', (e) => document.title = `broken: ${e.message}`);</script>",
@@ -47,16 +47,16 @@ def open_in_browser(tmp_path, page, width, script=""):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """Two runs of one experiment and one of another, with anomalies, hostile responses and values of tokens."""
+    """Write the page of two runs of one experiment and one of another, with anomalies and hostile responses."""
     folder = tmp_path_factory.mktemp("runs")
     rows = [
         {"phase": "eval", "step": 0, "accuracy": 0.1, "n_examples": 100, "time_evaluate_s": 1.0},
-        *steps([0.1, 0.5, 0.9], grad_norm=1.0, time_rollout_s=3.0, rollout_entropy=1.0, part_brief=0.25),
+        *make_step_rows([0.1, 0.5, 0.9], grad_norm=1.0, time_rollout_s=3.0, rollout_entropy=1.0, part_brief=0.25),
         {"phase": "eval", "step": 3, "accuracy": 0.8, "n_examples": 100},
-        {"phase": "anomaly", "step": 2, "kind": "x", "value": 1.0, "limit": 0.5, "text": HOSTILE},
+        {"phase": "anomaly", "step": 2, "kind": "x", "value": 1.0, "limit": 0.5, "text": HOSTILE_TEXT},
     ]
-    response = {"phase": "train", "question": "q", "answer": "4", "response": f"abc {HOSTILE}", "reward": 1.0}
-    response |= {"tokens": ["abc", " ", HOSTILE], "log_probs": [-0.1, -2.0, -5.0], "advantage": 0.5}
+    response = {"phase": "train", "question": "q", "answer": "4", "response": f"abc {HOSTILE_TEXT}", "reward": 1.0}
+    response |= {"tokens": ["abc", " ", HOSTILE_TEXT], "log_probs": [-0.1, -2.0, -5.0], "advantage": 0.5}
     responses = [{**response, "step": step, "reward": step % 2} for step in range(1, 4) for _ in range(5)]
     runs = [write_run(folder / f"run-{seed}", rows, responses, seed=seed, rate=1e-5) for seed in (0, 1)]
     runs.append(write_run(folder / "other", rows, responses, seed=0, rate=3e-5))
@@ -64,7 +64,7 @@ def page(tmp_path_factory):
 
 
 @pytest.mark.parametrize("width", [1280, 360])
-def test_curves_and_responses_are_drawn(page, tmp_path, width):
+def test_page_in_browser_draws_curves_and_responses(page, tmp_path, width):
     check = """
       const seen = {
         plots: document.querySelectorAll('.plot svg').length,
@@ -102,20 +102,20 @@ def test_curves_and_responses_are_drawn(page, tmp_path, width):
         "Time by phase",
     ]
     assert seen["plots"] == len(titles)
-    assert seen["bands"] == 5  # two seeds are a line with a band
-    assert seen["marks"] == 3 * (len(titles) - 1)  # one of each run, in each panel of curves
-    assert seen["rows"] == 10  # of a page
+    assert seen["bands"] == 5  # two seeds are one line with a band
+    assert seen["marks"] == 3 * (len(titles) - 1)  # one per run in each panel
+    assert seen["rows"] == 10  # per page
     assert seen["alerts"] == 0
-    assert seen["wide"] <= 0  # nothing sticks out on a narrow screen
-    assert seen["tokens"] == ["abc", " ", HOSTILE]
+    assert seen["wide"] <= 0  # nothing overflows a narrow screen
+    assert seen["tokens"] == ["abc", " ", HOSTILE_TEXT]
     assert seen["coloured"] == 3
     assert seen["fewer"] < seen["lines"]
     assert "seconds" in seen["axis"]
     assert "step" not in seen["axis"]
 
 
-def test_the_pages_own_policy_lets_its_script_run(page, tmp_path):
-    """Untouched: the policy names the script by checksum."""
+def test_page_in_browser_policy_allows_script(page, tmp_path):
+    """The unchanged page names its script by checksum in its security policy."""
     command = [BROWSER, *FLAGS.split(), f"--user-data-dir={tmp_path}/own", "--virtual-time-budget=4000"]
     done = subprocess.run(
         [*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120, check=True

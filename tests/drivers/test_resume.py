@@ -1,4 +1,4 @@
-"""A run that is ended and gone on with is the run that was not."""
+"""A stopped and resumed run equals a run without interruption."""
 
 import json
 import os
@@ -22,8 +22,6 @@ from transformers import AutoModelForCausalLM
 from drivers import train as program
 from drivers.common.errors import TrainingAbortedError, UsageError
 from drivers.common.signals import terminate_as_interrupt
-from drivers.engines.hf import HFReplica
-from drivers.policy.weights import PolicyWeights
 from drivers.reports.logged_run import read_metrics
 from drivers.runs.checkpoint import FACTS, TENSORS, find_damage, read_facts, read_tensors
 from drivers.runs.folder import acquire_run_lock, find_checkpoint, release_run_lock
@@ -32,99 +30,46 @@ from drivers.runs.resume import open_run_folder
 from drivers.train import train
 from drivers.training import update as update_step
 from drivers.training.batch import StepRollouts
-from drivers.training.launch import save_on_abort
 from drivers.training.run import Run
 from drivers.training.state import TrainingState, fingerprint, validate_resume
-from tests.drivers.parts import letter_grader, letter_questions, tiny_config, tiny_parts
-from tests.drivers.test_checkpoint import no_file_beyond
-from tests.drivers.test_train import weights
+from tests.drivers.helpers import runs
+from tests.drivers.helpers.letters import (
+    flatten_weights,
+    letter_grader,
+    make_letter_questions,
+    make_tiny_config,
+    make_tiny_parts,
+)
+from tests.drivers.helpers.processes import limit_file_size
+from tests.drivers.helpers.runs import RUN_KINDS, SIX_STEPS, StopRun, assert_same_state, read_logged_numbers, run_grpo
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMON = {"n_grpo_steps": 6, "learning_rate": 1e-2, "eval_steps": 2, "checkpoint_steps": 1}
-KINDS = {
-    "plain": {},
-    "off-policy": {"train_batch_size": 16, "epochs_per_rollout_batch": 2, "loss_type": "grpo_clip"},
-    "adaptive": {"entropy_target": 6.0, "entropy_coef": 0.01},
-    "ahead": {"async_steps": 1, "importance": "truncate", "engine": "vllm"},
-    "bfloat16": {"dtype": "bfloat16", "self_check_tolerance": 1.0},
-    "curriculum": {"curriculum_steps": 5, "rollout_batch_size": 16, "train_batch_size": 16},
-    "refills": {"max_refills": 2, "kl_coef": 0.1, "kl_in": "reward", "kl_estimator": "k1"},
-}
-
-
-class Stop(Exception):
-    """The run ends here."""
-
-
-def go(folder, checkpoint=None, stop_at=None, publish=False, **settings):
-    """`stop_at`: how many times the engine answers before it ends the run."""
-    config = tiny_config(**(COMMON | settings))
-    parts, dtype = tiny_parts(), getattr(torch, config.dtype)
-    policy = parts.policy.to(dtype)
-    reference = tiny_parts().policy.to(dtype) if config.needs_reference else None
-    engine = HFReplica(tiny_parts().policy.to(dtype), parts.tokenizer, PolicyWeights(policy, dtype))
-    answer, answered = engine.generate, []
-
-    def generate(*arguments, **named):
-        answered.append(1)
-        if stop_at is not None and len(answered) > stop_at:
-            raise Stop
-        return answer(*arguments, **named)
-
-    engine.generate = generate
-    folder.mkdir(exist_ok=True)
-    from drivers.common.display import Display
-
-    run = Run(config, folder, parts.tokenizer, Display(1, quiet=True), checkpoint)
-    try:
-        train(config, policy, engine, letter_grader, parts.questions, parts.questions, run, reference)
-        if publish:
-            run.publish("final_model")
-    except Stop:
-        save_on_abort(run, policy)
-    finally:
-        run.finish()
-    moments = {name: tensor.clone() for name, tensor in run.state.tensors().items()}
-    return weights(policy), moments, len(answered)
-
-
-def numbers(folder):
-    """All that was logged, but for times and the writing of checkpoints, which each process does for itself."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timed = ("time_", "rollout_tokens_per_s", "update_tokens_per_s")
-    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows if row["phase"] != "save"]
-
-
-def assert_same(found, expected):
-    assert torch.equal(found[0], expected[0])
-    assert found[1].keys() == expected[1].keys()
-    assert all(torch.equal(tensor, expected[1][name]) for name, tensor in found[1].items())
 
 
 QUICK = ("ahead",)
 
 
-@pytest.mark.parametrize("kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
-def test_stopped_anywhere_and_gone_on_with_it_is_the_same_to_the_last_bit(tmp_path, kind):
-    """Weights, both moments, every logged number, every logged completion."""
-    settings = KINDS[kind]
-    *whole, answers = go(tmp_path / "whole", **settings)
+@pytest.mark.parametrize("kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in RUN_KINDS])
+def test_resume_after_stop_anywhere_is_bit_identical(tmp_path, kind):
+    """Weights, both moments, every logged number and every logged completion are equal."""
+    settings = RUN_KINDS[kind]
+    *whole, answers = run_grpo(tmp_path / "whole", **settings)
     chosen = random.Random(kind).sample(range(5, answers), 2)
     for stop_at in chosen:
         folder = tmp_path / f"stopped-{stop_at}"
-        go(folder, stop_at=stop_at, **settings)
+        run_grpo(folder, stop_at=stop_at, **settings)
         checkpoint = find_checkpoint(folder)
         assert checkpoint is not None
-        again = go(folder, checkpoint, **settings)
-        assert_same(again, whole)
-        assert numbers(folder) == numbers(tmp_path / "whole")
+        again = run_grpo(folder, checkpoint, **settings)
+        assert_same_state(again, whole)
+        assert read_logged_numbers(folder) == read_logged_numbers(tmp_path / "whole")
         assert (folder / "completions.jsonl").read_bytes() == (tmp_path / "whole/completions.jsonl").read_bytes()
 
 
 @pytest.mark.slow
-def test_only_the_newest_two_checkpoints_hold_what_training_goes_on_from(tmp_path):
-    go(tmp_path / "run")
+def test_checkpoints_only_newest_two_are_resumable(tmp_path):
+    run_grpo(tmp_path / "run")
     left = sorted(folder.name for folder in (tmp_path / "run").glob("checkpoint-*") if (folder / TENSORS).exists())
     assert left == ["checkpoint-5", "checkpoint-6"]
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 6
@@ -133,26 +78,26 @@ def test_only_the_newest_two_checkpoints_hold_what_training_goes_on_from(tmp_pat
     assert find_checkpoint(tmp_path / "run/checkpoint-5") == tmp_path / "run/checkpoint-5"
     with pytest.raises(UsageError, match="checkpoint-4: cannot be gone on from: it has no folder trainer_state"):
         find_checkpoint(tmp_path / "run/checkpoint-4")
-    for folder in (tmp_path / "run").glob("*-*"):  # what is left is as it was written
+    for folder in (tmp_path / "run").glob("*-*"):  # the remaining files are unchanged
         assert find_damage(folder) is None
     assert find_checkpoint(tmp_path) is None
 
 
-def test_a_stop_between_two_checkpoints_keeps_what_was_made(tmp_path):
-    """The weights of the last step, resumable; and where the last checkpoint holds them all, no second one."""
+def test_stop_between_checkpoints_saves_last_step(tmp_path):
+    """The saved step is resumable. If the last checkpoint already holds it, no second one is written."""
     folder = tmp_path / "run"
-    go(folder, stop_at=6, checkpoint_steps=2, eval_steps=100)
+    run_grpo(folder, stop_at=6, checkpoint_steps=2, eval_steps=100)
     stopped = find_checkpoint(folder)
     assert stopped is not None
     step = read_facts(stopped)["step"]
     assert (stopped.name, step) == ("checkpoint-3-stopped", 3)
-    go(tmp_path / "other", stop_at=6, eval_steps=100)
+    run_grpo(tmp_path / "other", stop_at=6, eval_steps=100)
     assert not list((tmp_path / "other").glob("*-stopped"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_a_checkpoint_is_written_waits_until_it_is(tmp_path, monkeypatch, number):
-    """Whatever of it is being written: torch would take the interrupt for a disk without room."""
+def test_signal_during_checkpoint_waits_for_its_end(tmp_path, monkeypatch, number):
+    """torch would report the interrupt as a failed write."""
     write, written = HuggingFaceStorageWriter.write_data, []
 
     def interrupted(*arguments, **named):
@@ -163,32 +108,32 @@ def test_a_signal_while_a_checkpoint_is_written_waits_until_it_is(tmp_path, monk
 
     monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", interrupted)
     with terminate_as_interrupt(), pytest.raises(KeyboardInterrupt):
-        go(tmp_path / "run", eval_steps=100)
+        run_grpo(tmp_path / "run", eval_steps=100)
     assert find_checkpoint(tmp_path / "run") == tmp_path / "run/checkpoint-2"
     assert not list((tmp_path / "run").glob("checkpoint-3*"))
 
 
-def test_a_mistake_of_the_program_does_not_pass_for_a_full_disk(tmp_path, monkeypatch):
+def test_save_checkpoint_bug_is_raised(tmp_path, monkeypatch):
     monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", lambda *_: None + 1)
     with pytest.raises(TypeError, match="unsupported operand"):
-        go(tmp_path / "run", n_grpo_steps=2)
+        run_grpo(tmp_path / "run", n_grpo_steps=2)
 
 
 @pytest.mark.parametrize("raised", [OSError(5, "Input/output error"), RuntimeError("no such thing")])
-def test_a_state_that_cannot_be_read_is_one_clear_line(tmp_path, monkeypatch, raised):
-    """The kernel's refusal at the last moment too, after all sums were right."""
-    go(tmp_path / "run", n_grpo_steps=1)
+def test_resume_unreadable_state_raises_usage_error(tmp_path, monkeypatch, raised):
+    """The kernel may refuse to read even after all checksums were right."""
+    run_grpo(tmp_path / "run", n_grpo_steps=1)
 
     def fail(*_):
         raise raised
 
     monkeypatch.setattr(HuggingFaceStorageReader, "read_data", fail)
     with pytest.raises(UsageError, match=rf"cannot resume from it \({type(raised).__name__}: "):
-        go(tmp_path / "run", find_checkpoint(tmp_path / "run"), n_grpo_steps=2)
+        run_grpo(tmp_path / "run", find_checkpoint(tmp_path / "run"), n_grpo_steps=2)
 
 
-def test_lines_that_wait_for_room_cost_the_checkpoint(tmp_path, monkeypatch, capsys):
-    """It must not outlive the lines of its steps: it is left out, and the next one comes with them."""
+def test_checkpoint_is_skipped_while_log_lines_wait(tmp_path, monkeypatch, capsys):
+    """A checkpoint must not outlive the lines of its steps; the next one is written together with them."""
     import drivers.training.run as program
 
     save, folder = program.save_checkpoint, tmp_path / "run"
@@ -201,36 +146,36 @@ def test_lines_that_wait_for_room_cost_the_checkpoint(tmp_path, monkeypatch, cap
             state.add("fail") if step == 2 else state.clear()
             super().report(step, values)
 
-    monkeypatch.setattr(sys.modules[__name__], "Run", Moody)
+    monkeypatch.setattr(runs, "Run", Moody)
     saved = []
     monkeypatch.setattr(program, "save_checkpoint", lambda *a, **k: saved.append(k["facts"]["step"]) or save(*a, **k))
-    go(folder, n_grpo_steps=3)
+    run_grpo(folder, n_grpo_steps=3)
     assert saved == [1, 3]
-    assert [row["step"] for row in numbers(folder) if row["phase"] == "train"] == [1, 2, 3]
+    assert [row["step"] for row in read_logged_numbers(folder) if row["phase"] == "train"] == [1, 2, 3]
 
 
-def test_a_link_that_was_left_half_done_costs_no_resume(tmp_path):
-    """Killed while the best checkpoint was named: the link goes, what it points to stays."""
+def test_resume_with_unfinished_link_removes_link_only(tmp_path):
+    """A kill while the best checkpoint was linked leaves such a link."""
     folder = tmp_path / "run"
-    go(folder, n_grpo_steps=2)
+    run_grpo(folder, n_grpo_steps=2)
     (folder / ".unfinished-best_checkpoint").symlink_to("checkpoint-2")
-    go(folder, find_checkpoint(folder), n_grpo_steps=3)
+    run_grpo(folder, find_checkpoint(folder), n_grpo_steps=3)
     assert not list(folder.glob(".unfinished-*"))
     assert (folder / "checkpoint-2/model.safetensors").exists()
 
 
-def test_a_stop_inside_a_step_of_several_updates_cannot_be_gone_on_from(tmp_path, monkeypatch):
-    """The weights are of a moment that no step begins at: they are kept, and marked by what they lack."""
+def test_stop_inside_step_saves_unresumable_weights(tmp_path, monkeypatch):
+    """No step begins with these weights, so the folder lacks the state for a resume."""
     updates, original = [], update_step.accumulate_gradients
 
     def fail(*arguments, **named):
         updates.append(1)
-        if len(updates) == 4:  # the second of the second step
-            raise Stop
+        if len(updates) == 4:  # the second update of the second step
+            raise StopRun
         return original(*arguments, **named)
 
     monkeypatch.setattr(update_step, "accumulate_gradients", fail)
-    go(tmp_path / "run", train_batch_size=16, checkpoint_steps=100)
+    run_grpo(tmp_path / "run", train_batch_size=16, checkpoint_steps=100)
     (stopped,) = (tmp_path / "run").glob("*-stopped")
     assert json.loads((stopped / FACTS).read_text()) == {"step": 1}
     assert not (stopped / TENSORS).exists()
@@ -238,9 +183,9 @@ def test_a_stop_inside_a_step_of_several_updates_cannot_be_gone_on_from(tmp_path
 
 
 @pytest.mark.slow
-def test_another_models_checkpoint_is_refused_with_the_reason(tmp_path):
-    go(tmp_path / "run", n_grpo_steps=1)
-    config, parts = tiny_config(**COMMON), tiny_parts()
+def test_resume_other_model_raises_usage_error(tmp_path):
+    run_grpo(tmp_path / "run", n_grpo_steps=1)
+    config, parts = make_tiny_config(**SIX_STEPS), make_tiny_parts()
     with torch.no_grad():
         parts.policy.model.layers = parts.policy.model.layers[:1]
     from drivers.common.display import Display
@@ -251,10 +196,10 @@ def test_another_models_checkpoint_is_refused_with_the_reason(tmp_path):
     run.finish()
 
 
-def test_a_resume_that_fails_leaves_log_and_settings_as_they_were(tmp_path):
-    """A checkpoint that lacks a tensor: the reason, and nothing else changes."""
+def test_resume_failure_changes_no_file(tmp_path):
+    """The checkpoint lacks a tensor."""
     folder = tmp_path / "run"
-    go(folder, n_grpo_steps=2)
+    run_grpo(folder, n_grpo_steps=2)
     checkpoint = find_checkpoint(folder)
     before = {name: (folder / name).read_bytes() for name in ("metrics.jsonl", "completions.jsonl", "config.json")}
     (shard,) = (checkpoint / TENSORS).glob("*.safetensors")
@@ -262,12 +207,12 @@ def test_a_resume_that_fails_leaves_log_and_settings_as_they_were(tmp_path):
     kept = dict(list(other.items())[1:])
     safetensors.torch.save_file(kept, shard)
     with pytest.raises(UsageError, match="cannot resume from it"):
-        go(folder, checkpoint, n_grpo_steps=4)
+        run_grpo(folder, checkpoint, n_grpo_steps=4)
     assert {name: (folder / name).read_bytes() for name in before} == before
 
 
-def test_a_missing_shard_is_noticed(tmp_path):
-    """Of two files of a state, one is gone: what is left must not pass for the whole, the rest being as it was."""
+def test_read_tensors_missing_shard_raises(tmp_path):
+    """One of two files of a state is missing; the other must not pass for the whole state."""
     whole = torch.arange(12.0).view(4, 3)
     files = [tmp_path / f"shard-{number:05d}-model-00001-of-00001.safetensors" for number in (1, 2)]
     for file, begin in zip(files, (0, 2), strict=True):
@@ -283,32 +228,32 @@ def test_a_missing_shard_is_noticed(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_gone_on_with_and_its_final_model_kept(tmp_path):
-    """More steps than it had: the new model takes the name, the old one gets another; checkpoints share its files."""
+def test_resume_finished_run_keeps_final_model(tmp_path):
+    """With more steps the new model takes the name and the old one is renamed; checkpoints share its files."""
     folder = tmp_path / "run"
-    first, *_ = go(folder, n_grpo_steps=2, publish=True)
+    first, *_ = run_grpo(folder, n_grpo_steps=2, publish=True)
     final = folder / "final_model"
     assert (final / "model.safetensors").samefile(folder / "checkpoint-2/model.safetensors")
     assert not (final / TENSORS).exists()
     assert json.loads((final / FACTS).read_text()) == {"step": 2}
-    second, *_ = go(folder, find_checkpoint(folder), n_grpo_steps=3, publish=True)
-    assert torch.equal(weights(AutoModelForCausalLM.from_pretrained(final)), second)
-    assert torch.equal(weights(AutoModelForCausalLM.from_pretrained(folder / "superseded-final_model")), first)
+    second, *_ = run_grpo(folder, find_checkpoint(folder), n_grpo_steps=3, publish=True)
+    assert torch.equal(flatten_weights(AutoModelForCausalLM.from_pretrained(final)), second)
+    assert torch.equal(flatten_weights(AutoModelForCausalLM.from_pretrained(folder / "superseded-final_model")), first)
     assert not torch.equal(first, second)
 
 
 @pytest.mark.slow
-def test_from_an_older_checkpoint_later_ones_are_set_aside(tmp_path):
-    """Their steps are made again, and nothing that was finished is lost. What a killed process left half done goes."""
+def test_resume_older_checkpoint_renames_later_ones(tmp_path):
+    """Later steps are repeated and finished files kept. Unfinished files of a killed process are removed."""
     folder = tmp_path / "run"
-    go(folder, n_grpo_steps=4)
+    run_grpo(folder, n_grpo_steps=4)
     shutil.copytree(folder / "checkpoint-4" / TENSORS, tmp_path / "kept")
-    whole, *_ = go(folder, find_checkpoint(folder))
+    whole, *_ = run_grpo(folder, find_checkpoint(folder))
     shutil.copytree(tmp_path / "kept", folder / "checkpoint-4" / TENSORS)
     (folder / ".unfinished-checkpoint-9/x").mkdir(parents=True)
     (folder / "checkpoint-5/.unfinished-trainer_state").mkdir()
     (folder / ".unfinished-config.json").touch()
-    again, *_ = go(folder, folder / "checkpoint-4")
+    again, *_ = run_grpo(folder, folder / "checkpoint-4")
     assert torch.equal(again, whole)
     names = sorted(path.name for path in folder.glob("*checkpoint-*"))
     assert names == [*(f"checkpoint-{n}" for n in range(1, 7)), "superseded-checkpoint-5", "superseded-checkpoint-6"]
@@ -316,8 +261,8 @@ def test_from_an_older_checkpoint_later_ones_are_set_aside(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_has_no_room_is_a_warning_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
-    """The one before stays; at the last step it ends the run."""
+def test_checkpoint_full_disk_warns_and_run_continues(tmp_path, monkeypatch, capsys):
+    """The checkpoint before stays; at the last step the error ends the run."""
     import drivers.training.run as program
 
     save, folder = program.save_checkpoint, tmp_path / "run"
@@ -325,49 +270,49 @@ def test_a_checkpoint_that_has_no_room_is_a_warning_and_the_run_goes_on(tmp_path
     def fail_at(steps):
         def some(policy, tokenizer, target, **more):
             if more["facts"]["step"] in steps:
-                with no_file_beyond(100_000):
+                with limit_file_size(100_000):
                     return save(policy, tokenizer, target, **more)
             return save(policy, tokenizer, target, **more)
 
         return some
 
-    whole, *_ = go(tmp_path / "whole", n_grpo_steps=3)
+    whole, *_ = run_grpo(tmp_path / "whole", n_grpo_steps=3)
     monkeypatch.setattr(program, "save_checkpoint", fail_at({2}))
-    found, *_ = go(folder, n_grpo_steps=3)
+    found, *_ = run_grpo(folder, n_grpo_steps=3)
     assert torch.equal(found, whole)
     assert sorted(path.name for path in folder.glob("*checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
     monkeypatch.setattr(program, "save_checkpoint", fail_at({3}))
     with pytest.raises(TrainingAbortedError, match="checkpoint-3: no checkpoint can be written"):
-        go(tmp_path / "last", n_grpo_steps=3)
+        run_grpo(tmp_path / "last", n_grpo_steps=3)
     assert find_checkpoint(tmp_path / "last").name == "checkpoint-2"
 
 
-def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path):
-    """And nothing else: they are made again, to the same bits."""
+def test_resume_damaged_checkpoint_repeats_steps_exactly(tmp_path):
+    """The repeated steps give the same bits."""
     folder = tmp_path / "run"
-    whole = go(folder)
+    whole = run_grpo(folder)
     (shard,) = (folder / "checkpoint-6" / TENSORS).iterdir()
     shard.write_bytes(shard.read_bytes()[:-1])
     checkpoint = find_checkpoint(folder)
     assert checkpoint.name == "checkpoint-5"
-    again = go(folder, checkpoint)
-    assert_same(again, whole)
+    again = run_grpo(folder, checkpoint)
+    assert_same_state(again, whole)
     assert (folder / "superseded-checkpoint-6").exists()
 
 
 def as_kept(config):
-    return json.loads(json.dumps(TrainingState(config, tiny_parts().policy).facts()))
+    return json.loads(json.dumps(TrainingState(config, make_tiny_parts().policy).facts()))
 
 
 def restored(config, facts):
-    state = TrainingState(config, tiny_parts().policy)
-    assert state.tensors()  # they are there to be filled
+    state = TrainingState(config, make_tiny_parts().policy)
+    assert state.tensors()  # created, so that a resume can fill them
     state.restore(facts)
     return state
 
 
 def sampled_ahead(config):
-    parts = tiny_parts()
+    parts = make_tiny_parts()
     completions = parts.engine.generate([parts.questions[0].prompt_token_ids], config.sampling, seed=0)
     scores = [{"reward": 1.0}] * len(completions)
     return StepRollouts(completions, scores, torch.ones(len(completions)), None, {"rollout_entropy": 1.0}).to_json()
@@ -390,23 +335,23 @@ ADAPTIVE = {"entropy_target": 6.0, "entropy_coef": 0.01}
         ({}, {"advantage": "remax", "ahead": True}, r"--advantage remax: with --resume advantage='group' holds"),
     ],
 )
-def test_what_would_not_be_heeded_is_refused(before, changed, message):
+def test_resume_changed_setting_without_effect_raises_usage_error(before, changed, message):
     changed = dict(changed)
-    facts = as_kept(tiny_config(**before))
+    facts = as_kept(make_tiny_config(**before))
     if changed.pop("ahead", False):
-        facts["pending"] = sampled_ahead(tiny_config())
-    settings = tiny_config(**before | changed)
+        facts["pending"] = sampled_ahead(make_tiny_config())
+    settings = make_tiny_config(**before | changed)
     with pytest.raises(UsageError, match=message):
         restored(settings, facts)
-    del facts["settings"]  # a checkpoint from before they were kept
+    del facts["settings"]  # an older checkpoint has no settings
     restored(settings, facts)
 
 
-def test_what_is_heeded_is_taken():
-    """Of a step that is still to be sampled all may be changed; and each number is the one that was given."""
-    restored(tiny_config(group_size=4, advantage="remax"), as_kept(tiny_config()))
-    facts = as_kept(tiny_config()) | {"pending": sampled_ahead(tiny_config())}
-    restored(tiny_config(advantage="leave_one_out"), facts)
+def test_resume_changed_setting_takes_effect():
+    """All settings of a step that is still to be sampled may change."""
+    restored(make_tiny_config(group_size=4, advantage="remax"), as_kept(make_tiny_config()))
+    facts = as_kept(make_tiny_config()) | {"pending": sampled_ahead(make_tiny_config())}
+    restored(make_tiny_config(advantage="leave_one_out"), facts)
 
 
 @pytest.mark.parametrize(
@@ -419,15 +364,15 @@ def test_what_is_heeded_is_taken():
         (ADAPTIVE, ADAPTIVE | {"entropy_target": 5.0}, 0.3),
     ],
 )
-def test_the_entropy_coefficient_is_what_was_given_unless_it_is_adapted(before, after, applied):
-    facts = as_kept(tiny_config(**before)) | ({"entropy_coef": 0.3} if before is ADAPTIVE else {})
-    assert restored(tiny_config(**after), facts).bonus.value == applied
+def test_resume_entropy_coefficient_is_given_or_adapted(before, after, applied):
+    facts = as_kept(make_tiny_config(**before)) | ({"entropy_coef": 0.3} if before is ADAPTIVE else {})
+    assert restored(make_tiny_config(**after), facts).bonus.value == applied
 
 
-def test_other_questions_are_refused_and_another_order_is_none():
-    questions = letter_questions(tiny_parts().tokenizer)
-    facts = as_kept(tiny_config()) | {"data": fingerprint(questions)}
-    validate_resume(tiny_config(), facts, fingerprint(questions[::-1]))
+def test_resume_other_questions_raise_usage_error():
+    questions = make_letter_questions(make_tiny_parts().tokenizer)
+    facts = as_kept(make_tiny_config()) | {"data": fingerprint(questions)}
+    validate_resume(make_tiny_config(), facts, fingerprint(questions[::-1]))
     example = questions[0].example
     others = {
         "fewer": questions[1:],
@@ -436,12 +381,12 @@ def test_other_questions_are_refused_and_another_order_is_none():
     }
     for other in others.values():
         with pytest.raises(UsageError, match=r"--data-path .*, --prompt-path .*: with --resume the prompts"):
-            validate_resume(tiny_config(), facts, fingerprint(other))
-    validate_resume(tiny_config(), as_kept(tiny_config()), fingerprint(questions))  # an older checkpoint
+            validate_resume(make_tiny_config(), facts, fingerprint(other))
+    validate_resume(make_tiny_config(), as_kept(make_tiny_config()), fingerprint(questions))  # an older checkpoint
 
 
 def in_another_process(act):
-    """A copy of this one, which does no more than that, and waits to be ended."""
+    """Call a function in a fork of this process, which then waits to be killed. Return its id and the success."""
     told, tells = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -460,13 +405,13 @@ def end(pid):
     os.waitpid(pid, 0)
 
 
-def test_one_process_at_a_time_goes_on_with_a_run(tmp_path):
-    """A job that was queued anew must not take away what the first still writes; a killed one holds nothing."""
+def test_run_lock_admits_one_process(tmp_path):
+    """A requeued job must not take the folder from a running one; a killed process holds no lock."""
     folder = tmp_path / "run"
     folder.mkdir()
     for name in ("metrics.jsonl", "config.json"):
         (folder / name).touch()
-    config = tiny_config(resume="auto", save_dir=str(folder))
+    config = make_tiny_config(resume="auto", save_dir=str(folder))
     pid, held = in_another_process(lambda: acquire_run_lock("--resume", folder))
     try:
         assert held
@@ -474,7 +419,7 @@ def test_one_process_at_a_time_goes_on_with_a_run(tmp_path):
         with pytest.raises(UsageError, match=refused):
             open_run_folder(config, print)
         with pytest.raises(UsageError, match=r"--resume .*run: process"):
-            open_run_folder(tiny_config(resume=str(folder)), print)
+            open_run_folder(make_tiny_config(resume=str(folder)), print)
     finally:
         end(pid)
     assert open_run_folder(config, print) == (folder, None)
@@ -484,22 +429,20 @@ def test_one_process_at_a_time_goes_on_with_a_run(tmp_path):
     assert held
 
 
-def test_a_run_that_has_ended_lets_go(tmp_path):
+def test_run_lock_is_released_at_end(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     acquire_run_lock("--save-dir", folder)
-    go(folder, n_grpo_steps=1)
+    run_grpo(folder, n_grpo_steps=1)
     pid, held = in_another_process(lambda: acquire_run_lock("--resume", folder))
     end(pid)
     assert held
 
 
-@pytest.mark.slow
 @pytest.mark.vllm
-@pytest.mark.xdist_group("vllm")
 @pytest.mark.filterwarnings("ignore")
-def test_a_resumed_run_samples_the_same_from_vllm(tmp_path, monkeypatch):
-    """An engine that is started anew, from the weights of the checkpoint: equal lines, completions and weights."""
+def test_resume_with_vllm_is_bit_identical(tmp_path, monkeypatch):
+    """A new engine, with the weights of the checkpoint, gives equal log lines, completions and weights."""
     monkeypatch.chdir(tmp_path)
     save_tiny(tmp_path / "tiny")
     Path("mine.py").write_text("def mine(response, truth):\n    return response.count('a') + 0.1 * len(response)\n")
@@ -512,8 +455,8 @@ def test_a_resumed_run_samples_the_same_from_vllm(tmp_path, monkeypatch):
     program.main([*flags.split(), "--n-grpo-steps", "2", "--save-dir", "again"])
     program.main(["--resume", "again", "--n-grpo-steps", "4"])
     whole, again = (tmp_path / name for name in ("whole", "again"))
-    assert [row["step"] for row in numbers(whole) if row["phase"] == "train"] == [1, 2, 3, 4]
-    assert numbers(again) == numbers(whole)
+    assert [row["step"] for row in read_logged_numbers(whole) if row["phase"] == "train"] == [1, 2, 3, 4]
+    assert read_logged_numbers(again) == read_logged_numbers(whole)
     assert (again / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
     for pattern in ("model.safetensors", f"{TENSORS}/*.safetensors"):
         (file, other) = (next((one / "checkpoint-4").glob(pattern)) for one in (again, whole))
@@ -525,7 +468,7 @@ def test_a_resumed_run_samples_the_same_from_vllm(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_command_refuses_other_data_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):
+def test_train_resume_other_data_exits_before_model_is_loaded(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_tiny(tmp_path / "tiny")
     lines = (ROOT / "data/wordadd/train.jsonl").read_text().splitlines()
@@ -546,10 +489,10 @@ def test_the_command_refuses_other_data_before_a_model_is_loaded(tmp_path, monke
     assert "--seed 5: with --resume seed=0 holds" in capsys.readouterr().err
 
 
-def test_a_second_stop_in_the_same_step_finds_another_name(tmp_path):
+def test_free_name_repeated_stop_gets_suffix(tmp_path):
     from drivers.common.display import Display
 
-    run = Run(tiny_config(**COMMON), tmp_path, tiny_parts().tokenizer, Display(1, quiet=True))
+    run = Run(make_tiny_config(**SIX_STEPS), tmp_path, make_tiny_parts().tokenizer, Display(1, quiet=True))
     names = []
     for _ in range(3):
         names.append(run.free_name("checkpoint-2-stopped"))
@@ -558,33 +501,33 @@ def test_a_second_stop_in_the_same_step_finds_another_name(tmp_path):
 
 
 @pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\x0b", "\r"])
-def test_the_log_of_any_text_is_read_back(tmp_path, character):
-    """JSON leaves characters in a string at which Python ends a line."""
+def test_run_log_any_text_is_read_back(tmp_path, character):
+    """JSON keeps characters in a string at which Python ends a line."""
     row = {"phase": "eval", "step": 1, "text": f"one{character}two", "accuracy": 0.5, "accuracy_stderr": 0.1}
-    log = RunLog(tmp_path, tiny_config())
+    log = RunLog(tmp_path, make_tiny_config())
     log.log("eval", 1, row)
     log.log_completions("eval", 1, [row])
     log.close()
     before = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "completions.jsonl")}
-    RunLog(tmp_path, tiny_config(), after=1).close()
+    RunLog(tmp_path, make_tiny_config(), after=1).close()
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
     assert read_metrics(tmp_path)["eval"][0]["text"] == row["text"]
 
 
-def test_the_log_is_cut_where_the_checkpoint_is(tmp_path):
-    """Later rows are dropped, and a last line that a kill has torn."""
+def test_run_log_is_truncated_to_checkpoint(tmp_path):
+    """Later rows are removed, and so is an incomplete last line."""
     lines = [{"phase": "train", "step": step} for step in (1, 2, 3)]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "metrics.jsonl").write_text(text + '{"phase": "tr')
     (tmp_path / "completions.jsonl").write_text(text)
-    RunLog(tmp_path, tiny_config(), after=2).close()
+    RunLog(tmp_path, make_tiny_config(), after=2).close()
     for name in ("metrics.jsonl", "completions.jsonl"):
         assert [json.loads(line)["step"] for line in (tmp_path / name).read_text().splitlines()] == [1, 2]
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_it_is_the_same_to_the_last_bit():
-    """In a process of its own, which forks: a few here, hundreds by `make nightly`."""
+def test_resume_after_random_kills_is_bit_identical():
+    """A separate process forks runs: a few here, hundreds in `make nightly`."""
     command = [sys.executable, "-m", "tests.nightly.kills", "8"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""What a run writes and shows: numbers that mean what docs/metrics.md says, and logging that never ends a run."""
+"""What a run writes and shows: numbers as docs/metrics.md defines them, and logging that never ends a run."""
 
 import io
 import json
@@ -23,24 +23,26 @@ from drivers.runs.log import JsonlWriter, RunLog, describe_environment
 from drivers.settings.sampling import Sampling
 from drivers.training.metrics import UpdateMetrics
 from grpo_core import r1_zero_reward_fn
-from tests.drivers.parts import completion, letter_questions, tiny_config
-from tests.drivers.test_batch import batch_of
-from tests.drivers.test_checkpoint import no_file_beyond
-from tests.drivers.test_expert_iteration import go as iterate_letters
-from tests.drivers.test_overlap import run_overlapped
-from tests.drivers.test_sft import go as fine_tune_letters
-from tests.drivers.test_sft import shown
-from tests.drivers.test_train import run_training
+from tests.drivers.helpers.engines import ScriptedEngine
+from tests.drivers.helpers.letters import make_batch, make_completion, make_letter_questions, make_tiny_config
+from tests.drivers.helpers.processes import limit_file_size
+from tests.drivers.helpers.runs import (
+    make_letter_demonstrations,
+    run_expert_iteration,
+    run_overlapped,
+    run_sft,
+    run_training,
+)
 from tests.tiny import make_tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 GRADE = make_inline_grader(r1_zero_reward_fn)
 
 
-def test_update_metrics_weigh_micro_batches_by_their_tokens():
+def test_update_metrics_weigh_micro_batches_by_tokens():
     metrics = UpdateMetrics()
     for lengths, level in [((1, 2), 1.0), ((5,), 3.0)]:
-        rollouts = batch_of(*[([1], [4] * n) for n in lengths])
+        rollouts = make_batch(*[([1], [4] * n) for n in lengths])
         scored = {
             "log_probs": torch.where(rollouts.response_mask, -level, 0.0),
             "token_entropy": torch.where(rollouts.response_mask, level, torch.nan),
@@ -53,15 +55,18 @@ def test_update_metrics_weigh_micro_batches_by_their_tokens():
     summary = metrics.summary()
     assert summary["entropy"] == pytest.approx((3 * 1.0 + 5 * 3.0) / 8)
     assert summary["clip_fraction"] == pytest.approx((3 * 0.25 + 5 * 0.75) / 8)
-    # `completion` gives every token the sampler log-prob -1.
+    # `make_completion` gives every token the sampler log-prob -1.
     assert summary["sampler_log_prob_diff"] == pytest.approx((3 * 0.0 + 5 * 2.0) / 8)
     assert (summary["loss"], summary["grad_norm"], summary["kept_tokens"]) == (3.0, 3.0, 0.75)
     assert (summary["micro_batches"], summary["skipped_responses"]) == (2, 3)
 
 
-def test_completions_are_described_by_token():
+def test_describe_completions_averages_over_tokens():
     described = describe_completions(
-        [completion([1], [2, 3, 4], [-1.0, -2.0, -3.0]), completion([1], [5], [-6.0], finish_reason="length")]
+        [
+            make_completion([1], [2, 3, 4], [-1.0, -2.0, -3.0]),
+            make_completion([1], [5], [-6.0], finish_reason="length"),
+        ]
     )
     assert described == {
         "response_tokens": 2.0,
@@ -71,38 +76,25 @@ def test_completions_are_described_by_token():
     }
 
 
-class Scripted:
-    """An engine that says what it was told to."""
-
-    def __init__(self, *texts):
-        self.texts = texts
-
-    def generate(self, prompts, sampling, *, seed):
-        assert len(prompts) * sampling.n == len(self.texts)
-        return [completion(prompts[k // sampling.n], [3] * (k + 1), text=text) for k, text in enumerate(self.texts)]
-
-
-def test_evaluation_grades_each_response_against_its_own_question():
-    questions = letter_questions(make_tiny_tokenizer(), n=2)
+def test_evaluate_policy_grades_each_response_with_its_question():
+    questions = make_letter_questions(make_tiny_tokenizer(), n=2)
     right, wrong, plain = "so </think> <answer> a </answer>", "so </think> <answer> b </answer>", "a"
-    values, rows = evaluate_policy(Scripted(right, wrong, plain, right), questions, Sampling(n=2), GRADE, seed=0)
+    values, rows = evaluate_policy(ScriptedEngine(right, wrong, plain, right), questions, Sampling(n=2), GRADE, seed=0)
     assert [row["reward"] for row in rows] == [1, 0, 0, 1]
     assert [row["format_reward"] for row in rows] == [1, 1, 0, 1]
     assert values["accuracy"] == 0.5
     assert values["format_reward"] == 0.75
-    assert values["accuracy_stderr"] == 0.0  # both questions were answered right half of the time
+    assert values["accuracy_stderr"] == 0.0  # half of the answers to each question were right
     assert values["n_examples"] == 2
-    engine = Scripted(right, right, wrong, plain)
+    engine = ScriptedEngine(right, right, wrong, plain)
     values, _ = evaluate_policy(engine, questions, Sampling(n=2), GRADE, seed=0)
     assert values["accuracy_stderr"] == pytest.approx(0.5)
 
 
 @pytest.mark.slow
-def test_every_logged_number_is_documented(tmp_path, monkeypatch):
+def test_logged_metrics_are_documented(tmp_path, monkeypatch):
     """docs/metrics.md has a row for each key of metrics.jsonl and completions.jsonl."""
-    monkeypatch.setattr(
-        "drivers.training.run.pop_peak_memory", lambda: {"peak_memory_gib": 1.0}
-    )  # what a GPU adds is there too
+    monkeypatch.setattr("drivers.training.run.pop_peak_memory", lambda: {"peak_memory_gib": 1.0})  # as on a GPU
     documented = set(re.findall(r"^\| `(\w+)`", (ROOT / "docs/metrics.md").read_text(), flags=re.MULTILINE))
     plain = {"n_grpo_steps": 3, "loss_type": "grpo_clip", "epochs_per_rollout_batch": 2, "checkpoint_steps": 1}
     settings = [
@@ -127,10 +119,10 @@ def test_every_logged_number_is_documented(tmp_path, monkeypatch):
     _, steps, evaluations = run_training(tmp_path / "parts", reward_fn=with_parts, n_grpo_steps=1)
     for row in (*steps, *evaluations):
         assert row["part_vowels"] == 0.5
-        assert not {"format_reward", "answer_reward"} & row.keys()  # nobody told them
+        assert not {"format_reward", "answer_reward"} & row.keys()  # without any setting
         logged |= {re.sub("^part_(length|vowels)$", "part_NAME", name) for name in row}
-    fine_tune_letters(tmp_path / "sft", shown("a", "b"), checkpoint_steps=1)
-    iterate_letters(tmp_path / "ei", n_ei_steps=1)
+    run_sft(tmp_path / "sft", make_letter_demonstrations("a", "b"), checkpoint_steps=1)
+    run_expert_iteration(tmp_path / "ei", n_ei_steps=1)
     run_training(tmp_path / "ungraded", reward_fn=lambda *_: 1 / 0, n_grpo_steps=1)
     for folder in (*map(str, range(len(settings))), "sft", "ei", "ungraded"):
         for name in ("metrics.jsonl", "completions.jsonl"):
@@ -139,7 +131,7 @@ def test_every_logged_number_is_documented(tmp_path, monkeypatch):
     assert logged - {"phase", "step"} == documented
 
 
-def test_two_runs_do_not_share_a_folder(tmp_path):
+def test_create_run_folder_used_folder_raises_usage_error(tmp_path):
     folder = create_run_folder("--save-dir", str(tmp_path / "run"), "x", marker="metrics.jsonl")
     with pytest.raises(UsageError, match="holds another run already"):
         create_run_folder("--save-dir", str(tmp_path / "run"), "x", marker="metrics.jsonl")
@@ -147,7 +139,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     assert not folder.exists()
     folder.mkdir()
     (folder / "notes.txt").touch()
-    (folder / "completions.jsonl").write_text("{}")  # of an evaluation, or of a run where one is to go
+    (folder / "completions.jsonl").write_text("{}")  # an evaluation, or a run in the same folder
     with pytest.raises(UsageError, match=r"holds another run already .completions\.jsonl"):
         create_run_folder("--save-dir", str(folder), "x", marker="metrics.jsonl")
     (folder / "completions.jsonl").unlink()
@@ -156,11 +148,11 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
-def test_a_logging_service_that_fails_is_a_warning(tmp_path, monkeypatch, capsys):
+def test_run_log_failing_service_warns(tmp_path, monkeypatch, capsys):
     import drivers.runs.log
 
     monkeypatch.setattr(drivers.runs.log, "_open_wandb", lambda *_: (_ for _ in ()).throw(OSError("no network")))
-    log = RunLog(tmp_path, tiny_config(wandb_project="p"))
+    log = RunLog(tmp_path, make_tiny_config(wandb_project="p"))
     log.log("train", 1, {"reward": 1.0})
     monkeypatch.setattr(log._tensorboard, "add_scalar", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     log.log("train", 2, {"reward": 1.0})
@@ -171,8 +163,8 @@ def test_a_logging_service_that_fails_is_a_warning(tmp_path, monkeypatch, capsys
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_failing_service_is_told_once(tmp_path, monkeypatch, capsys):
-    log = RunLog(tmp_path, tiny_config())
+def test_run_log_failing_service_warns_once(tmp_path, monkeypatch, capsys):
+    log = RunLog(tmp_path, make_tiny_config())
     monkeypatch.setattr(log._tensorboard, "add_scalar", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     for step in range(5):
         log.log("train", step, {"reward": 1.0})
@@ -180,15 +172,15 @@ def test_a_failing_service_is_told_once(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.count("TensorBoard failed") == 1
 
 
-def test_lines_that_have_no_room_wait_and_none_is_ever_half_there(tmp_path, capsys):
-    """The kernel refuses in the middle of a line, as a full disk does; when there is room again, all are written."""
-    log, file = RunLog(tmp_path, tiny_config()), tmp_path / "metrics.jsonl"
-    log._tensorboard.close()  # its own thread would fail of the same, at any time
+def test_jsonl_writer_full_disk_keeps_lines_whole(tmp_path, capsys):
+    """The kernel refuses within a line, as a full disk does; when there is space again, all lines are written."""
+    log, file = RunLog(tmp_path, make_tiny_config()), tmp_path / "metrics.jsonl"
+    log._tensorboard.close()  # its thread would fail for the same reason at any time
     log._tensorboard = None
     rows = [{"reward": step / 3, "text": "x" * 50} for step in range(8)]
     log.log("train", 0, rows[0])
     size = file.stat().st_size
-    with no_file_beyond(3 * size + size // 2):
+    with limit_file_size(3 * size + size // 2):
         for step in range(1, 6):
             log.log("train", step, rows[step])
             lines = file.read_bytes().split(b"\n")
@@ -198,14 +190,14 @@ def test_lines_that_have_no_room_wait_and_none_is_ever_half_there(tmp_path, caps
     assert warned.count("could not be written (No space left on device); they wait for room, and the run goes on") == 1
     log.log("train", 6, rows[6])
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == list(range(7))
-    with no_file_beyond(file.stat().st_size):
+    with limit_file_size(file.stat().st_size):
         log.log("train", 7, rows[7])
         log.close()
     assert "1 lines" in capsys.readouterr().err
 
 
-def test_an_interrupt_writes_no_line_twice(tmp_path, monkeypatch):
-    """Between the kernel's write and the end of it."""
+def test_jsonl_writer_interrupt_writes_no_line_twice(tmp_path, monkeypatch):
+    """The interrupt comes between the kernel's write and the writer's bookkeeping."""
     lines, write = JsonlWriter(tmp_path / "a.jsonl"), os.write
 
     def interrupted(descriptor, content):
@@ -222,10 +214,10 @@ def test_an_interrupt_writes_no_line_twice(tmp_path, monkeypatch):
     assert (tmp_path / "a.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
-def test_before_a_checkpoint_no_line_may_wait(tmp_path):
+def test_run_log_flush_with_waiting_lines_fails(tmp_path):
     lines, file = JsonlWriter(tmp_path / "a.jsonl"), tmp_path / "a.jsonl"
     lines.add({"step": 1})
-    with no_file_beyond(12):
+    with limit_file_size(12):
         assert lines.add({"step": 2})
         with pytest.raises(OSError, match=r"1 lines of .*a\.jsonl could not be written"):
             lines.sync()
@@ -234,23 +226,23 @@ def test_before_a_checkpoint_no_line_may_wait(tmp_path):
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
-def test_a_screen_that_is_full_ends_no_run(tmp_path, monkeypatch):
-    log = RunLog(tmp_path, tiny_config())
+def test_display_full_output_continues(tmp_path, monkeypatch):
+    log = RunLog(tmp_path, make_tiny_config())
     raw = os.fdopen(os.open("/dev/full", os.O_WRONLY), "wb", buffering=0)
     with io.TextIOWrapper(raw, write_through=True) as full, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", full)
         RunLog._attempt("TensorBoard", lambda: 1 / 0)
         log._tensorboard.close()
         log._tensorboard = None
-        with no_file_beyond(0):
+        with limit_file_size(0):
             log.log("train", 1, {"reward": 1.0})
             log.close()
         (tmp_path / "metrics.jsonl").write_text("no line\n")
-        RunLog(tmp_path, tiny_config(), after=1).close()
+        RunLog(tmp_path, make_tiny_config(), after=1).close()
 
 
-def test_a_reader_that_has_gone_ends_no_run():
-    """`train.py | head`: rich would end the program."""
+def test_display_closed_pipe_continues():
+    """With `train.py | head` the library rich would end the program."""
     program = (
         "import sys, time; from drivers.common.display import Display; show = Display(3)\n"
         "for _ in range(2000): show.say('x' * 200)\n"
@@ -265,7 +257,7 @@ def test_a_reader_that_has_gone_ends_no_run():
     assert (process.returncode, errors) == (0, "still here\n")
 
 
-def test_a_number_that_is_none_is_null(tmp_path):
+def test_run_log_nan_is_null(tmp_path):
     lines = JsonlWriter(tmp_path / "a.jsonl")
     lines.add({"a": float("nan"), "b": -float("inf"), "c": 1.5, "d": "nan"})
     lines.close()
@@ -273,7 +265,7 @@ def test_a_number_that_is_none_is_null(tmp_path):
     assert text == '{"a": null, "b": null, "c": 1.5, "d": "nan"}\n'
 
 
-def test_a_picture_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
+def test_draw_curves_failure_warns(tmp_path, monkeypatch, capsys):
     import drivers.training.run
 
     monkeypatch.setattr(drivers.training.run, "draw_curves", lambda _: (_ for _ in ()).throw(RuntimeError("no font")))
@@ -281,12 +273,12 @@ def test_a_picture_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
     assert "warning: curves.png could not be drawn (RuntimeError: no font)" in capsys.readouterr().out
 
 
-def test_without_git_the_environment_is_described_too(monkeypatch):
+def test_describe_environment_without_git_works(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert describe_environment()["commit"] is None
 
 
-def test_wandb_is_offline_unless_logged_in(tmp_path, monkeypatch):
+def test_wandb_without_login_is_offline(tmp_path, monkeypatch):
     import wandb
 
     seen = {}
@@ -306,7 +298,7 @@ def test_wandb_is_offline_unless_logged_in(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    log = RunLog(tmp_path, tiny_config(wandb_project="p", wandb_run_name="n"))
+    log = RunLog(tmp_path, make_tiny_config(wandb_project="p", wandb_run_name="n"))
     log.log("eval", 5, {"accuracy": 0.5})
     log.close()
     assert (seen["mode"], seen["project"], seen["name"]) == ("offline", "p", "n")
@@ -318,21 +310,21 @@ def test_wandb_is_offline_unless_logged_in(tmp_path, monkeypatch):
     monkeypatch.setenv("NETRC", str(tmp_path / "broken"))
     (tmp_path / ".netrc").write_text("nonsense api.wandb.ai\n")
     (tmp_path / ".netrc").chmod(0o600)
-    RunLog(tmp_path, tiny_config(wandb_project="p")).close()
-    assert seen.pop("mode") == "offline"  # a file that cannot be read is nobody's login, and no failure
+    RunLog(tmp_path, make_tiny_config(wandb_project="p")).close()
+    assert seen.pop("mode") == "offline"  # an unreadable file is neither a login nor a failure
     monkeypatch.setenv("WANDB_API_KEY", "k")
-    RunLog(tmp_path, tiny_config(wandb_project="p")).close()
+    RunLog(tmp_path, make_tiny_config(wandb_project="p")).close()
     assert seen["mode"] == "online"
 
 
-def test_curves_are_drawn_from_any_log(tmp_path):
+def test_draw_curves_any_log_is_drawn(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     assert draw_curves(tmp_path).read_bytes().startswith(b"\x89PNG")
     run_training(tmp_path / "run", n_grpo_steps=2)
     assert (tmp_path / "run/curves.png").stat().st_size > 20_000
 
 
-def test_small_formats():
+def test_display_formats_times_and_lines():
     assert [clock(s) for s in (0, 59.6, 61, 3725)] == ["0:00", "1:00", "1:01", "1:02:05"]
     assert one_line(" a\n  b ") == "a b"
     assert len(one_line("x" * 999)) == 240

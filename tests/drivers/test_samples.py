@@ -1,4 +1,4 @@
-"""Token by token: what completions.jsonl says of a response is what the policy and the sampler computed."""
+"""completions.jsonl holds for each token what the policy and the sampler computed."""
 
 import json
 import math
@@ -14,12 +14,15 @@ from drivers.training.batch import StepRollouts
 from drivers.training.metrics import UpdateMetrics
 from drivers.training.scoring import score
 from grpo_core import normalize_group_rewards
-from tests.drivers.parts import completion, letter_reward, rollouts_of, tiny_config, tiny_parts
-from tests.drivers.test_batch import batch_of
-from tests.drivers.test_expert_iteration import go as iterate_letters
-from tests.drivers.test_sft import go as fine_tune_letters
-from tests.drivers.test_sft import shown
-from tests.drivers.test_train import run_training
+from tests.drivers.helpers.letters import (
+    letter_reward,
+    make_batch,
+    make_completion,
+    make_tiny_config,
+    make_tiny_parts,
+    sample_rollouts,
+)
+from tests.drivers.helpers.runs import make_letter_demonstrations, run_expert_iteration, run_sft, run_training
 
 
 def logged(folder, phase="train", step=None):
@@ -28,7 +31,7 @@ def logged(folder, phase="train", step=None):
 
 
 class Bytes:
-    """A byte is a token, as in byte-level tokenizers, and a space before the text is lost."""
+    """A tokenizer in which a byte is a token and a leading space is lost, as in byte-level tokenizers."""
 
     def __init__(self):
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -43,7 +46,7 @@ class Bytes:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False).removeprefix(" ")
 
 
-def test_a_character_of_several_tokens_is_with_the_last_of_them():
+def test_token_texts_multi_token_character_is_in_last_token():
     tokenizer = Bytes()
     for text in ("", "a b", "Grüße, 世界 🙂!", "  x", "🙂" * 3):
         texts = token_texts(tokenizer, tokenizer.encode(text))
@@ -54,7 +57,7 @@ def test_a_character_of_several_tokens_is_with_the_last_of_them():
     assert token_texts(tokenizer, tokenizer.encode("x y"))[1:] == [" ", "y"]
 
 
-def test_numbers_are_short_and_null_where_they_are_none():
+def test_round_for_log_is_short_and_null_for_nan():
     assert round_for_log([-1.23456789, 0.0, math.nan, -math.inf]) == [-1.2346, 0.0, None, None]
     row = {"tokens": ["a", "b"]}
     assert with_values(row, {"entropy": [1.0, 2.0]}, [0.5]) == row | {"entropy": [1.0, 2.0], "advantage": 0.5}
@@ -62,8 +65,8 @@ def test_numbers_are_short_and_null_where_they_are_none():
     assert with_values(row, {}, None) == row
 
 
-def test_a_step_logs_its_first_responses_as_it_trained_on_them(tmp_path):
-    """Texts, rewards, advantages of their groups; the policy's log-probs before the update are the sampler's."""
+def test_logged_completions_hold_trained_values(tmp_path):
+    """Texts, rewards and group advantages; the policy's log-probs before the update are the sampler's."""
     run_training(tmp_path, n_grpo_steps=2, n_logged_completions=10, eval_steps=2)
     for step in (1, 2):
         rows = logged(tmp_path, step=step)
@@ -89,10 +92,10 @@ def test_a_step_logs_its_first_responses_as_it_trained_on_them(tmp_path):
     assert all("sampler_log_probs" in row and "advantage" not in row for row in evaluated)
 
 
-def test_values_are_those_of_the_first_pass_whatever_the_order(tmp_path):
-    """Micro-batches take responses in another order, and later epochs see other weights."""
-    config, parts = tiny_config(), tiny_parts()
-    rollouts, _ = rollouts_of(config, parts)
+def test_logged_completions_hold_first_pass_values(tmp_path):
+    """Micro-batches reorder responses, and later epochs have other weights."""
+    config, parts = make_tiny_config(), make_tiny_parts()
+    rollouts, _ = sample_rollouts(config, parts)
     expected = score(parts.policy, rollouts, 1.0, with_entropy=True)
     metrics = UpdateMetrics(rollouts.completions[:3])
     for epoch in range(2):
@@ -109,10 +112,12 @@ def test_values_are_those_of_the_first_pass_whatever_the_order(tmp_path):
         length = len(rollouts.completions[place].token_ids)
         for name, key in (("log_probs", "log_probs"), ("entropy", "token_entropy")):
             assert values[name] == pytest.approx(expected[key][place, :length].tolist(), abs=1e-5)
-    assert UpdateMetrics(batch_of(([1], [4, 4])).completions).logged_token_values() == [{}]  # no pass, no values
+    assert UpdateMetrics(make_batch(([1], [4, 4])).completions).logged_token_values() == [
+        {}
+    ]  # without a pass there are no values
 
 
-def test_an_advantage_of_each_token_is_logged_as_one(tmp_path):
+def test_logged_completions_hold_token_advantages(tmp_path):
     settings = {"advantage": "reinforce_plus_plus", "kl_in": "reward", "kl_coef": 0.5, "kl_estimator": "k1"}
     run_training(tmp_path, n_grpo_steps=1, learning_rate=1e-3, **settings)
     for row in logged(tmp_path):
@@ -120,8 +125,10 @@ def test_an_advantage_of_each_token_is_logged_as_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_demonstrations_and_right_responses_are_logged_too(tmp_path):
-    fine_tune_letters(tmp_path / "sft", shown("abab", "ba", "b"), train_batch_size=2, n_logged_completions=1)
+def test_logged_completions_of_sft_and_expert_iteration(tmp_path):
+    run_sft(
+        tmp_path / "sft", make_letter_demonstrations("abab", "ba", "b"), train_batch_size=2, n_logged_completions=1
+    )
     first, second = logged(tmp_path / "sft")
     steps = [json.loads(line) for line in (tmp_path / "sft/metrics.jsonl").read_text().splitlines()]
     likelihoods = [row["nll"] for row in steps if row["phase"] == "train"]
@@ -129,16 +136,16 @@ def test_demonstrations_and_right_responses_are_logged_too(tmp_path):
     assert second["response"] == "".join(second["tokens"])
     assert second["response_tokens"] == len(second["log_probs"]) == len(second["entropy"])
     assert -sum(second["log_probs"]) / len(second["log_probs"]) == pytest.approx(likelihoods[1], abs=1e-4)
-    iterate_letters(tmp_path / "ei", n_ei_steps=1, n_logged_completions=64)
+    run_expert_iteration(tmp_path / "ei", n_ei_steps=1, n_logged_completions=64)
     rows = logged(tmp_path / "ei")
     assert len(rows) == 64
     assert 0 < sum("log_probs" in row for row in rows) == sum(row["reward"] == 1 for row in rows) < 64
 
 
-def test_a_batch_that_was_sampled_ahead_keeps_its_rows_in_a_checkpoint():
+def test_step_rollouts_json_keeps_logged_rows():
     rows = [{"question": "q", "reward": 1.0, "tokens": ["a"], "sampler_log_probs": [-0.5]}]
     one = Completion("a", (1,), (2,), (-0.5,), "stop")
-    collected = StepRollouts([one, completion([1], [3])], [{"reward": 1.0}] * 2, torch.ones(2), None, {}, rows)
+    collected = StepRollouts([one, make_completion([1], [3])], [{"reward": 1.0}] * 2, torch.ones(2), None, {}, rows)
     again = StepRollouts.from_json(json.loads(json.dumps(collected.to_json())))
     assert again.shown == rows
     assert again.logged_completions == [one]

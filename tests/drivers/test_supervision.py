@@ -1,9 +1,8 @@
-"""vLLM in a process of its own: the same samples, and an end to every wait, whoever dies."""
+"""vLLM in its own process: the same samples, and an end to every wait if a process dies."""
 
 import json
 import multiprocessing
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -20,98 +19,41 @@ import torch
 from drivers.common.errors import EngineDiedError, UsageError
 from drivers.common.signals import defer_signals, terminate_as_interrupt
 from drivers.engines import supervision
-from drivers.engines.factory import make_engine
 from drivers.engines.supervision import SupervisedEngine, call_with_timeout, is_running
 from drivers.policy.devices import choose_devices
 from drivers.runs.folder import find_checkpoint
 from drivers.settings.sampling import Sampling
-from tests.drivers.parts import letter_grader, make_run, tiny_config, tiny_parts
-from tests.drivers.test_train import weights
-from tests.tiny import make_tiny_policy, make_tiny_tokenizer, save_tiny
+from tests.drivers.helpers.engines import PROMPTS, make_vllm_engine
+from tests.drivers.helpers.letters import flatten_weights, letter_grader, make_run, make_tiny_config, make_tiny_parts
+from tests.drivers.helpers.processes import list_engine_processes, list_engine_threads, restore_interrupt, wait_until
+from tests.tiny import make_tiny_policy, save_tiny
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("vllm")]
-PROMPTS = ((5, 6, 7, 8), (9, 10), (11, 12, 13))
+pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
 LONG = Sampling(n=32, max_tokens=400, stop=())
 
 
-def VLLM(test):
-    """Starts vLLM in processes of its own: most of a minute each."""
-    return pytest.mark.slow(pytest.mark.vllm(test))
+def start_tiny(folder, policy, **options):
+    """Start vLLM on the tiny model, in its own process by default."""
+    return make_vllm_engine(policy, save_tiny(folder), **({"max_model_len": 512, "own_process": True} | options))
 
 
-def start(folder, policy, own_process=True, said=None, **options):
-    save_tiny(folder)
-    return make_engine(
-        "vllm",
-        model_path=str(folder),
-        policy=policy,
-        tokenizer=make_tiny_tokenizer(),
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        max_model_len=512,
-        gpu_memory_utilization=0.5,
-        reserved_bytes=0,
-        seed=0,
-        own_process=own_process,
-        say=print if said is None else said.append,
-        **options,
-    )
+# Without vLLM
 
 
-def family_of(pid):
-    """All that it has started and that has started."""
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
-
-
-def engine_processes():
-    """What this process has started for vLLM, and what that has."""
-    return [
-        child
-        for child in psutil.Process().children(recursive=True)
-        if child.is_running()
-        and child.status() != psutil.STATUS_ZOMBIE
-        and not {"resource_tracker", "forkserver"} & set(re.findall(r"\w+", " ".join(child.cmdline())))
-    ]
-
-
-def askers():
-    """Threads that wait for an engine's answer."""
-    return [thread for thread in threading.enumerate() if thread.name == "engine"]
-
-
-def wait_until(condition, seconds=30.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(0.05)
-
-
-def shared_memory(pids):
-    """The files in memory that these processes have open; what others have is their own affair."""
-    lines = [line for pid in pids for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
-    return {line.split()[-1] for line in lines if "/dev/shm/" in line and "(deleted)" not in line}
-
-
-# Without an engine
-
-
-def test_an_answer_in_time_is_the_answer_and_an_error_is_raised():
+def test_call_with_timeout_returns_or_raises():
     assert call_with_timeout(5.0, lambda: 3) == 3
     with pytest.raises(KeyError):
         call_with_timeout(5.0, lambda: {}["a"])
     with pytest.raises(TimeoutError):
         call_with_timeout(0.05, lambda: time.sleep(1))
-    for lives in ([], [True]):  # dead before it is asked, and while it is waited for
+    for lives in ([], [True]):  # dead before the call, and during it
         with pytest.raises(EngineDiedError):
             call_with_timeout(60.0, lambda: time.sleep(1), lambda lives=lives: bool(lives) and lives.pop())
 
 
 @pytest.mark.parametrize("seconds", [0.05, 60.0], ids=["late", "dead"])
-def test_who_asked_comes_out_before_a_failure_is_told(seconds):
-    """What it does with the policy's weights, it does before an engine that is started again does."""
+def test_call_with_timeout_waits_for_caller_before_raising(seconds):
+    """Its work on the policy's weights must end before a restarted engine reads them."""
     ended, events = threading.Event(), []
 
     def call():
@@ -130,7 +72,7 @@ def test_who_asked_comes_out_before_a_failure_is_told(seconds):
     assert events == ["given up", "came out"]
 
 
-def test_who_asked_and_does_not_come_out_is_left_behind(monkeypatch):
+def test_call_with_timeout_abandons_stuck_caller(monkeypatch):
     monkeypatch.setattr(supervision, "_COME_OUT_S", 0.1)
     begin, never = time.monotonic(), threading.Event()
     with pytest.raises(TimeoutError):
@@ -140,8 +82,8 @@ def test_who_asked_and_does_not_come_out_is_left_behind(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_engine_that_hangs_in_a_push_does_not_make_a_run_deaf(number):
-    """The first signal waits for the push to end, the second for nobody. An answer in time is taken after one."""
+def test_hanging_push_second_signal_interrupts(number):
+    """The first signal waits for the push; the second interrupts it."""
     never = threading.Event()
 
     def send(times):
@@ -165,7 +107,7 @@ def test_an_engine_that_hangs_in_a_push_does_not_make_a_run_deaf(number):
 
 
 class Mortal:
-    """Dies of the first `deaths` requests that it or its successors get."""
+    """An engine that dies at the first `deaths` requests to it or its successors."""
 
     deaths = 0
     started: list["Mortal"]
@@ -196,7 +138,7 @@ def mortal():
     return Mortal
 
 
-def test_a_dead_engine_is_started_again_with_the_last_weights_and_asked_again(mortal):
+def test_supervised_engine_death_restarts_with_last_weights(mortal):
     said = []
     engine = SupervisedEngine(mortal, said.append)
     engine.load_weights(7)
@@ -207,7 +149,7 @@ def test_a_dead_engine_is_started_again_with_the_last_weights_and_asked_again(mo
     assert "it died; it is started again" in said[0]
 
 
-def test_an_engine_that_dies_twice_of_one_request_ends_the_run(mortal):
+def test_supervised_engine_second_death_raises(mortal):
     engine = SupervisedEngine(mortal, lambda _: None)
     engine.load_weights(0)
     mortal.deaths = 2
@@ -215,8 +157,8 @@ def test_an_engine_that_dies_twice_of_one_request_ends_the_run(mortal):
         engine.generate([(1,)], LONG, seed=5)
 
 
-def test_in_the_background_a_death_is_told_and_the_next_push_starts_it_again(mortal):
-    """There the policy may be in the middle of an update: its weights are nobody's."""
+def test_async_engine_crash_raises_and_restarts_on_next_push(mortal):
+    """The policy may be in the middle of an update, so its weights cannot be pushed."""
     engine, errors = SupervisedEngine(mortal, lambda _: None), []
     engine.load_weights(3)
     mortal.deaths = 1
@@ -237,8 +179,8 @@ def test_in_the_background_a_death_is_told_and_the_next_push_starts_it_again(mor
 
 
 @pytest.mark.parametrize("failure", [UsageError("no room"), EngineDiedError("late"), KeyError("odd"), OSError("full")])
-def test_an_engine_that_cannot_be_started_again_ends_the_run_in_one_line(mortal, failure):
-    """Whatever it fails of: it was started once, so no flag is wrong."""
+def test_supervised_engine_restart_failure_raises_one_line(mortal, failure):
+    """The engine started once, so no flag is wrong, whatever the error."""
     engine = SupervisedEngine(mortal, lambda _: None)
     mortal.deaths = 1
 
@@ -251,8 +193,8 @@ def test_an_engine_that_cannot_be_started_again_ends_the_run_in_one_line(mortal,
     engine.close()
 
 
-def test_an_engine_whose_trainer_is_gone_ends_itself_and_nobody_else(monkeypatch):
-    """Who adopts orphans is its parent by then. What cannot be looked at is looked at again."""
+def test_exit_when_trainer_exits_kills_itself_only(monkeypatch):
+    """The process that adopts orphans is its parent by then. A check that fails is repeated."""
     killed, looks, ended = [], iter([OSError("no descriptor is left"), True, False]), threading.Event()
 
     def look(_):
@@ -274,32 +216,32 @@ def test_an_engine_whose_trainer_is_gone_ends_itself_and_nobody_else(monkeypatch
     ("gpus", "process", "message"),
     [(1, "own", "take turns on cuda:0, in one process"), (2, "shared", "on cuda:1 and the policy on cuda:0 are two")],
 )
-def test_what_a_process_cannot_be_is_one_clear_line(gpus, process, message, monkeypatch):
+def test_choose_devices_impossible_process_raises_usage_error(gpus, process, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     with pytest.raises(UsageError, match=message):
-        choose_devices(tiny_config(engine="vllm", rollout_process=process))
+        choose_devices(make_tiny_config(engine="vllm", rollout_process=process))
 
 
-def test_a_deadline_that_nobody_keeps_is_one_clear_line(monkeypatch):
-    """An engine in the trainer's own process is not waited for."""
+def test_engine_deadline_without_effect_raises_usage_error(monkeypatch):
+    """An engine in the trainer's own process has no deadline."""
     own = {"engine": "vllm", "rollout_process": "own"}
     servers = {"engine": "vllm", "rollout_url": ("http://one:8000",)}
     for settings in (own, servers):
-        choose_devices(tiny_config(engine_deadline_s=60.0, policy_device="cpu", **settings))
+        choose_devices(make_tiny_config(engine_deadline_s=60.0, policy_device="cpu", **settings))
     for engine in ("hf", "vllm"):
-        choose_devices(tiny_config(engine=engine, policy_device="cpu"))
+        choose_devices(make_tiny_config(engine=engine, policy_device="cpu"))
         with pytest.raises(UsageError, match="--engine-deadline-s 60: has no effect"):
-            choose_devices(tiny_config(engine_deadline_s=60.0, policy_device="cpu", engine=engine))
+            choose_devices(make_tiny_config(engine_deadline_s=60.0, policy_device="cpu", engine=engine))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    choose_devices(tiny_config(engine_deadline_s=60.0, engine="vllm"))  # on the second GPU
+    choose_devices(make_tiny_config(engine_deadline_s=60.0, engine="vllm"))  # on the second GPU
     with pytest.raises(UsageError, match="--engine-deadline-s 60: has no effect"):
-        choose_devices(tiny_config(engine_deadline_s=60.0, engine="vllm", rollout_device="cuda:0"))
+        choose_devices(make_tiny_config(engine_deadline_s=60.0, engine="vllm", rollout_device="cuda:0"))
 
 
-def test_a_process_is_gone_whoever_has_waited_for_it():
-    """`multiprocessing` calls its child alive for ever if another has reaped it: its death would not be noticed."""
+def test_is_running_reaped_or_zombie_is_false():
+    """`multiprocessing` reports a child as alive forever if another caller has reaped it."""
     child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
     child.start()
     assert is_running(child.pid)
@@ -312,8 +254,7 @@ def test_a_process_is_gone_whoever_has_waited_for_it():
     zombie.wait()
 
 
-@pytest.mark.vllm
-def test_how_an_engine_ended_is_told_as_far_as_it_is_known():
+def test_exit_reason_names_signal_or_status():
     from drivers.engines.vllm import VLLMEngine
 
     engine = object.__new__(VLLMEngine)
@@ -329,7 +270,7 @@ def test_how_an_engine_ended_is_told_as_far_as_it_is_known():
     }
 
 
-def test_a_process_that_goes_while_it_is_looked_at_is_gone(monkeypatch):
+def test_is_running_process_ending_meanwhile_is_false(monkeypatch):
     child = subprocess.Popen(["sleep", "60"])
 
     def open_and_lose(*arguments):
@@ -345,75 +286,75 @@ def test_a_process_that_goes_while_it_is_looked_at_is_gone(monkeypatch):
 # With vLLM
 
 
-@VLLM
-def test_an_engine_that_does_not_come_up_is_ended_in_time(tmp_path):
+@pytest.mark.vllm
+def test_vllm_slow_start_is_ended_at_deadline(tmp_path):
     begin = time.monotonic()
     with pytest.raises(UsageError, match=r"vLLM did not start within 2 s \(--engine-deadline-s\) and was ended"):
-        start(tmp_path, make_tiny_policy(3), deadline_s=2.0)
+        start_tiny(tmp_path, make_tiny_policy(3), deadline_s=2.0)
     assert time.monotonic() - begin < 60
-    wait_until(lambda: not engine_processes())
+    wait_until(lambda: not list_engine_processes())
 
 
-@VLLM
-def test_an_engine_of_its_own_survives_a_kill_and_a_hang(tmp_path):
-    """Killed in the middle of an answer, and stopped without a word: the same samples in the end, nothing orphaned."""
+@pytest.mark.vllm
+def test_vllm_killed_or_hanging_restarts_with_same_samples(tmp_path):
+    """It is killed during an answer and then suspended: the samples stay the same, and no process is left."""
     policy, said = make_tiny_policy(3), []
-    engine = start(tmp_path, policy, said=said, deadline_s=60.0)
+    engine = start_tiny(tmp_path, policy, say=said.append, deadline_s=60.0)
     try:
         engine.load_weights(0)
         expected = engine.generate(PROMPTS, LONG, seed=1)
-        first = engine_processes()
-        assert [process.name() for process in first] == ["VLLM::EngineCore"]  # or another would be killed below
+        first = list_engine_processes()
+        assert [process.name() for process in first] == ["VLLM::EngineCore"]  # the process that is killed below
         killer = threading.Timer(0.5, lambda: os.kill(first[0].pid, signal.SIGKILL))
         killer.start()
         begin = time.monotonic()
         found = engine.generate(PROMPTS, LONG, seed=1)
-        while killer.is_alive() or not said:  # it was faster than the killer
+        while killer.is_alive() or not said:  # the answer came before the kill
             found = engine.generate(PROMPTS, LONG, seed=1)
         assert found == expected
         assert time.monotonic() - begin < 120
         assert "died when it was to answer 3 prompts; it was ended by SIGKILL" in said[0]
-        assert not askers()
+        assert not list_engine_threads()
         wait_until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in first))
 
-        second = engine_processes()
+        second = list_engine_processes()
         engine._engine._deadline_s = 3.0
         for one in second:
             one.suspend()
         assert engine.generate(PROMPTS, LONG, seed=1) == expected
         assert "did not answer 3 prompts within 3 s" in said[1]
-        assert not askers()
+        assert not list_engine_threads()
         wait_until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in second))
 
-        for one in engine_processes():
+        for one in list_engine_processes():
             one.kill()
         engine.load_weights(1)
         assert {c.weight_version for c in engine.generate(PROMPTS, LONG, seed=1)} == {1}
         assert "died when it was to take the weights over" in said[2]
-        assert not askers()
+        assert not list_engine_threads()
     finally:
         engine.close()
-    wait_until(lambda: not engine_processes())
+    wait_until(lambda: not list_engine_processes())
 
 
 PROGRAM = """
     import os, sys, threading, time
     sys.path.insert(0, {root!r})
-    from drivers import environment
+    from drivers.common import environment
     import tests.conftest
     if __name__ == "__main__":
         from drivers import train
         from drivers.engines import vllm as vllm_engine
-        from tests.drivers.test_supervision import engine_processes, shared_memory
+        from tests.drivers.helpers.processes import list_engine_processes, list_shared_memory
 
         where, number, *flags = sys.argv[1:]
         owner, name = (vllm_engine.LocalClient, "update_weights") if where == "push" else (vllm_engine.LLM, "generate")
         call, calls = getattr(owner, name), []
 
         def strike():
-            pids = [one.pid for one in engine_processes()]
+            pids = [one.pid for one in list_engine_processes()]
             print("pids", *pids, flush=True)
-            print("shared", *shared_memory([os.getpid(), *pids]), flush=True)
+            print("shared", *list_shared_memory([os.getpid(), *pids]), flush=True)
             os.kill(os.getpid(), int(number))
 
         def struck(*arguments, **named):
@@ -423,7 +364,7 @@ PROGRAM = """
             return call(*arguments, **named)
 
         def watch():
-            while not any(one.name() == "VLLM::EngineCore" for one in engine_processes()):
+            while not any(one.name() == "VLLM::EngineCore" for one in list_engine_processes()):
                 time.sleep(0.05)
             strike()
 
@@ -435,9 +376,9 @@ PROGRAM = """
 """
 
 
-@VLLM
-def test_nothing_outlives_the_program_and_its_last_checkpoint_is_good(tmp_path):
-    """train.py, ended in a push, in a generation and while its engine starts; each time it is gone on with."""
+@pytest.mark.vllm
+def test_train_killed_leaves_no_process_and_a_good_checkpoint(tmp_path):
+    """train.py is ended during a push, a generation and the start of its engine, and resumed each time."""
     script, out = tmp_path / "program.py", tmp_path / "out"
     script.write_text(textwrap.dedent(PROGRAM).format(root=str(Path(__file__).resolve().parents[2])))
     save_tiny(tmp_path / "tiny")
@@ -457,8 +398,7 @@ def test_nothing_outlives_the_program_and_its_last_checkpoint_is_good(tmp_path):
             text=True,
             timeout=300,
             check=False,
-            # A shell's background job is started with SIGINT ignored, and hands that on to its children.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            preexec_fn=restore_interrupt,
         )
         assert done.returncode == (-9 if number == signal.SIGKILL else 130), done.stderr[-4000:]
         told = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.strip()}
@@ -473,23 +413,23 @@ def test_nothing_outlives_the_program_and_its_last_checkpoint_is_good(tmp_path):
     assert sorted(row["step"] for row in rows if row["phase"] == "train") == list(range(1, last + 1))
 
 
-@VLLM
-def test_two_processes_take_the_steps_of_one(tmp_path):
-    """The same seed and data: the same samples, and the same weights after some updates."""
+@pytest.mark.vllm
+def test_vllm_in_own_process_equals_shared_process(tmp_path):
+    """The same seed and data give the same samples and weights."""
     from drivers.train import train
 
     ends = []
     for own_process in (False, True):
-        config = tiny_config(engine="vllm", n_grpo_steps=3, learning_rate=1e-3, eval_steps=2)
-        parts = tiny_parts()
+        config = make_tiny_config(engine="vllm", n_grpo_steps=3, learning_rate=1e-3, eval_steps=2)
+        parts = make_tiny_parts()
         folder = tmp_path / str(own_process)
-        engine = start(folder / "model", parts.policy, own_process)
+        engine = start_tiny(folder / "model", parts.policy, own_process=own_process)
         run = make_run(config, folder / "run", parts.tokenizer)
         try:
             train(config, parts.policy, engine, letter_grader, parts.questions, parts.questions, run)
         finally:
             run.finish()
             engine.close()
-        ends.append(weights(parts.policy))
+        ends.append(flatten_weights(parts.policy))
     assert torch.equal(*ends)
-    assert not torch.equal(ends[0], weights(tiny_parts().policy))
+    assert not torch.equal(ends[0], flatten_weights(make_tiny_parts().policy))

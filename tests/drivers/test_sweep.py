@@ -1,9 +1,8 @@
-"""sweep.py: what is planned, what is refused before anything runs, and real runs of the tiny model."""
+"""sweep.py: its plans, its errors before any run, and real runs of the tiny model."""
 
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from drivers.sweep import main
 from drivers.sweeps.plan import Planned, SweepConfig, as_flags, keep_plan, parse_program_flags, plan
 from drivers.sweeps.presets import SWEEPS, Variant
 from drivers.sweeps.results import results_of, table_of
+from tests.drivers.helpers.processes import program_command
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,8 +32,8 @@ def settings_of(one):
 
 @pytest.mark.parametrize("shared", [[], OWN], ids=["embedded", "own"])
 @pytest.mark.parametrize("name", SWEEPS)
-def test_each_ready_made_sweep_asks_what_it_says(name, shared):
-    """Its runs differ in what is swept, and in nothing else; all of them are understood by their programs."""
+def test_preset_sweeps_vary_only_what_they_say(name, shared):
+    """Runs differ only in the swept settings, and their programs accept all flags."""
     runs = planned(name, *shared)
     assert len(runs) > 1
     assert len({one.folder for one in runs}) == len(runs)
@@ -50,14 +50,14 @@ def test_each_ready_made_sweep_asks_what_it_says(name, shared):
         assert settings.model_path == ("SmolLM2-135M-Instruct" if not shared else OWN[1])
 
 
-def test_values_follow_the_flags_of_all_runs():
+def test_plan_values_follow_shared_flags():
     rates = [settings_of(one).learning_rate for one in planned("learning-rates", "--learning-rate", "2e-5")]
     assert rates == pytest.approx([2e-6, 6e-6, 2e-5, 6e-5, 2e-4])
     fewer = ["--rollout-batch-size", "32", "--train-batch-size", "32"]
     batches = [settings_of(one) for one in planned("off-policy", *fewer)]
     assert sorted({one.train_batch_size for one in batches}) == [8, 16, 32]
     own = [settings_of(one) for one in planned("off-policy", *OWN)]
-    # Micro-batches stay as they are: 256 responses in 128 parts, 64 in 32.
+    # The size of micro-batches is constant: 256 responses in 128 parts, 64 in 32.
     assert {one.train_batch_size / one.gradient_accumulation_steps for one in own} == {2.0}
     assert {one.n_grpo_steps for one in batches} == {10}
     assert {one.n_grpo_steps for one in own} == {200}
@@ -65,14 +65,14 @@ def test_values_follow_the_flags_of_all_runs():
 
 
 @pytest.mark.parametrize(("shared", "right"), [([], 4), (OWN, 5)], ids=["embedded", "own"])
-def test_demonstrations_are_taken_in_all_sizes_and_all_together(shared, right):
+def test_plan_sft_sweep_uses_all_sizes(shared, right):
     found = [(one.n_examples, one.correct_only) for one in map(settings_of, planned("sft-sizes", *shared))]
     assert found[:5] == [(n, False) for n in (128, 256, 512, 1024, None)]
     assert len(found) == 5 + right
     assert found[-1] == (None, True)
 
 
-def test_a_grid_is_all_combinations():
+def test_plan_grid_is_all_combinations():
     runs = planned(grid=("learning_rate=1e-5,3e-5", "use-std-normalization=true,false"), seeds=(0, 1))
     assert [one.name for one in runs][:3] == ["1e-5-true-seed0", "1e-5-true-seed1", "1e-5-false-seed0"]
     found = [(s.learning_rate, s.use_std_normalization, s.seed) for s in map(settings_of, runs)]
@@ -80,7 +80,7 @@ def test_a_grid_is_all_combinations():
     assert {one.folder.parent for one in runs} == {Path("runs/sweep-train-grid")}
 
 
-def test_a_list_is_a_file(tmp_path):
+def test_plan_list_is_read_from_file(tmp_path):
     file = tmp_path / "mine.jsonl"
     rows = [
         {"label": "a", "flags": {"loss_type": "grpo_clip", "sampling_stop": ["x", "y"]}},
@@ -89,7 +89,7 @@ def test_a_list_is_a_file(tmp_path):
     file.write_text("\n".join(map(json.dumps, rows)))
     clip, sft = map(settings_of, planned(str(file)))
     assert (clip.loss_type, clip.sampling_stop, sft.epochs) == ("grpo_clip", ("x", "y"), 2)
-    assert clip.n_grpo_steps == 15  # a list of one's own is not shortened
+    assert clip.n_grpo_steps == 15  # a custom list is not shortened
     file.write_text('{"label": "a", "flags": {"seed": 7}}')
     with pytest.raises(UsageError, match=r"mine.jsonl, a: seed is given to each run by the sweep"):
         planned(str(file))
@@ -126,7 +126,7 @@ def test_a_list_is_a_file(tmp_path):
         ("--grid learning_rate=much", "much"),
     ],
 )
-def test_a_mistake_is_told_before_anything_runs(arguments, message, capsys, tmp_path, monkeypatch):
+def test_sweep_invalid_flags_exit_before_any_run(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         main(arguments.split())
@@ -137,7 +137,7 @@ def test_a_mistake_is_told_before_anything_runs(arguments, message, capsys, tmp_
     assert not (tmp_path / "runs").exists()
 
 
-def test_sweeps_and_their_commands_are_told(capsys):
+def test_sweep_dry_run_prints_commands(capsys):
     main(["--list"])
     told = capsys.readouterr().out
     assert all(name in told for name in SWEEPS)
@@ -152,13 +152,13 @@ def test_sweeps_and_their_commands_are_told(capsys):
     assert all(name in capsys.readouterr().out for name in ("methods",))
 
 
-def test_of_two_recipes_the_last_one_is_that_of_the_run():
+def test_plan_last_recipe_wins():
     runs = planned("objectives", "--recipe", "quickstart")
     assert [settings_of(one).recipe for one in runs] == [one.variant.flags["recipe"] for one in runs]
     assert {settings_of(one).loss_type for one in runs} > {"gspo", "cispo"}
 
 
-def test_flags_are_written_as_they_are_read():
+def test_plan_flags_round_trip():
     flags = {"use_std_normalization": False, "deterministic": True, "sampling_stop": ("a", "b"), "learning_rate": 1e-6}
     settings = parse_program_flags("train", as_flags(flags))
     assert {name: getattr(settings, name) for name in flags} == flags
@@ -181,7 +181,7 @@ def make_results(folder, label, seed, *accuracies, finished=True):
     return one
 
 
-def test_a_table_has_a_line_per_label(tmp_path):
+def test_results_table_has_row_per_label(tmp_path):
     runs = [
         make_results(tmp_path, "a", 0, 0.1, 0.8, 0.6),
         make_results(tmp_path, "a", 1, 0.1, 0.2, 0.4),
@@ -199,15 +199,15 @@ def test_a_table_has_a_line_per_label(tmp_path):
 
 
 @pytest.mark.parametrize("others", [(), (0.2,)], ids=["before any evaluation", "after the first"])
-def test_seeds_that_did_not_come_as_far_are_no_part_of_a_mean(tmp_path, others):
-    """The first one failed; the table is that of the other."""
+def test_results_mean_excludes_unfinished_seeds(tmp_path, others):
+    """The first seed failed, so the table has the other one."""
     runs = [make_results(tmp_path, "a", 0, *others, finished=False), make_results(tmp_path, "a", 1, 0.1, 0.8)]
     rows = [results_of(one, status) for one, status in zip(runs, (1, 0), strict=True)]
     cells = [cell.strip() for cell in table_of(rows).splitlines()[2].split("|")[1:-1]]
     assert cells == ["a", "0.100", "0.800 (0.670 to 0.888)", "0.800", "0.500", "1.5", "1 failed, 1 finished"]
 
 
-def test_another_sweep_is_not_mixed_in(tmp_path):
+def test_sweep_folder_of_other_sweep_is_refused(tmp_path):
     first = planned("baselines", save_dir=str(tmp_path))
     keep_plan(tmp_path, first)
     keep_plan(tmp_path, first)
@@ -217,12 +217,12 @@ def test_another_sweep_is_not_mixed_in(tmp_path):
         keep_plan(tmp_path, planned("baselines", "--group-size", "4", save_dir=str(tmp_path)))
     for broken in ("{", "{}", "[1]", '[{"folder": "a"}]'):
         (tmp_path / "sweep.json").write_text(broken)
-        if broken != "{}":  # nothing is in it
+        if broken != "{}":  # the folder is empty
             with pytest.raises(UsageError, match="cannot be used"):
                 keep_plan(tmp_path, first)
 
 
-def test_a_sweep_may_grow_and_its_clone_may_move(tmp_path):
+def test_sweep_may_grow_and_move(tmp_path):
     def kept():
         return {entry["folder"]: entry["command"] for entry in json.loads((tmp_path / "sweep.json").read_text())}
 
@@ -242,7 +242,7 @@ def test_a_sweep_may_grow_and_its_clone_may_move(tmp_path):
 
 
 def write_list(folder):
-    """Two runs that learn nothing, and one that cannot begin; returns the command."""
+    """Write a list of two runs that learn nothing and one that cannot begin. Return the command."""
     save_tiny(folder / "tiny")
     batch = {"n_grpo_steps": 2, "rollout_batch_size": 8, "train_batch_size": 8}
     data = {"val_data_path": "data/wordadd/validation.jsonl"}
@@ -261,12 +261,11 @@ def write_list(folder):
         "--engine hf --dtype float32 --group-size 2 --sampling-min-tokens 0 --sampling-max-tokens 4 --n-val-examples 4"
         " --wandb-project None --micro-batch-tokens 512"
     )
-    program = [sys.executable, str(ROOT / "drivers/sweep.py"), f"{folder}/mine.jsonl", "--save-dir", f"{folder}/sweep"]
-    return [*program, *shared.split()]
+    return program_command("sweep", f"{folder}/mine.jsonl --save-dir {folder}/sweep {shared}")
 
 
 @pytest.mark.slow
-def test_a_sweep_runs_reports_and_does_not_run_again(tmp_path):
+def test_sweep_runs_reports_and_skips_finished_runs(tmp_path):
     command = write_list(tmp_path)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
@@ -284,7 +283,7 @@ def test_a_sweep_runs_reports_and_does_not_run_again(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_stopped_leaves_no_run_behind_and_goes_on(tmp_path):
+def test_sweep_stopped_leaves_no_process_and_resumes(tmp_path):
     command = write_list(tmp_path)
     row = json.loads((tmp_path / "mine.jsonl").read_text().splitlines()[0])
     row["flags"]["n_grpo_steps"] = 2000

@@ -1,6 +1,5 @@
-"""The loop on a tiny model: it learns under every loss, and equivalent settings give one trajectory."""
+"""The loop on a tiny model: it learns with every loss, and equivalent settings give one trajectory."""
 
-import json
 from typing import get_args
 
 import pytest
@@ -19,37 +18,15 @@ from drivers.training.objective import rows_with_gradient, weigh_step
 from drivers.training.scoring import score
 from drivers.training.setup import Components
 from grpo_core.types import Aggregation, LossType
-from tests.drivers.parts import (
-    clone_policy,
+from tests.drivers.helpers.letters import (
+    flatten_weights,
     letter_grader,
-    letter_reward,
     make_run,
-    rollouts_of,
-    tiny_config,
-    tiny_parts,
+    make_tiny_config,
+    make_tiny_parts,
+    sample_rollouts,
 )
-
-ON_POLICY: dict = {}
-TWO_UPDATES = {"train_batch_size": 16, "gradient_accumulation_steps": 2}
-TWO_EPOCHS = {"epochs_per_rollout_batch": 2}
-
-
-def run_training(folder, reward_fn=letter_reward, **changes):
-    config, parts = tiny_config(**changes), tiny_parts()
-    run = make_run(config, folder, parts.tokenizer)
-    reference = clone_policy(parts.policy) if config.needs_reference else None
-    try:
-        grade = make_inline_grader(reward_fn)
-        train(config, parts.policy, parts.engine, grade, parts.questions, parts.questions, run, reference)
-    finally:
-        run.finish()
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps, evaluations = ([row for row in rows if row["phase"] == phase] for phase in ("train", "eval"))
-    return parts.policy, steps, evaluations
-
-
-def weights(policy):
-    return torch.cat([p.detach().flatten() for p in policy.parameters()])
+from tests.drivers.helpers.runs import ON_POLICY, TWO_EPOCHS, TWO_UPDATES, run_training
 
 
 @pytest.mark.parametrize("loss_type", get_args(LossType))
@@ -58,7 +35,7 @@ def weights(policy):
     [pytest.param(ON_POLICY, marks=pytest.mark.slow), TWO_UPDATES, pytest.param(TWO_EPOCHS, marks=pytest.mark.slow)],
     ids=["on-policy", "two-updates", "two-epochs"],
 )
-def test_every_loss_learns_the_letter(tmp_path, loss_type, schedule):
+def test_loss_type_learns_the_letter(tmp_path, loss_type, schedule):
     _, steps, evaluations = run_training(tmp_path, loss_type=loss_type, **schedule)
     assert steps[0]["reward"] < 0.15
     assert sum(row["reward"] for row in steps[-3:]) / 3 > 0.9
@@ -69,7 +46,7 @@ SHORT = {"n_grpo_steps": 3, "learning_rate": 1e-3}
 
 
 def trained_weights(folder, **changes):
-    return weights(run_training(folder, **(SHORT | changes))[0])
+    return flatten_weights(run_training(folder, **(SHORT | changes))[0])
 
 
 @pytest.mark.parametrize(
@@ -81,34 +58,34 @@ def trained_weights(folder, **changes):
     ],
 )
 def test_accumulation_steps_do_not_change_the_trajectory(tmp_path, aggregation, steps):
-    """One micro-batch, whole groups, single responses: three splits of the same gradient."""
+    """One micro-batch, whole groups and single responses split the same gradient."""
     reference = trained_weights(tmp_path / "a", aggregation=aggregation, gradient_accumulation_steps=4)
     other = trained_weights(tmp_path / "b", aggregation=aggregation, gradient_accumulation_steps=steps)
     assert_close(other, reference, rtol=0, atol=2e-5)
 
 
 @pytest.mark.slow
-def test_aggregations_are_different_objectives(tmp_path):
-    """Where responses differ in length; there, of one constant length, some coincide up to a factor that Adam eats."""
+def test_aggregations_differ(tmp_path):
+    """Responses differ in length; with equal lengths some aggregations differ by a factor only, which Adam removes."""
     results = [trained_weights(tmp_path / name, aggregation=name) for name in ("sequence_mean", "token_mean")]
     assert not torch.allclose(results[0], results[1], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo_clip", "grpo_no_clip"])
-def test_on_policy_every_ratio_loss_is_reinforce(tmp_path, loss_type):
+def test_ratio_losses_on_policy_equal_reinforce(tmp_path, loss_type):
     reinforce = trained_weights(tmp_path / "a", loss_type="reinforce_with_baseline")
     assert_close(trained_weights(tmp_path / "b", loss_type=loss_type), reinforce, rtol=0, atol=2e-5)
 
 
-def test_on_policy_the_ratio_is_exactly_one(tmp_path):
+def test_ratio_on_policy_is_exactly_one(tmp_path):
     _, steps, _ = run_training(tmp_path, loss_type="grpo_clip", **SHORT)
     assert [row["mean_ratio"] for row in steps] == [1.0] * 3
     assert [row["clip_fraction"] for row in steps] == [0.0] * 3
 
 
 @pytest.mark.parametrize("schedule", [TWO_UPDATES, TWO_EPOCHS], ids=["two-updates", "two-epochs"])
-def test_off_policy_the_ratio_is_to_the_policy_before_the_first_update(tmp_path, schedule):
-    """Were old log-probs taken anew at each update, every ratio would be 1 and nothing would clip."""
+def test_ratio_off_policy_is_to_policy_before_first_update(tmp_path, schedule):
+    """With old log-probs from each update, every ratio would be 1 and nothing would clip."""
     _, steps, _ = run_training(tmp_path, loss_type="grpo_clip", cliprange=0.01, n_grpo_steps=8, **schedule)
     assert max(row.get("clip_fraction", 0) for row in steps) > 0.05
     assert max(row.get("approx_kl", 0) for row in steps) > 1e-4
@@ -117,7 +94,7 @@ def test_off_policy_the_ratio_is_to_the_policy_before_the_first_update(tmp_path,
 @pytest.mark.parametrize(
     ("loss_type", "passes"), [("reinforce_with_baseline", 0), ("grpo_clip", 2), ("grpo_no_clip", 2)]
 )
-def test_old_log_probs_are_computed_once_a_step_and_only_for_a_ratio(tmp_path, monkeypatch, loss_type, passes):
+def test_old_log_probs_are_computed_once_per_step_if_needed(tmp_path, monkeypatch, loss_type, passes):
     from drivers.training import advantages as program
 
     calls = []
@@ -127,7 +104,7 @@ def test_old_log_probs_are_computed_once_a_step_and_only_for_a_ratio(tmp_path, m
     assert len(calls) == passes
 
 
-def test_off_policy_makes_an_update_per_train_batch_and_epoch(tmp_path, monkeypatch):
+def test_off_policy_updates_per_train_batch_and_epoch(tmp_path, monkeypatch):
     from drivers.policy.optimizer import PolicyOptimizer
 
     made = []
@@ -138,7 +115,7 @@ def test_off_policy_makes_an_update_per_train_batch_and_epoch(tmp_path, monkeypa
 
 
 class NeverWaits(TorchDispatchMode):
-    """Fails where a value would have to come back to the host, on a GPU: a number, a size that depends on values."""
+    """Fail where a value would have to return to the host on a GPU: a number, or a size that depends on values."""
 
     WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
 
@@ -153,20 +130,20 @@ class NeverWaits(TorchDispatchMode):
 
 @pytest.mark.parametrize("cut", [{"micro_batch_tokens": 60}, {"gradient_accumulation_steps": 4}])
 @pytest.mark.parametrize("loss", [{"loss_type": "grpo_clip", "importance": "truncate"}, {"entropy_coef": 0.01}])
-def test_the_host_waits_for_nothing_inside_the_loop_of_micro_batches(cut, loss, monkeypatch):
-    """Everything that is planned is planned on the host; metrics are read once a step."""
+def test_accumulate_gradients_never_waits_for_device(cut, loss, monkeypatch):
+    """Plans are made on the host, and metrics are read once per step."""
     from grpo_core import fused_head
 
     with pytest.raises(AssertionError, match="makes the host wait"), NeverWaits():
         torch.ones(1).item()
-    monkeypatch.setattr(fused_head, "check_labels", lambda labels, vocab: None)  # on a CPU alone
-    config, parts = tiny_config(**cut, **loss), tiny_parts()
-    rollouts, scores = rollouts_of(config, parts)
+    monkeypatch.setattr(fused_head, "check_labels", lambda labels, vocab: None)  # runs on CPUs only
+    config, parts = make_tiny_config(**cut, **loss), make_tiny_parts()
+    rollouts, scores = sample_rollouts(config, parts)
     batch = prepare_rollouts(config, parts.policy, None, rollouts, scores, None)
     batch, facts = weigh_step(config, batch)
     metrics = UpdateMetrics()
-    score(parts.policy, batch.select([0, 1]), 1.0)  # the trials of head and rows are not part of the loop
-    pulling = rows_with_gradient(config, batch, config.entropy_coef)  # read from host memory, before the loop
+    score(parts.policy, batch.select([0, 1]), 1.0)  # the trials of head and rows precede the loop
+    pulling = rows_with_gradient(config, batch, config.entropy_coef)  # read on the host before the loop
     monkeypatch.setattr(update_step, "rows_with_gradient", lambda *_: pulling)
     with NeverWaits():
         loss = update_step.accumulate_gradients(parts.policy, batch, config, config.entropy_coef, metrics)
@@ -174,81 +151,81 @@ def test_the_host_waits_for_nothing_inside_the_loop_of_micro_batches(cut, loss, 
     assert metrics.summary()["micro_batches"] >= 2
 
 
-def test_the_same_seed_is_the_same_run_to_the_last_bit(tmp_path):
+def test_train_same_seed_is_bit_identical(tmp_path):
     first, second = trained_weights(tmp_path / "a"), trained_weights(tmp_path / "b")
     assert torch.equal(first, second)
     assert not torch.equal(first, trained_weights(tmp_path / "c", seed=1))
 
 
-def test_skipping_silent_groups_is_exact(tmp_path, monkeypatch):
-    """A group without signal has gradient zero: running it changes no weight, only the time."""
+def test_skipping_zero_signal_groups_is_exact(tmp_path, monkeypatch):
+    """A zero-signal group has gradient zero: skipping it saves time and changes no weight."""
 
     skipping, steps, _ = run_training(tmp_path / "a", **SHORT)
     assert sum(row["skipped_responses"] for row in steps) > 0
     monkeypatch.setattr(update_step, "rows_with_gradient", lambda _, batch, __: list(range(len(batch))))
     running, steps, _ = run_training(tmp_path / "b", **SHORT)
     assert sum(row["skipped_responses"] for row in steps) == 0
-    assert_close(weights(skipping), weights(running), rtol=0, atol=1e-7)
+    assert_close(flatten_weights(skipping), flatten_weights(running), rtol=0, atol=1e-7)
 
 
-def test_a_step_without_any_signal_still_moves_by_momentum_only(tmp_path):
+def test_train_without_signal_changes_no_weight(tmp_path):
     def silent(response, ground_truth):
         return {"reward": 0.0, "format_reward": 0.0, "answer_reward": 0.0}
 
     policy, steps, _ = run_training(tmp_path, reward_fn=silent, **SHORT)
-    assert torch.equal(weights(policy), weights(tiny_parts().policy))
+    assert torch.equal(flatten_weights(policy), flatten_weights(make_tiny_parts().policy))
     assert [row["grad_norm"] for row in steps] == [0.0] * 3
     assert "loss" in steps[0]
-    assert "entropy" not in steps[0]  # nothing was scored: no number rather than a made-up one
+    assert "entropy" not in steps[0]  # nothing was scored, so there is no value
 
 
-def test_an_infinite_loss_stops_the_run_and_changes_nothing(tmp_path):
+def test_train_infinite_loss_aborts_unchanged(tmp_path):
     def huge(response, ground_truth):
         return {"reward": 3e38, "format_reward": 1.0, "answer_reward": 1.0}
 
-    config, parts = tiny_config(loss_type="no_baseline"), tiny_parts()
-    before = weights(parts.policy).clone()
+    config, parts = make_tiny_config(loss_type="no_baseline"), make_tiny_parts()
+    before = flatten_weights(parts.policy).clone()
     run = make_run(config, tmp_path, parts.tokenizer)
     with pytest.raises(TrainingAbortedError, match="not made"):
         train(config, parts.policy, parts.engine, make_inline_grader(huge), parts.questions, parts.questions, run)
     run.finish()
-    assert torch.equal(weights(parts.policy), before)
+    assert torch.equal(flatten_weights(parts.policy), before)
 
 
-def test_a_loss_of_zero_has_a_gradient(tmp_path):
-    """On-policy every ratio is 1, and centered advantages add up to 0: the value is 0, and the policy learns."""
+def test_loss_of_zero_has_a_gradient(tmp_path):
+    """On-policy every ratio is 1 and centered advantages sum to 0: the loss is 0, and the policy learns."""
     _, steps, _ = run_training(tmp_path, loss_type="grpo_clip", **SHORT)
     for row in steps:
         assert abs(row["loss"]) < 1e-6
         assert row["grad_norm"] > 0.1
 
 
-def test_checkpoints_and_evaluations_come_when_they_are_due(tmp_path):
+def test_train_checkpoints_and_evaluates_on_schedule(tmp_path):
     _, _, evaluations = run_training(tmp_path, n_grpo_steps=5, eval_steps=2, checkpoint_steps=2)
     assert [row["step"] for row in evaluations] == [0, 2, 4, 5]
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (2, 4, 5)]
 
 
 def stand_in(monkeypatch, program, config, run, parts):
-    """Have `main` run these parts instead of building some."""
+    """Replace the components that `main` would build by these."""
     everything = Components(parts.policy, parts.engine, letter_grader, parts.questions, parts.questions)
     monkeypatch.setattr(program, "parse_train_config", lambda *_: config)
     monkeypatch.setattr(program, "setup_grpo_run", lambda *_: (run, everything))
 
 
-def test_a_stop_inside_a_step_leaves_earlier_checkpoints_alone(tmp_path, monkeypatch):
-    """Interrupted after the first of two updates of step 3: checkpoint-2 stays, what was made is saved beside it."""
+def test_train_interrupted_inside_step_keeps_checkpoints(tmp_path, monkeypatch):
+    """After the first of two updates of step 3: checkpoint-2 stays, and the stop is saved beside it."""
     from drivers import train as program
     from drivers.policy.optimizer import PolicyOptimizer
 
-    config, parts = tiny_config(n_grpo_steps=5, checkpoint_steps=2, **TWO_UPDATES), tiny_parts()
+    config, parts = make_tiny_config(n_grpo_steps=5, checkpoint_steps=2, **TWO_UPDATES), make_tiny_parts()
     run = make_run(config, tmp_path, parts.tokenizer)
     at_step_two, updates = {}, []
     step = PolicyOptimizer.step
 
     def interrupted(self, *arguments):
         if len(updates) == 4:
-            at_step_two["weights"] = weights(parts.policy).clone()
+            at_step_two["weights"] = flatten_weights(parts.policy).clone()
         norm = step(self, *arguments)
         updates.append(norm)
         if len(updates) == 5:
@@ -262,16 +239,16 @@ def test_a_stop_inside_a_step_leaves_earlier_checkpoints_alone(tmp_path, monkeyp
     assert ended.value.code == 130
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-2-stopped"]
     kept, stopped = (AutoModelForCausalLM.from_pretrained(p) for p in sorted(tmp_path.glob("checkpoint-*")))
-    assert torch.equal(weights(kept), at_step_two["weights"])
-    assert torch.equal(weights(stopped), weights(parts.policy))
-    assert not torch.equal(weights(kept), weights(stopped))
+    assert torch.equal(flatten_weights(kept), at_step_two["weights"])
+    assert torch.equal(flatten_weights(stopped), flatten_weights(parts.policy))
+    assert not torch.equal(flatten_weights(kept), flatten_weights(stopped))
 
 
-def test_a_full_disk_is_one_clear_line_and_keeps_the_log(tmp_path, monkeypatch, capsys):
+def test_train_full_disk_exits_with_one_line_and_keeps_log(tmp_path, monkeypatch, capsys):
     import drivers.training.run
     from drivers import train as program
 
-    config, parts = tiny_config(n_grpo_steps=3, checkpoint_steps=2), tiny_parts()
+    config, parts = make_tiny_config(n_grpo_steps=3, checkpoint_steps=2), make_tiny_parts()
     run = make_run(config, tmp_path, parts.tokenizer)
     monkeypatch.setattr(
         drivers.training.run, "save_checkpoint", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space"))

@@ -1,4 +1,4 @@
-"""What is pushed to an engine, and the checksums by which a push is known to have arrived."""
+"""The weights that are pushed to an engine, and the checksums that verify a push."""
 
 from dataclasses import replace
 
@@ -12,14 +12,14 @@ from drivers.policy.lora import adapter_weights, add_lora
 from drivers.policy.weights import PolicyWeights, checksum, checksums, differing, stochastic_round
 from drivers.training.advantages import prepare_rollouts
 from drivers.training.scoring import score_all
-from tests.drivers.parts import rollouts_of, tiny_config, tiny_parts
+from tests.drivers.helpers.letters import make_tiny_config, make_tiny_parts, sample_rollouts
 from tests.tiny import make_tiny_policy
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
 
 
 def expected_checksum(tensor):
-    """In Python integers, from the bytes."""
+    """Return the checksum from the bytes, in Python integers."""
     raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     row, sums = 8 * 256, []
     whole = len(raw) // row * row
@@ -36,14 +36,14 @@ def expected_checksum(tensor):
 
 
 @given(st.integers(1, 3000), st.sampled_from(DTYPES), st.integers(0, 2**31 - 1))
-def test_a_checksum_is_the_sum_of_words_and_of_rows_by_place(size, dtype, seed):
+def test_checksum_equals_definition(size, dtype, seed):
     values = np.random.default_rng(seed).integers(0, 256, size * dtype.itemsize, dtype=np.uint8)
     tensor = torch.from_numpy(values.copy()).view(dtype)
     assert tuple(checksum(tensor).tolist()) == expected_checksum(tensor)
 
 
 @given(st.integers(1, 3000), st.data())
-def test_any_other_value_is_another_checksum(size, data):
+def test_checksum_any_changed_value_differs(size, data):
     tensor = torch.arange(size, dtype=torch.float32)
     place = data.draw(st.integers(0, size - 1))
     changed = tensor.clone()
@@ -51,22 +51,22 @@ def test_any_other_value_is_another_checksum(size, data):
     assert checksum(changed).tolist() != checksum(tensor).tolist()
 
 
-def test_a_checksum_knows_the_place_of_a_row_and_no_layout():
+def test_checksum_depends_on_row_order_and_not_on_layout():
     tensor = torch.randn(4, 2048)
     assert checksum(tensor.flip(0)).tolist() != checksum(tensor).tolist()
     assert checksum(tensor.T.contiguous().T).tolist() == checksum(tensor).tolist()
-    packed = torch.zeros(4 * 2048 * 4 + 2, dtype=torch.uint8)  # as a buffer of many tensors has it: not aligned
+    packed = torch.zeros(4 * 2048 * 4 + 2, dtype=torch.uint8)  # not aligned, as in a buffer of many tensors
     packed[2:] = tensor.view(-1).view(torch.uint8)
     assert checksum(packed[2:]).tolist() == checksum(tensor).tolist()
 
 
-def test_nothing_has_a_checksum_too():
+def test_checksum_empty_tensor_exists():
     assert checksum(torch.zeros(0)).tolist() == [0, 0]
     assert checksum(torch.zeros(0, 5)).tolist() == [0, 0]
     assert checksum(torch.tensor(3, dtype=torch.int8)).tolist() == [3, 3]
 
 
-def test_what_differs_is_named():
+def test_check_arrived_names_differing_tensors():
     policy = make_tiny_policy(0)
     ours = PolicyWeights(policy, torch.float32).checksums()
     assert ours == checksums(policy.named_parameters())
@@ -81,10 +81,10 @@ def test_what_differs_is_named():
     assert differing(ours, missing) == differing(missing, ours) == [name]
 
 
-def test_weights_come_in_the_engines_precision_under_the_models_names():
+def test_policy_weights_have_engine_dtype_and_model_names():
     policy = make_tiny_policy(0)
     weights = PolicyWeights(policy, torch.bfloat16)
-    for _ in range(2):  # anew each time
+    for _ in range(2):  # iterates again each time
         found = dict(weights)
         assert found.keys() == dict(policy.named_parameters()).keys()
         assert all(torch.equal(found[name], p.bfloat16()) for name, p in policy.named_parameters())
@@ -93,7 +93,7 @@ def test_weights_come_in_the_engines_precision_under_the_models_names():
 
 
 def with_lora(seed=0, rank=2, alpha=8.0, sharper=1.0):
-    """`sharper`: the output layer is not trained, and random as it is no state of the body makes a token likely."""
+    """Return a tiny policy with LoRA; `sharper` scales the fixed output layer, so that tokens can be likely."""
     policy = make_tiny_policy(seed)
     policy.get_input_embeddings().weight.data.mul_(sharper)
     add_lora(policy, rank, alpha, seed=5, base="tiny")
@@ -108,8 +108,8 @@ def stir(policy):
                 parameter.add_(torch.randn(parameter.shape, generator=generator))
 
 
-def test_a_policy_with_lora_is_at_first_what_it_was_and_pushes_what_it_computes():
-    """The merged copy, in a plain model, gives the logits of the policy with its updates beside the weights."""
+def test_lora_starts_at_base_and_pushes_merged_weights():
+    """A plain model with the merged weights gives the logits of the policy with its adapters."""
     plain, policy, ids = make_tiny_policy(0), with_lora(), torch.tensor([[3, 4, 5, 6]])
     assert torch.equal(policy(ids).logits, plain(ids).logits)
     trained = {name for name, p in policy.named_parameters() if p.requires_grad}
@@ -125,7 +125,7 @@ def test_a_policy_with_lora_is_at_first_what_it_was_and_pushes_what_it_computes(
     expected = policy(ids).logits
     assert torch.allclose(plain(ids).logits, expected, atol=1e-5)
     assert not torch.allclose(make_tiny_policy(0)(ids).logits, expected, atol=1e-2)
-    for name, p in policy.named_parameters():  # merging has changed nothing
+    for name, p in policy.named_parameters():  # merging has not changed the policy
         assert name in trained or torch.equal(p, before[name])
     one = merged["model.layers.0.mlp.down_proj.weight"]
     layer = policy.get_submodule("model.layers.0.mlp.down_proj")
@@ -134,10 +134,10 @@ def test_a_policy_with_lora_is_at_first_what_it_was_and_pushes_what_it_computes(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_without_its_adapters_a_policy_is_its_own_reference(dtype):
-    """To the bit what a frozen copy gives, which need not be held; and what is trained is trained on."""
-    config, parts = tiny_config(loss_type="grpo_clip", kl_coef=0.1, lora_rank=2), tiny_parts()
-    rollouts, scores = rollouts_of(config, parts)
+def test_lora_without_adapters_is_the_reference(dtype):
+    """It gives the bits of a frozen copy, which is therefore not needed; training stays enabled."""
+    config, parts = make_tiny_config(loss_type="grpo_clip", kl_coef=0.1, lora_rank=2), make_tiny_parts()
+    rollouts, scores = sample_rollouts(config, parts)
     policy = make_tiny_policy(0).to(dtype)
     add_lora(policy, 2, 8.0, seed=5, base="tiny")
     stir(policy)
@@ -148,28 +148,28 @@ def test_without_its_adapters_a_policy_is_its_own_reference(dtype):
     )
     assert torch.equal(found.reference_log_probs, expected.reference_log_probs)
     now = score_all(policy, rollouts, config)["log_probs"]
-    assert (now - found.reference_log_probs).abs().max() > 1e-2  # they are on again
+    assert (now - found.reference_log_probs).abs().max() > 1e-2  # adapters are on again
     assert trained == [name for name, p in policy.named_parameters() if p.requires_grad]
     with pytest.raises(ValueError, match="needs reference; got None"):
         prepare_rollouts(replace(config, lora_rank=0), policy, None, rollouts, scores, None)
 
 
-def test_rounding_by_chance_keeps_a_small_update_on_average_and_what_fits_as_it_is():
-    """Oracle: in exact fractions of the gap between the two neighbours."""
+def test_stochastic_round_is_unbiased_and_exact_if_representable():
+    """The oracle uses exact fractions of the gap between the two neighbors."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(400, 500, generator=generator).bfloat16().float()
     assert torch.equal(stochastic_round(weight, "a"), weight.bfloat16())
     for share in (0.004, 0.1, 0.5, 0.9):
-        gap = 2.0 ** (torch.frexp(weight).exponent.float() - 8)  # of bfloat16 at each weight
+        gap = 2.0 ** (torch.frexp(weight).exponent.float() - 8)  # the bfloat16 gap at each weight
         update = share * gap * torch.randint(0, 2, weight.shape, generator=generator).mul(2).sub(1)
         moved = stochastic_round(weight + update, "a").float() - weight
-        grows = (update * weight) > 0  # towards 0 the next gap may be half as wide
+        grows = (update * weight) > 0  # the next gap towards 0 may be half as wide
         assert set((moved / gap)[grows].abs().unique().tolist()) == {0.0, 1.0}
         kept = (moved * update)[grows].sum() / (update * update)[grows].sum()
         count = int(grows.sum())
         assert abs(kept - 1) < 5 * ((1 - share) / share / count) ** 0.5
     nearest = (weight + 0.1 * 2.0 ** (torch.frexp(weight).exponent.float() - 8)).bfloat16().float() - weight
-    assert nearest.abs().max() == 0  # which is why
+    assert nearest.abs().max() == 0  # hence stochastic rounding
     one, other, same = (stochastic_round(weight * 1.001, name) for name in "aba")
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
@@ -177,8 +177,8 @@ def test_rounding_by_chance_keeps_a_small_update_on_average_and_what_fits_as_it_
     assert torch.equal(stochastic_round(extreme, "a")[:4].float(), extreme[:4])
 
 
-def test_a_bfloat16_push_holds_what_lora_has_learned():
-    """Updates of a hundredth of the gap between neighbouring weights: the merged tensors hold them on average."""
+def test_lora_bfloat16_push_keeps_small_updates():
+    """Updates of a hundredth of the gap between neighboring weights survive on average in the merged tensors."""
     policy = make_tiny_policy(0).bfloat16()
     add_lora(policy, 2, 2, seed=5, base="tiny")
     before = {name: weight.float() for name, weight in PolicyWeights(policy, torch.bfloat16)}
@@ -197,14 +197,14 @@ def test_a_bfloat16_push_holds_what_lora_has_learned():
     assert checksums(weights) == checksums(weights)
 
 
-def test_lora_starts_alike_on_every_rank_and_with_every_seed_otherwise():
+def test_lora_initialization_depends_on_seed_only():
     torch.manual_seed(1)
     first = adapter_weights(with_lora())
     torch.manual_seed(2)
     drawn = torch.rand(3)
     torch.manual_seed(2)
     second = adapter_weights(with_lora())
-    assert torch.equal(torch.rand(3), drawn)  # nobody else's numbers were used up
+    assert torch.equal(torch.rand(3), drawn)  # the global generator was not used
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     other = make_tiny_policy(0)
@@ -212,8 +212,8 @@ def test_lora_starts_alike_on_every_rank_and_with_every_seed_otherwise():
     assert any(not torch.equal(first[name], weight) for name, weight in adapter_weights(other).items())
 
 
-def test_the_adapter_of_a_checkpoint_is_peft_own(tmp_path):
-    """Loaded by peft onto the first model, it gives what the merged model of the checkpoint gives."""
+def test_lora_checkpoint_loads_in_peft(tmp_path):
+    """Loaded by peft onto the base model, the adapter gives the logits of the checkpoint's merged model."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -231,12 +231,12 @@ def test_the_adapter_of_a_checkpoint_is_peft_own(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_training_with_lora_learns_and_leaves_the_model_alone(tmp_path):
+def test_lora_training_learns_and_keeps_base(tmp_path):
     from drivers.engines.hf import HFReplica
     from drivers.train import train
-    from tests.drivers.parts import letter_grader, make_run, tiny_config, tiny_parts
+    from tests.drivers.helpers.letters import letter_grader, make_run, make_tiny_config, make_tiny_parts
 
-    config, parts = tiny_config(n_grpo_steps=25, learning_rate=1e-2), tiny_parts()
+    config, parts = make_tiny_config(n_grpo_steps=25, learning_rate=1e-2), make_tiny_parts()
     policy = with_lora(rank=4, sharper=5.0)
     before = {name: p.detach().clone() for name, p in policy.named_parameters() if not p.requires_grad}
     weights = PolicyWeights(policy, torch.float32)

@@ -1,4 +1,4 @@
-"""Thousands of inputs for the readers and the graders, and what the graders cost: `python -m tests.nightly.fuzz`."""
+"""Fuzz readers and graders with thousands of inputs: `python -m tests.nightly.fuzz`."""
 
 import os
 import re

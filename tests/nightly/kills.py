@@ -1,7 +1,7 @@
-"""SIGKILL at random moments, until so many have been sent: `python -m tests.nightly.kills 100`.
+"""Kill runs at random moments until a number of kills is reached: `python -m tests.nightly.kills 100`.
 
-Each run of the tiny policy is killed again and again, gone on with as by `--resume auto`, and in the end compared with
-the run that nobody disturbed: weights, both moments, all state, every logged number and completion, byte for byte.
+Each run of the tiny policy is killed repeatedly and resumed as by `--resume auto`. In the end it must equal a run
+without interruption, byte for byte: weights, moments, all state, every logged number and completion.
 """
 
 import hashlib
@@ -24,22 +24,30 @@ from safetensors.torch import load_file
 from drivers.runs.checkpoint import FACTS, MANIFEST, TENSORS, find_damage, publish_model
 from drivers.runs.resume import finished_model, open_run_folder
 from drivers.training import run
-from tests.drivers import test_expert_iteration, test_sft
-from tests.drivers.parts import tiny_config
-from tests.drivers.test_resume import COMMON, KINDS, go, numbers
+from tests.drivers.helpers.letters import make_tiny_config
+from tests.drivers.helpers.runs import (
+    LETTER_RESPONSES,
+    RUN_KINDS,
+    SIX_STEPS,
+    make_letter_demonstrations,
+    read_logged_numbers,
+    run_expert_iteration,
+    run_grpo,
+    run_sft,
+)
 
 STEPS = 6
 
 
 def fine_tune(folder: Path, checkpoint: Path | None) -> None:
-    """Twelve demonstrations, two at a time."""
-    shown = test_sft.shown(*test_sft.LETTERS, "ab", "ba")
-    test_sft.go(folder, shown, checkpoint, epochs=1, train_batch_size=2, eval_steps=2, checkpoint_steps=1)
+    """Fine-tune on twelve demonstrations, two at a time."""
+    shown = make_letter_demonstrations(*LETTER_RESPONSES, "ab", "ba")
+    run_sft(folder, shown, checkpoint, epochs=1, train_batch_size=2, eval_steps=2, checkpoint_steps=1)
 
 
 def iterate(folder: Path, checkpoint: Path | None) -> None:
     each = {"eval_steps": 2, "checkpoint_steps": 1}
-    test_expert_iteration.go(folder, checkpoint=checkpoint, n_ei_steps=STEPS, epochs=1, **each)
+    run_expert_iteration(folder, checkpoint=checkpoint, n_ei_steps=STEPS, epochs=1, **each)
 
 
 LOOPS = {"sft": fine_tune, "expert iteration": iterate}
@@ -47,7 +55,7 @@ LOOPS = {"sft": fine_tune, "expert iteration": iterate}
 
 
 def in_a_process(act) -> int:
-    """A copy of this one, which is warm: it takes a moment to start, where Python and torch take seconds."""
+    """Call a function in a fork of this process, which starts in a moment because all modules are loaded."""
     pid = os.fork()
     if pid:
         return pid
@@ -64,9 +72,9 @@ def in_a_process(act) -> int:
 
 
 def train_on(folder: Path, kind: str) -> None:
-    """What the command line does with `--resume auto`."""
-    settings = KINDS.get(kind, {})
-    config = replace(tiny_config(**(COMMON | settings)), resume="auto", save_dir=str(folder))
+    """Do what the command line does with `--resume auto`."""
+    settings = RUN_KINDS.get(kind, {})
+    config = replace(make_tiny_config(**(SIX_STEPS | settings)), resume="auto", save_dir=str(folder))
     if finished_model(config) is not None:
         return
     _, checkpoint = open_run_folder(config, print)
@@ -74,11 +82,11 @@ def train_on(folder: Path, kind: str) -> None:
         LOOPS[kind](folder, checkpoint)
         publish_model(folder / f"checkpoint-{STEPS}", folder / "final_model")
     else:
-        go(folder, checkpoint, publish=True, **settings)
+        run_grpo(folder, checkpoint, publish=True, **settings)
 
 
 def wait_for_a_bad_moment(folder: Path, draw: random.Random, seconds: float) -> None:
-    """Any of a whole run, so that what is left of one can come to its end; or every other time, one of writing."""
+    """Wait for any moment of a run, or every other time for one in which it writes a file."""
     end = time.monotonic() + draw.uniform(0.0, seconds)
     writing = draw.random() < 0.5
     while time.monotonic() < end:
@@ -96,25 +104,25 @@ def finish(pid: int) -> None:
 
 
 def fingerprint(folder: Path) -> tuple[dict, int]:
-    """All that must be the same, and how many bytes that is."""
+    """Return the checksums of all that must be equal, and the number of bytes."""
     last = folder / f"checkpoint-{STEPS}"
     files = [folder / "final_model/model.safetensors", folder / "completions.jsonl", last / FACTS]
     assert find_damage(last) is find_damage(folder / "final_model") is None
     contents = {str(file.relative_to(folder)): file.read_bytes() for file in files}
-    for file in (last / TENSORS).iterdir():  # their headers are written in any order
+    for file in (last / TENSORS).iterdir():  # the order in their headers may vary
         contents |= {name: tensor.numpy().tobytes() for name, tensor in load_file(file).items()}
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    return sums | {"metrics.jsonl": numbers(folder)}, sum(map(len, contents.values()))
+    return sums | {"metrics.jsonl": read_logged_numbers(folder)}, sum(map(len, contents.values()))
 
 
 def main(wanted: int, seed: int) -> None:
     torch.set_num_threads(1)
-    run.draw_curves = lambda folder: folder  # the longest part of a run that is so short
+    run.draw_curves = lambda folder: folder  # drawing would take most of the time of such a short run
     draw, begin = random.Random(seed), time.monotonic()
     kills = runs = compared = torn = 0
     with tempfile.TemporaryDirectory() as name:
         whole, seconds = {}, {}
-        kinds = [*LOOPS, *KINDS]
+        kinds = [*LOOPS, *RUN_KINDS]
         while kills < wanted:
             kind = kinds[runs % len(kinds)]
             if kind not in whole:

@@ -1,6 +1,6 @@
-"""SFT, expert iteration and GRPO on the real model, half an hour: `python -m tests.nightly.methods`.
+"""Train the real model by SFT, expert iteration and GRPO for half an hour: `python -m tests.nightly.methods`.
 
-Each must come to answer more held-out questions, by a paired test of the model before and after.
+A paired test of the model before and after must show that each method answers more held-out questions.
 """
 
 import json

@@ -24,7 +24,7 @@ from drivers.settings.grpo import GrpoConfig
 from drivers.tasks.questions import load_examples
 from drivers.training.run import Run
 from drivers.training.state import TrainingState
-from tests.drivers.parts import tiny_config, tiny_parts
+from tests.drivers.helpers.letters import make_tiny_config, make_tiny_parts
 
 # Files of one test are overwritten by the next example.
 shared_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -104,10 +104,10 @@ def test_the_settings_of_an_earlier_run_are_read_or_refused(tmp_path, changes):
 
 @pytest.fixture(scope="module")
 def run_of_one_step(tmp_path_factory):
-    from tests.drivers.test_resume import go
+    from tests.drivers.helpers.runs import run_grpo
 
     folder = tmp_path_factory.mktemp("run")
-    go(folder, n_grpo_steps=1, async_steps=0)
+    run_grpo(folder, n_grpo_steps=1, async_steps=0)
     return folder
 
 
@@ -133,7 +133,7 @@ def test_a_checkpoint_that_was_touched_is_refused(run_of_one_step, tmp_path, dat
 
 def begin(folder, checkpoint):
     """The start of a run that goes on from there; another model's weights are no reason to try more."""
-    config, parts = tiny_config(n_grpo_steps=3), tiny_parts()
+    config, parts = make_tiny_config(n_grpo_steps=3), make_tiny_parts()
     run = Run(config, folder, parts.tokenizer, Display(1, quiet=True), checkpoint)
     try:
         return run.begin(TrainingState(config, parts.policy))
@@ -203,7 +203,7 @@ def test_a_log_in_any_state_is_gone_on_with(tmp_path, lines, ends):
     good = [b'{"phase": "train", "step": 1}', b'{"phase": "train", "step": 7}']
     text = b"\n".join([good[0], *lines, good[1]]) + (b"\n" if ends else b"")
     (tmp_path / "metrics.jsonl").write_bytes(text)
-    log = RunLog(tmp_path, tiny_config(wandb_project=None), after=3)
+    log = RunLog(tmp_path, make_tiny_config(wandb_project=None), after=3)
     log.log("train", 4, {"reward": 1.0})
     log.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

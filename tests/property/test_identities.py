@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import grpo_core as g
-from tests.property.test_estimators import MEMBERS as ESTIMATORS
+from tests.property.estimators import MEMBERS as ESTIMATORS
 from tests.strategies import SHAPES, floats, response_masks, tensors
 
 

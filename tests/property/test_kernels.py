@@ -23,7 +23,7 @@ from grpo_core import (
     select_log_probs,
 )
 from grpo_core._sweep import Scaling, Statistics, measure, turn_into_gradient, write_gradient
-from tests.property.test_fused_head import cases as head_cases
+from tests.property.heads import cases as head_cases
 from tests.strategies import fewer, floats, masks, tensors
 
 pytest.importorskip("triton", reason="there is no Triton")

@@ -17,7 +17,7 @@ from grpo_core import (
     fused_linear_log_probs,
     sum_weighted_losses,
 )
-from tests.property.test_family import EACH_MEMBER, STOPPED, cases, far_from_kinks, losses_of
+from tests.property.objectives import EACH_MEMBER, STOPPED, cases, far_from_kinks, losses_of
 
 # torch's own, from its forward-mode formulas.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")

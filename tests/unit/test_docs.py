@@ -1,4 +1,4 @@
-"""The pages describe what is there: snippets run, names are documented, papers are listed, links lead somewhere."""
+"""Pages match the code: snippets run, public names are documented, papers are listed, and links resolve."""
 
 import json
 import re
@@ -28,8 +28,8 @@ DOCUMENTED_BY_THEIR_FILE = (ROOT / "docs/api.md").read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_snippets_of_a_page_run(page):
-    """The Python blocks of a page, one after the other; a block that shows an error shows the one it raises."""
+def test_page_snippets_run(page):
+    """The Python blocks of a page run in order; a block that shows an error must raise it."""
     names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
         shown = re.search(r"^# (\w+Error): .*?'(\w+)'", block, flags=re.MULTILINE)
@@ -42,8 +42,8 @@ def test_snippets_of_a_page_run(page):
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_and_its_policy_learns(monkeypatch):
-    """Cell by cell, without Jupyter. As it is stored it has been run, and shows nothing but results."""
+def test_notebook_runs_and_learns(monkeypatch):
+    """The cells run without Jupyter. The stored notebook shows results and no errors."""
     matplotlib.use("agg")
     monkeypatch.setattr(pyplot, "show", lambda: None)
     cells = json.loads((ROOT / "docs/tutorials/grpo.ipynb").read_text())["cells"]
@@ -63,14 +63,14 @@ def test_the_notebook_runs_and_its_policy_learns(monkeypatch):
 
 
 @pytest.mark.parametrize("name", grpo_core.__all__)
-def test_a_public_name_stands_in_the_reference(name):
+def test_reference_names_every_public_name(name):
     value = getattr(grpo_core, name)
     module = getattr(value, "__module__", "grpo_core.types")
     module = module if module.startswith("grpo_core.") else "grpo_core.types"
     assert f"::: {module}\n" in DOCUMENTED_BY_THEIR_FILE + "\n"
 
 
-def test_papers_of_docstrings_are_listed():
+def test_papers_page_lists_papers_of_docstrings():
     listed = (ROOT / "docs/papers.md").read_text()
     cited = {
         number
@@ -82,13 +82,13 @@ def test_papers_of_docstrings_are_listed():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_local_links_lead_somewhere(page):
-    prose = re.sub(r"```.*?```|<!--.*?-->", "", page.read_text(), flags=re.DOTALL)
+def test_page_local_links_exist(page):
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", prose):
         assert (page.parent / target).exists(), target
 
 
-def test_the_verbs_of_the_readme_exist():
+def test_readme_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     verbs = set(re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), flags=re.MULTILINE))
     assert {"train", "test"} <= verbs
@@ -96,7 +96,7 @@ def test_the_verbs_of_the_readme_exist():
 
 
 def commands_of(page):
-    """The command lines in bash blocks, continued lines joined and comments left out, and in tables."""
+    """Return the command lines of bash blocks, with continued lines joined and without comments, and of tables."""
     in_tables = re.findall(r"^\|.*?`(drivers/\w+\.py [^`]+)` *\|", page.read_text(), flags=re.MULTILINE)
     for block in (*re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL), *in_tables):
         for line in block.replace("\\\n", " ").splitlines():
@@ -107,8 +107,8 @@ def commands_of(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_commands_of_a_page_are_understood(page, capsys):
-    """By the program itself, as far as it goes without a model: each flag is there, each value can be."""
+def test_page_commands_are_valid(page, capsys):
+    """The program itself parses each flag and value."""
     for program, arguments in commands_of(page):
         assert (ROOT / f"drivers/{program}.py").exists(), program
         if {"--help", "--list"} & set(arguments):
@@ -133,17 +133,17 @@ def test_the_commands_of_a_page_are_understood(page, capsys):
                 tyro.cli(PassRatesConfig, args=arguments)
 
 
-def test_commands_in_tables_are_looked_at_too():
+def test_page_commands_in_tables_are_found():
     found = [arguments[0] for program, arguments in commands_of(ROOT / "docs/tutorials/experiments.md")]
     assert set(found) >= set(SWEEPS)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_nothing_is_left_to_be_written(page):
+def test_pages_have_no_placeholders(page):
     assert not re.findall(r"^[A-Z]{5,}$|\bTODO\b|\bFIXME\b", page.read_text(), flags=re.MULTILINE)
 
 
-def test_every_verb_that_a_page_names_exists():
+def test_page_make_targets_exist():
     verbs = set(re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for page in PAGES:
         blocks = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL))

@@ -1,4 +1,4 @@
-"""docs/pitfalls.md: thirty answers, each with a report and with tests that exist."""
+"""docs/pitfalls.md has thirty answers, each with reports and with tests that exist."""
 
 import ast
 import re
@@ -14,18 +14,18 @@ ANSWERS = PAGE.split("\n## ")[1:]
 
 @cache
 def functions_of(file: str) -> set[str]:
-    """The functions of a test file, read and not imported: that would take torch, and vLLM."""
+    """Return the functions of a test file by parsing it; an import would load torch and vLLM."""
     path = ROOT / file
     tree = ast.parse(path.read_text(encoding="utf-8")) if path.exists() else ast.Module([], [])
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-def test_there_are_thirty():
+def test_pitfalls_page_has_thirty_answers():
     assert [answer.partition(". ")[0] for answer in ANSWERS] == [str(number) for number in range(1, 31)]
 
 
 @pytest.mark.parametrize("answer", ANSWERS, ids=lambda answer: answer.partition("\n")[0])
-def test_an_answer_names_its_reports_and_tests_that_exist(answer):
+def test_pitfall_names_reports_and_existing_tests(answer):
     reports = answer.split("\n\n")[1]
     assert re.fullmatch(r"((^|,\s)(\S+ )?\[\d+\]\(https://github\.com/[\w.-]+/[\w.-]+/issues/\d+\))+\.", reports)
     named = re.findall(r"`(tests/[^`]+)`", answer)

@@ -1,4 +1,4 @@
-"""The wheel: what is in it, what it asks for, and that it works without this repository."""
+"""The wheel: its contents, its requirements, and that it works without this repository."""
 
 import email
 import subprocess
@@ -36,7 +36,7 @@ sys.path.insert(0, {target!r})
 
 
 def what_pip_brings(names):
-    """The modules of these distributions and of all that they require, on this machine, without extras."""
+    """Return the modules of these distributions and of all that they require, without extras."""
     found, waiting = set(), [*names]
     while waiting:
         name = canonicalize_name(waiting.pop())
@@ -71,14 +71,14 @@ def installed(wheel, tmp_path_factory):
 
 
 def run_light(installed, code, **kwargs):
-    """In a process that has what the functions need, and nothing of what the programs need."""
+    """Run code in a process that can import the functions' dependencies only."""
     allowed = what_pip_brings(LIGHT) | {"grpo_core", "drivers"}
     begin = ONLY_LIGHT.format(allowed=allowed, root=str(ROOT), target=str(installed))
     command = [sys.executable, "-P", "-c", begin + code]
     return subprocess.run(command, cwd=installed, capture_output=True, text=True, check=False, **kwargs)
 
 
-def test_what_is_in_it(wheel):
+def test_wheel_contents(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"grpo_core/__init__.py", "grpo_core/py.typed", "drivers/py.typed", "drivers/train.py"} <= names
     assert {f"drivers/reports/page.{kind}" for kind in ("py", "html", "css", "js")} <= names
@@ -92,7 +92,7 @@ def test_what_is_in_it(wheel):
     assert "grpo-train = drivers.commands:train" in zipfile.ZipFile(wheel).read(scripts).decode()
 
 
-def test_the_functions_work_with_light_packages_alone(installed):
+def test_wheel_functions_work_with_light_dependencies(installed):
     code = """
 import grpo_core, torch
 assert grpo_core.__file__.startswith({target!r}), grpo_core.__file__
@@ -106,14 +106,14 @@ print("fine")
     assert done.stdout == "fine\n", done.stderr
 
 
-def test_a_light_environment_is_one():
+def test_light_environment_lacks_heavy_packages():
     allowed = what_pip_brings(LIGHT)
     assert {"torch", "sympy", "jaxtyping", "beartype", "mpmath", "tyro"} <= allowed
     assert not {"transformers", "rich", "vllm", "matplotlib", "wandb", "safetensors", "peft", "httpx"} & allowed
 
 
 @pytest.mark.slow
-def test_help_needs_no_more_than_the_functions_do(installed):
+def test_help_works_with_light_dependencies(installed):
     code = """
 from drivers import commands
 sys.argv = ["grpo", "--help"]
@@ -130,7 +130,7 @@ for program in ("train", "sft", "expert_iteration", "evaluate"):
 
 
 @pytest.mark.slow
-def test_a_command_says_which_package_is_missing(installed):
+def test_command_names_missing_package(installed):
     done = run_light(installed, "from drivers.commands import train; train()")
     assert done.returncode == 2
     assert "\ngrpo-train: the package " in f"\n{done.stderr}"
@@ -139,8 +139,8 @@ def test_a_command_says_which_package_is_missing(installed):
 
 
 @pytest.mark.slow
-def test_each_command_is_its_program(installed):
-    """From another folder, without the repository; the shipped data are found."""
+def test_command_runs_its_program(installed):
+    """It runs from another folder, without the repository, and finds the shipped data."""
     code = f"""
 import sys
 from importlib.metadata import EntryPoint

@@ -21,7 +21,7 @@ def fill_memory():
 
 
 def scribble(message=b'["graded",0,{},"",""]'):
-    """What hostile code in a response might do: speak to the trainer in the worker's name."""
+    """Write to all descriptors, as hostile code in a response might do to speak for the worker."""
     for descriptor in range(3, 64):
         try:
             os.write(descriptor, len(message).to_bytes(4, "big") + message)
@@ -37,7 +37,7 @@ def start_another_and_hang(path):
 
 
 def start_in_another_session(path, *, hang):
-    """As a program that wants to live on does: no signal to a group reaches it, nor the child that it has."""
+    """Start a process as a program does that wants to live on: no signal to the group reaches it or its child."""
     script = 'sleep 1000 & echo $$ $! > "$0"; wait'
     other = subprocess.Popen(["sh", "-c", script, path], start_new_session=True)
     while not (os.path.exists(path) and os.path.getsize(path)):
@@ -54,7 +54,7 @@ def turn_the_alarm_off_and_hang():
 
 DEEDS = {
     "loop": lambda: [None for _ in iter(int, 1)],
-    "regex": lambda: re.match(r"(a+)+$", "a" * 60 + "b"),  # holds the lock of the interpreter, and never looks up
+    "regex": lambda: re.match(r"(a+)+$", "a" * 60 + "b"),  # holds the interpreter's lock and never returns
     "sleep": lambda: time.sleep(1000),
     "no alarm": turn_the_alarm_off_and_hang,
     "exit": lambda: os._exit(3),
@@ -73,7 +73,7 @@ DEEDS = {
 
 
 def reward(response, ground_truth):
-    """1 or 0, after what the response says."""
+    """Do what the response says, then return 1 or 0."""
     if response.startswith("other: "):
         start_another_and_hang(response.removeprefix("other: "))
     if response.startswith(("stray: ", "hanging stray: ")):
@@ -111,7 +111,7 @@ async def async_reward(response, ground_truth):
 
 
 def parts(response, ground_truth):
-    """Three named numbers, none of them the reward."""
+    """Return three named numbers without a total."""
     return {
         "right": response.count(ground_truth),
         "short": len(response) < 5,
@@ -120,7 +120,7 @@ def parts(response, ground_truth):
 
 
 def hanging_sometimes(response, ground_truth):
-    """For a run: a share of letters, with what goes wrong now and then."""
+    """Return the share of a letter, and fail or hang for some responses."""
     if "b" in response:
         time.sleep(1000)
     if "c" in response:
@@ -131,7 +131,7 @@ def hanging_sometimes(response, ground_truth):
 
 
 def about(response, ground_truth, question):
-    """Whether it names what it was asked about."""
+    """Return whether the response names the question."""
     return question is not None and question in response
 
 

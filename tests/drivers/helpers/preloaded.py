@@ -1,4 +1,4 @@
-"""What a run imports on its way, for processes that are forked with it."""
+"""Import what a run imports late, for a process that ranks are forked from."""
 
 import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401

@@ -1,4 +1,4 @@
-"""A policy, a task and an engine small enough that GRPO learns in seconds."""
+"""A tiny policy and a task of one letter: GRPO learns it in seconds."""
 
 from types import SimpleNamespace
 
@@ -15,10 +15,11 @@ from drivers.training.run import Run
 from tests.tiny import make_tiny_policy, make_tiny_tokenizer
 
 LETTER = "a"
+LONG_PROMPT, SHORT_PROMPT = list(range(5, 17)), [7, 8]
 
 
 def letter_reward(response: str, ground_truth: str) -> dict[str, float]:
-    """The share of the response's characters that are the asked-for letter: a signal from the first step on."""
+    """Return the share of characters that are the wanted letter, which gives a signal from the first step on."""
     share = response.count(ground_truth) / len(response) if response else 0.0
     return {"reward": share, "format_reward": float(bool(response)), "answer_reward": share}
 
@@ -26,16 +27,16 @@ def letter_reward(response: str, ground_truth: str) -> dict[str, float]:
 letter_grader = make_inline_grader(letter_reward)
 
 
-def letter_questions(tokenizer, n=4):
-    """The same letter is asked for by different prompts: groups must not be mixed up to score them, only to learn."""
+def make_letter_questions(tokenizer, n=4):
+    """Return questions with different prompts and one answer, so that a test can tell groups apart."""
     return [
         Question(Example(f"say it {k}", LETTER, f"letters:{k}"), tuple(tokenizer.encode(f"say it {'!' * k} ")))
         for k in range(1, n + 1)
     ]
 
 
-def tiny_config(**changes) -> GrpoConfig:
-    """Two letters, 8 responses each, 6 tokens: a step takes a tenth of a second."""
+def make_tiny_config(**changes) -> GrpoConfig:
+    """Return settings of 4 prompts with 8 responses of 6 tokens each: a step takes a tenth of a second."""
     settings = {
         "model_path": "tiny",
         "n_grpo_steps": 20,
@@ -55,35 +56,50 @@ def tiny_config(**changes) -> GrpoConfig:
     return GrpoConfig(**(settings | changes))
 
 
-def tiny_parts(seed=0):
+def make_tiny_parts(seed=0):
+    """Return the tokenizer, the policy, an engine that shares its weights, and the questions."""
     tokenizer = make_tiny_tokenizer()
     policy = make_tiny_policy(seed).eval()
     return SimpleNamespace(
         tokenizer=tokenizer,
         policy=policy,
         engine=HFEngine(policy, tokenizer),
-        questions=letter_questions(tokenizer),
+        questions=make_letter_questions(tokenizer),
     )
 
 
 def make_run(config, folder, tokenizer):
+    """Return a run that logs into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     return Run(config, folder, tokenizer, Display(config.n_grpo_steps))
 
 
-def completion(prompt, tokens, log_probs=None, finish_reason="stop", text="x"):
+def make_completion(prompt, tokens, log_probs=None, finish_reason="stop", text="x"):
+    """Return a completion whose log-probs are -1 unless given."""
     values = log_probs if log_probs is not None else [-1.0] * len(tokens)
     return Completion(text, tuple(prompt), tuple(tokens), tuple(values), finish_reason)
 
 
+def make_batch(*pairs):
+    """Return a rollout batch of (prompt, response) pairs with rewards of 0."""
+    completions = [make_completion(prompt, tokens) for prompt, tokens in pairs]
+    return make_rollout_batch(completions, torch.zeros(len(completions)))
+
+
 def clone_policy(policy):
+    """Return a policy with equal weights in its own memory."""
     twin = type(policy)(policy.config).to(next(policy.parameters()).dtype).eval()
     twin.load_state_dict(policy.state_dict())
     return twin
 
 
-def rollouts_of(config, parts, rewards=None):
-    """A step's rollouts from the tiny policy, with rewards that make a signal."""
+def flatten_weights(policy):
+    """Return all weights of a policy as one vector."""
+    return torch.cat([p.detach().flatten() for p in policy.parameters()])
+
+
+def sample_rollouts(config, parts, rewards=None):
+    """Return one step's rollouts and their scores; the default rewards give every group a signal."""
     prompts = [question.prompt_token_ids for question in parts.questions]
     completions = parts.engine.generate(prompts, config.sampling, seed=3)
     marks = torch.arange(float(len(completions))) % 3 if rewards is None else rewards

@@ -1,10 +1,10 @@
-"""The tiny policy on its task, as one of the ranks that torchrun starts, or alone: `ranked.py '{"folder": ...}'`."""
+"""Train the tiny policy as one of the ranks that torchrun starts, or alone: `rank_process.py ARGUMENTS_AS_JSON`."""
 
 import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 # isort: off
 from drivers.policy import fsdp
@@ -15,7 +15,6 @@ import torch
 
 from drivers.common import distributed
 from drivers.common.display import Display
-from drivers.engines.factory import make_engine
 from drivers.engines.hf import FollowingEngine, HFReplica
 from drivers.policy.lora import add_lora
 from drivers.policy.weights import PolicyWeights
@@ -23,9 +22,10 @@ from drivers.runs.folder import find_checkpoint
 from drivers.train import train
 from drivers.training.memory import enable_checkpointing
 from drivers.training.run import Run
-from tests.drivers.parts import letter_grader, tiny_config, tiny_parts
-from tests.drivers.test_supervision import engine_processes
-from tests.tiny import make_tiny_tokenizer, save_tiny
+from tests.drivers.helpers.engines import make_vllm_engine
+from tests.drivers.helpers.letters import letter_grader, make_tiny_config, make_tiny_parts
+from tests.drivers.helpers.processes import list_engine_processes
+from tests.tiny import save_tiny
 
 
 def main(
@@ -38,14 +38,15 @@ def main(
     break_push: tuple[int, int] | None = None,
     fault: str | None = None,
 ) -> None:
-    """`kill_engine_at`: before which of its answers vLLM dies. `break_push`: in which push, after how many tensors.
+    """Train the tiny policy.
 
-    `fault`: what the push after the first update leaves out, of what all ranks gather for it: all, or the name of one.
+    Before answer `kill_engine_at` vLLM dies. Push `break_push[0]` breaks after `break_push[1]` tensors. The push after
+    the first update leaves out the tensor `fault`, or all tensors for "all".
     """
     torch.set_num_threads(1)
     distributed.start(seconds)
-    config, precision = tiny_config(**settings), getattr(torch, dtype)
-    parts = tiny_parts()
+    config, precision = make_tiny_config(**settings), getattr(torch, dtype)
+    parts = make_tiny_parts()
     several = distributed.size() > 1
     cpu = torch.device("cpu")
     policy = parts.policy.to(precision)
@@ -55,33 +56,20 @@ def main(
         policy = fsdp.shard(policy, precision, cpu)
     if config.gradient_checkpointing == "on":
         enable_checkpointing(policy)
-    reference = tiny_parts().policy if config.needs_reference and not config.lora_rank else None
+    reference = make_tiny_parts().policy if config.needs_reference and not config.lora_rank else None
     if reference is not None:
         reference = fsdp.shard(reference, precision, cpu) if several else reference.to(precision)
     weights = PolicyWeights(policy, precision)
     if not distributed.is_first():
         engine = FollowingEngine(weights)
     elif config.engine == "vllm":
-        save_tiny(Path(folder) / "model")
-        engine = make_engine(
-            "vllm",
-            model_path=str(Path(folder) / "model"),
-            policy=policy,
-            tokenizer=make_tiny_tokenizer(),
-            device=torch.device("cpu"),
-            dtype=precision,
-            max_model_len=64,
-            gpu_memory_utilization=0.5,
-            reserved_bytes=0,
-            seed=0,
-            own_process=True,
-        )
+        engine = make_vllm_engine(policy, save_tiny(Path(folder) / "model"), dtype=precision, own_process=True)
         answer, asked = engine.generate, []
 
         def generate(*arguments, **named):
             asked.append(1)
             if len(asked) == kill_engine_at:
-                for process in engine_processes():
+                for process in list_engine_processes():
                     process.kill()
             return answer(*arguments, **named)
 
@@ -93,7 +81,7 @@ def main(
             def breaking():
                 for number, pair in enumerate(source):
                     if number == break_push[1]:
-                        for process in engine_processes():
+                        for process in list_engine_processes():
                             process.kill()
                             process.wait()
                         raise RuntimeError("the connection is gone")
@@ -106,7 +94,7 @@ def main(
 
             inner.send_weights = send_weights
     else:
-        engine = HFReplica(tiny_parts().policy.to(precision), parts.tokenizer, weights)
+        engine = HFReplica(make_tiny_parts().policy.to(precision), parts.tokenizer, weights)
         load = engine.load_weights
 
         def load_weights(version):

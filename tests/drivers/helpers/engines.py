@@ -1,0 +1,186 @@
+"""Engines for tests: scripted, vLLM in one or two processes, vLLM servers and a stub of a server."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import httpx
+import torch
+from safetensors.torch import load_file
+
+from drivers.engines.factory import make_engine
+from drivers.policy.weights import checksums
+from tests.drivers.helpers.letters import make_completion
+from tests.drivers.helpers.processes import ROOT, list_descendants
+from tests.tiny import make_tiny_policy, make_tiny_tokenizer, save_tiny
+
+PROMPTS = ((5, 6, 7, 8), (9, 10), (11, 12, 13))
+VLLM_SETTINGS = {
+    "device": torch.device("cpu"),
+    "dtype": torch.float32,
+    "max_model_len": 64,
+    "gpu_memory_utilization": 0.5,
+    "reserved_bytes": 0,
+    "seed": 0,
+}
+
+
+class ScriptedEngine:
+    """An engine that answers with the given texts."""
+
+    def __init__(self, *texts):
+        self.texts = texts
+
+    def generate(self, prompts, sampling, *, seed):
+        assert len(prompts) * sampling.n == len(self.texts)
+        return [
+            make_completion(prompts[k // sampling.n], [3] * (k + 1), text=text) for k, text in enumerate(self.texts)
+        ]
+
+
+def compute_log_probs(policy, completion, temperature=1.0):
+    """Return the policy's own log-probs of a completion's tokens."""
+    ids = torch.tensor([[*completion.prompt_token_ids, *completion.token_ids]])
+    with torch.no_grad():
+        rows = torch.log_softmax(policy(ids).logits[0].double() / temperature, dim=-1)
+    begin = len(completion.prompt_token_ids) - 1
+    return [rows[begin + k, token].item() for k, token in enumerate(completion.token_ids)]
+
+
+class FaultyWeights:
+    """A source of weights that gathers all and yields others in their place."""
+
+    def __init__(self, source, fault):
+        self.source, self.fault = source, fault
+
+    def __iter__(self):
+        list(self.source)
+        return iter(self.fault)
+
+
+def make_vllm_engine(policy, model_path="unused", **changes):
+    """Return the engine that a program makes for `--engine vllm`: servers, supervised or in this process."""
+    settings = {"tokenizer": make_tiny_tokenizer()} | VLLM_SETTINGS | changes
+    return make_engine("vllm", model_path=str(model_path), policy=policy, **settings)
+
+
+def start_vllm(folder, policy, own_process=False):
+    """Start vLLM on the tiny model without supervision."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from drivers.engines.vllm import VLLMEngine
+
+        save_tiny(folder)
+        return VLLMEngine(str(folder), policy, **VLLM_SETTINGS, own_process=own_process)
+
+
+# vLLM servers
+
+TRANSFER_FLAGS = (
+    "--weight-transfer-config",
+    '{"backend": "host"}',
+    "--worker-extension-cls",
+    "drivers.engines.vllm_transfer.WorkerExtension",
+)
+
+
+@contextmanager
+def run_server(folder, port, *flags, development="1"):
+    """Run a vLLM server as docs/scaling.md starts it. The wheel for CPUs has no working `vllm` command."""
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--enable-scale-out", "--enforce-eager"]
+    command += ["--dtype", "float32", "--logprobs-mode", "processed_logprobs", "--load-format", "dummy"]
+    command += ["--max-model-len", "512", "--block-size", "32", "--kv-cache-memory-bytes", str(64 << 20)]
+    command += ["--no-enable-chunked-prefill"]
+    command += ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
+    environment = os.environ | {
+        "VLLM_SERVER_DEV_MODE": development,
+        "PYTHONPATH": str(ROOT),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([*command, *(flags or TRANSFER_FLAGS)], env=environment, cwd=folder, **silent)
+    try:
+        yield process
+    finally:
+        children = list_descendants(process.pid)
+        process.terminate()
+        process.wait(60)
+        for child in children:
+            if child.is_running():
+                child.kill()
+
+
+def is_up(url):
+    """Return whether a server answers."""
+    try:
+        return httpx.get(f"{url}/health", timeout=2).is_success
+    except httpx.HTTPError:
+        return False
+
+
+class StubServer(ThreadingHTTPServer):
+    """A server that answers as vLLM's does; a test changes `answers`: a status, a body or a function."""
+
+    daemon_threads = True
+
+    def handle_error(self, *_):
+        """Ignore a client that has disconnected."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), StubHandler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.asked, self.received = [], {}
+        self.answers = {
+            "get_world_size": {"world_size": 1},
+            "collective_rpc": lambda: {"results": [self.received]},
+            "v1/models": {"data": [{"max_model_len": 64}]},
+            "reset_prefix_cache": {"success": True},
+        }
+
+
+class StubHandler(BaseHTTPRequestHandler):
+    """The handler of StubServer's requests."""
+
+    def do_GET(self):
+        path, body = self.path.strip("/"), self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.asked.append((path, json.loads(body or "null")))
+        if path == "update_weights" and (file := self.server.asked[-1][1]["update_info"].get("path")):
+            self.server.received = checksums(load_file(file).items())
+        answer = self.server.answers.get(path, {})
+        answer = answer() if callable(answer) else answer
+        if answer is None:  # close the connection without an answer
+            return
+        self.send_response(answer if isinstance(answer, int) else 200)
+        self.end_headers()
+        self.wfile.write(json.dumps(answer if isinstance(answer, dict) else {"error": "no"}).encode())
+
+    do_POST = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def run_stub_server():
+    """Run a stub of a vLLM server in a thread."""
+    server = StubServer()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def connect_to_stubs(*stubs, policy=None, **options):
+    """Return a ServerEngine that is connected to stubs, or to anything with a `url`."""
+    from drivers.engines.vllm_server import ServerEngine
+
+    settings = {"dtype": torch.float32, "max_model_len": 64, "deadline_s": 60.0} | options
+    return ServerEngine([stub.url for stub in stubs], policy or make_tiny_policy(3), **settings)
