@@ -59,10 +59,10 @@ def write_report(folders: Sequence[Path], output: Path, title: str) -> Path:
         output.mkdir(parents=True, exist_ok=True)
         draw(groups, output / "curves.png", title)
         draw(groups, output / "curves-by-time.png", title, by_time=True)
-        write_text(output / "page.html", page)
+        write_text(output / "report.html", page)
     except OSError as error:
         raise UsageError(f"--output {output}: cannot be written to ({error.strerror or error})") from error
-    return output / "page.html"
+    return output / "report.html"
 
 
 def make_page(runs: Sequence[LoggedRun], groups: Sequence[Series], title: str) -> str:
