@@ -38,9 +38,10 @@ test: $(INSTALLED)  ## The whole test suite: what CI runs
 quick: $(INSTALLED)  ## The tests without the slow ones
 	.ci/test -m "not slow" $(ARGS)
 
-lint: $(INSTALLED)  ## Formatting and style
+lint: $(INSTALLED)  ## Formatting, style and layers of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 
 types: $(INSTALLED)  ## Static types, strict
 	$(BIN)/mypy

@@ -1,93 +1,98 @@
-"""Pure, shape-typed tensor functions for GRPO and its family."""
+"""Pure, shape-typed PyTorch functions for GRPO and its family."""
 
 from grpo_core.advantages import (
     compute_batch_std_advantages,
+    compute_best_of_advantages,
+    compute_cosine_length_reward,
     compute_gdpo_advantages,
     compute_gpg_advantages,
     compute_group_normalized_rewards,
     compute_leave_one_out_advantages,
     compute_maxrl_advantages,
     compute_opo_advantages,
+    compute_pass_at_k_advantages,
+    compute_pkpo_advantages,
     compute_remax_advantages,
+    compute_soft_overlong_penalty,
     describe_rewards,
+    describe_silent_groups,
+    find_signal_groups,
     normalize_group_rewards,
     read_rewards,
     whiten_over_tokens,
 )
-from grpo_core.aggregation import (
-    aggregate_token_losses,
-    compute_sequence_weights,
-    compute_token_weights,
-    sum_weighted_losses,
-)
-from grpo_core.diagnostics import (
-    compute_gradient_share,
+from grpo_core.evaluation import (
     compute_majority_accuracy,
     compute_sign_flip_p_value,
-    describe_silent_groups,
     estimate_mean_interval,
-    find_signal_groups,
-)
-from grpo_core.distributions import compute_entropy, select_log_probs
-from grpo_core.fused_head import fused_linear_grpo_loss, fused_linear_log_probs, fused_linear_token_loss
-from grpo_core.grading import answers_match, extract_boxed_answer, normalize_answer
-from grpo_core.group_rows import get_group_log_probs, mask_group_rows, pack_group_rows
-from grpo_core.importance import (
-    compute_importance_ratios,
-    describe_mismatch,
-    effective_sample_size,
-    keep_within_bounds,
-    mask_importance_weights,
-    self_normalize_weights,
-    truncate_importance_weights,
-)
-from grpo_core.kl import compute_reward_to_go, estimate_kl
-from grpo_core.losses import (
-    compute_cross_entropy_loss,
-    compute_grpo_clip_loss,
-    compute_grpo_no_clip_loss,
-    compute_naive_policy_gradient_loss,
-    compute_policy_gradient_loss,
-)
-from grpo_core.masking import masked_mean, masked_normalize, masked_sum
-from grpo_core.pass_at_k import (
-    compute_best_of_advantages,
-    compute_pass_at_k_advantages,
-    compute_pkpo_advantages,
     estimate_pass_at_k,
 )
-from grpo_core.rewards import question_only_reward_fn, r1_zero_reward_fn
-from grpo_core.scoring import get_response_log_probs
-from grpo_core.selection import (
-    drop_truncated_responses,
-    keep_on_policy_sequences,
-    select_high_covariance,
-    select_high_entropy,
+from grpo_core.grading import (
+    answers_match,
+    extract_boxed_answer,
+    normalize_answer,
+    question_only_reward_fn,
+    r1_zero_reward_fn,
 )
-from grpo_core.sequence_losses import (
-    compute_gmpo_loss,
-    compute_gspo_loss,
-    compute_gspo_token_loss,
-    compute_luspo_loss,
-    compute_vespo_loss,
-)
-from grpo_core.shaping import adapt_entropy_coefficient, compute_cosine_length_reward, compute_soft_overlong_penalty
-from grpo_core.steps import (
+from grpo_core.losses import (
+    adapt_entropy_coefficient,
+    aggregate_token_losses,
     compose_policy_loss,
-    describe_policy_update,
-    grpo_microbatch_loss,
-    grpo_microbatch_train_step,
-    sft_microbatch_loss,
-    sft_microbatch_train_step,
-)
-from grpo_core.token_losses import (
     compute_cispo_loss,
+    compute_cross_entropy_loss,
     compute_dppo_kl_loss,
     compute_dppo_tv_loss,
+    compute_gmpo_loss,
+    compute_gradient_share,
+    compute_grpo_clip_loss,
+    compute_grpo_no_clip_loss,
+    compute_gspo_loss,
+    compute_gspo_token_loss,
+    compute_importance_ratios,
     compute_kl_cov_loss,
+    compute_luspo_loss,
+    compute_naive_policy_gradient_loss,
+    compute_policy_gradient_loss,
+    compute_reward_to_go,
     compute_sapo_loss,
+    compute_sequence_weights,
+    compute_token_weights,
+    compute_vespo_loss,
+    describe_mismatch,
+    describe_policy_update,
+    drop_truncated_responses,
+    effective_sample_size,
+    estimate_kl,
+    fused_linear_grpo_loss,
+    grpo_microbatch_loss,
+    grpo_microbatch_train_step,
+    keep_on_policy_sequences,
+    keep_within_bounds,
+    mask_importance_weights,
+    select_high_covariance,
+    select_high_entropy,
+    self_normalize_weights,
+    sft_microbatch_loss,
+    sft_microbatch_train_step,
+    sum_weighted_losses,
+    truncate_importance_weights,
 )
-from grpo_core.tokenization import tokenize_prompt_and_output
+from grpo_core.masking import (
+    masked_mean,
+    masked_normalize,
+    masked_sum,
+)
+from grpo_core.scoring import (
+    compute_entropy,
+    fused_linear_log_probs,
+    fused_linear_token_loss,
+    get_group_log_probs,
+    get_response_log_probs,
+    mask_group_rows,
+    pack_group_rows,
+    select_log_probs,
+    tokenize_prompt_and_output,
+)
 from grpo_core.types import (
     Advantages,
     Aggregation,

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from grpo_core._check import shape_checked
+from grpo_core._checks import shape_checked
 
 
 @shape_checked

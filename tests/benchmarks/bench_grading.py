@@ -5,7 +5,7 @@ from pathlib import Path
 
 from drivers.grading.pool import GradingPool
 from drivers.grading.verdicts import Grader, make_inline_grader
-from grpo_core.rewards import r1_zero_reward_fn
+from grpo_core.grading.rewards import r1_zero_reward_fn
 
 HOSTILE = Path(__file__).resolve().parents[1] / "drivers/helpers/hostile_rewards.py"
 

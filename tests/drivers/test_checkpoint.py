@@ -297,7 +297,7 @@ def test_checkpoint_holds_no_code(tmp_path):
     """A checkpoint is safetensors, JSON and the tokenizer's text: no pickle and no code."""
     folder = save(tmp_path, 1)
     assert {path.suffix for path in files_of(folder)} <= {".safetensors", ".json", ".jinja", ".txt"}
-    for source in [*(ROOT / "drivers").glob("*.py"), *(ROOT / "grpo_core").glob("*.py")]:
+    for source in [*(ROOT / "drivers").rglob("*.py"), *(ROOT / "grpo_core").rglob("*.py")]:
         text = source.read_text()
         assert not [word for word in ("trust_remote_code", "torch.load(", "pickle") if word in text], source
 

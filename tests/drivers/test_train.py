@@ -132,7 +132,7 @@ class NeverWaits(TorchDispatchMode):
 @pytest.mark.parametrize("loss", [{"loss_type": "grpo_clip", "importance": "truncate"}, {"entropy_coef": 0.01}])
 def test_accumulate_gradients_never_waits_for_device(cut, loss, monkeypatch):
     """Plans are made on the host, and metrics are read once per step."""
-    from grpo_core import fused_head
+    from grpo_core.scoring import fused_head
 
     with pytest.raises(AssertionError, match="makes the host wait"), NeverWaits():
         torch.ones(1).item()

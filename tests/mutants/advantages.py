@@ -1,4 +1,4 @@
-"""From rewards to advantages: _groups.py, advantages.py, pass_at_k.py."""
+"""From rewards to advantages: _groups.py, advantages/, and pass@k."""
 
 from tests.mutants.table import breaks
 
@@ -71,7 +71,7 @@ GROUPS = breaks(
 ADVANTAGES = [
     *breaks(
         "normalize_group_rewards",
-        "advantages.py",
+        "advantages/estimators.py",
         NORMALIZE,
         (
             "epsilon inside the root",
@@ -100,7 +100,7 @@ ADVANTAGES = [
     ),
     *breaks(
         "compute_leave_one_out_advantages",
-        "advantages.py",
+        "advantages/estimators.py",
         of("leave_one_out"),
         ("the own reward among the others", "keepdim=True) - groups.rewards\n", "keepdim=True)\n"),
         (
@@ -131,7 +131,7 @@ ADVANTAGES = [
     ),
     *breaks(
         "compute_batch_std_advantages",
-        "advantages.py",
+        "advantages/estimators.py",
         of("batch_std"),
         (
             "deviation of the centered rewards",
@@ -159,7 +159,7 @@ ADVANTAGES = [
     ),
     *breaks(
         "compute_gdpo_advantages",
-        "advantages.py",
+        "advantages/estimators.py",
         of("gdpo"),
         ("weights forgotten", "[w * column.double()", "[column.double()"),
         (
@@ -177,7 +177,7 @@ ADVANTAGES = [
     ),
     *breaks(
         "compute_opo_advantages",
-        "advantages.py",
+        "advantages/estimators.py",
         of("compute_opo", "opo_weighed"),
         (
             "lengths forgotten",
@@ -197,7 +197,7 @@ ADVANTAGES = [
     ),
     *breaks(
         "compute_gpg_advantages",
-        "advantages.py",
+        "advantages/estimators.py",
         of("gpg"),
         ("not scaled", "scale = groups.n_scored.sum() / teaching.clamp(min=1)", "scale = 1.0"),
         (
@@ -220,7 +220,7 @@ ADVANTAGES = [
     ),
     *breaks(
         "compute_maxrl_advantages",
-        "advantages.py",
+        "advantages/estimators.py",
         of("maxrl"),
         (
             "divided by the deviation",
@@ -240,7 +240,7 @@ ADVANTAGES = [
     ),
     *breaks(
         "compute_remax_advantages",
-        "advantages.py",
+        "advantages/estimators.py",
         of("remax", "definition"),
         (
             "baseline of the samples",
@@ -273,7 +273,7 @@ ADVANTAGES = [
     ),
     *breaks(
         "whiten_over_tokens",
-        "advantages.py",
+        "advantages/estimators.py",
         of("whiten"),
         (
             "each response counts once",
@@ -297,7 +297,7 @@ ADVANTAGES = [
     ),
     *breaks(
         "_whiten",
-        "advantages.py",
+        "advantages/estimators.py",
         of("whiten", "gdpo"),
         ("not centered", "(values - kept.mean()) / (kept", "values / (kept"),
         ("mean over padding", "(values - kept.mean()) / (kept", "(values - values.mean()) / (kept"),
@@ -325,7 +325,7 @@ GRADED += " -k 'group or each_pair or every_score'"
 REWARDS = [
     *breaks(
         "read_rewards",
-        "advantages.py",
+        "advantages/reward_stats.py",
         f"{ERRORS} {ORACLE} tests/unit/test_worked_examples.py -k 'reward_fn or group_normalized or not_be_scored'",
         ("what could not be scored is 0", "        return math.nan\n", "        return 0.0\n"),
         ("a missing reward is not told", 'or "reward" not in score:', "or not score:"),
@@ -341,7 +341,7 @@ REWARDS = [
     ),
     *breaks(
         "describe_rewards",
-        "advantages.py",
+        "advantages/reward_stats.py",
         GRADED,
         ("biased deviation", "correction=min(1, len(found) - 1)", "correction=0"),
         ("a single rollout has NaN", "found.std(correction=min(1, len(found) - 1))", "found.std()"),
@@ -365,7 +365,7 @@ REWARDS = [
     ),
     *breaks(
         "compute_group_normalized_rewards",
-        "advantages.py",
+        "advantages/reward_stats.py",
         GRADED,
         ("truth and response swapped", "reward_fn(response, truth) for", "reward_fn(truth, response) for"),
         (
@@ -400,7 +400,7 @@ REWARDS = [
 PASS_AT_K = [
     *breaks(
         "estimate_pass_at_k",
-        "pass_at_k.py",
+        "evaluation.py",
         f"tests/unit/test_errors.py {CORRECTIONS} -k 'pass_at or test_errors and between'",
         (
             "drawn with replacement",
@@ -417,7 +417,11 @@ PASS_AT_K = [
             "(math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k) for",
             "math.comb(c, k) / math.comb(n, k) for",
         ),
-        ("float32", "torch.tensor(values, dtype=torch.float64)", "torch.tensor(values)"),
+        (
+            "float32",
+            "strict=True)]\n    return torch.tensor(values, dtype=torch.float64)",
+            "strict=True)]\n    return torch.tensor(values)",
+        ),
         ("the samples of the first question", "else n_samples.tolist()", "else [int(n_samples[0])] * len(right)"),
         ("k of the samples may be missing", "1 <= k <= min(samples, default=k), ", "1 <= k, "),
         (
@@ -429,7 +433,7 @@ PASS_AT_K = [
     ),
     *breaks(
         "compute_best_of_advantages",
-        "pass_at_k.py",
+        "advantages/pass_at_k.py",
         of("best_of", "best"),
         (
             "baseline of the mean",
@@ -457,7 +461,7 @@ PASS_AT_K = [
     ),
     *breaks(
         "compute_pass_at_k_advantages",
-        "pass_at_k.py",
+        "advantages/pass_at_k.py",
         of("pass_at"),
         (
             "subsets drawn with replacement",
@@ -495,7 +499,7 @@ PASS_AT_K = [
     ),
     *breaks(
         "compute_pkpo_advantages",
-        "pass_at_k.py",
+        "advantages/pass_at_k.py",
         of("pkpo"),
         ("the factor k forgotten", "[order]] = k * added", "[order]] = added"),
         ("subsets one too large", "math.comb(j, k - 2) / math.comb(n - 1", "math.comb(j, k - 1) / math.comb(n - 1"),

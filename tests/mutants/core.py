@@ -53,7 +53,7 @@ MUTANTS = [
     ),
     *breaks(
         "compute_entropy",
-        "_sweep.py",
+        "scoring/_softmax_stats.py",
         DISTRIBUTIONS,
         ("sign of the mean", "log_total - entropy.div_(total)", "log_total + entropy.div_(total)"),
         ("0 times infinity", "weights.mul_(shifted.clamp_(min=_NEVER))", "weights.mul_(shifted)"),
@@ -71,7 +71,7 @@ MUTANTS = [
     ),
     *breaks(
         "compute_entropy",
-        "distributions.py",
+        "scoring/distributions.py",
         DISTRIBUTIONS,
         ("sign of the second term", "entropy = normalizer - (z", "entropy = normalizer + (z"),
         ("0 times infinity", "torch.where(z == -math.inf, 0.0, z)", "z"),
@@ -95,7 +95,7 @@ MUTANTS = [
     ),
     *breaks(
         "select_log_probs",
-        "distributions.py",
+        "scoring/distributions.py",
         DISTRIBUTIONS,
         ("logits, not normalized", ".squeeze(-1) - normalizer", ".squeeze(-1)"),
         ("the normalizer carries no gradient", ".squeeze(-1) - normalizer", ".squeeze(-1) - normalizer.detach()"),
@@ -109,7 +109,7 @@ MUTANTS = [
     ),
     *breaks(
         "select_log_probs",
-        "_sweep.py",
+        "scoring/_softmax_stats.py",
         DISTRIBUTIONS,
         ("logits, not normalized", "log_probs.sub_(log_total)", "log_probs"),
         (
@@ -131,7 +131,7 @@ MUTANTS = [
     ),
     *breaks(
         "get_response_log_probs",
-        "scoring.py",
+        "scoring/response_log_probs.py",
         SCORING,
         (
             "log-probs at another temperature",
@@ -151,7 +151,7 @@ MUTANTS = [
     ),
     *breaks(
         "pack_group_rows",
-        "group_rows.py",
+        "scoring/group_rows.py",
         GROUP_ROWS,
         ("positions run on", "position += range(len(prompt), len(prompt) +", "position += range(len(row), len(row) +"),
         ("a first token predicted by its neighbor", "[len(prompt) - 1, *range", "[len(row) - 1, *range"),
@@ -163,7 +163,7 @@ MUTANTS = [
     ),
     *breaks(
         "mask_group_rows",
-        "group_rows.py",
+        "scoring/group_rows.py",
         GROUP_ROWS,
         ("responses see each other", "(key == query) | (key == 0)", "(key <= query) | (key == 0)"),
         ("the prompt is hidden", "((key == query) | (key == 0))", "(key == query)"),
@@ -178,7 +178,7 @@ MUTANTS = [
     ),
     *breaks(
         "get_group_log_probs",
-        "group_rows.py",
+        "scoring/group_rows.py",
         GROUP_ROWS,
         ("mask not handed on", "attention_mask=hidden, ", ""),
         (

@@ -1,4 +1,4 @@
-"""What surrounds a loss: selection.py, importance.py, kl.py, shaping.py, diagnostics.py."""
+"""What surrounds a loss: selection, importance, regularizers, shaping, diagnostics and evaluation."""
 
 from tests.mutants.table import breaks
 
@@ -15,7 +15,7 @@ MEAN_DIVERGENCE = """-mean_over_row(
 SELECTION = [
     *breaks(
         "select_high_covariance",
-        "selection.py",
+        "losses/selection.py",
         of("high_covariance", "share"),
         (
             "means over padding",
@@ -56,7 +56,7 @@ SELECTION = [
     ),
     *breaks(
         "select_high_entropy",
-        "selection.py",
+        "losses/selection.py",
         of("high_entropy", "share"),
         (
             "rounded down",
@@ -88,7 +88,7 @@ SELECTION = [
     ),
     *breaks(
         "keep_on_policy_sequences",
-        "selection.py",
+        "losses/selection.py",
         of("off_policy_sequences"),
         ("the divergence upside down", "divergence = -mean_over_row(", "divergence = mean_over_row("),
         (
@@ -109,7 +109,7 @@ SELECTION = [
     ),
     *breaks(
         "drop_truncated_responses",
-        "selection.py",
+        "losses/selection.py",
         of("truncated_responses"),
         ("the complete ones", "response_mask & ~truncated[:, None]", "response_mask & truncated[:, None]"),
         ("none", "return response_mask & ~truncated[:, None]", "return response_mask.clone()"),
@@ -128,7 +128,7 @@ SELECTION = [
     ),
     *breaks(
         "_largest",
-        "selection.py",
+        "losses/selection.py",
         of("high_covariance", "high_entropy"),
         ("one too many", "found.topk(min(wanted, len(found)))", "found.topk(min(wanted + 1, len(found)))"),
         ("ties are left out", "(values >= found.topk", "(values > found.topk"),
@@ -143,7 +143,7 @@ BOUNDS = f"{ERRORS} {CORRECTIONS} -k 'truncation or test_errors and low'"
 IMPORTANCE = [
     *breaks(
         "compute_importance_ratios",
-        "importance.py",
+        "losses/importance.py",
         RATIOS,
         (
             "upside down",
@@ -176,7 +176,7 @@ IMPORTANCE = [
     ),
     *breaks(
         "truncate_importance_weights",
-        "importance.py",
+        "losses/importance.py",
         BOUNDS,
         ("no lower bound", "ratios.detach().clamp(low, high)", "ratios.detach().clamp(max=high)"),
         ("no upper bound", "ratios.detach().clamp(low, high)", "ratios.detach().clamp(min=low)"),
@@ -195,7 +195,7 @@ IMPORTANCE = [
     ),
     *breaks(
         "mask_importance_weights",
-        "importance.py",
+        "losses/importance.py",
         BOUNDS,
         ("weight 1 for what is kept", "(ratios <= high), ratios, 0.0)", "(ratios <= high), 1.0, 0.0)"),
         (
@@ -227,7 +227,7 @@ IMPORTANCE = [
     ),
     *breaks(
         "keep_within_bounds",
-        "importance.py",
+        "losses/importance.py",
         BOUNDS,
         ("bounds excluded", "return (ratios >= low) & (ratios <= high)", "return (ratios > low) & (ratios < high)"),
         ("no lower bound", "return (ratios >= low) & (ratios <= high)", "return ratios <= high"),
@@ -246,7 +246,7 @@ IMPORTANCE = [
     ),
     *breaks(
         "self_normalize_weights",
-        "importance.py",
+        "losses/importance.py",
         of("self_normalization"),
         ("a mean over padding", "kept * counted.sum() /", "kept * counted.numel() /"),
         ("a sum of 1", "kept * counted.sum() /", "kept /"),
@@ -265,7 +265,7 @@ IMPORTANCE = [
     ),
     *breaks(
         "effective_sample_size",
-        "importance.py",
+        "losses/importance.py",
         of("self_normalization"),
         ("the sum not squared", "kept.sum().square() /", "kept.sum() /"),
         ("a number, not a share", "squares = counted.sum() * kept.square().sum()", "squares = kept.square().sum()"),
@@ -289,7 +289,7 @@ IMPORTANCE = [
     ),
     *breaks(
         "describe_mismatch",
-        "importance.py",
+        "losses/importance.py",
         of("mismatch", "samplers_own"),
         ("the mean signed", "log_ratio.abs().sum() / tokens", "log_ratio.sum() / tokens"),
         ("a mean over padding", "tokens = response_mask.sum().clamp(min=1)", "tokens = response_mask.numel()"),
@@ -311,7 +311,7 @@ IMPORTANCE = [
     ),
     *breaks(
         "_counted",
-        "importance.py",
+        "losses/importance.py",
         of("self_normalization"),
         ("empty responses count", "mask.any(dim=1, keepdim=True)", "torch.ones_like(weights, dtype=torch.bool)"),
         ("responses without padding alone", "mask.any(dim=1, keepdim=True)", "mask.all(dim=1, keepdim=True)"),
@@ -319,7 +319,7 @@ IMPORTANCE = [
     ),
     *breaks(
         "_check_bounds",
-        "importance.py",
+        "losses/importance.py",
         BOUNDS,
         ("any order", "require(0 <= low <= high,", "require(0 <= low and 0 <= high,"),
         ("any sign", "require(0 <= low <= high,", "require(low <= high,"),
@@ -329,7 +329,7 @@ IMPORTANCE = [
 KL = [
     *breaks(
         "estimate_kl",
-        "kl.py",
+        "losses/regularizers.py",
         of("kl"),
         ("k1: its sign", "            return -x\n", "            return x\n"),
         ("policy and reference swapped", "x = -log_ratio_of(", "x = log_ratio_of("),
@@ -363,7 +363,7 @@ KL = [
     ),
     *breaks(
         "compute_reward_to_go",
-        "kl.py",
+        "losses/regularizers.py",
         of("reward_to_go"),
         ("of the past", "rewards.flip(1).cumsum(1).flip(1)", "rewards.cumsum(1)"),
         ("without the own reward", "rewards.flip(1).cumsum(1).flip(1)", "rewards.flip(1).cumsum(1).flip(1) - rewards"),
@@ -400,7 +400,7 @@ KL = [
 SHAPING = [
     *breaks(
         "compute_soft_overlong_penalty",
-        "shaping.py",
+        "advantages/shaping.py",
         of("overlong"),
         ("it starts at the limit", "(max_length - buffer - lengths)", "(max_length - lengths)"),
         ("no floor", ".clamp(-1, 0) if", ".clamp(max=0) if"),
@@ -412,7 +412,7 @@ SHAPING = [
     ),
     *breaks(
         "compute_cosine_length_reward",
-        "shaping.py",
+        "advantages/shaping.py",
         of("cosine"),
         ("not halved", "end + 0.5 * (start - end)", "end + (start - end)"),
         ("the ends swapped", "end + 0.5 * (start - end)", "start + 0.5 * (end - start)"),
@@ -427,7 +427,7 @@ SHAPING = [
     ),
     *breaks(
         "adapt_entropy_coefficient",
-        "shaping.py",
+        "losses/regularizers.py",
         of("entropy_coefficient"),
         ("away from the target", "step if entropy <= target else -step", "-step if entropy <= target else step"),
         ("at the target down", "step if entropy <= target", "step if entropy < target"),
@@ -454,7 +454,7 @@ SHAPING = [
 DIAGNOSTICS = [
     *breaks(
         "estimate_mean_interval",
-        "diagnostics.py",
+        "evaluation.py",
         of("wilson"),
         ("of one side", "inv_cdf((1 + confidence) / 2)", "inv_cdf(confidence)"),
         ("a square forgotten", "z**2 / (4 * m**2)", "z**2 / (4 * m)"),
@@ -466,7 +466,7 @@ DIAGNOSTICS = [
     ),
     *breaks(
         "compute_majority_accuracy",
-        "diagnostics.py",
+        "evaluation.py",
         of("majority"),
         (
             "of those that tie, the first",
@@ -494,7 +494,7 @@ DIAGNOSTICS = [
     ),
     *breaks(
         "compute_sign_flip_p_value",
-        "diagnostics.py",
+        "evaluation.py",
         of("sign_flip", "p_value"),
         ("nothing is left of a small one", "max(sys.float_info.min, extreme)", "extreme"),
         ("one-sided", "shares[sums.abs() >= abs(int(differences.sum()))]", "shares[sums >= int(differences.sum())]"),
@@ -506,7 +506,7 @@ DIAGNOSTICS = [
     ),
     *breaks(
         "find_signal_groups",
-        "diagnostics.py",
+        "advantages/groups.py",
         of("silent_groups"),
         (
             "neither all 0 nor all 1",
@@ -536,7 +536,7 @@ DIAGNOSTICS = [
     ),
     *breaks(
         "describe_silent_groups",
-        "diagnostics.py",
+        "advantages/groups.py",
         of("silent_groups"),
         (
             "a mean of 0 is silent",
@@ -561,7 +561,7 @@ DIAGNOSTICS = [
     ),
     *breaks(
         "compute_gradient_share",
-        "diagnostics.py",
+        "losses/diagnostics.py",
         of("gradient_shares"),
         ("signed", "log_prob_gradients.detach().abs().sum(dim=1)", "log_prob_gradients.detach().sum(dim=1)"),
         ("of the sum over a response", "detach().abs().sum(dim=1)", "detach().sum(dim=1).abs()"),

@@ -8,7 +8,7 @@ LOSS = "tests/property/test_fused_head.py -k 'loss or products or float16 or bac
 MUTANTS = [
     *breaks(
         "fused_linear_log_probs",
-        "_sweep.py",
+        "scoring/_softmax_stats.py",
         HEAD,
         ("logits kept, not weights", "            logits[tile] = weights\n", "            pass\n"),
         ("weights without their sum", "p.mul_(-pull / told.total[tile])", "p.mul_(-pull)"),
@@ -47,7 +47,7 @@ MUTANTS = [
     ),
     *breaks(
         "fused_linear_log_probs",
-        "_linear_head.py",
+        "scoring/_linear_head.py",
         HEAD,
         ("the bias forgotten", "product if self.bias is None else product.add_(self.bias)", "product"),
         ("only the last block", "self._of_weight is None else self._widened", "True else self._widened"),
@@ -57,7 +57,7 @@ MUTANTS = [
     ),
     *breaks(
         "fused_linear_log_probs",
-        "fused_head.py",
+        "scoring/fused_head.py",
         HEAD,
         ("kept logits used twice", "kept, ctx.kept = ctx.kept, None", "kept = ctx.kept"),
         ("masked rows computed", "rows = _rows_of(response_mask)\n    chosen", "rows = None\n    chosen"),
@@ -74,7 +74,7 @@ MUTANTS = [
     ),
     *breaks(
         "fused_linear_token_loss",
-        "fused_head.py",
+        "scoring/fused_head.py",
         LOSS,
         ("values of other tokens", "place = rows[tokens]", "place = rows[: tokens.stop - tokens.start]"),
         ("columns of a batch of one row", "column = place // labels.shape[1], place", "column = place * 0, place"),
@@ -100,7 +100,7 @@ MUTANTS = [
     ),
     *breaks(
         "fused_linear_token_loss",
-        "_linear_head.py",
+        "scoring/_linear_head.py",
         LOSS,
         ("small slopes lost in float16", "if self._narrow:", "if False:"),
         ("no scale of no slopes", "told.top.new_full((1, 1), 1e-30), *slopes", "*slopes"),
@@ -108,7 +108,7 @@ MUTANTS = [
     ),
     *breaks(
         "fused_linear_grpo_loss",
-        "fused_head.py",
+        "losses/fused_grpo.py",
         LOSS,
         ("one bound", '{"cliprange_high": cliprange_high, "dual_clip"', '{"cliprange_high": None, "dual_clip"'),
         ("no dual clip", '"dual_clip": dual_clip}', '"dual_clip": None}'),

@@ -8,7 +8,7 @@ PROOF = "tests/property/test_kernels.py -k proven"
 MUTANTS = [
     *breaks(
         "kernels",
-        "_kernels.py",
+        "scoring/_triton.py",
         LAWS,
         ("weights of an older maximum", "weight = kept * weight + tl.sum", "weight = weight + tl.sum"),
         ("spread of an older maximum", "kept * (spread + moved * weight), 0.0)", "kept * spread, 0.0)"),
@@ -54,7 +54,7 @@ MUTANTS = [
     ),
     *breaks(
         "kernels",
-        "_sweep.py",
+        "scoring/_softmax_stats.py",
         LAWS,
         ("an entropy nobody asked for", "told if with_entropy else told._replace(entropy=None)", "told"),
         ("two answers for one tensor", "if _uses_kernels(weights):", "if False:"),
@@ -67,7 +67,7 @@ MUTANTS = [
     ),
     *breaks(
         "kernels",
-        "_sweep.py",
+        "scoring/_softmax_stats.py",
         PROOF,
         ("anything proves", "if worst <= 1:", "if True:"),
         ("NaN proves", "if worst <= 1:", "if not worst > 1:"),

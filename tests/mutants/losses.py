@@ -1,4 +1,4 @@
-"""Policy-gradient losses: _ratios.py, losses.py, token_losses.py, sequence_losses.py."""
+"""Policy-gradient losses: losses/_ratios.py, policy_gradient.py, token.py, sequence.py."""
 
 from tests.mutants.table import breaks
 
@@ -16,7 +16,7 @@ CLIP = f"{ERRORS} {LAWS} {FAMILY} -k 'test_errors and clip or test_losses or com
 RATIOS = [
     *breaks(
         "_ratios.hold",
-        "_ratios.py",
+        "losses/_ratios.py",
         f"{CORRECTIONS} {FAMILY} -k 'held or ratios_by or kl_by or wild'",
         ("the gradient is cut too", "return with_slope(held, None, log_ratio)", "return held"),
         (
@@ -49,7 +49,7 @@ RATIOS = [
     ),
     *breaks(
         "_ratios.hide",
-        "_ratios.py",
+        "losses/_ratios.py",
         f"{FAMILY} -k 'outside_the_mask or nan_in_a_response or never_read and sequence'",
         ("mask multiplied", "torch.where(mask, values, 0.0)", "values * mask"),
         ("what is NaN in a response is hidden too", "torch.where(mask, values, 0.0)", "values.nan_to_num(0.0) * mask"),
@@ -59,7 +59,7 @@ RATIOS = [
     ),
     *breaks(
         "_ratios.log_ratio_of",
-        "_ratios.py",
+        "losses/_ratios.py",
         f"{FAMILY} -k 'compute_grpo_clip_loss or compute_gspo_loss'",
         ("the old policy carries gradient", "hide(old_log_probs.detach(), mask)", "hide(old_log_probs, mask)"),
         (
@@ -77,7 +77,7 @@ RATIOS = [
     ),
     *breaks(
         "_ratios.mean_over_row",
-        "_ratios.py",
+        "losses/_ratios.py",
         f"{CORRECTIONS} {FAMILY} -k 'ratios_by or compute_gspo_loss or compute_gmpo'",
         ("nothing over nothing", "mask.sum(dim=1, keepdim=True).clamp(min=1)", "mask.sum(dim=1, keepdim=True)"),
         ("over padding", "/ mask.sum(dim=1, keepdim=True).clamp(min=1)", "/ mask.shape[1]"),
@@ -91,7 +91,7 @@ RATIOS = [
     ),
     *breaks(
         "_ratios.clip_bounds",
-        "_ratios.py",
+        "losses/_ratios.py",
         f"{ERRORS} {LAWS} {FAMILY} -k 'distance or test_losses or compute_gmpo_loss'",
         (
             "the second bound forgotten",
@@ -127,7 +127,7 @@ RATIOS = [
     ),
     *breaks(
         "_ratios.hide_flags",
-        "_ratios.py",
+        "losses/_ratios.py",
         f"{FAMILY} -k 'never_read and token_mean'",
         (
             "flags of padding",
@@ -140,7 +140,7 @@ RATIOS = [
 LOSSES = [
     *breaks(
         "compute_cross_entropy_loss",
-        "losses.py",
+        "losses/policy_gradient.py",
         in_family("compute_cross_entropy_loss"),
         ("climbs", "return -hide(policy_log_probs, response_mask)", "return hide(policy_log_probs, response_mask)"),
         ("mask ignored", "return -hide(policy_log_probs, response_mask)", "return -policy_log_probs"),
@@ -162,7 +162,7 @@ LOSSES = [
     ),
     *breaks(
         "compute_naive_policy_gradient_loss",
-        "losses.py",
+        "losses/policy_gradient.py",
         f"{LAWS} {FAMILY} -k 'test_losses or compute_naive'",
         ("rewards carry gradient", "-raw_rewards_or_advantages.detach() *", "-raw_rewards_or_advantages *"),
         ("climbs", "hide(-raw_rewards_or_advantages", "hide(raw_rewards_or_advantages"),
@@ -189,7 +189,7 @@ LOSSES = [
     ),
     *breaks(
         "compute_grpo_clip_loss",
-        "losses.py",
+        "losses/policy_gradient.py",
         CLIP,
         ("the other sign below", ".masked_fill_(advantages < 0, low)", ".masked_fill_(advantages > 0, low)"),
         ("the other sign above", ".masked_fill_(advantages > 0, high)", ".masked_fill_(advantages < 0, high)"),
@@ -235,7 +235,7 @@ LOSSES = [
     ),
     *breaks(
         "_ratios.clip_surrogate",
-        "_ratios.py",
+        "losses/_ratios.py",
         f"{FAMILY} -k 'traced-compute_grpo_clip_loss or gspo'",
         ("the optimistic maximum", "objective = torch.minimum(", "objective = torch.maximum("),
         (
@@ -257,7 +257,7 @@ LOSSES = [
     ),
     *breaks(
         "compute_grpo_clip_loss",
-        "_ratios.py",
+        "losses/_ratios.py",
         CLIP,
         ("no gradient", "return _WithSlope.apply(values, slope, of)", "return values + 0 * of"),
         ("a slope of 1", "gradient if slope is None else gradient * slope", "gradient"),
@@ -270,7 +270,7 @@ LOSSES = [
     ),
     *breaks(
         "compute_grpo_no_clip_loss",
-        "losses.py",
+        "losses/policy_gradient.py",
         f"{LAWS} {FAMILY} {TRACED} -k 'test_losses or compute_grpo_no_clip_loss or known_slopes'",
         (
             "the sign",
@@ -305,7 +305,7 @@ LOSSES = [
     ),
     *breaks(
         "compute_policy_gradient_loss",
-        "losses.py",
+        "losses/policy_gradient.py",
         "tests/property/test_steps.py -k 'reference or metadata'",
         (
             "REINFORCE of the raw rewards",
@@ -338,7 +338,7 @@ LOSSES = [
 TOKEN_LOSSES = [
     *breaks(
         "compute_cispo_loss",
-        "token_losses.py",
+        "losses/token.py",
         in_family("compute_cispo_loss"),
         ("the weight carries gradient", "response_mask)).detach().exp()", "response_mask)).exp()"),
         (
@@ -376,7 +376,7 @@ TOKEN_LOSSES = [
     ),
     *breaks(
         "compute_sapo_loss",
-        "token_losses.py",
+        "losses/token.py",
         in_family("compute_sapo_loss"),
         (
             "temperatures swapped",
@@ -401,7 +401,7 @@ TOKEN_LOSSES = [
     ),
     *breaks(
         "compute_dppo_tv_loss",
-        "token_losses.py",
+        "losses/token.py",
         in_family("compute_dppo_tv_loss"),
         (
             "a distance of ratios",
@@ -433,7 +433,7 @@ TOKEN_LOSSES = [
     ),
     *breaks(
         "compute_dppo_kl_loss",
-        "token_losses.py",
+        "losses/token.py",
         f"{LAWS} {FAMILY} -k 'test_losses or compute_dppo_kl_loss'",
         (
             "the other direction",
@@ -460,7 +460,7 @@ TOKEN_LOSSES = [
     ),
     *breaks(
         "compute_kl_cov_loss",
-        "token_losses.py",
+        "losses/token.py",
         in_family("compute_kl_cov_loss"),
         (
             "all tokens penalized",
@@ -481,7 +481,7 @@ TOKEN_LOSSES = [
     ),
     *breaks(
         "_masked_ratio_loss",
-        "token_losses.py",
+        "losses/token.py",
         in_family("dppo"),
         ("low: the sign of the advantage forgotten", "too_low & (advantages < 0)", "too_low"),
         ("high: the sign of the advantage forgotten", "too_high & (advantages > 0)", "too_high"),
@@ -510,7 +510,7 @@ MEAN = "mean_over_row(log_ratio_of(policy_log_probs, old_log_probs, response_mas
 SEQUENCE_LOSSES = [
     *breaks(
         "compute_gspo_loss",
-        "sequence_losses.py",
+        "losses/sequence.py",
         in_family("compute_gspo_loss"),
         (
             "a product, not a mean",
@@ -543,7 +543,7 @@ SEQUENCE_LOSSES = [
     ),
     *breaks(
         "compute_gspo_token_loss",
-        "sequence_losses.py",
+        "losses/sequence.py",
         in_family("compute_gspo_token_loss"),
         (
             "the mean carries gradient too",
@@ -581,7 +581,7 @@ SEQUENCE_LOSSES = [
     ),
     *breaks(
         "compute_gmpo_loss",
-        "sequence_losses.py",
+        "losses/sequence.py",
         in_family("compute_gmpo_loss"),
         ("low: cut whatever the sign", "(log_ratio < low) & (advantages < 0)", "log_ratio < low"),
         ("high: cut whatever the sign", "(log_ratio > high) & (advantages > 0)", "log_ratio > high"),
@@ -615,7 +615,7 @@ SEQUENCE_LOSSES = [
     ),
     *breaks(
         "compute_luspo_loss",
-        "sequence_losses.py",
+        "losses/sequence.py",
         in_family("compute_luspo_loss"),
         ("the longest length", "losses * response_mask.sum(dim=1, keepdim=True)", "losses * response_mask.shape[1]"),
         ("no length", "return losses * response_mask.sum(dim=1, keepdim=True), flags", "return losses, flags"),
@@ -638,7 +638,7 @@ SEQUENCE_LOSSES = [
     ),
     *breaks(
         "compute_vespo_loss",
-        "sequence_losses.py",
+        "losses/sequence.py",
         in_family("compute_vespo_loss"),
         ("the weight carries gradient", "response_mask).detach()\n    log_weight", "response_mask)\n    log_weight"),
         (

@@ -1,4 +1,4 @@
-"""From text to tokens and rewards: tokenization.py, grading.py, rewards.py."""
+"""From text to tokens and rewards: scoring/tokenization.py and grading/."""
 
 from tests.mutants.table import breaks
 
@@ -8,7 +8,7 @@ GRADING, REWARDS = "tests/unit/test_grading.py", "tests/unit/test_rewards.py"
 MUTANTS = [
     *breaks(
         "tokenize_prompt_and_output",
-        "tokenization.py",
+        "scoring/tokenization.py",
         TOKENIZATION,
         ("labels not shifted", "token_ids[:, 1:].clone()", "token_ids[:, :-1].clone()"),
         ("mask not shifted", "is_output[:, 1:].clone()", "is_output[:, :-1].clone()"),
@@ -33,7 +33,7 @@ MUTANTS = [
     ),
     *breaks(
         "extract_boxed_answer",
-        "grading.py",
+        "grading/answers.py",
         f"{GRADING} -k boxed",
         ("the first box", "boxed_answers(text[start:])", "boxed_answers(text)"),
         (
@@ -49,7 +49,7 @@ MUTANTS = [
     ),
     *breaks(
         "normalize_answer",
-        "grading.py",
+        "grading/answers.py",
         f"{GRADING} -k normal_form",
         (
             "the unit stays",
@@ -59,12 +59,12 @@ MUTANTS = [
         ("thousands separators stay", "tighten(without_thousands(clean(answer)))", "tighten(clean(answer))"),
         ("wrappers stay", "tighten(without_thousands(clean(answer)))", "tighten(without_thousands(answer.strip()))"),
         ("space stays", "tighten(without_thousands(clean(answer)))", "without_thousands(clean(answer))"),
-        ("variables in lower case", "return text.casefold() if _is_prose(text) else text", "return text.casefold()"),
-        ("words as they are", "return text.casefold() if _is_prose(text) else text", "return text"),
+        ("variables in lower case", "return text.casefold() if is_prose(text) else text", "return text.casefold()"),
+        ("words as they are", "return text.casefold() if is_prose(text) else text", "return text"),
     ),
     *breaks(
         "answers_match",
-        "grading.py",
+        "grading/answers.py",
         f"{GRADING} -k 'equal or different'",
         ("the same text alone", "        return bool(first)\n", "        return bool(first)\n    return False\n"),
         ("nothing matches nothing", "        return bool(first)\n", "        return True\n"),
@@ -73,6 +73,16 @@ MUTANTS = [
             "        return numbers[0] == numbers[1]\n    if max",
             "        return math.isclose(float(first), float(second), rel_tol=1e-3)\n    if max",
         ),
+        (
+            "one reading alone",
+            "for a in _readings(first) for b in _readings(second)",
+            "for a in _readings(first)[:1] for b in _readings(second)[:1]",
+        ),
+    ),
+    *breaks(
+        "answers_match",
+        "grading/comparison.py",
+        f"{GRADING} -k 'equal or different'",
         ("lists in order", 'if kinds == {"union"} else self.in_order', "if False else self.in_order"),
         (
             "tuples out of order",
@@ -81,17 +91,12 @@ MUTANTS = [
         ),
         ("any brackets", "if len(kinds) > 1 or len(first.parts)", "if len(first.parts)"),
         ("units may differ", "(first.unit and second.unit and first.unit != second.unit)", "False"),
-        (
-            "one reading alone",
-            "for a in _readings(first) for b in _readings(second)",
-            "for a in _readings(first)[:1] for b in _readings(second)[:1]",
-        ),
         ("part of a set", "self.covers(first, second) and self.covers(second, first)", "self.covers(first, second)"),
         ("words with their case", "first.text.casefold() == second.text.casefold()", "first.text == second.text"),
     ),
     *breaks(
         "question_only_reward_fn",
-        "grading.py",
+        "grading/answers.py",
         f"{GRADING} {REWARDS}",
         ("a letter is never a unit", "given, unit = split_letter(given)", "pass"),
         ("any unit will do", "if unit and wanted and unit != wanted:", "if False:"),
@@ -104,7 +109,7 @@ MUTANTS = [
     ),
     *breaks(
         "r1_zero_reward_fn",
-        "rewards.py",
+        "grading/rewards.py",
         f"{REWARDS} -k r1_zero",
         ("an answer that is never closed", "if not (tag and end):", "if not tag:"),
         ("several answers in boxes, the first counts", " or len(set(boxes)) > 1:", ":"),
@@ -125,7 +130,7 @@ MUTANTS = [
     ),
     *breaks(
         "question_only_reward_fn",
-        "rewards.py",
+        "grading/rewards.py",
         f"{REWARDS} -k 'question or reference'",
         ("any box", "answer = extract_boxed_answer(response)", "answer = next(iter(boxed_answers(response)), None)"),
         (

@@ -1,4 +1,4 @@
-"""From losses to one number and one step: aggregation.py, steps.py."""
+"""From losses to one number and one step: losses/aggregation.py, losses/steps.py."""
 
 from tests.mutants.table import breaks
 
@@ -16,7 +16,7 @@ SFT_CALL = "response_mask, gradient_accumulation_steps, normalize_constant\n    
 AGGREGATION = [
     *breaks(
         "compute_token_weights",
-        "aggregation.py",
+        "losses/aggregation.py",
         f"{ERRORS} {FAMILY} -k 'test_errors or weights_by_definition'",
         (
             "sequence_mean: by the mean length",
@@ -72,7 +72,7 @@ AGGREGATION = [
     ),
     *breaks(
         "_carried_and_counted",
-        "aggregation.py",
+        "losses/aggregation.py",
         WEIGHTS,
         (
             "what was rejected always counts",
@@ -90,7 +90,7 @@ AGGREGATION = [
     ),
     *breaks(
         "_count",
-        "aggregation.py",
+        "losses/aggregation.py",
         WEIGHTS,
         (
             "empty ones always count",
@@ -108,7 +108,7 @@ AGGREGATION = [
     ),
     *breaks(
         "compute_sequence_weights",
-        "aggregation.py",
+        "losses/aggregation.py",
         f"{FAMILY} -k 'weights_by_definition and sequence'",
         (
             "by length",
@@ -140,7 +140,7 @@ AGGREGATION = [
     ),
     *breaks(
         "sum_weighted_losses",
-        "aggregation.py",
+        "losses/aggregation.py",
         # The sum does not ask whose losses it adds up: one member of the family is enough.
         f"{ERRORS} {CORRECTIONS} {FAMILY} {TRACED} -k 'test_errors or without_weight or compute_naive or garbage'",
         ("NaN times 0", ".masked_fill_(weights == 0, 0.0)", ""),
@@ -155,7 +155,7 @@ AGGREGATION = [
     ),
     *breaks(
         "aggregate_token_losses",
-        "aggregation.py",
+        "losses/aggregation.py",
         f"{ERRORS} {EXAMPLES} {ORACLE} -k 'test_errors and constant or aggregation'",
         (
             "mean over tokens",
@@ -188,7 +188,7 @@ AGGREGATION = [
 STEP = [
     *breaks(
         "compose_policy_loss",
-        "steps.py",
+        "losses/steps.py",
         COMPOSE,
         ("importance carries gradient", "importance_weights.detach().to", "importance_weights.to"),
         (
@@ -220,7 +220,7 @@ STEP = [
     ),
     *breaks(
         "grpo_microbatch_loss",
-        "steps.py",
+        "losses/steps.py",
         STEPS,
         ("not divided by the accumulation", "return loss / shares", "return loss"),
         ("token_mean divided too", '1 if aggregation == "token_mean" else accumulation', "accumulation"),
@@ -234,7 +234,7 @@ STEP = [
     ),
     *breaks(
         "describe_policy_update",
-        "steps.py",
+        "losses/steps.py",
         f"{CORRECTIONS} -k watched",
         (
             "metrics carry gradient",
@@ -258,7 +258,7 @@ STEP = [
     ),
     *breaks(
         "grpo_microbatch_train_step",
-        "steps.py",
+        "losses/steps.py",
         STEPS,
         ("no backward", f"{GRPO_CALL}    loss.backward()", GRPO_CALL),
         ("backward twice", f"{GRPO_CALL}    loss.backward()", f"{GRPO_CALL}    (2 * loss).backward()"),
@@ -280,7 +280,7 @@ STEP = [
     ),
     *breaks(
         "sft_microbatch_loss",
-        "steps.py",
+        "losses/steps.py",
         SFT,
         ("climbs", "losses = compute_cross_entropy_loss(", "losses = -compute_cross_entropy_loss("),
         ("not divided", "return loss / accumulation", "return loss"),
@@ -298,7 +298,7 @@ STEP = [
     ),
     *breaks(
         "sft_microbatch_train_step",
-        "steps.py",
+        "losses/steps.py",
         SFT,
         ("no backward", f"{SFT_CALL}    loss.backward()", SFT_CALL),
         ("backward twice", f"{SFT_CALL}    loss.backward()", f"{SFT_CALL}    (2 * loss).backward()"),

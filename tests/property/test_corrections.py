@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import grpo_core as g
-from grpo_core._ratios import hold
+from grpo_core.losses._ratios import hold
 from tests.oracle.objectives import held
 from tests.strategies import GARBAGE, SHAPES, floats, masks, response_masks, tensors
 

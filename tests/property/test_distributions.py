@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from grpo_core import _sweep, compute_entropy, distributions, select_log_probs
+from grpo_core import compute_entropy, select_log_probs
+from grpo_core.scoring import _softmax_stats, distributions
 from tests.strategies import floats, logits_and_labels
 
 TEMPERATURES = st.sampled_from([0.25, 1.0, 3.0])
@@ -20,7 +21,7 @@ def _way(request, monkeypatch):
     if request.param == "plain":
         monkeypatch.setattr(distributions, "is_traced", lambda: True)
     else:
-        monkeypatch.setattr(_sweep, "_tile_rows", lambda logits: 2)
+        monkeypatch.setattr(_softmax_stats, "_tile_rows", lambda logits: 2)
 
 
 ANY_LOGITS = st.booleans().flatmap(logits_and_labels)

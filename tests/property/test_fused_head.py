@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import grpo_core
 from grpo_core import (
-    _sweep,
     compute_entropy,
     compute_grpo_clip_loss,
     compute_token_weights,
@@ -23,6 +22,7 @@ from grpo_core import (
     select_log_probs,
     sum_weighted_losses,
 )
+from grpo_core.scoring import _softmax_stats
 from tests.oracle import reference
 from tests.property.heads import cases
 from tests.strategies import GARBAGE, fewer
@@ -47,7 +47,7 @@ LOCAL = sorted(
 @pytest.fixture(autouse=True, params=[1, 2, 1000], ids=["tiles_of_1", "tiles_of_2", "one_tile"])
 def _tile_rows(request, monkeypatch):
     """Tiles of a row, of two, and of all rows of a block."""
-    monkeypatch.setattr(_sweep, "_tile_rows", lambda logits: request.param)
+    monkeypatch.setattr(_softmax_stats, "_tile_rows", lambda logits: request.param)
 
 
 def close(actual, expected, tolerance=1e-10) -> None:

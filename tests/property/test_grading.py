@@ -6,8 +6,8 @@ import sympy
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from grpo_core.grading import answers_match, extract_boxed_answer, normalize_answer
-from grpo_core.rewards import question_only_reward_fn, r1_zero_reward_fn
+from grpo_core.grading.answers import answers_match, extract_boxed_answer, normalize_answer
+from grpo_core.grading.rewards import question_only_reward_fn, r1_zero_reward_fn
 
 PIECES = [
     "\\frac", "{", "}", "(", ")", "[", "]", "\\{", "\\}", "1", "2", "12", "0", ".", ",", " ", "x", "y", "e", "i",

@@ -15,19 +15,18 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from grpo_core import (
-    _sweep,
     compute_entropy,
-    distributions,
     fused_linear_grpo_loss,
     fused_linear_token_loss,
     select_log_probs,
 )
-from grpo_core._sweep import Scaling, Statistics, measure, turn_into_gradient, write_gradient
+from grpo_core.scoring import _softmax_stats, distributions
+from grpo_core.scoring._softmax_stats import Scaling, Statistics, measure, turn_into_gradient, write_gradient
 from tests.property.heads import cases as head_cases
 from tests.strategies import fewer, floats, masks, tensors
 
 pytest.importorskip("triton", reason="there is no Triton")
-from grpo_core import _kernels
+from grpo_core.scoring import _triton
 
 # The interpreter computes with NumPy, which remarks on what a GPU does in silence.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -42,15 +41,15 @@ NEVER = -math.inf
 @pytest.fixture(autouse=True)
 def forced(monkeypatch):
     """Kernels on the device at hand, unproven, and in blocks of four tokens."""
-    monkeypatch.setattr(_sweep, "_KERNEL_DEVICES", ("cpu", "cuda"))
-    monkeypatch.setattr(_sweep, "_is_proven", lambda *_: True)
-    monkeypatch.setattr(_kernels, "_BLOCK", 4)
+    monkeypatch.setattr(_softmax_stats, "_KERNEL_DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(_softmax_stats, "_is_proven", lambda *_: True)
+    monkeypatch.setattr(_triton, "_BLOCK", 4)
 
 
 def by_tiles(function, *args, **kwargs):
     """The same call without kernels."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_sweep, "_KERNEL_DEVICES", ())
+        patch.setattr(_softmax_stats, "_KERNEL_DEVICES", ())
         return function(*args, **kwargs)
 
 
@@ -267,8 +266,8 @@ def test_a_cap_is_exact_next_to_nothing_and_far_out():
 )
 def test_the_rest_is_left_to_the_tiles(logits, monkeypatch):
     logits = logits.to(DEVICE)
-    monkeypatch.setattr(_kernels, "measure", None)
-    monkeypatch.setattr(_kernels, "write_gradient", None)
+    monkeypatch.setattr(_triton, "measure", None)
+    monkeypatch.setattr(_triton, "write_gradient", None)
     labels = torch.zeros(len(logits), dtype=torch.long, device=DEVICE)
     told = measure(logits, labels, Scaling(), with_entropy=True, keeps_weights=True)
     assert (logits == 1).all()
@@ -415,15 +414,15 @@ def test_a_loss_inside_the_sweep_is_that_of_the_tiles(case, on_policy):
 def proof(monkeypatch):
     """As it is at first use: nothing known, blocks as they are."""
     monkeypatch.undo()
-    monkeypatch.setattr(_sweep, "_KERNEL_DEVICES", ("cpu", "cuda"))
-    monkeypatch.setattr(_sweep, "_is_proven", functools.cache(_sweep._is_proven.__wrapped__))
+    monkeypatch.setattr(_softmax_stats, "_KERNEL_DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(_softmax_stats, "_is_proven", functools.cache(_softmax_stats._is_proven.__wrapped__))
     return monkeypatch
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_proven_kernels_are_used(proof, dtype):
-    assert _sweep._disagreement(DEVICE, dtype) <= 1
-    assert _sweep._uses_kernels(torch.zeros(2, 3, dtype=dtype, device=DEVICE))
+    assert _softmax_stats._disagreement(DEVICE, dtype) <= 1
+    assert _softmax_stats._uses_kernels(torch.zeros(2, 3, dtype=dtype, device=DEVICE))
 
 
 def raising(*_):
@@ -432,7 +431,7 @@ def raising(*_):
 
 def telling(change):
     """A kernel that tells something else."""
-    true = _kernels.measure
+    true = _triton.measure
     return lambda *args: change(*true(*args))
 
 
@@ -456,7 +455,7 @@ def telling(change):
 def test_unproven_kernels_are_reported_and_not_used(proof, name, kernel, seen):
     logits, labels = torch.randn(3, 9, device=DEVICE), torch.tensor([0, 8, 4], device=DEVICE)
     expected = by_tiles(measure, logits, labels, Scaling(), with_entropy=True)
-    proof.setattr(_kernels, name, kernel)
+    proof.setattr(_triton, name, kernel)
     with pytest.warns(UserWarning, match=seen) as caught:
         told = measure(logits, labels, Scaling(), with_entropy=True)
     # Once.
@@ -468,15 +467,15 @@ def test_unproven_kernels_are_reported_and_not_used(proof, name, kernel, seen):
 
 
 def test_without_triton_nothing_is_said(proof):
-    proof.setattr(_sweep, "find_spec", lambda name: None)
+    proof.setattr(_softmax_stats, "find_spec", lambda name: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not _sweep._uses_kernels(torch.zeros(2, 3, device=DEVICE))
+        assert not _softmax_stats._uses_kernels(torch.zeros(2, 3, device=DEVICE))
 
 
 def test_a_cpu_has_none(proof):
     proof.undo()
-    assert not _sweep._uses_kernels(torch.zeros(2, 3))
+    assert not _softmax_stats._uses_kernels(torch.zeros(2, 3))
 
 
 def test_statistics_are_in_the_order_of_the_kernel():
@@ -489,7 +488,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from grpo_core import _sweep
+from grpo_core.scoring import _softmax_stats
 
 class Absent:
     get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
@@ -503,8 +502,8 @@ def compile_only(self, *args, warmup, **options):
 
 driver.set_active(Absent())
 JITFunction.run = compile_only
-for dtype in _sweep._KERNEL_TYPES:
-    _sweep._disagreement(torch.device("cpu"), dtype)
+for dtype in _softmax_stats._KERNEL_TYPES:
+    _softmax_stats._disagreement(torch.device("cpu"), dtype)
 print(len(compiled), sum("cubin" in one.asm for one in compiled))
 """
 

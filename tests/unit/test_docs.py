@@ -74,7 +74,7 @@ def test_papers_page_lists_papers_of_docstrings():
     listed = (ROOT / "docs/papers.md").read_text()
     cited = {
         number
-        for file in (ROOT / "grpo_core").glob("*.py")
+        for file in (ROOT / "grpo_core").rglob("*.py")
         for number in re.findall(r"arXiv:(\d{4}\.\d{5})", file.read_text())
     }
     assert cited

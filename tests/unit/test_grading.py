@@ -9,8 +9,8 @@ from math import isqrt
 
 import pytest
 
-from grpo_core import _symbolic, grading
-from grpo_core.grading import answers_match, extract_boxed_answer, is_right, normalize_answer
+from grpo_core.grading import _symbolic, answers
+from grpo_core.grading.answers import answers_match, extract_boxed_answer, is_right, normalize_answer
 
 EQUAL = {
     "integers": [
@@ -609,7 +609,7 @@ def test_a_daemonic_child_process_grades(method):
 
 def test_the_plain_path_imports_no_symbolic_library():
     code = (
-        "import sys; from grpo_core.grading import answers_match; assert answers_match('1/2', '0.5');"
+        "import sys; from grpo_core.grading.answers import answers_match; assert answers_match('1/2', '0.5');"
         "assert not {'mpmath', 'sympy', 'math_verify', 'latex2sympy2_extended'} & set(sys.modules), 'heavy import'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -623,7 +623,7 @@ def test_a_text_over_the_limit_equals_itself_only():
 
 
 def test_the_reading_of_an_answer_is_kept():
-    grading._readings.cache_clear()
+    answers._readings.cache_clear()
     for answer in ("x+1", "x+2", "x+3"):
         answers_match(answer, "y+1")
-    assert grading._readings.cache_info().hits == 2
+    assert answers._readings.cache_info().hits == 2

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from grpo_core.rewards import question_only_reward_fn, r1_zero_reward_fn
+from grpo_core.grading.rewards import question_only_reward_fn, r1_zero_reward_fn
 
 BLOCK = "Thinking. </think> <answer> {} </answer>"
 

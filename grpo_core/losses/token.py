@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from grpo_core._check import require, shape_checked
-from grpo_core._ratios import hide, hide_flags, hold, log_ratio_of
+from grpo_core._checks import require, shape_checked
+from grpo_core.losses._ratios import hide, hide_flags, hold, log_ratio_of
 from grpo_core.types import Advantages, Metadata
 
 # Keeps the logarithm of 1 - p finite where p rounds to 1.

@@ -13,7 +13,7 @@ from math import ceil, comb, factorial, floor
 from typing import Any
 from zlib import crc32
 
-from grpo_core._expression import Node, Unreadable, is_infinite, is_number, read
+from grpo_core.grading._expression import Node, Unreadable, is_infinite, is_number, read
 
 MAX_BITS = 16_000
 """Numerator plus denominator of an exact value; beyond that a value is undecided."""

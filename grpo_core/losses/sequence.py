@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from grpo_core._check import shape_checked
-from grpo_core._ratios import clip_bounds, clip_surrogate, hide, hide_flags, hold, log_ratio_of, mean_over_row
+from grpo_core._checks import shape_checked
+from grpo_core.losses._ratios import clip_bounds, clip_surrogate, hide, hide_flags, hold, log_ratio_of, mean_over_row
 from grpo_core.types import Advantages, Metadata
 
 

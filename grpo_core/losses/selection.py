@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from grpo_core._check import require, shape_checked
-from grpo_core._ratios import hide, log_ratio_of, mean_over_row
+from grpo_core._checks import require, shape_checked
+from grpo_core.losses._ratios import hide, log_ratio_of, mean_over_row
 from grpo_core.types import Advantages
 
 

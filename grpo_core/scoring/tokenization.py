@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from grpo_core._check import shape_checked
+from grpo_core._checks import shape_checked
 from grpo_core.types import Tokenizer
 
 

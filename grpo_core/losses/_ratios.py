@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo_core._check import is_traced, require
+from grpo_core._checks import is_traced, require
 from grpo_core.types import Metadata
 
 # exp(20) is 5e8: far outside any trust region, and far inside float32.

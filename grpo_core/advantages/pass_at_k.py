@@ -3,51 +3,12 @@
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from grpo_core._check import require, shape_checked
+from grpo_core._checks import require, shape_checked
 from grpo_core._groups import list_sizes, split_groups
 from grpo_core.types import GroupSizes
-
-
-@shape_checked
-def estimate_pass_at_k(
-    n_correct: Int[Tensor, " question"], n_samples: Int[Tensor, " question"] | int, k: int
-) -> Float[Tensor, " question"]:
-    r"""$1 - \binom{n - c}{k} \big/ \binom{n}{k}$: unbiased probability that one of $k$ responses is right.
-
-    It is the mean over all $k$-subsets of the $n$ responses. Exact in integers, then rounded to float64. Monotone in
-    $k$ and in $c$; for $k = 1$ it is $c / n$.
-
-    Args:
-        n_correct: $c$, right responses to each question.
-        n_samples: $n$, responses to each question.
-        k: $1 \le k \le n$.
-
-    Returns:
-        One probability per question.
-
-    Raises:
-        ValueError: if $k$ is less than 1 or exceeds an $n$, or a $c$ is not in $[0, n]$.
-
-    Example:
-        >>> estimate_pass_at_k(torch.tensor([0, 1, 4]), 4, k=2)
-        tensor([0.0000, 0.5000, 1.0000], dtype=torch.float64)
-
-    References:
-        Chen et al. 2021, arXiv:2107.03374, eq. 1.
-    """
-    right = n_correct.tolist()
-    samples = [n_samples] * len(right) if isinstance(n_samples, int) else n_samples.tolist()
-    require(
-        1 <= k <= min(samples, default=k), "k", k, f"between 1 and the number of samples, {min(samples, default=k)}"
-    )
-    if any(not 0 <= c <= n for c, n in zip(right, samples, strict=True)):
-        raise ValueError("n_correct must lie between 0 and n_samples for every question")
-    # One division of integers: 1 - a / b would round twice.
-    values = [(math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k) for c, n in zip(right, samples, strict=True)]
-    return torch.tensor(values, dtype=torch.float64)
 
 
 @shape_checked

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from grpo_core._check import require, shape_checked
+from grpo_core._checks import require, shape_checked
 
 
 @shape_checked
@@ -72,46 +72,3 @@ def compute_cosine_length_reward(
     require(max_length >= 1, "max_length", max_length, "at least 1")
     share = lengths.to(torch.float32).clamp(max=max_length) / max_length
     return end + 0.5 * (start - end) * (1 + torch.cos(math.pi * share))
-
-
-@shape_checked
-def adapt_entropy_coefficient(
-    coefficient: float,
-    entropy: float,
-    target: float,
-    *,
-    step: float = 0.005,
-    low: float = 0.0,
-    high: float = 1.0,
-) -> float:
-    r"""$c \leftarrow \operatorname{clip}(c \pm \Delta, c_{\min}, c_{\max})$: a bonus that follows the entropy.
-
-    Up where the entropy is at or below the target, else down. A pure function of one step: keep the coefficient in the
-    state of the run. As published, the bonus itself is applied only in steps whose last measured entropy is at or
-    below the target.
-
-    Args:
-        coefficient: $c$, reward per nat.
-        entropy: of the last step, in nats per token.
-        target: the entropy to hold, in nats per token.
-        step: $\Delta \ge 0$.
-        low: $c_{\min}$.
-        high: $c_{\max}$.
-
-    Returns:
-        The coefficient of the next step.
-
-    Raises:
-        ValueError: if `step` is negative, not `low` $\le$ `high`, or `entropy` is not finite.
-
-    Example:
-        >>> adapt_entropy_coefficient(0.01, entropy=0.1, target=0.2)
-        0.015
-
-    References:
-        He et al. 2025, arXiv:2505.22312 (Skywork-OR1, adaptive entropy control).
-    """
-    require(step >= 0, "step", step, "at least 0")
-    require(low <= high, "low", low, f"at most high={high}")
-    require(math.isfinite(entropy), "entropy", entropy, "finite")
-    return min(high, max(low, coefficient + (step if entropy <= target else -step)))

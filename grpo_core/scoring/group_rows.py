@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from grpo_core._check import require, shape_checked
-from grpo_core._forward import logits_at
-from grpo_core.scoring import score_logits
+from grpo_core._checks import require, shape_checked
+from grpo_core.scoring._forward import logits_at
+from grpo_core.scoring.response_log_probs import score_logits
 
 _PADDING = -1
 

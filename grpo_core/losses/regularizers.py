@@ -1,11 +1,13 @@
 """How far the policy is from a reference model: per-token estimates, and what they are worth as a penalty."""
 
+import math
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from grpo_core._check import check_choice, is_traced, require, shape_checked
-from grpo_core._ratios import hide, hold, log_ratio_of, with_slope
+from grpo_core._checks import check_choice, is_traced, require, shape_checked
+from grpo_core.losses._ratios import hide, hold, log_ratio_of, with_slope
 from grpo_core.types import KLEstimator, KLEstimatorName
 
 
@@ -117,3 +119,46 @@ def compute_reward_to_go(
         running = torch.where(response_mask[:, column], rewards[:, column] + discount * running, running)
         returns[:, column] = running
     return hide(returns, response_mask)
+
+
+@shape_checked
+def adapt_entropy_coefficient(
+    coefficient: float,
+    entropy: float,
+    target: float,
+    *,
+    step: float = 0.005,
+    low: float = 0.0,
+    high: float = 1.0,
+) -> float:
+    r"""$c \leftarrow \operatorname{clip}(c \pm \Delta, c_{\min}, c_{\max})$: a bonus that follows the entropy.
+
+    Up where the entropy is at or below the target, else down. A pure function of one step: keep the coefficient in the
+    state of the run. As published, the bonus itself is applied only in steps whose last measured entropy is at or
+    below the target.
+
+    Args:
+        coefficient: $c$, reward per nat.
+        entropy: of the last step, in nats per token.
+        target: the entropy to hold, in nats per token.
+        step: $\Delta \ge 0$.
+        low: $c_{\min}$.
+        high: $c_{\max}$.
+
+    Returns:
+        The coefficient of the next step.
+
+    Raises:
+        ValueError: if `step` is negative, not `low` $\le$ `high`, or `entropy` is not finite.
+
+    Example:
+        >>> adapt_entropy_coefficient(0.01, entropy=0.1, target=0.2)
+        0.015
+
+    References:
+        He et al. 2025, arXiv:2505.22312 (Skywork-OR1, adaptive entropy control).
+    """
+    require(step >= 0, "step", step, "at least 0")
+    require(low <= high, "low", low, f"at most high={high}")
+    require(math.isfinite(entropy), "entropy", entropy, "finite")
+    return min(high, max(low, coefficient + (step if entropy <= target else -step)))

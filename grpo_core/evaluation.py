@@ -7,12 +7,10 @@ from collections.abc import Hashable, Sequence
 from statistics import NormalDist
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from grpo_core._check import require, shape_checked
-from grpo_core._groups import split_groups
-from grpo_core.types import GroupSizes
+from grpo_core._checks import require, shape_checked
 
 
 @shape_checked
@@ -133,86 +131,39 @@ def compute_sign_flip_p_value(differences: Int[Tensor, " pair"]) -> float:
 
 
 @shape_checked
-def find_signal_groups(rewards: Float[Tensor, " rollout"], group_sizes: GroupSizes) -> Bool[Tensor, " group"]:
-    r"""$\max_i r_i > \min_i r_i$ in each group, beyond rounding: the groups from which something can be learned.
+def estimate_pass_at_k(
+    n_correct: Int[Tensor, " question"], n_samples: Int[Tensor, " question"] | int, k: int
+) -> Float[Tensor, " question"]:
+    r"""$1 - \binom{n - c}{k} \big/ \binom{n}{k}$: unbiased probability that one of $k$ responses is right.
 
-    What DAPO's dynamic sampling keeps; a group that is constant at 0.5 is silent as well. A response that could not be
-    scored (NaN or infinite) does not count.
+    It is the mean over all $k$-subsets of the $n$ responses. Exact in integers, then rounded to float64. Monotone in
+    $k$ and in $c$; for $k = 1$ it is $c / n$.
 
     Args:
-        rewards: $r$, group after group.
-        group_sizes: $G$: one number, or one for each group.
+        n_correct: $c$, right responses to each question.
+        n_samples: $n$, responses to each question.
+        k: $1 \le k \le n$.
 
     Returns:
-        True for the groups with signal.
+        One probability per question.
 
     Raises:
-        ValueError: if the rollouts do not fill the groups.
+        ValueError: if $k$ is less than 1 or exceeds an $n$, or a $c$ is not in $[0, n]$.
 
     Example:
-        >>> find_signal_groups(torch.tensor([1.0, 0.0, 0.5, 0.5]), 2)
-        tensor([ True, False])
+        >>> estimate_pass_at_k(torch.tensor([0, 1, 4]), 4, k=2)
+        tensor([0.0000, 0.5000, 1.0000], dtype=torch.float64)
 
     References:
-        Yu et al. 2025, arXiv:2503.14476, eq. 11.
+        Chen et al. 2021, arXiv:2107.03374, eq. 1.
     """
-    return split_groups(rewards, group_sizes).has_signal.squeeze(1)
-
-
-@shape_checked
-def describe_silent_groups(
-    rewards: Float[Tensor, " rollout"], group_sizes: GroupSizes, *, best_reward: float = 1.0
-) -> dict[str, float]:
-    r"""Shares of groups without signal: all at the best reward, all at 0 or below, and all at something else.
-
-    A rising share of the first says that the questions have become too easy, of the second that they are too hard. A
-    group in which nothing could be scored counts as the last.
-
-    Args:
-        rewards: $r$, group after group; NaN or infinite where a response could not be scored.
-        group_sizes: $G$: one number, or one for each group.
-        best_reward: what a fully right response gets.
-
-    Returns:
-        `groups_all_right`, `groups_all_wrong`, `groups_all_other`.
-
-    Raises:
-        ValueError: if the rollouts do not fill the groups.
-
-    Example:
-        >>> describe_silent_groups(torch.tensor([1.0, 1.0, 0.0, 0.0]), 2)
-        {'groups_all_right': 0.5, 'groups_all_wrong': 0.5, 'groups_all_other': 0.0}
-    """
-    groups = split_groups(rewards, group_sizes)
-    silent, scored = ~groups.has_signal, groups.n_scored > 0
-    right = silent & scored & (groups.mean >= best_reward - 1e-6 * abs(best_reward))
-    wrong = silent & scored & (groups.mean <= 0) & ~right
-    kinds = {"right": right, "wrong": wrong, "other": silent & ~right & ~wrong}
-    n = max(1, len(groups.rewards))
-    return {f"groups_all_{name}": kind.sum().item() / n for name, kind in kinds.items()}
-
-
-@shape_checked
-def compute_gradient_share(
-    log_prob_gradients: Float[Tensor, "batch seq"], selected: Bool[Tensor, " batch"]
-) -> Float[Tensor, ""]:
-    r"""$\sum_{i \in S} \sum_t \lvert g_{it} \rvert \big/ \sum_{it} \lvert g_{it} \rvert$: where a gradient comes from.
-
-    $g_{it} = \partial L / \partial \log \pi_\theta(o_{it})$: how much of the pull on the policy comes from the
-    selected responses: those with a positive advantage, or the long ones. Shares of selections that part the batch add
-    up to 1. 0 where there is no gradient at all.
-
-    Args:
-        log_prob_gradients: $g$, the gradient of the loss in the log-probability of each token.
-        selected: True for the responses of $S$.
-
-    Returns:
-        The share, in $[0, 1]$.
-
-    Example:
-        >>> compute_gradient_share(torch.tensor([[1.0, -2.0], [1.0, 0.0]]), torch.tensor([True, False]))
-        tensor(0.7500)
-    """
-    pull = log_prob_gradients.detach().abs().sum(dim=1)
-    total = pull.sum()
-    return torch.where(selected, pull, 0.0).sum() / torch.where(total > 0, total, 1.0)
+    right = n_correct.tolist()
+    samples = [n_samples] * len(right) if isinstance(n_samples, int) else n_samples.tolist()
+    require(
+        1 <= k <= min(samples, default=k), "k", k, f"between 1 and the number of samples, {min(samples, default=k)}"
+    )
+    if any(not 0 <= c <= n for c, n in zip(right, samples, strict=True)):
+        raise ValueError("n_correct must lie between 0 and n_samples for every question")
+    # One division of integers: 1 - a / b would round twice.
+    values = [(math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k) for c, n in zip(right, samples, strict=True)]
+    return torch.tensor(values, dtype=torch.float64)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from grpo_core._sweep import Scaling, Statistics, slices, turn_into_gradient, wide_type
+from grpo_core.scoring._softmax_stats import Scaling, Statistics, slices, turn_into_gradient, wide_type
 
 # Past a thousand rows a matrix product is no faster.
 _BLOCK_ROWS = 1024

@@ -1,7 +1,7 @@
 r"""Rewards of responses to mathematics questions: a format, and an answer that matches the reference."""
 
-from grpo_core._check import shape_checked
-from grpo_core.grading import answer_text, boxed_answers, extract_boxed_answer, is_right
+from grpo_core._checks import shape_checked
+from grpo_core.grading.answers import answer_text, boxed_answers, extract_boxed_answer, is_right
 from grpo_core.types import GroundTruth
 
 

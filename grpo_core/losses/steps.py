@@ -4,10 +4,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from grpo_core._check import shape_checked
-from grpo_core._ratios import hold
-from grpo_core.aggregation import aggregate_token_losses, sum_weighted_losses
-from grpo_core.losses import compute_cross_entropy_loss, compute_policy_gradient_loss
+from grpo_core._checks import shape_checked
+from grpo_core.losses._ratios import hold
+from grpo_core.losses.aggregation import aggregate_token_losses, sum_weighted_losses
+from grpo_core.losses.policy_gradient import compute_cross_entropy_loss, compute_policy_gradient_loss
 from grpo_core.masking import masked_sum
 from grpo_core.types import AggregationName, GroupSizes, LossTypeName, Metadata
 

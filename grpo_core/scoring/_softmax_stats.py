@@ -244,9 +244,9 @@ def _measure_by_kernel(
     logits: Float[Tensor, "rows vocab"], labels: Int[Tensor, " rows"] | None, scaling: Scaling
 ) -> Statistics:
     """What `measure` tells; imported here, for Triton is not everywhere."""
-    from grpo_core import _kernels
+    from grpo_core.scoring import _triton
 
-    return Statistics(*_kernels.measure(logits, labels, *scaling))
+    return Statistics(*_triton.measure(logits, labels, *scaling))
 
 
 def _write_by_kernel(
@@ -259,10 +259,10 @@ def _write_by_kernel(
     by_entropy: Float[Tensor, "rows 1"] | None,
 ) -> None:
     """What `write_gradient` and `turn_into_gradient` write, from the logits."""
-    from grpo_core import _kernels
+    from grpo_core.scoring import _triton
 
     top, total, entropy = told[1:]
-    _kernels.write_gradient(logits, gradient, labels, *scaling, top, total, entropy, by_log_prob, by_entropy)
+    _triton.write_gradient(logits, gradient, labels, *scaling, top, total, entropy, by_log_prob, by_entropy)
 
 
 def wide_type(logits: Tensor) -> torch.dtype:

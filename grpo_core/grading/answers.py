@@ -12,12 +12,11 @@ import decimal
 import math
 import re
 from functools import lru_cache
-from typing import NamedTuple
 
-from grpo_core import _symbolic
-from grpo_core._check import shape_checked
-from grpo_core._expression import MAX_CHARS, MAX_DEPTH, WORDS, Unreadable, is_number, read
-from grpo_core._spelling import (
+from grpo_core._checks import shape_checked
+from grpo_core.grading import _symbolic
+from grpo_core.grading._expression import MAX_CHARS, MAX_DEPTH, Unreadable, is_number, read
+from grpo_core.grading._spelling import (
     CLOSERS,
     clean,
     closing_brace,
@@ -29,18 +28,7 @@ from grpo_core._spelling import (
     without_text_commands,
     without_thousands,
 )
-
-# Structure ------------------------------------------------------------------------------------------------------
-
-
-class _Answer(NamedTuple):
-    """The structure of an answer: a leaf with its text and unit, or parts in or out of order."""
-
-    kind: str  # leaf, list, set, union, matrix, relation, or the two brackets of a tuple
-    parts: tuple["_Answer", ...] = ()
-    text: str = ""  # of a leaf: the expression; of a relation: its signs; of a list of alternatives: or
-    unit: str = ""
-
+from grpo_core.grading.comparison import SCIENTIFIC, Answer, Comparison, digits, is_prose
 
 _LIST_SIGNS = {",", ";", "or", "and"}
 _RELATIONS = {"=", "<", ">", r"\le", r"\ge", r"\ne", r"\in", r"\approx"}
@@ -75,199 +63,55 @@ def _brackets(text: str) -> tuple[str, str] | None:
     return pair if half_open or pair in (("(", ")"), ("[", "]"), (r"\{", r"\}"), (r"\langle", r"\rangle")) else None
 
 
-def _parse(text: str) -> _Answer:
+def _parse(text: str) -> Answer:
     """The structure of a cleaned text; what has none is a leaf."""
     if (matrix := _MATRIX.fullmatch(text)) and r"\begin" not in matrix[2]:
         rows = [row.split("&") for row in re.split(r"\\\\", matrix[2].strip().removesuffix(r"\\"))]
-        parts = tuple(_Answer("row", tuple(_parse(unwrap(entry)) for entry in row)) for row in rows)
-        return _Answer("determinant" if matrix[1][0] in "vV" else "matrix", parts)
+        parts = tuple(Answer("row", tuple(_parse(unwrap(entry)) for entry in row)) for row in rows)
+        return Answer("determinant" if matrix[1][0] in "vV" else "matrix", parts)
     for kind, signs in (("list", _LIST_SIGNS), ("relation", _RELATIONS), ("union", {r"\cup"})):
         items, cuts = _split(text, signs)
         if cuts and all(items):
             joint = "or" if set(cuts) == {"or"} else ""
-            return _relation(items, cuts) if kind == "relation" else _Answer(kind, tuple(map(_parse, items)), joint)
+            return _relation(items, cuts) if kind == "relation" else Answer(kind, tuple(map(_parse, items)), joint)
     if (pair := _brackets(text)) is not None:
         items, cuts = _split(text[len(pair[0]) : -len(pair[1])].strip(), {",", ";"})
         if all(items) and pair[0] == r"\{":
-            return _Answer("set", tuple(map(_parse, items)))
+            return Answer("set", tuple(map(_parse, items)))
         if all(items) and (cuts or pair[0] != "("):
-            return _Answer("".join(pair), tuple(map(_parse, items)))
+            return Answer("".join(pair), tuple(map(_parse, items)))
         if pair == ("(", ")") and not cuts and items[0]:
             return _parse(items[0])
     if text.count(r"\pm") == 1 and r"\mp" not in text:
-        return _Answer("list", tuple(_parse(text.replace(r"\pm", sign).lstrip("+ ")) for sign in "+-"))
+        return Answer("list", tuple(_parse(text.replace(r"\pm", sign).lstrip("+ ")) for sign in "+-"))
     return _leaf(text)
 
 
-def _relation(items: list[str], signs: list[str]) -> _Answer:
+def _relation(items: list[str], signs: list[str]) -> Answer:
     """An equation or inequality, its signs turned to less-than."""
     if len(items) == 2 and signs[0] in ("=", r"\in") and _LABEL.fullmatch(without_text_commands(items[0])):
-        return _Answer("label", (_parse(items[1]),), items[0] + signs[0])
+        return Answer("label", (_parse(items[1]),), items[0] + signs[0])
     if all(sign in _MIRRORED for sign in signs) and set(signs) != {"="}:
         items, signs = items[::-1], [_MIRRORED[sign] for sign in signs[::-1]]
-    return _Answer("relation", tuple(map(_parse, items)), " ".join(signs))
+    return Answer("relation", tuple(map(_parse, items)), " ".join(signs))
 
 
-_BOUNDS = {"<", r"\le", "< <", r"< \le", r"\le <", r"\le \le"}
-_VARIABLE = re.compile(r"[A-Za-df-hj-z](?:_\{?\w+\}?)?|\\(?!pi\b|infty|emptyset)[A-Za-z]+")
-
-
-def _interval(answer: _Answer) -> tuple[str, _Answer] | None:
-    """The variable of an inequality and the interval it may lie in; of inequalities joined by `or`, the union."""
-    if answer.kind == "list" and answer.text == "or":
-        found = [_interval(part) for part in answer.parts]
-        pieces = [piece for piece in found if piece is not None]
-        if len(pieces) < len(found) or len({variable for variable, _ in pieces}) > 1:
-            return None
-        return pieces[0][0], _Answer("union", tuple(piece for _, piece in pieces))
-    if answer.kind != "relation" or answer.text not in _BOUNDS:
-        return None
-    variables = [bool(_VARIABLE.fullmatch(part.text)) for part in answer.parts]
-    if variables not in ([True, False], [False, True], [False, True, False]):
-        return None
-    where, signs = variables.index(True), answer.text.split()
-    low, high, opening, closing = _Answer("leaf", (), r"-\infty"), _Answer("leaf", (), r"\infty"), "(", ")"
-    if where > 0:
-        low, opening = answer.parts[0], "(" if signs[0] == "<" else "["
-    if where + 1 < len(variables):
-        high, closing = answer.parts[-1], ")" if signs[-1] == "<" else "]"
-    return answer.parts[where].text, _Answer(opening + closing, (low, high))
-
-
-def _membership(answer: _Answer, variable: str) -> _Answer | None:
-    r"""The interval or union that an answer is, or in which it says that the variable lies."""
-    if answer.kind == "label" and answer.text == variable + r"\in":
-        answer = answer.parts[0]
-    return answer if answer.kind in ("()", "(]", "[)", "[]", "union") else None
-
-
-def _leaf(text: str) -> _Answer:
+def _leaf(text: str) -> Answer:
     value, unit = split_unit(text)
-    if _SCIENTIFIC.fullmatch(value):
+    if SCIENTIFIC.fullmatch(value):
         value = format(decimal.Decimal(value), "f")
     choice = re.fullmatch(r"\(?([A-Z])\)", value)
-    return _Answer("leaf", (), choice[1] if choice else without_text_commands(value), unit)
+    return Answer("leaf", (), choice[1] if choice else without_text_commands(value), unit)
 
 
 @lru_cache(maxsize=4096)
-def _readings(text: str) -> tuple[_Answer, ...]:
+def _readings(text: str) -> tuple[Answer, ...]:
     """What an answer can mean: `1,234` is a number, or else a list of two."""
     cleaned = clean(text)
     if not cleaned or max((depth for _, _, depth in scan(cleaned)), default=0) > MAX_DEPTH:
         return ()
     spellings = tighten(without_thousands(cleaned)), tighten(cleaned)
     return tuple(_parse(spelling) for spelling in dict.fromkeys(spellings))
-
-
-# Comparison -----------------------------------------------------------------------------------------------------
-
-
-MAX_LEAVES = 10_000
-"""Pairs of expressions in one comparison of answers."""
-
-
-class _Comparison:
-    """One comparison of two answers, with a limit on the leaves it may compare and on their evaluations."""
-
-    def __init__(self) -> None:
-        self.leaves = MAX_LEAVES
-        self.budget = _symbolic.Budget()
-
-    def same(self, first: _Answer, second: _Answer) -> bool:
-        """Whether two structures agree part by part."""
-        if first == second:
-            return True
-        for one, other in ((first, second), (second, first)):
-            if (found := _interval(one)) and (interval := _membership(other, found[0])):
-                return self.same(found[1], interval)
-        if (first.kind == "label") != (second.kind == "label") and "relation" not in (first.kind, second.kind):
-            return self.same(*(side.parts[0] if side.kind == "label" else side for side in (first, second)))
-        kinds = {first.kind, second.kind}
-        if kinds <= {"label", "relation"}:
-            return self.same_relation(first, second)
-        if kinds == {"set"}:
-            return self.covers(first, second) and self.covers(second, first)
-        if kinds <= {"list", "set"}:
-            return len(first.parts) == len(second.parts) and self.pairs_off(first, second)
-        if len(kinds) > 1 or len(first.parts) != len(second.parts):
-            return False
-        if kinds == {"leaf"}:
-            return self.same_leaf(first, second)
-        return self.pairs_off(first, second) if kinds == {"union"} else self.in_order(first.parts, second.parts)
-
-    def in_order(self, first: tuple[_Answer, ...], second: tuple[_Answer, ...]) -> bool:
-        """Whether the parts agree one by one."""
-        return all(self.same(a, b) for a, b in zip(first, second, strict=True))
-
-    def covers(self, first: _Answer, second: _Answer) -> bool:
-        """Whether every part of `first` is one of `second`."""
-        return all(any(self.same(a, b) for b in second.parts) for a in first.parts)
-
-    def pairs_off(self, first: _Answer, second: _Answer) -> bool:
-        """Whether the parts agree one to one in some order."""
-        rest = list(second.parts)
-        for part in first.parts:
-            partner = next((i for i, other in enumerate(rest) if self.same(part, other)), None)
-            if partner is None:
-                return False
-            del rest[partner]
-        return not rest
-
-    def same_relation(self, first: _Answer, second: _Answer) -> bool:
-        """Whether two equations or inequalities state the same."""
-        if first.kind == second.kind == "label":
-            return first.text == second.text and self.same(first.parts[0], second.parts[0])
-        sides = [_sides(answer) for answer in (first, second)]
-        if sides[0] and sides[1]:
-            return _symbolic.same_equation(sides[0], sides[1], self.budget)
-        same_signs = first.text == second.text and len(first.parts) == len(second.parts)
-        return same_signs and self.in_order(first.parts, second.parts)
-
-    def same_leaf(self, first: _Answer, second: _Answer) -> bool:
-        """Whether two expressions, numbers or words are equal; a unit may be missing on one side, not differ."""
-        self.leaves -= 1
-        if self.leaves < 0 or (first.unit and second.unit and first.unit != second.unit):
-            return False
-        if first.text == second.text:
-            return True
-        numbers = _digits(first.text), _digits(second.text)
-        if numbers[0] and numbers[1]:
-            return numbers[0] == numbers[1]
-        if _is_prose(first.text) or _is_prose(second.text):
-            return first.text.casefold() == second.text.casefold()
-        return _symbolic.same_value(first.text, second.text, self.budget)
-
-
-def _is_prose(text: str) -> bool:
-    """Whether a text has a word: four letters that name no function, or three in letters alone."""
-    if "\\" in text or text.casefold() == "no":
-        return "\\" not in text
-    shortest = 3 if re.fullmatch(r"[A-Za-z ,.']+", text) else 4
-    return any(len(word) >= shortest and word not in WORDS for word in re.findall("[A-Za-z]+", text))
-
-
-def _sides(answer: _Answer) -> tuple[str, str] | None:
-    """Both sides of a plain equation."""
-    if answer.kind == "label" and answer.text.endswith("=") and answer.parts[0].kind == "leaf":
-        return answer.text[:-1], answer.parts[0].text
-    if answer.kind == "relation" and answer.text == "=" and {part.kind for part in answer.parts} == {"leaf"}:
-        return answer.parts[0].text, answer.parts[1].text
-    return None
-
-
-_PLAIN = re.compile(r"([-+]?)([0-9]*)(?:\.([0-9]*))?")
-_SCIENTIFIC = re.compile(r"([-+]?[0-9]{1,50}(?:\.[0-9]{0,50})?)[eE]([-+]?[0-9]{1,2})")
-
-
-def _digits(text: str) -> tuple[bool, str, str] | None:
-    """Sign, whole and fractional digits of a plain number of any length, without zeros at the ends."""
-    if found := _SCIENTIFIC.fullmatch(text):
-        text = format(decimal.Decimal(text), "f")
-    found = _PLAIN.fullmatch(text)
-    if not found or not (found[2] or found[3]):
-        return None
-    whole, part = found[2].lstrip("0"), (found[3] or "").rstrip("0")
-    return found[1] == "-" and bool(whole or part), whole, part
 
 
 # The surface ----------------------------------------------------------------------------------------------------
@@ -343,7 +187,7 @@ def normalize_answer(answer: str) -> str:
     if len(answer) > MAX_CHARS:
         return answer.strip()
     text = split_unit(tighten(without_thousands(clean(answer))))[0]
-    return text.casefold() if _is_prose(text) else text
+    return text.casefold() if is_prose(text) else text
 
 
 @shape_checked
@@ -416,12 +260,12 @@ def texts_match(first: str, second: str) -> bool:
     """
     if first == second:
         return bool(first)
-    numbers = _digits(first), _digits(second)
+    numbers = digits(first), digits(second)
     if numbers[0] and numbers[1]:
         return numbers[0] == numbers[1]
     if max(len(first), len(second)) > MAX_CHARS:
         return False
-    comparison = _Comparison()
+    comparison = Comparison()
     first, second = sorted((first, second))  # symmetric by construction
     return any(comparison.same(a, b) for a in _readings(first) for b in _readings(second))
 
@@ -456,6 +300,6 @@ def is_right(answer: str, reference: str) -> bool:
 
 def _spells_number(text: str) -> bool:
     try:
-        return _digits(text) is not None or is_number(read(text))
+        return digits(text) is not None or is_number(read(text))
     except Unreadable:
         return False

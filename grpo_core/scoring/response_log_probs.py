@@ -4,9 +4,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from grpo_core._check import shape_checked
-from grpo_core._forward import logits_at
-from grpo_core.distributions import measure_logits
+from grpo_core._checks import shape_checked
+from grpo_core.scoring._forward import logits_at
+from grpo_core.scoring.distributions import measure_logits
 
 
 @shape_checked

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from grpo_core._check import check_choice, is_traced, require, shape_checked
+from grpo_core._checks import check_choice, is_traced, require, shape_checked
 from grpo_core._groups import list_sizes
-from grpo_core._ratios import with_slope
+from grpo_core.losses._ratios import with_slope
 from grpo_core.masking import masked_sum
 from grpo_core.types import Aggregation, AggregationName, Counting, CountingName, GroupSizes
 

@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from grpo_core._check import check_choice, require, shape_checked
-from grpo_core._ratios import hold, log_ratio_of, mean_over_row, ratio_of
+from grpo_core._checks import check_choice, require, shape_checked
+from grpo_core.losses._ratios import hold, log_ratio_of, mean_over_row, ratio_of
 from grpo_core.masking import masked_sum
 from grpo_core.types import ImportanceLevel, ImportanceLevelName, Metadata
 

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from grpo_core._check import check_choice, is_traced, require, shape_checked
-from grpo_core._ratios import (
+from grpo_core._checks import check_choice, is_traced, require, shape_checked
+from grpo_core.losses._ratios import (
     clip_bounds,
     clip_surrogate,
     hide,

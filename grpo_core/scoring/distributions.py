@@ -9,8 +9,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo_core._check import is_traced, shape_checked
-from grpo_core._sweep import Scaling, Statistics, check_labels, join, measure, wide_type, write_gradient
+from grpo_core._checks import is_traced, shape_checked
+from grpo_core.scoring._softmax_stats import (
+    Scaling,
+    Statistics,
+    check_labels,
+    join,
+    measure,
+    wide_type,
+    write_gradient,
+)
 
 
 @shape_checked

@@ -1,0 +1,19 @@
+"""Grading: rewards of texts, by comparing final answers as mathematics."""
+
+from grpo_core.grading.answers import (
+    answers_match,
+    extract_boxed_answer,
+    normalize_answer,
+)
+from grpo_core.grading.rewards import (
+    question_only_reward_fn,
+    r1_zero_reward_fn,
+)
+
+__all__ = [
+    "answers_match",
+    "extract_boxed_answer",
+    "normalize_answer",
+    "question_only_reward_fn",
+    "r1_zero_reward_fn",
+]

@@ -1,0 +1,98 @@
+"""The clipped GRPO loss from hidden states, one block of logits at a time."""
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from grpo_core._checks import eager_alone, shape_checked
+from grpo_core.losses.aggregation import compute_token_weights, sum_weighted_losses
+from grpo_core.losses.policy_gradient import compute_grpo_clip_loss
+from grpo_core.scoring.fused_head import MAX_LOGITS_BYTES, fused_linear_token_loss
+from grpo_core.types import Advantages, Metadata
+
+
+@eager_alone
+@shape_checked
+def fused_linear_grpo_loss(
+    hidden: Float[Tensor, "batch seq width"],
+    lm_head_weight: Float[Tensor, "vocab width"],
+    labels: Int[Tensor, "batch seq"],
+    *,
+    response_mask: Bool[Tensor, "batch seq"],
+    advantages: Advantages,
+    old_log_probs: Float[Tensor, "batch seq"] | None,
+    cliprange: float,
+    cliprange_high: float | None = None,
+    dual_clip: float | None = None,
+    weights: Float[Tensor, "batch seq"] | None = None,
+    bias: Float[Tensor, " vocab"] | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    max_logits_bytes: int = MAX_LOGITS_BYTES,
+) -> tuple[Float[Tensor, ""], Metadata]:
+    r"""$L = \sum_{it} w_{it} \ell_{it}$, $\ell$ of `compute_grpo_clip_loss`, from hidden states in one sweep.
+
+    `fused_linear_token_loss` with the clipped ratio: loss and gradient are those of `compute_grpo_clip_loss` on the
+    log-probabilities of all logits.
+
+    Args:
+        hidden: $h$, what the output layer gets, at the position before each label.
+        lm_head_weight: $W$ of the output layer.
+        labels: $y$, token ids in $[0, V)$; anything where `response_mask` is False.
+        response_mask: the response tokens.
+        advantages: $A$, one column, or one value for each token.
+        old_log_probs: $\log \pi_{\mathrm{old}}$, in nats; None on-policy: every ratio is 1, its gradient is not 0.
+        cliprange: $\epsilon \ge 0$.
+        cliprange_high: $\epsilon_h \ge 0$; None takes `cliprange`.
+        dual_clip: $c > 1$, or None.
+        weights: $w$ of `compute_token_weights`, of the whole optimizer step cut to this batch; None takes those of
+            this batch with "sequence_mean".
+        bias: $b$ of the output layer, if it has one.
+        temperature: $T > 0$ of the sampled distribution.
+        logit_softcap: the cap of a model whose logits are $c \tanh((W h + b) / c)$.
+        max_logits_bytes: the most that a block of logits takes.
+
+    Returns:
+        The loss; and, detached, `log_probs`, `token_entropy` and the flags of `compute_grpo_clip_loss`.
+
+    Raises:
+        ValueError: as `fused_linear_log_probs` and `compute_grpo_clip_loss` do.
+
+    Example:
+        >>> import torch
+        >>> loss, told = fused_linear_grpo_loss(
+        ...     torch.ones(1, 1, 2), torch.zeros(4, 2), torch.tensor([[3]]), response_mask=torch.tensor([[True]]),
+        ...     advantages=torch.tensor([[2.0]]), old_log_probs=torch.tensor([[-2.0]]), cliprange=0.2,
+        ... )
+        >>> loss, told["is_clipped"]
+        (tensor(-2.4000), tensor([[True]]))
+
+    References:
+        Shao et al. 2024, arXiv:2402.03300, eq. 3 without the KL term.
+    """
+    step_weights = compute_token_weights(response_mask, "sequence_mean") if weights is None else weights
+    bounds: dict[str, Any] = {"cliprange_high": cliprange_high, "dual_clip": dual_clip}
+
+    def loss_fn(log_probs: Tensor, _: Tensor, take: Callable[[Tensor], Tensor]) -> Tensor:
+        old = log_probs if old_log_probs is None else take(old_log_probs)
+        losses, _flags = compute_grpo_clip_loss(take(advantages), log_probs, old, cliprange, **bounds)
+        return sum_weighted_losses(losses, take(step_weights))
+
+    loss, told = fused_linear_token_loss(
+        hidden,
+        lm_head_weight,
+        labels,
+        loss_fn,
+        response_mask=response_mask,
+        bias=bias,
+        temperature=temperature,
+        logit_softcap=logit_softcap,
+        max_logits_bytes=max_logits_bytes,
+    )
+    old = told["log_probs"] if old_log_probs is None else old_log_probs
+    _, flags = compute_grpo_clip_loss(
+        advantages, told["log_probs"], old, cliprange, response_mask=response_mask, **bounds
+    )
+    return loss, told | flags
