@@ -65,7 +65,4 @@ pass_rates = partial(run, "pass_rates")
 convert_dataset = partial(run, "convert_dataset")
 
 
-make_countdown = partial(run, "make_countdown")
-
-
-make_gym = partial(run, "make_gym")
+make_task = partial(run, "make_task")

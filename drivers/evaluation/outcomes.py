@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from drivers.grading.countdown import answer_of
+from drivers.grading.countdown import extract_answer
 from grpo_core import (
     compute_majority_accuracy,
     compute_sign_flip_p_value,
@@ -44,7 +44,7 @@ def vote_of(response: str, reward: str) -> str | None:
     """
     answer: str | None = None
     if reward == "r1_zero":
-        tagged = answer_of(response)
+        tagged = extract_answer(response)
         answer = tagged and (extract_boxed_answer(tagged) or tagged)
     elif reward == "question_only":
         answer = extract_boxed_answer(response)

@@ -1,39 +1,38 @@
-"""The verifier of Countdown: an expression of given numbers must come to a target. Nothing is evaluated as Python.
+"""Verify Countdown answers: an expression of given numbers must reach a target. Nothing is executed.
 
-`answer` of a data file (drivers/make_countdown.py writes them) is JSON text: `{"numbers": [3, 5, 7], "target": 56}`.
+`answer` of a data file (drivers/make_task.py writes it) is JSON text: `{"numbers": [3, 5, 7], "target": 56}`.
 """
 
+import ast
 import json
+import operator
 import re
 from fractions import Fraction
 
 from grpo_core import GroundTruth
 
 MAX_CHARACTERS = 256
-"""Of an expression. All else is bounded by it: it is read once, and only the numbers given are ever computed with."""
-
-
-_TOKEN = re.compile(r"[ \t\n]*(?:([0-9]+)|([-+*/()]))")
-
-
-_PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
+"""Longest expression that is parsed; it bounds the work of parsing and evaluation."""
+_ALLOWED = re.compile(r"[-+*/() \t\n0-9]*")
+_LEADING_ZEROS = re.compile(r"(?<![0-9])0+(?=[0-9])")
+_OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
 def countdown_reward_fn(response: str, ground_truth: GroundTruth) -> dict[str, float]:
-    """Of a response to the prompt of r1_zero or countdown: `... </think> <answer> (3 + 5) * 7 </answer>`.
+    """Grade a response to the prompt of r1_zero or countdown: `... </think> <answer> (3 + 5) * 7 </answer>`.
 
-    The expression is right if it has each given number exactly once, nothing but these, +, -, *, / and parentheses,
-    and comes to the target exactly. Format and tags are those of `r1_zero_reward_fn`: a second `<answer>` after the
-    first block began makes no answer right.
+    The expression is correct if it contains each given number exactly once, nothing else but +, -, *, / and
+    parentheses, and equals the target exactly. Format and tags are those of `r1_zero_reward_fn`: a second `<answer>`
+    makes the answer wrong.
     """
     numbers, target = read_puzzle(ground_truth)
-    answer = answer_of(response)
+    answer = extract_answer(response)
     is_right = answer is not None and solves(answer, numbers, target)
     return {"reward": float(is_right), "format_reward": float(answer is not None), "answer_reward": float(is_right)}
 
 
 def read_puzzle(ground_truth: GroundTruth) -> tuple[list[int], int]:
-    """Numbers and target; a ValueError where a data file has something else for an `answer`."""
+    """Return numbers and target, or raise a ValueError if the `answer` of the data file is not a puzzle."""
     try:
         puzzle = json.loads(ground_truth)  # type: ignore[arg-type]
         numbers, target = puzzle["numbers"], puzzle["target"]
@@ -41,14 +40,14 @@ def read_puzzle(ground_truth: GroundTruth) -> tuple[list[int], int]:
             raise ValueError
     except (TypeError, ValueError, LookupError, RecursionError) as error:
         raise ValueError(
-            f'ground_truth={ground_truth!r}: a puzzle is required, like {{"numbers": [3, 5, 7], "target": 56}}; '
-            "drivers/make_countdown.py writes them"
+            f'ground_truth={ground_truth!r}: expected a puzzle like {{"numbers": [3, 5, 7], "target": 56}}; write '
+            "the data with drivers/make_task.py countdown"
         ) from error
     return numbers, target
 
 
-def answer_of(response: str) -> str | None:
-    """What stands in the block of `</think> <answer> ... </answer>`: None without one, empty if there are several."""
+def extract_answer(response: str) -> str | None:
+    """Return the text of `</think> <answer> ... </answer>`: None without it, empty if there is a second `<answer>`."""
     _, tag, rest = response.partition("</think> <answer>")
     answer, end, after = rest.partition("</answer>")
     if not (tag and end):
@@ -57,64 +56,41 @@ def answer_of(response: str) -> str | None:
 
 
 def solves(expression: str, numbers: list[int], target: int) -> bool:
-    """Whether the expression has each of the numbers exactly once and comes to the target."""
-    postfix = parse(expression)
-    if postfix is None or sorted(part for part in postfix if isinstance(part, int)) != sorted(numbers):
+    """Return whether the expression contains each number exactly once and equals the target."""
+    tree = parse(expression)
+    if tree is None or sorted(n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)) != sorted(numbers):
         return False
-    stack = list[Fraction]()
-    for part in postfix:
-        if isinstance(part, int):
-            stack.append(Fraction(part))
-            continue
-        right, left = stack.pop(), stack.pop()
-        if part == "/" and right == 0:
-            return False
-        match part:
-            case "+":
-                stack.append(left + right)
-            case "-":
-                stack.append(left - right)
-            case "*":
-                stack.append(left * right)
-            case _:
-                stack.append(left / right)
-    return stack == [target]
+    try:
+        return evaluate(tree) == target
+    except ZeroDivisionError:
+        return False
 
 
-def parse(expression: str) -> list[int | str] | None:
-    """Numbers and operators in postfix order; None for what is no expression of the four operations.
+def parse(expression: str) -> ast.expr | None:
+    """Return the tree of an expression of integers, the four operations and parentheses; None for anything else.
 
-    A sign before a number is none of them, nor is a number that stands beside another or before a parenthesis.
+    Signs before numbers (`-3`) and implicit products (`2(3)`) are not allowed.
     """
-    if len(expression) > MAX_CHARACTERS:
+    if len(expression) > MAX_CHARACTERS or not _ALLOWED.fullmatch(expression):
         return None
-    postfix, waiting, place, awaits_value = list[int | str](), list[str](), 0, True
-    expression = expression.rstrip(" \t\n")
-    while place < len(expression):
-        found = _TOKEN.match(expression, place)
-        if found is None:
-            return None
-        place, (number, sign) = found.end(), found.groups()
-        if number or sign == "(":
-            if not awaits_value:
-                return None
-        elif awaits_value:
-            return None
-        if number:
-            postfix.append(int(number))
-        elif sign == "(":
-            waiting.append(sign)
-        elif sign == ")":
-            while waiting and waiting[-1] != "(":
-                postfix.append(waiting.pop())
-            if not waiting:
-                return None
-            waiting.pop()
-        else:
-            while waiting and _PRECEDENCE.get(waiting[-1], 0) >= _PRECEDENCE[sign]:
-                postfix.append(waiting.pop())
-            waiting.append(sign)
-        awaits_value = not number and sign != ")"
-    if awaits_value or "(" in waiting:
+    # Python rejects 007, and a line break outside parentheses; both mean what they say here.
+    text = _LEADING_ZEROS.sub("", " ".join(expression.split()))
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
-    return postfix + waiting[::-1]
+    for node in ast.walk(tree):
+        is_operation = isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS
+        is_integer = isinstance(node, ast.Constant) and type(node.value) is int
+        if not (is_operation or is_integer or isinstance(node, ast.operator)):
+            return None
+    return tree
+
+
+def evaluate(tree: ast.expr) -> Fraction:
+    """Return the exact value of a tree of `parse`."""
+    if isinstance(tree, ast.BinOp):
+        value: Fraction = _OPERATIONS[type(tree.op)](evaluate(tree.left), evaluate(tree.right))
+        return value
+    assert isinstance(tree, ast.Constant)
+    return Fraction(tree.value)

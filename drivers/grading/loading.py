@@ -1,4 +1,4 @@
-"""Load reward functions."""
+"""Load the reward function that `--reward` names."""
 
 import importlib.util
 import inspect
@@ -21,9 +21,17 @@ BUILT_IN: dict[str, RewardFn] = {
 
 
 def load_reward(reward: str) -> Callable[..., Any]:
-    """The function that `--reward` names; a UsageError where it cannot be had, or does not take what it is given."""
+    """Return the function that `--reward` names.
+
+    Raise a UsageError if the function cannot be imported or does not take `(response, ground_truth)`.
+    """
     if reward in BUILT_IN:
         return BUILT_IN[reward]
+    if reward == "gym":  # its package is optional
+        try:
+            return importlib.import_module("drivers.grading.gym").reward  # type: ignore[no-any-return]
+        except ImportError as error:
+            raise UsageError(f"--reward gym: {error}") from error
     where, _, name = reward.rpartition(":")
     check_file(reward)
     try:

@@ -20,7 +20,7 @@ class Settings:
 
 def stop_strings(reward: str) -> tuple[str, ...]:
     """Where a response ends under each reward."""
-    return ("</answer>",) if reward in ("r1_zero", "countdown") else ()
+    return ("</answer>",) if reward in ("r1_zero", "countdown", "gym") else ()
 
 
 def check_number(

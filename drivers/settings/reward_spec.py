@@ -7,7 +7,7 @@ from pathlib import Path
 
 from drivers.common.errors import UsageError
 
-BUILT_IN_REWARDS = ("r1_zero", "question_only", "countdown")
+BUILT_IN_REWARDS = ("r1_zero", "question_only", "countdown", "gym")
 
 
 def parse_mix(mix: Sequence[str]) -> dict[str, float]:

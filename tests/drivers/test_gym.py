@@ -10,7 +10,9 @@ import pytest
 from drivers.common.errors import UsageError
 from drivers.grading.loading import load_reward
 from drivers.grading.verdicts import make_inline_grader
-from drivers.make_gym import GymConfig, main, make_gym
+from drivers.make_task import main
+from drivers.tasks import gym as gym_task
+from drivers.tasks.gym import GymConfig
 from drivers.tasks.questions import load_examples
 
 MODULE = "drivers.grading.gym"
@@ -67,6 +69,10 @@ def reward(response, truth):
     return importlib.import_module(MODULE).reward(response, truth)
 
 
+def make_gym(config):
+    return gym_task.make_gym(config, reward)
+
+
 def answered(text):
     return f" hm </think> <answer> {text} </answer>"
 
@@ -109,7 +115,7 @@ def test_gym_reward_memory_error_is_raised(gym):
 
 @pytest.mark.parametrize("truth", ["4", "{}", '{"task": "plus"}', ["a"], "x"])
 def test_gym_reward_invalid_ground_truth_is_named(gym, truth):
-    with pytest.raises(ValueError, match="a task of reasoning-gym is required"):
+    with pytest.raises(ValueError, match="expected a task of reasoning-gym"):
         reward(answered("1"), truth)
 
 
@@ -138,24 +144,30 @@ def test_make_gym_repeated_questions_appear_once(gym):
     ("arguments", "message"),
     [
         ("", "no task given: name one or several"),
-        ("plu", "plu: is no task of reasoning-gym (plus); --list tells all"),
-        ("plus --params step=0", "cannot be made with --params {'step': 0} (AssertionError: step must be positive)"),
+        ("plu", "plu: unknown task of reasoning-gym (plus); --list prints all names"),
+        (
+            "plus --params step=0",
+            "cannot be created with --params {'step': 0} (AssertionError: step must be positive)",
+        ),
         ("plus --params pace=1", "unexpected keyword argument 'pace'"),
-        ("plus --params step", "--params step: name=value is required"),
-        ("plus --params seed=1", "--params seed=1: name=value is required"),
-        ("plus silent --params step=2", "--params step=2: are those of a single task; 2 are given"),
-        ("plus --params distinct=11", "plus: 240 tries gave 11 different questions, and n_train + n_validation = 12"),
-        ("plus --params metadata=(1,)", "plus: cannot be used: its verifier does not know its own answer any more"),
-        ("plus --params metadata={1}", "what its verifier needs cannot be written as JSON"),
+        ("plus --params step", "--params step: expected name=value"),
+        ("plus --params seed=1", "--params seed=1: expected name=value"),
+        ("plus silent --params step=2", "--params step=2: parameters apply to a single task, but 2 are given"),
+        (
+            "plus --params distinct=11",
+            "plus: 240 entries contain only 11 different questions, and --n-train plus --n-validation is 12",
+        ),
+        ("plus --params metadata=(1,)", "plus: unsupported task; its verifier rejects its own answer"),
+        ("plus --params metadata={1}", "its verifier's data cannot be written as JSON"),
         ("plus --n-train 0", "n_train=0 must be greater than 0"),
         ("plus --seed -1", "seed=-1 must not be negative"),
-        ("plus --output-dir {file}/x", "cannot be written"),
+        ("plus --output-dir {file}/x", "cannot write file/x/"),
     ],
 )
 def test_make_gym_invalid_flags_exit_with_one_line(gym, arguments, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    flags = ["--n-train", "8", "--n-validation", "4", *arguments.replace("{file}", "file").split()]
+    flags = ["gym", "--n-train", "8", "--n-validation", "4", *arguments.replace("{file}", "file").split()]
     with pytest.raises(SystemExit) as ended:
         main(flags)
     assert ended.value.code == 2
@@ -166,10 +178,21 @@ def test_make_gym_invalid_flags_exit_with_one_line(gym, arguments, message, tmp_
 
 
 def test_make_gym_writes_data_files(gym, tmp_path, capsys):
-    main(["--list"])
+    main(["gym", "--list"])
     assert capsys.readouterr().out == "plus\nsilent\n"
     main(
-        ["plus", "--params", "step=2", "--n-train", "5", "--n-validation", "3", "--output-dir", str(tmp_path / "new")]
+        [
+            "gym",
+            "plus",
+            "--params",
+            "step=2",
+            "--n-train",
+            "5",
+            "--n-validation",
+            "3",
+            "--output-dir",
+            str(tmp_path / "new"),
+        ]
     )
     assert "5 questions" in capsys.readouterr().out
     for example in load_examples("-", str(tmp_path / "new/train.jsonl")):
@@ -180,12 +203,12 @@ def test_make_gym_writes_data_files(gym, tmp_path, capsys):
 def test_gym_without_package_names_the_extra(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     monkeypatch.delitem(sys.modules, MODULE, raising=False)
-    with pytest.raises(UsageError, match=r"cannot be imported .*pip install 'grpo_core\[gym\]'"):
-        load_reward(f"{MODULE}:reward")
+    with pytest.raises(UsageError, match=r"--reward gym: .*pip install 'grpo_core\[gym\]'"):
+        load_reward("gym")
     with pytest.raises(SystemExit):
-        main(["plus"])
+        main(["gym", "plus"])
     assert capsys.readouterr().err == (
-        "make_gym.py: the package reasoning-gym is not installed: pip install 'grpo_core[gym]'\n"
+        "make_task.py: the package reasoning-gym is not installed: pip install 'grpo_core[gym]'\n"
     )
 
 
@@ -210,5 +233,5 @@ def test_gym_reward_with_reasoning_gym_accepts_its_answers(task, params, wrong):
 
 def test_make_gym_task_with_tuples_is_refused():
     pytest.importorskip("reasoning_gym")
-    with pytest.raises(UsageError, match="rearc: cannot be used"):
+    with pytest.raises(UsageError, match="rearc: unsupported task"):
         make_gym(GymConfig(tasks=("rearc",), n_train=1, n_validation=1))

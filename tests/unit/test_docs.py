@@ -13,8 +13,7 @@ from matplotlib import pyplot
 
 import grpo_core
 from drivers.convert_dataset import ConvertConfig
-from drivers.make_countdown import CountdownConfig
-from drivers.make_gym import GymConfig
+from drivers.make_task import Task
 from drivers.pass_rates import PassRatesConfig
 from drivers.report import ReportConfig
 from drivers.settings.command_line import parse
@@ -125,10 +124,8 @@ def test_page_commands_are_valid(page, capsys):
                 tyro.cli(ReportConfig, args=arguments)
             case "convert_dataset":
                 tyro.cli(ConvertConfig, args=arguments)
-            case "make_countdown":
-                tyro.cli(CountdownConfig, args=arguments)
-            case "make_gym":
-                tyro.cli(GymConfig, args=arguments)
+            case "make_task":
+                tyro.cli(Task, args=arguments)
             case "pass_rates":
                 tyro.cli(PassRatesConfig, args=arguments)
 
