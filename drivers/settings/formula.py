@@ -1,15 +1,14 @@
-"""`--show`: the settings that were resolved, and what they compute, as formulas."""
+"""`--show`: print the resolved settings, and the loss that they define as formulas."""
 
 from dataclasses import asdict, fields
-from typing import assert_never
 
 from drivers.settings.grpo import GrpoConfig
-from drivers.settings.legality import RATIO_OBJECTIVES, RESPONSE_OBJECTIVES
+from drivers.settings.objectives import ADVANTAGES, OBJECTIVES, Advantage, Objective, resolve_values
 from drivers.settings.reward_spec import parse_mix
 
 
 def show(config: GrpoConfig) -> str:
-    """All settings, those that differ from the defaults marked, and the loss that they make."""
+    """Return all settings, with a mark at each that differs from its default, and the formulas of the loss."""
     defaults = {field.name: field.default for field in fields(GrpoConfig)}
     lines = [
         f"{'*' if value != defaults[name] else ' '} {name:28} {value}"
@@ -20,49 +19,30 @@ def show(config: GrpoConfig) -> str:
 
 
 def formula(config: GrpoConfig) -> list[str]:
-    """The objective, a line for each of its parts."""
-    lines = [f"r_i      = {_reward(config)}"]
-    if config.loss_type != "no_baseline":
-        lines += _advantages(config)
-    if config.loss_type in RATIO_OBJECTIVES or (config.kl_coef > 0 and config.kl_estimator == "ratio_k3"):
-        lines.append(f"rho_it   = pi(o_it) / {_old(config)}(o_it)")
-    lines += [f"{'loss_' + _unit(config):8} = {_objective(config)}"]
-    if config.importance in ("truncate", "mask"):
-        lines.append(f"kappa    = {_importance(config)}")
-    terms = [f"{_weights(config)} {'kappa ' if config.importance in ('truncate', 'mask') else ''}loss_{_unit(config)}"]
+    """Return the formulas of the loss, one line per part."""
+    objective = OBJECTIVES[config.loss_type]
+    unit, kappa = "i" if objective.has_response_loss else "it", config.importance in ("truncate", "mask")
+    lines = [f"r_i      = {_format_reward(config)}"]
+    if objective.uses_advantages:
+        lines += _format_advantages(config, ADVANTAGES[config.advantage])
+    if objective.uses_ratio or (config.kl_coef > 0 and config.kl_estimator == "ratio_k3"):
+        lines.append(f"rho_it   = pi(o_it) / {_format_old_policy(config)}(o_it)")
+    lines.append(f"{'loss_' + unit:8} = {_format_objective(config, objective)}")
+    if kappa:
+        lines.append(f"kappa    = {_format_importance(config)}")
+    token_weights = _format_token_weights(config)
+    weights = "1/N sum_i" if objective.has_response_loss else token_weights
+    terms = [f"{weights} {'kappa ' if kappa else ''}loss_{unit}"]
     if config.kl_coef > 0 and config.kl_in == "loss":
-        terms.append(f"+ {config.kl_coef:g} {_weights(config, tokens=True)} KL_it,  KL = {_kl(config)}")
+        terms.append(f"+ {config.kl_coef:g} {token_weights} KL_it,  KL = {_format_kl(config)}")
     if config.entropy_coef > 0 or config.entropy_target is not None:
         adaptive = "" if config.entropy_target is None else f" (adapted to {config.entropy_target:g} nats)"
-        terms.append(f"- {config.entropy_coef:g}{adaptive} {_weights(config, tokens=True)} H_it")
+        terms.append(f"- {config.entropy_coef:g}{adaptive} {token_weights} H_it")
     lines += [f"L        = {terms[0]}", *(f"           {term}" for term in terms[1:])]
-    return lines + [f"  where  {note}" for note in _notes(config)]
+    return lines + [f"  where  {note}" for note in _make_notes(config, objective)]
 
 
-def _advantages(config: GrpoConfig) -> list[str]:
-    """From the reward to what the objective takes, each stage under a name of its own."""
-    whitened, penalized = config.advantage.startswith("reinforce_plus_plus"), _per_token(config)
-    if not (whitened or penalized):
-        return [f"A_i      = {_advantage(config)}"]
-    lines, last = [f"B_i      = {_advantage(config)}"], "B_i"
-    if penalized:
-        name = "C_it" if whitened else "A_it"
-        reference = "mu" if config.kl_reference == "sampler" else "pi_ref"
-        lines.append(f"{name}     = B_i - {config.kl_coef:g} sum_(s >= t) [log pi_old(o_is) - log {reference}(o_is)]")
-        last = name
-    if whitened:
-        name = "A_it" if penalized else "A_i "
-        lines.append(
-            f"{name}     = ({last} - mean) / (std + 1e-08),  both over all response tokens of the rollout batch"
-        )
-    return lines
-
-
-def _unit(config: GrpoConfig) -> str:
-    return "i" if config.loss_type in RESPONSE_OBJECTIVES else "it"
-
-
-def _reward(config: GrpoConfig) -> str:
+def _format_reward(config: GrpoConfig) -> str:
     function = config.reward.rpartition(":")[2]
     weights = parse_mix(config.reward_mix)
     reward = " + ".join(f"{weight:g} {function}(o_i)[{name}]" for name, weight in weights.items())
@@ -78,116 +58,46 @@ def _reward(config: GrpoConfig) -> str:
             return f"{reward} + clip(({longest - buffer} - |o_i|) / {buffer}, -1, 0)"
         case "cosine":
             angle = f"cos(pi |o_i| / {longest})"
-            return f"1.5 + 0.5 {angle} if right, -5 - 5 {angle} if wrong, -10 if cut off"
+            return f"1.5 + 0.5 {angle} if correct, -5 - 5 {angle} if wrong, -10 if truncated"
 
 
-def _advantage(config: GrpoConfig) -> str:
-    eps = f"{config.advantage_eps:g}"
-    match config.advantage:
-        case "group":
-            if not config.use_std_normalization:
-                return "r_i - mean_group(r)"
-            return f"(r_i - mean_group(r)) / (std_group(r) + {eps}),  std over G - {config.std_correction}"
-        case "leave_one_out":
-            return "r_i - mean of the other G - 1 rewards of the group"
-        case "batch_std":
-            return f"(r_i - mean_group(r)) / (std_batch(r) + {eps})"
-        case "reinforce_plus_plus":
-            return "r_i"
-        case "reinforce_plus_plus_baseline":
-            return "r_i - mean_group(r)"
-        case "gdpo":
-            parts = {name.removesuffix("_reward"): weight for name, weight in config.weights_of_parts.items()}
-            total = " + ".join(f"{weight:g} A_i^{name}" for name, weight in parts.items()).replace("+ -", "- ")
-            return f"S_i / (std_batch(S) + {eps}),  S_i = {total}, each (r_i - mean_group(r)) / (std_group(r) + {eps})"
-        case "opo":
-            return "r_i - sum_group(|o| r) / sum_group(|o|)"
-        case "gpg":
-            return "(r_i - mean_group(r)) B / (B - M),  M of B responses in groups of equal rewards"
-        case "maxrl":
-            return "(r_i - mean_group(r)) / mean_group(r)"
-        case "remax":
-            return "r_i - r(greedy response)"
-        case "best_of":
-            return "r_i - second best of the group if r_i is the best, else 0"
-        case "pass_at_k":
-            return (
-                f"(mean reward of the {config.pass_k}-subsets with i - R) / sqrt(R (1 - R)),  R = pass@{config.pass_k}"
-            )
-        case "pkpo":
-            if config.pass_k == 1:
-                return "r_i - mean of the other G - 1 rewards of the group"
-            k = config.pass_k
-            return f"{k} mean over the {k - 1}-subsets J of the others of max(0, r_i - max_J r)"
-        case _:  # pragma: no cover - mypy shows that nothing is left
-            assert_never(config.advantage)
+def _format_advantages(config: GrpoConfig, advantage: Advantage) -> list[str]:
+    """Return one line for each stage from the reward to the advantage, each with its own symbol."""
+    parts = {name.removesuffix("_reward"): weight for name, weight in config.weights_of_parts.items()}
+    sum_of_parts = " + ".join(f"{weight:g} A_i^{name}" for name, weight in parts.items()).replace("+ -", "- ")
+    estimate = advantage.format_formula(resolve_values(config) | {"sum_of_parts": sum_of_parts})
+    whitened, penalized = advantage.whitens_over_tokens, _has_token_advantages(config)
+    if not (whitened or penalized):
+        return [f"A_i      = {estimate}"]
+    lines, last = [f"B_i      = {estimate}"], "B_i"
+    if penalized:
+        last = "C_it" if whitened else "A_it"
+        reference = "mu" if config.kl_reference == "sampler" else "pi_ref"
+        lines.append(f"{last}     = B_i - {config.kl_coef:g} sum_(s >= t) [log pi_old(o_is) - log {reference}(o_is)]")
+    if whitened:
+        name = "A_it" if penalized else "A_i "
+        lines.append(
+            f"{name}     = ({last} - mean) / (std + 1e-08),  both over all response tokens of the rollout batch"
+        )
+    return lines
 
 
-def _old(config: GrpoConfig) -> str:
+def _format_objective(config: GrpoConfig, objective: Objective) -> str:
+    symbols = {"A": "A_it" if _has_token_advantages(config) else "A_i", "old": _format_old_policy(config)}
+    return objective.format_formula(resolve_values(config) | symbols)
+
+
+def _has_token_advantages(config: GrpoConfig) -> bool:
+    return config.kl_coef > 0 and config.kl_in == "reward"
+
+
+def _format_old_policy(config: GrpoConfig) -> str:
     if config.old_policy == "sampler":
         return "mu"
     return "sg[pi]" if config.uses_current_policy_as_old else "pi_old"
 
 
-def _objective(config: GrpoConfig) -> str:
-    low = config.cliprange
-    high = low if config.cliprange_high is None else config.cliprange_high
-    advantage = "A_it" if _per_token(config) else "A_i"
-    bounds = f"1 - {low:g}, 1 + {high:g}"
-    match config.loss_type:
-        case "no_baseline":
-            return "-r_i log pi(o_it)"
-        case "reinforce_with_baseline":
-            return f"-{advantage} log pi(o_it)"
-        case "grpo_clip" | "clip_cov":
-            plain = f"min(rho_it {advantage}, clip(rho_it, {bounds}) {advantage})"
-            if config.dual_clip is None:
-                return f"-{plain}"
-            return f"-{plain},  or -max({plain}, {config.dual_clip:g} {advantage}) where {advantage} < 0"
-        case "grpo_no_clip":
-            return f"-rho_it {advantage}"
-        case "gspo":
-            return f"-min(s_i A_i, clip(s_i, {bounds}) A_i),  s_i = exp(mean_t log rho_it)"
-        case "gspo_token":
-            return f"-min(s_it {advantage}, clip(s_it, {bounds}) {advantage}),  s_it = sg[s_i] pi / sg[pi]"
-        case "gmpo":
-            return f"-A_i exp(mean_t z_it),  z = min(log rho, {high:g}) if A_i > 0, max(log rho, -{low:g}) if A_i < 0"
-        case "luspo":
-            return f"-|o_i| min(s_i A_i, clip(s_i, {bounds}) A_i),  s_i = exp(mean_t log rho_it)"
-        case "cispo":
-            return f"-sg[clip(rho_it, {config.ratio_low:g}, {config.ratio_high:g})] {advantage} log pi(o_it)"
-        case "sapo":
-            positive, other = config.sapo_temperatures
-            return (
-                f"-(4 / tau) sigmoid(tau (rho_it - 1)) {advantage},  tau = {positive:g} if {advantage} > 0, "
-                f"else {other:g}"
-            )
-        case "vespo":
-            return (
-                "-sg[W_i^k exp(lambda (1 - W_i))] A_i log pi(o_it),  W_i = prod_t rho_it,  (k, lambda) = (2, 3) if "
-                "A_i >= 0, else (3, 2)"
-            )
-        case "dppo_tv":
-            return (
-                f"-rho_it {advantage}, and 0 where pi - {_old(config)} > {high:g} with {advantage} > 0 or < -{low:g} "
-                f"with {advantage} < 0"
-            )
-        case "dppo_kl":
-            return (
-                f"-rho_it {advantage}, and 0 where the binary KL({_old(config)}, pi) > {low:g} in the direction of "
-                f"{advantage}"
-            )
-        case "kl_cov":
-            return f"-rho_it {advantage} + {config.kl_cov_coef:g} |log rho_it| on the penalized tokens"
-        case _:  # pragma: no cover - mypy shows that nothing is left
-            assert_never(config.loss_type)
-
-
-def _per_token(config: GrpoConfig) -> bool:
-    return config.kl_coef > 0 and config.kl_in == "reward"
-
-
-def _importance(config: GrpoConfig) -> str:
+def _format_importance(config: GrpoConfig) -> str:
     ratio = {
         "token": "pi_old(o_it) / mu(o_it)",
         "sequence": "prod_t pi_old(o_it) / mu(o_it)",
@@ -202,7 +112,7 @@ def _importance(config: GrpoConfig) -> str:
     return f"({weight}) / its mean over the optimizer step" if config.self_normalize else weight
 
 
-def _kl(config: GrpoConfig) -> str:
+def _format_kl(config: GrpoConfig) -> str:
     reference = "mu" if config.kl_reference == "sampler" else "pi_ref"
     form = {
         "k1": "-x",
@@ -214,9 +124,7 @@ def _kl(config: GrpoConfig) -> str:
     return f"{form},  x = log {reference} - log pi"
 
 
-def _weights(config: GrpoConfig, *, tokens: bool = False) -> str:
-    if config.loss_type in RESPONSE_OBJECTIVES and not tokens:
-        return "1/N sum_i"
+def _format_token_weights(config: GrpoConfig) -> str:
     return {
         "sequence_mean": "1/N sum_i 1/|o_i| sum_t",
         "token_mean": "1/(sum_i |o_i|) sum_i sum_t",
@@ -226,36 +134,39 @@ def _weights(config: GrpoConfig, *, tokens: bool = False) -> str:
     }[config.aggregation]
 
 
-def _notes(config: GrpoConfig) -> list[str]:
+def _make_notes(config: GrpoConfig, objective: Objective) -> list[str]:
     per_step = config.rollout_batch_size // config.train_batch_size * config.epochs_per_rollout_batch
     notes = [
         f"N = {config.train_batch_size} responses in an update; {per_step} update{'s' if per_step > 1 else ''} on "
         f"each rollout batch of {config.n_prompts_per_rollout_batch} questions x {config.group_size} responses"
     ]
-    if config.loss_type in RATIO_OBJECTIVES and config.uses_current_policy_as_old:
-        notes.append("pi_old is the policy of the same pass: every ratio is 1, and no bound ever binds")
+    if objective.uses_ratio and config.uses_current_policy_as_old:
+        notes.append("pi_old is the policy of the same forward pass: every ratio is 1, and no bound ever binds")
     if config.async_steps:
-        notes.append("mu is the policy before the last update: a batch is sampled while the one before is trained on")
+        notes.append(
+            "mu is the policy before the last update: a batch is sampled while the previous one is trained on"
+        )
     notes += config.warnings
     if config.importance == "reject":
+        excluded = "tokens" if config.importance_level == "token" else "responses"
         notes.append(
-            f"what has a {config.importance_level} ratio pi_old / mu outside [{config.importance_low:g}, "
-            f"{config.importance_high:g}] is left out"
+            f"{excluded} with a {config.importance_level} ratio pi_old / mu outside [{config.importance_low:g}, "
+            f"{config.importance_high:g}] are excluded"
         )
     if config.mask_truncated:
         counts = "still count" if config.empty_responses == "count" else "do not count"
-        notes.append(f"responses that were cut off are left out, their tokens of |o_i| too; they {counts} in N")
+        notes.append(f"truncated responses are excluded, and their tokens from |o_i|; they {counts} in N")
     if config.top_entropy_fraction is not None:
         notes.append(f"only the {config.top_entropy_fraction:g} of the step's tokens with the highest entropy count")
-    if config.loss_type in ("clip_cov", "kl_cov"):
-        verb = "left out" if config.loss_type == "clip_cov" else "penalized"
+    if objective.high_covariance != "train":
+        fate = "excluded" if objective.high_covariance == "drop" else "penalized"
         notes.append(
             f"the {config.covariance_fraction:g} of the step's tokens with the highest covariance of A and log pi_old "
-            f"are {verb}"
+            f"are {fate}"
         )
     if config.off_policy_threshold is not None:
         notes.append(
-            f"responses with A < 0 and mean_t (log mu - log pi) > {config.off_policy_threshold:g} are left out; they "
+            f"responses with A < 0 and mean_t (log mu - log pi) > {config.off_policy_threshold:g} are excluded; they "
             "still count in the denominators"
         )
     if "drop" in (config.rejected_tokens, config.empty_responses):
@@ -267,4 +178,11 @@ def _notes(config: GrpoConfig) -> list[str]:
         notes.append(
             f"groups of equal rewards are replaced, in at most {config.max_refills} further rounds of sampling"
         )
-    return notes
+    return notes + _cite_papers(config, objective)
+
+
+def _cite_papers(config: GrpoConfig, objective: Objective) -> list[str]:
+    papers = {f"--loss-type {config.loss_type}": objective.paper}
+    if objective.uses_advantages:
+        papers[f"--advantage {config.advantage}"] = ADVANTAGES[config.advantage].paper
+    return [f"{choice} is defined in arXiv:{paper}" for choice, paper in papers.items() if paper is not None]

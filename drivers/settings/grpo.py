@@ -7,7 +7,8 @@ from urllib.parse import urlsplit
 
 from drivers.common.errors import UsageError
 from drivers.settings.base import Settings, check_multiple, check_number, stop_strings
-from drivers.settings.legality import RATIO_OBJECTIVES, SILENT_GROUPS_TEACH, check_combination
+from drivers.settings.legality import EQUAL_GROUP_ADVANTAGES, RATIO_OBJECTIVES, check_combination
+from drivers.settings.objectives import AdvantageName, ObjectiveName
 from drivers.settings.reward_spec import check_reward, parse_mix
 from drivers.settings.sampling import Sampling
 from grpo_core import Aggregation, Counting, ImportanceLevel, KLEstimator
@@ -49,42 +50,6 @@ RecipeName = Literal[
     "oat-default",
     "nano-aha-default",
     "skyrl-default",
-]
-
-
-Objective = Literal[
-    "no_baseline",
-    "reinforce_with_baseline",
-    "grpo_clip",
-    "grpo_no_clip",
-    "gspo",
-    "gspo_token",
-    "gmpo",
-    "luspo",
-    "cispo",
-    "sapo",
-    "vespo",
-    "dppo_tv",
-    "dppo_kl",
-    "clip_cov",
-    "kl_cov",
-]
-
-
-AdvantageName = Literal[
-    "group",
-    "leave_one_out",
-    "batch_std",
-    "reinforce_plus_plus",
-    "reinforce_plus_plus_baseline",
-    "gdpo",
-    "opo",
-    "gpg",
-    "maxrl",
-    "remax",
-    "best_of",
-    "pass_at_k",
-    "pkpo",
 ]
 
 
@@ -130,7 +95,7 @@ class GrpoConfig(Settings):
     epochs_per_rollout_batch: int = 1
     """Passes over each rollout batch; above 1 is off-policy."""
 
-    loss_type: Objective = "reinforce_with_baseline"
+    loss_type: ObjectiveName = "reinforce_with_baseline"
     """The objective. All but the first two use the ratio to the policy that began the step (--old-policy). `gspo`,
     `gmpo` and `luspo` have one loss per response, all others one per token."""
     cliprange: float = 0.2
@@ -415,7 +380,7 @@ class GrpoConfig(Settings):
     @property
     def has_regularization_gradient(self) -> bool:
         """Whether there is a gradient where no group has two different rewards, although these teach nothing then."""
-        silent_teach = self.loss_type == "no_baseline" or self.advantage in SILENT_GROUPS_TEACH
+        silent_teach = self.loss_type == "no_baseline" or self.advantage in EQUAL_GROUP_ADVANTAGES
         return (self.has_entropy_bonus or self.kl_coef > 0) and not silent_teach and self.length_penalty == "none"
 
     @property

@@ -1,60 +1,43 @@
 """Which settings may stand together. Each refusal is one line that names the flags and the way out."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from drivers.common.errors import UsageError
+from drivers.settings.objectives import ADVANTAGES, OBJECTIVES, Choice
 
 if TYPE_CHECKING:
     from drivers.settings.grpo import GrpoConfig
 
-RESPONSE_OBJECTIVES = ("gspo", "gmpo", "luspo")
-"""One loss per response."""
+RESPONSE_OBJECTIVES = tuple(name for name, row in OBJECTIVES.items() if row.has_response_loss)
+"""Objectives with one loss per response."""
 
 
-SILENT_GROUPS_TEACH = ("remax", "reinforce_plus_plus", "gdpo")
-"""Advantages of other comparisons than within a group, or of other numbers than the reward."""
+RATIO_OBJECTIVES = tuple(name for name, row in OBJECTIVES.items() if row.uses_ratio)
+"""Objectives that use the ratio to the old policy."""
 
 
-RATIO_OBJECTIVES = (
-    "grpo_clip",
-    "grpo_no_clip",
-    *RESPONSE_OBJECTIVES,
-    "gspo_token",
-    "cispo",
-    "sapo",
-    "vespo",
-    "dppo_tv",
-    "dppo_kl",
-    "clip_cov",
-    "kl_cov",
-)
+EQUAL_GROUP_ADVANTAGES = tuple(name for name, row in ADVANTAGES.items() if row.has_gradient_in_equal_groups)
+"""Advantages under which a group of equal rewards can have a gradient."""
 
 
-CLIPPED = ("grpo_clip", "clip_cov", "gspo", "gspo_token", "gmpo", "luspo", "dppo_tv")
+def _find_readers(decider: str, table: Mapping[Any, Choice]) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Return for each setting in `table` the flag that decides whether it is read, and that flag's values."""
+    names = dict.fromkeys(name for row in table.values() for name in row.reads)
+    return {name: (decider, tuple(key for key, row in table.items() if name in row.reads)) for name in names}
 
 
-# A flag that nothing would read is a misunderstanding: where it counts, by the flag that decides it.
+# A flag that has no effect is a misunderstanding, so it is an error.
 OPTIONS_READ_BY_LOSS = {
-    "cliprange": ("loss_type", (*CLIPPED, "dppo_kl")),
-    "advantage_eps": ("advantage", ("group", "batch_std", "gdpo")),
+    **_find_readers("loss_type", OBJECTIVES),
+    **_find_readers("advantage", ADVANTAGES),
+    "off_policy_threshold": ("loss_type", tuple(name for name, row in OBJECTIVES.items() if row.uses_advantages)),
     "importance_level": ("importance", ("truncate", "mask", "reject")),
     "importance_low": ("importance", ("truncate", "mask", "reject")),
     "importance_high": ("importance", ("truncate", "mask", "reject")),
-    "off_policy_threshold": ("loss_type", ("reinforce_with_baseline", *RATIO_OBJECTIVES)),
-    "cliprange_high": ("loss_type", CLIPPED),
-    "dual_clip": ("loss_type", ("grpo_clip", "clip_cov")),
-    "ratio_low": ("loss_type", ("cispo",)),
-    "ratio_high": ("loss_type", ("cispo",)),
-    "sapo_temperatures": ("loss_type", ("sapo",)),
-    "covariance_bounds": ("loss_type", ("clip_cov",)),
-    "kl_cov_coef": ("loss_type", ("kl_cov",)),
-    "covariance_fraction": ("loss_type", ("clip_cov", "kl_cov")),
-    "use_std_normalization": ("advantage", ("group",)),
-    "std_correction": ("advantage", ("group",)),
-    "reward_weights": ("advantage", ("gdpo",)),
-    "pass_k": ("advantage", ("pass_at_k", "pkpo")),
     "overlong_buffer": ("length_penalty", ("soft_overlong",)),
 }
+"""For each setting: the flag that decides whether it is read, and the values of that flag under which it is."""
 
 
 def check_combination(config: "GrpoConfig") -> None:
@@ -246,7 +229,7 @@ def _check_refills(config: "GrpoConfig") -> None:
         else "loss_type=no_baseline those teach too"
         if config.loss_type == "no_baseline"
         else f"advantage={config.advantage} those teach too"
-        if config.advantage in SILENT_GROUPS_TEACH
+        if config.advantage in EQUAL_GROUP_ADVANTAGES
         else None
     )
     if reason:

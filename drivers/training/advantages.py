@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import assert_never
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from drivers.common.errors import TrainingAbortedError
 from drivers.engines.protocol import Completion
 from drivers.policy.lora import without_lora
 from drivers.settings.grpo import GrpoConfig
+from drivers.settings.objectives import ADVANTAGES, resolve_values
 from drivers.training.batch import RolloutBatch
 from drivers.training.scoring import score_all
 
@@ -73,49 +73,18 @@ def _advantages(
     greedy_rewards: Tensor | None,
 ) -> Tensor:
     """One column, or one value for each token where the divergence is in the reward."""
-    rewards, sizes = rollouts.raw_rewards[:, 0], config.group_size
-    match config.advantage:
-        case "group":
-            advantages = core.normalize_group_rewards(
-                rewards,
-                sizes,
-                advantage_eps=config.advantage_eps,
-                normalize_by_std=config.use_std_normalization and config.group_size > 1,
-                correction=config.std_correction,
-            )
-        case "leave_one_out":
-            advantages = core.compute_leave_one_out_advantages(rewards, sizes)
-        case "batch_std":
-            advantages = core.compute_batch_std_advantages(rewards, sizes, advantage_eps=config.advantage_eps)
-        case "reinforce_plus_plus":
-            advantages = rewards
-        case "reinforce_plus_plus_baseline":
-            advantages = core.normalize_group_rewards(rewards, sizes, normalize_by_std=False)
-        case "gdpo":
-            weights = config.weights_of_parts
-            advantages = core.compute_gdpo_advantages(
-                _parts(scores, list(weights)),
-                sizes,
-                reward_weights=list(weights.values()),
-                advantage_eps=config.advantage_eps,
-            )
-        case "opo":
-            advantages = core.compute_opo_advantages(rewards, sizes, rollouts.lengths)
-        case "gpg":
-            advantages = core.compute_gpg_advantages(rewards, sizes)
-        case "maxrl":
-            advantages = core.compute_maxrl_advantages(rewards, sizes)
-        case "remax":
-            assert greedy_rewards is not None  # sampled for it
-            advantages = core.compute_remax_advantages(rewards, sizes, greedy_rewards)
-        case "best_of":
-            advantages = core.compute_best_of_advantages(rewards, sizes)
-        case "pass_at_k":
-            advantages = core.compute_pass_at_k_advantages(rewards, sizes, config.pass_k)
-        case "pkpo":
-            advantages = core.compute_pkpo_advantages(rewards, sizes, config.pass_k)
-        case _:  # pragma: no cover - mypy shows that nothing is left
-            assert_never(config.advantage)
+    estimator, rewards = ADVANTAGES[config.advantage], rollouts.raw_rewards[:, 0]
+    inputs = {
+        "rewards": rewards,
+        "group_sizes": config.group_size,
+        "lengths": rollouts.lengths,
+        "greedy_rewards": greedy_rewards,
+    }
+    if estimator.compares_reward_parts:
+        inputs["reward_parts"] = _stack_reward_parts(scores, list(config.weights_of_parts))
+    advantages = rewards
+    if estimator.function is not None:
+        advantages = getattr(core, estimator.function)(**estimator.get_arguments(inputs, resolve_values(config)))
     # What was not scored has no part in statistics over tokens either.
     column, mask = advantages[:, None], core.drop_truncated_responses(rollouts.response_mask, rollouts.unscored)
     if config.kl_coef > 0 and config.kl_in == "reward":
@@ -123,11 +92,11 @@ def _advantages(
         assert rollouts.reference_log_probs is not None
         kl = core.estimate_kl(rollouts.old_log_probs, rollouts.reference_log_probs, "k1", response_mask=mask)
         column = column - config.kl_coef * core.compute_reward_to_go(kl, mask)
-    return core.whiten_over_tokens(column, mask) if config.advantage.startswith("reinforce_plus_plus") else column
+    return core.whiten_over_tokens(column, mask) if estimator.whitens_over_tokens else column
 
 
-def _parts(scores: Sequence[Mapping[str, float | None]], names: Sequence[str]) -> Tensor:
-    """What `gdpo` compares of each response; NaN where it could not be scored."""
+def _stack_reward_parts(scores: Sequence[Mapping[str, float | None]], names: Sequence[str]) -> Tensor:
+    """Return the named parts of each response's reward, one column per name; NaN for a response without a reward."""
     lacking = [name for name in names for score in scores if score["reward"] is not None and name not in score]
     if lacking:
         raise ValueError(f"it compares {' and '.join(names)}, and the reward function returned no {lacking[0]}")

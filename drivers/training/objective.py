@@ -3,14 +3,14 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, assert_never
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import grpo_core as core
 from drivers.settings.grpo import GrpoConfig
-from drivers.settings.legality import RATIO_OBJECTIVES, RESPONSE_OBJECTIVES
+from drivers.settings.objectives import OBJECTIVES, resolve_values
 from drivers.training.batch import RolloutBatch
 
 
@@ -35,18 +35,19 @@ def weigh_step(config: GrpoConfig, batch: RolloutBatch) -> tuple[RolloutBatch, d
         assert batch.old_entropy is not None
         kept = kept & core.select_high_entropy(batch.old_entropy, mask, config.top_entropy_fraction)
     penalized = None
-    if config.loss_type in ("clip_cov", "kl_cov"):
+    high_covariance = OBJECTIVES[config.loss_type].high_covariance
+    if high_covariance != "train":
         assert batch.old_log_probs is not None
-        low, high = config.covariance_bounds if config.loss_type == "clip_cov" else (0.0, torch.inf)
+        low, high = config.covariance_bounds if high_covariance == "drop" else (0.0, torch.inf)
         chosen = core.select_high_covariance(
             batch.advantages, batch.old_log_probs, mask, config.covariance_fraction, low=low, high=high
         )
-        kept, penalized = (kept & ~chosen, None) if config.loss_type == "clip_cov" else (kept, chosen)
+        kept, penalized = (kept & ~chosen, None) if high_covariance == "drop" else (kept, chosen)
     counting: dict[str, Any] = {"rejected_tokens": config.rejected_tokens, "empty_responses": config.empty_responses}
     sizing: dict[str, Any] = {"group_sizes": batch.group_sizes}
     if config.aggregation == "constant":
         sizing["normalize_constant"] = float(config.sampling_max_tokens)
-    if config.loss_type in RESPONSE_OBJECTIVES:
+    if OBJECTIVES[config.loss_type].has_response_loss:
         weights = core.compute_sequence_weights(mask, kept=kept, **counting)
     else:
         weights = core.compute_token_weights(mask, config.aggregation, kept=kept, **sizing, **counting)
@@ -110,7 +111,7 @@ def rows_with_gradient(config: GrpoConfig, batch: RolloutBatch, entropy_coef: fl
     rows = range(len(batch))
     if entropy_coef > 0 or (config.kl_coef > 0 and config.kl_in == "loss"):
         return list(rows)
-    signal = batch.raw_rewards if config.loss_type == "no_baseline" else batch.advantages
+    signal = batch.advantages if OBJECTIVES[config.loss_type].uses_advantages else batch.raw_rewards
     pulls = (signal * batch.policy_weights != 0).any(dim=1)
     if batch.penalized is not None:
         pulls |= batch.penalized.any(dim=1)
@@ -161,7 +162,7 @@ def compute_loss(
         entropy_coef=entropy_coef,
         token_weights=micro.token_weights,
     )
-    uses_ratio = config.loss_type in RATIO_OBJECTIVES
+    uses_ratio = OBJECTIVES[config.loss_type].uses_ratio
     described = core.describe_policy_update(log_probs, mask, flags, old if uses_ratio else None)
     if kl is not None:
         described["kl"] = core.masked_sum(kl.detach(), mask) / mask.sum().clamp(min=1)
@@ -189,46 +190,15 @@ class EntropyBonus:
 def compute_objective(
     config: GrpoConfig, micro: RolloutBatch, log_probs: Tensor, old: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """One loss per token or response, and where a bound binds."""
-    advantages, mask = micro.advantages, micro.response_mask
-    assert advantages is not None
-    low, high = config.cliprange, config.cliprange_high
-    match config.loss_type:
-        case "no_baseline":
-            return core.compute_naive_policy_gradient_loss(micro.raw_rewards, log_probs, response_mask=mask), {}
-        case "reinforce_with_baseline":
-            return core.compute_naive_policy_gradient_loss(advantages, log_probs, response_mask=mask), {}
-        case "grpo_clip" | "clip_cov":
-            return core.compute_grpo_clip_loss(
-                advantages, log_probs, old, low, cliprange_high=high, dual_clip=config.dual_clip, response_mask=mask
-            )
-        case "grpo_no_clip":
-            return core.compute_grpo_no_clip_loss(advantages, log_probs, old, response_mask=mask)
-        case "gspo":
-            return core.compute_gspo_loss(advantages, log_probs, old, mask, low, cliprange_high=high)
-        case "gspo_token":
-            return core.compute_gspo_token_loss(advantages, log_probs, old, mask, low, cliprange_high=high)
-        case "gmpo":
-            return core.compute_gmpo_loss(advantages, log_probs, old, mask, low, cliprange_high=high)
-        case "luspo":
-            return core.compute_luspo_loss(advantages, log_probs, old, mask, low, cliprange_high=high)
-        case "cispo":
-            return core.compute_cispo_loss(
-                advantages, log_probs, old, config.ratio_low, config.ratio_high, response_mask=mask
-            )
-        case "sapo":
-            return core.compute_sapo_loss(advantages, log_probs, old, *config.sapo_temperatures, response_mask=mask)
-        case "vespo":
-            return core.compute_vespo_loss(advantages, log_probs, old, mask)
-        case "dppo_tv":
-            upper = low if high is None else high
-            return core.compute_dppo_tv_loss(advantages, log_probs, old, low, upper, response_mask=mask)
-        case "dppo_kl":
-            return core.compute_dppo_kl_loss(advantages, log_probs, old, low, response_mask=mask)
-        case "kl_cov":
-            assert micro.penalized is not None  # `weigh_step` chose them
-            return core.compute_kl_cov_loss(
-                advantages, log_probs, old, micro.penalized, config.kl_cov_coef, response_mask=mask
-            )
-        case _:  # pragma: no cover - mypy shows that nothing is left
-            assert_never(config.loss_type)
+    """Return one loss per token or response, and where a bound binds."""
+    objective = OBJECTIVES[config.loss_type]
+    inputs = {
+        "advantages": micro.advantages,
+        "raw_rewards": micro.raw_rewards,
+        "policy_log_probs": log_probs,
+        "old_log_probs": old,
+        "response_mask": micro.response_mask,
+        "penalized": micro.penalized,
+    }
+    result = getattr(core, objective.function)(**objective.get_arguments(inputs, resolve_values(config)))
+    return result if isinstance(result, tuple) else (result, {})

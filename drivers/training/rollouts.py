@@ -14,6 +14,7 @@ from drivers.grading.summary import describe_grades
 from drivers.grading.verdicts import Graded, Grader, grade_all
 from drivers.runs.completions import describe_sample, describe_tokens
 from drivers.settings.grpo import GrpoConfig
+from drivers.settings.objectives import ADVANTAGES
 from drivers.tasks.questions import Question
 from drivers.training.advantages import shape_rewards
 from drivers.training.batch import Scores, StepRollouts
@@ -200,7 +201,7 @@ def drop_nan(facts: dict[str, float]) -> dict[str, float]:
 def _greedy_responses(
     config: GrpoConfig, engine: RolloutEngine, questions: Sequence[Question], seed: int
 ) -> list[Completion] | None:
-    if config.advantage != "remax":
+    if not ADVANTAGES[config.advantage].uses_greedy_response:
         return None
     prompts = [question.prompt_token_ids for question in questions]
     return engine.generate(prompts, config.sampling.greedy(), seed=seed)

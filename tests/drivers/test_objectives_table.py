@@ -1,0 +1,91 @@
+"""The tables of objectives and advantages: their rows fit the functions, the settings, the formulas and the papers."""
+
+import inspect
+from dataclasses import fields
+from pathlib import Path
+from string import Formatter
+from typing import get_args
+
+import pytest
+
+import grpo_core as core
+from drivers.settings.grpo import GrpoConfig
+from drivers.settings.legality import OPTIONS_READ_BY_LOSS
+from drivers.settings.objectives import ADVANTAGES, OBJECTIVES, AdvantageName, ObjectiveName
+
+ROWS = {**OBJECTIVES, **ADVANTAGES}
+PAPERS = (Path(__file__).resolve().parents[2] / "docs/papers.md").read_text()
+SYMBOLS = {"A", "old", "sum_of_parts"}
+
+# Written by hand, so that what the tables derive is checked against something else.
+CLIPPED = {"grpo_clip", "clip_cov", "gspo", "gspo_token", "gmpo", "luspo", "dppo_tv"}
+WITHOUT_RATIO = {"no_baseline", "reinforce_with_baseline"}
+READERS = {
+    "cliprange": CLIPPED | {"dppo_kl"},
+    "cliprange_high": CLIPPED,
+    "dual_clip": {"grpo_clip", "clip_cov"},
+    "ratio_low": {"cispo"},
+    "ratio_high": {"cispo"},
+    "sapo_temperatures": {"sapo"},
+    "covariance_fraction": {"clip_cov", "kl_cov"},
+    "covariance_bounds": {"clip_cov"},
+    "kl_cov_coef": {"kl_cov"},
+    "off_policy_threshold": set(OBJECTIVES) - {"no_baseline"},
+    "advantage_eps": {"group", "batch_std", "gdpo"},
+    "use_std_normalization": {"group"},
+    "std_correction": {"group"},
+    "reward_weights": {"gdpo"},
+    "pass_k": {"pass_at_k", "pkpo"},
+    "importance_level": {"truncate", "mask", "reject"},
+    "importance_low": {"truncate", "mask", "reject"},
+    "importance_high": {"truncate", "mask", "reject"},
+    "overlong_buffer": {"soft_overlong"},
+}
+
+
+def fields_of(template):
+    """The names in a `str.format` template, without their indices."""
+    return {name.partition("[")[0] for _, name, _, _ in Formatter().parse(template) if name is not None}
+
+
+def test_tables_have_one_row_per_name():
+    assert tuple(OBJECTIVES) == get_args(ObjectiveName)
+    assert tuple(ADVANTAGES) == get_args(AdvantageName)
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.function is not None])
+def test_row_has_the_arguments_of_its_function(name):
+    row = ROWS[name]
+    parameters = inspect.signature(getattr(core, row.function)).parameters
+    given = [*row.inputs, *row.settings, *row.fixed_arguments]
+    required = {key for key, parameter in parameters.items() if parameter.default is parameter.empty}
+    assert len(given) == len(set(given))
+    assert required <= set(given) <= parameters.keys()
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_row_names_settings_that_exist_and_shows_those_that_it_reads(name):
+    row = ROWS[name]
+    assert set(row.reads) <= {field.name for field in fields(GrpoConfig)}
+    for template in (row.formula, *row.special_formulas.values()):
+        assert fields_of(template) <= {*row.reads} | SYMBOLS
+    assert {setting for setting, _ in row.special_formulas} <= set(row.reads)
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.paper is not None])
+def test_paper_of_row_is_on_the_page_of_papers(name):
+    assert ROWS[name].paper in PAPERS
+
+
+def test_readers_of_each_setting_follow_from_the_tables():
+    assert {name: set(readers) for name, (_, readers) in OPTIONS_READ_BY_LOSS.items()} == READERS
+
+
+def test_kinds_of_objectives_and_advantages_are_these():
+    assert {name for name, row in OBJECTIVES.items() if not row.uses_ratio} == WITHOUT_RATIO
+    assert {name for name, row in OBJECTIVES.items() if row.has_response_loss} == {"gspo", "gmpo", "luspo"}
+    assert {name for name, row in ADVANTAGES.items() if row.has_gradient_in_equal_groups} == {
+        "remax",
+        "reinforce_plus_plus",
+        "gdpo",
+    }
