@@ -58,7 +58,7 @@ def extract_answer(response: str) -> str | None:
 def solves(expression: str, numbers: list[int], target: int) -> bool:
     """Return whether the expression contains each number exactly once and equals the target."""
     tree = parse(expression)
-    if tree is None or sorted(n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)) != sorted(numbers):
+    if tree is None or sorted(_integers_of(tree)) != sorted(numbers):
         return False
     try:
         return evaluate(tree) == target
@@ -92,5 +92,9 @@ def evaluate(tree: ast.expr) -> Fraction:
     if isinstance(tree, ast.BinOp):
         value: Fraction = _OPERATIONS[type(tree.op)](evaluate(tree.left), evaluate(tree.right))
         return value
-    assert isinstance(tree, ast.Constant)
-    return Fraction(tree.value)
+    (number,) = _integers_of(tree)
+    return Fraction(number)
+
+
+def _integers_of(tree: ast.expr) -> list[int]:
+    return [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, int)]

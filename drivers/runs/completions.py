@@ -21,7 +21,7 @@ def describe_sample(question: Question, completion: Completion, verdict: Graded)
         "answer": question.answer,
         "response": completion.text,
         **name_parts(verdict.scores),
-        "why": verdict.why,
+        "why": verdict.status,
         **({"detail": verdict.detail} if verdict.detail else {}),
         "finish_reason": completion.finish_reason,
         "response_tokens": len(completion.token_ids),

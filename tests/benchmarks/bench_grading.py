@@ -56,7 +56,7 @@ def hostile_seconds(n: int, hanging: int, deadline_s: float) -> tuple[float, int
         start = time.perf_counter()
         graded = pool(responses, ["1"] * n)
         seconds = time.perf_counter() - start
-        assert sum(verdict.why == "timeout" for verdict in graded) == hanging
+        assert sum(verdict.status == "timeout" for verdict in graded) == hanging
         assert sum(verdict.scores["reward"] == 1.0 for verdict in graded) == n - hanging
         return seconds, len(pool._workers)
 

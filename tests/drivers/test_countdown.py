@@ -265,7 +265,7 @@ def test_countdown_invalid_ground_truth_is_named(truth):
     with pytest.raises(ValueError, match="expected a puzzle"):
         countdown_reward_fn(response("3"), truth)
     (verdict,) = make_inline_grader(BUILT_IN["countdown"])(["x"], [truth])
-    assert verdict.why == "error"
+    assert verdict.status == "error"
 
 
 def test_countdown_is_a_built_in_reward():

@@ -90,7 +90,7 @@ def grade_with(pool, *deeds, before=30, after=30):
     graded = pool(["1"] * before + [*deeds] + ["2"] * after, ["1"] * (before + len(deeds) + after))
     others = graded[:before] + graded[before + len(deeds) :]
     assert [verdict.scores["reward"] for verdict in others] == [1.0] * before + [0.0] * after
-    assert {verdict.why for verdict in others} <= {"parsed"}
+    assert {verdict.status for verdict in others} <= {"parsed"}
     return graded[before : before + len(deeds)], time.monotonic() - begin
 
 
@@ -128,20 +128,28 @@ def test_grading_worker_deadline_is_kept_by_the_kernel(pool, monkeypatch):
     """The trainer would end the worker much later, and may be gone."""
     monkeypatch.setattr(pool_module, "GRACE_S", 60.0)
     (verdict,), seconds = grade_with(pool, "regex")
-    assert verdict.why == "timeout"
+    assert verdict.status == "timeout"
     assert seconds < 20.0
 
 
 def test_grading_worker_forged_message_is_not_believed(pool):
     """The forged message has the right form and arrives where the first answer of a chunk is expected."""
     (verdict,), _ = grade_with(pool, "scribble", before=0)
-    assert verdict.why == "error"
+    assert verdict.status == "error"
+
+
+@pytest.mark.parametrize("n_before", [0, 7])
+def test_grading_worker_that_forks_grades_no_later_batch(pool, n_before):
+    """The forked process answers too; its grades of one chunk must not count for the next."""
+    pool(["1"] * n_before + ["fork"] + ["1"] * 12, ["1"] * (n_before + 13))
+    for _ in range(3):
+        assert [verdict.scores["reward"] for verdict in pool(["1"] * 20, ["1"] * 20)] == [1.0] * 20
 
 
 def test_grading_pool_closes_descriptors(pool):
     grade_with(pool)
     workers_of(pool)
-    folders = [Path("/proc/self/fd"), Path(f"/proc/{pool._nursery.pid}/fd")]
+    folders = [Path("/proc/self/fd"), Path(f"/proc/{pool._server.process.pid}/fd")]
     before = [len(list(folder.iterdir())) for folder in folders]
     pool(["exit"] * 30, ["1"] * 30)
     workers_of(pool)
@@ -151,7 +159,7 @@ def test_grading_pool_closes_descriptors(pool):
 def test_grading_pool_several_hang_each_costs_one_deadline(pool):
     """Chunks return to the queue, and each hanging response costs one worker one deadline."""
     verdicts, seconds = grade_with(pool, "sleep", "1", "exit", "loop", "sleep", "2", "raise", before=100)
-    assert [verdict.why for verdict in verdicts] == [
+    assert [verdict.status for verdict in verdicts] == [
         "timeout",
         "parsed",
         "error",
@@ -185,7 +193,7 @@ def test_grading_worker_child_process_ends_with_it(tmp_path):
         n_workers=1, deadline_s=2.0, warn=lambda _: None
     ) as pool:  # the time that the child may need to start
         (verdict,) = pool([f"other: {tmp_path / 'pid'}"], ["1"])
-        assert verdict.why == "timeout"
+        assert verdict.status == "timeout"
         assert_gone([int((tmp_path / "pid").read_text())], within=2.0)
 
 
@@ -193,7 +201,7 @@ def test_grading_worker_child_in_other_session_ends(tmp_path):
     """It ends with a worker that is killed, and with the pool if its worker continues."""
     with open_pool(n_workers=1, deadline_s=2.0, warn=lambda _: None) as pool:
         (verdict,) = pool([f"hanging stray: {tmp_path / 'hanging'}"], ["1"])
-        assert verdict.why == "timeout"
+        assert verdict.status == "timeout"
         pids = [int(pid) for pid in (tmp_path / "hanging").read_text().split()]
         assert len(pids) == 2
         assert_gone(pids, within=2.0)
@@ -213,8 +221,8 @@ def test_grading_pool_first_failures_warn():
     assert len(told) == 3
     assert f"--reward {FILE}:reward: error (" in told[0]
     assert " for the response 'raise': it is not scored" in told[0]
-    assert not any("others" in text for text in told[:2])
-    assert told[2].endswith("others are not told any more, but counted in the log")
+    assert not any("further" in text for text in told[:2])
+    assert told[2].endswith("further failures are only counted in the log")
 
 
 # --- a pool grades like an inline grader -----------------------------------------------------------------------------
@@ -244,7 +252,7 @@ def test_grading_pool_equals_inline_grader(built_in_pool):
 def test_grading_pool_invalid_ground_truth_is_an_error(built_in_pool):
     good, bad = built_in_pool(["</think> <answer> 1 </answer>"] * 2, ["1", ""])
     assert good.scores["reward"] == 1.0
-    assert (bad.scores, bad.why) == ({"reward": None}, "error")
+    assert (bad.scores, bad.status) == ({"reward": None}, "error")
     assert "ground_truth='' must hold an answer" in bad.detail
     assert bad == R1(["</think> <answer> 1 </answer>"], [""])[0]
 
@@ -267,7 +275,7 @@ def test_grading_pool_is_thread_safe(pool):
 def test_grading_pool_after_interrupt_grades_next_batch(pool, monkeypatch):
     """Late answers to the interrupted batch do not count for the next one."""
     taken = []
-    take = GradingPool._take
+    take = GradingPool._on_message
 
     def interrupted(self, worker, message, batch):
         taken.append(message)
@@ -275,7 +283,7 @@ def test_grading_pool_after_interrupt_grades_next_batch(pool, monkeypatch):
             raise KeyboardInterrupt
         take(self, worker, message, batch)
 
-    monkeypatch.setattr(GradingPool, "_take", interrupted)
+    monkeypatch.setattr(GradingPool, "_on_message", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pool(["1"] * 50 + ["sleep"], ["1"] * 51)
     assert [verdict.scores["reward"] for verdict in pool(["1", "2"] * 50, ["2"] * 100)] == [0.0, 1.0] * 50
@@ -284,7 +292,7 @@ def test_grading_pool_after_interrupt_grades_next_batch(pool, monkeypatch):
 def test_grading_workers_ignore_sigint_and_sigterm(pool):
     grade_with(pool)
     before = workers_of(pool)
-    for pid in (*before, pool._nursery.pid):
+    for pid in (*before, pool._server.process.pid):
         assert os.getpgid(pid) != os.getpgrp()  # a terminal sends the signal to the whole group
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(pid, number)
@@ -294,8 +302,8 @@ def test_grading_workers_ignore_sigint_and_sigterm(pool):
 
 @pytest.mark.slow
 def test_grading_pool_restarts_after_all_were_killed(pool):
-    pids = [*workers_of(pool), pool._nursery.pid]
-    os.kill(pool._nursery.pid, signal.SIGKILL)
+    pids = [*workers_of(pool), pool._server.process.pid]
+    os.kill(pool._server.process.pid, signal.SIGKILL)
     assert_gone(pids[:-1], within=2.0)  # the workers end with the pool
     grade_with(pool, "exit")
     assert not {*pids} & workers_of(pool)
@@ -321,7 +329,7 @@ def assert_gone(pids, *, within):
 def test_grading_pool_close_ends_workers_and_calls():
     pool = open_pool(n_workers=1, deadline_s=100.0)
     pool.load()
-    pids, ended = [*workers_of(pool), pool._nursery.pid], []
+    pids, ended = [*workers_of(pool), pool._server.process.pid], []
 
     def grade():
         try:
@@ -354,7 +362,7 @@ while not all(worker.work for worker in pool._workers):
     time.sleep(0.01)
 if sys.argv[3] == "fork" and os.fork() == 0:  # a child that holds every descriptor open
     time.sleep(1000)
-print(pool._nursery.pid, *[worker.pid for worker in pool._workers], flush=True)
+print(pool._server.process.pid, *[worker.pid for worker in pool._workers], flush=True)
 with terminate_as_interrupt():
     try:
         time.sleep(1000)
@@ -401,7 +409,7 @@ def test_grading_pool_closed_at_start_leaves_nothing():
     pool = open_pool(n_workers=3)
     begin = time.monotonic()
     pool.close()
-    assert pool._nursery.returncode is not None
+    assert pool._server.process.returncode is not None
     assert time.monotonic() - begin < 5.0
 
 
@@ -429,11 +437,11 @@ def test_grading_pool_closed_at_start_leaves_nothing():
 )
 def test_read_return_valid_values(returned, mix, scores, why):
     (verdict,) = make_inline_grader(lambda response, truth: returned, mix)(["x"], ["1"])
-    assert (verdict.scores, verdict.why) == (scores, why)
+    assert (verdict.scores, verdict.status) == (scores, why)
     assert next(iter(verdict.scores)) == "reward"
 
 
-NUMBER = "a finite number is required, None where the response cannot be scored, or a dict of those by name"
+NUMBER = "expected a finite number, None for a response that cannot be scored, or a dict of these by name"
 
 
 @pytest.mark.parametrize(
@@ -446,11 +454,11 @@ NUMBER = "a finite number is required, None where the response cannot be scored,
         ({"reward": "high"}, (), f"returned {{'reward': 'high'}} for the response '{'r' * 60}': {NUMBER}"),
         ({"a b": 1.0}, (), "'a b' must be a name of letters, digits and _"),
         ({1: 1.0}, (), "1 must be a name of letters, digits and _"),
-        ({}, (), "one number is the reward: name it 'reward', or pass --reward-mix NAME=WEIGHT"),
-        ({"a": 1, "b": 2}, (), "one number is the reward: name it 'reward', or pass --reward-mix NAME=WEIGHT"),
-        ({"a": 1}, ("a=1", "b=1"), "a dict with a, b is required, for --reward-mix; it lacks b"),
-        (0.5, ("a=1",), "a dict with a is required, for --reward-mix; it lacks a"),
-        ({"a": 1, "reward": 1}, ("a=1",), "it has a 'reward' of its own; leave that out, or --reward-mix"),
+        ({}, (), "a dict of several numbers needs the key 'reward', or --reward-mix NAME=WEIGHT"),
+        ({"a": 1, "b": 2}, (), "a dict of several numbers needs the key 'reward', or --reward-mix NAME=WEIGHT"),
+        ({"a": 1}, ("a=1", "b=1"), "--reward-mix needs a dict with a, b; b is missing"),
+        (0.5, ("a=1",), "--reward-mix needs a dict with a; a is missing"),
+        ({"a": 1, "reward": 1}, ("a=1",), "the dict already has 'reward'; remove that key, or omit --reward-mix"),
         (list(range(1000)), (), "1, 2, 3"),
     ],
 )
@@ -471,11 +479,11 @@ def test_read_return_invalid_values_raise(returned, mix, message):
         (float("nan"), (), "reward is nan"),
         (float("-inf"), (), "reward is -inf"),
         (1e39, (), "reward is 1e+39"),
-        (10**400, (), "reward is a number of too many digits"),
+        (10**400, (), "reward is an integer with too many digits"),
         (torch.tensor(float("nan")), (), "reward is nan"),
         ({"a": 1.0, "b": float("inf")}, ("a=1",), "b is inf"),
-        ({"a": 3e38, "b": 3e38}, ("a=1", "b=1"), "the sum by --reward-mix is 6e+38"),
-        ({"a": 3e38, "b": 3e38}, ("a=1e300", "b=-1e300"), "the sum by --reward-mix is nan"),
+        ({"a": 3e38, "b": 3e38}, ("a=1", "b=1"), "the sum of --reward-mix is 6e+38"),
+        ({"a": 3e38, "b": 3e38}, ("a=1e300", "b=-1e300"), "the sum of --reward-mix is nan"),
     ],
 )
 def test_read_return_not_finite_is_unscored(returned, mix, detail):
@@ -521,7 +529,9 @@ def test_run_reward_gets_question_of_each_response(tmp_path):
 
 
 def test_grading_pool_usage_error_is_raised_and_pool_continues(pool):
-    with pytest.raises(TrainingAbortedError, match=rf"--reward {FILE}:reward: returned '1.0' for .*'text': a finite"):
+    with pytest.raises(
+        TrainingAbortedError, match=rf"--reward {FILE}:reward: returned '1.0' for .*'text': expected a finite"
+    ):
         grade_with(pool, "text")
     grade_with(pool)
 
@@ -530,7 +540,7 @@ def test_inline_grader_equals_grading_pool():
     """This excludes rewards that would end this process."""
     deeds = ["1", "raise", "recursion", "leave", "2"]
     graded = make_inline_grader(hostile_rewards.reward)(deeds, ["1"] * 5)
-    assert [verdict.why for verdict in graded] == ["parsed", "error", "error", "error", "parsed"]
+    assert [verdict.status for verdict in graded] == ["parsed", "error", "error", "error", "parsed"]
     assert graded[1].detail.startswith("ValueError: invalid literal")
     graded = make_inline_grader(hostile_rewards.async_reward)(["1", "impatient"], ["1", "1"])
     assert [verdict.scores["reward"] for verdict in graded] == [1.0, None]
@@ -578,7 +588,7 @@ def test_async_hostile_reward_has_its_verdict_and_others_are_graded(async_pool, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--reward r2_zero", "reward=r2_zero must be r1_zero, question_only, countdown, or your own function"),
+        ("--reward r2_zero", "reward=r2_zero must be r1_zero, question_only, countdown, gym, or your own function"),
         ("--reward my_module:", "reward=my_module: must be r1_zero, question_only"),
         ("--reward :f", "reward=:f must be"),
         ("--reward nowhere.py:f", "--reward nowhere.py:f: no such file, nowhere.py"),
@@ -610,7 +620,7 @@ def test_load_reward_invalid_spelling_raises_usage_error(program, arguments, mes
         ),
         slow("{file}:another", "another(response, ground_truth, prompt) must take (response, ground_truth), and may"),
         slow("no_such_module:f", "cannot be imported (ModuleNotFoundError: No module named 'no_such_module')"),
-        slow("{dying}:f", "its process ended with exit code 5 as it was imported"),
+        slow("{dying}:f", "its process ended with exit code 5 during its import"),
     ],
 )
 def test_train_unusable_reward_exits_before_model_is_loaded(tmp_path, capsys, monkeypatch, reward, message):

@@ -110,7 +110,7 @@ def test_gym_reward_without_answer_is_zero(gym, response, formatted):
 
 def test_gym_reward_memory_error_is_raised(gym):
     (verdict,) = make_inline_grader(reward)([answered("out of memory")], [row_of()["answer"]])
-    assert (verdict.why, verdict.is_scored) == ("error", False)
+    assert (verdict.status, verdict.is_scored) == ("error", False)
 
 
 @pytest.mark.parametrize("truth", ["4", "{}", '{"task": "plus"}', ["a"], "x"])

@@ -20,7 +20,7 @@ def fill_memory():
         kept.append(bytearray(b"x") * (64 << 20))
 
 
-def scribble(message=b'["graded",0,{},"",""]'):
+def scribble(message=b'["grade",1,0,false,{},"parsed",""]'):
     """Write to all descriptors, as hostile code in a response might do to speak for the worker."""
     for descriptor in range(3, 64):
         try:
@@ -69,6 +69,7 @@ DEEDS = {
     "raise": lambda: int("no number"),
     "recursion": deepen,
     "leave": lambda: sys.exit(4),
+    "fork": os.fork,  # both processes go on as the worker, on one connection
 }
 
 
