@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and are never lost to one that takes their name."""
+"""Files and folders that are written completely or not at all, and never overwritten by accident."""
 
 import json
 import os
@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import Any
 
 UNFINISHED = ".unfinished-"
-"""What a name begins with until all that belongs there is on the disk."""
+"""Prefix of a name until all of its content is on the disk."""
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Indented JSON that replaces the file at once."""
+    """Replace the file atomically by indented JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """One object per line; replaces the file at once."""
+    """Replace the file atomically by one JSON object per line."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Beside its final name first, then renamed: the file is the old one or the new one, never half of it."""
+    """Replace the file atomically: write beside it, flush, then rename."""
     unfinished = path.with_name(f"{UNFINISHED}{path.name}")
     unfinished.write_text(text, encoding="utf-8")
     flush_to_disk(unfinished)
@@ -31,7 +31,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """What was written to this file, or to the names in this folder."""
+    """Flush the content of a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -40,7 +40,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def commit_directory(unfinished: Path, folder: Path) -> None:
-    """Give a folder its final name, all in it being on the disk."""
+    """Flush everything in a folder to the disk, then give the folder its final name."""
     for file in (*sorted(unfinished.rglob("*"), reverse=True), unfinished):
         flush_to_disk(file)
     unfinished.rename(folder)
@@ -48,7 +48,7 @@ def commit_directory(unfinished: Path, folder: Path) -> None:
 
 
 def remove_directory(folder: Path) -> None:
-    """Remove a folder; whoever looks meanwhile finds it whole or not."""
+    """Remove a folder so that other processes see it complete or not at all."""
     unfinished = folder.with_name(f"{UNFINISHED}{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     folder.rename(unfinished)
@@ -56,21 +56,21 @@ def remove_directory(folder: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Take away what earlier processes left half done, here and in the folders in it."""
-    for left in (*folder.glob(f"{UNFINISHED}*"), *folder.glob(f"*/{UNFINISHED}*")):
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left)
+    """Remove what earlier processes left unfinished in this folder and one level below."""
+    for entry in (*folder.glob(f"{UNFINISHED}*"), *folder.glob(f"*/{UNFINISHED}*")):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
         else:
-            left.unlink(missing_ok=True)  # gone with the unfinished folder that it was in
+            entry.unlink(missing_ok=True)  # may be gone with its unfinished parent
 
 
 def rename_superseded(path: Path) -> None:
-    """Another name for what is there, if anything is: it stays, and what comes in its place has its name."""
+    """Move what exists at `path` out of the way, to a free name that starts with `superseded-`."""
     if path.exists():
         path.rename(free_path(path.with_name(f"superseded-{path.name}")))
 
 
 def free_path(path: Path) -> Path:
-    """`path`, or where something is there already, `path-2` and so on."""
+    """Return `path`, or the first of `path-2`, `path-3`, ... that does not exist."""
     numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(2))
-    return next(one for one in chain([path], numbered) if not one.exists())
+    return next(candidate for candidate in chain([path], numbered) if not candidate.exists())

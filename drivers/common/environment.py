@@ -1,6 +1,6 @@
-"""Environment variables that must stand before torch and vLLM are imported; importing this module sets them.
+"""Environment variables that must be set before torch and vLLM are imported; importing this module sets them.
 
-Each is only a default: what the caller's environment says wins.
+A variable that the caller has set keeps its value.
 """
 
 import logging
@@ -12,13 +12,13 @@ from pathlib import Path
 DEFAULTS = {
     # On a few cores the OpenMP pools of torch and vLLM spin against each other: 3-8 times slower.
     "OMP_WAIT_POLICY": "PASSIVE",
-    # Waiting a few microseconds before sleeping costs nobody anything and saves a fifth of the time on free cores.
+    # Spinning for a few microseconds before sleeping costs other threads nothing and saves a fifth of the time.
     "GOMP_SPINCOUNT": "3000",
-    # A model or data set is a local path or was fetched on purpose; nothing phones home in the middle of a run.
+    # No library sends usage statistics during a run.
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "TOKENIZERS_PARALLELISM": "false",
-    # A screen for the run's own lines: no progress bars and banners of libraries.
+    # Keep the progress bars and banners of libraries off the screen, which shows the run's own lines.
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "WANDB_SILENT": "true",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
@@ -30,11 +30,11 @@ for _name, _value in DEFAULTS.items():
     os.environ.setdefault(_name, _value)
 
 
-# vLLM speaks before it has read its level, and of what is between it and torch; in its own processes too, which import
-# the program that started them.
+# vLLM logs before it reads its log level and warns about its use of torch. Its processes import the program that
+# started them, so this silences them too.
 logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
 
-# `python drivers/train.py` puts this folder first on the path, where `evaluate` or `data` would hide such packages.
-_here = Path(__file__).resolve().parents[1]
-sys.path[:] = [entry for entry in sys.path if not entry or Path(entry).resolve() != _here]
+# `python drivers/train.py` puts drivers/ first on the path, where evaluate.py would shadow the package `evaluate`.
+_drivers = Path(__file__).resolve().parents[1]
+sys.path[:] = [entry for entry in sys.path if not entry or Path(entry).resolve() != _drivers]

@@ -1,18 +1,32 @@
-"""The errors that a program reports in one line instead of a traceback."""
+"""Errors that a program reports in one line instead of a traceback."""
 
 
-class UsageError(ValueError):
-    """What the user gave cannot work: the message names the flag or file, the value, and what is required."""
+class GrpoError(Exception):
+    """Base class of the errors that a user can act on."""
 
 
-class EngineDiedError(RuntimeError):
-    """The engine's process has ended or hangs; what it was asked has no answer."""
+class UsageError(GrpoError, ValueError):
+    """A flag, a file or a combination of them cannot work.
+
+    Cause: the user's input. Remedy: the message names the flag or file, its value, and what to change.
+    """
 
 
-class TrainingAbortedError(RuntimeError):
-    """The run may not go on: a number that should be finite is not, or the engine samples from other weights."""
+class EngineDiedError(GrpoError, RuntimeError):
+    """The engine's process has exited or does not respond, so its requests have no answer.
+
+    Cause: a crash, a kill, a hang or a lost host. Remedy: a supervised engine is started again; where that fails, read
+    the engine's own output and resume from the last checkpoint.
+    """
+
+
+class TrainingAbortedError(GrpoError, RuntimeError):
+    """The run must not continue: a number is not finite, or the engine samples from other weights than the policy's.
+
+    Cause: named in the message. Remedy: fix it and resume from the last checkpoint with `--resume`.
+    """
 
 
 def first_line(error: BaseException) -> str:
     """Return the first line of the error's message."""
-    return str(error).partition("\n")[0]
+    return str(error).strip().partition("\n")[0]

@@ -9,9 +9,9 @@ from types import FrameType
 
 @contextmanager
 def terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does: both save a checkpoint.
+    """Raise KeyboardInterrupt on SIGTERM and SIGHUP, as Ctrl-C does, so that they save a checkpoint too.
 
-    So does SIGHUP, of a connection that was lost; under nohup it is ignored as before.
+    A signal that is ignored stays ignored: under nohup, a lost connection does not end the run.
     """
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
@@ -26,54 +26,54 @@ def terminate_as_interrupt() -> Iterator[None]:
 
 
 def _handled_signals(*numbers: int) -> list[int]:
-    """Those that are not ignored, as whoever started the program may have asked, and that Python handles."""
+    """Return the signals among `numbers` that are not ignored and have a handler that Python can restore."""
     return [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]
 
 
-class _Hold:
-    """A handler that keeps what comes."""
+class _DeferringHandler:
+    """A signal handler that records signals instead of raising."""
 
     def __init__(self) -> None:
         self.pending: list[int] = []
-        self.is_waiting = False
-        """For somebody who may never answer: then the second one is heard."""
+        self.raises_on_second = False
+        """Set while the block waits for an answer that may never come."""
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
         self.pending.append(number)
-        if self.is_waiting and len(self.pending) > 1:
+        if self.raises_on_second and len(self.pending) > 1:
             raise KeyboardInterrupt
 
 
 @contextmanager
 def defer_signals() -> Iterator[None]:
-    """Hold these signals back until the block is done: half an update must not be saved."""
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
+    """Raise KeyboardInterrupt only after the block: half an update must not be saved."""
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
         yield
         return
-    hold, watched = _Hold(), _handled_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    if any(isinstance(signal.getsignal(number), _Hold) for number in watched):  # until the block around this is done
-        yield
+    handler, numbers = _DeferringHandler(), _handled_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    if any(isinstance(signal.getsignal(number), _DeferringHandler) for number in numbers):
+        yield  # an outer block defers them already
         return
-    before = {number: signal.signal(number, hold) for number in watched}
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if hold.pending:
+        for number, earlier_handler in before.items():
+            signal.signal(number, earlier_handler)
+    if handler.pending:
         raise KeyboardInterrupt
 
 
 @contextmanager
 def allow_second_signal() -> Iterator[None]:
-    """Around a wait: whoever asks a second time is heard, though the block is uninterrupted."""
-    watched = _handled_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    found = [hold for hold in map(signal.getsignal, watched) if isinstance(hold, _Hold)]
-    if not found or threading.current_thread() is not threading.main_thread():
+    """Raise KeyboardInterrupt at the second signal, although an outer block defers signals."""
+    numbers = _handled_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    deferring = [handler for handler in map(signal.getsignal, numbers) if isinstance(handler, _DeferringHandler)]
+    if not deferring or threading.current_thread() is not threading.main_thread():
         yield
         return
-    found[0].is_waiting = True  # there is one for all of them
+    deferring[0].raises_on_second = True  # all signals share one handler
     try:
         yield
     finally:
-        found[0].is_waiting = False
+        deferring[0].raises_on_second = False
