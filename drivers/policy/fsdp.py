@@ -13,13 +13,12 @@ from drivers.common.distributed import T, size
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered, on every rank; any other as it is."""
+    """Return a sharded tensor gathered on every rank, or any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
 
 
-# --- shards ----------------------------------------------------------------------------------------------------------
 def shard(policy: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Give each rank its part of the weights, in float32 on its `device`; passes gather layers in `dtype`."""
+    """Keep this rank's shard of the weights, in float32 on `device`; forward passes gather the layers in `dtype`."""
     if size() == 1:
         return policy
     mesh = init_device_mesh(device.type, (size(),))
@@ -30,7 +29,7 @@ def shard(policy: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Mod
     for module in [module for module in policy.modules() if type(module).__name__ in layers]:
         fully_shard(module, mesh=mesh, mp_policy=precision)
     fully_shard(policy, mesh=mesh, mp_policy=precision)
-    policy.float()  # of one shard: the whole need not be that wide anywhere
+    policy.float()  # after sharding: no rank ever holds the whole model in float32
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -41,26 +40,26 @@ def shard(policy: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Mod
 
 
 def with_unsharded_params(policy: Any, call: Callable[[], T]) -> T:
-    """`call()` while the weights of `policy` outside its layers are at hand, as in a forward pass of its own."""
+    """Return `call()`, run with the FSDP root parameters unsharded, as in the module's own forward."""
     if not isinstance(policy, FSDPModule):
         return call()
-    within: Callable[[Callable[[], T]], T] = policy.call_within  # type: ignore[attr-defined]
-    # FSDP hangs the gathering of weights for the backward pass on what comes out, and warns of views.
-    result = within(lambda: tree_map_only(Tensor, lambda out: out.clone() if out._is_view() else out, call()))
-    if not torch.is_grad_enabled():  # no backward pass will do it
+    call_unsharded: Callable[[Callable[[], T]], T] = policy.call_within  # type: ignore[attr-defined]
+    # FSDP hooks the outputs to gather the weights again for the backward pass, and warns about views.
+    result = call_unsharded(lambda: tree_map_only(Tensor, lambda out: out.clone() if out._is_view() else out, call()))
+    if not torch.is_grad_enabled():  # the backward pass would reshard
         policy.reshard()
     return result
 
 
 def resharded(policy: nn.Module) -> nn.Module:
-    """`policy`, its parameters being the shards, whatever pass was the last."""
+    """Return `policy` after making its parameters the shards again, whichever pass ran last."""
     if isinstance(policy, FSDPModule):
         policy.reshard()
     return policy
 
 
 def computing_dtype(policy: Any) -> torch.dtype:
-    """What passes compute in, which sharded weights are not kept in."""
+    """Return the dtype of the forward pass; sharded weights are kept in float32."""
     with torch.no_grad():
         dtype: torch.dtype = with_unsharded_params(
             policy, lambda: next(policy.get_input_embeddings().parameters()).dtype

@@ -1,4 +1,4 @@
-"""LoRA: low-rank updates of the linear layers are trained, the model's own weights stay as they are."""
+"""LoRA: train low-rank updates of the linear layers and freeze the model's weights."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,9 +16,9 @@ ADAPTER = "default"
 
 
 def add_lora(policy: Any, rank: int, alpha: int, *, seed: int, base: str) -> None:
-    """`W + alpha / rank * B A` in the place of each linear layer but the output; B is 0 at first. In place.
+    """Replace each linear layer but the output by `W + alpha / rank * B A`, in place; B starts at zero.
 
-    The same on every rank of a run, whatever else drew numbers before.
+    A depends on `seed` alone, so that it is equal on every rank.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -38,7 +38,7 @@ def add_lora(policy: Any, rank: int, alpha: int, *, seed: int, base: str) -> Non
 
 
 def _linear_layers(policy: Any) -> list[str]:
-    """Names of all linear layers of the body: the output layer is not one, and keeps its fast path."""
+    """Return the names of all linear layers except the output layer, which keeps its fast path."""
     output = policy.get_output_embeddings()
     kinds = ("Linear", "Conv1D")  # the second is GPT-2's
     return sorted(
@@ -48,9 +48,9 @@ def _linear_layers(policy: Any) -> list[str]:
 
 @contextmanager
 def without_lora(policy: nn.Module) -> Iterator[nn.Module]:
-    """`policy` as it was before training: its own weights, which are frozen, are the reference, and no copy is held.
+    """Yield `policy` with its adapters off: the frozen weights are the reference model, so no copy is needed.
 
-    Not by peft's own switch, which changes what needs a gradient, of shards too.
+    peft's `disable_adapter` is not used, because it also changes which parameters need a gradient.
     """
     layers: list[Any] = [module for module in policy.modules() if hasattr(module, "lora_A")]
     for layer in layers:
@@ -63,7 +63,7 @@ def without_lora(policy: nn.Module) -> Iterator[nn.Module]:
 
 
 def adapter_weights(policy: nn.Module) -> dict[str, Tensor]:
-    """A and B, as peft's own files name them. All ranks gather; empty where there is no LoRA."""
+    """Return A and B under the names of peft's files, gathered by all ranks; empty without LoRA."""
     return {
         f"base_model.model.{name.replace(f'.{ADAPTER}', '')}": fsdp.full_tensor(parameter.detach())
         for name, parameter in policy.named_parameters()
@@ -72,7 +72,7 @@ def adapter_weights(policy: nn.Module) -> dict[str, Tensor]:
 
 
 def save_adapter(policy: Any, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """As peft loads it: beside the merged model, for whoever wants the update alone."""
+    """Save the adapter as peft loads it, beside the merged model."""
     folder.mkdir()
     policy.lora_settings.save_pretrained(folder)
     save_file(

@@ -8,21 +8,18 @@ from drivers.policy import fsdp
 
 
 def training_state_bytes(policy: nn.Module) -> int:
-    """Bytes of the weights, and of those that are trained in float32 masters, gradients and both moments of AdamW.
-
-    Of several ranks, of one.
-    """
+    """Return the bytes per rank of the weights and, if trained, their masters, gradients and AdamW moments."""
     weights = sum(p.numel() * p.element_size() for p in policy.parameters())
     trained = sum(p.numel() * (16 if p.dtype != torch.float32 else 12) for p in policy.parameters() if p.requires_grad)
     return (weights + trained) // distributed.size()
 
 
 class PolicyOptimizer:
-    """AdamW for `policy`, constant rate, betas (0.9, 0.95), no weight decay.
+    """AdamW for `policy` with a constant learning rate, betas (0.9, 0.95) and no weight decay.
 
-    A policy that computes in float32 is updated in place. One that computes in bfloat16 would lose most updates to
-    rounding (at 1e-5 they are below half a unit in the last place of nearly every weight), and its gradients would
-    lose theirs in a sum over micro-batches: both live in float32 here, and each update is copied to the policy.
+    A float32 policy is updated in place. A bfloat16 policy would lose most updates to rounding: at a rate of 1e-5 they
+    are below half a unit in the last place of nearly every weight. Its gradients would lose small terms in the sum
+    over micro-batches. So masters and gradients are kept in float32, and each update is copied to the policy.
     """
 
     def __init__(self, policy: nn.Module, learning_rate: float) -> None:
@@ -42,7 +39,7 @@ class PolicyOptimizer:
 
         def move_gradient(p: Tensor) -> None:
             assert master.grad is not None  # zero_grad made it
-            assert p.grad is not None  # torch calls this hook once there is one
+            assert p.grad is not None  # torch calls this hook after it has set the gradient
             master.grad.add_(p.grad)
             p.grad = None
 
@@ -50,7 +47,7 @@ class PolicyOptimizer:
         return master
 
     def zero_grad(self) -> None:
-        """Zero, not absent: an update in which no response had a signal is one of gradient zero."""
+        """Set gradients to zero, not to None: a batch without signal is an update with gradient zero."""
         for master in self._masters:
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
@@ -58,12 +55,12 @@ class PolicyOptimizer:
                 master.grad.zero_()
 
     def clip(self, max_grad_norm: float) -> Tensor:
-        """Scale the gradient down to this norm. Returns what it was before."""
+        """Scale the gradient down to a norm of at most `max_grad_norm`, and return the norm before."""
         return fsdp.full_tensor(nn.utils.clip_grad_norm_(self._masters, max_grad_norm))
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update, and begin a new gradient."""
+        """Update the weights and set the gradient to zero."""
         self._adamw.step()
         self.n_updates += 1
         self._copy_to_policy()
@@ -76,7 +73,7 @@ class PolicyOptimizer:
                 parameter.copy_(master)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Master weights and both moments, in float32. The moments are there before the first update too, all zero."""
+        """Return the master weights and both moments, in float32; before the first update the moments are zero."""
         tensors = {}
         for name, master in zip(self._names, self._masters, strict=True):
             moments = self._adamw.state[master]
@@ -88,7 +85,7 @@ class PolicyOptimizer:
         return tensors
 
     def finish_loading(self, n_updates: int) -> None:
-        """What `tensors` gave was overwritten by what it was after `n_updates`: compute with it."""
+        """Refresh derived state after `tensors()` was overwritten from a checkpoint with `n_updates` updates."""
         self.n_updates = n_updates
         for master in self._masters:
             self._adamw.state[master]["step"].fill_(n_updates)
