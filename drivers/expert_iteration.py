@@ -12,12 +12,12 @@ from functools import partial
 
 from torch import nn
 
-from drivers.common import distributed
 from drivers.common.cli import exit_on_user_error
 from drivers.common.display import Display
 from drivers.common.errors import UsageError
 from drivers.common.signals import defer_signals
 from drivers.engines.protocol import RolloutEngine
+from drivers.engines.rank_zero import run_with_engine
 from drivers.grading.verdicts import Grader
 from drivers.settings.command_line import parse_settings
 from drivers.settings.grpo import GrpoConfig
@@ -47,7 +47,7 @@ def iterate(
     config = settings.of()
     untempered = replace(config, sampling_temperature=1.0)  # -log pi of the model as it is
     state = run.begin(TrainingState(config, policy))
-    distributed.run_on_rank_zero(lambda: engine.load_weights(version=state.step))
+    run_with_engine(engine, lambda: engine.load_weights(version=state.step))
     run.check_engine(engine, policy, val_set, version=state.step)
     if state.step == 0:
         run.evaluate(engine, val_set, grade, step=0)
@@ -55,7 +55,7 @@ def iterate(
     for step in run.steps():
         # D_b ~ D;  o_1 .. o_G ~ pi(. | q) for each question q of D_b;  r_i = R(q, o_i);  keep those with r_i = 1.
         sample = partial(collect, config, engine, grade, train_set, state.draw, run, step)
-        collected = distributed.run_on_rank_zero(sample)
+        collected = run_with_engine(engine, sample)
         graded = zip(collected.completions, collected.raw_rewards.tolist(), strict=True)
         right = [completion for completion, reward in graded if reward == 1]
 
@@ -73,7 +73,7 @@ def iterate(
 
         # The next samples are from the new policy.
         with run.phase("push"), defer_signals():
-            distributed.run_on_rank_zero(partial(engine.load_weights, version=step))
+            run_with_engine(engine, partial(engine.load_weights, version=step))
         if run.is_first(step):
             run.check_engine(engine, policy, val_set, version=step)
         if step % config.eval_steps == 0 or step == config.n_grpo_steps:

@@ -19,6 +19,7 @@ from drivers.common.display import Display
 from drivers.common.errors import UsageError
 from drivers.common.signals import defer_signals
 from drivers.engines.protocol import RolloutEngine
+from drivers.engines.rank_zero import run_with_engine
 from drivers.grading.pool import start_grading
 from drivers.grading.verdicts import Grader, grade_all
 from drivers.runs.completions import describe_demonstration
@@ -48,7 +49,7 @@ def fine_tune(
     """The loop. `config` is `SftConfig.of` these demonstrations; the engine samples for evaluations alone."""
     untempered = replace(config, sampling_temperature=1.0)  # -log pi of the model as it is
     state = run.begin(TrainingState(config, policy))
-    distributed.run_on_rank_zero(lambda: engine.load_weights(version=state.step))
+    run_with_engine(engine, lambda: engine.load_weights(version=state.step))
     run.check_engine(engine, policy, val_set, version=state.step)
     if state.step == 0:
         run.evaluate(engine, val_set, grade, step=0)
@@ -67,7 +68,7 @@ def fine_tune(
         is_due = step % config.eval_steps == 0 or step == config.n_grpo_steps
         if run.is_first(step) or is_due:
             with run.phase("push"), defer_signals():
-                distributed.run_on_rank_zero(partial(engine.load_weights, version=step))
+                run_with_engine(engine, partial(engine.load_weights, version=step))
             if run.is_first(step):
                 run.check_engine(engine, policy, val_set, version=step)
             if is_due:

@@ -11,10 +11,10 @@ from functools import partial
 
 from torch import nn
 
-from drivers.common import distributed
 from drivers.common.cli import exit_on_user_error
 from drivers.common.signals import defer_signals
 from drivers.engines.protocol import RolloutEngine
+from drivers.engines.rank_zero import run_with_engine
 from drivers.grading.verdicts import Grader
 from drivers.settings.command_line import parse_train_config
 from drivers.settings.formula import show
@@ -44,13 +44,13 @@ def train(
 ) -> None:
     """The loop. Its parts are built by `drivers.training.setup.prepare`, or by you."""
     state = run.begin(TrainingState(config, policy))
-    distributed.run_on_rank_zero(lambda: engine.load_weights(version=state.step))
+    run_with_engine(engine, lambda: engine.load_weights(version=state.step))
     run.check_engine(engine, policy, val_set, version=state.step)
     if state.step == 0:
         run.evaluate(engine, val_set, grade, step=0)
 
     sample = partial(collect, config, engine, grade, train_set, state.draw)
-    with RolloutPrefetcher(sample, state, run, config.async_steps, engine.sleep) as batches:
+    with RolloutPrefetcher(sample, state, run, config.async_steps, engine) as batches:
         for step in run.steps():
             # D_b ~ D;  o_1 .. o_G ~ pi_old(. | q) for each question q of D_b;  r_i = R(q, o_i).
             collected = batches.of(step)
@@ -73,7 +73,7 @@ def train(
             # pi_old <- pi.
             batches.wait()
             with run.phase("push"), defer_signals():
-                distributed.run_on_rank_zero(partial(engine.load_weights, version=step))
+                run_with_engine(engine, partial(engine.load_weights, version=step))
             if run.is_first(step):
                 run.check_engine(engine, policy, val_set, version=step)
             if step % config.eval_steps == 0 or step == config.n_grpo_steps:

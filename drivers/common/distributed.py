@@ -1,13 +1,13 @@
-"""Several processes that train one policy: torchrun starts them, FSDP2 gives each its shard of the weights.
+"""Several processes that train one policy: torchrun starts them, and FSDP2 gives each a shard of the weights.
 
-All of them run the same loop on the same rollouts. The first rank samples, grades and writes; its micro-batches are
-those of one process, dealt out. A gradient is a sum over ranks, never a mean: the loss's denominators are global.
+All ranks run the same loop on the same rollouts. Rank 0 also samples, grades and writes files. The micro-batches of a
+step are sharded across the ranks. A gradient is a sum over ranks, never a mean: the loss divides by global counts.
 """
 
 import atexit
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -20,10 +20,10 @@ from drivers.common.errors import UsageError
 T = TypeVar("T")
 
 
-def start(deadline_s: float, *, on_gpus: bool = True) -> None:
-    """Join the others, if torchrun started this process. Every wait for one of them ends after `deadline_s`.
+def start(timeout_s: float, *, on_gpus: bool = True) -> None:
+    """Join the process group if torchrun started this process; every wait for another rank fails after `timeout_s`.
 
-    `on_gpus`: each takes the GPU of its number on its machine, where there are any.
+    With `on_gpus`, each rank takes the GPU with its local number, if the machine has GPUs.
     """
     if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
         return
@@ -36,17 +36,17 @@ def start(deadline_s: float, *, on_gpus: bool = True) -> None:
                 "pass --policy-device cpu"
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # Before the group: what is registered later, by whom it may be, comes first at the exit.
-    atexit.register(_leave_at_once)
-    # What is said between hosts goes by gloo, what is computed by nccl.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=timedelta(seconds=deadline_s))
+    # Register before creating the group: atexit handlers run in reverse order.
+    atexit.register(_exit_immediately)
+    # gloo carries the messages between hosts, nccl the tensors.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=timedelta(seconds=timeout_s))
 
 
 _has_ended = False
 
 
 def end() -> None:
-    """Leave the others, all at once: who is still talking to one that has left would fail."""
+    """Leave the process group on all ranks together: a rank that still waits for one that has left would fail."""
     global _has_ended
     if size() > 1:
         dist.barrier()
@@ -54,11 +54,11 @@ def end() -> None:
         _has_ended = True
 
 
-def _leave_at_once() -> None:
-    """At the exit of a rank that has done all it had to: without the interpreter's own end.
+def _exit_immediately() -> None:
+    """Exit without the interpreter's shutdown, if this rank has finished its work.
 
-    Threads of the group outlive it where a sharded model holds it, and one that lets go of a tensor in that end aborts
-    the process (pytorch/pytorch#179291): torchrun would call a finished run failed.
+    A sharded model keeps threads of the process group alive. A thread that frees a tensor during the shutdown aborts
+    the process (pytorch/pytorch#179291), and torchrun would report a finished run as failed.
     """
     if _has_ended:
         sys.stdout.flush()
@@ -67,82 +67,49 @@ def _leave_at_once() -> None:
 
 
 def size() -> int:
-    """How many there are."""
+    """Return the number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which one this is, from 0; known before `start` too."""
+    """Return the number of this rank, from 0; it is known before `start` too."""
     if dist.is_initialized():
         return dist.get_rank()
     return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
 
 
 def is_first() -> bool:
+    """Return whether this is rank 0."""
     return rank() == 0
 
 
 def is_peer_failure(error: RuntimeError) -> bool:
-    """Whether it says that another rank does not answer."""
+    """Return whether the error says that another rank does not respond."""
     return size() > 1 and any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
 
 
-# --- what the first rank does, and the others follow -----------------------------------------------------------------
-_is_leading = False
+def run_on_rank_zero(call: Callable[[], T]) -> T:
+    """Return the result of `call()` on rank 0, on every rank. If it fails there, torchrun ends the other ranks.
 
-
-_followed: Iterable[Any] = ()
-"""What this rank iterates when the first one gathers weights in the middle of `lead`."""
-
-
-def run_on_rank_zero(act: Callable[[], T]) -> T:
-    """What `act` gives on the first rank, on all of them. If it fails there, torchrun ends the others.
-
-    Weights that it gathers in the meantime (for an engine that is started again) the others help to gather.
+    A call that uses the engine goes through `drivers.engines.rank_zero.run_with_engine` instead.
     """
-    global _is_leading
-    if size() == 1 or _is_leading:
-        return act()
-    if is_first():
-        _is_leading = True
-        try:
-            result = act()
-        finally:
-            _is_leading = False
-        _broadcast_object(("done", result))
-        return result
-    while True:
-        what, value = _broadcast_object(None)
-        if what == "done":
-            return value  # type: ignore[no-any-return]
-        for _ in _followed:
-            pass
+    if size() == 1:
+        return call()
+    return broadcast_object(call() if is_first() else None)  # type: ignore[return-value]
 
 
-def register_weight_gather(weights: Iterable[Any]) -> None:
-    """On the other ranks: iterate `weights` when the first rank summons them."""
-    global _followed
-    _followed = weights
-
-
-def request_weight_gather() -> None:
-    """On the first rank: in the middle of `lead`, the others iterate what they follow."""
-    if _is_leading:
-        _broadcast_object(("iterate", None))
-
-
-def _broadcast_object(message: Any) -> Any:
-    """From the first rank to all."""
-    box = [message]
+def broadcast_object(value: T | None) -> T:
+    """Return rank 0's `value` on every rank; the other ranks pass None."""
+    box: list[Any] = [value]
     dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return box[0]  # type: ignore[no-any-return]
 
 
-# --- what all of them do ---------------------------------------------------------------------------------------------
 def shard_across_ranks(items: Sequence[T]) -> Iterator[tuple[T, bool]]:
-    """This rank's items, and whether each counts. All ranks get equally many, for their passes must meet.
+    """Yield the items of this rank, each with whether it counts.
 
-    Where that does not come out even, the last item is worked on by several and counts once.
+    All ranks get the same number of items, because their forward passes are collective. Where that does not come out
+    even, several ranks get the last item and it counts once.
     """
     for first in range(0, len(items), size()):
         place = first + rank()
@@ -150,14 +117,14 @@ def shard_across_ranks(items: Sequence[T]) -> Iterator[tuple[T, bool]]:
 
 
 def all_reduce_sum_(tensor: Tensor) -> Tensor:
-    """The sum over ranks, in its place."""
+    """Sum the tensor over ranks, in place."""
     if size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def gather(value: T) -> list[T]:
-    """Every rank's value, on every rank."""
+    """Return the value of every rank, on every rank."""
     if size() == 1:
         return [value]
     values: list[Any] = [None] * size()

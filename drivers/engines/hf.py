@@ -1,41 +1,18 @@
 """Sample with Hugging Face `generate`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from drivers.common import distributed
 from drivers.engines.protocol import Completion
-from drivers.policy.weights import Checksum, PolicyWeights, checksums
+from drivers.policy.weights import Checksum, checksums
 from drivers.settings.sampling import Sampling
 
 
-class FollowingEngine:
-    """What the other ranks have for an engine: while the first one leads, they help to gather what it pushes."""
-
-    def __init__(self, weights: PolicyWeights) -> None:
-        distributed.register_weight_gather(weights)
-
-    def load_weights(self, version: int) -> None:
-        raise NotImplementedError("the first rank pushes")
-
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[Completion]:
-        raise NotImplementedError("the first rank samples")
-
-    def sleep(self) -> None:
-        pass
-
-    def received(self) -> list[dict[str, Checksum]]:
-        return []
-
-    def close(self) -> None:
-        pass
-
-
 class HFEngine:
-    """`policy.generate`: slow, runs wherever the policy does, and shares its weights, so it is never stale."""
+    """Samples with `policy.generate`: slow, but it shares the policy's device and weights, so it is never stale."""
 
     def __init__(self, policy: Any, tokenizer: Any, *, batch_size: int = 64) -> None:
         self._policy, self._tokenizer, self._batch_size = policy, tokenizer, batch_size
@@ -55,11 +32,11 @@ class HFEngine:
         pass
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[Completion]:
-        """See `RolloutEngine`. Left pads; greedy when the temperature is 0."""
+        """Sample `sampling.n` completions of each prompt, padded on the left; greedy at temperature 0."""
         repeated = [tuple(prompt) for prompt in prompts for _ in range(sampling.n)]
         devices = [self._policy.device] if self._policy.device.type == "cuda" else []
         completions: list[Completion] = []
-        training = self._policy.training  # as gradient checkpointing has it
+        training = self._policy.training  # on while gradient checkpointing is
         self._policy.eval()
         try:
             with torch.random.fork_rng(devices=devices), torch.no_grad():
@@ -78,7 +55,7 @@ class HFEngine:
         input_ids = torch.tensor([(pad,) * (width - len(p)) + p for p in prompts], device=self._policy.device)
         attended = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self._policy.device)
         greedy = sampling.temperature == 0
-        # A configuration of our own: the model's may carry top-p, top-k or a repetition penalty.
+        # A new configuration: the model's may have top-p, top-k or a repetition penalty.
         config = GenerationConfig(  # type: ignore[no-untyped-call]
             do_sample=not greedy,
             temperature=None if greedy else sampling.temperature,
@@ -90,7 +67,7 @@ class HFEngine:
             eos_token_id=self._end_ids,
             pad_token_id=pad,
             return_dict_in_generate=True,
-            output_logits=greedy,  # one of the two: each holds every step's values for the whole vocabulary
+            output_logits=greedy,  # logits or scores: each has the values of all steps for the whole vocabulary
             output_scores=not greedy,
         )
         out = self._policy.generate(
@@ -99,12 +76,14 @@ class HFEngine:
         sampled = out.sequences[:, width:].cpu()
         log_probs = _log_probs_of(sampled, out.logits if greedy else out.scores)
         return [
-            self._cut(p, ids, lp, sampling)
+            self._truncate(p, ids, lp, sampling)
             for p, ids, lp in zip(prompts, sampled.tolist(), log_probs.tolist(), strict=True)
         ]
 
-    def _cut(self, prompt: tuple[int, ...], ids: list[int], log_probs: list[float], sampling: Sampling) -> Completion:
-        """End a row of the padded batch where its own end token or stop string stands."""
+    def _truncate(
+        self, prompt: tuple[int, ...], ids: list[int], log_probs: list[float], sampling: Sampling
+    ) -> Completion:
+        """Return a row of the padded batch up to its first end token or stop string."""
         length = len(ids)
         finish_reason: Literal["stop", "length"] = "length"
         for position, token in enumerate(ids):
@@ -121,16 +100,16 @@ class HFEngine:
 
 
 def end_token_ids(policy: Any, tokenizer: Any) -> list[int]:
-    """What ends a response: any of those that the model's configuration names, and the tokenizer's."""
+    """Return the tokens that end a response: those of the model's configuration, and the tokenizer's."""
     configured = policy.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
 class HFReplica(HFEngine):
-    """`generate` of a whole copy, for a policy whose weights are spread over ranks."""
+    """Samples with an unsharded copy of a policy whose weights are sharded over ranks."""
 
-    def __init__(self, copy: Any, tokenizer: Any, weights: PolicyWeights) -> None:
+    def __init__(self, copy: Any, tokenizer: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
         super().__init__(copy, tokenizer)
         self._weights = weights
 
@@ -146,7 +125,7 @@ class HFReplica(HFEngine):
 
 
 def _log_probs_of(sampled: Tensor, scores: Sequence[Tensor]) -> Tensor:
-    """Log-prob of each sampled token, from the scores of each step."""
+    """Return the log-prob of each sampled token from the scores of each step."""
     columns = [
         torch.log_softmax(score.float(), dim=-1).gather(1, sampled[:, [step]].to(score.device))
         for step, score in enumerate(scores)

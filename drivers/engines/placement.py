@@ -8,17 +8,17 @@ from drivers.settings.grpo import GrpoConfig
 
 
 def shares_gpu(config: GrpoConfig, policy_device: torch.device, rollout_device: torch.device) -> bool:
-    """Whether policy and engine share a GPU: the engine sleeps while the policy trains."""
-    alone = distributed.size() == 1 and config.engine == "vllm" and not config.rollout_url
-    return alone and policy_device.type == "cuda" and policy_device == rollout_device
+    """Return whether policy and engine take turns on one GPU: the engine sleeps while the policy trains."""
+    is_single_vllm = distributed.size() == 1 and config.engine == "vllm" and not config.rollout_url
+    return is_single_vllm and policy_device.type == "cuda" and policy_device == rollout_device
 
 
 def engine_memory_fraction(reserved_bytes: int, total_bytes: int) -> float:
-    """The part of a GPU left for vLLM beside what else must stay there, less a tenth for all that is not counted."""
+    """Return the share of a GPU that is left for vLLM: a tenth is kept free for memory that is not counted."""
     share = 0.9 - reserved_bytes / total_bytes
     if share < 0.05:
         raise UsageError(
-            f"rollout_device: {reserved_bytes / 2**30:.1f} of the GPU's {total_bytes / 2**30:.1f} GiB are needed "
-            "beside vLLM, which leaves it no room; name a second GPU"
+            f"training needs {reserved_bytes / 2**30:.1f} of the GPU's {total_bytes / 2**30:.1f} GiB, which leaves "
+            "no room for vLLM; name a second GPU with --rollout-device"
         )
     return share

@@ -16,24 +16,24 @@ class Completion:
     """One sampled response, as the engine sampled it."""
 
     text: str
-    """Ends with the stop string, if that ended it."""
+    """Decoded response, including the stop string that ended it."""
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
-    """As sampled, the end token included: what training uses."""
+    """Sampled tokens, including the end token: training uses these."""
     log_probs: tuple[float, ...]
-    """Of each sampled token under the distribution it was drawn from, in nats."""
+    """Log-prob of each sampled token under the distribution that it was drawn from, in nats."""
     finish_reason: Literal["stop", "length"]
-    """`length`: cut off at the token limit."""
+    """`length`: truncated at the token limit."""
     weight_version: int | None = None
-    """The push that the sampling weights came from; None where the engine cannot tell."""
+    """Number of the push that brought the sampling weights; None if the engine does not report it."""
 
 
 def check_weight_version(version: int | None, engine: str, completions: list[Completion]) -> list[Completion]:
-    """`completions`, if all are from the weights that this engine was pushed last: samples of others are not taken."""
+    """Return `completions`; raise EngineDiedError if one was not sampled from the weights of the last push."""
     for other in {completion.weight_version for completion in completions} - {version}:
         raise EngineDiedError(
-            f"{engine} samples from the weights of push {other}, {version} was the last one: it has been started "
-            "again, or somebody else pushes"
+            f"{engine} has weight version {other}, expected {version}: it was restarted, or another trainer is "
+            "updating it"
         )
     return completions
 
@@ -42,28 +42,28 @@ class RolloutEngine(Protocol):
     """Samples from the policy as of the last `load_weights`."""
 
     def load_weights(self, version: int) -> None:
-        """Take over the policy's weights as they are now, and call them `version`."""
+        """Take the policy's current weights as `version`."""
         ...
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[Completion]:
-        """`sampling.n` completions of each prompt, in the order of the prompts, those of one prompt together."""
+        """Sample `sampling.n` completions of each prompt, in the order of the prompts."""
         ...
 
     def sleep(self) -> None:
-        """Hand shared device memory to the trainer until the next `load_weights`."""
+        """Give the memory of a shared GPU to the trainer until the next `load_weights`."""
         ...
 
     def received(self) -> list[dict[str, Checksum]]:
-        """Checksums of the last push, taken where it arrived, once for each worker; none where nothing travels."""
+        """Return each worker's checksums of the last push; an engine that shares the weights has none."""
         ...
 
     def close(self) -> None:
-        """Free what the engine holds; it is not used again. Waits for a `generate` that runs in another thread."""
+        """Shut the engine down for good, after a `generate` that runs in another thread."""
         ...
 
 
 def describe_completions(completions: Sequence[Completion]) -> dict[str, float]:
-    """Lengths, cut-offs, and the entropy estimate that the sampler's own log-probs give."""
+    """Return lengths, the share of truncated responses, and the entropy that the sampler's log-probs estimate."""
     lengths = torch.tensor([len(completion.token_ids) for completion in completions], dtype=torch.float64)
     log_probs = torch.tensor(
         [value for completion in completions for value in completion.log_probs], dtype=torch.float64

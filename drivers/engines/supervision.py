@@ -1,4 +1,4 @@
-"""An engine in a process of its own: each wait has an end, a death is noticed, and nothing is left behind."""
+"""Supervise an engine outside this process: every wait has a limit, and an engine that dies is started again."""
 
 import os
 import signal
@@ -18,60 +18,61 @@ from drivers.settings.sampling import Sampling
 T = TypeVar("T")
 
 
-# vLLM 0.32 waits on for an answer of an engine that was killed: its own watch closes the sockets, and wakes nobody.
-_LOOK_EVERY_S = 0.2
+# vLLM 0.32 keeps waiting for an answer of an engine that was killed, so its process is polled.
+_POLL_INTERVAL_S = 0.2
 
 
-_COME_OUT_S = 10.0
+_MAX_UNWIND_S = 10.0
+"""Time for the calling thread to finish after its engine was given up."""
 
 
 def in_thread(call: Callable[[], T], name: str) -> Future[T]:
-    """What `call` gives, in a thread that nobody waits for when the program ends: it may never come out."""
+    """Run `call` in a daemon thread, which does not keep the program alive if `call` never returns."""
     answer: Future[T] = Future()
 
-    def ask() -> None:
+    def run() -> None:
         try:
             answer.set_result(call())
         except BaseException as error:
             answer.set_exception(error)
 
-    threading.Thread(target=ask, daemon=True, name=name).start()
+    threading.Thread(target=run, daemon=True, name=name).start()
     return answer
 
 
 def call_with_timeout(
-    seconds: float,
+    timeout_s: float,
     call: Callable[[], T],
     is_alive: Callable[[], bool] = lambda: True,
     give_up: Callable[[], None] = lambda: None,
 ) -> T:
-    """The answer of `call`; a TimeoutError, or an EngineDiedError as soon as who ought to answer `is_alive` no more.
+    """Return `call()`; raise TimeoutError after `timeout_s`, or EngineDiedError once the engine is not `is_alive`.
 
-    Ctrl-C or SIGTERM that a push holds back ends the wait when it comes a second time.
+    A second Ctrl-C or SIGTERM ends the wait, although a push defers signals.
 
-    Before either error, `give_up` is to end what the thread that asked waits for, and it gets some seconds to come
-    out: a successor of the engine is pushed the same weights, which that thread may be gathering.
+    Before either error, `give_up` must end what the calling thread waits for, and the thread gets some seconds to
+    finish: it may be gathering the weights that the next engine is pushed.
     """
     if not is_alive():
-        raise EngineDiedError("its process has ended")
+        raise EngineDiedError("its process has exited")
     answer = in_thread(call, "engine")
-    end = time.monotonic() + seconds
+    end = time.monotonic() + timeout_s
     with allow_second_signal():
-        while not wait([answer], timeout=_LOOK_EVERY_S).done:
-            died = not is_alive()
-            if died or time.monotonic() > end:
-                with suppress(Exception):  # what it fails of is no news of an engine that failed
+        while not wait([answer], timeout=_POLL_INTERVAL_S).done:
+            has_died = not is_alive()
+            if has_died or time.monotonic() > end:
+                with suppress(Exception):  # an engine that failed may fail to close too
                     give_up()
-                wait([answer], _COME_OUT_S)
-                raise EngineDiedError("its process has ended") if died else TimeoutError
+                wait([answer], _MAX_UNWIND_S)
+                raise EngineDiedError("its process has exited") if has_died else TimeoutError
     return answer.result()
 
 
 class SupervisedEngine:
-    """A `RolloutEngine` that is started again when it dies, with the weights as they are, and asked again.
+    """A `RolloutEngine` that is started again when it dies, with the current weights, and asked again.
 
-    Requests carry their seeds, so that what was lost is sampled again as it would have been. Once for each request:
-    an engine that dies of the same request twice ends the run.
+    Requests carry their seeds, so a lost sample is drawn again as it would have been. An engine that dies twice of the
+    same request ends the run.
     """
 
     def __init__(self, start: Callable[[], RolloutEngine], say: Callable[[str], None]) -> None:
@@ -80,21 +81,21 @@ class SupervisedEngine:
         self._version: int | None = None
 
     def load_weights(self, version: int) -> None:
-        """See `RolloutEngine`; a dead engine is started again."""
+        """Push the weights; restart a dead engine."""
         self._version = version
         try:
             self._engine.load_weights(version)
         except EngineDiedError as error:
-            self._start_again(error)
+            self._restart(error)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[Completion]:
-        """See `RolloutEngine`. In the background a death is told: the policy may be in the middle of an update."""
+        """Sample; restart a dead engine. In a background thread raise instead: the policy may be half updated."""
         try:
             return self._engine.generate(prompts, sampling, seed=seed)
         except EngineDiedError as error:
             if threading.current_thread() is not threading.main_thread():
                 raise
-            self._start_again(error)
+            self._restart(error)
         return self._engine.generate(prompts, sampling, seed=seed)
 
     def sleep(self) -> None:
@@ -106,47 +107,47 @@ class SupervisedEngine:
     def close(self) -> None:
         self._engine.close()
 
-    def _start_again(self, error: EngineDiedError) -> None:
-        self._say(f"warning: {error}; it is started again, with the policy's weights as they are")
-        with suppress(Exception):  # of a dead engine nothing is asked but that it leaves nothing behind
+    def _restart(self, error: EngineDiedError) -> None:
+        self._say(f"warning: {error}; restarting the engine with the policy's current weights")
+        with suppress(Exception):  # a dead engine may fail to close
             self._engine.close()
         try:
             self._engine = self._start()
-        except Exception as failure:  # which ends the run, whatever it is, and was no mistake in a flag at the start
+        except Exception as failure:  # no UsageError: the engine has started once, so the flags are right
             reason = " ".join(str(failure).split())[:600]
-            raise EngineDiedError(f"{error}; it cannot be started again: {reason}") from failure
+            raise EngineDiedError(f"{error}; the engine cannot be restarted: {reason}") from failure
         if self._version is not None:
             self._engine.load_weights(self._version)
 
 
 TRAINER = "GRPO_TRAINER_PID"
-"""Environment variable by which a process of the engine knows whose it is."""
+"""Environment variable with the process id of the trainer, for the engine's process."""
 
 
-def exit_when_trainer_exits(seconds: float = 1.0) -> None:
-    """In the engine's process, whose worker is in it too: end it when the trainer is gone, whatever ended that.
+def exit_when_trainer_exits(interval_s: float = 1.0) -> None:
+    """Kill this process, which is the engine's, once the trainer has exited for whatever reason.
 
-    It alone: by then the parent of an engine that was starting is whoever adopts orphans.
+    It watches the trainer's process id: when a trainer dies while its engine starts, the engine gets another parent.
     """
     trainer = int(os.environ.get(TRAINER, "0"))
     if trainer in (0, os.getpid()):
         return
 
     def watch() -> None:
-        is_there = True
-        while is_there:
-            time.sleep(seconds)
-            with suppress(Exception):  # what cannot be looked at (no descriptor is left) is looked at again
-                is_there = is_running(trainer)
+        is_trainer_running = True
+        while is_trainer_running:
+            time.sleep(interval_s)
+            with suppress(Exception):  # without a free file descriptor, look again later
+                is_trainer_running = is_running(trainer)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    threading.Thread(target=watch, daemon=True, name="end-with-trainer").start()
+    threading.Thread(target=watch, daemon=True, name="exit-with-trainer").start()
 
 
 def is_running(pid: int | None) -> bool:
-    """Whoever has waited for it: `multiprocessing` takes a child that somebody else has waited for to be alive."""
+    """Return whether a process runs, even if another thread has waited for it, which `multiprocessing` misses."""
     try:
-        with open(f"/proc/{pid}/stat") as file:  # a zombie is there, and dead
+        with open(f"/proc/{pid}/stat") as file:  # a zombie has an entry too
             return file.read().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):  # gone before it was opened, or before it was read
+    except (FileNotFoundError, ProcessLookupError):  # it exited before the file was opened, or before it was read
         return False

@@ -1,4 +1,4 @@
-"""Transfer weights from the trainer to vLLM workers."""
+"""Transfer weights from the trainer to vLLM workers. vLLM imports this module in each of its processes."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,23 +20,28 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
+from drivers.engines.supervision import exit_when_trainer_exits
+from drivers.policy.weight_gatherer import WeightGatherer
 from drivers.policy.weights import Checksum, checksum, on_host
 
 PACKED_BUFFER_BYTES = 256 << 20
-"""Weights go over NCCL in buffers of this size, two on each side."""
+"""Size of each of NCCL's two send buffers."""
 
 
-# --- what arrives is checked -----------------------------------------------------------------------------------------
+exit_when_trainer_exits()
+
+
+# --- checksums of what arrives ---------------------------------------------------------------------------------------
 class ChecksummingModel:
-    """The model of a worker while it takes weights over: each is summed up where it arrives, then loaded."""
+    """A worker's model during a push: it takes the checksum of each tensor that arrives, then loads it."""
 
     def __init__(self, model: Any) -> None:
         self._model, self._sums = model, dict[str, Tensor]()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
-        return self._model.load_weights(self._watch(weights))
+        return self._model.load_weights(self._with_checksums(weights))
 
-    def _watch(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def _with_checksums(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, weight in weights:
             self._sums[name] = checksum(weight)
             yield name, weight
@@ -46,7 +51,7 @@ class ChecksummingModel:
 
 
 class CheckedNCCLEngine(NCCLWeightTransferEngine):  # type: ignore[misc]
-    """vLLM's own, with a sum of each tensor that it receives."""
+    """vLLM's NCCL receiver, with a checksum of each tensor that it receives."""
 
     model: Any
     received: ChecksummingModel | None = None
@@ -63,19 +68,19 @@ class CheckedNCCLEngine(NCCLWeightTransferEngine):  # type: ignore[misc]
 # --- the `host` backend: trainer and engine on one machine, without a GPU between them -------------------------------
 @dataclass
 class HostInit(WeightTransferInitInfo):  # type: ignore[misc]
-    """Nothing to agree on beforehand."""
+    """Empty: the two sides need not agree on anything beforehand."""
 
 
 @dataclass
 class HostUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """The policy's parameters: by reference in one process, as a safetensors file for another."""
+    """The policy's weights: by reference in one process, as a safetensors file for another."""
 
     tensors: Any = None
     path: str | None = None
 
 
 class HostWorkerEngine(WeightTransferEngine[HostInit, HostUpdate]):  # type: ignore[misc]
-    """The engine's side: load what the trainer hands over."""
+    """The receiver: it loads what the trainer hands over."""
 
     init_info_cls, update_info_cls = HostInit, HostUpdate
     received: ChecksummingModel | None = None
@@ -98,7 +103,7 @@ class HostWorkerEngine(WeightTransferEngine[HostInit, HostUpdate]):  # type: ign
             self.received.load_weights(update_info.tensors)
             return
         with safe_open(update_info.path, "pt") as file:
-            names = file.keys()  # of a mapping that cannot be iterated
+            names = file.keys()  # the file itself cannot be iterated
             self.received.load_weights((name, file.get_tensor(name)) for name in names)
 
     def finish_weight_update(self) -> None:
@@ -106,7 +111,7 @@ class HostWorkerEngine(WeightTransferEngine[HostInit, HostUpdate]):  # type: ign
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         finalize_layerwise_reload(self.model, self.model_config)
-        # On CPU a head tied to the embedding holds a packed copy of its own, which the reload above does not refresh.
+        # On a CPU, a head that is tied to the embedding keeps a packed copy, which the reload does not refresh.
         for module in self.model.modules():
             if isinstance(module, ParallelLMHead):
                 module.quant_method.process_weights_after_loading(module)
@@ -114,15 +119,15 @@ class HostWorkerEngine(WeightTransferEngine[HostInit, HostUpdate]):  # type: ign
 
 @dataclass
 class HostTrainerInit(TrainerInitInfo):  # type: ignore[misc]
-    """The trainer is one process: rank 0."""
+    """Settings of the sender."""
 
     backend: ClassVar[str] = "host"
     by_file: bool = False
-    """For an engine in a process of its own."""
+    """Send through a file in memory, to an engine in a separate process."""
 
 
 class HostTrainerEngine(TrainerWeightTransferEngine[HostTrainerInit]):  # type: ignore[misc]
-    """The trainer's side: one call per push."""
+    """The sender: one call per push."""
 
     init_info_cls = HostTrainerInit
     file: BinaryIO | None = None
@@ -131,7 +136,7 @@ class HostTrainerEngine(TrainerWeightTransferEngine[HostTrainerInit]):  # type: 
     def trainer_init(cls, init_info: HostTrainerInit, *, client: Any, source: Any = None) -> "HostTrainerEngine":
         engine = cls(client=client, source=source, is_sender=init_info.is_sender)
         client.init_weight_transfer_engine({})
-        # Anonymous memory with a name under /proc: it ends with this process, however that ends.
+        # Anonymous memory with a name under /proc: the kernel frees it when this process exits, even by a kill.
         engine.file = open(os.memfd_create("weights"), "wb") if init_info.by_file else None  # noqa: SIM115
         return engine
 
@@ -139,7 +144,7 @@ class HostTrainerEngine(TrainerWeightTransferEngine[HostTrainerInit]):  # type: 
     def send_weights(self) -> None:
         update: dict[str, Any] = {"tensors": self.source}
         file = self.file
-        if file is not None:  # an object, not a number: that may be another file's when this was shut down meanwhile
+        if file is not None:  # not a file number: after a shutdown in another thread it could be another file's
             file.write(save({name: tensor.detach().contiguous() for name, tensor in self.source}))
             file.flush()
             update = {"path": f"/proc/{os.getpid()}/fd/{file.fileno()}"}
@@ -157,10 +162,10 @@ class HostTrainerEngine(TrainerWeightTransferEngine[HostTrainerInit]):  # type: 
 
 
 class WorkerExtension:
-    """vLLM mixes this class into each worker; importing this module is what registers the backends there."""
+    """Methods that vLLM adds to each worker. Its name makes vLLM import this module, which registers the backends."""
 
     def received_checksums(self) -> dict[str, Checksum]:
-        """Of the last push."""
+        """Return the checksums of the last push."""
         received = self.weight_transfer_engine.received  # type: ignore[attr-defined]
         return {} if received is None else received.checksums()
 
@@ -172,7 +177,7 @@ if "host" not in WeightTransferEngineFactory._registry:
 
 
 class LocalClient:
-    """The four calls that a trainer-side transfer engine makes, answered by an `LLM` object of this process."""
+    """The four calls of a sender, answered by an `LLM` object in this process."""
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
@@ -190,10 +195,31 @@ class LocalClient:
         self.llm.finish_weight_update(weight_version)
 
 
-def synchronize_before_send(device: torch.device) -> None:
-    """Before the policy's weights on `device` are sent: all that is still to change them there is done.
+class WeightSender:
+    """Sends the policy's weights to vLLM workers, over the backend that `init` names."""
 
-    NCCL's sender packs on streams of its own, which wait for nobody's, and a new thread's device is the first one.
+    def __init__(self, weights: WeightGatherer, init: TrainerInitInfo, client: Any) -> None:
+        synchronize_before_send(weights.device)
+        self._weights = weights
+        self.transfer: TrainerWeightTransferEngine[Any] = WeightTransferTrainerFactory.trainer_init(
+            init, client=client, source=weights
+        )
+
+    def send(self) -> dict[str, Checksum]:
+        """Send all tensors and return the checksums of those that were sent."""
+        self._weights.take_checksums()  # discard those of an earlier iteration
+        self.transfer.send_weights()
+        synchronize_before_send(self._weights.device)  # the checksums too are computed on the sender's streams
+        return self._weights.take_checksums()
+
+    def shutdown(self) -> None:
+        self.transfer.shutdown()
+
+
+def synchronize_before_send(device: torch.device) -> None:
+    """Wait for pending work on the weights on `device`, and make it the current device of this thread.
+
+    NCCL's sender packs on separate streams, which do not wait for others, and a new thread starts on the first GPU.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -201,11 +227,11 @@ def synchronize_before_send(device: torch.device) -> None:
 
 
 def version_of(spans: Sequence[str]) -> int | None:
-    """The push that all parts of a response were sampled from; None where they are of several, or of none of ours."""
+    """Return the push that all parts of a response were sampled from; None if there are several, or an unknown one."""
     versions = set(spans)
     return int(versions.pop()) if len(versions) == 1 and spans[0].isdigit() else None
 
 
 def read_checksums(workers: Sequence[Mapping[str, Sequence[int]]]) -> list[dict[str, Checksum]]:
-    """As they come from another process, pairs are lists."""
+    """Return workers' checksums as tuples: another process sends them as lists."""
     return [{name: (first, second) for name, (first, second) in sums.items()} for sums in workers]

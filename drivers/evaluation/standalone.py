@@ -12,6 +12,7 @@ import torch
 from drivers.common.atomic_files import write_json, write_jsonl
 from drivers.common.errors import UsageError
 from drivers.engines.factory import make_engine
+from drivers.engines.options import EngineOptions
 from drivers.evaluation.comparison import Rows, Values, flatten, print_results, read_earlier
 from drivers.evaluation.outcomes import category_of, compare, describe
 from drivers.evaluation.policy import evaluate_policy
@@ -19,6 +20,7 @@ from drivers.grading.pool import start_grading
 from drivers.grading.verdicts import Grader
 from drivers.policy.devices import choose_device, choose_dtype, default_policy_device
 from drivers.policy.loading import context_length, load_policy, load_tokenizer, resolve_model
+from drivers.policy.weight_gatherer import WeightGatherer
 from drivers.runs.folder import abandon_run_folder, create_run_folder
 from drivers.runs.log import describe_environment
 from drivers.settings.evaluate import EvaluateConfig
@@ -96,18 +98,16 @@ def sample_and_grade(
     """`evaluate_policy` of each data set, with the model and the engine that the settings name."""
     dtype = choose_dtype(config.dtype, device)
     policy = load_policy(asked.model_path, device, dtype)
-    engine = make_engine(
-        config.engine,
+    options = EngineOptions(
         model_path=asked.model_path,
-        policy=policy,
-        tokenizer=asked.tokenizer,
         device=device,
         dtype=dtype,
         max_model_len=max(q.n_tokens(config.sampling_max_tokens) for some in asked.questions.values() for q in some),
+        seed=config.seed,
         gpu_memory_utilization=config.gpu_memory_utilization,
         reserved_bytes=sum(p.numel() * p.element_size() for p in policy.parameters()),
-        seed=config.seed,
     )
+    engine = make_engine(config.engine, options, WeightGatherer(policy, dtype), asked.tokenizer)
     values: Values = {}
     rows: Rows = {}
     try:

@@ -10,6 +10,7 @@ from types import TracebackType
 from drivers.common import distributed
 from drivers.common.errors import EngineDiedError, TrainingAbortedError
 from drivers.engines.protocol import Completion, RolloutEngine, describe_completions
+from drivers.engines.rank_zero import run_with_engine
 from drivers.grading.summary import describe_grades
 from drivers.grading.verdicts import Graded, Grader, grade_all
 from drivers.runs.completions import describe_sample, describe_tokens
@@ -32,10 +33,9 @@ class RolloutPrefetcher:
         state: TrainingState,
         run: Run,
         async_steps: int,
-        rest: Callable[[], None] = lambda: None,
+        engine: RolloutEngine,
     ) -> None:
-        """`rest`: the engine's `sleep`. A batch that is collected ends with it, one of the checkpoint has none."""
-        self._collect, self._state, self._run, self._rest = collect_step, state, run, rest
+        self._collect, self._state, self._run, self._engine = collect_step, state, run, engine
         ahead = async_steps and distributed.is_first()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="rollouts") if ahead else None
         self._ahead: tuple[int, Run, Future[StepRollouts]] | None = None
@@ -53,7 +53,7 @@ class RolloutPrefetcher:
 
     def of(self, step: int) -> StepRollouts:
         """The batch of this step: what was begun for it, or else sampled now. The same on all ranks."""
-        return distributed.run_on_rank_zero(lambda: self._of(step))
+        return run_with_engine(self._engine, lambda: self._of(step))
 
     def _of(self, step: int) -> StepRollouts:
         pending, self._state.pending = self._state.pending, None
@@ -63,7 +63,7 @@ class RolloutPrefetcher:
             self._run.add_times(ahead[1])
         if pending is None:
             return self._collect(self._run, step)
-        self._rest()
+        self._engine.sleep()  # a batch that was not sampled now did not end with it
         return pending
 
     def begin(self, step: int) -> None:

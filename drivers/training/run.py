@@ -17,6 +17,7 @@ from drivers.common.display import Display
 from drivers.common.errors import TrainingAbortedError, UsageError, first_line
 from drivers.common.signals import defer_signals
 from drivers.engines.protocol import RolloutEngine
+from drivers.engines.rank_zero import run_with_engine
 from drivers.evaluation.policy import evaluate_policy
 from drivers.grading.verdicts import Grader
 from drivers.policy import fsdp
@@ -185,7 +186,8 @@ class Run:
         """Held-out accuracy, logged and shown with some completions. The same noise at every evaluation."""
         n_shown, sampling = self.config.n_logged_completions, self.config.sampling.alone()
         with self.phase("evaluate"):
-            values, rows = distributed.run_on_rank_zero(
+            values, rows = run_with_engine(
+                engine,
                 lambda: evaluate_policy(
                     engine,
                     questions,
@@ -194,7 +196,7 @@ class Run:
                     seed=EVALUATION_SEED,
                     n_shown=n_shown,
                     tokenizer=self.tokenizer,
-                )
+                ),
             )
         if self.state is not None:
             self.state.accuracies |= {step: values["accuracy"]} if "accuracy" in values else {}

@@ -9,6 +9,7 @@ from torch import nn
 from drivers.common import distributed
 from drivers.common.errors import TrainingAbortedError
 from drivers.engines.protocol import RolloutEngine
+from drivers.engines.rank_zero import run_with_engine
 from drivers.policy import fsdp
 from drivers.policy.weights import PolicyWeights, check_arrived
 from drivers.settings.sampling import Sampling
@@ -50,7 +51,7 @@ def check_engine(
     The first `min_tokens` tokens of a response are left out: there only the sampler hides the end token.
     """
     n_weights = check_weights(engine, policy, version)
-    completions = distributed.run_on_rank_zero(lambda: engine.generate(prompts, sampling, seed=seed))
+    completions = run_with_engine(engine, lambda: engine.generate(prompts, sampling, seed=seed))
     rollouts = make_rollout_batch(completions, torch.zeros(len(completions))).to(next(policy.parameters()).device)
     compared = rollouts.response_mask.clone()
     compared[:, : sampling.min_tokens] = False
@@ -80,7 +81,7 @@ def check_engine(
 
 def check_weights(engine: RolloutEngine, policy: nn.Module, version: int) -> int:
     """How many tensors each worker of the engine received; an error if any is not the policy's, bit for bit."""
-    received = distributed.run_on_rank_zero(engine.received)
+    received = run_with_engine(engine, engine.received)
     if not received:
         return 0
     expected = PolicyWeights(policy, fsdp.computing_dtype(policy)).checksums()

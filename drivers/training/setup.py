@@ -13,8 +13,10 @@ from drivers.common import distributed
 from drivers.common.display import Display
 from drivers.common.errors import UsageError
 from drivers.engines.factory import make_engine
-from drivers.engines.hf import FollowingEngine, HFReplica, end_token_ids
+from drivers.engines.hf import HFReplica, end_token_ids
+from drivers.engines.options import EngineOptions
 from drivers.engines.protocol import RolloutEngine
+from drivers.engines.rank_zero import EngineOnRankZero
 from drivers.grading.loading import BUILT_IN
 from drivers.grading.pool import GradingPool, start_grading
 from drivers.grading.verdicts import Grader, make_inline_grader
@@ -23,7 +25,7 @@ from drivers.policy.devices import choose_devices, choose_dtype
 from drivers.policy.loading import context_length, load_policy, load_tokenizer, resolve_model, tune_malloc
 from drivers.policy.lora import add_lora
 from drivers.policy.optimizer import training_state_bytes
-from drivers.policy.weights import PolicyWeights
+from drivers.policy.weight_gatherer import WeightGatherer
 from drivers.runs.checkpoint import precision_of, read_facts
 from drivers.runs.folder import abandon_run_folder, release_run_lock
 from drivers.runs.resume import RUN_MARKER, open_run_folder
@@ -159,30 +161,20 @@ def load_models(
         reference = load(lora=False).requires_grad_(False)
         reference_bytes = weight_bytes(reference)
     plan = configure_memory(config, policy, longest_prompt, reference_bytes, rollout_device)
-    weights = PolicyWeights(policy, dtype)
-    engine: RolloutEngine
-    if not distributed.is_first():
-        engine = FollowingEngine(weights)
-    elif config.engine == "hf" and distributed.size() > 1:
-        copy = load_policy(model_path, policy_device, dtype, longest_row, config.attention)
-        engine = HFReplica(copy, tokenizer, weights)
-    else:
-        engine = make_engine(
-            config.engine,
-            model_path=model_path,
-            policy=policy,
-            tokenizer=tokenizer,
-            device=rollout_device,
-            dtype=dtype,
-            max_model_len=longest_prompt + config.sampling_max_tokens,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            reserved_bytes=training_state_bytes(policy) + reference_bytes,
-            seed=config.seed,
-            own_process=config.rollout_process == "own" or distributed.size() > 1,
-            deadline_s=config.engine_deadline_s,
-            urls=config.rollout_url,
-            say=display.say,
-        )
+    options = EngineOptions(
+        model_path=model_path,
+        device=rollout_device,
+        dtype=dtype,
+        max_model_len=longest_prompt + config.sampling_max_tokens,
+        seed=config.seed,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        reserved_bytes=training_state_bytes(policy) + reference_bytes,
+        own_process=config.rollout_process == "own" or distributed.size() > 1,
+        deadline_s=config.engine_deadline_s,
+        urls=config.rollout_url,
+    )
+    load_copy = partial(load_policy, model_path, policy_device, dtype, longest_row, config.attention)
+    engine = make_engine_for_rank(config, options, WeightGatherer(policy, dtype), tokenizer, load_copy, display.say)
     size, several = (
         sum(p.numel() for p in policy.parameters()),
         f"{distributed.size()} x " if distributed.size() > 1 else "",
@@ -202,6 +194,24 @@ def load_models(
     if not plan.fits:
         display.say("warning: that may not fit: lower --micro-batch-tokens, or pass --gradient-checkpointing on")
     return policy, reference, engine
+
+
+def make_engine_for_rank(
+    config: GrpoConfig,
+    options: EngineOptions,
+    weights: WeightGatherer,
+    tokenizer: Any,
+    load_copy: Callable[[], nn.Module],
+    say: Callable[[str], None],
+) -> RolloutEngine:
+    """Start the engine on rank 0; the other ranks help to gather the weights that it needs."""
+    if distributed.size() == 1:
+        return make_engine(config.engine, options, weights, tokenizer, say)
+    if not distributed.is_first():
+        return EngineOnRankZero(None, weights)
+    if config.engine == "hf":  # `generate` cannot sample from shards
+        return EngineOnRankZero(HFReplica(load_copy(), tokenizer, weights), weights)
+    return EngineOnRankZero(make_engine(config.engine, options, weights, tokenizer, say), weights)
 
 
 def load_sharded(

@@ -7,11 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from tokenizers.processors import TemplateProcessing
 
 from drivers.common.errors import UsageError
-from drivers.engines.factory import make_engine
 from drivers.engines.hf import HFEngine
 from drivers.policy.loading import embedded_model, load_tokenizer
 from drivers.settings.evaluate import EvaluateConfig
@@ -19,6 +17,7 @@ from drivers.settings.imitation import ExpertIterationConfig, SftConfig
 from drivers.tasks.chat import use_end_of_turn_as_eos
 from drivers.tasks.demonstrations import WorkedExample, make_demonstrations
 from drivers.tasks.questions import Example, Prompt, load_prompt, make_questions
+from tests.drivers.helpers.engines import make_vllm_engine
 from tests.drivers.helpers.letters import make_tiny_config
 from tests.tiny import make_tiny_policy, make_tiny_tokenizer, save_tiny
 
@@ -102,26 +101,14 @@ def test_vllm_engine_gets_end_of_turn_token(urls, monkeypatch):
     """vLLM reads the model's folder itself, which may name another token."""
     told = {}
 
-    def start(*_, **settings):
-        told.update(settings)
+    def start(_options, _weights, end_token_id):
+        told["end_token_id"] = end_token_id
 
     monkeypatch.setitem(sys.modules, "drivers.engines.vllm", SimpleNamespace(VLLMEngine=start))
     monkeypatch.setitem(sys.modules, "drivers.engines.vllm_server", SimpleNamespace(ServerEngine=start))
     tokenizer = tokenizer_with(CHATML)
     use_end_of_turn_as_eos(tokenizer, "tiny")
-    make_engine(
-        "vllm",
-        model_path="unused",
-        policy=make_tiny_policy(),
-        tokenizer=tokenizer,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        max_model_len=64,
-        gpu_memory_utilization=0.5,
-        reserved_bytes=0,
-        seed=0,
-        urls=urls,
-    )
+    make_vllm_engine(make_tiny_policy(), tokenizer=tokenizer, urls=urls)
     assert told["end_token_id"] == tokenizer.convert_tokens_to_ids(END)
 
 

@@ -9,14 +9,15 @@ import torch
 
 from drivers.common.errors import EngineDiedError, TrainingAbortedError, UsageError
 from drivers.engines.hf import HFEngine
+from drivers.policy.weight_gatherer import WeightGatherer
 from drivers.policy.weights import checksums
 from drivers.settings.sampling import Sampling
 from drivers.training.self_check import check_engine
 from tests.drivers.helpers.engines import (
     PROMPTS,
-    VLLM_SETTINGS,
     FaultyWeights,
     compute_log_probs,
+    make_options,
     make_vllm_engine,
     start_vllm,
 )
@@ -211,14 +212,16 @@ def test_generate_tokenizer_end_token_ends_response(subject, monkeypatch):
 @pytest.mark.vllm
 def test_vllm_on_shared_gpu_wakes_weights_before_cache(tmp_path, monkeypatch):
     """The cache comes back after the push, so that their peaks do not add up. The calls are checked on the CPU."""
+    from drivers.engines.vllm_startup import Placement
+
     policy, calls = make_tiny_policy(3), []
     engine = start_vllm(tmp_path, policy)
     try:
-        send = engine._sender.send_weights
-        monkeypatch.setattr(engine._sender, "send_weights", lambda: (calls.append("send"), send()))
+        send = engine._sender.transfer.send_weights
+        monkeypatch.setattr(engine._sender.transfer, "send_weights", lambda: (calls.append("send"), send()))
         monkeypatch.setattr(engine._llm, "wake_up", lambda tags: calls.append(*tags))
         monkeypatch.setattr(engine._llm, "sleep", lambda level: calls.append(f"sleep {level}"))
-        engine._shares_gpu = True
+        engine._placement = Placement(has_own_gpu=False, shares_gpu=True, has_own_process=False)
         engine.load_weights(0)
         engine.sleep()
         engine.sleep()  # it is asleep already
@@ -261,8 +264,9 @@ def test_faulty_push_fails_by_checksum_and_by_log_probs(subject, fault, seen, mo
         "partial": [pair for pair in fresh if "layers.1" not in pair[0]] + [p for p in stale if "layers.1" in p[0]],
     }
     with monkeypatch.context() as patch:
-        patch.setattr(subject.engine._sender, "source", FaultyWeights(subject.engine._weights, sent[fault]))
-        message = "disagree on the log-probs" if seen == "log-probs" else "others than the policy"
+        transfer = subject.engine._sender.transfer
+        patch.setattr(transfer, "source", FaultyWeights(transfer.source, sent[fault]))
+        message = "disagree on the log-probs" if seen == "log-probs" else "differ between the policy"
         if seen == "push":
             with pytest.raises(TrainingAbortedError, match=message):
                 subject.push()
@@ -284,7 +288,7 @@ def test_push_never_sent_fails(subject, monkeypatch):
     if subject.kind == "hf":
         pytest.skip("this engine shares the policy's weights: no push can go wrong")
     with monkeypatch.context() as patch:
-        patch.setattr(subject.engine._sender, "send_weights", lambda: None)
+        patch.setattr(subject.engine._sender.transfer, "send_weights", lambda: None)
         with pytest.raises(TrainingAbortedError, match="of the 0 tensors of push"):
             subject.push()
     subject.push()
@@ -299,7 +303,7 @@ def test_generate_other_weight_version_fails(subject):
         pytest.skip("this engine has the policy's weights")
     subject.engine._llm.update_weight_version("somebody's")
     try:
-        with pytest.raises(EngineDiedError, match=f"push None, {subject.version} was the last one"):
+        with pytest.raises(EngineDiedError, match=f"weight version None, expected {subject.version}"):
             subject.engine.generate(PROMPTS, Sampling(max_tokens=2), seed=1)
     finally:
         subject.push()
@@ -354,33 +358,37 @@ def test_nccl_transfer_trainer_is_rank_zero():
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
     from drivers.engines.vllm import VLLMEngine
+    from drivers.engines.vllm_startup import Placement
     from drivers.engines.vllm_transfer import PACKED_BUFFER_BYTES, HostTrainerInit
 
     engine = object.__new__(VLLMEngine)
-    engine._llm, engine._own_process = SimpleNamespace(get_world_size=lambda: 2), True
-    ours = engine._transfer_init(own_gpu=True)
+    engine._llm = SimpleNamespace(get_world_size=lambda: 2)
+    engine._placement = Placement(has_own_gpu=True, shares_gpu=False, has_own_process=True)
+    ours = engine._transfer_init()
     assert isinstance(ours, NCCLTrainerInitInfo)
     assert (ours.rank, ours.world_size, ours.is_sender, ours.packed) == (0, 3, True, True)
     assert (ours.master_address, ours.packed_buffer_size_bytes) == ("127.0.0.1", PACKED_BUFFER_BYTES)
     assert 1024 <= ours.master_port < 65536
-    assert engine._transfer_init(own_gpu=False) == HostTrainerInit(rank=0, by_file=True)
+    engine._placement = Placement(has_own_gpu=False, shares_gpu=False, has_own_process=True)
+    assert engine._transfer_init() == HostTrainerInit(rank=0, by_file=True)
 
 
 def test_placement_uses_requested_device():
-    from drivers.engines.vllm import placement
+    from drivers.engines.vllm_startup import device_arguments
 
-    own = placement(torch.device("cuda", 1), shared=False, gpu_memory_utilization=0.85)
+    own = device_arguments(torch.device("cuda", 1), shares_gpu=False, gpu_memory_utilization=0.85)
     assert own == {"device_ids": [1], "gpu_memory_utilization": 0.85, "enable_sleep_mode": False}
-    shared = placement(torch.device("cuda", 0), shared=True, gpu_memory_utilization=0.3)
+    shared = device_arguments(torch.device("cuda", 0), shares_gpu=True, gpu_memory_utilization=0.3)
     assert shared == {"device_ids": [0], "gpu_memory_utilization": 0.3, "enable_sleep_mode": True}
-    assert "device_ids" not in placement(torch.device("cpu"), shared=False, gpu_memory_utilization=0.85)
+    on_cpu = device_arguments(torch.device("cpu"), shares_gpu=False, gpu_memory_utilization=0.85)
+    assert "device_ids" not in on_cpu
 
 
 def test_vllm_wrong_build_raises_usage_error():
     from drivers.engines.vllm import VLLMEngine
 
-    with pytest.raises(UsageError, match="rollout_device=cuda:0: this vLLM is built for cpu"):
-        VLLMEngine("tiny", make_tiny_policy(), **VLLM_SETTINGS | {"device": torch.device("cuda", 0)})
+    with pytest.raises(UsageError, match="--rollout-device cuda:0: the installed vLLM is built for cpu"):
+        VLLMEngine(make_options(device=torch.device("cuda", 0)), WeightGatherer(make_tiny_policy(), torch.float32))
 
 
 @pytest.mark.vllm

@@ -12,13 +12,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from drivers.common.errors import EngineDiedError, TrainingAbortedError, UsageError
 from drivers.engines import supervision
-from drivers.policy.weights import PolicyWeights
+from drivers.policy.weight_gatherer import WeightGatherer
 from drivers.settings.sampling import Sampling
 from drivers.training.self_check import check_engine
 from tests.drivers.helpers.engines import (
@@ -29,6 +30,7 @@ from tests.drivers.helpers.engines import (
     compute_log_probs,
     connect_to_stubs,
     is_up,
+    make_options,
     make_vllm_engine,
     run_server,
     run_stub_server,
@@ -83,10 +85,10 @@ def test_server_engine_two_servers_equal_one_engine(tmp_path):
         with torch.no_grad():
             for p in policy.parameters():
                 p.add_(0.05 * torch.randn_like(p))
-        with pytest.raises(TrainingAbortedError, match="others than the policy"):
+        with pytest.raises(TrainingAbortedError, match="differ between the policy"):
             check(engine, policy, 0)
         fresh = [(name, p.detach().clone()) for name, p in policy.named_parameters()]
-        sender = engine._engine._sender
+        sender = engine._engine._sender.transfer
         source = sender.source
         for fault in (stale, fresh[:-1], fresh[:-1] + stale[-1:]):
             sender.source = FaultyWeights(source, fault)
@@ -107,14 +109,14 @@ def test_server_engine_two_servers_equal_one_engine(tmp_path):
         for child in family:
             child.kill()
         begin = time.monotonic()
-        with pytest.raises(EngineDiedError, match="no answer when asked to answer 3 prompts"):
+        with pytest.raises(EngineDiedError, match="no response during sampling from 3 prompts"):
             engine._engine.generate(PROMPTS, sampling, seed=2)
         assert time.monotonic() - begin < 30
-        with pytest.raises(EngineDiedError, match="no answer when asked to take the weights over"):
+        with pytest.raises(EngineDiedError, match="no response during the weight push"):
             engine._engine.load_weights(1)  # the other server has begun its push
         with run_server(tmp_path, ports[1]):
             assert engine.generate(PROMPTS, sampling, seed=2) == expected
-            assert "it is started again" in said[-1]
+            assert "restarting the engine" in said[-1]
             assert check(engine, policy, 1).n_weights
             trained(tmp_path, urls)
             the_program_runs(tmp_path, urls)
@@ -162,12 +164,12 @@ def test_server_engine_unfit_server_raises_usage_error(tmp_path):
     with without_weights, run_server(tmp_path, ports[1], *TRANSFER_FLAGS, development="0"):
         for url in urls:
             wait_until(lambda url=url: is_up(url[0]), 120)
-            with pytest.raises(UsageError, match="is to be started with: VLLM_SERVER_DEV_MODE=1"):
+            with pytest.raises(UsageError, match="start it with: VLLM_SERVER_DEV_MODE=1"):
                 make_vllm_engine(policy, urls=url, deadline_s=60.0)
     from drivers.engines.vllm_server import ServerEngine
 
-    with pytest.raises(EngineDiedError, match="did not answer within 1 s"):
-        ServerEngine(urls[0], policy, dtype=torch.float32, max_model_len=64, start_s=1.0)
+    with pytest.raises(EngineDiedError, match="did not respond within 1 s"):
+        ServerEngine(make_options(urls=urls[0]), WeightGatherer(policy, torch.float32), start_s=1.0)
 
 
 # With a stub of vLLM's server
@@ -182,7 +184,7 @@ def stub():
 @pytest.fixture
 def impatient(monkeypatch):
     """Do not wait for abandoned threads."""
-    monkeypatch.setattr(supervision, "_COME_OUT_S", 0.2)
+    monkeypatch.setattr(supervision, "_MAX_UNWIND_S", 0.2)
 
 
 def threads_of_servers():
@@ -193,16 +195,16 @@ def threads_of_servers():
 @pytest.mark.parametrize(
     ("answer", "error", "message"),
     [
-        (404, UsageError, "is to be started with: VLLM_SERVER_DEV_MODE=1"),
-        (500, EngineDiedError, "answers 500"),
-        (lambda: None, EngineDiedError, "no answer when asked to get ready for weights"),
+        (404, UsageError, "start it with: VLLM_SERVER_DEV_MODE=1"),
+        (500, EngineDiedError, "responds with 500"),
+        (lambda: None, EngineDiedError, "no response during the setup of the weight transfer"),
     ],
     ids=["refused", "broken", "gone"],
 )
 def test_server_engine_start_failure_is_one_line(stub, path, answer, error, message):
     stub.answers[path] = answer
     if (path, answer) == ("collective_rpc", 500):  # the answer of a server without our extension
-        error, message = UsageError, "is to be started with"
+        error, message = UsageError, "start it with"
     before = threads_of_servers()
     with pytest.raises(error, match=message) as caught:
         connect_to_stubs(stub)
@@ -212,17 +214,17 @@ def test_server_engine_start_failure_is_one_line(stub, path, answer, error, mess
 
 def test_server_engine_refusal_is_raised_while_sender_waits(stub, impatient, monkeypatch):
     """nccl's rendezvous waits without learning of the error."""
-    from drivers.engines import vllm_server
+    from drivers.engines import vllm_transfer
 
     def trainer_init(init_info, *, client, source):
         rendezvous = threading.Thread(target=try_to, args=(client.init_weight_transfer_engine, {}), daemon=True)
         rendezvous.start()
         time.sleep(30)
 
-    monkeypatch.setattr(vllm_server.WeightTransferTrainerFactory, "trainer_init", trainer_init)
+    monkeypatch.setattr(vllm_transfer.WeightTransferTrainerFactory, "trainer_init", trainer_init)
     stub.answers["init_weight_transfer_engine"] = 400
     begin = time.monotonic()
-    with pytest.raises(UsageError, match="is to be started with"):
+    with pytest.raises(UsageError, match="start it with"):
         connect_to_stubs(stub)
     assert time.monotonic() - begin < 10
 
@@ -236,12 +238,12 @@ def test_servers_on_other_hosts_join_transfer_group(monkeypatch):
     """Rank 0 listens where every server can connect; each server gets this machine's address as it sees it."""
     from vllm.distributed.utils import StatelessProcessGroup
 
-    from drivers.engines import vllm_server
+    from drivers.engines import vllm_http, vllm_server
 
     sides = {"http://one:8000": "127.0.0.1", "http://two:8000": "127.0.0.2"}
-    monkeypatch.setattr(vllm_server, "_address_towards", sides.get)
-    servers, told = vllm_server.Servers(list(sides), 60.0), []
-    servers.sizes = [2, 1]
+    monkeypatch.setattr(vllm_http, "local_address_towards", sides.get)
+    servers, told = vllm_http.Servers(list(sides), 60.0), []
+    servers.n_workers = [2, 1]
     monkeypatch.setattr(servers, "call", lambda method, path, bodies: told.extend(bodies))
     engine = object.__new__(vllm_server.ServerEngine)
     engine._servers, engine._device = servers, torch.device("cuda", 0)
@@ -268,11 +270,11 @@ def test_servers_on_other_hosts_join_transfer_group(monkeypatch):
 
 
 def test_address_towards_host():
-    from drivers.engines.vllm_server import _address_towards
+    from drivers.engines.vllm_http import local_address_towards
 
-    assert _address_towards("http://127.0.0.1:1") == "127.0.0.1"
-    with pytest.raises(EngineDiedError, match="no way to it"):
-        _address_towards("http://no.such.host.invalid:1")
+    assert local_address_towards("http://127.0.0.1:1") == "127.0.0.1"
+    with pytest.raises(EngineDiedError, match="no route"):
+        local_address_towards("http://no.such.host.invalid:1")
 
 
 def test_server_engine_data_parallel_workers_are_refused(stub):
@@ -293,7 +295,7 @@ def test_server_engine_other_weight_version_fails(stub, version):
     assert engine.generate([[1]], Sampling(), seed=0)[0].weight_version == 7
     spans = [{"version": version}] if version else []
     stub.answers["inference/v1/generate"] = {"choices": [choice | {"weight_versions": spans}]}
-    with pytest.raises(EngineDiedError, match="7 was the last one: it has been started again"):
+    with pytest.raises(EngineDiedError, match="expected 7: it was restarted"):
         engine.generate([[1]], Sampling(), seed=0)
     engine.close()
 
@@ -330,7 +332,7 @@ def test_server_engine_close_does_not_wait(stub, monkeypatch):
     engine.close()
     assert time.monotonic() - begin < 5
     end.set()
-    with pytest.raises(EngineDiedError, match="were given up"):
+    with pytest.raises(EngineDiedError, match="was closed"):
         engine.load_weights(0)
 
 
@@ -343,7 +345,7 @@ ENDING = """
     from tests.drivers.helpers.engines import connect_to_stubs
     engine = connect_to_stubs(*(SimpleNamespace(url=url) for url in sys.argv[1:]), deadline_s=3600.0)
     threads = ThreadPoolExecutor(1)  # as nccl's sender asks
-    engine._sender.send_weights = lambda: threads.submit(engine._servers.update_weights, {}).result()
+    engine._sender.transfer.send_weights = lambda: threads.submit(engine._servers.update_weights, {}).result()
     try:
         engine.load_weights(0)
     except EngineDiedError:
@@ -391,7 +393,7 @@ def test_server_engine_close_releases_waiting_threads(stub):
 
 def test_server_engine_connections_use_keepalive(stub, monkeypatch):
     """This holds for every connection of both clients, and none uses a proxy of the environment."""
-    from drivers.engines import vllm_server
+    from drivers.engines import vllm_http
 
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     monkeypatch.delenv("NO_PROXY", raising=False)
@@ -403,7 +405,7 @@ def test_server_engine_connections_use_keepalive(stub, monkeypatch):
             made.append(option)
             super().setsockopt(*option)
 
-    monkeypatch.setattr(vllm_server.socket, "socket", Noting)
+    monkeypatch.setattr(vllm_http.socket, "socket", Noting)
     choice = {"index": 0, "text": "a", "token_ids": [1], "finish_reason": "stop"}
     choice |= {"logprobs": {"content": [{"logprob": -1.0}]}, "weight_versions": [{"version": "7"}]}
     stub.answers["inference/v1/generate"] = {"choices": [choice]}
@@ -412,12 +414,14 @@ def test_server_engine_connections_use_keepalive(stub, monkeypatch):
     for ask in (lambda: engine.received(), lambda: engine.generate([[1]], Sampling(), seed=0)):
         made.clear()
         ask()
-        assert set(vllm_server.keepalive()) <= set(made)
+        assert set(vllm_http.keepalive_options()) <= set(made)
     engine.close()
     wanted = {socket.TCP_KEEPIDLE: 30, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 3, socket.TCP_USER_TIMEOUT: 60000}
-    assert {name: value for level, name, value in vllm_server.keepalive() if level == socket.IPPROTO_TCP} == wanted
+    assert {
+        name: value for level, name, value in vllm_http.keepalive_options() if level == socket.IPPROTO_TCP
+    } == wanted
     monkeypatch.delattr(socket, "TCP_KEEPIDLE")  # some systems lack it
-    assert len(vllm_server.keepalive()) == 4
+    assert len(vllm_http.keepalive_options()) == 4
 
 
 def test_server_engine_interrupted_push_is_finished_first(stub):
@@ -440,7 +444,7 @@ def test_server_engine_interrupted_push_is_finished_first(stub):
     engine.load_weights(1)
     assert [path for path, _ in stub.asked].count("update_weights") == 2
     stub.answers["start_weight_update"] = 500
-    with pytest.raises(EngineDiedError, match="answers 500"):
+    with pytest.raises(EngineDiedError, match="responds with 500"):
         engine.load_weights(2)
     engine.close()
 
@@ -472,10 +476,10 @@ def test_server_engine_abandoned_push_gathers_nothing(stub, impatient):
         except EngineDiedError as error:
             errors.append(error)
 
-    engine._sender.send_weights = send
+    engine._sender.transfer.send_weights = send
     engine._servers._timeout_s = 20.0
     threading.Timer(1.5, late.set).start()  # during close
-    with pytest.raises(EngineDiedError, match="did not take the weights over within"):
+    with pytest.raises(EngineDiedError, match="did not finish the weight push within"):
         engine.load_weights(0)
     wait_until(lambda: errors)
     assert source.begun == 0
@@ -490,9 +494,9 @@ def test_server_engine_death_in_push_is_raised_while_sender_waits(stub, impatien
         threading.Thread(target=try_to, args=(engine._servers.update_weights, {}), daemon=True).start()
         time.sleep(30)
 
-    engine._sender.send_weights = send
+    engine._sender.transfer.send_weights = send
     begin = time.monotonic()
-    with pytest.raises(EngineDiedError, match="no answer when asked to take the weights over"):
+    with pytest.raises(EngineDiedError, match="no response during the weight push"):
         engine.load_weights(0)
     assert time.monotonic() - begin < 10
 
@@ -525,6 +529,7 @@ def test_push_from_gpu_sets_device_and_synchronizes(monkeypatch):
     """A new thread uses the first device, and the sender's streams do not wait for other streams."""
     from drivers.engines.vllm import VLLMEngine
     from drivers.engines.vllm_server import ServerEngine
+    from drivers.engines.vllm_transfer import WeightSender
 
     done = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(("device", device)))
@@ -539,11 +544,13 @@ def test_push_from_gpu_sets_device_and_synchronizes(monkeypatch):
 
     device = torch.device("cuda", 1)
     ours, theirs = object.__new__(VLLMEngine), object.__new__(ServerEngine)
-    ours._asleep, ours._policy_device, ours._llm = False, device, Anything()
+    ours._is_asleep, ours._policy_device, ours._llm = False, device, Anything()
     theirs._device, theirs._servers = device, Anything()
     theirs._servers.urls = ["http://one:8000"]
+    sender = object.__new__(WeightSender)
+    sender.transfer, sender._weights = Anything(), SimpleNamespace(device=device, take_checksums=dict)
     for engine in (ours, theirs):
-        engine._sender, engine._weights = Anything(), PolicyWeights(make_tiny_policy(), torch.float32)
+        engine._sender = sender
         engine._received = lambda: [{}]
         engine._load_weights(0)
         assert done == [("device", device), ("wait", device), "send", ("device", device), ("wait", device)]

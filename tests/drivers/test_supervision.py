@@ -73,7 +73,7 @@ def test_call_with_timeout_waits_for_caller_before_raising(seconds):
 
 
 def test_call_with_timeout_abandons_stuck_caller(monkeypatch):
-    monkeypatch.setattr(supervision, "_COME_OUT_S", 0.1)
+    monkeypatch.setattr(supervision, "_MAX_UNWIND_S", 0.1)
     begin, never = time.monotonic(), threading.Event()
     with pytest.raises(TimeoutError):
         call_with_timeout(0.05, lambda: never.wait(30))
@@ -146,7 +146,7 @@ def test_supervised_engine_death_restarts_with_last_weights(mortal):
     assert engine.generate([(1,)], LONG, seed=5) == [(7, 5, (1,))]
     assert [one.closed for one in mortal.started] == [True, False]
     assert len(said) == 1
-    assert "it died; it is started again" in said[0]
+    assert "it died; restarting the engine" in said[0]
 
 
 def test_supervised_engine_second_death_raises(mortal):
@@ -188,7 +188,7 @@ def test_supervised_engine_restart_failure_raises_one_line(mortal, failure):
         raise failure
 
     engine._start = start
-    with pytest.raises(EngineDiedError, match=f"it died; it cannot be started again: .*{failure.args[0]}"):
+    with pytest.raises(EngineDiedError, match=f"it died; the engine cannot be restarted: .*{failure.args[0]}"):
         engine.generate([(1,)], LONG, seed=5)
     engine.close()
 
@@ -214,7 +214,7 @@ def test_exit_when_trainer_exits_kills_itself_only(monkeypatch):
 
 @pytest.mark.parametrize(
     ("gpus", "process", "message"),
-    [(1, "own", "take turns on cuda:0, in one process"), (2, "shared", "on cuda:1 and the policy on cuda:0 are two")],
+    [(1, "own", "take turns on cuda:0 in one process"), (2, "shared", "on cuda:1 and the policy on cuda:0 need two")],
 )
 def test_choose_devices_impossible_process_raises_usage_error(gpus, process, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -263,10 +263,10 @@ def test_exit_reason_names_signal_or_status():
         engine._processes = [SimpleNamespace(exitcode=status)]
         told[status] = engine._exit_reason()
     assert told == {
-        -9: "it was ended by SIGKILL",
-        1: "its own error stands above (exit status 1)",
-        0: "its own error stands above",
-        None: "its own error stands above",
+        -9: "killed by SIGKILL",
+        1: "see its own error above (exit status 1)",
+        0: "see its own error above",
+        None: "see its own error above",
     }
 
 
@@ -289,7 +289,7 @@ def test_is_running_process_ending_meanwhile_is_false(monkeypatch):
 @pytest.mark.vllm
 def test_vllm_slow_start_is_ended_at_deadline(tmp_path):
     begin = time.monotonic()
-    with pytest.raises(UsageError, match=r"vLLM did not start within 2 s \(--engine-deadline-s\) and was ended"):
+    with pytest.raises(UsageError, match=r"vLLM did not start within 2 s \(--engine-deadline-s\) and was killed"):
         start_tiny(tmp_path, make_tiny_policy(3), deadline_s=2.0)
     assert time.monotonic() - begin < 60
     wait_until(lambda: not list_engine_processes())
@@ -313,7 +313,7 @@ def test_vllm_killed_or_hanging_restarts_with_same_samples(tmp_path):
             found = engine.generate(PROMPTS, LONG, seed=1)
         assert found == expected
         assert time.monotonic() - begin < 120
-        assert "died when it was to answer 3 prompts; it was ended by SIGKILL" in said[0]
+        assert "exited during sampling from 3 prompts: killed by SIGKILL" in said[0]
         assert not list_engine_threads()
         wait_until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in first))
 
@@ -322,7 +322,7 @@ def test_vllm_killed_or_hanging_restarts_with_same_samples(tmp_path):
         for one in second:
             one.suspend()
         assert engine.generate(PROMPTS, LONG, seed=1) == expected
-        assert "did not answer 3 prompts within 3 s" in said[1]
+        assert "did not finish sampling from 3 prompts within 3 s" in said[1]
         assert not list_engine_threads()
         wait_until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in second))
 
@@ -330,7 +330,7 @@ def test_vllm_killed_or_hanging_restarts_with_same_samples(tmp_path):
             one.kill()
         engine.load_weights(1)
         assert {c.weight_version for c in engine.generate(PROMPTS, LONG, seed=1)} == {1}
-        assert "died when it was to take the weights over" in said[2]
+        assert "exited during the weight push" in said[2]
         assert not list_engine_threads()
     finally:
         engine.close()
@@ -344,11 +344,11 @@ PROGRAM = """
     import tests.conftest
     if __name__ == "__main__":
         from drivers import train
-        from drivers.engines import vllm as vllm_engine
+        from drivers.engines.vllm_transfer import LLM, LocalClient
         from tests.drivers.helpers.processes import list_engine_processes, list_shared_memory
 
         where, number, *flags = sys.argv[1:]
-        owner, name = (vllm_engine.LocalClient, "update_weights") if where == "push" else (vllm_engine.LLM, "generate")
+        owner, name = (LocalClient, "update_weights") if where == "push" else (LLM, "generate")
         call, calls = getattr(owner, name), []
 
         def strike():

@@ -8,7 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drivers.common import distributed
+from drivers.policy import fsdp
 from drivers.policy.lora import adapter_weights, add_lora
+from drivers.policy.weight_gatherer import WeightGatherer
 from drivers.policy.weights import PolicyWeights, checksum, checksums, differing, stochastic_round
 from drivers.training.advantages import prepare_rollouts
 from drivers.training.scoring import score_all
@@ -90,6 +93,48 @@ def test_policy_weights_have_engine_dtype_and_model_names():
         assert all(torch.equal(found[name], p.bfloat16()) for name, p in policy.named_parameters())
     assert [(m.name, m.shape) for m in weights.metadata()] == [(n, tuple(t.shape)) for n, t in found.items()]
     assert {m.dtype for m in weights.metadata()} == {torch.bfloat16}
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """Record what a rank of two broadcasts and gathers."""
+    events = []
+
+    def gather(tensor):
+        events.append("gather")
+        return tensor
+
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    monkeypatch.setattr(distributed, "broadcast_object", lambda message: events.append(type(message).__name__))
+    monkeypatch.setattr(fsdp, "full_tensor", gather)
+    return events
+
+
+def test_weight_gatherer_abandoned_gather_is_completed_first(events):
+    """The other ranks wait in the gather that an engine left when it died."""
+    policy = make_tiny_policy(0)
+    gatherer, n_weights = WeightGatherer(policy, torch.float32), len(list(policy.parameters()))
+
+    def push_twice():
+        next(iter(gatherer))  # the engine dies after one tensor
+        assert len(dict(gatherer)) == n_weights
+        next(iter(gatherer))
+        return 7
+
+    assert gatherer.run_on_rank_zero(push_twice) == 7
+    assert events == [*["_Gather", *["gather"] * n_weights] * 3, "_Done"]
+
+
+def test_weight_gatherer_other_rank_serves_until_done(events, monkeypatch):
+    policy, messages = make_tiny_policy(0), []
+    gatherer = WeightGatherer(policy, torch.float32)
+    monkeypatch.setattr(distributed, "broadcast_object", messages.append)
+    gatherer.run_on_rank_zero(lambda: list(gatherer))
+    events.clear()
+    monkeypatch.setattr(distributed, "is_first", lambda: False)
+    monkeypatch.setattr(distributed, "broadcast_object", lambda _: messages.pop(0))
+    assert len(gatherer.run_on_rank_zero(lambda: 1 / 0)) == len(events) == len(list(policy.parameters()))
+    assert not messages
 
 
 def with_lora(seed=0, rank=2, alpha=8.0, sharper=1.0):

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from drivers.engines.factory import make_engine
+from drivers.engines.options import EngineOptions
+from drivers.policy.weight_gatherer import WeightGatherer
 from drivers.policy.weights import checksums
 from tests.drivers.helpers.letters import make_completion
 from tests.drivers.helpers.processes import ROOT, list_descendants
@@ -25,7 +27,6 @@ VLLM_SETTINGS = {
     "dtype": torch.float32,
     "max_model_len": 64,
     "gpu_memory_utilization": 0.5,
-    "reserved_bytes": 0,
     "seed": 0,
 }
 
@@ -63,10 +64,16 @@ class FaultyWeights:
         return iter(self.fault)
 
 
-def make_vllm_engine(policy, model_path="unused", **changes):
+def make_options(model_path="unused", **changes):
+    """Return the options of an engine for the tiny model on a CPU."""
+    return EngineOptions(model_path=str(model_path), **VLLM_SETTINGS | changes)
+
+
+def make_vllm_engine(policy, model_path="unused", *, tokenizer=None, weights=None, say=print, **changes):
     """Return the engine that a program makes for `--engine vllm`: servers, supervised or in this process."""
-    settings = {"tokenizer": make_tiny_tokenizer()} | VLLM_SETTINGS | changes
-    return make_engine("vllm", model_path=str(model_path), policy=policy, **settings)
+    options = make_options(model_path, **changes)
+    weights = weights or WeightGatherer(policy, options.dtype)
+    return make_engine("vllm", options, weights, tokenizer or make_tiny_tokenizer(), say)
 
 
 def start_vllm(folder, policy, own_process=False):
@@ -76,7 +83,7 @@ def start_vllm(folder, policy, own_process=False):
         from drivers.engines.vllm import VLLMEngine
 
         save_tiny(folder)
-        return VLLMEngine(str(folder), policy, **VLLM_SETTINGS, own_process=own_process)
+        return VLLMEngine(make_options(folder, own_process=own_process), WeightGatherer(policy, torch.float32))
 
 
 # vLLM servers
@@ -182,5 +189,5 @@ def connect_to_stubs(*stubs, policy=None, **options):
     """Return a ServerEngine that is connected to stubs, or to anything with a `url`."""
     from drivers.engines.vllm_server import ServerEngine
 
-    settings = {"dtype": torch.float32, "max_model_len": 64, "deadline_s": 60.0} | options
-    return ServerEngine([stub.url for stub in stubs], policy or make_tiny_policy(3), **settings)
+    settings = make_options(urls=[stub.url for stub in stubs], **{"deadline_s": 60.0} | options)
+    return ServerEngine(settings, WeightGatherer(policy or make_tiny_policy(3), settings.dtype))

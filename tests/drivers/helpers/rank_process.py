@@ -15,9 +15,10 @@ import torch
 
 from drivers.common import distributed
 from drivers.common.display import Display
-from drivers.engines.hf import FollowingEngine, HFReplica
+from drivers.engines.hf import HFReplica
+from drivers.engines.rank_zero import EngineOnRankZero
 from drivers.policy.lora import add_lora
-from drivers.policy.weights import PolicyWeights
+from drivers.policy.weight_gatherer import WeightGatherer
 from drivers.runs.folder import find_checkpoint
 from drivers.train import train
 from drivers.training.memory import enable_checkpointing
@@ -59,11 +60,12 @@ def main(
     reference = make_tiny_parts().policy if config.needs_reference and not config.lora_rank else None
     if reference is not None:
         reference = fsdp.shard(reference, precision, cpu) if several else reference.to(precision)
-    weights = PolicyWeights(policy, precision)
+    weights = WeightGatherer(policy, precision)
     if not distributed.is_first():
-        engine = FollowingEngine(weights)
+        engine = None
     elif config.engine == "vllm":
-        engine = make_vllm_engine(policy, save_tiny(Path(folder) / "model"), dtype=precision, own_process=True)
+        model = save_tiny(Path(folder) / "model")
+        engine = make_vllm_engine(policy, model, weights=weights, dtype=precision, own_process=True)
         answer, asked = engine.generate, []
 
         def generate(*arguments, **named):
@@ -75,7 +77,7 @@ def main(
 
         engine.generate = generate
         if break_push is not None:
-            inner, pushes = engine._engine._sender, []
+            inner, pushes = engine._engine._sender.transfer, []
             source, send = inner.source, inner.send_weights
 
             def breaking():
@@ -94,15 +96,17 @@ def main(
 
             inner.send_weights = send_weights
     else:
-        engine = HFReplica(make_tiny_parts().policy.to(precision), parts.tokenizer, weights)
-        load = engine.load_weights
+        engine = replica = HFReplica(make_tiny_parts().policy.to(precision), parts.tokenizer, weights)
+        load = replica.load_weights
 
         def load_weights(version):
             if fault is not None and version == 1:
-                engine._weights = ((name, one) for name, one in weights if fault not in ("all", name))
+                replica._weights = ((name, one) for name, one in weights if fault not in ("all", name))
             load(version)
 
-        engine.load_weights = load_weights
+        replica.load_weights = load_weights
+    if several:
+        engine = EngineOnRankZero(engine, weights)
     run_folder = Path(folder) / "run"
     distributed.run_on_rank_zero(lambda: run_folder.mkdir(parents=True, exist_ok=True))
     checkpoint = None if resume is None else find_checkpoint(Path(resume))

@@ -1,0 +1,203 @@
+"""Start vLLM's `LLM` on its device and within a deadline."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from vllm import LLM
+from vllm.config import WeightTransferConfig
+from vllm.platforms import current_platform
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+from drivers.common.errors import EngineDiedError, UsageError
+from drivers.engines.options import EngineOptions
+from drivers.engines.placement import engine_memory_fraction
+from drivers.engines.supervision import TRAINER
+
+T = TypeVar("T")
+
+
+KV_CACHE_BYTES_ON_CPU = 512 << 20
+
+
+CPU_BLOCK_SIZE = 32
+"""Prefixes are shared in whole blocks. vLLM's default on a CPU, 128, would share nothing of a short prompt."""
+
+
+_KILL_INTERVAL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where vLLM runs relative to the policy."""
+
+    has_own_gpu: bool
+    shares_gpu: bool
+    """vLLM and the policy take turns on one GPU: vLLM sleeps while the policy trains."""
+    has_own_process: bool
+
+
+def place(options: EngineOptions, policy_device: torch.device) -> Placement:
+    """Return where vLLM runs relative to a policy on `policy_device`."""
+    on_gpu, same_device = options.device.type == "cuda", options.device == policy_device
+    has_own_gpu = on_gpu and not same_device
+    return Placement(has_own_gpu, on_gpu and same_device, has_own_gpu or options.own_process)
+
+
+class StartedLLM(NamedTuple):
+    """A vLLM `LLM` and the processes that it has started."""
+
+    llm: LLM
+    processes: set[BaseProcess]
+
+
+def start_llm(options: EngineOptions, placement: Placement, policy_device: torch.device) -> StartedLLM:
+    """Start vLLM with dummy weights; in a separate process, raise EngineDiedError if that exceeds the deadline."""
+    _check_build(options.device)
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(placement.has_own_process)), TRAINER: str(os.getpid())}
+    if placement.has_own_process:  # trainer and engine take turns: each may use all cores
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    start = partial(LLM, **_llm_arguments(options, placement))
+    earlier = set(multiprocessing.active_children())
+    with _preserved_torch_state(policy_device):
+        llm = start_before_deadline(start, options.deadline_s) if placement.has_own_process else start()
+    return StartedLLM(llm, set(multiprocessing.active_children()) - earlier)
+
+
+def _check_build(device: torch.device) -> None:
+    if (device.type == "cpu") != current_platform.is_cpu():
+        raise UsageError(
+            f"--rollout-device {device}: the installed vLLM is built for {current_platform.device_name} only; install "
+            "the other build, or pass --engine hf"
+        )
+
+
+@contextmanager
+def _preserved_torch_state(policy_device: torch.device) -> Iterator[None]:
+    """Undo what `LLM()` changes: the current GPU, from which NCCL sends, and the number of threads.
+
+    vLLM's CPU worker replaces `torch.set_num_threads` by a no-op and may lower the number.
+    """
+    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    if policy_device.type == "cuda":
+        torch.cuda.set_device(policy_device)
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(num_threads)
+        if policy_device.type == "cuda":
+            torch.cuda.set_device(policy_device)
+
+
+def _llm_arguments(options: EngineOptions, placement: Placement) -> dict[str, Any]:
+    return {
+        "model": options.model_path,
+        "dtype": str(options.dtype).removeprefix("torch."),
+        "max_model_len": options.max_model_len,
+        "seed": options.seed % 2**31,
+        "load_format": "dummy",  # the first push brings the weights: the policy is their only source
+        "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from, temperature included
+        "weight_transfer_config": WeightTransferConfig(backend="checked_nccl" if placement.has_own_gpu else "host"),
+        "worker_extension_cls": "drivers.engines.vllm_transfer.WorkerExtension",
+        **device_arguments(
+            options.device,
+            shares_gpu=placement.shares_gpu,
+            gpu_memory_utilization=_memory_utilization(options, placement),
+        ),
+    }
+
+
+def _memory_utilization(options: EngineOptions, placement: Placement) -> float:
+    """Return the share of a GPU's memory that vLLM takes: on a shared GPU, what training leaves."""
+    if not placement.shares_gpu:
+        return options.gpu_memory_utilization
+    total_bytes = torch.cuda.get_device_properties(options.device).total_memory
+    return min(options.gpu_memory_utilization, engine_memory_fraction(options.reserved_bytes, total_bytes))
+
+
+def device_arguments(device: torch.device, *, shares_gpu: bool, gpu_memory_utilization: float) -> dict[str, Any]:
+    """Return the arguments of `LLM` that say where it runs and how much memory it takes there."""
+    if device.type == "cpu":
+        return {
+            "enforce_eager": True,
+            "block_size": CPU_BLOCK_SIZE,
+            "kv_cache_memory_bytes": KV_CACHE_BYTES_ON_CPU,
+            # Seeded sampling needs a prompt in one prefill: CPU generators have no offset to set.
+            "enable_chunked_prefill": False,
+            # Use the engine's process as its worker. vLLM would start another one to bind threads to cores, which is
+            # not wanted here; without it the start takes half of the time.
+            "distributed_executor_backend": UniProcExecutor,
+        }
+    return {
+        "device_ids": [device.index or 0],
+        "gpu_memory_utilization": gpu_memory_utilization,
+        "enable_sleep_mode": shares_gpu,
+    }
+
+
+def start_before_deadline(start: Callable[[], T], deadline_s: float) -> T:
+    """Return `start()`, or raise EngineDiedError if its child processes had to be killed after `deadline_s`."""
+    late = EngineDiedError(f"vLLM did not start within {deadline_s:g} s (--engine-deadline-s) and was killed")
+    killer = _LateChildKiller(deadline_s)
+    try:
+        with _sigint_blocked(), killer:
+            result = start()
+    except Exception as error:
+        if killer.has_fired:
+            raise late from error
+        raise
+    if killer.has_fired:
+        raise late
+    return result
+
+
+@contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """Start child processes that ignore Ctrl-C: the trainer ends them, after its update and its push."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+class _LateChildKiller:
+    """Kills the child processes that a `with` block starts, once the block takes longer than `deadline_s`.
+
+    vLLM waits for a child process for as long as it lives, so only killing it ends the wait.
+    """
+
+    def __init__(self, deadline_s: float) -> None:
+        self._deadline_s = deadline_s
+        self._earlier = set(multiprocessing.active_children())
+        self._is_block_done, self._fired = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    @property
+    def has_fired(self) -> bool:
+        return self._fired.is_set()
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        self._is_block_done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        wait_s = self._deadline_s
+        while not self._is_block_done.wait(wait_s):
+            self._fired.set()
+            for process in set(multiprocessing.active_children()) - self._earlier:
+                process.kill()
+            wait_s = _KILL_INTERVAL_S  # the block may start more of them
