@@ -1,9 +1,9 @@
-r"""Common datasets as jsonl with `question` and `answer`: `python drivers/convert_dataset.py --help`.
+r"""Convert common datasets to jsonl with `question` and `answer`: `python drivers/convert_dataset.py --help`.
 
-Understood layouts, told by the keys of a line: Hendrycks MATH (`problem`, `solution` with the answer in \boxed{}),
+The layout is recognized by the keys of a line: Hendrycks MATH (`problem`, `solution` with the answer in \boxed{}),
 GSM8K (`question`, `answer` that ends in `#### 18`), verl's (`prompt`, a chat, with `reward_model.ground_truth`),
 `prompt` or `question` with `response`, `ground_truth`, `target`, `final_answer` or `answer`. With --demonstrations the
-worked solution is kept too, as a response to train on.
+worked solution is kept as a response to train on.
 """
 
 import json
@@ -45,46 +45,46 @@ Form = Literal["r1_zero", "question_only"]
 
 
 _LAST_LINE = re.compile(r"####([^\n#]+)\Z")
-"""Of GSM8K. Elsewhere #### is a heading."""
+"""GSM8K states the answer like this; elsewhere #### is a heading."""
 
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Convert a dataset to jsonl with `question` and `answer`, or put a converted file's backup back."""
+    """Convert a dataset to jsonl with `question` and `answer`, or restore the backup of a converted file."""
 
     source: tyro.conf.Positional[tuple[str, ...]] = ()
     """Files (.jsonl, or .json holding a list), folders of such files, or one hub dataset with --hub."""
     output: str | None = None
-    """File to write. Left out, a single source file is rewritten in place, its old content kept as FILE.backup."""
+    """File to write. Default: rewrite a single source file in place and keep its old content as FILE.backup."""
     hub: bool = False
-    """The source is the name of a dataset on the Hugging Face hub (needs the extra `hub`, and a network)."""
+    """Treat the source as a dataset on the Hugging Face hub (needs the extra `hub` and a network)."""
     subset: tuple[str, ...] = ()
-    """Its configurations, one after the other: `main` for openai/gsm8k. Left out: the one that it has."""
+    """Configurations of the dataset: `main` for openai/gsm8k. Default: its only one."""
     split: str = "train"
-    """Its split."""
+    """Split of the dataset."""
     question_key: str | None = None
-    """Key of the question, where the layout is none of the known ones; of what lies deeper, keys and places in lists
-    with dots between, like `reward_model.ground_truth`."""
+    """Key of the question, for unknown layouts. Nested values: keys and list positions joined by dots, like
+    `reward_model.ground_truth`."""
     answer_key: str | None = None
-    """Key of the answer, likewise."""
+    """Key of the answer, for unknown layouts."""
     demonstrations: Form | None = None
-    """Write demonstrations for sft.py: the worked solution as `response` too, in the form that this reward asks for.
-    `r1_zero`: behind data/prompts/r1_zero.prompt; `question_only`: as it is, the final answer in \\boxed{}."""
+    """Write demonstrations for sft.py, with the worked solution as `response` in the form of this reward.
+    `r1_zero`: continues data/prompts/r1_zero.prompt; `question_only`: unchanged, the final answer in \\boxed{}."""
     response_key: str | None = None
-    """Key of the worked solution, where it is none of `response`, `solution` and `answer`."""
+    """Key of the worked solution. Default: the first of `response`, `solution` and `answer`."""
     skip_bad_lines: bool = False
-    """Report lines without a question or an answer, and leave them out; otherwise they are an error."""
+    """Report and drop lines without a question or an answer. Default: such a line is an error."""
     restore: bool = False
-    """Put FILE.backup back in the place of each source file."""
+    """Replace each source file with its FILE.backup."""
 
 
 def convert_row(
     row: Mapping[str, Any], question_key: str | None = None, answer_key: str | None = None
 ) -> dict[str, Any]:
-    """One row in our layout. Raises ValueError, saying what is missing."""
-    _, question = _first_of(row, "question", question_key, QUESTION_KEYS)
-    key, value = _first_of(row, "answer", answer_key, ANSWER_KEYS)
-    return {"question": _text_of(question, "user"), "answer": _final_answer(key, value)}
+    """Return a row in our layout. Raise a ValueError that says what is missing."""
+    _, question = _find_first(row, "question", question_key, QUESTION_KEYS)
+    key, value = _find_first(row, "answer", answer_key, ANSWER_KEYS)
+    return {"question": _to_text(question, "user"), "answer": _final_answer(key, value)}
 
 
 def convert_demonstration(
@@ -94,20 +94,21 @@ def convert_demonstration(
     answer_key: str | None = None,
     response_key: str | None = None,
 ) -> dict[str, Any]:
-    r"""One row with its worked solution. Raises ValueError, saying what is missing.
+    r"""Return a row with its worked solution. Raise a ValueError that says what is missing.
 
-    The final answer is the solution's own, and `answer` the dataset's: `sft.py --correct-only` compares them.
+    The response ends with the solution's own final answer; `answer` is the dataset's. `sft.py --correct-only`
+    compares them.
     """
     converted = convert_row(row, question_key, answer_key)
     if converted["question"].rstrip().endswith("<think>"):
-        raise ValueError("the question is a whole prompt, which opens <think>: sft.py takes such a file as it is")
-    _, value = _first_of(row, "worked solution", response_key, RESPONSE_KEYS)
-    text = _text_of(value, "assistant").strip()
+        raise ValueError("the question is a whole prompt that opens <think>: sft.py takes such a file as it is")
+    _, value = _find_first(row, "worked solution", response_key, RESPONSE_KEYS)
+    text = _to_text(value, "assistant").strip()
     thoughts, tag, rest = text.removeprefix("<think>").partition("</think>")
     final = _tagged_answer(rest) or _stated_answer(rest if tag else text)
     if final is None:
-        raise ValueError("the worked solution states no final answer: none behind ####, none in \\boxed{}")
-    # GSM8K's calculator is no part of the text, nor is its way to state the answer.
+        raise ValueError("the worked solution states no final answer: none after ####, none in \\boxed{}")
+    # Drop GSM8K's calculator annotations and its final #### line.
     worked = re.sub(r"<<[^<>\n]*>>", "", thoughts if tag else _LAST_LINE.sub("", text)).strip()
     if form == "r1_zero":
         response = f" {worked} </think> <answer> {final} </answer>"
@@ -117,27 +118,27 @@ def convert_demonstration(
     return {**converted, "response": response}
 
 
-def _first_of(row: Mapping[str, Any], what: str, named: str | None, known: Sequence[str]) -> tuple[str, Any]:
-    """The first of these keys with something under it, and what that is."""
+def _find_first(row: Mapping[str, Any], what: str, named: str | None, known: Sequence[str]) -> tuple[str, Any]:
+    """Return the first key with a value, and the value."""
     for key in (named,) if named else known:
-        value = _under(row, key)
+        value = _look_up(row, key)
         if value not in (None, "", []):
             return key, value
     raise ValueError(f"no {what} under {named or ', '.join(known)}; keys here: {sorted(row)}")
 
 
-def _under(row: Any, key: str) -> Any:
-    """What stands under a key, or under keys and places with dots between; None if nothing does."""
+def _look_up(row: Any, key: str) -> Any:
+    """Return the value of a key, or of keys and list positions joined by dots; None if there is no value."""
     if isinstance(row, Mapping) and key in row:
         return row[key]
     first, dot, rest = key.partition(".")
     if isinstance(row, list) and first.isdecimal() and int(first) < len(row):
-        return _under(row[int(first)], rest) if dot else row[int(first)]
-    return _under(row[first], rest) if dot and isinstance(row, Mapping) and first in row else None
+        return _look_up(row[int(first)], rest) if dot else row[int(first)]
+    return _look_up(row[first], rest) if dot and isinstance(row, Mapping) and first in row else None
 
 
-def _text_of(value: Any, role: Literal["user", "assistant"]) -> str:
-    """A chat is the text of its last message of this role."""
+def _to_text(value: Any, role: Literal["user", "assistant"]) -> str:
+    """Return a value as text: a chat gives its last message of this role."""
     if isinstance(value, list):
         messages = [turn["content"] for turn in value if isinstance(turn, dict) and turn.get("role") == role]
         if not messages:
@@ -147,37 +148,37 @@ def _text_of(value: Any, role: Literal["user", "assistant"]) -> str:
 
 
 def _final_answer(key: str, value: Any) -> Any:
-    r"""What the text of an answer comes to: behind ####, else inside the last \boxed{}, else all of it."""
+    r"""Return the answer in a text: after ####, else inside the last \boxed{}, else the whole text."""
     if not isinstance(value, str):
         return value
     stated = _stated_answer(value)
     if stated is not None:
         return stated
     if key == "solution" or "####" in value or r"\boxed" in value or r"\fbox" in value or not value.strip():
-        raise ValueError(f"the {key} states no answer: none behind ####, none in \\boxed{{}}")
+        raise ValueError(f"the {key} states no answer: none after ####, none in \\boxed{{}}")
     return value.strip()
 
 
 def _stated_answer(text: str) -> str | None:
-    r"""The text behind #### on the last line, else inside the last \boxed{}; None if there is nothing."""
+    r"""Return the text after #### on the last line, else inside the last \boxed{}, else None."""
     last = _LAST_LINE.search(text.strip())
     if last:
         answer = last.group(1).strip()
         return answer.replace(",", "") if re.fullmatch(r"-?\$?\d{1,3}(,\d{3})+(\.\d+)?", answer) else answer
-    text = text if r"\boxed" in text else text.replace(r"\fbox", r"\boxed")  # a few solutions of MATH have that
+    text = text if r"\boxed" in text else text.replace(r"\fbox", r"\boxed")  # a few solutions of MATH use it
     box = text[max(text.rfind(r"\boxed"), 0) :]
-    bare = re.match(r"\\boxed([^a-zA-Z{}$\n][^{}$\n]*)\$", box)  # TeX needs no braces, and MATH has some without
+    bare = re.match(r"\\boxed([^a-zA-Z{}$\n][^{}$\n]*)\$", box)  # MATH has a few boxes without braces
     return extract_boxed_answer(box) or (bare.group(1).strip() if bare else None) or None
 
 
 def _tagged_answer(text: str) -> str | None:
-    """What stands between <answer> and </answer>."""
+    """Return the text between <answer> and </answer>, or None."""
     found = re.search(r"<answer>(.*?)</answer>", text, flags=re.DOTALL)
     return (found.group(1).strip() or None) if found else None
 
 
 def read_rows(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
-    """`file:line` and row of each row of a file, or of every file of a folder."""
+    """Yield `file:line` and the row for each row of a file or of every file of a folder."""
     if path.is_dir():
         for file in sorted(p for p in path.rglob("*") if p.suffix in (".json", ".jsonl")):
             yield from read_rows(file)
@@ -190,7 +191,7 @@ def read_rows(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
         # Hendrycks MATH ships one object per file; others a list of objects.
         for number, row in enumerate(loaded if isinstance(loaded, list) else [loaded], start=1):
             if not isinstance(row, dict):
-                raise UsageError(f"{path}: entry {number} is {type(row).__name__}; an object is required")
+                raise UsageError(f"{path}: entry {number} is {type(row).__name__}; expected an object")
             yield (f"{path}[{number}]" if isinstance(loaded, list) else str(path)), row
         return
     for number, row in read_jsonl(path):
@@ -198,7 +199,7 @@ def read_rows(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
 
 
 def read_hub(name: str, subsets: Sequence[str], split: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
-    """The rows of a dataset on the hub, or of a folder that has its layout."""
+    """Yield the rows of a dataset on the hub, or of a folder in its layout."""
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -206,7 +207,7 @@ def read_hub(name: str, subsets: Sequence[str], split: str) -> Iterable[tuple[st
     for subset in subsets or (None,):
         try:
             loaded = load_dataset(name, subset, split=split)
-        except Exception as error:  # the hub's client raises many kinds; all mean that there is no such data here
+        except Exception as error:  # the hub client raises many kinds of errors
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise UsageError(f"--hub {name} (subset {subset}, split {split}): {reason}") from error
         for number, row in enumerate(loaded, start=1):
@@ -214,7 +215,7 @@ def read_hub(name: str, subsets: Sequence[str], split: str) -> Iterable[tuple[st
 
 
 def convert(config: ConvertConfig) -> Path:
-    """Read, convert, write at once. Returns the file written."""
+    """Convert all rows, write them atomically, and return the file written."""
     if not config.source:
         raise UsageError("no source given: name a file, a folder, or a hub dataset with --hub")
     if config.response_key is not None and config.demonstrations is None:
@@ -226,39 +227,41 @@ def convert(config: ConvertConfig) -> Path:
         if not config.hub and not Path(name).exists():
             raise UsageError(f"{name}: no such file or folder")
         rows += read_hub(name, config.subset, config.split) if config.hub else read_rows(Path(name))
-    in_place = config.output is None
-    if in_place and (config.hub or len(config.source) > 1 or Path(config.source[0]).suffix != ".jsonl"):
+    rewrites_source = config.output is None
+    if rewrites_source and (config.hub or len(config.source) > 1 or Path(config.source[0]).suffix != ".jsonl"):
         raise UsageError("--output is required: only a single .jsonl file can be rewritten in place")
     converted, problems = [], []
     keys = config.question_key, config.answer_key
     for where, row in rows:
         try:
             if config.demonstrations is None:
-                made = convert_row(row, *keys)
+                converted_row = convert_row(row, *keys)
             else:
-                made = convert_demonstration(row, config.demonstrations, *keys, config.response_key)
-            json.dumps(made, ensure_ascii=False).encode()  # JSON can escape what is no text: half of a character
-            converted.append(made)
+                converted_row = convert_demonstration(row, config.demonstrations, *keys, config.response_key)
+            json.dumps(
+                converted_row, ensure_ascii=False
+            ).encode()  # raises for unpaired surrogates, which JSON can escape
+            converted.append(converted_row)
         except ValueError as error:
             problems.append(f"{where}: {error}")
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems and not config.skip_bad_lines:
         raise UsageError(
-            f"{len(problems)} of {len(rows)} lines cannot be converted (listed above), nothing was written; "
-            "--skip-bad-lines leaves them out"
+            f"{len(problems)} of {len(rows)} lines cannot be converted (listed above) and nothing was written; "
+            "drop them with --skip-bad-lines"
         )
     if not converted:
         raise UsageError("no line could be converted; nothing was written")
     target = Path(config.source[0] if config.output is None else config.output)
     _replace(target, converted)
     kind = "questions" if config.demonstrations is None else "demonstrations"
-    print(f"{target}: {len(converted)} {kind}" + (f", {len(problems)} lines left out" if problems else ""))
+    print(f"{target}: {len(converted)} {kind}" + (f", {len(problems)} lines dropped" if problems else ""))
     return target
 
 
 def _replace(target: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The rows in the target's place, with its old content kept; the first backup is the original, and stays."""
+    """Write the rows and keep the old content as a backup; an existing backup is the original and stays."""
     backup = target.with_name(target.name + ".backup")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -266,11 +269,11 @@ def _replace(target: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             shutil.copy2(target, backup)
         write_jsonl(target, rows)
     except OSError as error:
-        raise UsageError(f"{target}: cannot be written ({error.strerror or error})") from error
+        raise UsageError(f"{target}: cannot write ({error.strerror or error})") from error
 
 
 def restore(config: ConvertConfig) -> None:
-    """Put each source's backup back."""
+    """Replace each source with its backup."""
     for name in config.source:
         backup = Path(name + ".backup")
         if not backup.exists():
@@ -280,6 +283,7 @@ def restore(config: ConvertConfig) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and convert or restore."""
     config = tyro.cli(ConvertConfig, args=None if arguments is None else list(arguments))
     try:
         if config.restore:

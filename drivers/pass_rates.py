@@ -1,7 +1,7 @@
-"""How often a model was right, by question: `python drivers/pass_rates.py EVALUATION/completions.jsonl --output FILE`.
+"""Measure pass rates by question: `python drivers/pass_rates.py EVALUATION/completions.jsonl --output FILE`.
 
-The file is one of questions again, each line with its `pass_rate`: what is too easy or too hard can be left out, and
-`train.py --curriculum-steps` begins with what is easy.
+The output is a file of questions with a `pass_rate` each. Questions that are too easy or too hard can be dropped, and
+`train.py --curriculum-steps` starts with easy ones.
 """
 
 import json
@@ -24,36 +24,38 @@ class PassRatesConfig:
     """Turn an evaluation with --n-samples into a data file whose lines have a `pass_rate`."""
 
     completions: tyro.conf.Positional[tuple[str, ...]] = ()
-    """completions.jsonl of evaluate.py; of several, the responses to a question are taken together."""
+    """completions.jsonl of evaluate.py; with several files, the responses to a question are pooled."""
     output: str | None = None
     """File to write: jsonl with `question`, `answer`, `pass_rate` and `n_samples`."""
     min_pass_rate: float = 0.0
-    """Leave out questions with a lower one: 0.1 leaves out what is never right."""
+    """Drop questions with a lower rate: 0.1 drops those that are never answered correctly."""
     max_pass_rate: float = 1.0
-    """Leave out questions with a higher one: 0.9 leaves out what is always right."""
+    """Drop questions with a higher rate: 0.9 drops those that are always answered correctly."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_pass_rate <= self.max_pass_rate <= 1:
             raise UsageError(
-                f"min_pass_rate={self.min_pass_rate} and max_pass_rate={self.max_pass_rate}: from 0 to 1 is required, "
-                "and the first not above the second"
+                f"min_pass_rate={self.min_pass_rate} and max_pass_rate={self.max_pass_rate}: both must be from 0 "
+                "to 1, and the first at most the second"
             )
 
 
 def measure_pass_rates(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """A row for each question, in the order in which they come; of `where` and row of each response.
+    """Return a row per question, in order of appearance; `rows` are pairs of `file:line` and a row of completions.
 
-    Right is an answer reward of 1, or a reward of 1 where there is none of it. What could not be scored does not
-    count, and a question without a scored response has the pass rate None.
+    A response is correct if its answer reward is 1, or its reward if there is no answer reward. Responses that could
+    not be scored do not count; a question without scored responses has the pass rate None.
     """
     questions = dict[str, dict[str, Any]]()
     scored = dict[str, list[bool]]()
     for where, row in rows:
         missing = [name for name in ("question", "answer", "reward") if name not in row]
         if missing:
-            raise UsageError(f"{where}: no `{missing[0]}`; a completions.jsonl of evaluate.py is required")
+            raise UsageError(f"{where}: no `{missing[0]}`; expected a completions.jsonl of evaluate.py")
         if "step" in row:
-            raise UsageError(f"{where}: is of a training run, whose model changes; one of evaluate.py is required")
+            raise UsageError(
+                f"{where}: this is a training run, whose model changes; expected a completions.jsonl of evaluate.py"
+            )
         question = {"question": row["question"], "answer": row["answer"]}
         key = json.dumps(question)
         questions.setdefault(key, question)
@@ -66,21 +68,21 @@ def measure_pass_rates(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[di
 
 
 def write_pass_rates(config: PassRatesConfig) -> list[dict[str, Any]]:
-    """Read, measure, leave out, write at once, and tell what there was. Returns the rows written."""
+    """Read completions, write the questions in the range, print a summary, and return the rows written."""
     if not config.completions or config.output is None:
-        raise UsageError("a completions.jsonl of evaluate.py and --output, a file to write, are required")
+        raise UsageError("no input or no output: pass a completions.jsonl of evaluate.py and --output FILE")
     rows = [(f"{name}:{number}", row) for name in config.completions for number, row in read_jsonl(Path(name))]
-    asked = measure_pass_rates(rows)
-    rated = [row for row in asked if row["pass_rate"] is not None]
+    questions = measure_pass_rates(rows)
+    rated = [row for row in questions if row["pass_rate"] is not None]
     kept = [row for row in rated if config.min_pass_rate <= row["pass_rate"] <= config.max_pass_rate]
     never, always = (sum(row["pass_rate"] == rate for row in rated) for rate in (0, 1))
     print(
-        f"{len(asked)} questions, {len(rows)} responses: {never} never right, {always} always, "
-        f"{len(rated) - never - always} between; {len(asked) - len(rated)} could not be scored"
+        f"{len(questions)} questions, {len(rows)} responses: {never} never correct, {always} always, "
+        f"{len(rated) - never - always} between; {len(questions) - len(rated)} could not be scored"
     )
     if not kept:
         raise UsageError(
-            f"min_pass_rate={config.min_pass_rate} and max_pass_rate={config.max_pass_rate} leave no question, so "
+            f"min_pass_rate={config.min_pass_rate} and max_pass_rate={config.max_pass_rate} exclude all questions; "
             "nothing was written"
         )
     target = Path(config.output)
@@ -88,12 +90,13 @@ def write_pass_rates(config: PassRatesConfig) -> list[dict[str, Any]]:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(target, kept)
     except OSError as error:
-        raise UsageError(f"--output {target}: cannot be written ({error.strerror or error})") from error
+        raise UsageError(f"--output {target}: cannot write ({error.strerror or error})") from error
     print(f"{target}: {len(kept)} questions")
     return kept
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and write the file."""
     try:
         write_pass_rates(tyro.cli(PassRatesConfig, args=None if arguments is None else list(arguments)))
     except UsageError as error:

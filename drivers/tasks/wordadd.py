@@ -1,6 +1,6 @@
-"""The quickstarts' data, word problems of addition: `python drivers/make_wordadd.py` writes data/wordadd/.
+"""Word problems of addition, the data of the quickstarts: `python -m drivers.tasks.wordadd` writes data/wordadd/.
 
-The held-out set is split off by operand pair: no sum that is asked there is ever trained on, in any wording.
+The split is by operand pair: no sum of the held-out set occurs in training, in any wording.
 """
 
 import random
@@ -25,7 +25,7 @@ TEMPLATES = (
 
 
 SHOTS = ((35, 2), (47, 2))
-"""The pairs that the prompt works out: they stay in the training set."""
+"""The pairs that the prompt solves; they stay in the training set."""
 
 
 HELD_OUT_SHARE = 0.2
@@ -35,11 +35,11 @@ WORDINGS_PER_PAIR = {"train": 4, "validation": 4}
 
 
 WRONG_SHARE = 0.3
-"""Of the demonstrations: so it matters which of them are trained on."""
+"""Share of wrong demonstrations, so that filtering them matters."""
 
 
 def make_wordadd(seed: int = 0) -> dict[str, list[dict[str, str]]]:
-    """Rows of {"question", "answer"} for each split."""
+    """Return rows of {"question", "answer"} for each split."""
     rng = random.Random(seed)
     pairs = [(a, b) for a in range(10, 61) for b in range(2, 10)]
     candidates = [pair for pair in pairs if pair not in SHOTS]
@@ -61,7 +61,7 @@ def make_wordadd(seed: int = 0) -> dict[str, list[dict[str, str]]]:
 
 
 def make_demonstrations(rows: Sequence[dict[str, str]], seed: int = 0) -> list[dict[str, str]]:
-    """To each question a response in the form of the prompt's examples; of every ten, three with a wrong sum."""
+    """Return each row with a response in the form of the prompt's examples; three of ten have a wrong sum."""
     rng = random.Random(seed)
     wrong = set(rng.sample(range(len(rows)), round(WRONG_SHARE * len(rows))))
     demonstrations = []
@@ -75,6 +75,7 @@ def make_demonstrations(rows: Sequence[dict[str, str]], seed: int = 0) -> list[d
 
 
 def main() -> None:
+    """Write the files."""
     folder = repository_path("data") / "wordadd"
     splits = make_wordadd()
     for split, rows in {**splits, "sft": make_demonstrations(splits["train"])}.items():

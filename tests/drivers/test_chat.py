@@ -141,7 +141,7 @@ def test_chat_prompt_other_templates_render(template, end):
     [
         (None, "--chat-template: the tokenizer of tiny has no chat template"),
         ("", "has no chat template"),
-        (CHATML.partition("{% if add")[0], "its answers stand behind '<|im_start|>assistant'"),
+        (CHATML.partition("{% if add")[0], "answers follow '<|im_start|>assistant'"),
         ("{{ raise_exception('only tools') }}", "refuses messages of user and assistant (only tools)"),
         ("{% for %}", "refuses messages of user and assistant"),
     ],
@@ -191,7 +191,7 @@ def test_programs_chat_template_without_template_exit_with_one_line(program, tmp
         importlib.import_module(f"drivers.{program}").main(flags.split())
     assert ended.value.code == 2
     errors = capsys.readouterr().err
-    assert "has no chat template, as those of base models" in errors
+    assert "has no chat template; omit the flag" in errors
     assert "Traceback" not in errors
     assert not Path("runs").exists()
 

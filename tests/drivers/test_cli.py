@@ -215,7 +215,7 @@ def test_train_help_names_every_flag_and_default(capsys):
         ("--val-data-path nowhere.jsonl", "--val-data-path nowhere.jsonl: no such file"),
         ("--prompt-path nowhere.prompt", "--prompt-path nowhere.prompt"),
         ("--data-path {bad_json}", "bad.jsonl:2: not valid JSON"),
-        ("--data-path {empty}", "holds no question"),
+        ("--data-path {empty}", "contains no questions"),
         ("--data-path {no_answer}", "no_answer.jsonl:1: `answer` must be"),
         ("--data-path {one_question}", "holds 1 questions, and a step asks 8"),
         ("--prompt-path {no_place}", "must contain {question}"),

@@ -91,7 +91,7 @@ def test_convert_lone_surrogate_is_a_bad_line(tmp_path, capsys):
         ({"problem": "P", "solution": r"never closed \boxed{1"}, "none in .*boxed"),
         ({"problem": "P", "solution": r"an empty one \boxed{ }"}, "none in .*boxed"),
         ({"problem": "P", "solution": r"another command: $\boxedeq 1$"}, "none in .*boxed"),
-        ({"question": "Q", "answer": "so\n#### "}, "the answer states no answer: none behind ####"),
+        ({"question": "Q", "answer": "so\n#### "}, "the answer states no answer: none after ####"),
         ({"question": "Q", "answer": "  "}, "the answer states no answer"),
         ({"prompt": [{"role": "system", "content": "S"}], "response": "1"}, "no message of the role `user`"),
     ],
@@ -143,7 +143,7 @@ def test_convert_bad_lines_are_named_and_nothing_is_written(tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
     status, out, _ = run(capsys, path, "--skip-bad-lines", "--output", str(tmp_path / "new/b.jsonl"))
     assert status == 0
-    assert "1 questions, 2 lines left out" in out
+    assert "1 questions, 2 lines dropped" in out
     assert len(load_examples("-", str(tmp_path / "new/b.jsonl"))) == 1
 
 
@@ -167,7 +167,7 @@ def test_convert_folder_becomes_one_file(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [('{"question": "Q"', "not valid JSON"), ("", "no line could be converted"), ("[1]\n", "object is required")],
+    [('{"question": "Q"', "not valid JSON"), ("", "no line could be converted"), ("[1]\n", "expected a JSON object")],
 )
 def test_convert_damaged_file_exits_with_one_line(tmp_path, capsys, content, message):
     (tmp_path / "a.jsonl").write_text(content)
@@ -296,7 +296,7 @@ def test_convert_demonstrations_earn_full_reward(thoughts, answer, kind):
     ("row", "message"),
     [
         ({"question": "Q", "target": "7"}, "no worked solution under response, solution, answer"),
-        ({"question": "Q", "target": "7", "response": "It is 7."}, "states no final answer: none behind ####"),
+        ({"question": "Q", "target": "7", "response": "It is 7."}, "states no final answer: none after ####"),
         ({"question": "Q", "target": "7", "response": r"<think>\boxed{7}</think> Well."}, "states no final answer"),
         ({"prompt": "User: Q\nAssistant: <think>\n", "response": r"\boxed{7}"}, "sft.py takes such a file as it is"),
         ({"question": "Q", "target": "7", "answer": ["7", "seven"]}, "no message of the role `assistant`"),

@@ -45,7 +45,7 @@ def test_load_examples_only_newline_ends_a_line(tmp_path):
         ('{"question": "q", "answer": NaN}', "`answer` must be"),
         ('{"question": "q", "answer": 1' + "0" * 5000 + "}", "not valid JSON"),
         ('{"question": "q", "answer": "a"', "not valid JSON"),
-        ("[1, 2]", "a JSON object is required, got list"),
+        ("[1, 2]", "expected a JSON object, got list"),
         ('{"answer": "a"}', "`question` must be"),
         ('{"question": " ", "answer": "a"}', "`question` must be"),
         ('{"question": "q"}', "`answer` must be"),
@@ -64,7 +64,7 @@ def test_load_examples_bad_line_is_named(tmp_path, line, message):
 
 def test_load_examples_binary_file_is_named(tmp_path):
     (tmp_path / "c.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UsageError, match=r"c\.jsonl: is not UTF-8"):
+    with pytest.raises(UsageError, match=r"c\.jsonl: not UTF-8"):
         load_examples("--data-path", str(tmp_path / "c.jsonl"))
 
 

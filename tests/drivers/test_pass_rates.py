@@ -86,7 +86,7 @@ def test_pass_rates_filters_and_train_reads_file(tmp_path, capsys):
     output = tmp_path / "new" / "rated.jsonl"
     main([first, second, "--output", str(output)])
     shown = capsys.readouterr().out
-    assert "4 questions, 10 responses: 1 never right, 1 always, 1 between; 1 could not be scored" in shown
+    assert "4 questions, 10 responses: 1 never correct, 1 always, 1 between; 1 could not be scored" in shown
     examples = load_examples("-", str(output))
     assert [(example.question, example.pass_rate) for example in examples] == [("x", 0.0), ("y", 2 / 3), ("z", 1.0)]
     assert [example.question for example in easiest_first("-", examples)] == ["z", "y", "x"]
@@ -99,15 +99,18 @@ def test_pass_rates_filters_and_train_reads_file(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "a completions.jsonl of evaluate.py and --output, a file to write, are required"),
-        (["{good}"], "and --output, a file to write, are required"),
+        ([], "no input or no output: pass a completions.jsonl"),
+        (["{good}"], "and --output FILE"),
         (["nowhere.jsonl", "--output", "o"], "nowhere.jsonl: cannot be read"),
-        (["{other}", "--output", "o"], "other.jsonl:1: no `reward`; a completions.jsonl"),
-        (["{run}", "--output", "o"], "run.jsonl:1: is of a training run, whose model changes"),
-        (["{good}", "--output", "o", "--min-pass-rate", "0.9"], "leave no question, so nothing was written"),
-        (["{good}", "--output", "o", "--min-pass-rate", "0.9", "--max-pass-rate", "0.1"], "the first not above"),
-        (["{good}", "--output", "o", "--max-pass-rate", "nan"], "from 0 to 1 is required"),
-        (["{good}", "--output", "{good}/x/o"], "cannot be written"),
+        (["{other}", "--output", "o"], "other.jsonl:1: no `reward`; expected a completions.jsonl"),
+        (["{run}", "--output", "o"], "run.jsonl:1: this is a training run, whose model changes"),
+        (["{good}", "--output", "o", "--min-pass-rate", "0.9"], "exclude all questions; nothing was written"),
+        (
+            ["{good}", "--output", "o", "--min-pass-rate", "0.9", "--max-pass-rate", "0.1"],
+            "the first at most the second",
+        ),
+        (["{good}", "--output", "o", "--max-pass-rate", "nan"], "both must be from 0"),
+        (["{good}", "--output", "{good}/x/o"], "cannot write"),
     ],
 )
 def test_pass_rates_invalid_flags_exit_and_write_nothing(arguments, message, tmp_path, capsys, monkeypatch):

@@ -233,7 +233,7 @@ def test_sft_help_names_every_flag(capsys):
         ("--learning-rate nan", "learning_rate=nan"),
         ("--data-path nowhere.jsonl", "--data-path nowhere.jsonl: no such file"),
         ("--n-examples 1000", "--n-examples 1000: there are 913 to choose from"),
-        ("--data-path {empty}", "holds no demonstration"),
+        ("--data-path {empty}", "contains no demonstrations"),
         ("--data-path {no_response}", "no_response.jsonl:1: `response` must be"),
         ("--data-path {no_question}", "no_question.jsonl:1: `question` must be"),
         ("--data-path {no_answer}", "--correct-only: no_answer.jsonl:1 has no `answer`"),
