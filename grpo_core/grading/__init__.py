@@ -1,4 +1,4 @@
-"""Grading: rewards of texts, by comparing final answers as mathematics."""
+"""Grade texts: extract final answers, compare them as mathematics, and return rewards."""
 
 from grpo_core.grading.answers import (
     answers_match,

@@ -1,8 +1,9 @@
-r"""Reading a mathematical expression, in LaTeX or plain text, into a tree.
+r"""Parse a mathematical expression in LaTeX or plain text into a tree.
 
-The reader knows the notation of final answers and refuses all else, what is ambiguous included. It never looks back,
-so its time grows with the length of the text; the length, the nesting and the digits of a number are limited. A
-library's parser would not do here: latex2sympy needs a second for twelve nested parentheses, and doubles with each.
+The parser knows the notation of final answers and rejects everything else, including ambiguous notation. It never
+backtracks, so its time is linear in the length of the text. The length, the nesting and the digits of a number are
+limited. A library parser is too slow here: latex2sympy needs a second for twelve nested parentheses, and doubles with
+each.
 """
 
 import re
@@ -12,13 +13,13 @@ from functools import lru_cache
 from typing import NamedTuple, NoReturn
 
 MAX_CHARS = 1000
-"""A longer text is not read."""
+"""Longer texts are not parsed."""
 
 MAX_DEPTH = 24
-"""Nesting of brackets, arguments and exponents."""
+"""Deepest nesting of brackets, arguments and exponents."""
 
 MAX_DIGITS = 90
-"""Digits of one number: fewer than inexact values must agree in, so that no decimal passes for an irrational."""
+"""Most digits of one number. Inexact values must agree in more digits, so no decimal equals an irrational number."""
 
 FUNCTIONS = {
     "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "ln", "log", "exp",
@@ -39,11 +40,11 @@ _REPEATING = re.compile(r"(\d*)\.?(\d*)\\overline\{(\d+)\}")
 
 
 class Unreadable(ValueError):
-    """The text is not an expression this reader knows, or exceeds a limit."""
+    """The text is not an expression that this parser knows, or it exceeds a limit."""
 
 
 class Node(NamedTuple):
-    """An expression: what it is, its operands, and the name of a symbol or value of a number."""
+    """An expression: its kind, its operands, and the name of a symbol or the value of a number."""
 
     kind: str
     operands: tuple["Node", ...] = ()
@@ -53,7 +54,7 @@ class Node(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def read(text: str) -> Node:
-    r"""The expression that a LaTeX or plain text denotes.
+    r"""Return the expression that a LaTeX or plain text denotes.
 
     Args:
         text: an expression whose spelling `_spelling.clean` has already unified.
@@ -62,7 +63,7 @@ def read(text: str) -> Node:
         The tree of the expression.
 
     Raises:
-        Unreadable: the text is no expression, is ambiguous, or is too long or too deep.
+        Unreadable: the text is not an expression, is ambiguous, or is too long or too deeply nested.
     """
     reader = _Reader(_tokenize(text))
     node = reader.sum()
@@ -72,7 +73,7 @@ def read(text: str) -> Node:
 
 
 def _tokenize(text: str) -> list[str]:
-    """Numbers, commands with their backslash, single letters and marks; a word that is no function is letters."""
+    """Split a text into numbers, commands, single letters and marks; a word that is not a function becomes letters."""
     if len(text) > MAX_CHARS:
         raise Unreadable("too long")
     tokens: list[str] = []
@@ -91,7 +92,7 @@ def _tokenize(text: str) -> list[str]:
 
 
 def _letters(word: str) -> list[str]:
-    """A run of letters: a function, pi, or a product of at most three variables."""
+    """Return a run of letters as a function, pi, or a product of at most three variables."""
     if word in WORDS:
         return ["\\surd" if word == "sqrt" else f"\\{word}"]
     if len(word) > 3 or any(word.startswith(name) for name in WORDS):
@@ -100,7 +101,7 @@ def _letters(word: str) -> list[str]:
 
 
 class _Reader:
-    """Recursive descent over tokens; every recursion passes `_descend`, which counts its depth."""
+    """A recursive-descent parser; every recursion goes through `_descend`, which counts the depth."""
 
     def __init__(self, tokens: list[str]) -> None:
         self.tokens = tokens
@@ -108,18 +109,18 @@ class _Reader:
         self.depth = 0
 
     def peek(self, ahead: int = 0) -> str:
-        """The next token, or nothing at the end."""
+        """Return the next token, or an empty string at the end."""
         index = self.position + ahead
         return self.tokens[index] if index < len(self.tokens) else ""
 
     def take(self) -> str:
-        """The next token, consumed."""
+        """Consume and return the next token."""
         token = self.peek()
         self.position += 1
         return token
 
     def expect(self, token: str) -> None:
-        """Consume `token` or refuse."""
+        """Consume `token`, or raise `Unreadable`."""
         if self.take() != token:
             raise Unreadable(f"needs {token!r}")
 
@@ -132,27 +133,27 @@ class _Reader:
         return node
 
     def sign(self) -> int:
-        """Signs in front of a term, multiplied."""
+        """Parse the signs before a term and return their product."""
         sign = 1
         while self.peek() in ("+", "-"):
             sign = -sign if self.take() == "-" else sign
         return sign
 
     def sum(self) -> Node:
-        """Terms joined by plus and minus."""
+        """Parse terms joined by plus and minus."""
         terms = [self.signed(self.product)]
         while self.peek() in ("+", "-"):
             terms.append(self.signed(self.product))
         return terms[0] if len(terms) == 1 else Node("add", tuple(terms))
 
     def signed(self, part: Callable[[], Node]) -> Node:
-        """A part with the signs in front of it."""
+        """Parse a part with the signs before it."""
         sign = self.sign()
         node = part()
         return node if sign > 0 else Node("negative", (node,))
 
     def product(self) -> Node:
-        """Factors joined by times, divided by, or nothing."""
+        """Parse factors joined by times, divided by, or nothing."""
         factors = [self.power()]
         after_slash = False
         while True:
@@ -176,11 +177,11 @@ class _Reader:
                 return factors[0] if len(factors) == 1 else Node("multiply", tuple(factors))
 
     def starts_factor(self, token: str) -> bool:
-        """Whether a factor can follow without a sign; a number cannot, for `x2` and `1 2` are no products."""
+        """Return whether a factor can follow without a sign. A number cannot: `x2` and `1 2` are not products."""
         return token in ("(", "[", "{") or ((token.isalpha() or token[:1] == "\\") and token not in _NO_FACTORS)
 
     def power(self) -> Node:
-        """An atom with factorials and at most one exponent."""
+        """Parse an atom with factorials and at most one exponent."""
         node = self._descend(self.atom)
         while self.peek() == "!":
             self.take()
@@ -197,24 +198,24 @@ class _Reader:
         return node
 
     def script(self) -> Node:
-        """An exponent: a group, or one signed number or letter."""
+        """Parse an exponent: a group, or one signed number or letter."""
         if self.peek() in ("{", "("):
             return self.group()
         return self.signed(lambda: self._descend(self.single))
 
     def single(self) -> Node:
-        r"""An atom whose number has no fraction behind it: `x^2\frac{1}{2}` is no mixed exponent."""
+        r"""Parse an atom without a mixed number: in `x^2\frac{1}{2}` the exponent is 2."""
         return _literal(self.take()) if self.peek()[:1].isdigit() else self.atom()
 
     def group(self) -> Node:
-        """A bracketed sum."""
+        """Parse a bracketed sum."""
         opening = self.take()
         node = self._descend(self.sum)
         self.expect(_PAIRS[opening])
         return node
 
     def atom(self) -> Node:
-        """A number, a symbol, a bracketed sum, or a command with its arguments."""
+        """Parse a number, a symbol, a bracketed sum, or a command with its arguments."""
         token = self.peek()
         if token in ("(", "[", "{"):
             return self.group()
@@ -228,7 +229,7 @@ class _Reader:
         return self.command(token)
 
     def number(self, token: str) -> Node:
-        """A literal; with a proper fraction behind it a mixed number, with a subscript a numeral of another base."""
+        """Parse a literal; a proper fraction after it makes a mixed number, a subscript a numeral of another base."""
         if self.peek() == "_":
             return self.symbol(token)
         whole = _literal(token)
@@ -249,7 +250,7 @@ class _Reader:
         return Node("number", value=whole.value + top.value / bottom.value)
 
     def argument(self) -> Node:
-        """An argument of a command: a group, one digit, or one symbol."""
+        """Parse an argument of a command: a group, one digit, or one symbol."""
         token = self.peek()
         if token == "{":
             return self.group()
@@ -262,14 +263,14 @@ class _Reader:
         raise Unreadable("needs an argument")
 
     def symbol(self, name: str) -> Node:
-        """A variable with its subscript; `e` and `i` are the constants."""
+        """Return a variable with its subscript; `e` and `i` are constants."""
         if self.peek() == "_":
             self.take()
             name += "_" + self.raw()
         return Node("constant" if name in ("e", "i") else "symbol", name=name)
 
     def raw(self) -> str:
-        """The next group or token as text."""
+        """Consume the next group or token and return its text."""
         if self.peek() != "{":
             token = self.take()
             return token if token[-1:].isalnum() else _refuse("needs a subscript")
@@ -281,7 +282,7 @@ class _Reader:
         return "".join(inner)
 
     def command(self, token: str) -> Node:
-        """What a LaTeX command stands for."""
+        """Parse the arguments of a LaTeX command and return its expression."""
         name = token[1:]
         if name == "frac":
             top, bottom = self.argument(), self.argument()
@@ -304,14 +305,14 @@ class _Reader:
         return _refuse(f"unknown command {token!r}")
 
     def root(self) -> Node:
-        r"""A square root or, with an index in brackets, another; an unbraced `\sqrt12` is ambiguous."""
+        r"""Parse a root with an optional index in brackets; an unbraced `\sqrt12` is ambiguous."""
         index = self.group() if self.peek() == "[" else Node("number", value=Fraction(2))
         if self.peek().isdigit() and len(self.peek()) > 1:
             raise Unreadable("an unbraced root")
         return Node("root", (index, self.group() if self.peek() == "(" else self.argument()))
 
     def function(self, name: str) -> Node:
-        """A named function; without brackets its argument runs to the next sign or function."""
+        """Parse a named function; without brackets, its argument ends at the next sign or function."""
         base: tuple[Node, ...] = ()
         if name == "log":
             base = (Node("symbol", name="the base of log"),)
@@ -339,14 +340,14 @@ class _Reader:
 
 
 def is_number(node: Node) -> bool:
-    r"""Whether an expression only spells a rational number: nothing in it is left to compute.
+    r"""Return whether an expression only spells a rational number, with nothing left to compute.
 
     Args:
         node: the tree of an expression.
 
     Returns:
-        True of an integer, a decimal, a mixed number, `2^{10}`, a fraction of integers or of such powers, and
-        `1.5 \times 10^{3}`, with any sign. All else is arithmetic: sums, other products, roots, factorials, functions.
+        True for an integer, a decimal, a mixed number, `2^{10}`, a fraction of integers or of such powers, and
+        `1.5 \times 10^{3}`, with any sign. False for sums, other products, roots, factorials and functions.
     """
     node = _unsigned(node)
     if node.kind == "number" or _is_power(node):
@@ -360,13 +361,13 @@ def is_number(node: Node) -> bool:
 
 
 def is_infinite(node: Node) -> bool:
-    r"""Whether an expression has `\infty` or `\emptyset` beside other terms, where no arithmetic is defined.
+    r"""Return whether an expression has `\infty` or `\emptyset` beside other terms, where arithmetic is undefined.
 
     Args:
         node: the tree of an expression.
 
     Returns:
-        True of `\infty - \infty`, and not of `-\infty`.
+        True for `\infty - \infty`, False for `-\infty`.
     """
     return _unsigned(node).kind != "symbol" and _has_infinity(node)
 
@@ -386,7 +387,7 @@ def _is_integer(node: Node) -> bool:
 
 
 def _is_power(node: Node) -> bool:
-    """Whether this is an integer to an integer power."""
+    """Return whether a node is an integer to an integer power."""
     return node.kind == "power" and all(_is_integer(_unsigned(part)) for part in node.operands)
 
 
@@ -395,7 +396,7 @@ def _refuse(reason: str) -> NoReturn:
 
 
 def _literal(token: str) -> Node:
-    """The exact value of a decimal, its repeating part included."""
+    """Return the exact value of a decimal, including its repeating part."""
     if len(token) > MAX_DIGITS:
         raise Unreadable("too many digits")
     repeating = _REPEATING.fullmatch(token)

@@ -1,6 +1,6 @@
-r"""One spelling for the many of an answer: what sets type, separates thousands or names a unit is taken off.
+r"""Unify the spellings of an answer: remove typesetting, thousands separators and units.
 
-Every rule is a regular expression or a scan whose time grows with the length of the text; callers limit that length.
+Every rule is a regular expression or a scan that takes linear time; callers limit the length of the text.
 """
 
 import re
@@ -45,11 +45,11 @@ _ORDINAL = re.compile(
 
 
 def clean(text: str) -> str:
-    """One spelling for the many of a sign, without what only sets type: dollars, boxes, spaces, size commands."""
+    """Unify the spellings of signs and remove typesetting: dollars, boxes, spaces, size commands."""
     text = _BOLD.sub(r"\1", text)
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda run: "^{" + run[0].translate(_SUPERSCRIPTS) + "}", text)
     text = re.sub(r"\\(?:left|right)\s*\.", " ", text.translate(_TRANSLATION)).replace("~", " ")
-    # A negative space, and in mathematics mode the space around it is none: `11,\! 111`.
+    # A negative space cancels the space around it in mathematics mode: `11,\! 111`.
     text = re.sub(r"(?<=[\d,.])(?:\s*\\!)+\s*(?=[\d,.])", "", text).replace(r"\!", " ")
     text = re.sub(r"\\text\w*\s*\{\s*(\\?[$%])\s*\}", r"\1", text)
     text = re.sub(r"\bUS\s*(?=\\?\$)", "", text)
@@ -68,13 +68,13 @@ def clean(text: str) -> str:
 
 
 def _undollar(text: str) -> str:
-    r"""Without the dollars of mathematics mode; a lone one in front or behind is money, spelled `\$`."""
+    r"""Remove the dollar signs of mathematics mode; a single one means money and becomes `\$`."""
     found = re.findall(r"(?<!\\)\$", text)
     return re.sub(r"(?<!\\)\$", lambda _: r"\$" if len(found) == 1 else " ", text)
 
 
 def unwrap(text: str) -> str:
-    """Without a box or text command around everything, a full stop behind, and repeated space."""
+    """Remove a box or text command around the whole text, a final full stop, and repeated spaces."""
     while True:
         inner = _FULL_STOP.sub("", text.strip())
         found = re.match(r"\\(?:boxed|fbox)\s*\{", inner)
@@ -90,12 +90,12 @@ def unwrap(text: str) -> str:
 
 
 def tighten(text: str) -> str:
-    """Without a space that parts no two letters or digits, or a command and a digit."""
+    """Remove spaces that do not separate two letters or digits, and spaces between a command and a digit."""
     return re.sub(r"(\\[A-Za-z]+) (?=\d)", r"\1", re.sub(r"(?<![^\W_]) | (?![^\W_])", "", text))
 
 
 def closing_brace(text: str, opening: int) -> int:
-    """Where the brace opened at `opening` closes, or -1; an escaped brace is a sign like any other."""
+    """Return where the brace at `opening` closes, or -1; escaped braces do not count."""
     depth = 0
     for found in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, opening):
         depth += {"{": 1, "}": -1}.get(found[0], 0)
@@ -108,7 +108,7 @@ _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!\d|,\d)|(?<![\d.])(?<!
 
 
 def without_thousands(text: str) -> str:
-    """The text with the separators taken out of every number outside brackets that is grouped in threes."""
+    """Remove thousands separators from every number outside brackets that is grouped in threes."""
     inside = [depth > 0 for _, token, depth in scan(text) for _ in token]
     return _THOUSANDS.sub(lambda number: number[0] if inside[number.start()] else re.sub("[, ]", "", number[0]), text)
 
@@ -119,7 +119,7 @@ CLOSERS = {")", "]", "}", r"\}", r"\rangle", r"\end", r"\rfloor", r"\rceil"}
 
 
 def scan(text: str) -> Iterator[tuple[int, str, int]]:
-    """Each command, word and sign with its position and the brackets open around it."""
+    """Yield each command, word and sign with its position and the number of open brackets."""
     depth = 0
     for found in _PIECE.finditer(text):
         depth -= found[0] in CLOSERS
@@ -175,9 +175,9 @@ _HAS_FUNCTION = re.compile("|".join(sorted(FUNCTIONS)))
 
 
 def split_unit(text: str) -> tuple[str, str]:
-    r"""The value in front of a unit, and the unit in one spelling or an empty one.
+    r"""Split a text into a value and a unit; the unit is in one spelling, or empty.
 
-    Percent, degrees and currency are units like centimeters. `\sin 30^\circ` keeps its degrees: there they matter.
+    Percent, degrees and currencies are units too. `\sin 30^\circ` keeps its degrees, because they change the value.
     """
     units: list[str] = []
     for _ in range(2):  # `20^\circ\text{C}` has two
@@ -210,7 +210,7 @@ def _split_one_unit(text: str) -> tuple[str, str]:
 
 @lru_cache(maxsize=1024)
 def _unit_name(text: str) -> str:
-    """One spelling of a unit: lower case, singular, abbreviated; empty if the words are no unit."""
+    """Return a unit in lower case, singular and abbreviated; empty if the words are not a unit."""
     words = [word.rstrip(".") for word in text.lower().replace("/", " per ").split()]
     if not words or not all(re.fullmatch(r"[a-z]+(?:\^?[23])?", word) for word in words) or words[-1] in _POWERS:
         return ""
@@ -227,14 +227,14 @@ _LETTER_UNIT = re.compile(r"^(.*[\d})\]]) ?([mgshlL])(?:\^\{?([23])\}?)?$")
 
 
 def split_letter(text: str) -> tuple[str, str]:
-    """The value in front of a letter that may be a unit, and the unit as `split_unit` spells it, or an empty one.
+    """Split off a letter that may be a unit, spelled as in `split_unit`; empty if there is none.
 
-    Alone a letter is a variable: only beside a reference that is a number can it be taken for meters.
+    A letter is normally a variable. It can be a unit only if the reference is a number.
     """
     found = _LETTER_UNIT.match(text)
     return (found[1], found[2].lower() + (found[3] or "")) if found else (text, "")
 
 
 def without_text_commands(text: str) -> str:
-    r"""The text with `\text{cm}` and its like replaced by what they hold."""
+    r"""Replace `\text{cm}` and similar commands by their content."""
     return unwrap(re.sub(_TEXT, r" \1 ", text))

@@ -1,9 +1,8 @@
-r"""Equality of two small mathematical expressions, bounded by construction.
+r"""Decide whether two small mathematical expressions are equal, in bounded time.
 
-Trees are never expanded or simplified: both are evaluated at the same points, exactly in rational numbers where that
-is possible and to more than a hundred digits where it is not, and they are equal if every value is (the
-Schwartz-Zippel argument). The size of every number and the count of evaluations are limited, so there is no deadline
-to miss and no process to kill, and the verdict does not depend on the machine's load.
+Trees are not expanded or simplified. Both are evaluated at the same points: exactly in rational numbers where
+possible, otherwise to more than a hundred digits. They are equal if all values are (the Schwartz-Zippel argument). The
+size of every number and the number of evaluations are limited, so the verdict does not depend on the machine's load.
 """
 
 import threading
@@ -16,19 +15,19 @@ from zlib import crc32
 from grpo_core.grading._expression import Node, Unreadable, is_infinite, is_number, read
 
 MAX_BITS = 16_000
-"""Numerator plus denominator of an exact value; beyond that a value is undecided."""
+"""Largest size of numerator plus denominator; a larger value is undecided."""
 
 MAX_MAGNITUDE = 100_000
-"""Binary exponent of an inexact value."""
+"""Largest binary exponent of an inexact value."""
 
 MAX_STEPS = 6000
-"""Evaluations of a node in one comparison of answers; a root, a power or a function counts as six."""
+"""Most evaluations of nodes in one comparison of answers; a root, a power or a function counts as six."""
 
 DIGITS = 140
 """Working precision of inexact values."""
 
 AGREEING = 100
-"""Digits in which two must agree; the others are for what a sum of unequal terms loses."""
+"""Digits in which two inexact values must agree; the rest covers cancellation in sums."""
 
 POINTS = 8
 """Points at which expressions with variables are compared; the first three are positive in every variable, the
@@ -44,17 +43,17 @@ class _Undecided(ArithmeticError):
 
 
 def same_value(first: str, second: str, budget: "Budget") -> bool:
-    """Whether two expressions are equal wherever they are defined, and both or neither only spell a number.
+    """Return whether two expressions are equal wherever they are defined, and both or neither only spell a number.
 
-    Arithmetic does not equal its result: a policy could copy the operands of a problem and leave the work undone.
+    Arithmetic does not equal its result: otherwise a policy could copy the operands of a problem.
 
     Args:
         first: one expression.
-        second: the other.
-        budget: what is left of the evaluations of this comparison; it shrinks.
+        second: the other expression.
+        budget: the evaluations left to this comparison; it is reduced.
 
     Returns:
-        True if both can be read and agree at every point; False if they differ, or if that cannot be decided.
+        True if both can be parsed and agree at every point; False if they differ or the comparison is undecided.
     """
     try:
         trees = read(first), read(second)
@@ -64,15 +63,15 @@ def same_value(first: str, second: str, budget: "Budget") -> bool:
 
 
 def comes_to(number: str, expression: str, budget: "Budget") -> bool:
-    """Whether a number, only spelled, is what arithmetic without variables comes to.
+    """Return whether a spelled number is the value of arithmetic without variables.
 
     Args:
         number: a spelling of a number.
         expression: arithmetic, such as `8!`.
-        budget: what is left of the evaluations of this comparison; it shrinks.
+        budget: the evaluations left to this comparison; it is reduced.
 
     Returns:
-        True if both can be read, the first is a number, the second is not one as it stands, and their values agree.
+        True if the first spells a number, the second is arithmetic, and their values agree.
     """
     try:
         trees = read(number), read(expression)
@@ -84,16 +83,16 @@ def comes_to(number: str, expression: str, budget: "Budget") -> bool:
 
 
 def same_equation(first: tuple[str, str], second: tuple[str, str], budget: "Budget") -> bool:
-    """Whether two equations differ by a constant factor and by terms moved across, as `2x = 10` and `x - 5 = 0` do.
+    """Return whether two equations differ by a constant factor and moved terms only, like `2x = 10` and `x - 5 = 0`.
 
     Args:
         first: left and right side of one equation.
-        second: left and right side of the other.
-        budget: what is left of the evaluations of this comparison; it shrinks.
+        second: left and right side of the other equation.
+        budget: the evaluations left to this comparison; it is reduced.
 
     Returns:
-        True if the difference of the sides of one is a nonzero constant times that of the other. An equation that
-        gives a variable its value, as `x = 5` does, is the same as no other: the other is left to solve.
+        True if the difference of the sides of one equation is a nonzero constant times that of the other. A solved
+        equation such as `x = 5` equals no unsolved one.
     """
     try:
         sides = [(read(left), read(right)) for left, right in (first, second)]
@@ -106,7 +105,7 @@ def same_equation(first: tuple[str, str], second: tuple[str, str], budget: "Budg
 
 
 def _is_solved(left: Node, right: Node) -> bool:
-    """Whether an equation has a variable on one side and its value on the other."""
+    """Return whether an equation has a variable on one side and its value on the other."""
     return any(one.kind == "symbol" and is_number(other) for one, other in ((left, right), (right, left)))
 
 
@@ -117,7 +116,7 @@ _thread = threading.local()
 
 
 def _arithmetic() -> Any:
-    """The mpmath context of this thread: its global one would share a precision between threads."""
+    """Return the mpmath context of this thread; the global context would share its precision between threads."""
     if not hasattr(_thread, "context"):
         from mpmath import MPContext
 
@@ -127,20 +126,20 @@ def _arithmetic() -> Any:
 
 
 class Budget:
-    """Evaluations left to one comparison of answers, however many parts it has."""
+    """The evaluations left to one comparison of answers."""
 
     def __init__(self) -> None:
         self.steps = MAX_STEPS
 
     def spend(self, steps: int) -> None:
-        """Count evaluations; past the limit the comparison is undecided."""
+        """Count evaluations; raise `_Undecided` beyond the limit."""
         self.steps -= steps
         if self.steps < 0:
             raise _Undecided("too many evaluations")
 
 
 class _Evaluator:
-    """Values of trees at one point: a Fraction where exact, else an mpmath number."""
+    """Evaluate trees at one point: to a Fraction if exact, else to an mpmath number."""
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
@@ -148,17 +147,17 @@ class _Evaluator:
 
     @property
     def context(self) -> Any:
-        """The arithmetic of inexact values; imported when the first is met."""
+        """Return the arithmetic of inexact values; mpmath is imported on first use."""
         return _arithmetic()
 
     def inexact(self, value: Any) -> Any:
-        """The value as an mpmath number."""
+        """Return the value as an mpmath number."""
         if isinstance(value, Fraction):
             return self.context.mpf(value.numerator) / value.denominator
         return value
 
     def value(self, node: Node) -> Any:
-        """The value of a tree at this point."""
+        """Return the value of a tree at this point."""
         self.budget.spend(1)
         if node.kind == "number":
             return node.value
@@ -172,15 +171,15 @@ class _Evaluator:
         return _checked(getattr(self, node.kind)(*values, **({"name": node.name} if node.name else {})))
 
     def add(self, *terms: Any) -> Any:
-        """Sum of the terms."""
+        """Return the sum of the terms."""
         return self.fold(terms, lambda a, b: a + b)
 
     def multiply(self, *factors: Any) -> Any:
-        """Product of the factors."""
+        """Return the product of the factors."""
         return self.fold(factors, lambda a, b: a * b)
 
     def fold(self, values: tuple[Any, ...], operation: Callable[[Any, Any], Any]) -> Any:
-        """Combine from the left, exactly while both sides are exact."""
+        """Combine values from the left, exactly while both sides are exact."""
         result = values[0]
         for value in values[1:]:
             if not (isinstance(result, Fraction) and isinstance(value, Fraction)):
@@ -189,17 +188,17 @@ class _Evaluator:
         return result
 
     def negative(self, value: Any) -> Any:
-        """Minus the value."""
+        """Return minus the value."""
         return -value
 
     def inverse(self, value: Any) -> Any:
-        """One over the value."""
+        """Return one over the value."""
         if value == 0:
             raise _Undefined("division by zero")
         return 1 / value
 
     def power(self, base: Any, exponent: Any) -> Any:
-        """Base to the exponent, the principal value; exact for integer powers of rationals."""
+        """Return the principal value of base to the exponent; exact for integer powers of rationals."""
         if base == 0 and (not isinstance(exponent, Fraction) or exponent <= 0):
             raise _Undefined("zero to a power that is not positive")
         if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1:
@@ -215,7 +214,7 @@ class _Evaluator:
         return self.context.power(base, exponent)
 
     def root(self, index: Any, value: Any) -> Any:
-        """The real root where there is one, else the principal root."""
+        """Return the real root if there is one, else the principal root."""
         if not isinstance(index, Fraction) or index.denominator != 1 or not 2 <= index <= 1000:
             raise _Undecided("a root whose index is no small integer")
         self.budget.spend(5)
@@ -225,27 +224,27 @@ class _Evaluator:
         return self.context.root(value, int(index))
 
     def absolute(self, value: Any) -> Any:
-        """Distance from zero."""
+        """Return the absolute value."""
         return abs(value)
 
     def floor(self, value: Any) -> Any:
-        """The integer below; only of exact values."""
+        """Return the floor of an exact value."""
         return Fraction(floor(_exact(value)))
 
     def ceiling(self, value: Any) -> Any:
-        """The integer above; only of exact values."""
+        """Return the ceiling of an exact value."""
         return Fraction(ceil(_exact(value)))
 
     def factorial(self, value: Any) -> Any:
-        """Factorial of a small integer."""
+        """Return the factorial of a small integer."""
         return Fraction(factorial(_integer(value)))
 
     def binomial(self, top: Any, bottom: Any) -> Any:
-        """Ways to choose, of small integers."""
+        """Return the binomial coefficient of small integers."""
         return Fraction(comb(_integer(top), _integer(bottom)))
 
     def function(self, value: Any, base: Any = None, *, name: str) -> Any:
-        """A named function of the value."""
+        """Return a named function of the value."""
         self.budget.spend(5)
         value = self.inexact(value)
         if self.context.mag(value) > 60 and name not in ("ln", "log"):
@@ -258,7 +257,7 @@ class _Evaluator:
 
 
 def _coordinate(name: str, point: int) -> Fraction:
-    """The value of a variable at a point: fixed, between 0 and 4 in size."""
+    """Return the fixed value of a variable at a point; its magnitude is between 0 and 4."""
     seed = crc32(f"{name}@{point}".encode())
     sign = 1 if point < 3 or (point > 3 and seed & 0x10000) else -1
     return Fraction(sign * (1 + seed % 3989), 1009)
@@ -269,7 +268,7 @@ def _bits(value: Fraction) -> int:
 
 
 def _checked(value: Any) -> Any:
-    """The value, unless it has outgrown the limits."""
+    """Return the value, or raise `_Undecided` if it exceeds the limits."""
     if isinstance(value, Fraction):
         if _bits(value) > MAX_BITS:
             raise _Undecided("a huge number")
@@ -285,7 +284,7 @@ def _exact(value: Any) -> Fraction:
 
 
 def _integer(value: Any) -> int:
-    """A whole number from 0 to 1,000, or no value."""
+    """Return an integer from 0 to 1,000, or raise `_Undefined`."""
     number = _exact(value)
     if number.denominator != 1 or not 0 <= number <= 1000:
         raise _Undefined("not a small integer")
@@ -302,9 +301,9 @@ def _symbols(node: Node) -> bool:
 def _agree(
     trees: tuple[Node, Node], evaluator: _Evaluator, verdict: Callable[[_Evaluator, list[tuple[Any, Any]]], bool]
 ) -> bool:
-    """Evaluate both trees at the points where both are defined, and pass the pairs to `verdict`.
+    """Evaluate both trees where both are defined, and return whether `verdict` accepts the pairs of values.
 
-    `verdict` sees the pairs after every point, so that the first difference ends the work.
+    `verdict` gets the pairs after every point, so that the first difference ends the work.
     """
     if any(map(is_infinite, trees)):
         return False
@@ -315,7 +314,7 @@ def _agree(
             pairs.append((evaluator.value(trees[0]), evaluator.value(trees[1])))
         except _Undecided:
             return False
-        except (ArithmeticError, ValueError):  # no value here: a pole, a zero to the zero, a logarithm of zero
+        except (ArithmeticError, ValueError):  # undefined here: a pole, zero to the zero, a logarithm of zero
             continue
         if not verdict(evaluator, pairs):
             return False
@@ -323,7 +322,7 @@ def _agree(
 
 
 def _close(evaluator: _Evaluator, first: Any, second: Any) -> bool:
-    """Equal if both are exact; else equal in their first digits, however small they are, or near an exact 0."""
+    """Return whether two values agree: exactly if both are exact, else in their first digits or near an exact 0."""
     if isinstance(first, Fraction) and isinstance(second, Fraction):
         return first == second
     scale = 1 if 0 in (first, second) else 0
@@ -337,7 +336,7 @@ def _all_equal(evaluator: _Evaluator, pairs: list[tuple[Any, Any]]) -> bool:
 
 
 def _all_proportional(evaluator: _Evaluator, pairs: list[tuple[Any, Any]]) -> bool:
-    """Whether the last pair has the ratio of the first, and neither side vanishes."""
+    """Return whether the last pair has the ratio of the first, and neither value is zero."""
     if any(_close(evaluator, value, Fraction(0)) for value in pairs[-1]):
         return False
     (a, b), (c, d) = pairs[0], pairs[-1]

@@ -1,11 +1,11 @@
-r"""Comparing final answers as mathematics.
+r"""Compare final answers as mathematics.
 
-Three steps, each bounded in the length of its input. String rules unify spellings: wrappers, thousands separators,
-units, Unicode. A splitter then finds the structure: lists, sets, tuples and intervals with their brackets, unions,
-matrices, equations and inequalities. What remains are single expressions: plain numbers are compared as strings of
-digits, words without regard to case, and the rest by `_symbolic`, which compares values.
+The comparison has three steps, and the time of each is bounded by the length of its input. First, string rules unify
+spellings: wrappers, thousands separators, units, Unicode. Second, a splitter finds the structure: lists, sets, tuples
+and intervals with their brackets, unions, matrices, equations and inequalities. Third, single expressions are
+compared: plain numbers as strings of digits, words without case, everything else by value (`_symbolic`).
 
-A wrong acceptance teaches a policy to cheat, a wrong refusal costs one sample, so doubt is a refusal.
+When in doubt, answers do not match: a wrong acceptance teaches a policy to cheat, a wrong rejection costs one sample.
 """
 
 import decimal
@@ -41,7 +41,7 @@ _LABEL = re.compile(  # a variable, a segment, a word of four letters, a Greek l
 
 
 def _split(text: str, signs: set[str]) -> tuple[list[str], list[str]]:
-    """The text cut at signs outside all brackets, and the signs."""
+    """Split a text at signs outside all brackets; return the parts and the signs."""
     parts, cuts, start = list[str](), list[str](), 0
     for position, token, depth in scan(text):
         if depth == 0 and token in signs:
@@ -52,7 +52,7 @@ def _split(text: str, signs: set[str]) -> tuple[list[str], list[str]]:
 
 
 def _brackets(text: str) -> tuple[str, str] | None:
-    """The opening and closing bracket if one pair surrounds the whole text."""
+    """Return the opening and closing bracket if one pair surrounds the whole text."""
     tokens = list(scan(text))
     if len(tokens) < 2 or tokens[0][1] not in ("(", "[", r"\{", r"\langle") or tokens[-1][1] not in CLOSERS:
         return None
@@ -64,7 +64,7 @@ def _brackets(text: str) -> tuple[str, str] | None:
 
 
 def _parse(text: str) -> Answer:
-    """The structure of a cleaned text; what has none is a leaf."""
+    """Return the structure of a cleaned text; a single expression is a leaf."""
     if (matrix := _MATRIX.fullmatch(text)) and r"\begin" not in matrix[2]:
         rows = [row.split("&") for row in re.split(r"\\\\", matrix[2].strip().removesuffix(r"\\"))]
         parts = tuple(Answer("row", tuple(_parse(unwrap(entry)) for entry in row)) for row in rows)
@@ -88,7 +88,7 @@ def _parse(text: str) -> Answer:
 
 
 def _relation(items: list[str], signs: list[str]) -> Answer:
-    """An equation or inequality, its signs turned to less-than."""
+    """Return an equation or inequality with its signs turned to less-than."""
     if len(items) == 2 and signs[0] in ("=", r"\in") and _LABEL.fullmatch(without_text_commands(items[0])):
         return Answer("label", (_parse(items[1]),), items[0] + signs[0])
     if all(sign in _MIRRORED for sign in signs) and set(signs) != {"="}:
@@ -106,7 +106,7 @@ def _leaf(text: str) -> Answer:
 
 @lru_cache(maxsize=4096)
 def _readings(text: str) -> tuple[Answer, ...]:
-    """What an answer can mean: `1,234` is a number, or else a list of two."""
+    """Return the possible meanings of an answer: `1,234` is a number or a list of two."""
     cleaned = clean(text)
     if not cleaned or max((depth for _, _, depth in scan(cleaned)), default=0) > MAX_DEPTH:
         return ()
@@ -114,7 +114,7 @@ def _readings(text: str) -> tuple[Answer, ...]:
     return tuple(_parse(spelling) for spelling in dict.fromkeys(spellings))
 
 
-# The surface ----------------------------------------------------------------------------------------------------
+# Public functions ----------------------------------------------------------------------------------------------------
 
 
 _BOX = re.compile(
@@ -124,15 +124,14 @@ _BOX = re.compile(
 
 @shape_checked
 def extract_boxed_answer(text: str) -> str | None:
-    r"""Content of the last `\boxed{...}`, its braces balanced, or of `\boxed 5`, which TeX allows.
+    r"""Return the content of the last `\boxed{...}` with balanced braces, or of `\boxed 5`, which TeX allows.
 
     Args:
         text: a solution, of any length.
 
     Returns:
-        What stands between the braces, outer space removed; None without a box, or if the last one is never closed.
-        Without braces, what stands in front of the end of the formula or line. A `\boxed` with nothing behind it is no
-        box.
+        The text between the braces without outer space, or None if there is no box or the last one is never closed.
+        Without braces, the text up to the end of the formula or line. A `\boxed` followed by nothing is not a box.
 
     Example:
         >>> extract_boxed_answer(r"First \boxed{3}, so \boxed{\frac{1}{2}}.")
@@ -144,13 +143,13 @@ def extract_boxed_answer(text: str) -> str | None:
 
 
 def boxed_answers(text: str) -> list[str]:
-    r"""Content of every closed `\boxed{...}` and every `\boxed 5`, in order; of nested ones, the outer.
+    r"""Return the contents of all closed `\boxed{...}` and `\boxed 5`, in order; of nested boxes, the outer one.
 
     Args:
         text: a solution, of any length.
 
     Returns:
-        The contents, outer space removed.
+        The contents without outer space.
     """
     boxes, start = list[str](), 0
     while found := _BOX.search(text, start):
@@ -168,15 +167,15 @@ def boxed_answers(text: str) -> list[str]:
 
 @shape_checked
 def normalize_answer(answer: str) -> str:
-    r"""Answer after every string rule: no wrapper, unit or thousands separator, one spelling per sign, words lower.
+    r"""Apply all string rules: remove wrappers, units and thousands separators, unify signs, lower the case of words.
 
-    What two answers have in common after these rules is not all that `answers_match` sees: it also compares values.
+    `answers_match` does more: it also compares values.
 
     Args:
-        answer: an answer as a model or a data file writes it.
+        answer: an answer from a model or a data file.
 
     Returns:
-        The unified text; empty if nothing is left. A text of more than 1,000 characters only loses its outer space.
+        The unified text, possibly empty. A text of more than 1,000 characters only loses its outer space.
 
     Example:
         >>> normalize_answer(r"$\$1,234.50$")
@@ -192,34 +191,34 @@ def normalize_answer(answer: str) -> str:
 
 @shape_checked
 def answers_match(first: str | int | float, second: str | int | float) -> bool:
-    r"""Whether two answers are the same mathematics.
+    r"""Return whether two answers are mathematically equal.
 
-    Symmetric, and true of an answer and itself unless it is empty. Values are exact: `0.5` is `1/2`, `0.333` is not
-    `1/3`, `3.14` is not `\pi`. Brackets count: `(1, 2)` is neither `[1, 2]` nor `1, 2`. Sets, unions and unbracketed
-    lists have no order, tuples have one. A unit (percent, degree and currency signs among them) may be missing on one
-    side but not differ: `50\%` is `50`, and not `0.5`. So may a label: `x = 5` is `5`, and not `y = 5`. An inequality
-    is the interval of its one variable: `x \ge 5` is `[5, \infty)`. Words ignore case. A numeral of another base,
-    `101_2`, equals itself only. Irrational values, and expressions with variables at eight points, must agree to a
-    hundred digits.
+    The relation is symmetric, and a non-empty answer matches itself. Values are exact: `0.5` is `1/2`, `0.333` is not
+    `1/3`, `3.14` is not `\pi`. Brackets count: `(1, 2)` is neither `[1, 2]` nor `1, 2`. The order of sets, unions and
+    unbracketed lists does not matter; the order of tuples does. A unit (including percent, degree and currency signs)
+    may be missing on one side but must not differ: `50\%` is `50`, and not `0.5`. The same holds for a label: `x = 5`
+    is `5`, and not `y = 5`. An inequality is the interval of its one variable: `x \ge 5` is `[5, \infty)`. Case is
+    ignored. A numeral of another base, `101_2`, equals only itself. Irrational values, and expressions with variables
+    at eight points, must agree to a hundred digits.
 
-    A rational number is matched by its spellings only: integer, decimal, mixed number, fraction of integers (`74/2`,
-    unreduced), `1.5 \times 10^3`, and one power of integers such as `2^{10}`, alone or in a fraction. Work left undone
-    is no spelling: `35 + 2` is not `37`, and neither `2\sqrt{4}` nor `\sqrt{16}` is `4`, nor `5!` `120`, nor
-    `\sin^2 x + \cos^2 x` `1`. Likewise `2x = 10` is not `x = 5`. Between two expressions of which neither is a plain
-    number the values decide: `1 + \sqrt{2}` is `\sqrt{2} + 1`.
+    A rational number matches only spellings of a number: integer, decimal, mixed number, fraction of integers (`74/2`,
+    unreduced), `1.5 \times 10^3`, and one power of integers such as `2^{10}`, alone or in a fraction.
+    Unfinished arithmetic does not match: `35 + 2` is not `37`, `2\sqrt{4}` and `\sqrt{16}` are not `4`, `5!` is not
+    `120`, and `\sin^2 x + \cos^2 x` is not `1`. Likewise `2x = 10` is not `x = 5`. If neither expression is a plain
+    number, their values decide: `1 + \sqrt{2}` is `\sqrt{2} + 1`.
 
-    Nothing raises on any text, and no text takes long: what exceeds a limit (1,000 characters, 24 brackets deep, 90
-    digits beside other signs, huge powers) equals itself only.
+    No text raises an error or takes long. A text that exceeds a limit (1,000 characters, 24 nested brackets, 90 digits
+    beside other signs, huge powers) equals only itself.
 
     Args:
         first: an answer, as text or as a finite number.
-        second: the other.
+        second: the other answer.
 
     Returns:
-        True if they are certainly equal; False if they differ or nothing decides.
+        True if the answers are certainly equal; False if they differ or the comparison is undecided.
 
     Raises:
-        ValueError: a number is infinite or not a number.
+        ValueError: a number is infinite or NaN.
 
     Example:
         >>> answers_match(r"\dfrac{1}{2}", 0.5), answers_match(r"2\sqrt{2}", r"\sqrt 8"), answers_match("12", "21")
@@ -231,17 +230,17 @@ def answers_match(first: str | int | float, second: str | int | float) -> bool:
 
 
 def answer_text(answer: str | float, name: str) -> str:
-    """The answer as stripped text.
+    """Return the answer as stripped text.
 
     Args:
         answer: a text or a finite number.
-        name: the argument it came in, for the error.
+        name: the name of the argument, for the error message.
 
     Returns:
         The text.
 
     Raises:
-        ValueError: a number is infinite or not a number.
+        ValueError: a number is infinite or NaN.
     """
     if isinstance(answer, float) and not math.isfinite(answer):
         raise ValueError(f"{name}={answer} must be finite")
@@ -249,14 +248,14 @@ def answer_text(answer: str | float, name: str) -> str:
 
 
 def texts_match(first: str, second: str) -> bool:
-    """`answers_match` of two stripped texts, without the check of its arguments.
+    """Return `answers_match` of two stripped texts without checking arguments.
 
     Args:
         first: an answer.
-        second: the other.
+        second: the other answer.
 
     Returns:
-        True if they are certainly equal.
+        True if the answers are certainly equal.
     """
     if first == second:
         return bool(first)
@@ -271,18 +270,18 @@ def texts_match(first: str, second: str) -> bool:
 
 
 def is_right(answer: str, reference: str) -> bool:
-    r"""Whether an answer is right where the reference is what it is compared with: `texts_match`, and a little more.
+    r"""Return whether an answer is correct for a reference: `texts_match`, and two more cases.
 
-    Of two answers none is more than the other; of a reference more is known. If it is a number, or has the unit too,
-    a letter behind a number is a unit: `5 m` is right where `5` is, and wrong where `5x` is. If it is arithmetic that
-    was left undone, what it comes to is right: `40320` where `8!` is. The other way round it stays wrong.
+    First, if the reference is a number or has the same unit, a letter after the number is a unit: `5 m` is correct for
+    `5`, but not for `5x`. Second, if the reference is unfinished arithmetic, its value is correct: `40320` for `8!`.
+    The reverse stays wrong.
 
     Args:
         answer: an answer, stripped.
-        reference: what is right, stripped.
+        reference: the correct answer, stripped.
 
     Returns:
-        True if the answer is certainly right.
+        True if the answer is certainly correct.
     """
     if texts_match(answer, reference):
         return True

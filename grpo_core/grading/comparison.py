@@ -11,7 +11,7 @@ from grpo_core.grading._expression import WORDS
 
 
 class Answer(NamedTuple):
-    """The structure of an answer: a leaf with its text and unit, or parts in or out of order."""
+    """The structure of an answer: a leaf with its text and unit, or ordered or unordered parts."""
 
     kind: str  # leaf, list, set, union, matrix, relation, or the two brackets of a tuple
     parts: tuple["Answer", ...] = ()
@@ -24,7 +24,7 @@ _VARIABLE = re.compile(r"[A-Za-df-hj-z](?:_\{?\w+\}?)?|\\(?!pi\b|infty|emptyset)
 
 
 def _interval(answer: Answer) -> tuple[str, Answer] | None:
-    """The variable of an inequality and the interval it may lie in; of inequalities joined by `or`, the union."""
+    """Return the variable of an inequality and its interval; for inequalities joined by `or`, the union."""
     if answer.kind == "list" and answer.text == "or":
         found = [_interval(part) for part in answer.parts]
         pieces = [piece for piece in found if piece is not None]
@@ -46,7 +46,7 @@ def _interval(answer: Answer) -> tuple[str, Answer] | None:
 
 
 def _membership(answer: Answer, variable: str) -> Answer | None:
-    r"""The interval or union that an answer is, or in which it says that the variable lies."""
+    r"""Return the interval or union that an answer is, or that `x \in ...` names."""
     if answer.kind == "label" and answer.text == variable + r"\in":
         answer = answer.parts[0]
     return answer if answer.kind in ("()", "(]", "[)", "[]", "union") else None
@@ -56,18 +56,18 @@ def _membership(answer: Answer, variable: str) -> Answer | None:
 
 
 MAX_LEAVES = 10_000
-"""Pairs of expressions in one comparison of answers."""
+"""Most pairs of expressions in one comparison of answers."""
 
 
 class Comparison:
-    """One comparison of two answers, with a limit on the leaves it may compare and on their evaluations."""
+    """One comparison of two answers, with limits on its leaves and evaluations."""
 
     def __init__(self) -> None:
         self.leaves = MAX_LEAVES
         self.budget = _symbolic.Budget()
 
     def same(self, first: Answer, second: Answer) -> bool:
-        """Whether two structures agree part by part."""
+        """Return whether two structures agree part by part."""
         if first == second:
             return True
         for one, other in ((first, second), (second, first)):
@@ -89,15 +89,15 @@ class Comparison:
         return self.pairs_off(first, second) if kinds == {"union"} else self.in_order(first.parts, second.parts)
 
     def in_order(self, first: tuple[Answer, ...], second: tuple[Answer, ...]) -> bool:
-        """Whether the parts agree one by one."""
+        """Return whether the parts agree in order."""
         return all(self.same(a, b) for a, b in zip(first, second, strict=True))
 
     def covers(self, first: Answer, second: Answer) -> bool:
-        """Whether every part of `first` is one of `second`."""
+        """Return whether every part of `first` equals some part of `second`."""
         return all(any(self.same(a, b) for b in second.parts) for a in first.parts)
 
     def pairs_off(self, first: Answer, second: Answer) -> bool:
-        """Whether the parts agree one to one in some order."""
+        """Return whether the parts agree one to one in some order."""
         rest = list(second.parts)
         for part in first.parts:
             partner = next((i for i, other in enumerate(rest) if self.same(part, other)), None)
@@ -107,7 +107,7 @@ class Comparison:
         return not rest
 
     def same_relation(self, first: Answer, second: Answer) -> bool:
-        """Whether two equations or inequalities state the same."""
+        """Return whether two equations or inequalities are equivalent."""
         if first.kind == second.kind == "label":
             return first.text == second.text and self.same(first.parts[0], second.parts[0])
         sides = [_sides(answer) for answer in (first, second)]
@@ -117,7 +117,7 @@ class Comparison:
         return same_signs and self.in_order(first.parts, second.parts)
 
     def same_leaf(self, first: Answer, second: Answer) -> bool:
-        """Whether two expressions, numbers or words are equal; a unit may be missing on one side, not differ."""
+        """Return whether two expressions, numbers or words are equal. Units must not differ; one may be missing."""
         self.leaves -= 1
         if self.leaves < 0 or (first.unit and second.unit and first.unit != second.unit):
             return False
@@ -132,7 +132,7 @@ class Comparison:
 
 
 def is_prose(text: str) -> bool:
-    """Whether a text has a word: four letters that name no function, or three in letters alone."""
+    """Return whether a text has a word: four letters that name no function, or three if it is only letters."""
     if "\\" in text or text.casefold() == "no":
         return "\\" not in text
     shortest = 3 if re.fullmatch(r"[A-Za-z ,.']+", text) else 4
@@ -140,7 +140,7 @@ def is_prose(text: str) -> bool:
 
 
 def _sides(answer: Answer) -> tuple[str, str] | None:
-    """Both sides of a plain equation."""
+    """Return both sides of a plain equation."""
     if answer.kind == "label" and answer.text.endswith("=") and answer.parts[0].kind == "leaf":
         return answer.text[:-1], answer.parts[0].text
     if answer.kind == "relation" and answer.text == "=" and {part.kind for part in answer.parts} == {"leaf"}:
@@ -153,7 +153,7 @@ SCIENTIFIC = re.compile(r"([-+]?[0-9]{1,50}(?:\.[0-9]{0,50})?)[eE]([-+]?[0-9]{1,
 
 
 def digits(text: str) -> tuple[bool, str, str] | None:
-    """Sign, whole and fractional digits of a plain number of any length, without zeros at the ends."""
+    """Return sign, integer digits and fractional digits of a plain number, without outer zeros."""
     if found := SCIENTIFIC.fullmatch(text):
         text = format(decimal.Decimal(text), "f")
     found = _PLAIN.fullmatch(text)

@@ -1,4 +1,4 @@
-r"""Rewards of responses to mathematics questions: a format, and an answer that matches the reference."""
+r"""Rewards for answers to mathematics questions: a format, and an answer that matches the reference."""
 
 from grpo_core._checks import shape_checked
 from grpo_core.grading.answers import answer_text, boxed_answers, extract_boxed_answer, is_right
@@ -7,26 +7,25 @@ from grpo_core.types import GroundTruth
 
 @shape_checked
 def r1_zero_reward_fn(response: str, ground_truth: GroundTruth) -> dict[str, float]:
-    r"""Reward of a response to the r1-zero prompt: `... </think> <answer> ... </answer>` around a right answer.
+    r"""Return the reward of a response to the r1-zero prompt: `... </think> <answer> ... </answer>`.
 
-    The format is the text `</think> <answer>`, one space between the tags, and after it `</answer>`. The answer is
-    what stands between them; if it holds a `\boxed{}`, what stands in the box. Text before and after is free.
+    The format is `</think> <answer>`, with one space between the tags, followed by `</answer>`. The answer is the text
+    between them, or the content of a `\boxed{}` in that text. Text before and after is free.
 
-    A response cannot gain by naming several answers: with a second `<answer>` tag after the first block began, or with
-    boxes of different content in the block, no answer is right. It cannot gain by work left undone either: where `37`
-    is right, `35 + 2` is not. An empty answer is never right.
+    Several answers gain nothing: with a second `<answer>` tag, or with boxes of different content, the answer is
+    wrong. Unfinished arithmetic gains nothing: `35 + 2` is not `37`. An empty answer is wrong.
 
     Args:
-        response: what the model wrote after the prompt. Any text is graded; none raises.
-        ground_truth: the reference answer, or a list of alternatives of which any one counts.
+        response: the text of the model after the prompt. No text raises an error.
+        ground_truth: the reference answer, or a list of accepted answers.
 
     Returns:
-        `format_reward`, 1.0 if the response has the format; `answer_reward`, 1.0 if it also has the right answer (by
-        `answers_match`; besides, `5 m` is right where `5` is, and `40320` where `8!` is); `reward`, the same as
+        `format_reward`, 1.0 if the response has the format; `answer_reward`, 1.0 if the answer is also correct (by
+        `answers_match`; in addition, `5 m` is correct for `5` and `40320` for `8!`); `reward`, equal to
         `answer_reward`.
 
     Raises:
-        ValueError: `ground_truth` is empty, or holds an empty text or a number that is not finite.
+        ValueError: `ground_truth` is empty, or contains an empty text or a number that is not finite.
 
     Example:
         >>> r1_zero_reward_fn(r"Half of one. </think> <answer> \boxed{0.5} </answer>", r"\frac{1}{2}")
@@ -49,22 +48,22 @@ def r1_zero_reward_fn(response: str, ground_truth: GroundTruth) -> dict[str, flo
 
 @shape_checked
 def question_only_reward_fn(response: str, ground_truth: GroundTruth) -> dict[str, float]:
-    r"""Reward of a response to a bare question: a right answer in the last `\boxed{}`.
+    r"""Return the reward of a response to a bare question: a correct answer in the last `\boxed{}`.
 
-    Earlier boxes are not graded, so naming several answers gains nothing: the last one counts. If that is never
-    closed, as in a response cut off, the response has no answer; a `\boxed` with nothing behind it is no box. Work
-    left undone earns nothing: `35 + 2` is not `37`.
+    Only the last box is graded, so several answers gain nothing. If the last box is never closed, as in a truncated
+    response, there is no answer; a `\boxed` followed by nothing is not a box. Unfinished arithmetic gains nothing:
+    `35 + 2` is not `37`.
 
     Args:
-        response: what the model wrote. Any text is graded; none raises.
-        ground_truth: the reference answer, or a list of alternatives of which any one counts.
+        response: the text of the model. No text raises an error.
+        ground_truth: the reference answer, or a list of accepted answers.
 
     Returns:
-        `format_reward`, 1.0 if there is a boxed answer; `answer_reward`, 1.0 if it is right, as for
-        `r1_zero_reward_fn`; `reward`, the same as `answer_reward`.
+        `format_reward`, 1.0 if there is a boxed answer; `answer_reward`, 1.0 if it is correct, as in
+        `r1_zero_reward_fn`; `reward`, equal to `answer_reward`.
 
     Raises:
-        ValueError: `ground_truth` is empty, or holds an empty text or a number that is not finite.
+        ValueError: `ground_truth` is empty, or contains an empty text or a number that is not finite.
 
     Example:
         >>> question_only_reward_fn(r"So there are \boxed{1{,}200} of them.", 1200)
@@ -82,7 +81,7 @@ def _any_match(answer: str, references: list[str]) -> bool:
 
 
 def _references(ground_truth: GroundTruth) -> list[str]:
-    """The alternatives as text, none of them empty."""
+    """Return the accepted answers as text; raise a ValueError if one is empty."""
     alternatives = ground_truth if isinstance(ground_truth, list) else [ground_truth]
     references = [answer_text(alternative, "ground_truth") for alternative in alternatives]
     if not references or not all(references):
