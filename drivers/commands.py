@@ -26,9 +26,10 @@ def run(program: str) -> None:
 
 def tell_help(program: str, arguments: Sequence[str]) -> None:
     """Of the programs that need much: from their settings alone, which need no more than the functions do."""
-    from drivers.settings.command_line import parse, parse_settings, parse_train_config
+    from drivers.settings.command_line import parse_settings, parse_train_config
     from drivers.settings.evaluate import EvaluateConfig
     from drivers.settings.imitation import ExpertIterationConfig, SftConfig
+    from drivers.settings.parser import parse
 
     match program:
         case "train":

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from drivers.common.cli import exit_with
 from drivers.common.errors import TrainingAbortedError, UsageError
 from drivers.evaluation.standalone import evaluate
-from drivers.settings.command_line import parse
 from drivers.settings.evaluate import EvaluateConfig
+from drivers.settings.parser import parse
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

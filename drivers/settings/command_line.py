@@ -6,19 +6,19 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-import tyro
 from beartype.door import is_bearable
 
 from drivers.common.errors import UsageError
-from drivers.settings.base import Settings
+from drivers.settings.groups import TrainingSettings
 from drivers.settings.grpo import GrpoConfig
-from drivers.settings.imitation import QUICKSTARTS, Imitation
+from drivers.settings.imitation import QUICKSTARTS, ImitationSettings
+from drivers.settings.parser import parse
 from drivers.settings.recipes import QUICKSTART, RECIPES
 
-Config = TypeVar("Config")
+Trained = TypeVar("Trained", bound=TrainingSettings)
 
 
-Trained = TypeVar("Trained", bound=Settings)
+Imitation = TypeVar("Imitation", bound=ImitationSettings)
 
 
 def flag_given(arguments: Sequence[str], flag: str) -> str | None:
@@ -119,15 +119,7 @@ def _is_run(folder: Path) -> bool:
     return (folder / "config.json").exists() and (folder / "metrics.jsonl").exists()
 
 
-def parse(kind: type[Config], arguments: Sequence[str], defaults: Config) -> Config:
-    """The command line over `defaults`; a value that cannot be is one line on stderr and exit status 2."""
-    return tyro.cli(kind, args=list(arguments), default=defaults)
-
-
-Kind = TypeVar("Kind", bound=Imitation)
-
-
-def parse_settings(kind: type[Kind], arguments: Sequence[str]) -> Kind:
+def parse_settings(kind: type[Imitation], arguments: Sequence[str]) -> Imitation:
     """Defaults, or without a model those of the quickstart, or those of the run to go on with; then the flags."""
     earlier = earlier_settings(kind, arguments)
     if earlier is not None:

@@ -1,20 +1,15 @@
 """`--show`: print the resolved settings, and the loss that they define as formulas."""
 
-from dataclasses import asdict, fields
-
 from drivers.settings.grpo import GrpoConfig
 from drivers.settings.objectives import ADVANTAGES, OBJECTIVES, Advantage, Objective, resolve_values
+from drivers.settings.parser import sort_by_heading
 from drivers.settings.reward_spec import parse_mix
 
 
 def show(config: GrpoConfig) -> str:
     """Return all settings, with a mark at each that differs from its default, and the formulas of the loss."""
-    defaults = {field.name: field.default for field in fields(GrpoConfig)}
-    lines = [
-        f"{'*' if value != defaults[name] else ' '} {name:28} {value}"
-        for name, value in asdict(config).items()
-        if name != "show"
-    ]
+    names = [name for members in sort_by_heading(GrpoConfig).values() for name in members if name != "show"]
+    lines = [f"{'*' if config.is_changed(name) else ' '} {name:28} {getattr(config, name)}" for name in names]
     return "\n".join([*lines, "", "* differs from the default", "", *formula(config)])
 
 

@@ -22,3 +22,8 @@ class Sampling:
     def greedy(self) -> "Sampling":
         """The likeliest token each time, once for each prompt."""
         return replace(self, n=1, temperature=0.0, top_p=1.0)
+
+
+def stop_strings(reward: str) -> tuple[str, ...]:
+    """Return the texts that end a response under this reward."""
+    return ("</answer>",) if reward in ("r1_zero", "countdown", "gym") else ()

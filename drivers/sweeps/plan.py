@@ -15,8 +15,8 @@ import tyro
 
 from drivers.common.atomic_files import write_json
 from drivers.common.errors import UsageError
-from drivers.settings.base import Settings
 from drivers.settings.command_line import flag_given, parse_settings, parse_train_config
+from drivers.settings.groups import TrainingSettings
 from drivers.settings.imitation import ExpertIterationConfig, SftConfig
 from drivers.sweeps.presets import SHORT, SWEEPS, Base, Variant
 from drivers.tasks.questions import read_jsonl
@@ -101,7 +101,7 @@ def folder_of(config: SweepConfig) -> Path:
     return Path(config.save_dir or f"runs/sweep-{name}")
 
 
-def parse_program_flags(program: str, flags: Sequence[str]) -> Settings:
+def parse_program_flags(program: str, flags: Sequence[str]) -> TrainingSettings:
     """The settings that the program makes of these flags. What it cannot make anything of ends this program too."""
     with redirect_stdout(StringIO()):  # what it takes for granted each run tells anew
         match program:

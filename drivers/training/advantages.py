@@ -11,14 +11,14 @@ import grpo_core as core
 from drivers.common.errors import TrainingAbortedError
 from drivers.engines.protocol import Completion
 from drivers.policy.lora import without_lora
-from drivers.settings.grpo import GrpoConfig
+from drivers.settings.algorithm import AlgorithmSettings
 from drivers.settings.objectives import ADVANTAGES, resolve_values
 from drivers.training.batch import RolloutBatch
 from drivers.training.scoring import score_all
 
 
 def shape_rewards(
-    config: GrpoConfig, completions: Sequence[Completion], scores: Sequence[Mapping[str, float | None]]
+    config: AlgorithmSettings, completions: Sequence[Completion], scores: Sequence[Mapping[str, float | None]]
 ) -> Tensor:
     """The reward of each response, with what is added for its length; NaN where it could not be scored."""
     rewards = core.read_rewards(list(scores))
@@ -42,7 +42,7 @@ def shape_rewards(
 
 
 def prepare_rollouts(
-    config: GrpoConfig,
+    config: AlgorithmSettings,
     policy: nn.Module,
     reference: nn.Module | None,
     rollouts: RolloutBatch,
@@ -67,7 +67,7 @@ def prepare_rollouts(
 
 
 def _advantages(
-    config: GrpoConfig,
+    config: AlgorithmSettings,
     rollouts: RolloutBatch,
     scores: Sequence[Mapping[str, float | None]],
     greedy_rewards: Tensor | None,

@@ -9,14 +9,14 @@ from drivers.common.display import Display
 from drivers.common.errors import TrainingAbortedError
 from drivers.common.signals import defer_signals, terminate_as_interrupt
 from drivers.runs.resume import finished_model
-from drivers.settings.base import Settings
+from drivers.settings.groups import TrainingSettings
 from drivers.settings.grpo import GrpoConfig
 from drivers.training.run import Run
 from drivers.training.setup import Components
 
 
 def run_training(
-    settings: Settings,
+    settings: TrainingSettings,
     config: GrpoConfig,
     prepare: Callable[[GrpoConfig, Display], tuple[Run, Components]],
     loop: Callable[[Run, Components], None],
@@ -24,7 +24,7 @@ def run_training(
     """Parts, the loop, the model. `settings` are the program's own, `config` is what its parts are given."""
     finished = finished_model(config)
     if finished is not None:
-        print(f"Nothing is left to do: {finished}/ has all {config.n_grpo_steps} steps; more: {settings.more}.")
+        print(f"Nothing is left to do: {finished}/ has all {config.n_grpo_steps} steps; more: {settings.extend_flag}.")
         return
     distributed.start(config.collective_timeout_s, on_gpus=config.policy_device != "cpu")
     display = Display(config.n_grpo_steps, quiet=not distributed.is_first(), title=settings.title)

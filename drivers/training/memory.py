@@ -13,6 +13,7 @@ from drivers.common.errors import UsageError
 from drivers.engines.placement import engine_memory_fraction, shares_gpu
 from drivers.policy import fsdp
 from drivers.policy.optimizer import training_state_bytes
+from drivers.settings.algorithm import AlgorithmSettings
 from drivers.settings.grpo import GrpoConfig
 from drivers.training.scoring import MAX_LOGITS_BYTES
 from drivers.training.shortcuts import find_head
@@ -135,7 +136,7 @@ def plan_memory(
     )
 
 
-def max_micro_batch_tokens(config: GrpoConfig, longest_prompt: int) -> int:
+def max_micro_batch_tokens(config: AlgorithmSettings, longest_prompt: int) -> int:
     """Of one pass, padding counted; at most, for where a group shares a row its prompt is counted once."""
     longest = longest_prompt + config.sampling_max_tokens
     if config.micro_batch_tokens is not None:

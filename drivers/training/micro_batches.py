@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from drivers.settings.grpo import GrpoConfig
+from drivers.settings.groups import UpdateSettings
 from drivers.training.batch import RolloutBatch
 from drivers.training.shortcuts import packs_rows, shares_rows
 
@@ -62,7 +62,7 @@ def _one_row_or_many(
 
 
 def plan_micro_batches(
-    config: GrpoConfig, policy: nn.Module, rollouts: RolloutBatch, wanted: Sequence[int]
+    config: UpdateSettings, policy: nn.Module, rollouts: RolloutBatch, wanted: Sequence[int]
 ) -> Iterator[MicroBatch]:
     """Which responses are scored in one pass: the wanted ones that have tokens, each once.
 

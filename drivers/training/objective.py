@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 import grpo_core as core
-from drivers.settings.grpo import GrpoConfig
+from drivers.settings.algorithm import AlgorithmSettings
 from drivers.settings.objectives import OBJECTIVES, resolve_values
 from drivers.training.batch import RolloutBatch
 
 
-def weigh_step(config: GrpoConfig, batch: RolloutBatch) -> tuple[RolloutBatch, dict[str, float]]:
+def weigh_step(config: AlgorithmSettings, batch: RolloutBatch) -> tuple[RolloutBatch, dict[str, float]]:
     """All that is a statistic of one optimizer step, before it is cut into micro-batches; and how it came out.
 
     A response that could not be scored is left out like one that was cut off under --mask-truncated: a reward of 0
@@ -74,7 +74,7 @@ def weigh_step(config: GrpoConfig, batch: RolloutBatch) -> tuple[RolloutBatch, d
 
 
 def correct_for_sampler(
-    config: GrpoConfig, batch: RolloutBatch, old_log_probs: Tensor, mask: Tensor
+    config: AlgorithmSettings, batch: RolloutBatch, old_log_probs: Tensor, mask: Tensor
 ) -> tuple[Tensor | None, Tensor, dict[str, Tensor]]:
     """Importance weights, if there are any; which ratios lie within the bounds; and what both are described by."""
     sampler = batch.sampler_log_probs
@@ -104,7 +104,7 @@ def describe_correction(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, floa
     return dict(zip(facts, torch.stack([value.double() for value in facts.values()]).tolist(), strict=True))
 
 
-def rows_with_gradient(config: GrpoConfig, batch: RolloutBatch, entropy_coef: float) -> list[int]:
+def rows_with_gradient(config: AlgorithmSettings, batch: RolloutBatch, entropy_coef: float) -> list[int]:
     """The responses of which any term has one; where the advantage is 0, the objective has none."""
     assert batch.advantages is not None
     assert batch.policy_weights is not None
@@ -119,7 +119,7 @@ def rows_with_gradient(config: GrpoConfig, batch: RolloutBatch, entropy_coef: fl
 
 
 def compute_loss(
-    config: GrpoConfig, micro: RolloutBatch, scored: Mapping[str, Tensor], entropy_coef: float
+    config: AlgorithmSettings, micro: RolloutBatch, scored: Mapping[str, Tensor], entropy_coef: float
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor] | None]:
     """The share of a micro-batch in the loss of its optimizer step, and what it is watched by.
 
@@ -176,7 +176,7 @@ def compute_loss(
 class EntropyBonus:
     """The coefficient of the entropy bonus, which with a target follows the entropy of what was sampled."""
 
-    def __init__(self, config: GrpoConfig) -> None:
+    def __init__(self, config: AlgorithmSettings) -> None:
         self._target, self.value = config.entropy_target, config.entropy_coef
 
     def of_step(self, entropy: float) -> float:
@@ -188,7 +188,7 @@ class EntropyBonus:
 
 
 def compute_objective(
-    config: GrpoConfig, micro: RolloutBatch, log_probs: Tensor, old: Tensor
+    config: AlgorithmSettings, micro: RolloutBatch, log_probs: Tensor, old: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return one loss per token or response, and where a bound binds."""
     objective = OBJECTIVES[config.loss_type]

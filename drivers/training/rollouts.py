@@ -14,6 +14,7 @@ from drivers.engines.rank_zero import run_with_engine
 from drivers.grading.summary import describe_grades
 from drivers.grading.verdicts import Graded, Grader, grade_all
 from drivers.runs.completions import describe_sample, describe_tokens
+from drivers.settings.groups import RolloutSettings
 from drivers.settings.grpo import GrpoConfig
 from drivers.settings.objectives import ADVANTAGES
 from drivers.tasks.questions import Question
@@ -182,7 +183,7 @@ def _graded(grade: Grader, completions: Sequence[Completion], asked: Sequence[Qu
     return grade_all(grade, texts, [one.answer for one in asked], [one.example.question for one in asked])
 
 
-def curriculum_subset(config: GrpoConfig, train_set: Sequence[Question], step: int) -> Sequence[Question]:
+def curriculum_subset(config: RolloutSettings, train_set: Sequence[Question], step: int) -> Sequence[Question]:
     """What this step draws from: with `curriculum_steps`, of a set in order of difficulty, a growing first part.
 
     It follows from the step alone, so a run that is gone on with draws as it would have.

@@ -26,7 +26,7 @@ from drivers.runs.checkpoint import TENSORS, WRITE_ERRORS, publish_model, read_f
 from drivers.runs.completions import with_values
 from drivers.runs.folder import later_checkpoints, newest_checkpoint, prune_checkpoints, release_run_lock
 from drivers.runs.log import NoLog, RunLog
-from drivers.settings.base import Settings
+from drivers.settings.groups import TrainingSettings
 from drivers.settings.grpo import GrpoConfig
 from drivers.tasks.questions import Question
 from drivers.training.anomalies import Anomaly
@@ -50,7 +50,7 @@ class Run:
         tokenizer: Any,
         display: Display,
         checkpoint: Path | None = None,
-        settings: Settings | None = None,
+        settings: TrainingSettings | None = None,
         data: str | None = None,
     ) -> None:
         """`checkpoint`: of this run, to go on from; what was logged after it is dropped.

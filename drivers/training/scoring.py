@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from drivers.common import distributed
 from drivers.policy import fsdp
-from drivers.settings.grpo import GrpoConfig
+from drivers.settings.algorithm import AlgorithmSettings
 from drivers.training.batch import RolloutBatch
 from drivers.training.micro_batches import Row, plan_micro_batches, plan_rows
 from drivers.training.shortcuts import Head, find_head, model_inputs, packs_rows, without_padding
@@ -103,7 +103,7 @@ def _logits(policy: nn.Module, inputs: dict[str, Any], sources: Tensor) -> Tenso
 
 @torch.no_grad()
 def score_all(
-    policy: nn.Module, rollouts: RolloutBatch, config: GrpoConfig, *, with_entropy: bool = False
+    policy: nn.Module, rollouts: RolloutBatch, config: AlgorithmSettings, *, with_entropy: bool = False
 ) -> dict[str, Tensor]:
     """`score` of a whole rollout batch in parts, in the precision and the mode of training; in host memory."""
     names = ("log_probs", "token_entropy") if with_entropy else ("log_probs",)

@@ -29,7 +29,7 @@ from drivers.policy.weight_gatherer import WeightGatherer
 from drivers.runs.checkpoint import precision_of, read_facts
 from drivers.runs.folder import abandon_run_folder, release_run_lock
 from drivers.runs.resume import RUN_MARKER, open_run_folder
-from drivers.settings.base import Settings
+from drivers.settings.groups import PromptSettings, TrainingSettings
 from drivers.settings.grpo import GrpoConfig
 from drivers.settings.reward_spec import check_file
 from drivers.tasks.questions import Prompt, Question, easiest_first, load_examples, load_prompt, make_questions
@@ -72,7 +72,7 @@ def setup_grpo_run(config: GrpoConfig, display: Display) -> tuple[Run, Component
     return setup_run(config, display, partial(make_questions, examples, prompt_of(config)))
 
 
-def prompt_of(config: GrpoConfig) -> Prompt:
+def prompt_of(config: PromptSettings) -> Prompt:
     """How the settings put a question."""
     return load_prompt(config.prompt_path, config.chat_template, config.system_prompt_path)
 
@@ -81,7 +81,7 @@ def setup_run(
     config: GrpoConfig,
     display: Display,
     make_train_set: Callable[..., Sequence[Question]],
-    settings: Settings | None = None,
+    settings: TrainingSettings | None = None,
 ) -> tuple[Run, Components]:
     """The parts. Cheap checks first: a bad file stops the run before a model is loaded.
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from drivers.common import distributed
 from drivers.common.signals import defer_signals
-from drivers.settings.grpo import GrpoConfig
+from drivers.settings.algorithm import AlgorithmSettings
 from drivers.training.anomalies import Anomaly, check_update
 from drivers.training.batch import RolloutBatch
 from drivers.training.metrics import UpdateMetrics
@@ -19,7 +19,7 @@ from drivers.training.state import TrainingState
 
 
 def update(
-    config: GrpoConfig,
+    config: AlgorithmSettings,
     policy: nn.Module,
     train_batch: RolloutBatch,
     state: TrainingState,
@@ -40,7 +40,11 @@ def update(
 
 
 def accumulate_gradients(
-    policy: nn.Module, train_batch: RolloutBatch, config: GrpoConfig, entropy_coef: float, metrics: UpdateMetrics
+    policy: nn.Module,
+    train_batch: RolloutBatch,
+    config: AlgorithmSettings,
+    entropy_coef: float,
+    metrics: UpdateMetrics,
 ) -> torch.Tensor:
     """The loss of one optimizer step; its gradient is added up over micro-batches of any size."""
     device = next(policy.parameters()).device

@@ -27,8 +27,8 @@ import time
 from pathlib import Path
 
 from drivers.policy.loading import load_tokenizer, resolve_model
-from drivers.settings.base import stop_strings
 from drivers.settings.recipes import EMBEDDED_MODEL, QUICKSTART
+from drivers.settings.sampling import stop_strings
 from drivers.tasks.questions import load_examples, load_prompt_template
 from grpo_core import r1_zero_reward_fn
 from tests.benchmarks._harness import ROOT, Result, describe, digits, make_table

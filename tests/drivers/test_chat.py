@@ -167,12 +167,12 @@ def test_system_prompt_path_is_read_and_requires_chat_template(tmp_path):
         load_prompt("data/prompts/question_only.prompt", True, "nowhere.txt")
     makers = (
         make_tiny_config,
-        lambda **flags: SftConfig(**flags).of(1),  # the same checks as train.py's
-        lambda **flags: ExpertIterationConfig(**flags).of(),
+        SftConfig,
+        ExpertIterationConfig,
         EvaluateConfig,
     )
     for make in makers:
-        with pytest.raises(UsageError, match=f"system_prompt_path={path} has no effect: it asks for chat_template"):
+        with pytest.raises(UsageError, match=f"--system-prompt-path {path}: has no effect without a chat template"):
             make(system_prompt_path=path)
         assert make(chat_template=True, system_prompt_path=path).system_prompt_path == path
 

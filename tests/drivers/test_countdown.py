@@ -271,7 +271,7 @@ def test_countdown_invalid_ground_truth_is_named(truth):
 def test_countdown_is_a_built_in_reward():
     check_reward("countdown")
     assert make_tiny_config(reward="countdown").sampling.stop == ("</answer>",)
-    with pytest.raises(UsageError, match="it returns one reward"):
+    with pytest.raises(UsageError, match="which returns one reward"):
         check_reward("countdown", ["a=1"])
 
 

@@ -197,9 +197,9 @@ def test_compare_rewards_beyond_one_interval_holds_difference():
     [
         (
             {"sampling_min_tokens": 40, "sampling_max_tokens": 32},
-            "sampling_min_tokens=40 must not exceed sampling_max_tokens=32",
+            "--sampling-min-tokens 40: must not exceed --sampling-max-tokens 32",
         ),
-        ({"sampling_temperature": 0.0, "n_samples": 8}, "n_samples=8 with sampling_temperature=0: a greedy response"),
+        ({"sampling_temperature": 0.0, "n_samples": 8}, "--n-samples 8: greedy responses are all the same"),
     ],
 )
 def test_evaluate_config_invalid_sampling_raises_usage_error(settings, message):

@@ -372,7 +372,9 @@ def test_papers_page_names_existing_recipes():
 @pytest.mark.parametrize("aggregation", get_args(Aggregation))
 def test_formula_exists_for_every_objective(loss_type, aggregation):
     if loss_type in ("gspo", "gspo_token", "gmpo", "luspo") and aggregation != "sequence_mean":
-        with pytest.raises(UsageError, match="objective of whole responses"):
+        with pytest.raises(
+            UsageError, match=f"--aggregation {aggregation}: would weight the responses of --loss-type {loss_type}"
+        ):
             make_tiny_config(loss_type=loss_type, aggregation=aggregation)
         return
     config = make_tiny_config(loss_type=loss_type, aggregation=aggregation, kl_coef=0.1, entropy_coef=0.01)
@@ -507,7 +509,7 @@ def test_gdpo_weighs_parts_of_reward_mix():
     )
     assert_close(batch.advantages[:, 0], expected, rtol=0, atol=0)
     assert "S_i = 2 A_i^right + 0.25 A_i^brief" in "\n".join(formula(config))
-    with pytest.raises(UsageError, match=r"reward_weights=.* has no effect with reward_mix=right=2 brief=0.25"):
+    with pytest.raises(UsageError, match=r"--reward-weights 1.0 2.0: .* with --reward-mix right=2 brief=0.25"):
         replace(config, reward_weights=(1.0, 2.0))
 
 
@@ -627,17 +629,17 @@ def test_reward_not_a_number_raises_usage_error(tmp_path):
 
 
 ILLEGAL = [
-    ({"max_refills": 2, "advantage": "remax"}, "advantage=remax those teach too"),
-    ({"max_refills": 2, "advantage": "gdpo"}, "advantage=gdpo those teach too"),
-    ({"entropy_coef": -0.1}, "entropy_coef=-0.1 must not be negative"),
+    ({"max_refills": 2, "advantage": "remax"}, "with --advantage remax they have a gradient too"),
+    ({"max_refills": 2, "advantage": "gdpo"}, "with --advantage gdpo they have a gradient too"),
+    ({"entropy_coef": -0.1}, "--entropy-coef -0.1: must be at least 0"),
     ({"loss_type": "sapo", "sapo_temperatures": (1.0, float("nan"))}, "must be a number"),
-    ({"loss_type": "grpo_clip", "cliprange_high": float("nan")}, "cliprange_high=nan must be a number"),
-    ({"loss_type": "cispo", "cliprange": 0.1}, "cliprange=0.1 has no effect with loss_type=cispo"),
-    ({"advantage": "gpg", "advantage_eps": 0.1}, "advantage_eps=0.1 has no effect with advantage=gpg"),
-    ({"async_steps": 1, "engine": "vllm"}, "which nothing corrects: pass --importance truncate"),
-    ({"async_steps": 1, "importance": "truncate"}, "engine=hf has the policy's own"),
-    ({"importance_high": 3.0}, "importance_high=3.0 has no effect with importance=none"),
-    ({"loss_type": "no_baseline", "off_policy_threshold": 0.1}, "off_policy_threshold=0.1 has no effect"),
+    ({"loss_type": "grpo_clip", "cliprange_high": float("nan")}, "--cliprange-high nan: must be a number"),
+    ({"loss_type": "cispo", "cliprange": 0.1}, "--cliprange 0.1: has no effect with --loss-type cispo"),
+    ({"advantage": "gpg", "advantage_eps": 0.1}, "--advantage-eps 0.1: has no effect with --advantage gpg"),
+    ({"async_steps": 1, "engine": "vllm"}, "which nothing corrects; pass --importance truncate"),
+    ({"async_steps": 1, "importance": "truncate"}, "--engine hf shares the policy's weights"),
+    ({"importance_high": 3.0}, "--importance-high 3.0: has no effect with --importance none"),
+    ({"loss_type": "no_baseline", "off_policy_threshold": 0.1}, "--off-policy-threshold 0.1: has no effect"),
     ({"loss_type": "clip_cov", "covariance_bounds": (5.0, 1.0)}, "must be a lower and a higher number"),
     ({"loss_type": "gspo_token", "importance": "truncate"}, "pass --importance-level sequence or geometric"),
     ({"loss_type": "gspo", "aggregation": "token_mean"}, "pass --aggregation sequence_mean"),
@@ -645,37 +647,46 @@ ILLEGAL = [
     ({"loss_type": "gmpo", "top_entropy_fraction": 0.2}, "has one loss per response"),
     ({"loss_type": "luspo", "importance": "truncate"}, "pass --importance-level sequence or geometric"),
     ({"loss_type": "grpo_clip", "importance": "mask", "old_policy": "sampler"}, "corrects for the sampler twice"),
-    ({"importance": "truncate", "sampling_top_p": 0.9}, "off by the mass that was kept"),
-    ({"loss_type": "grpo_clip", "old_policy": "sampler", "sampling_top_p": 0.9}, "off by the mass that was kept"),
+    ({"importance": "truncate", "sampling_top_p": 0.9}, "renormalizes the sampler"),
+    (
+        {"loss_type": "grpo_clip", "old_policy": "sampler", "sampling_top_p": 0.9},
+        "renormalizes the sampler",
+    ),
     ({"importance": "truncate", "sampling_min_tokens": 2}, "hides the end token in the sampler alone"),
-    ({"off_policy_threshold": 0.1, "sampling_top_p": 0.5}, "off_policy_threshold=0.1 would be off"),
-    ({"kl_coef": 0.1, "kl_reference": "sampler", "sampling_top_p": 0.5}, "kl_reference=sampler would be off"),
-    ({"old_policy": "sampler"}, "has no effect with loss_type=reinforce_with_baseline"),
-    ({"importance": "mask", "importance_low": 3.0}, "importance_low=3.0 must lie between 0 and importance_high=2.0"),
-    ({"importance": "reject", "self_normalize": True}, "there are no weights to divide"),
+    ({"off_policy_threshold": 0.1, "sampling_top_p": 0.5}, "biases --off-policy-threshold 0.1"),
+    (
+        {"kl_coef": 0.1, "kl_reference": "sampler", "sampling_top_p": 0.5},
+        "penalty of --kl-reference sampler",
+    ),
+    ({"old_policy": "sampler"}, "has no effect with --loss-type reinforce_with_baseline"),
+    (
+        {"importance": "mask", "importance_low": 3.0},
+        "must be between 0 and --importance-high 2.0",
+    ),
+    ({"importance": "reject", "self_normalize": True}, "which has no weights"),
     ({"kl_coef": 0.1, "kl_estimator": "k1"}, "expected gradient of 0"),
-    ({"kl_coef": 0.1, "kl_in": "reward"}, "has not the gradient of a divergence"),
+    ({"kl_coef": 0.1, "kl_in": "reward"}, "--kl-estimator k3: gives a biased gradient with --kl-in reward"),
     ({"kl_coef": 0.1, "kl_in": "reward", "kl_estimator": "k1", "loss_type": "gspo"}, "pass --kl-in loss"),
     (
         {"kl_coef": 0.1, "kl_in": "reward", "kl_estimator": "k1", "off_policy_threshold": 0.1},
-        "gives each token its own",
+        "--kl-in reward gives each token its own",
     ),
-    ({"loss_type": "cispo", "cliprange_high": 0.3}, "cliprange_high=0.3 has no effect with loss_type=cispo"),
-    ({"loss_type": "cispo", "ratio_low": 6.0}, "ratio_low=6.0 must not exceed ratio_high=5.0"),
-    ({"advantage": "maxrl", "use_std_normalization": False}, "use_std_normalization=False has no effect"),
-    ({"advantage": "pkpo", "pass_k": 9}, "pass_k=9 must not exceed group_size=8"),
-    ({"advantage": "opo", "loss_type": "no_baseline"}, "takes the rewards as they are"),
+    ({"loss_type": "cispo", "cliprange_high": 0.3}, "--cliprange-high 0.3: has no effect with --loss-type cispo"),
+    ({"loss_type": "cispo", "ratio_low": 6.0}, "--ratio-low 6.0: must not exceed --ratio-high 5.0"),
+    ({"advantage": "maxrl", "use_std_normalization": False}, "--no-use-std-normalization: has no effect"),
+    ({"advantage": "pkpo", "pass_k": 9}, "--pass-k 9: must not exceed --group-size 8"),
+    ({"advantage": "opo", "loss_type": "no_baseline"}, "which uses the rewards themselves"),
     ({"advantage": "maxrl", "length_penalty": "cosine"}, "pass --length-penalty none"),
     ({"advantage": "gdpo", "length_penalty": "cosine"}, "pass --length-penalty none"),
-    ({"loss_type": "grpo_clip", "dual_clip": 0.5}, "dual_clip=0.5 must be greater than 1"),
-    ({"loss_type": "grpo_clip", "cliprange_high": -0.1}, "cliprange_high=-0.1 must not be negative"),
+    ({"loss_type": "grpo_clip", "dual_clip": 0.5}, "--dual-clip 0.5: must be greater than 1"),
+    ({"loss_type": "grpo_clip", "cliprange_high": -0.1}, "--cliprange-high -0.1: must be at least 0"),
     ({"loss_type": "sapo", "sapo_temperatures": (0.0, 1.0)}, "must be greater than 0"),
-    ({"max_refills": 1, "loss_type": "no_baseline"}, "loss_type=no_baseline those teach too"),
-    ({"entropy_target": -1.0}, "entropy_target=-1.0 must be greater than 0"),
-    ({"length_penalty": "soft_overlong", "overlong_buffer": 7}, "overlong_buffer=7 must lie between 0 and"),
-    ({"overlong_buffer": 2}, "overlong_buffer=2 has no effect with length_penalty=none"),
-    ({"top_entropy_fraction": 0.0}, "top_entropy_fraction=0.0 must be greater than 0 and at most 1"),
-    ({"sampling_top_p": 1.5}, "sampling_top_p=1.5 must be greater than 0 and at most 1"),
+    ({"max_refills": 1, "loss_type": "no_baseline"}, "with --loss-type no_baseline they have a gradient too"),
+    ({"entropy_target": -1.0}, "--entropy-target -1.0: must be greater than 0"),
+    ({"length_penalty": "soft_overlong", "overlong_buffer": 7}, "--overlong-buffer 7: must be between 0 and"),
+    ({"overlong_buffer": 2}, "--overlong-buffer 2: has no effect with --length-penalty none"),
+    ({"top_entropy_fraction": 0.0}, "--top-entropy-fraction 0.0: must be greater than 0 and at most 1"),
+    ({"sampling_top_p": 1.5}, "--sampling-top-p 1.5: must be greater than 0 and at most 1"),
 ]
 
 

@@ -9,8 +9,8 @@ from typing import get_args
 import pytest
 
 import grpo_core as core
+from drivers.settings.algorithm import OPTIONS_READ_BY_LOSS
 from drivers.settings.grpo import GrpoConfig
-from drivers.settings.legality import OPTIONS_READ_BY_LOSS
 from drivers.settings.objectives import ADVANTAGES, OBJECTIVES, AdvantageName, ObjectiveName
 
 ROWS = {**OBJECTIVES, **ADVANTAGES}

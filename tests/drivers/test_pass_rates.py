@@ -236,7 +236,7 @@ def test_curriculum_draw_depends_on_position_and_step_only(ask):
 
 
 def test_curriculum_steps_is_checked_and_warned(tmp_path):
-    with pytest.raises(UsageError, match="curriculum_steps=-1 must not be negative"):
+    with pytest.raises(UsageError, match="--curriculum-steps -1: must be at least 0"):
         make_tiny_config(curriculum_steps=-1)
     assert any(
         "the hardest questions are never asked" in said for said in make_tiny_config(curriculum_steps=21).warnings

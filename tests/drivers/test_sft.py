@@ -199,8 +199,10 @@ def test_shipped_demonstrations_equal_script_output():
 
 
 def test_sft_flags_are_fixed():
-    assert [field.name for field in fields(SftConfig)] == [*IMITATION_FLAGS, "epochs", "n_examples", "correct_only"]
-    config = SftConfig(model_path="m", epochs=2).of(129)
+    assert sorted(field.name for field in fields(SftConfig)) == sorted(
+        [*IMITATION_FLAGS, "epochs", "n_examples", "correct_only"]
+    )
+    config = SftConfig(model_path="m", epochs=2).as_grpo(129)
     assert (config.n_grpo_steps, config.rollout_batch_size, config.train_batch_size) == (6, 64, 64)
 
 
@@ -219,18 +221,18 @@ def test_sft_help_names_every_flag(capsys):
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for field in fields(SftConfig):
         assert "--" + field.name.replace("_", "-") in text
-    assert "Train on so many demonstrations" in text
-    assert "Of AdamW, constant" in text
+    assert "Number of demonstrations to train on" in text
+    assert "Constant learning rate of AdamW" in text
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--epochs 0", "epochs=0 must be greater than 0"),
-        ("--train-batch-size 0", "train_batch_size=0 must be greater than 0"),
-        ("--n-examples 0", "n_examples=0 must be greater than 0"),
+        ("--epochs 0", "--epochs 0: must be greater than 0"),
+        ("--train-batch-size 0", "--train-batch-size 0: must be greater than 0"),
+        ("--n-examples 0", "--n-examples 0: must be greater than 0"),
         ("--n-examples 2000 --no-correct-only", "--n-examples 2000: there are 1304 to choose from"),
-        ("--learning-rate nan", "learning_rate=nan"),
+        ("--learning-rate nan", "--learning-rate nan"),
         ("--data-path nowhere.jsonl", "--data-path nowhere.jsonl: no such file"),
         ("--n-examples 1000", "--n-examples 1000: there are 913 to choose from"),
         ("--data-path {empty}", "contains no demonstrations"),

@@ -118,7 +118,7 @@ def test_plan_list_is_read_from_file(tmp_path):
         ("baselines --resume auto", "--resume: is given"),
         ("baselines --seeds 1 1", "different seeds are required"),
         ("baselines --n-grpo-stepz 3", "n-grpo-stepz"),
-        ("baselines --group-size 7", "must be a multiple of group_size=7"),
+        ("baselines --group-size 7", "must be a multiple of --group-size 7"),
         ("--grid seed=1,2", "--grid, 1: seed is given to each run by the sweep"),
         ("--grid save-dir=a,b learning_rate=1e-5", "save_dir is given to each run"),
         ("--grid learning_rate", "a setting and its values are required"),

@@ -16,8 +16,8 @@ from drivers.convert_dataset import ConvertConfig
 from drivers.make_task import Task
 from drivers.pass_rates import PassRatesConfig
 from drivers.report import ReportConfig
-from drivers.settings.command_line import parse
 from drivers.settings.evaluate import EvaluateConfig
+from drivers.settings.parser import parse
 from drivers.sweeps.plan import SweepConfig, parse_program_flags, plan
 from drivers.sweeps.presets import SWEEPS
 

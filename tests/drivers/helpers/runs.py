@@ -238,7 +238,7 @@ def make_letter_demonstrations(*responses, stop=("</answer>",)):
 def run_sft(folder, demonstrations, checkpoint=None, stop_at=None, **changes):
     """Fine-tune on demonstrations. Return weights, moments and the number of the engine's answers."""
     settings = SftConfig(**(TINY_SFT | changes))
-    config, parts = settings.of(len(demonstrations)), make_tiny_parts()
+    config, parts = settings.as_grpo(len(demonstrations)), make_tiny_parts()
     engine, answers = make_stopping_engine(parts.policy, parts.tokenizer, stop_at)
     folder.mkdir(exist_ok=True)
     run = Run(config, folder, parts.tokenizer, Display(1, quiet=True), checkpoint, settings)
@@ -259,7 +259,7 @@ def run_expert_iteration(folder, reward=has_letter, checkpoint=None, stop_at=Non
     settings, parts = ExpertIterationConfig(**(TINY_EXPERT_ITERATION | changes)), make_tiny_parts()
     engine, answers = make_stopping_engine(parts.policy, parts.tokenizer, stop_at)
     folder.mkdir(exist_ok=True)
-    run = Run(settings.of(), folder, parts.tokenizer, Display(1, quiet=True), checkpoint, settings)
+    run = Run(settings.as_grpo(), folder, parts.tokenizer, Display(1, quiet=True), checkpoint, settings)
 
     def loop():
         iterate(settings, parts.policy, engine, make_inline_grader(reward), parts.questions, parts.questions, run)

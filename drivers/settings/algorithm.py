@@ -1,0 +1,226 @@
+"""All settings that decide a gradient, and which of them may stand together."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from drivers.common.errors import UsageError
+from drivers.settings.base import check_multiple
+from drivers.settings.groups import GradingSettings, RolloutSettings, UpdateSettings, make_sampling
+from drivers.settings.objective import ImportanceSettings, KLSettings, ObjectiveSettings
+from drivers.settings.objectives import ADVANTAGES, OBJECTIVES, Choice
+from drivers.settings.reward_spec import parse_mix
+from drivers.settings.sampling import Sampling
+
+
+def _find_readers(decider: str, table: Mapping[Any, Choice]) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Return for each setting in `table` the flag that decides whether it is read, and that flag's values."""
+    names = dict.fromkeys(name for row in table.values() for name in row.reads)
+    return {name: (decider, tuple(key for key, row in table.items() if name in row.reads)) for name in names}
+
+
+# A flag that has no effect is a misunderstanding, so it is an error.
+OPTIONS_READ_BY_LOSS = {
+    **_find_readers("loss_type", OBJECTIVES),
+    **_find_readers("advantage", ADVANTAGES),
+    "off_policy_threshold": ("loss_type", tuple(name for name, row in OBJECTIVES.items() if row.uses_advantages)),
+    "importance_level": ("importance", ("truncate", "mask", "reject")),
+    "importance_low": ("importance", ("truncate", "mask", "reject")),
+    "importance_high": ("importance", ("truncate", "mask", "reject")),
+    "overlong_buffer": ("length_penalty", ("soft_overlong",)),
+}
+"""For each setting: the flag that decides whether it is read, and the values of that flag under which it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgorithmSettings(
+    UpdateSettings, KLSettings, ImportanceSettings, ObjectiveSettings, RolloutSettings, GradingSettings
+):
+    """The settings that decide a step's gradient, given the model and the data."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_multiple("rollout_batch_size", self.rollout_batch_size, "train_batch_size", self.train_batch_size)
+        _check_unread_options(self)
+        _check_advantage(self)
+        _check_importance(self)
+        _check_kl(self)
+        _check_sampler(self)
+        _check_refills(self)
+
+    @property
+    def sampling(self) -> Sampling:
+        """Return the parameters that draw a group for each prompt."""
+        return make_sampling(self, self.reward, self.group_size)
+
+    @property
+    def is_off_policy(self) -> bool:
+        """Return whether some update of a step starts from weights that did not sample the batch."""
+        return self.epochs_per_rollout_batch > 1 or self.train_batch_size < self.rollout_batch_size
+
+    @property
+    def uses_ratio(self) -> bool:
+        """Return whether the loss or the KL penalty uses the ratio to the old policy."""
+        return OBJECTIVES[self.loss_type].uses_ratio or (self.kl_coef > 0 and self.kl_estimator == "ratio_k3")
+
+    @property
+    def uses_current_policy_as_old(self) -> bool:
+        """Return whether the policy that began the step is still the policy of each forward pass."""
+        return not self.is_off_policy and self.old_policy == "trainer"
+
+    @property
+    def selects_by_old_policy(self) -> bool:
+        """Return whether the old policy scores the whole batch first, to select tokens or to shape rewards."""
+        return (
+            OBJECTIVES[self.loss_type].high_covariance != "train"
+            or self.top_entropy_fraction is not None
+            or self.has_kl_in_reward
+        )
+
+    @property
+    def computes_importance_weights_in_forward(self) -> bool:
+        """Return whether the loss's forward pass yields importance weights: each depends on its own response alone."""
+        is_per_response = not self.self_normalize and self.rejected_tokens == "count"
+        needs_no_other_pass = self.uses_current_policy_as_old and not self.selects_by_old_policy
+        return self.importance != "none" and is_per_response and needs_no_other_pass
+
+    @property
+    def needs_old_log_probs(self) -> bool:
+        """Return whether a pass before the first update scores the rollouts; on-policy, the update's own pass does."""
+        corrects_before = self.importance != "none" and not self.computes_importance_weights_in_forward
+        needs_old_ratio = self.is_off_policy and self.uses_ratio and self.old_policy == "trainer"
+        return corrects_before or needs_old_ratio or self.selects_by_old_policy
+
+    @property
+    def has_signal_in_equal_groups(self) -> bool:
+        """Return whether groups with equal rewards have a gradient too."""
+        ignores_advantages = not OBJECTIVES[self.loss_type].uses_advantages
+        return ignores_advantages or ADVANTAGES[self.advantage].has_gradient_in_equal_groups
+
+    @property
+    def has_regularization_gradient(self) -> bool:
+        """Return whether a step of zero-signal groups has a gradient, from the KL penalty or entropy bonus alone."""
+        has_signal = self.has_signal_in_equal_groups or self.length_penalty != "none"
+        return (self.has_entropy_bonus or self.kl_coef > 0) and not has_signal
+
+    @property
+    def penalized_tokens(self) -> int:
+        """Return the number of tokens before the limit over which `soft_overlong` grows."""
+        return self.sampling_max_tokens // 5 if self.overlong_buffer is None else self.overlong_buffer
+
+    @property
+    def weights_of_parts(self) -> dict[str, float]:
+        """Return the weight of each reward that `gdpo` normalizes on its own."""
+        names = ("format_reward", "answer_reward")
+        return parse_mix(self.reward_mix) or dict(zip(names, self.reward_weights, strict=True))
+
+
+def _check_unread_options(settings: AlgorithmSettings) -> None:
+    for name, (decider, readers) in OPTIONS_READ_BY_LOSS.items():
+        if settings.is_changed(name) and getattr(settings, decider) not in readers:
+            words = decider.replace("_", "-")
+            raise UsageError(
+                f"{settings.flag(name)}: has no effect with {settings.flag(decider)}; it applies to --{words} "
+                f"{', '.join(readers)}"
+            )
+
+
+def _check_advantage(settings: AlgorithmSettings) -> None:
+    divides_by_std = settings.use_std_normalization and settings.advantage == "group"
+    if settings.group_size == 1 and divides_by_std:
+        raise UsageError(
+            "--group-size 1: one response has no standard deviation; pass at least 2, or --no-use-std-normalization "
+            "with --loss-type no_baseline"
+        )
+    advantage, uses_advantages = ADVANTAGES[settings.advantage], OBJECTIVES[settings.loss_type].uses_advantages
+    if settings.group_size == 1 and uses_advantages and advantage.compares_within_group:
+        raise UsageError(
+            f"--group-size 1: makes every advantage 0 with {settings.flag('loss_type')}; pass at least 2, or "
+            "--loss-type no_baseline"
+        )
+    if "pass_k" in advantage.reads and settings.pass_k > settings.group_size:
+        raise UsageError(f"{settings.flag('pass_k')}: must not exceed {settings.flag('group_size')}; lower it")
+    if advantage.compares_reward_parts and settings.reward_mix and settings.is_changed("reward_weights"):
+        raise UsageError(
+            f"{settings.flag('reward_weights')}: has no effect with {settings.flag('reward_mix')}, which sets the "
+            "weights of --advantage gdpo; pass only one of the two"
+        )
+    buffer = settings.overlong_buffer
+    if buffer is not None and not 0 <= buffer <= settings.sampling_max_tokens:
+        raise UsageError(
+            f"{settings.flag('overlong_buffer')}: must be between 0 and {settings.flag('sampling_max_tokens')}"
+        )
+
+
+def _check_importance(settings: AlgorithmSettings) -> None:
+    has_response_ratio = OBJECTIVES[settings.loss_type].has_response_ratio
+    if has_response_ratio and settings.importance != "none" and settings.importance_level == "token":
+        raise UsageError(
+            f"--importance-level token: gives each token a weight, but {settings.flag('loss_type')} has one ratio per "
+            "response; pass --importance-level sequence or geometric"
+        )
+    if settings.old_policy == "sampler" and not settings.uses_ratio:
+        raise UsageError(
+            f"--old-policy sampler: has no effect with {settings.flag('loss_type')}, which has no ratio; pass "
+            "--old-policy trainer"
+        )
+    if settings.async_steps and settings.importance == "none" and settings.old_policy == "trainer":
+        raise UsageError(
+            f"{settings.flag('async_steps')}: trains on samples of the previous policy, which nothing corrects; pass "
+            "--importance truncate, or --old-policy sampler with a loss that has a ratio"
+        )
+
+
+def _check_kl(settings: AlgorithmSettings) -> None:
+    if not settings.has_kl_in_reward:
+        return
+    if not OBJECTIVES[settings.loss_type].accepts_token_advantages:
+        raise UsageError(
+            f"--kl-in reward: gives each token its own advantage, which {settings.flag('loss_type')} does not accept; "
+            "pass --kl-in loss"
+        )
+    if settings.off_policy_threshold is not None:
+        raise UsageError(
+            f"{settings.flag('off_policy_threshold')}: uses the advantage of a response, but --kl-in reward gives "
+            "each token its own; pass --kl-in loss"
+        )
+
+
+def _check_sampler(settings: AlgorithmSettings) -> None:
+    """Raise if a setting uses the sampler's log-probs and another one makes them differ from the policy's."""
+    user = _find_use_of_sampler(settings)
+    if user and settings.sampling_top_p < 1:
+        raise UsageError(
+            f"{settings.flag('sampling_top_p')}: renormalizes the sampler's log-probs, which biases {user}; pass "
+            "--sampling-top-p 1"
+        )
+    if user and settings.sampling_min_tokens > 0:
+        raise UsageError(
+            f"{settings.flag('sampling_min_tokens')}: hides the end token in the sampler alone, which biases {user}; "
+            "pass --sampling-min-tokens 0"
+        )
+
+
+def _find_use_of_sampler(settings: AlgorithmSettings) -> str | None:
+    """Return what is computed from the sampler's log-probs, or None."""
+    if settings.importance != "none":
+        return settings.flag("importance")
+    if settings.old_policy == "sampler":
+        return "the ratio of --old-policy sampler"
+    if settings.off_policy_threshold is not None:
+        return settings.flag("off_policy_threshold")
+    if settings.kl_coef > 0 and settings.kl_reference == "sampler":
+        return "the KL penalty of --kl-reference sampler"
+    return None
+
+
+def _check_refills(settings: AlgorithmSettings) -> None:
+    if settings.max_refills and (settings.has_signal_in_equal_groups or settings.group_size == 1):
+        if settings.group_size == 1:
+            reason = "with --group-size 1 every group has equal rewards"
+        else:
+            cause = "advantage" if OBJECTIVES[settings.loss_type].uses_advantages else "loss_type"
+            reason = f"with {settings.flag(cause)} they have a gradient too"
+        raise UsageError(
+            f"{settings.flag('max_refills')}: replaces groups with equal rewards, but {reason}; pass --max-refills 0"
+        )

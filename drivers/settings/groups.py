@@ -1,0 +1,337 @@
+"""Groups of settings that programs are composed of; each field is written here once."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+from urllib.parse import urlsplit
+
+from drivers.common.errors import UsageError
+from drivers.settings.base import (
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Settings,
+    Share,
+    check_multiple,
+)
+from drivers.settings.reward_spec import check_reward
+from drivers.settings.sampling import Sampling, stop_strings
+
+
+# --- model -----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(Settings):
+    """The model, and the type that it computes in."""
+
+    heading: ClassVar[str] = "model"
+
+    model_path: str | None = None
+    """Model to load: a folder or Hugging Face hub name of a causal language model."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type that the models compute in; master weights and optimizer state are always float32. `auto` uses bfloat16 on
+    a GPU, and on a CPU where bfloat16 measures faster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicySettings(ModelSettings):
+    """The model that is trained."""
+
+    policy_device: str = "auto"
+    """Device of the policy: cpu, cuda or cuda:N. `auto` is the first GPU, else the CPU."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
+    """Attention of the policy. Flash attention, if installed, packs responses into one sequence without padding; the
+    others compute a group's prompt once where that is cheaper. `auto` is sdpa, or eager for short rows on a CPU."""
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Recompute each layer's activations in the backward pass: a third more time, far less memory. `auto` does so only
+    where a micro-batch would not fit otherwise."""
+    lora_rank: NonNegativeInt = 0
+    """Train low-rank updates of this rank (LoRA) instead of all weights. Checkpoints contain the merged model, and the
+    updates in a folder `adapter`. 0 trains all weights."""
+    lora_alpha: PositiveInt = 32
+    """Scale LoRA updates by lora_alpha / lora_rank."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_rank == 0 and self.is_changed("lora_alpha"):
+            raise UsageError(f"{self.flag('lora_alpha')}: has no effect without LoRA; pass --lora-rank too")
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class PromptSettings(Settings):
+    """The prompt that is made of a question."""
+
+    heading: ClassVar[str] = "data"
+
+    prompt_path: str = "data/prompts/r1_zero.prompt"
+    """Prompt template: a text file that contains {question}."""
+    chat_template: bool = False
+    """For instruct models: send the filled template as the user's message through the tokenizer's chat template. The
+    token that ends a turn there then ends a response."""
+    system_prompt_path: str | None = None
+    """Text file with the system message for --chat-template. Default: the message of the chat template, if it has
+    one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.system_prompt_path is not None and not self.chat_template:
+            raise UsageError(
+                f"{self.flag('system_prompt_path')}: has no effect without a chat template; pass --chat-template too"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(PromptSettings):
+    """Questions to train on, and held-out questions."""
+
+    data_path: str = "data/math/train.jsonl"
+    """Training questions: JSONL with `question` and `answer`, as drivers/convert_dataset.py writes it."""
+    val_data_path: str = "data/math/validation.jsonl"
+    """Held-out questions: JSONL with `question` and `answer`."""
+    n_val_examples: PositiveInt = 1024
+    """Held-out questions per evaluation, with one response each; at most as many as the file has."""
+
+
+# --- grading ---------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class GradingSettings(Settings):
+    """The reward, and the processes that compute it."""
+
+    heading: ClassVar[str] = "grading"
+
+    reward: str = "r1_zero"
+    """Reward function. `r1_zero` compares the answer inside <answer> tags after </think>; `question_only` the answer
+    in \\boxed{}; `countdown` checks an expression of the given numbers inside the tags; `gym` asks reasoning-gym's
+    verifier. Your own function is `my_module:function` or `path/to/file.py:function` (docs/grading.md)."""
+    reward_mix: tuple[str, ...] = ()
+    """Weights, as `name=weight` each, of the named numbers that your own --reward function returns. The reward is
+    their weighted sum. Default: the function returns the reward itself."""
+    grader_workers: NonNegativeInt = 0
+    """Number of grading processes. 0 uses half of the cores, at most 8."""
+    grader_deadline_s: PositiveFloat = 10.0
+    """Seconds to grade one response; a response that takes longer gets no reward and is excluded."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_reward(self.reward, self.reward_mix)
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings(Settings):
+    """The distribution that responses are drawn from."""
+
+    heading: ClassVar[str] = "sampling"
+
+    sampling_temperature: PositiveFloat = 1.0
+    """Temperature of rollouts and evaluations. Log-probs in the loss use the same temperature."""
+    sampling_min_tokens: NonNegativeInt = 4
+    """Minimum length of a response in tokens. The sampler alone hides the end token until then, so its log-probs
+    differ from the policy's there; the self-check skips those tokens."""
+    sampling_max_tokens: PositiveInt = 1024
+    """Maximum length of a response in tokens; longer responses are truncated."""
+    sampling_stop: tuple[str, ...] | None = None
+    """Texts that end a response. Default: </answer> for the rewards r1_zero, countdown and gym, none for others."""
+    seed: int = 0
+    """Seed of sampling, and in training of the order of questions and of shuffling."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sampling_min_tokens > self.sampling_max_tokens:
+            raise UsageError(
+                f"{self.flag('sampling_min_tokens')}: must not exceed {self.flag('sampling_max_tokens')}; lower it"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NucleusSettings(SamplingSettings):
+    """Sampling that can leave out the tail of the distribution."""
+
+    sampling_top_p: Share = 1.0
+    """Sample only from the most probable tokens that together have this probability. Below 1 the sampler's log-probs
+    differ from the policy's, so settings that use their ratio are rejected."""
+
+
+def make_sampling(settings: NucleusSettings, reward: str, n: int) -> Sampling:
+    """Return the parameters that draw `n` responses to each prompt."""
+    return Sampling(
+        n=n,
+        temperature=settings.sampling_temperature,
+        top_p=settings.sampling_top_p,
+        min_tokens=settings.sampling_min_tokens,
+        max_tokens=settings.sampling_max_tokens,
+        stop=stop_strings(reward) if settings.sampling_stop is None else settings.sampling_stop,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSettings(NucleusSettings):
+    """The groups of a GRPO step, and when they are sampled."""
+
+    rollout_batch_size: PositiveInt = 256
+    """Responses sampled per step: questions times group size."""
+    group_size: PositiveInt = 8
+    """Responses per question."""
+    max_refills: NonNegativeInt = 0
+    """Dynamic sampling: replace groups with equal rewards by new questions up to this many times per step; groups
+    still missing are dropped with a warning. 0 keeps groups with equal rewards."""
+    curriculum_steps: NonNegativeInt = 0
+    """Curriculum: over this many steps, grow the training set from the easiest questions to all, ordered by the
+    `pass_rate` that drivers/pass_rates.py measures. 0 uses all questions from the first step."""
+    async_steps: Literal[0, 1] = 0
+    """1 samples the next batch while the current one is trained on, with the weights of the previous step. It needs
+    --engine vllm, and --importance or --old-policy sampler."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_multiple("rollout_batch_size", self.rollout_batch_size, "group_size", self.group_size)
+
+    @property
+    def n_prompts_per_rollout_batch(self) -> int:
+        """Return the number of questions of a step."""
+        return self.rollout_batch_size // self.group_size
+
+
+# --- optimizer -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings(Settings):
+    """One optimizer step."""
+
+    heading: ClassVar[str] = "optimizer"
+
+    learning_rate: PositiveFloat = 1e-5
+    """Constant learning rate of AdamW, with betas (0.9, 0.95) and no weight decay."""
+    train_batch_size: PositiveInt = 256
+    """Responses per optimizer step. In train.py, fewer than rollout_batch_size make a step several off-policy
+    updates."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Maximum tokens per micro-batch, padding included. More is faster and takes more memory; the gradient is the
+    same. In train.py, it replaces --gradient-accumulation-steps."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Scale gradients down to this norm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateSettings(OptimizerSettings):
+    """The optimizer steps that GRPO takes on one rollout batch."""
+
+    gradient_accumulation_steps: PositiveInt = 128
+    """Micro-batches per optimizer step, each of train_batch_size / gradient_accumulation_steps responses. If given, it
+    overrides the recipe's --micro-batch-tokens."""
+    epochs_per_rollout_batch: PositiveInt = 1
+    """Passes over each rollout batch; more than one is off-policy."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.micro_batch_tokens is None:
+            steps = self.gradient_accumulation_steps
+            check_multiple("train_batch_size", self.train_batch_size, "gradient_accumulation_steps", steps)
+
+    @property
+    def micro_train_batch_size(self) -> int:
+        """Return the number of responses of a micro-batch."""
+        return self.train_batch_size // self.gradient_accumulation_steps
+
+
+# --- engine ----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings(Settings):
+    """The engine that samples."""
+
+    heading: ClassVar[str] = "engine"
+
+    engine: Literal["vllm", "hf"] = "vllm"
+    """Engine that samples: vLLM, or the model's own `generate`, which is slow but needs no other package."""
+    gpu_memory_utilization: Share = 0.85
+    """Share of a GPU's memory that vLLM may use; on a GPU shared with the policy, its share while it samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutEngineSettings(EngineSettings):
+    """The engine that samples during training, and where it runs."""
+
+    rollout_device: str = "auto"
+    """Device of vLLM: cpu, cuda or cuda:N. `auto` is the second GPU if there is one, else the policy's device."""
+    rollout_process: Literal["auto", "own", "shared"] = "auto"
+    """Process of vLLM: `own` is a separate one, which can be restarted if it fails. `auto` uses a separate process on
+    a second GPU."""
+    rollout_url: tuple[str, ...] = ()
+    """Sample with these vLLM servers instead of an engine of this program: http://HOST:PORT each. docs/scaling.md
+    shows how to start one. Default: no servers."""
+    engine_deadline_s: PositiveFloat = 3600.0
+    """Restart a separate vLLM process that has not responded for this many seconds."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for url in self.rollout_url:
+            if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+                raise UsageError(f"--rollout-url {url}: must be a server's address, such as http://127.0.0.1:8000")
+        if self.rollout_url and self.is_changed("gpu_memory_utilization"):
+            raise UsageError(
+                f"{self.flag('gpu_memory_utilization')}: has no effect with --rollout-url; set it where the server is "
+                "started"
+            )
+
+
+# --- run and safety --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(Settings):
+    """What a run writes, and when."""
+
+    heading: ClassVar[str] = "run"
+
+    save_dir: str | None = None
+    """Folder of the run; it must not contain another run. Default: a new folder under runs/."""
+    resume: str | None = None
+    """Resume a run from its folder or from one of its checkpoints. Its settings apply unless overridden by flags.
+    `auto` resumes the run in --save-dir, if there is one. Default: start a new run."""
+    eval_steps: PositiveInt = 5
+    """Steps between evaluations; the model is also evaluated before the first step and after the last."""
+    checkpoint_steps: PositiveInt = 10
+    """Steps between checkpoints."""
+    keep_checkpoints: PositiveInt | None = None
+    """Number of recent checkpoints to keep, besides the best one. Default: keep all, but optimizer state only for the
+    newest two."""
+    n_logged_completions: NonNegativeInt = 8
+    """Responses per step and per evaluation to log token by token."""
+    wandb_project: str | None = "grpo_core"
+    """Weights & Biases project. Runs stay offline unless you are logged in. `None` turns it off."""
+    wandb_run_name: str | None = None
+    """Name of the run in Weights & Biases. Default: the name of the run's folder."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resume == "auto" and self.save_dir is None:
+            raise UsageError("--resume auto: needs the folder of the run; pass --save-dir too, or --resume RUN_FOLDER")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafetySettings(Settings):
+    """Checks of a run, and what happens when one fails."""
+
+    heading: ClassVar[str] = "safety"
+
+    on_anomaly: Literal["auto", "stop", "skip", "warn"] = "auto"
+    """When a loss, gradient, reward, entropy or policy-sampler divergence is out of range: stop, skip the update, or
+    warn. docs/reliability.md lists the ranges. `auto` stops at numbers that are not finite and warns otherwise."""
+    self_check_tolerance: float | None = None
+    """Largest mean absolute log-prob difference, in nats, between vLLM and the policy on vLLM's samples, before and
+    after the first update; above it the run stops. Default: 0.001 in float32, 0.08 in bfloat16."""
+    deterministic: bool = False
+    """Make the same command give the same bits on the same machine. It uses torch's deterministic algorithms on a GPU,
+    and float32 where --dtype is auto."""
+
+
+# --- together --------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(
+    SafetySettings, RunSettings, RolloutEngineSettings, OptimizerSettings, SamplingSettings, GradingSettings,
+    DataSettings, PolicySettings,
+):  # fmt: skip
+    """The settings of every program that trains."""
+
+    program: ClassVar[str]
+    """File name of the program; only the program that started a run can resume it."""
+    title: ClassVar[str]
+    """Name of the algorithm, as the display shows it."""
+    extend_flag: ClassVar[str]
+    """The flag that makes a run longer."""

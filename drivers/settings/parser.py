@@ -1,0 +1,146 @@
+"""The command line's parser: flags under headings, and their help from the settings' docstrings."""
+
+import ast
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import field, fields, make_dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import tyro
+
+from drivers.settings.base import Settings
+
+Config = TypeVar("Config", bound=Settings)
+
+
+MOST_USED = (
+    "recipe",
+    "model_path",
+    "data_path",
+    "val_data_path",
+    "prompt_path",
+    "reward",
+    "n_grpo_steps",
+    "n_ei_steps",
+    "epochs",
+    "learning_rate",
+    "rollout_batch_size",
+    "question_batch_size",
+    "group_size",
+    "train_batch_size",
+    "n_examples",
+    "n_samples",
+    "loss_type",
+    "advantage",
+    "kl_coef",
+    "sampling_temperature",
+    "sampling_max_tokens",
+    "engine",
+    "seed",
+    "save_dir",
+    "output_dir",
+    "resume",
+    "compare_to",
+    "show",
+)
+"""Flags that stand first in `--help`, under a heading of their own."""
+
+
+HEADINGS = (
+    "most used",
+    "model",
+    "data",
+    "grading",
+    "sampling",
+    "objective",
+    "importance correction",
+    "KL and entropy",
+    "optimizer",
+    "engine",
+    "run",
+    "safety",
+)
+
+
+OPTIONAL = {str | None: "STR", int | None: "INT", float | None: "FLOAT", tuple[str, ...] | None: "[STR [STR ...]]"}
+"""Types whose None is a default and not worth a place in `--help`."""
+
+
+def parse(kind: type[Config], arguments: Sequence[str], defaults: Config) -> Config:
+    """Return the settings that the arguments give over `defaults`.
+
+    A flag that cannot be parsed is printed as an error and exits with status 2.
+    """
+    parsed = tyro.cli(
+        _nest_by_heading(kind, defaults),
+        args=list(arguments),
+        description=inspect.getdoc(kind),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    return kind(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+
+
+def _nest_by_heading(kind: type[Config], defaults: Config) -> type[Any]:
+    """Return a dataclass of dataclasses with the same settings: tyro makes one heading of each nested dataclass."""
+    hints, texts = get_type_hints(kind), read_help(kind)
+    nested: list[tuple[str, Any, Any]] = []
+    for heading, names in sort_by_heading(kind).items():
+        flags: list[tuple[str, Any, Any]] = []
+        for name in names:
+            value = getattr(defaults, name)
+            flag = Annotated[hints[name], _describe(texts[name], hints[name], value)]
+            flags.append((name, flag, field(default=value)))
+        group = make_dataclass("Group", flags, frozen=True)
+        named = Annotated[group, tyro.conf.arg(name=heading)]
+        nested.append((heading.replace(" ", "_"), named, field(default=group())))
+    return make_dataclass("Parsed", nested, frozen=True)
+
+
+def sort_by_heading(kind: type[Settings]) -> dict[str, list[str]]:
+    """Return the names of the settings by heading: of the group that defines them, or "most used"."""
+    groups = [group for group in reversed(kind.__mro__) if issubclass(group, Settings)]
+    names: dict[str, list[str]] = {heading: [] for heading in HEADINGS}
+    for setting in fields(kind):
+        heading = next(group.heading for group in groups if setting.name in inspect.get_annotations(group))
+        names["most used" if setting.name in MOST_USED else heading].append(setting.name)
+    names["most used"].sort(key=MOST_USED.index)
+    return {heading: members for heading, members in names.items() if members}
+
+
+@cache
+def read_help(kind: type[Settings]) -> Mapping[str, str]:
+    """Return the help of each setting: the docstring under its field, or the one that it inherits."""
+    texts: dict[str, str] = {}
+    for group in reversed(kind.__mro__):
+        if issubclass(group, Settings):
+            texts |= _read_docstrings(inspect.getfile(group)).get(group.__name__, {})
+    return texts
+
+
+@cache
+def _read_docstrings(file: str) -> Mapping[str, Mapping[str, str]]:
+    """Return the docstrings under the fields of each class of a file, as one line each."""
+    found: dict[str, dict[str, str]] = {}
+    for node in ast.parse(Path(file).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef):
+            found[node.name] = {
+                above.target.id: " ".join(below.value.value.split())
+                for above, below in pairwise(node.body)
+                if isinstance(above, ast.AnnAssign) and isinstance(above.target, ast.Name)
+                if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+                if isinstance(below.value.value, str)
+            }
+    return found
+
+
+def _describe(text: str, hint: Any, value: Any) -> object:
+    """Return how `--help` shows a flag: its effect, then its default, in words if the docstring has some."""
+    effect, _, words = text.partition("Default: ")
+    if isinstance(value, bool):
+        words = "on." if value else "off."
+    elif value not in (None, ()) or not words:
+        words = f"{' '.join(map(str, value)) if isinstance(value, tuple) else value}."
+    return tyro.conf.arg(help=effect.strip(), help_behavior_hint=f"Default: {words}", metavar=OPTIONAL.get(hint))
