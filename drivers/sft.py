@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: settings, demonstrations, parts, the loop."""
     with exit_on_user_error(SftConfig.program):
         settings = parse_settings(SftConfig, sys.argv[1:] if arguments is None else arguments)
-        examples = choose(settings, print if distributed.is_first() else lambda _: None)
+        examples = choose(settings, print if distributed.is_rank_zero() else lambda _: None)
         config = settings.as_grpo(len(examples))
 
         def prepare(config: GrpoConfig, display: Display) -> tuple[Run, Components]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from drivers.common.errors import EngineDiedError, TrainingAbortedError, UsageError
+from drivers.common.errors import GrpoError, UsageError
 
 
 def exit_with(program: str, error: Exception, status: int) -> None:
@@ -27,7 +27,7 @@ def exit_on_user_error(program: str) -> Iterator[None]:
         yield
     except UsageError as error:
         exit_with(program, error, status=2)
-    except (TrainingAbortedError, EngineDiedError) as error:
+    except GrpoError as error:
         exit_with(program, error, status=1)
     except RuntimeError as error:
         from drivers.common import distributed  # it imports torch, which `--help` does without

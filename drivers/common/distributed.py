@@ -78,7 +78,7 @@ def rank() -> int:
     return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
 
 
-def is_first() -> bool:
+def is_rank_zero() -> bool:
     """Return whether this is rank 0."""
     return rank() == 0
 
@@ -95,7 +95,7 @@ def run_on_rank_zero(call: Callable[[], T]) -> T:
     """
     if size() == 1:
         return call()
-    return broadcast_object(call() if is_first() else None)  # type: ignore[return-value]
+    return broadcast_object(call() if is_rank_zero() else None)  # type: ignore[return-value]
 
 
 def broadcast_object(value: T | None) -> T:

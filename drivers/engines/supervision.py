@@ -125,7 +125,7 @@ TRAINER = "GRPO_TRAINER_PID"
 
 
 def exit_when_trainer_exits(interval_s: float = 1.0) -> None:
-    """Kill this process, which is the engine's, once the trainer has exited for whatever reason.
+    """Kill this process, which is the engine's, once the trainer has exited for any reason.
 
     It watches the trainer's process id: when a trainer dies while its engine starts, the engine gets another parent.
     """

@@ -22,7 +22,7 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngin
 
 from drivers.engines.supervision import exit_when_trainer_exits
 from drivers.policy.weight_gatherer import WeightGatherer
-from drivers.policy.weights import Checksum, checksum, on_host
+from drivers.policy.weights import Checksum, checksum, copy_to_host
 
 PACKED_BUFFER_BYTES = 256 << 20
 """Size of each of NCCL's two send buffers."""
@@ -47,7 +47,7 @@ class ChecksummingModel:
             yield name, weight
 
     def checksums(self) -> dict[str, Checksum]:
-        return on_host(self._sums)
+        return copy_to_host(self._sums)
 
 
 class CheckedNCCLEngine(NCCLWeightTransferEngine):  # type: ignore[misc]

@@ -60,7 +60,7 @@ def pick_devices(config: GrpoConfig) -> Devices:
     is_one_of_several = distributed.size() > 1
     if is_one_of_several and policy.type == "cuda":
         policy = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    if config.rollout_url or not distributed.is_first():
+    if config.rollout_url or not distributed.is_rank_zero():
         return Devices(policy, policy)
     if config.engine == "hf":
         default = policy
@@ -74,7 +74,7 @@ def pick_devices(config: GrpoConfig) -> Devices:
 def check_devices(config: GrpoConfig, devices: Devices) -> None:
     """Raise UsageError if the flags for devices and processes contradict each other."""
     checks = _policy_checks(config, devices)
-    if not distributed.is_first():
+    if not distributed.is_rank_zero():
         pass  # the engine is on rank 0
     elif config.rollout_url:
         checks += _server_checks(config)

@@ -1,4 +1,4 @@
-"""AdamW on float32 master weights, whatever precision the policy computes in."""
+"""AdamW on float32 master weights, in whichever dtype the policy computes."""
 
 import torch
 from torch import Tensor, nn

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from drivers.common import distributed
-from drivers.policy.weights import Checksum, PolicyWeights, WeightShape, checksum, on_host
+from drivers.policy.weights import Checksum, PolicyWeights, WeightShape, checksum, copy_to_host
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ class WeightGatherer:
         """Return the result of `call()` on rank 0, on every rank; `call` may push weights."""
         if distributed.size() == 1:
             return call()
-        if not distributed.is_first():
+        if not distributed.is_rank_zero():
             return self._serve_until_done()
         result = call()
         self._send(_Done(result))
@@ -101,7 +101,7 @@ class WeightGatherer:
     def take_checksums(self) -> dict[str, Checksum]:
         """Return the checksums of what the last iteration yielded, once: a push that never iterates has none."""
         sums, self._checksums = self._checksums, {}
-        return on_host(sums)
+        return copy_to_host(sums)
 
 
 def _with_checksums(weights: Iterator[tuple[str, Tensor]], sums: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

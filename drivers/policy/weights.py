@@ -52,7 +52,7 @@ class PolicyWeights:
         for name, parameter, lora_layer in self._entries():
             weight = fsdp.full_tensor(parameter)
             update = None if lora_layer is None else _lora_update(lora_layer)
-            yield name, self._as_pushed(name, weight, update) if distributed.is_first() else weight
+            yield name, self._as_pushed(name, weight, update) if distributed.is_rank_zero() else weight
 
     def _as_pushed(self, name: str, weight: Tensor, update: Tensor | None) -> Tensor:
         if update is None:
@@ -62,7 +62,7 @@ class PolicyWeights:
 
     def checksums(self) -> dict[str, Checksum]:
         """Return the checksum of each tensor on rank 0; the other ranks help to gather and return none."""
-        return on_host({name: checksum(weight) for name, weight in self if distributed.is_first()})
+        return copy_to_host({name: checksum(weight) for name, weight in self if distributed.is_rank_zero()})
 
     def _entries(self) -> Iterator[_Entry]:
         modules = dict(self._policy.named_modules())
@@ -119,16 +119,16 @@ def checksum(tensor: Tensor) -> Tensor:
 
 def checksums(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Checksum]:
     """Return the checksum of each tensor by its name."""
-    return on_host({name: checksum(tensor) for name, tensor in weights})
+    return copy_to_host({name: checksum(tensor) for name, tensor in weights})
 
 
-def on_host(sums: Mapping[str, Tensor]) -> dict[str, Checksum]:
+def copy_to_host(sums: Mapping[str, Tensor]) -> dict[str, Checksum]:
     """Return checksums as Python numbers; the host waits for the device once."""
     host = torch.stack(list(sums.values())).tolist() if sums else []
     return {name: (first, second) for name, (first, second) in zip(sums, host, strict=True)}
 
 
-def differing(expected: Mapping[str, Checksum], received: Mapping[str, Checksum]) -> list[str]:
+def find_differing(expected: Mapping[str, Checksum], received: Mapping[str, Checksum]) -> list[str]:
     """Return the names whose checksums differ or that one side lacks."""
     return sorted(name for name in expected.keys() | received.keys() if expected.get(name) != received.get(name))
 
@@ -136,7 +136,7 @@ def differing(expected: Mapping[str, Checksum], received: Mapping[str, Checksum]
 def check_arrived(expected: Mapping[str, Checksum], received: Sequence[Mapping[str, Checksum]], version: int) -> None:
     """Raise TrainingAbortedError unless each worker has received the tensors of this push, bit for bit."""
     for worker, sums in enumerate(received):
-        wrong = differing(expected, sums)
+        wrong = find_differing(expected, sums)
         if wrong:
             raise TrainingAbortedError(
                 f"self-check: of the {len(expected)} tensors of push {version}, {len(wrong)} differ between the "

@@ -75,7 +75,7 @@ def _whole_weights(policy: nn.Module) -> dict[str, Tensor]:
     weights = {}
     own = {parameter.data_ptr() for parameter in policy.parameters()} if distributed.size() == 1 else set()
     for name, weight in PolicyWeights(policy, fsdp.computing_dtype(policy)):
-        if distributed.is_first():
+        if distributed.is_rank_zero():
             weights[name] = weight if weight.data_ptr() in own else weight.cpu()
     lasting = policy.state_dict()
     return weights | {name: buffer for name, buffer in policy.named_buffers() if name in lasting}

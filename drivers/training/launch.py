@@ -27,7 +27,7 @@ def run_training(
         print(f"Nothing is left to do: {finished}/ has all {config.n_grpo_steps} steps; more: {settings.extend_flag}.")
         return
     distributed.start(config.collective_timeout_s, on_gpus=config.policy_device != "cpu")
-    display = Display(config.n_grpo_steps, quiet=not distributed.is_first(), title=settings.title)
+    display = Display(config.n_grpo_steps, quiet=not distributed.is_rank_zero(), title=settings.title)
     with display, terminate_as_interrupt():
         run, parts = prepare(config, display)
         try:

@@ -37,7 +37,7 @@ class RolloutPrefetcher:
         engine: RolloutEngine,
     ) -> None:
         self._collect, self._state, self._run, self._engine = collect_step, state, run, engine
-        ahead = async_steps and distributed.is_first()
+        ahead = async_steps and distributed.is_rank_zero()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="rollouts") if ahead else None
         self._ahead: tuple[int, Run, Future[StepRollouts]] | None = None
 

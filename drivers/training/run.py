@@ -250,7 +250,7 @@ class Run:
                 last = newest_checkpoint(self.folder)
                 self.warn(f"{reason}; the run goes on, and the last one is {last.name if last else 'none'}")
                 return None
-            if distributed.is_first():
+            if distributed.is_rank_zero():
                 try:
                     prune_checkpoints(self.folder, state.accuracies, self.config.keep_checkpoints)
                 except (OSError, ValueError, KeyError) as error:  # what was there before costs no run
@@ -293,7 +293,7 @@ class Run:
         """Close the log and draw its picture."""
         self._log.close()
         release_run_lock(self.folder)
-        if distributed.is_first():
+        if distributed.is_rank_zero():
             try:
                 draw_curves(self.folder)
             except Exception as error:  # a picture is not worth a run, whatever it fails of

@@ -101,7 +101,7 @@ def setup_run(
     )
     with ExitStack() as unless_prepared:
         grade: Grader = make_inline_grader(BUILT_IN["r1_zero"])  # of other ranks, which are never asked
-        if distributed.is_first():
+        if distributed.is_rank_zero():
             grade = unless_prepared.enter_context(start_grading(config, lambda text: display.say(f"warning: {text}")))
         folder, checkpoint = distributed.run_on_rank_zero(partial(open_run_folder, config, display.say))
         data = fingerprint(train_set)
@@ -114,7 +114,7 @@ def setup_run(
             before = None if checkpoint is None else precision_of(checkpoint)
             policy, reference, engine = load_models(config, display, model_path, tokenizer, devices, longest, before)
         except BaseException:
-            if distributed.is_first() and checkpoint is None:
+            if distributed.is_rank_zero() and checkpoint is None:
                 abandon_run_folder(folder, RUN_MARKER)
             release_run_lock(folder)
             raise
@@ -207,7 +207,7 @@ def make_engine_for_rank(
     """Start the engine on rank 0; the other ranks help to gather the weights that it needs."""
     if distributed.size() == 1:
         return make_engine(config.engine, options, weights, tokenizer, say)
-    if not distributed.is_first():
+    if not distributed.is_rank_zero():
         return EngineOnRankZero(None, weights)
     if config.engine == "hf":  # `generate` cannot sample from shards
         return EngineOnRankZero(HFReplica(load_copy(), tokenizer, weights), weights)

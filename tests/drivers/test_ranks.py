@@ -354,7 +354,7 @@ def test_exit_with_other_rank_prints_if_rank_zero_has_not(monkeypatch, capsys):
 
 
 def test_collectives_single_process_are_identity():
-    assert (distributed.rank(), distributed.size(), distributed.is_first()) == (0, 1, True)
+    assert (distributed.rank(), distributed.size(), distributed.is_rank_zero()) == (0, 1, True)
     assert list(distributed.shard_across_ranks("abc")) == [("a", True), ("b", True), ("c", True)]
     assert distributed.run_on_rank_zero(lambda: 7) == 7
     assert distributed.gather("x") == ["x"]

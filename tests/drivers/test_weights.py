@@ -12,7 +12,7 @@ from drivers.common import distributed
 from drivers.policy import fsdp
 from drivers.policy.lora import adapter_weights, add_lora
 from drivers.policy.weight_gatherer import WeightGatherer
-from drivers.policy.weights import PolicyWeights, checksum, checksums, differing, stochastic_round
+from drivers.policy.weights import PolicyWeights, checksum, checksums, find_differing, stochastic_round
 from drivers.training.advantages import prepare_rollouts
 from drivers.training.scoring import score_all
 from tests.drivers.helpers.letters import make_tiny_config, make_tiny_parts, sample_rollouts
@@ -73,15 +73,15 @@ def test_check_arrived_names_differing_tensors():
     policy = make_tiny_policy(0)
     ours = PolicyWeights(policy, torch.float32).checksums()
     assert ours == checksums(policy.named_parameters())
-    assert differing(ours, dict(ours)) == []
+    assert find_differing(ours, dict(ours)) == []
     assert checksums([]) == {}
     name = list(ours)[3]
     with torch.no_grad():
         dict(policy.named_parameters())[name].view(-1)[0] += 1e-6
     theirs = PolicyWeights(policy, torch.float32).checksums()
-    assert differing(ours, theirs) == [name]
+    assert find_differing(ours, theirs) == [name]
     missing = {k: v for k, v in ours.items() if k != name}
-    assert differing(ours, missing) == differing(missing, ours) == [name]
+    assert find_differing(ours, missing) == find_differing(missing, ours) == [name]
 
 
 def test_policy_weights_have_engine_dtype_and_model_names():
@@ -131,7 +131,7 @@ def test_weight_gatherer_other_rank_serves_until_done(events, monkeypatch):
     monkeypatch.setattr(distributed, "broadcast_object", messages.append)
     gatherer.run_on_rank_zero(lambda: list(gatherer))
     events.clear()
-    monkeypatch.setattr(distributed, "is_first", lambda: False)
+    monkeypatch.setattr(distributed, "is_rank_zero", lambda: False)
     monkeypatch.setattr(distributed, "broadcast_object", lambda _: messages.pop(0))
     assert len(gatherer.run_on_rank_zero(lambda: 1 / 0)) == len(events) == len(list(policy.parameters()))
     assert not messages

@@ -61,7 +61,7 @@ def main(
     if reference is not None:
         reference = fsdp.shard(reference, precision, cpu) if several else reference.to(precision)
     weights = WeightGatherer(policy, precision)
-    if not distributed.is_first():
+    if not distributed.is_rank_zero():
         engine = None
     elif config.engine == "vllm":
         model = save_tiny(Path(folder) / "model")
@@ -110,7 +110,7 @@ def main(
     run_folder = Path(folder) / "run"
     distributed.run_on_rank_zero(lambda: run_folder.mkdir(parents=True, exist_ok=True))
     checkpoint = None if resume is None else find_checkpoint(Path(resume))
-    display = Display(config.n_grpo_steps, quiet=not distributed.is_first())
+    display = Display(config.n_grpo_steps, quiet=not distributed.is_rank_zero())
     run = Run(config, run_folder, parts.tokenizer, display, checkpoint)
     try:
         train(config, policy, engine, letter_grader, parts.questions, parts.questions, run, reference)
