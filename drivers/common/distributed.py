@@ -95,7 +95,7 @@ def run_on_rank_zero(call: Callable[[], T]) -> T:
     """
     if size() == 1:
         return call()
-    return broadcast_object(call() if is_rank_zero() else None)  # type: ignore[return-value]
+    return broadcast_object(call() if is_rank_zero() else None)
 
 
 def broadcast_object(value: T | None) -> T:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,14 +64,14 @@ class WeightGatherer:
         if distributed.size() == 1:
             return call()
         if not distributed.is_rank_zero():
-            return self._serve_until_done()
+            return cast(T, self._serve_until_done())
         result = call()
         self._send(_Done(result))
         return result
 
     def _serve_until_done(self) -> Any:
         while True:
-            message = distributed.broadcast_object(None)
+            message: _Gather | _Done = distributed.broadcast_object(None)
             if isinstance(message, _Done):
                 return message.result
             for _ in self._weights:
