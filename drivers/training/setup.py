@@ -29,7 +29,7 @@ from drivers.policy.weight_gatherer import WeightGatherer
 from drivers.runs.checkpoint import precision_of, read_facts
 from drivers.runs.folder import abandon_run_folder, release_run_lock
 from drivers.runs.resume import RUN_MARKER, open_run_folder
-from drivers.settings.groups import PromptSettings, TrainingSettings
+from drivers.settings.groups import EngineSettings, PromptSettings, TrainingSettings
 from drivers.settings.grpo import GrpoConfig
 from drivers.settings.reward_spec import check_file
 from drivers.tasks.questions import Prompt, Question, easiest_first, load_examples, load_prompt, make_questions
@@ -197,7 +197,7 @@ def load_models(
 
 
 def make_engine_for_rank(
-    config: GrpoConfig,
+    config: EngineSettings,
     options: EngineOptions,
     weights: WeightGatherer,
     tokenizer: Any,
