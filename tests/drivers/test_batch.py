@@ -35,7 +35,7 @@ SMALL = {
 LONG_PROMPT, SHORT_PROMPT = list(range(5, 17)), [7, 8]
 
 
-def one_by_one(policy, rollouts, temperature):
+def score_one_by_one(policy, rollouts, temperature):
     """Return log-probs and entropies of each response from its own forward pass, by log_softmax over the whole row."""
     log_probs, entropies = [], []
     for item in rollouts.completions:
@@ -62,7 +62,7 @@ def test_score_any_layout_equals_one_forward_per_response(prompt, responses, oth
     rollouts = make_batch(*[(prompt, response) for response in responses], ([9, 9, 9], other))
     scored = score(policy, rollouts, temperature, with_entropy=True)
     assert not scored["token_entropy"].requires_grad
-    expected, entropies = one_by_one(twin, rollouts, temperature)
+    expected, entropies = score_one_by_one(twin, rollouts, temperature)
     for row, (values, entropy) in enumerate(zip(expected, entropies, strict=True)):
         assert_close(scored["log_probs"][row, : len(values)], values, rtol=0, atol=1e-12)
         assert_close(scored["token_entropy"][row, : len(values)], entropy, rtol=0, atol=1e-12)
@@ -243,7 +243,7 @@ def test_score_other_architectures_equals_one_forward_per_response(kind):
         "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
     }[kind]().eval().double()  # fmt: skip
     rollouts = make_batch((LONG_PROMPT, [3, 4, 5]), (LONG_PROMPT, [6, 7]), (SHORT_PROMPT, [7, 8]))
-    expected, _ = one_by_one(policy, rollouts, 1.0)
+    expected, _ = score_one_by_one(policy, rollouts, 1.0)
     found = score(policy, rollouts, 1.0)["log_probs"]
     for row, values in enumerate(expected):
         assert_close(found[row, : len(values)], values, rtol=0, atol=1e-6)

@@ -37,7 +37,7 @@ EMPTY_THOUGHTS = CHATML.replace(
 )
 
 
-def tokenizer_with(template, *, writes_bos=False):
+def make_chat_tokenizer(template, *, writes_bos=False):
     """Return a tokenizer with characters, the usual special tokens and an end token that ends a text, not a turn."""
     tokenizer = make_tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [START, END]})
@@ -49,7 +49,7 @@ def tokenizer_with(template, *, writes_bos=False):
     return tokenizer
 
 
-def ids(tokenizer, *pieces):
+def encode(tokenizer, *pieces):
     """Return special tokens as they are and texts character by character."""
     return tuple(
         token
@@ -63,26 +63,28 @@ def ids(tokenizer, *pieces):
 
 
 def test_chat_prompt_question_is_user_message():
-    tokenizer = tokenizer_with(CHATML)
+    tokenizer = make_chat_tokenizer(CHATML)
     prompt = Prompt("Solve: {question}!", is_message=True)
     (question,) = make_questions([Example("1+1", "2", "a:1")], prompt, tokenizer, max_new_tokens=1, context=None)
-    expected = ids(tokenizer, START, "user\nSolve: 1+1!", END, "\n", START, "assistant\n")
+    expected = encode(tokenizer, START, "user\nSolve: 1+1!", END, "\n", START, "assistant\n")
     assert question.prompt_token_ids == expected
     with_system = Prompt("{question}", is_message=True, system="Be short.")
-    assert with_system.token_ids("1+1", tokenizer) == ids(
+    assert with_system.token_ids("1+1", tokenizer) == encode(
         tokenizer, START, "system\nBe short.", END, "\n", START, "user\n1+1", END, "\n", START, "assistant\n"
     )
 
 
 def test_chat_prompt_has_one_bos_token():
-    tokenizer = tokenizer_with(INST, writes_bos=True)
-    assert Prompt("{question}").token_ids("ab", tokenizer) == ids(tokenizer, BOS, "ab")
-    assert Prompt("{question}", is_message=True).token_ids("ab", tokenizer) == ids(tokenizer, BOS, "[INST] ab [/INST]")
+    tokenizer = make_chat_tokenizer(INST, writes_bos=True)
+    assert Prompt("{question}").token_ids("ab", tokenizer) == encode(tokenizer, BOS, "ab")
+    assert Prompt("{question}", is_message=True).token_ids("ab", tokenizer) == encode(
+        tokenizer, BOS, "[INST] ab [/INST]"
+    )
 
 
 def test_end_of_turn_ends_samples_and_demonstrations():
     """Base models name the token that ends a text; training teaches them to end turns."""
-    tokenizer = tokenizer_with(CHATML)
+    tokenizer = make_chat_tokenizer(CHATML)
     assert tokenizer.eos_token == "<eos>"
     use_end_of_turn_as_eos(tokenizer, "tiny")
     assert tokenizer.eos_token == END
@@ -92,31 +94,31 @@ def test_end_of_turn_ends_samples_and_demonstrations():
     (one,) = make_demonstrations(
         shown, Prompt("{question}", is_message=True), (), tokenizer, max_new_tokens=1, context=None
     )
-    assert one.prompt_token_ids == ids(tokenizer, START, "user\n1+1", END, "\n", START, "assistant\n")
-    assert one.response_token_ids == ids(tokenizer, "It is 2", END)
+    assert one.prompt_token_ids == encode(tokenizer, START, "user\n1+1", END, "\n", START, "assistant\n")
+    assert one.response_token_ids == encode(tokenizer, "It is 2", END)
 
 
 @pytest.mark.parametrize("urls", [(), ("http://127.0.0.1:1",)])
 def test_vllm_engine_gets_end_of_turn_token(urls, monkeypatch):
     """vLLM reads the model's folder itself, which may name another token."""
-    told = {}
+    captured = {}
 
     def start(_options, _weights, end_token_id):
-        told["end_token_id"] = end_token_id
+        captured["end_token_id"] = end_token_id
 
     monkeypatch.setitem(sys.modules, "drivers.engines.vllm", SimpleNamespace(VLLMEngine=start))
     monkeypatch.setitem(sys.modules, "drivers.engines.vllm_server", SimpleNamespace(ServerEngine=start))
-    tokenizer = tokenizer_with(CHATML)
+    tokenizer = make_chat_tokenizer(CHATML)
     use_end_of_turn_as_eos(tokenizer, "tiny")
     make_vllm_engine(make_tiny_policy(), tokenizer=tokenizer, urls=urls)
-    assert told["end_token_id"] == tokenizer.convert_tokens_to_ids(END)
+    assert captured["end_token_id"] == tokenizer.convert_tokens_to_ids(END)
 
 
 def test_chat_demonstration_with_prompt_is_unchanged():
-    tokenizer = tokenizer_with(CHATML)
+    tokenizer = make_chat_tokenizer(CHATML)
     shown = [WorkedExample("Q: ", "2", "a:1", "2", has_prompt=True)]
     (one,) = make_demonstrations(shown, Prompt("{question}", True), (), tokenizer, max_new_tokens=1, context=None)
-    assert one.prompt_token_ids == ids(tokenizer, "Q: ")
+    assert one.prompt_token_ids == encode(tokenizer, "Q: ")
 
 
 @pytest.mark.parametrize(
@@ -131,7 +133,7 @@ def test_chat_demonstration_with_prompt_is_unchanged():
     ],
 )
 def test_chat_prompt_other_templates_render(template, end):
-    tokenizer = tokenizer_with(template, writes_bos=True)
+    tokenizer = make_chat_tokenizer(template, writes_bos=True)
     use_end_of_turn_as_eos(tokenizer, "tiny")
     assert tokenizer.eos_token == end
 
@@ -148,13 +150,13 @@ def test_chat_prompt_other_templates_render(template, end):
 )
 def test_chat_invalid_template_raises_usage_error(template, message):
     with pytest.raises(UsageError) as raised:
-        use_end_of_turn_as_eos(tokenizer_with(template), "tiny")
+        use_end_of_turn_as_eos(make_chat_tokenizer(template), "tiny")
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
 def test_chat_template_without_system_raises_usage_error():
-    tokenizer = tokenizer_with(INST, writes_bos=True)
+    tokenizer = make_chat_tokenizer(INST, writes_bos=True)
     with pytest.raises(UsageError, match=r"refuses messages of system and user \(no system here\)"):
         Prompt("{question}", is_message=True, system="S").token_ids("1", tokenizer)
 
@@ -223,7 +225,7 @@ def test_embedded_model_chat_prompt_equals_transformers():
 def test_run_with_chat_template_saves_end_of_turn(program, tmp_path, monkeypatch):
     """Whole runs of one step, on a model whose files name another end token."""
     monkeypatch.chdir(tmp_path)
-    tokenizer = tokenizer_with(CHATML)
+    tokenizer = make_chat_tokenizer(CHATML)
     tokenizer.save_pretrained("tiny")
     make_tiny_policy(vocab_size=len(tokenizer)).save_pretrained("tiny")
     data = "sft" if program == "sft" else "train"

@@ -82,21 +82,21 @@ def test_write_json_error_keeps_old_file(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
 
 
-def files_of(folder):
+def list_files(folder):
     return [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
 
 
-def flip_a_bit(path):
+def flip_bit(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
 
 
-def cut_short(path):
+def truncate(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def make_longer(path):
+def append_byte(path):
     with path.open("ab") as file:
         file.write(b" ")
 
@@ -104,9 +104,9 @@ def make_longer(path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (flip_a_bit, "is not as it was written: its SHA-256 is another"),
-        (cut_short, "bytes, "),
-        (make_longer, "bytes, "),
+        (flip_bit, "is not as it was written: its SHA-256 is another"),
+        (truncate, "bytes, "),
+        (append_byte, "bytes, "),
         (lambda path: path.unlink(), ""),
     ],
     ids=["flipped", "short", "longer", "gone"],
@@ -114,7 +114,7 @@ def make_longer(path):
 def test_find_damage_changed_file_is_named(tmp_path, damage, message):
     whole = save(tmp_path, 1)
     assert find_damage(whole) is None
-    names = [path.relative_to(whole) for path in files_of(whole)]
+    names = [path.relative_to(whole) for path in list_files(whole)]
     assert len(names) >= 6
     for name in names:
         copy = tmp_path / "copy"
@@ -148,26 +148,26 @@ def test_find_damage_foreign_content_is_named(tmp_path, name, text, message):
 
 
 def test_find_checkpoint_damaged_falls_back_and_warns(tmp_path):
-    said = []
+    messages = []
     for step in (1, 2, 3):
         save(tmp_path, step)
-    assert find_checkpoint(tmp_path, said.append).name == "checkpoint-3"
-    flip_a_bit(next((tmp_path / "checkpoint-3" / TENSORS).iterdir()))
+    assert find_checkpoint(tmp_path, messages.append).name == "checkpoint-3"
+    flip_bit(next((tmp_path / "checkpoint-3" / TENSORS).iterdir()))
     (tmp_path / "checkpoint-2" / FACTS).write_text("{")
-    assert find_checkpoint(tmp_path, said.append).name == "checkpoint-1"
-    assert "checkpoint-3 is damaged and not used: trainer_state/" in said[0]
-    assert "checkpoint-2 is damaged" in said[1]
+    assert find_checkpoint(tmp_path, messages.append).name == "checkpoint-1"
+    assert "checkpoint-3 is damaged and not used: trainer_state/" in messages[0]
+    assert "checkpoint-2 is damaged" in messages[1]
     with pytest.raises(UsageError, match=r"--resume .*checkpoint-3: cannot be gone on from: trainer_state/"):
         find_checkpoint(tmp_path / "checkpoint-3")
     shutil.rmtree(tmp_path / "checkpoint-1")
-    assert find_checkpoint(tmp_path, said.append) is None
+    assert find_checkpoint(tmp_path, messages.append) is None
 
 
 def test_save_checkpoint_full_disk_loses_nothing(tmp_path):
     """The kernel refuses a tensor, the model or a text. Earlier files stay, and the space is freed."""
     first = save(tmp_path, 1)
-    before = {path: path.read_bytes() for path in files_of(tmp_path)}
-    sizes = sorted({path.stat().st_size for path in files_of(first)})
+    before = {path: path.read_bytes() for path in list_files(tmp_path)}
+    sizes = sorted({path.stat().st_size for path in list_files(first)})
     for limit in (0, *(size - 1 for size in sizes)):
         with (
             pytest.raises(BaseException, match=r".") as failed,
@@ -243,9 +243,9 @@ def test_find_checkpoint_unreadable_file_falls_back(tmp_path, monkeypatch):
 
     fingerprints = checkpoint._fingerprints
     monkeypatch.setattr(checkpoint, "_fingerprints", read)
-    said = []
-    assert find_checkpoint(tmp_path, said.append).name == "checkpoint-1"
-    assert "it cannot be read ([Errno 5] Input/output error" in said[0]
+    messages = []
+    assert find_checkpoint(tmp_path, messages.append).name == "checkpoint-1"
+    assert "it cannot be read ([Errno 5] Input/output error" in messages[0]
 
 
 def test_save_checkpoint_tokenizer_error_is_a_write_error(tmp_path, monkeypatch):
@@ -260,13 +260,13 @@ def test_save_checkpoint_tokenizer_error_is_a_write_error(tmp_path, monkeypatch)
 def test_open_run_folder_all_damaged_starts_over_and_warns(tmp_path):
     """Damaged checkpoints are renamed: otherwise they would pass for newer than those of the new run."""
     for step in (5, 6):
-        flip_a_bit(next((save(tmp_path, step) / TENSORS).iterdir()))
+        flip_bit(next((save(tmp_path, step) / TENSORS).iterdir()))
     (tmp_path / "metrics.jsonl").write_text("{}")
     (tmp_path / "completions.jsonl").write_text("{}")
-    said = []
+    messages = []
     settings = make_tiny_config(save_dir=str(tmp_path), resume="auto")
-    assert open_run_folder(settings, said.append) == (tmp_path, None)
-    assert [f"nothing can go on from {tmp_path}/checkpoint-{n}" in said[n - 3] for n in (5, 6)] == [True, True]
+    assert open_run_folder(settings, messages.append) == (tmp_path, None)
+    assert [f"nothing can go on from {tmp_path}/checkpoint-{n}" in messages[n - 3] for n in (5, 6)] == [True, True]
     release_run_lock(tmp_path)
     names = {path.name for path in tmp_path.iterdir()} - {"metrics.jsonl", LOCK}
     assert names == {
@@ -296,7 +296,7 @@ def test_precision_of_checkpoint_is_the_runs_dtype(tmp_path, dtype):
 def test_checkpoint_holds_no_code(tmp_path):
     """A checkpoint is safetensors, JSON and the tokenizer's text: no pickle and no code."""
     folder = save(tmp_path, 1)
-    assert {path.suffix for path in files_of(folder)} <= {".safetensors", ".json", ".jinja", ".txt"}
+    assert {path.suffix for path in list_files(folder)} <= {".safetensors", ".json", ".jinja", ".txt"}
     for source in [*(ROOT / "drivers").rglob("*.py"), *(ROOT / "grpo_core").rglob("*.py")]:
         text = source.read_text()
         assert not [word for word in ("trust_remote_code", "torch.load(", "pickle") if word in text], source

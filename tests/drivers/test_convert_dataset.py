@@ -73,9 +73,9 @@ def test_convert_lone_surrogate_is_a_bad_line(tmp_path, capsys):
     source.write_text('{"question": "\\ud835", "answer": "1"}\n{"question": "Q", "answer": "1"}\n')
     with pytest.raises(SystemExit):
         main([str(source), "--output", str(target)])
-    told = capsys.readouterr().err
-    assert f"{source}:1: " in told
-    assert "1 of 2 lines cannot be converted" in told
+    output = capsys.readouterr().err
+    assert f"{source}:1: " in output
+    assert "1 of 2 lines cannot be converted" in output
     assert [*tmp_path.iterdir()] == [source]
     main([str(source), "--output", str(target), "--skip-bad-lines"])
     assert len(target.read_text().splitlines()) == 1
@@ -101,12 +101,12 @@ def test_convert_missing_field_is_named(row, message):
         convert_row(row)
 
 
-def write(path, *rows):
+def write_lines(path, *rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 
 
-def run(capsys, *arguments):
+def convert(capsys, *arguments):
     """Return exit status, stdout and stderr of the program."""
     try:
         main(arguments)
@@ -118,30 +118,30 @@ def run(capsys, *arguments):
 
 
 def test_convert_in_place_keeps_backup(tmp_path, capsys):
-    path = write(tmp_path / "gsm.jsonl", {"question": "Q", "answer": "so\n#### 5"})
+    path = write_lines(tmp_path / "gsm.jsonl", {"question": "Q", "answer": "so\n#### 5"})
     original = (tmp_path / "gsm.jsonl").read_bytes()
-    assert run(capsys, path)[0] == 0
+    assert convert(capsys, path)[0] == 0
     assert [example.answer for example in load_examples("-", path)] == ["5"]
     assert (tmp_path / "gsm.jsonl.backup").read_bytes() == original
-    assert run(capsys, path)[0] == 0  # the second time, the backup is still the original
+    assert convert(capsys, path)[0] == 0  # the second time, the backup is still the original
     assert (tmp_path / "gsm.jsonl.backup").read_bytes() == original
-    assert run(capsys, path, "--restore")[0] == 0
+    assert convert(capsys, path, "--restore")[0] == 0
     assert (tmp_path / "gsm.jsonl").read_bytes() == original
     assert not (tmp_path / "gsm.jsonl.backup").exists()
-    assert run(capsys, path, "--restore") == (2, "", f"convert_dataset.py: {path}.backup: no such backup\n")
+    assert convert(capsys, path, "--restore") == (2, "", f"convert_dataset.py: {path}.backup: no such backup\n")
 
 
 def test_convert_bad_lines_are_named_and_nothing_is_written(tmp_path, capsys):
-    path = write(tmp_path / "a.jsonl", {"question": "Q", "answer": "1"}, {"question": "Q"}, {"answer": "1"})
+    path = write_lines(tmp_path / "a.jsonl", {"question": "Q", "answer": "1"}, {"question": "Q"}, {"answer": "1"})
     before = (tmp_path / "a.jsonl").read_bytes()
-    status, _, errors = run(capsys, path)
+    status, _, errors = convert(capsys, path)
     assert status == 2
     assert f"{path}:2: no answer" in errors
     assert f"{path}:3: no question" in errors
     assert "2 of 3 lines" in errors
     assert (tmp_path / "a.jsonl").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
-    status, out, _ = run(capsys, path, "--skip-bad-lines", "--output", str(tmp_path / "new/b.jsonl"))
+    status, out, _ = convert(capsys, path, "--skip-bad-lines", "--output", str(tmp_path / "new/b.jsonl"))
     assert status == 0
     assert "1 questions, 2 lines dropped" in out
     assert len(load_examples("-", str(tmp_path / "new/b.jsonl"))) == 1
@@ -149,10 +149,10 @@ def test_convert_bad_lines_are_named_and_nothing_is_written(tmp_path, capsys):
 
 def test_convert_json_in_place_is_refused(tmp_path, capsys):
     (tmp_path / "a.json").write_text(json.dumps([{"prompt": "Q", "response": "1"}]))
-    status, _, errors = run(capsys, str(tmp_path / "a.json"))
+    status, _, errors = convert(capsys, str(tmp_path / "a.json"))
     assert status == 2
     assert "--output is required" in errors
-    assert run(capsys, str(tmp_path / "a.json"), "--output", str(tmp_path / "a.jsonl"))[0] == 0
+    assert convert(capsys, str(tmp_path / "a.json"), "--output", str(tmp_path / "a.jsonl"))[0] == 0
 
 
 def test_convert_folder_becomes_one_file(tmp_path, capsys):
@@ -160,8 +160,8 @@ def test_convert_folder_becomes_one_file(tmp_path, capsys):
         file = tmp_path / "MATH" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({"problem": "P" + answer, "solution": rf"\boxed{{{answer}}}"}))
-    assert run(capsys, str(tmp_path / "MATH"))[0] == 2  # a folder cannot be rewritten in place
-    assert run(capsys, str(tmp_path / "MATH"), "--output", str(tmp_path / "o.jsonl"))[0] == 0
+    assert convert(capsys, str(tmp_path / "MATH"))[0] == 2  # a folder cannot be rewritten in place
+    assert convert(capsys, str(tmp_path / "MATH"), "--output", str(tmp_path / "o.jsonl"))[0] == 0
     assert [example.answer for example in load_examples("-", str(tmp_path / "o.jsonl"))] == ["1", "2"]
 
 
@@ -171,17 +171,17 @@ def test_convert_folder_becomes_one_file(tmp_path, capsys):
 )
 def test_convert_damaged_file_exits_with_one_line(tmp_path, capsys, content, message):
     (tmp_path / "a.jsonl").write_text(content)
-    status, _, errors = run(capsys, str(tmp_path / "a.jsonl"))
+    status, _, errors = convert(capsys, str(tmp_path / "a.jsonl"))
     assert status == 2
     assert message in errors
     assert "Traceback" not in errors
-    assert run(capsys, "nowhere.jsonl")[0] == 2
-    assert run(capsys)[0] == 2
+    assert convert(capsys, "nowhere.jsonl")[0] == 2
+    assert convert(capsys)[0] == 2
 
 
 def test_convert_hub_without_extra_names_it(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    status, _, errors = run(capsys, "openai/gsm8k", "--hub", "--output", "x.jsonl")
+    status, _, errors = convert(capsys, "openai/gsm8k", "--hub", "--output", "x.jsonl")
     assert status == 2
     assert "grpo_core[hub]" in errors
 
@@ -213,7 +213,7 @@ def test_convert_hub_subsets_become_one_file(tmp_path, capsys, monkeypatch):
     for split, file, n in (("train", "train", 7500), ("test", "validation", 5000)):
         output = str(tmp_path / f"data/math/{file}.jsonl")
         flags = ["--hub", "--subset", *SUBSETS, "--split", split, "--output", output]
-        status, out, _ = run(capsys, "EleutherAI/hendrycks_math", *flags)
+        status, out, _ = convert(capsys, "EleutherAI/hendrycks_math", *flags)
         assert (status, out) == (0, f"{output}: {n} questions\n")
         examples = load_examples("-", output)
         assert len(examples) == n
@@ -232,12 +232,14 @@ def test_convert_hub_missing_split_and_bad_row_are_named(tmp_path, capsys, monke
 
     hub(monkeypatch, load)
     output = str(tmp_path / "o.jsonl")
-    status, _, errors = run(capsys, "a/b", "--hub", "--subset", "some", "none", "--output", output)
+    status, _, errors = convert(capsys, "a/b", "--hub", "--subset", "some", "none", "--output", output)
     assert (status, errors.count("\n")) == (2, 1)
     assert "--hub a/b (subset none, split train): FileNotFoundError: no such thing" in errors
-    assert "a/b/some:2: no answer" in run(capsys, "a/b", "--hub", "--subset", "some", "--output", output)[2]
-    assert "a/b:2: no answer" in run(capsys, "a/b", "--hub", "--output", output)[2]
-    assert run(capsys, "a/b", "--subset", "x")[2] == "convert_dataset.py: --subset x: has no effect without --hub\n"
+    assert "a/b/some:2: no answer" in convert(capsys, "a/b", "--hub", "--subset", "some", "--output", output)[2]
+    assert "a/b:2: no answer" in convert(capsys, "a/b", "--hub", "--output", output)[2]
+    assert (
+        convert(capsys, "a/b", "--subset", "x")[2] == "convert_dataset.py: --subset x: has no effect without --hub\n"
+    )
 
 
 # --- demonstrations --------------------------------------------------------------------------------------------------
@@ -312,17 +314,17 @@ def test_convert_row_without_solution_is_named(row, message):
 
 
 def test_convert_demonstrations_load_in_sft(tmp_path, capsys):
-    source = write(tmp_path / "gsm.jsonl", GSM8K, {**GSM8K, "why": {"text": "Because. #### 8"}})
+    source = write_lines(tmp_path / "gsm.jsonl", GSM8K, {**GSM8K, "why": {"text": "Because. #### 8"}})
     output = str(tmp_path / "data/gsm8k/sft.jsonl")
-    status, out, _ = run(capsys, source, "--demonstrations", "r1_zero", "--output", output)
+    status, out, _ = convert(capsys, source, "--demonstrations", "r1_zero", "--output", output)
     assert (status, out) == (0, f"{output}: 2 demonstrations\n")
     first, _ = load_demonstrations("--data-path", output)
     assert (first.question, first.answer, first.has_prompt) == ("Q", "700", False)
     assert first.response == convert_demonstration(GSM8K, "r1_zero")["response"]
     named = ["--response-key", "why.text", "--output", output]
-    status, _, errors = run(capsys, source, "--demonstrations", "question_only", *named)
+    status, _, errors = convert(capsys, source, "--demonstrations", "question_only", *named)
     assert (status, "gsm.jsonl:1: no worked solution under why.text" in errors) == (2, True)
-    assert "--response-key why.text: has no effect without --demonstrations" in run(capsys, source, *named)[2]
-    run(capsys, source, "--demonstrations", "question_only", *named, "--skip-bad-lines")
+    assert "--response-key why.text: has no effect without --demonstrations" in convert(capsys, source, *named)[2]
+    convert(capsys, source, "--demonstrations", "question_only", *named, "--skip-bad-lines")
     (shown,) = load_demonstrations("--data-path", output)
     assert (shown.answer, shown.response) == ("700", "Because.\n\\boxed{8}")

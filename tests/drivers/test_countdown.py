@@ -74,7 +74,7 @@ def by_recursive_descent(expression, numbers, target):
     return tokens == ["end"] and result == target and sorted(used) == sorted(numbers)
 
 
-def solutions(parts):
+def find_solutions(parts):
     """Return each reachable value with an expression, by trying all pairs and operations."""
     if len(parts) == 1:
         yield parts[0]
@@ -85,11 +85,11 @@ def solutions(parts):
             for sign, operation in OPERATIONS.items():
                 value = operation(left, right)
                 if value is not None:
-                    yield from solutions([*rest, (value, f"({left_text} {sign} {right_text})")])
+                    yield from find_solutions([*rest, (value, f"({left_text} {sign} {right_text})")])
 
 
 def reachable(numbers):
-    return dict(solutions([(Fraction(number), str(number)) for number in numbers]))
+    return dict(find_solutions([(Fraction(number), str(number)) for number in numbers]))
 
 
 # --- the verifier ----------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def trees(depth=4):
     return st.recursive(leaf, lambda inner: st.tuples(inner, st.sampled_from("+-*/"), inner), max_leaves=2**depth)
 
 
-def write(tree, draw):
+def format_tree(tree, draw):
     """Return an expression with the needed parentheses, and sometimes with superfluous ones."""
     if isinstance(tree, int):
         return (str(tree) if draw() < 0.9 else f"({tree})"), 3, [tree]
@@ -108,27 +108,27 @@ def write(tree, draw):
     own = 1 if sign in "+-" else 2
     texts, leaves = [], []
     for side, below in ((left, own), (right, own + 1)):  # the right side of - and / needs parentheses
-        text, binds, found = write(side, draw)
+        text, binds, found = format_tree(side, draw)
         texts.append(f"({text})" if binds < below or draw() < 0.1 else text)
         leaves += found
     space = " " * int(3 * draw())
     return f"{texts[0]}{space}{sign}{space}{texts[1]}", own, leaves
 
 
-def compute(tree):
+def evaluate_tree(tree):
     if isinstance(tree, int):
         return Fraction(tree)
-    left, right = compute(tree[0]), compute(tree[2])
+    left, right = evaluate_tree(tree[0]), evaluate_tree(tree[2])
     return None if left is None or right is None else OPERATIONS[tree[1]](left, right)
 
 
 @given(trees(), st.randoms(use_true_random=False))
 def test_countdown_expression_is_right_for_its_puzzle_only(tree, rng):
-    text, _, leaves = write(tree, rng.random)
+    text, _, leaves = format_tree(tree, rng.random)
     if len(text) > MAX_CHARACTERS:
         assert not solves(text, leaves, 1)
         return
-    value = compute(tree)
+    value = evaluate_tree(tree)
     target = int(value) if value is not None and value.denominator == 1 else 0
     assert solves(text, leaves, target) == (value == target)
     assert solves(text, rng.sample(leaves, len(leaves)), target) == (value == target)

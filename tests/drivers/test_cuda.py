@@ -1,7 +1,5 @@
 """On a CUDA GPU: the same numbers as on the CPU, and a loop that learns."""
 
-import json
-
 import pytest
 import torch
 from torch.testing import assert_close
@@ -28,7 +26,7 @@ from tests.drivers.helpers.letters import (
     make_tiny_parts,
     sample_rollouts,
 )
-from tests.drivers.helpers.runs import ON_POLICY, TWO_EPOCHS
+from tests.drivers.helpers.runs import ON_POLICY, TWO_EPOCHS, read_rows
 from tests.tiny import save_tiny
 
 pytestmark = [
@@ -97,7 +95,7 @@ def test_train_on_cuda_learns(tmp_path, dtype, schedule):
         train(config, policy, engine, letter_grader, parts.questions, parts.questions, run)
     finally:
         run.finish()
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(tmp_path)
     rewards = [row["reward"] for row in rows if row["phase"] == "train"]
     assert rewards[0] < 0.15
     assert sum(rewards[-3:]) / 3 > 0.9
@@ -135,7 +133,7 @@ def test_train_with_vllm_on_shared_gpu_takes_turns(tmp_path, record_property):
     finally:
         run.finish()
         engine.close()
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(tmp_path / "run")
     steps = [row for row in rows if row["phase"] == "train"]
     assert [row["n_weights"] for row in rows if row["phase"] == "check"] == [20, 20]
     assert {row["staleness"] for row in steps} == {0.0}

@@ -14,13 +14,13 @@ from tests.tiny import make_tiny_tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def write(path, *lines):
+def write_lines(path, *lines):
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return str(path)
 
 
 def test_load_examples_keeps_order_source_and_alternatives(tmp_path):
-    path = write(
+    path = write_lines(
         tmp_path / "a.jsonl",
         '{"question": "1+1?", "answer": 2}',
         "",
@@ -57,7 +57,7 @@ def test_load_examples_only_newline_ends_a_line(tmp_path):
     ],
 )
 def test_load_examples_bad_line_is_named(tmp_path, line, message):
-    path = write(tmp_path / "b.jsonl", '{"question": "q", "answer": "a"}', line)
+    path = write_lines(tmp_path / "b.jsonl", '{"question": "q", "answer": "a"}', line)
     with pytest.raises(UsageError, match=re.escape(f"{path}:2: ") + ".*" + re.escape(message)):
         load_examples("--data-path", path)
 
@@ -77,7 +77,7 @@ def test_prompt_replaces_question_only():
 
 
 def test_prompt_question_may_hold_braces(tmp_path):
-    path = write(tmp_path / "d.jsonl", json.dumps({"question": r"$\frac{1}{2}$ {question}", "answer": "1"}))
+    path = write_lines(tmp_path / "d.jsonl", json.dumps({"question": r"$\frac{1}{2}$ {question}", "answer": "1"}))
     tokenizer = make_tiny_tokenizer()
     examples, prompt = load_examples("-", path), Prompt("Q: {question}")
     (question,) = make_questions(examples, prompt, tokenizer, max_new_tokens=1, context=99)
@@ -85,7 +85,7 @@ def test_prompt_question_may_hold_braces(tmp_path):
 
 
 def test_encode_questions_beyond_context_raises_usage_error(tmp_path):
-    examples = load_examples("-", write(tmp_path / "e.jsonl", '{"question": "12345", "answer": "1"}'))
+    examples = load_examples("-", write_lines(tmp_path / "e.jsonl", '{"question": "12345", "answer": "1"}'))
     tokenizer = make_tiny_tokenizer()
     assert make_questions(examples, Prompt("{question}"), tokenizer, max_new_tokens=3, context=8)
     with pytest.raises(UsageError, match=r"e\.jsonl:1: its prompt is 5 tokens"):

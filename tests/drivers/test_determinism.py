@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from drivers import train as program
-from tests.drivers.helpers.runs import read_logged_numbers, run_grpo
+from tests.drivers.helpers.runs import read_logged_numbers, read_rows, run_grpo
 from tests.tiny import save_tiny
 
 FLAGS = (
@@ -18,9 +18,9 @@ FLAGS = (
 )
 
 
-def bytes_of(folder: Path) -> dict[str, bytes]:
+def read_without_times(folder: Path) -> dict[str, bytes]:
     """Return the log without times, and every completion, as bytes."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(folder)
     timed = ("time_", "rollout_tokens_per_s", "update_tokens_per_s")
     kept = [json.dumps({k: v for k, v in row.items() if not k.startswith(timed)}) for row in rows]
     return {"metrics": "\n".join(kept).encode(), "completions": (folder / "completions.jsonl").read_bytes()}
@@ -36,11 +36,11 @@ def test_deterministic_same_command_gives_same_bytes(tmp_path, monkeypatch, engi
     for name in ("one", "two"):
         program.main([*FLAGS.split(), "--model-path", "tiny", "--engine", engine, "--save-dir", name])
         torch.rand(7)  # other draws in this process must not matter
-        found.append(bytes_of(tmp_path / name))
+        found.append(read_without_times(tmp_path / name))
     assert found[0] == found[1]
     assert found[0]["metrics"].count(b'"phase": "train"') == 2
     program.main([*FLAGS.split(), "--model-path", "tiny", "--engine", "hf", "--save-dir", "other", "--seed", "1"])
-    assert bytes_of(tmp_path / "other") != found[0]
+    assert read_without_times(tmp_path / "other") != found[0]
 
 
 @pytest.mark.slow

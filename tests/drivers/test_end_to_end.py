@@ -9,6 +9,7 @@ from drivers.train import train
 from tests.drivers.helpers.engines import start_vllm
 from tests.drivers.helpers.letters import letter_grader, make_run, make_tiny_config, make_tiny_parts
 from tests.drivers.helpers.processes import run_program
+from tests.drivers.helpers.runs import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,7 +25,7 @@ def test_train_tiny_policy_with_vllm_learns(tmp_path):
     finally:
         engine.close()
         run.finish()
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(tmp_path / "run")
     steps = [row for row in rows if row["phase"] == "train"]
     assert steps[0]["reward"] < 0.15
     assert sum(row["reward"] for row in steps[-3:]) / 3 > 0.9
@@ -52,7 +53,7 @@ def test_train_uses_vllm_log_probs_and_greedy_samples(tmp_path):
                 train(config, parts.policy, engine, letter_grader, parts.questions, parts.questions, run)
             finally:
                 run.finish()
-            rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+            rows = read_rows(tmp_path / name)
             steps[name] = [row for row in rows if row["phase"] == "train"]
     finally:
         engine.close()
@@ -70,7 +71,7 @@ def test_quickstart_learns_and_its_model_evaluates(tmp_path):
     flags = f"--n-grpo-steps 3 --eval-steps 5 --n-val-examples 48 --save-dir {tmp_path}/run --wandb-project None"
     flags += " --learning-rate 6e-5"
     run_program("train", flags)
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(tmp_path / "run")
     before, after = (row["accuracy"] for row in rows if row["phase"] == "eval")
     assert before < 0.35
     assert after > before + 0.15

@@ -145,7 +145,7 @@ def test_generate_after_push_uses_new_weights(subject):
     assert outputs[0] != outputs[1] != outputs[2]
 
 
-def check(subject, version=None, sampling=None):
+def run_self_check(subject, version=None, sampling=None):
     return check_engine(
         subject.engine,
         subject.policy,
@@ -158,7 +158,7 @@ def check(subject, version=None, sampling=None):
 
 
 def test_self_check_after_push_passes(subject):
-    agreement = check(subject)
+    agreement = run_self_check(subject)
     assert agreement.largest < TOLERANCE
     assert agreement.n_tokens > 20
 
@@ -175,9 +175,9 @@ def test_self_check_wrong_temperature_fails():
     policy = make_tiny_policy(3)
     subject = Subject("hf", policy, RawLogProbs(policy, make_tiny_tokenizer()))
     subject.push()
-    assert check(subject).mean < TOLERANCE  # at temperature 1 both are equal
+    assert run_self_check(subject).mean < TOLERANCE  # at temperature 1 both are equal
     with pytest.raises(TrainingAbortedError, match="disagree on the log-probs"):
-        check(subject, sampling=Sampling(n=4, max_tokens=8, temperature=0.6))
+        run_self_check(subject, sampling=Sampling(n=4, max_tokens=8, temperature=0.6))
 
 
 def test_generate_any_end_token_ends_response():
@@ -233,14 +233,14 @@ def test_vllm_on_shared_gpu_wakes_weights_before_cache(tmp_path, monkeypatch):
 
 def test_self_check_skips_tokens_below_min_tokens(subject):
     """There the sampler excludes the end token, so that its log-probs differ by nats from the policy's."""
-    assert check(subject, sampling=Sampling(n=4, min_tokens=4, max_tokens=8)).largest < TOLERANCE
+    assert run_self_check(subject, sampling=Sampling(n=4, min_tokens=4, max_tokens=8)).largest < TOLERANCE
     with pytest.raises(TrainingAbortedError, match="no token to compare"):
-        check(subject, sampling=Sampling(n=4, min_tokens=8, max_tokens=8))
+        run_self_check(subject, sampling=Sampling(n=4, min_tokens=8, max_tokens=8))
 
 
 def test_self_check_skipped_push_fails_by_version(subject):
     with pytest.raises(TrainingAbortedError, match="a weight push did not arrive"):
-        check(subject, version=subject.version + 1)
+        run_self_check(subject, version=subject.version + 1)
 
 
 @pytest.mark.vllm
@@ -276,10 +276,10 @@ def test_faulty_push_fails_by_checksum_and_by_log_probs(subject, fault, seen, mo
             if seen == "log-probs":
                 patch.setattr(subject.engine, "received", list)
             with pytest.raises(TrainingAbortedError, match=message):
-                check(subject)
+                run_self_check(subject)
     subject.push()
-    assert check(subject).largest < TOLERANCE
-    assert check(subject).n_weights == len(list(subject.policy.parameters()))
+    assert run_self_check(subject).largest < TOLERANCE
+    assert run_self_check(subject).n_weights == len(list(subject.policy.parameters()))
 
 
 @pytest.mark.vllm
@@ -310,7 +310,7 @@ def test_generate_other_weight_version_fails(subject):
     assert [version_of(spans) for spans in (["7"], ["7", "7"], ["6", "7"], [])] == [7, 7, None, None]
 
 
-class Loading:
+class RecordingModel:
     """The model of a worker, which records the weights that it gets."""
 
     def __init__(self):
@@ -326,7 +326,7 @@ def test_nccl_engine_checksums_each_chunk(monkeypatch):
 
     from drivers.engines.vllm_transfer import CheckedNCCLEngine
 
-    tensors, model, asked = dict(make_tiny_policy().named_parameters()), Loading(), []
+    tensors, model, asked = dict(make_tiny_policy().named_parameters()), RecordingModel(), []
     names, fails = list(tensors), False
 
     def consume(iterator, group, src, post_unpack_func, **more):

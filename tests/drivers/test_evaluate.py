@@ -283,8 +283,8 @@ def test_evaluate_other_grading_is_not_compared(tmp_path, tiny_flags, capsys):
         assert ended.value.code == 2
         assert message in capsys.readouterr().err
     compare_to(tmp_path / "first", "--sampling-temperature", "0.5", "--sampling-top-p", "0.5")
-    told = capsys.readouterr().err
-    assert "was asked with sampling_temperature=1.0 (here 0.5), sampling_top_p=1.0 (here 0.5)" in told
+    output = capsys.readouterr().err
+    assert "was asked with sampling_temperature=1.0 (here 0.5), sampling_top_p=1.0 (here 0.5)" in output
 
 
 @pytest.mark.slow

@@ -192,9 +192,9 @@ def test_expert_iteration_invalid_flags_exit_with_one_line(arguments, message, t
         main(arguments.format(sft="sft").split())
     assert ended.value.code == 2
     captured = capsys.readouterr()
-    told = " ".join((captured.out + captured.err).replace("│", " ").split())
-    assert message in told
-    assert "Traceback" not in told
+    output = " ".join((captured.out + captured.err).replace("│", " ").split())
+    assert message in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ from tests.drivers.helpers.letters import (
     sample_rollouts,
 )
 from tests.drivers.helpers.processes import restore_interrupt, run_program
-from tests.drivers.helpers.runs import run_training
+from tests.drivers.helpers.runs import read_rows, run_training
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,7 +77,7 @@ def async_pool():
         yield pool
 
 
-def workers_of(pool):
+def list_workers(pool):
     """Return the process ids of the workers once all are ready."""
     while not all(worker.pid for worker in pool._workers):
         pool(["1"], ["1"])
@@ -121,7 +121,7 @@ def test_grading_pool_hostile_reward_has_its_verdict_and_others_are_graded(pool,
     (verdict,), seconds = grade_with(pool, deed)
     assert verdict == Graded({"reward": None}, why, detail)
     assert seconds < DEADLINE + 2.0
-    assert len(workers_of(pool)) == 2
+    assert len(list_workers(pool)) == 2
 
 
 def test_grading_worker_deadline_is_kept_by_the_kernel(pool, monkeypatch):
@@ -148,11 +148,11 @@ def test_grading_worker_that_forks_grades_no_later_batch(pool, n_before):
 
 def test_grading_pool_closes_descriptors(pool):
     grade_with(pool)
-    workers_of(pool)
+    list_workers(pool)
     folders = [Path("/proc/self/fd"), Path(f"/proc/{pool._server.process.pid}/fd")]
     before = [len(list(folder.iterdir())) for folder in folders]
     pool(["exit"] * 30, ["1"] * 30)
-    workers_of(pool)
+    list_workers(pool)
     assert [len(list(folder.iterdir())) for folder in folders] == before
 
 
@@ -180,12 +180,12 @@ def test_grading_worker_memory_limit_is_an_error():
 
 def test_grading_worker_out_of_memory_is_replaced(pool):
     grade_with(pool)
-    before = workers_of(pool)
+    before = list_workers(pool)
     grade_with(pool, "raise")
-    assert workers_of(pool) == before
+    assert list_workers(pool) == before
     grade_with(pool, "allocate")
     grade_with(pool)
-    assert len(before & workers_of(pool)) == 1
+    assert len(before & list_workers(pool)) == 1
 
 
 def test_grading_worker_child_process_ends_with_it(tmp_path):
@@ -214,15 +214,15 @@ def test_grading_worker_child_in_other_session_ends(tmp_path):
 
 
 def test_grading_pool_first_failures_warn():
-    told = []
-    with open_pool(warn=told.append) as pool:
+    warnings = []
+    with open_pool(warn=warnings.append) as pool:
         grade_with(pool, *["raise"] * 2)
         grade_with(pool, *["raise"] * 2)
-    assert len(told) == 3
-    assert f"--reward {FILE}:reward: error (" in told[0]
-    assert " for the response 'raise': it is not scored" in told[0]
-    assert not any("further" in text for text in told[:2])
-    assert told[2].endswith("further failures are only counted in the log")
+    assert len(warnings) == 3
+    assert f"--reward {FILE}:reward: error (" in warnings[0]
+    assert " for the response 'raise': it is not scored" in warnings[0]
+    assert not any("further" in text for text in warnings[:2])
+    assert warnings[2].endswith("further failures are only counted in the log")
 
 
 # --- a pool grades like an inline grader -----------------------------------------------------------------------------
@@ -291,22 +291,22 @@ def test_grading_pool_after_interrupt_grades_next_batch(pool, monkeypatch):
 
 def test_grading_workers_ignore_sigint_and_sigterm(pool):
     grade_with(pool)
-    before = workers_of(pool)
+    before = list_workers(pool)
     for pid in (*before, pool._server.process.pid):
         assert os.getpgid(pid) != os.getpgrp()  # a terminal sends the signal to the whole group
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(pid, number)
     grade_with(pool)
-    assert workers_of(pool) == before
+    assert list_workers(pool) == before
 
 
 @pytest.mark.slow
 def test_grading_pool_restarts_after_all_were_killed(pool):
-    pids = [*workers_of(pool), pool._server.process.pid]
+    pids = [*list_workers(pool), pool._server.process.pid]
     os.kill(pool._server.process.pid, signal.SIGKILL)
     assert_gone(pids[:-1], within=2.0)  # the workers end with the pool
     grade_with(pool, "exit")
-    assert not {*pids} & workers_of(pool)
+    assert not {*pids} & list_workers(pool)
 
 
 # --- nothing is left behind ------------------------------------------------------------------------------------------
@@ -329,7 +329,7 @@ def assert_gone(pids, *, within):
 def test_grading_pool_close_ends_workers_and_calls():
     pool = open_pool(n_workers=1, deadline_s=100.0)
     pool.load()
-    pids, ended = [*workers_of(pool), pool._server.process.pid], []
+    pids, ended = [*list_workers(pool), pool._server.process.pid], []
 
     def grade():
         try:
@@ -663,8 +663,7 @@ def test_run_with_failing_custom_reward_continues(tmp_path):
         "--reward-mix letters=1 length=-0.01 --grader-deadline-s 0.2 --grader-workers 2"
     )
     done = run_program("train", flags, cwd=tmp_path)
-    rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
-    steps = [row for row in rows if row["phase"] == "train"]
+    steps = read_rows(tmp_path / "out", "train")
     assert sum(row["grader_timeouts"] for row in steps) > 0
     assert sum(row["grader_errors"] for row in steps) > 0
     for row in steps:
@@ -686,7 +685,7 @@ def test_run_with_failing_custom_reward_continues(tmp_path):
 # --- unscored is not 0 -----------------------------------------------------------------------------------------------
 
 
-def gradient_of(config, rewards, *, twin=0):
+def compute_gradient(config, rewards, *, twin=0):
     """Return the gradient of one optimizer step; `twin` changes the tokens of unscored responses."""
     parts = make_tiny_parts()
     rollouts, _ = sample_rollouts(config, parts, rewards)
@@ -739,13 +738,13 @@ def test_unscored_response_tokens_do_not_matter(settings):
     """Neither statistics nor the gradient depend on them, including the KL penalty and the entropy."""
     config = make_tiny_config(**settings)
     rewards = SIGNAL.masked_fill(UNSCORED, torch.nan)
-    loss, gradient, _ = gradient_of(config, rewards)
-    other_loss, other, _ = gradient_of(config, rewards, twin=1)
+    loss, gradient, _ = compute_gradient(config, rewards)
+    other_loss, other, _ = compute_gradient(config, rewards, twin=1)
     assert gradient.isfinite().all()
     assert gradient.abs().max() > 0
     assert_close(other, gradient, rtol=1e-4, atol=1e-7)
     assert_close(other_loss, loss, rtol=1e-4, atol=1e-7)
-    _, as_zero, _ = gradient_of(config, SIGNAL.masked_fill(UNSCORED, 0.0))
+    _, as_zero, _ = compute_gradient(config, SIGNAL.masked_fill(UNSCORED, 0.0))
     assert not torch.allclose(as_zero, gradient, rtol=1e-2, atol=1e-5)
 
 
@@ -754,7 +753,7 @@ def test_step_with_unscored_equals_step_without_them(counting, n):
     """By hand: advantages of the remaining groups, weighted by their tokens, and one step of gradient descent."""
     config = make_tiny_config(empty_responses=counting)
     rewards = SIGNAL.masked_fill(UNSCORED, torch.nan)
-    _, gradient, batch = gradient_of(config, rewards)
+    _, gradient, batch = compute_gradient(config, rewards)
     scored = ~UNSCORED
     sizes = [int(part.sum()) for part in scored.view(4, 8) if part.any()]
     advantages = torch.zeros(32)
@@ -774,7 +773,7 @@ def test_step_with_unscored_equals_step_without_them(counting, n):
 
 def test_gdpo_unscored_parts_are_excluded():
     rewards = SIGNAL.masked_fill(UNSCORED, torch.nan)
-    _, _, batch = gradient_of(make_tiny_config(advantage="gdpo"), rewards)
+    _, _, batch = compute_gradient(make_tiny_config(advantage="gdpo"), rewards)
     scored = ~UNSCORED
     sizes = [int(part.sum()) for part in scored.view(4, 8) if part.any()]
     known = torch.stack([0.5 * SIGNAL[scored], SIGNAL[scored]], dim=1)

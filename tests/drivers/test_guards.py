@@ -1,6 +1,5 @@
 """Anomalies of a step: detected, logged, and handled as --on-anomaly says."""
 
-import json
 import math
 
 import pytest
@@ -23,12 +22,13 @@ from drivers.training.batch import make_rollout_batch
 from drivers.training.metrics import UpdateMetrics
 from drivers.training.state import TrainingState
 from tests.drivers.helpers.letters import flatten_weights, make_completion, make_run, make_tiny_config, make_tiny_parts
+from tests.drivers.helpers.runs import read_rows
 
 FINE = {"truncated": 0.5, "zero_std_groups": 0.5, "rollout_entropy": 2.0}
 NEAR = {"approx_kl": 0.01, "sampler_log_prob_diff": 0.1}
 
 
-def kinds(found):
+def list_kinds(found):
     return [anomaly.kind for anomaly in found]
 
 
@@ -45,14 +45,14 @@ def kinds(found):
 )
 def test_check_rollouts_without_signal_is_named(changed, kind):
     assert check_rollouts(FINE) == []
-    assert kinds(check_rollouts(FINE | changed)) == [kind]
+    assert list_kinds(check_rollouts(FINE | changed)) == [kind]
     (anomaly,) = check_rollouts(FINE | changed)
     assert anomaly.is_unusable == (not math.isfinite(*changed.values()))
 
 
 def test_check_update_without_gradient_is_named():
-    assert kinds(check_update(0.0, 0.0, [1.0] * 20, NEAR)) == ["no_gradient"]
-    assert kinds(check_update(0.0, 1e-30, [1.0] * 20, NEAR)) == []
+    assert list_kinds(check_update(0.0, 0.0, [1.0] * 20, NEAR)) == ["no_gradient"]
+    assert list_kinds(check_update(0.0, 1e-30, [1.0] * 20, NEAR)) == []
 
 
 SILENT = {"reward": 1.0, "format_reward": 0.0, "answer_reward": 0.0}
@@ -60,9 +60,9 @@ SILENT = {"reward": 1.0, "format_reward": 0.0, "answer_reward": 0.0}
 
 def test_check_zero_signal_groups_with_entropy_bonus_warns(tmp_path):
     """With an entropy bonus updates continue, and nothing else would show that the reward gives no signal."""
-    go(tmp_path, lambda *_: SILENT, loss_type="reinforce_with_baseline", entropy_coef=0.01)
-    assert [row["skipped_updates"] for row in go.rows["train"]] == [0, 0, 0]
-    assert [(row["step"], row["kind"]) for row in go.rows["anomaly"]] == [(n, "all_silent") for n in (1, 2, 3)]
+    train_on(tmp_path, lambda *_: SILENT, loss_type="reinforce_with_baseline", entropy_coef=0.01)
+    assert [row["skipped_updates"] for row in train_on.rows["train"]] == [0, 0, 0]
+    assert [(row["step"], row["kind"]) for row in train_on.rows["anomaly"]] == [(n, "all_silent") for n in (1, 2, 3)]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_check_zero_signal_groups_with_gradient_is_silent(settings):
     assert not make_tiny_config(loss_type="reinforce_with_baseline").has_regularization_gradient
 
 
-class NotANumber:
+class NanReward:
     """A reward that is sometimes NaN, and otherwise the share of a letter."""
 
     def __init__(self, value):
@@ -105,20 +105,20 @@ def test_run_not_finite_reward_follows_on_anomaly(tmp_path, choice, skipped, val
     """The response is unscored, so the update without it is sound; `--on-anomaly` decides whether to make it."""
     if skipped is None:
         with pytest.raises(TrainingAbortedError, match="step 2: the reward of 1 responses is not a finite number"):
-            go(tmp_path, NotANumber(value), on_anomaly=choice)
+            train_on(tmp_path, NanReward(value), on_anomaly=choice)
         return
-    policy, _ = go(tmp_path, NotANumber(value), on_anomaly=choice)
-    assert [(row["step"], row["kind"], row["value"]) for row in go.rows["anomaly"]] == [(2, "reward", None)]
-    assert [row["skipped_updates"] for row in go.rows["train"]] == skipped
-    assert [row["grader_not_finite"] for row in go.rows["train"]] == [0, 1, 0]
-    assert [row["unscored"] for row in go.rows["train"]] == [0, 1 / 32, 0]
+    policy, _ = train_on(tmp_path, NanReward(value), on_anomaly=choice)
+    assert [(row["step"], row["kind"], row["value"]) for row in train_on.rows["anomaly"]] == [(2, "reward", None)]
+    assert [row["skipped_updates"] for row in train_on.rows["train"]] == skipped
+    assert [row["grader_not_finite"] for row in train_on.rows["train"]] == [0, 1, 0]
+    assert [row["unscored"] for row in train_on.rows["train"]] == [0, 1 / 32, 0]
     assert flatten_weights(policy).isfinite().all()
 
 
 def test_check_update_single_token_drift_is_named(tmp_path):
     """A mean over all tokens would hide it."""
     found = check_update(0.1, 1.0, [], NEAR | {"max_log_ratio": 1.01 * MAX_LOG_RATIO})
-    assert kinds(found) == ["max_log_ratio"]
+    assert list_kinds(found) == ["max_log_ratio"]
     assert not found[0].is_fatal
     assert check_update(0.1, 1.0, [], NEAR | {"max_log_ratio": 0.99 * MAX_LOG_RATIO}) == []
     metrics = UpdateMetrics()
@@ -144,16 +144,16 @@ def test_check_rollouts_missing_sampler_log_probs_is_named(tmp_path, choice):
         settings = {"entropy_target": 2.0, "entropy_coef": 0.02, "on_anomaly": choice}
         if choice == "auto":
             with pytest.raises(TrainingAbortedError, match="the sampler's log-probs are not finite"):
-                go(tmp_path, Sometimes(0, {}), **settings)
+                train_on(tmp_path, HugeReward(0, {}), **settings)
             return
-        go(tmp_path, Sometimes(0, {}), **settings)
-    assert [row["skipped_updates"] for row in go.rows["train"]] == [1, 1, 1]
-    assert [row["entropy_coef"] for row in go.rows["train"]] == [0.02] * 3
+        train_on(tmp_path, HugeReward(0, {}), **settings)
+    assert [row["skipped_updates"] for row in train_on.rows["train"]] == [1, 1, 1]
+    assert [row["entropy_coef"] for row in train_on.rows["train"]] == [0.02] * 3
 
 
 @given(st.lists(st.floats(1e-3, 1e3), max_size=30), st.floats(0, 1e6))
 def test_check_update_spike_is_relative_to_median_norm(norms, norm):
-    found = [kind for kind in kinds(check_update(0.1, norm, norms, NEAR)) if kind != "no_gradient"]
+    found = [kind for kind in list_kinds(check_update(0.1, norm, norms, NEAR)) if kind != "no_gradient"]
     ordered = sorted(norms)
     middle = (ordered[(len(norms) - 1) // 2] + ordered[len(norms) // 2]) / 2 if norms else 0.0
     assert found == (["grad_norm_spike"] if len(norms) >= 10 and norm > SPIKE * middle else [])
@@ -164,16 +164,18 @@ def test_check_update_not_finite_is_unusable(value):
     for found in (check_update(value, 1.0, [1.0] * 20, NEAR), check_update(0.0, value, [1.0] * 20, NEAR)):
         assert len(found) == 1
         assert found[0].is_unusable
-    assert kinds(check_update(0.0, 1.0, [], {"approx_kl": value})) == ([] if value == -math.inf else ["approx_kl"])
+    assert list_kinds(check_update(0.0, 1.0, [], {"approx_kl": value})) == (
+        [] if value == -math.inf else ["approx_kl"]
+    )
 
 
 def test_check_update_policy_drift_is_named():
     assert check_update(0.1, 1.0, [], NEAR) == []
-    assert kinds(check_update(0.1, 1.0, [], {"approx_kl": 1.01 * MAX_DRIFT})) == ["approx_kl"]
+    assert list_kinds(check_update(0.1, 1.0, [], {"approx_kl": 1.01 * MAX_DRIFT})) == ["approx_kl"]
     assert not check_update(0.1, 1.0, [], {"approx_kl": 1.01 * MAX_DRIFT})[0].is_unusable
 
 
-class Sometimes:
+class HugeReward:
     """A reward so large at some steps that the loss is not finite, or that the gradient spikes."""
 
     def __init__(self, size, at):
@@ -187,7 +189,7 @@ class Sometimes:
         return {"reward": value, "format_reward": 1.0, "answer_reward": share}
 
 
-def go(folder, reward_fn, **settings):
+def train_on(folder, reward_fn, **settings):
     # Long enough that some response ends by itself in every step.
     common = {"loss_type": "no_baseline", "n_grpo_steps": 3, "sampling_max_tokens": 24}
     config, parts = make_tiny_config(**(common | settings)), make_tiny_parts()
@@ -203,20 +205,20 @@ def go(folder, reward_fn, **settings):
         train(config, parts.policy, parts.engine, make_inline_grader(reward_fn), parts.questions, parts.questions, run)
     finally:
         run.finish()
-        logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        go.rows = {phase: [row for row in logged if row["phase"] == phase] for phase in ("train", "anomaly")}
+        logged = read_rows(folder)
+        train_on.rows = {phase: [row for row in logged if row["phase"] == phase] for phase in ("train", "anomaly")}
     return parts.policy, moments
 
 
 @pytest.mark.parametrize("choice", ["skip", "warn"])
 def test_run_not_finite_update_is_skipped_exactly(tmp_path, choice, capsys):
     """Weights, moments and their count stay bit-identical to the step before; then training continues."""
-    policy, moments = go(tmp_path, Sometimes(3e38, {2}), on_anomaly=choice)
+    policy, moments = train_on(tmp_path, HugeReward(3e38, {2}), on_anomaly=choice)
     assert all(torch.equal(a, b) for a, b in zip(moments[0], moments[1], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(moments[1], moments[2], strict=True))
-    assert [row["skipped_updates"] for row in go.rows["train"]] == [0, 1, 0]
-    assert {(row["step"], row["kind"]) for row in go.rows["anomaly"]} == {(2, "loss"), (2, "grad_norm")}
-    assert all(row["value"] is None for row in go.rows["anomaly"])  # JSON cannot represent infinity
+    assert [row["skipped_updates"] for row in train_on.rows["train"]] == [0, 1, 0]
+    assert {(row["step"], row["kind"]) for row in train_on.rows["anomaly"]} == {(2, "loss"), (2, "grad_norm")}
+    assert all(row["value"] is None for row in train_on.rows["anomaly"])  # JSON cannot represent infinity
     assert flatten_weights(policy).isfinite().all()
     assert "warning: step 2: the loss is" in capsys.readouterr().out
 
@@ -226,8 +228,8 @@ def test_run_not_finite_update_with_stop_aborts(tmp_path, choice):
     with pytest.raises(
         TrainingAbortedError, match=r"step 2: the loss is .*; this update was not made.*--on-anomaly skip"
     ):
-        go(tmp_path, Sometimes(3e38, {2}), on_anomaly=choice)
-    assert len(go.rows["train"]) == 1
+        train_on(tmp_path, HugeReward(3e38, {2}), on_anomaly=choice)
+    assert len(train_on.rows["train"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -235,9 +237,9 @@ def test_run_not_finite_update_with_stop_aborts(tmp_path, choice):
 )
 def test_run_gradient_spike_warns_or_is_skipped(tmp_path, choice, skipped):
     settings = {"n_grpo_steps": 13, "learning_rate": 1e-4}
-    _, moments = go(tmp_path, Sometimes(1e5, {12}), on_anomaly=choice, **settings)
-    assert [row["skipped_updates"] for row in go.rows["train"]] == [0] * 11 + [skipped, 0]
-    (row,) = go.rows["anomaly"]
+    _, moments = train_on(tmp_path, HugeReward(1e5, {12}), on_anomaly=choice, **settings)
+    assert [row["skipped_updates"] for row in train_on.rows["train"]] == [0] * 11 + [skipped, 0]
+    (row,) = train_on.rows["anomaly"]
     assert (row["step"], row["kind"]) == (12, "grad_norm_spike")
     assert row["value"] > row["limit"] > 0
     same = all(torch.equal(a, b) for a, b in zip(moments[10], moments[11], strict=True))
@@ -257,8 +259,8 @@ def test_run_skipped_update_norm_enters_median():
 def test_run_lasting_norm_rise_is_accepted(tmp_path):
     """Norms of skipped updates enter the median, so it follows; their weights and moments do not change."""
     settings = {"n_grpo_steps": 24, "learning_rate": 1e-4}
-    _, moments = go(tmp_path, Sometimes(1e5, set(range(12, 25))), on_anomaly="skip", **settings)
-    skipped = [row["skipped_updates"] for row in go.rows["train"]]
+    _, moments = train_on(tmp_path, HugeReward(1e5, set(range(12, 25))), on_anomaly="skip", **settings)
+    skipped = [row["skipped_updates"] for row in train_on.rows["train"]]
     assert skipped == [0] * 11 + [1] * 10 + [0] * 3
     assert all(torch.equal(a, b) for a, b in zip(moments[10], moments[20], strict=True))
 
@@ -266,12 +268,12 @@ def test_run_lasting_norm_rise_is_accepted(tmp_path):
 @pytest.mark.slow
 def test_run_gradient_spike_with_stop_aborts(tmp_path):
     with pytest.raises(TrainingAbortedError, match="times the median"):
-        go(tmp_path, Sometimes(1e5, {12}), on_anomaly="stop", n_grpo_steps=13, learning_rate=1e-4)
+        train_on(tmp_path, HugeReward(1e5, {12}), on_anomaly="stop", n_grpo_steps=13, learning_rate=1e-4)
 
 
 def test_run_repeated_anomaly_warns_once(tmp_path, capsys):
     """Every step still logs it."""
-    go(tmp_path, lambda *_: {"reward": 0.0, "format_reward": 0.0, "answer_reward": 0.0},
+    train_on(tmp_path, lambda *_: {"reward": 0.0, "format_reward": 0.0, "answer_reward": 0.0},
        loss_type="reinforce_with_baseline")  # fmt: skip
-    assert [row["step"] for row in go.rows["anomaly"]] == [1, 2, 3]
+    assert [row["step"] for row in train_on.rows["anomaly"]] == [1, 2, 3]
     assert capsys.readouterr().out.count("no response has a gradient: no group has two different rewards") == 1

@@ -18,7 +18,7 @@ from drivers.tasks.questions import load_examples
 MODULE = "drivers.grading.gym"
 
 
-class Task:
+class FakeTask:
     """A task with questions "k + 1?" and a verifier that gives partial scores, fails, and reads its entry."""
 
     def __init__(self, seed=0, size=500, step=1, distinct=1000, repeat=1, metadata=None):
@@ -42,7 +42,7 @@ class Task:
         return 1.0 if int(answer) == entry["metadata"]["sum"] else 0.01 * self.step
 
 
-class Silent(Task):
+class UnansweredTask(FakeTask):
     """A task without an answer."""
 
     def __getitem__(self, index):
@@ -52,7 +52,7 @@ class Silent(Task):
 @pytest.fixture
 def gym(monkeypatch):
     """Return a fake of the package."""
-    tasks, made = {"plus": Task, "silent": Silent}, []
+    tasks, made = {"plus": FakeTask, "silent": UnansweredTask}, []
 
     def create_dataset(name, **parameters):
         made.append((name, parameters))
@@ -73,22 +73,22 @@ def make_gym(config):
     return gym_task.make_gym(config, reward)
 
 
-def answered(text):
+def wrap_answer(text):
     return f" hm </think> <answer> {text} </answer>"
 
 
-def row_of(**more):
+def make_row(**more):
     config = {"tasks": ("plus",), "n_train": 1, "n_validation": 1} | more
     return make_gym(GymConfig(**config))["train"][0]
 
 
 def test_gym_reward_calls_verifier_with_answer_and_entry(gym):
-    row = row_of(params=("step=3",))
+    row = make_row(params=("step=3",))
     assert row["question"] == "1 + 3?"
     right = {"reward": 1.0, "format_reward": 1.0, "answer_reward": 1.0}
-    assert reward(answered("4"), row["answer"]) == right
-    assert reward(answered(" 04 "), row["answer"]) == right
-    partial = reward(answered("5"), row["answer"])
+    assert reward(wrap_answer("4"), row["answer"]) == right
+    assert reward(wrap_answer(" 04 "), row["answer"]) == right
+    partial = reward(wrap_answer("5"), row["answer"])
     assert partial == {"reward": pytest.approx(0.03), "format_reward": 1.0, "answer_reward": 0.0}
     assert gym.made[-1] == ("plus", {"step": 3})  # created once for all questions
     assert gym.made.count(("plus", {"step": 3})) == 1
@@ -98,25 +98,25 @@ def test_gym_reward_calls_verifier_with_answer_and_entry(gym):
     ("response", "formatted"),
     [
         ("4", 0.0),
-        (answered(""), 1.0),
-        (answered("four"), 1.0),  # the verifier raises
-        (answered("1 </answer> <answer> 1"), 1.0),
+        (wrap_answer(""), 1.0),
+        (wrap_answer("four"), 1.0),  # the verifier raises
+        (wrap_answer("1 </answer> <answer> 1"), 1.0),
         ("<answer> 1 </answer>", 0.0),
     ],
 )
 def test_gym_reward_without_answer_is_zero(gym, response, formatted):
-    assert reward(response, row_of()["answer"]) == {"reward": 0.0, "format_reward": formatted, "answer_reward": 0.0}
+    assert reward(response, make_row()["answer"]) == {"reward": 0.0, "format_reward": formatted, "answer_reward": 0.0}
 
 
 def test_gym_reward_memory_error_is_raised(gym):
-    (verdict,) = make_inline_grader(reward)([answered("out of memory")], [row_of()["answer"]])
+    (verdict,) = make_inline_grader(reward)([wrap_answer("out of memory")], [make_row()["answer"]])
     assert (verdict.status, verdict.is_scored) == ("error", False)
 
 
 @pytest.mark.parametrize("truth", ["4", "{}", '{"task": "plus"}', ["a"], "x"])
 def test_gym_reward_invalid_ground_truth_is_named(gym, truth):
     with pytest.raises(ValueError, match="expected a task of reasoning-gym"):
-        reward(answered("1"), truth)
+        reward(wrap_answer("1"), truth)
 
 
 def test_make_gym_splits_are_disjoint_and_seeded(gym):
@@ -197,7 +197,7 @@ def test_make_gym_writes_data_files(gym, tmp_path, capsys):
     assert "5 questions" in capsys.readouterr().out
     for example in load_examples("-", str(tmp_path / "new/train.jsonl")):
         k = int(example.question.split()[0])
-        assert reward(answered(str(k + 2)), example.answer)["reward"] == 1.0
+        assert reward(wrap_answer(str(k + 2)), example.answer)["reward"] == 1.0
 
 
 def test_gym_without_package_names_the_extra(monkeypatch, capsys):
@@ -227,8 +227,8 @@ def test_gym_reward_with_reasoning_gym_accepts_its_answers(task, params, wrong):
     assert [len(splits[split]) for split in ("train", "validation")] == [12, 4]
     for row in splits["train"]:
         own = json.loads(row["answer"])["entry"]["answer"]
-        assert reward(answered(own), row["answer"])["reward"] == 1.0
-        assert reward(answered(wrong), row["answer"])["answer_reward"] == 0.0
+        assert reward(wrap_answer(own), row["answer"])["reward"] == 1.0
+        assert reward(wrap_answer(wrong), row["answer"])["answer_reward"] == 0.0
 
 
 def test_make_gym_task_with_tuples_is_refused():

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from drivers.common.signals import defer_signals, terminate_as_interrupt
 from tests.drivers.helpers.processes import program_command, restore_interrupt
+from tests.drivers.helpers.runs import read_rows
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,6 +115,6 @@ def test_train_interrupted_saves_checkpoint_of_last_step(tmp_path, number):
     assert folder.name == f"checkpoint-{step}-stopped"
     assert f"Stopped after step {step}" in " ".join(rest.split())
     AutoModelForCausalLM.from_pretrained(folder)
-    rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(tmp_path / "out")
     assert max(row["step"] for row in rows if row["phase"] == "train") in (step - 1, step)
     assert (tmp_path / "out/curves.png").exists()

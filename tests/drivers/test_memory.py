@@ -42,7 +42,7 @@ def make_policy(attention="sdpa", dtype=torch.float32, dropout=0.0):
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def kept_bytes(policy, rows, row):
+def measure_kept_bytes(policy, rows, row):
     """Return the bytes that autograd keeps for `rows` rows of `row` tokens, without weights and logits."""
     own = {p.untyped_storage().data_ptr() for p in policy.parameters()}
     kept = {}
@@ -70,7 +70,7 @@ def test_plan_memory_is_near_measured_activations(attention, dtype):
     )
     plan = plan_memory(config, policy, row - 8)
     assert max_micro_batch_tokens(config, row - 8) == 4 * row
-    assert 0.75 < plan.activations / kept_bytes(policy, 4, row) < 1.5
+    assert 0.75 < plan.activations / measure_kept_bytes(policy, 4, row) < 1.5
 
 
 def test_training_state_bytes_is_exact():
@@ -170,7 +170,7 @@ def test_gradient_checkpointing_saves_memory_and_keeps_gradient():
     for policy in (plain, checkpointed):
         policy.lm_head.weight = policy.model.embed_tokens.weight
     enable_checkpointing(checkpointed)
-    assert kept_bytes(checkpointed, 2, 64) < 0.5 * kept_bytes(plain, 2, 64)
+    assert measure_kept_bytes(checkpointed, 2, 64) < 0.5 * measure_kept_bytes(plain, 2, 64)
     rollouts = make_rollout_batch([make_completion([5, 6, 7], [8, 9]), make_completion([5, 6], [3])], torch.zeros(2))
     for policy in (plain, checkpointed):
         score(policy, rollouts, 1.0)["log_probs"].sum().backward()

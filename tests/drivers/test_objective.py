@@ -46,7 +46,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY_RATE = {"learning_rate": 1e-2}
 
 
-def has_the_letter(response, ground_truth):
+def reward_letter(response, ground_truth):
     """Return 1 or 0, for advantages that count right answers."""
     right = float(ground_truth in response)
     return {"reward": right, "format_reward": 1.0, "answer_reward": right}
@@ -61,7 +61,7 @@ QUICK = ["dapo"]
 )
 def test_recipe_learns_the_letter(tmp_path, recipe):
     settings = RECIPES[recipe] | TINY_RATE
-    reward_fn = has_the_letter if settings.get("advantage") == "pass_at_k" else letter_reward
+    reward_fn = reward_letter if settings.get("advantage") == "pass_at_k" else letter_reward
     # Two updates per rollout batch: on-policy no bound is active, and all objectives are equal.
     _, steps, _ = run_training(tmp_path, reward_fn=reward_fn, **settings | TWO_UPDATES)
     gain = 0.1 if settings.get("kl_coef", 0.0) >= 0.1 else 0.6  # held back by design
@@ -285,7 +285,7 @@ def test_adaptive_entropy_coefficient_is_logged_as_applied(tmp_path):
 
 def test_dynamic_sampling_replaces_zero_signal_groups(tmp_path):
     """Half of the groups have no signal at first; further rounds with other noise replace them."""
-    _, steps, _ = run_training(tmp_path, reward_fn=has_the_letter, max_refills=4, n_grpo_steps=4)
+    _, steps, _ = run_training(tmp_path, reward_fn=reward_letter, max_refills=4, n_grpo_steps=4)
     assert steps[0]["zero_std_groups"] > 0
     assert all(row["refills"] <= 4 for row in steps)
     assert max(row["sampled_tokens"] for row in steps) > 32 * 6

@@ -10,7 +10,7 @@ from drivers.policy.optimizer import PolicyOptimizer
 INF = 1e9
 
 
-def linear(dtype):
+def make_linear(dtype):
     torch.manual_seed(0)
     layer = nn.Linear(4, 3, bias=False)
     return layer.to(dtype)
@@ -39,7 +39,7 @@ def adam_by_hand(weight, grads, lr, betas=(0.9, 0.95), eps=1e-8):
 
 
 def test_optimizer_float32_equals_adam_by_hand():
-    layer = linear(torch.float32)
+    layer = make_linear(torch.float32)
     optimizer, begin, grads = PolicyOptimizer(layer, 1e-2), layer.weight.detach().clone(), []
     for _ in range(4):
         backward(layer)
@@ -49,7 +49,7 @@ def test_optimizer_float32_equals_adam_by_hand():
 
 
 def test_optimizer_clipping_scales_gradient_and_returns_norm():
-    layer = linear(torch.float32)
+    layer = make_linear(torch.float32)
     optimizer, begin = PolicyOptimizer(layer, 1e-2), layer.weight.detach().clone()
     grads = []
     for scale in (1.0, 7.0):
@@ -64,7 +64,7 @@ def test_optimizer_clipping_scales_gradient_and_returns_norm():
 
 def test_optimizer_bfloat16_small_updates_accumulate():
     """At 1e-5 one update is below half a unit in the last place of a bfloat16 weight of 0.25; 200 updates are not."""
-    layer = linear(torch.bfloat16)
+    layer = make_linear(torch.bfloat16)
     with torch.no_grad():
         layer.weight.fill_(0.25)
     optimizer = PolicyOptimizer(layer, 1e-5)
@@ -86,7 +86,7 @@ def test_optimizer_bfloat16_gradients_sum_in_float32():
 
 
 def test_optimizer_step_clears_gradients():
-    layer = linear(torch.bfloat16)
+    layer = make_linear(torch.bfloat16)
     optimizer = PolicyOptimizer(layer, 0.0)
     norms = []
     for _ in range(2):
@@ -99,7 +99,7 @@ def test_optimizer_step_clears_gradients():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, float("inf"), float("nan")])
 def test_optimizer_skipped_step_changes_nothing(dtype, scale):
-    spoiled, clean = linear(dtype), linear(dtype)
+    spoiled, clean = make_linear(dtype), make_linear(dtype)
     optimizers = PolicyOptimizer(spoiled, 1e-2), PolicyOptimizer(clean, 1e-2)
     for layer, optimizer in zip((spoiled, clean), optimizers, strict=True):
         backward(layer)

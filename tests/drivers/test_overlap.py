@@ -15,7 +15,7 @@ from drivers.train import train
 from drivers.training import update as update_step
 from drivers.training.run import Run
 from tests.drivers.helpers.letters import flatten_weights, letter_grader, make_run, make_tiny_config, make_tiny_parts
-from tests.drivers.helpers.runs import OVERLAPPED, SnapshotEngine, run_overlapped
+from tests.drivers.helpers.runs import OVERLAPPED, SnapshotEngine, read_rows, run_overlapped
 
 
 def test_async_batches_after_first_are_one_update_stale(tmp_path):
@@ -140,26 +140,26 @@ def test_resume_with_shared_gpu_sleeps_engine_before_first_update(tmp_path, monk
     """The checkpoint holds the sampled batch, so the engine has nothing to do and must free its memory."""
     from drivers import train as program
 
-    told, update = [], program.update
-    monkeypatch.setattr(program, "update", lambda *args: (told.append("update"), update(*args)))
+    events, update = [], program.update
+    monkeypatch.setattr(program, "update", lambda *args: (events.append("update"), update(*args)))
 
     class SleepyEngine(SnapshotEngine):
         def load_weights(self, version):
-            told.append(f"push {version}")
+            events.append(f"push {version}")
             super().load_weights(version)
 
         def sleep(self):
-            told.append("sleep")
+            events.append("sleep")
 
         def received(self):
-            told.append("check")
+            events.append("check")
             return super().received()
 
     monkeypatch.setattr(sys.modules[__name__], "SnapshotEngine", SleepyEngine)
     run_overlapped(tmp_path, n_grpo_steps=3, checkpoint_steps=2)
     parts, checkpoint = make_tiny_parts(), tmp_path / "checkpoint-2"
     assert json.loads((checkpoint / "trainer_state.json").read_text())["pending"]
-    told.clear()
+    events.clear()
     config = make_tiny_config(**OVERLAPPED | {"n_grpo_steps": 4, "async_steps": 0})
     run = Run(config, tmp_path, parts.tokenizer, Display(4), checkpoint)
     engine = SleepyEngine(parts.policy, parts.tokenizer)
@@ -167,12 +167,12 @@ def test_resume_with_shared_gpu_sleeps_engine_before_first_update(tmp_path, monk
         train(config, parts.policy, engine, letter_grader, parts.questions, parts.questions, run)
     finally:
         run.finish()
-    assert told == [
+    assert events == [
         *("push 2", "check", "sleep", "update"),
         *("push 3", "check", "sleep", "update"),
         "push 4",
     ]
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(tmp_path)
     assert [row["step"] for row in rows if row["phase"] == "check"] == [0, 1]  # as in a run without interruption
 
 

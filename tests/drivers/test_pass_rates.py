@@ -27,32 +27,32 @@ def row(question, reward, answer="1", **more):
     return {"question": question, "answer": answer, "reward": reward, **more}
 
 
-def measure(*rows):
+def write_pass_rates(*rows):
     return measure_pass_rates((f"c:{number}", one) for number, one in enumerate(rows, start=1))
 
 
-def rates(*rows):
-    return [(one["question"], one["pass_rate"], one["n_samples"]) for one in measure(*rows)]
+def read_pass_rates(*rows):
+    return [(one["question"], one["pass_rate"], one["n_samples"]) for one in write_pass_rates(*rows)]
 
 
 def test_pass_rate_counts_reward_one_of_scored():
     rows = [row("a", 1.0), row("b", 0.0), row("a", 0.5), row("b", None), row("c", None), row("a", 1.0), row("b", 1)]
-    assert rates(*rows) == [("a", 2 / 3, 3), ("b", 0.5, 2), ("c", None, 0)]
+    assert read_pass_rates(*rows) == [("a", 2 / 3, 3), ("b", 0.5, 2), ("c", None, 0)]
 
 
 def test_pass_rate_prefers_answer_reward():
     rows = [row("a", 0.9, answer_reward=1.0), row("a", 1.0, answer_reward=0.0), row("a", 1.0, answer_reward=None)]
-    assert rates(*rows, row("a", None, answer_reward=1.0)) == [("a", 0.5, 2)]
+    assert read_pass_rates(*rows, row("a", None, answer_reward=1.0)) == [("a", 0.5, 2)]
 
 
 def test_pass_rate_same_text_other_answer_is_other_question():
-    rows = measure(row("a", 1.0, ["1", "2"]), row("a", 0.0, "1"), row("a", 0.0, ["1", "2"]))
+    rows = write_pass_rates(row("a", 1.0, ["1", "2"]), row("a", 0.0, "1"), row("a", 0.0, ["1", "2"]))
     assert [(one["answer"], one["pass_rate"]) for one in rows] == [(["1", "2"], 0.5), ("1", 0.0)]
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from([0.0, 0.3, 1.0, None]))))
 def test_pass_rate_equals_count(samples):
-    found = {one["question"]: one for one in measure(*(row(*sample) for sample in samples))}
+    found = {one["question"]: one for one in write_pass_rates(*(row(*sample) for sample in samples))}
     counted = Counter(samples)
     assert list(found) == list(dict.fromkeys(question for question, _ in samples))
     for question, one in found.items():
@@ -68,21 +68,21 @@ def test_pass_rates_reads_evaluation_output():
     parts = make_tiny_parts()
     sampling = Sampling(n=3, max_tokens=4, stop=())
     _, rows = evaluate_policy(parts.engine, parts.questions, sampling, letter_grader, seed=1)
-    found = measure(*json.loads(json.dumps(rows)))
+    found = write_pass_rates(*json.loads(json.dumps(rows)))
     assert [one["question"] for one in found] == [question.example.question for question in parts.questions]
     assert all(one["n_samples"] == 3 for one in found)
 
 
-def write(path, *rows):
+def write_lines(path, *rows):
     path.write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
     return str(path)
 
 
 def test_pass_rates_filters_and_train_reads_file(tmp_path, capsys):
-    first = write(
+    first = write_lines(
         tmp_path / "a.jsonl", *(row(name, float(k < n)) for name, n in (("x", 0), ("y", 1)) for k in range(2))
     )
-    second = write(tmp_path / "b.jsonl", *(row("z", 1.0) for _ in range(4)), row("y", 1.0), row("w", None))
+    second = write_lines(tmp_path / "b.jsonl", *(row("z", 1.0) for _ in range(4)), row("y", 1.0), row("w", None))
     output = tmp_path / "new" / "rated.jsonl"
     main([first, second, "--output", str(output)])
     shown = capsys.readouterr().out
@@ -116,9 +116,9 @@ def test_pass_rates_filters_and_train_reads_file(tmp_path, capsys):
 def test_pass_rates_invalid_flags_exit_and_write_nothing(arguments, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {
-        "good": write(tmp_path / "good.jsonl", row("a", 0.0)),
-        "run": write(tmp_path / "run.jsonl", row("a", 1.0, step=0)),
-        "other": write(tmp_path / "other.jsonl", {"question": "a", "answer": "1"}),
+        "good": write_lines(tmp_path / "good.jsonl", row("a", 0.0)),
+        "run": write_lines(tmp_path / "run.jsonl", row("a", 1.0, step=0)),
+        "other": write_lines(tmp_path / "other.jsonl", {"question": "a", "answer": "1"}),
     }
     with pytest.raises(SystemExit) as ended:
         main([argument.format(**names) for argument in arguments])
@@ -132,14 +132,14 @@ def test_pass_rates_invalid_flags_exit_and_write_nothing(arguments, message, tmp
 # --- the curriculum --------------------------------------------------------------------------------------------------
 
 
-def rated(*pass_rates):
+def make_rated_questions(*pass_rates):
     return [Example(f"q{k}", "1", f"r:{k}", pass_rate=rate) for k, rate in enumerate(pass_rates)]
 
 
 @pytest.mark.parametrize("bad", [None, True, "0.5", 1.5, -0.1, math.nan, [1]])
 def test_curriculum_line_without_pass_rate_is_named(tmp_path, bad):
     lines = [{"question": "q", "answer": "1", "pass_rate": 0}, {"question": "q", "answer": "1", "pass_rate": bad}]
-    examples = load_examples("--data-path", write(tmp_path / "d.jsonl", *lines))  # unread so far
+    examples = load_examples("--data-path", write_lines(tmp_path / "d.jsonl", *lines))  # unread so far
     assert [example.pass_rate for example in examples] == [0, None]
     with pytest.raises(UsageError, match=r"--curriculum-steps: .*d\.jsonl:2 has no `pass_rate`, a number from 0 to 1"):
         easiest_first("--curriculum-steps", examples)
@@ -147,9 +147,9 @@ def test_curriculum_line_without_pass_rate_is_named(tmp_path, bad):
 
 @given(st.lists(st.floats(0, 1), max_size=30))
 def test_curriculum_order_is_stable_easiest_first(pass_rates):
-    ordered = easiest_first("-", rated(*pass_rates))
+    ordered = easiest_first("-", make_rated_questions(*pass_rates))
     assert sorted(ordered, key=lambda example: example.source) == sorted(
-        rated(*pass_rates), key=lambda example: example.source
+        make_rated_questions(*pass_rates), key=lambda example: example.source
     )
     for one, next_one in pairwise(ordered):
         places = [int(example.source[2:]) for example in (one, next_one)]
@@ -157,7 +157,9 @@ def test_curriculum_order_is_stable_easiest_first(pass_rates):
 
 
 def test_train_curriculum_sorts_questions(tmp_path, monkeypatch):
-    path = write(tmp_path / "d.jsonl", *({"question": f"q{k}", "answer": "1", "pass_rate": k / 9} for k in range(9)))
+    path = write_lines(
+        tmp_path / "d.jsonl", *({"question": f"q{k}", "answer": "1", "pass_rate": k / 9} for k in range(9))
+    )
     monkeypatch.setattr(
         "drivers.training.setup.setup_run", lambda config, display, make_train_set: make_train_set.args[0]
     )
@@ -239,7 +241,8 @@ def test_curriculum_steps_is_checked_and_warned(tmp_path):
     with pytest.raises(UsageError, match="--curriculum-steps -1: must be at least 0"):
         make_tiny_config(curriculum_steps=-1)
     assert any(
-        "the hardest questions are never asked" in said for said in make_tiny_config(curriculum_steps=21).warnings
+        "the hardest questions are never asked" in warning
+        for warning in make_tiny_config(curriculum_steps=21).warnings
     )
     assert not make_tiny_config(curriculum_steps=20).warnings
     assert GrpoConfig(model_path="m").curriculum_steps == 0

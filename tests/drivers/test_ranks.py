@@ -51,7 +51,7 @@ RICH = {
 PLAIN = {"n_grpo_steps": 3, "learning_rate": 1e-3, "eval_steps": 2, "checkpoint_steps": 2}
 
 
-def environment():
+def clean_environment():
     """Return this process's environment without the variables of a rank."""
     named = ("RANK", "WORLD_SIZE", "MASTER", "TORCHELASTIC", "GROUP_", "ROLE_", "LOCAL_")
     return {k: v for k, v in os.environ.items() if not k.startswith(named)} | {"OMP_NUM_THREADS": "1"}
@@ -62,7 +62,7 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([rank_process.__name__, preloaded.__name__])
 
 
-def be_a_rank(variables, output, arguments):
+def run_rank(variables, output, arguments):
     """Do what torchrun does, set the variables and redirect the output, and train as a rank."""
     os.environ.update(variables)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -79,7 +79,7 @@ def run_ranks(n, folder, settings, **more):
     processes = []
     for rank in range(n):
         variables = {name: str(value) for name, value in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-        processes.append(FORKS.Process(target=be_a_rank, args=(variables, str(output), arguments)))
+        processes.append(FORKS.Process(target=run_rank, args=(variables, str(output), arguments)))
         processes[-1].start()
     try:
         for process in processes:
@@ -143,7 +143,7 @@ def test_ranks_faulty_weight_gather_aborts(tmp_path, fault):
     assert [row["step"] for row in read_rows(tmp_path / "run", "check")] == [0]
 
 
-def masters(folder):
+def read_master_weights(folder):
     """Return the float32 master weights of a checkpoint with any number of shards."""
     state = HuggingFaceStorageReader(str(folder / "trainer_state"))
     shapes = {name: value.size for name, value in state.read_metadata().state_dict_metadata.items()}
@@ -161,7 +161,7 @@ def test_ranks_bfloat16_equals_one_rank(tmp_path):
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-2)
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-3)
     start = torch.cat([p.bfloat16().float().flatten() for _, p in sorted(make_tiny_parts().policy.named_parameters())])
-    ours, theirs = (masters(folder / "checkpoint-3") for folder in (two, one))
+    ours, theirs = (read_master_weights(folder / "checkpoint-3") for folder in (two, one))
     assert (theirs - start).abs().mean() > 3e-4
     assert (ours - theirs).abs().mean() < 0.02 * (theirs - start).abs().mean()
     for folder in (one, two):
@@ -196,7 +196,12 @@ def test_train_under_torchrun_runs_and_resumes(tmp_path):
     several = [*TORCHRUN, str(ROOT / "drivers/train.py")]
     for engine, more in [("hf", flags), ("vllm", "--resume out --n-grpo-steps 3 --engine vllm")]:
         done = subprocess.run(
-            [*several, *more.split()], cwd=tmp_path, capture_output=True, text=True, env=environment(), timeout=300
+            [*several, *more.split()],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env=clean_environment(),
+            timeout=300,
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         assert f"policy on 2 x cpu, {engine} on cpu" in done.stdout
@@ -237,7 +242,7 @@ def test_ranks_with_running_threads_exit_cleanly(tmp_path):
         capture_output=True,
         text=True,
         timeout=120,
-        env=environment() | {"PYTHONPATH": str(ROOT)},
+        env=clean_environment() | {"PYTHONPATH": str(ROOT)},
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
@@ -252,14 +257,14 @@ def test_ranks_usage_error_is_printed_once(tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        env=environment(),
+        env=clean_environment(),
         timeout=300,
         check=False,
     )
     assert done.returncode != 0
-    said = [line for line in done.stderr.splitlines() if line.startswith("train.py")]
-    assert len(said) == 1
-    assert "--data-path data/math/train.jsonl" in said[0]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("train.py")]
+    assert len(errors) == 1
+    assert "--data-path data/math/train.jsonl" in errors[0]
 
 
 def start_ranks(folder, settings, **more):
@@ -269,7 +274,7 @@ def start_ranks(folder, settings, **more):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment(),
+        env=clean_environment(),
     )
 
 
@@ -366,8 +371,8 @@ def test_collectives_single_process_are_identity():
 
 def test_find_head_failure_on_one_rank_is_shared(monkeypatch):
     """The other ranks wait for its answer, and would wait for hours."""
-    told, policy = [], make_tiny_parts().policy
-    monkeypatch.setattr(distributed, "gather", lambda value: [told.append(value), True, value][1:])
+    shared, policy = [], make_tiny_parts().policy
+    monkeypatch.setattr(distributed, "gather", lambda value: [shared.append(value), True, value][1:])
     assert find_head(policy) is not None
 
     def fail(_):
@@ -375,7 +380,7 @@ def test_find_head_failure_on_one_rank_is_shared(monkeypatch):
 
     monkeypatch.setattr(shortcuts, "_head_error", fail)
     assert find_head(make_tiny_parts().policy) is None
-    assert told == [True, False]
+    assert shared == [True, False]
 
 
 @pytest.mark.parametrize(("n", "items"), [(2, "abc"), (3, "abcd"), (3, "ab"), (4, "a"), (2, "")])

@@ -54,12 +54,12 @@ class Page(HTMLParser):
         return [name for name, _ in self.elements].count(tag)
 
 
-def page_of(*folders, title="A title"):
+def parse_page(*folders, title="A title"):
     runs = read_runs(folders)
     return Page(make_page(runs, group_runs(runs), title))
 
 
-def panels_of(page):
+def get_panels(page):
     return {panel["title"]: panel for panel in page.data["panels"]}
 
 
@@ -76,8 +76,8 @@ def trained(tmp_path_factory):
 
 
 def test_page_holds_logged_numbers(trained):
-    page, rows = page_of(trained / "grpo"), read_metrics(trained / "grpo")
-    panels = panels_of(page)
+    page, rows = parse_page(trained / "grpo"), read_metrics(trained / "grpo")
+    panels = get_panels(page)
     kept = {
         "Reward": [("train", "reward"), ("train", "format_reward")],
         "Held-out accuracy": [("eval", "accuracy"), ("eval", "format_reward")],
@@ -110,7 +110,7 @@ def test_page_holds_logged_numbers(trained):
 
 
 def test_page_holds_logged_responses_and_tokens(trained):
-    page = page_of(trained / "grpo")
+    page = parse_page(trained / "grpo")
     lines = [json.loads(line) for line in (trained / "grpo/completions.jsonl").read_text().splitlines()]
     found = page.data["responses"]
     assert len(found) == len(lines) == 3 * 8 + 3 * 4
@@ -123,7 +123,7 @@ def test_page_holds_logged_responses_and_tokens(trained):
         assert ours["facts"]["finish_reason"] == theirs["finish_reason"]
     written = [json.loads((trained / name / "config.json").read_text())["steps"] for name in ("grpo", "sft")]
     assert written == [3, 2]  # SFT has no setting for it: two batches of two
-    demonstrated = [row for row in page_of(trained / "sft").data["responses"] if row["phase"] == "train"]
+    demonstrated = [row for row in parse_page(trained / "sft").data["responses"] if row["phase"] == "train"]
     assert len(demonstrated) == 4
     assert all("reward" not in row and "log_probs" in row for row in demonstrated)
 
@@ -140,7 +140,7 @@ def test_write_report_is_deterministic(trained, tmp_path):
         assert (tmp_path / "one" / name).read_bytes().startswith(b"\x89PNG")
     runs = read_runs(folders)
     assert page.read_text() == make_page(runs, group_runs(runs), "Two programs")
-    panels = panels_of(Page(page.read_text()))
+    panels = get_panels(Page(page.read_text()))
     assert {line["series"] for line in panels["Reward"]["lines"]} == {0}
     assert {line["series"] for line in panels["Demonstrations"]["lines"]} == {1}
     assert {line["series"] for line in panels["Held-out accuracy"]["lines"]} == {0, 1}
@@ -169,7 +169,7 @@ def test_page_fetches_nothing_and_has_one_script(trained):
 
 
 def test_page_security_policy_matches_script_and_style(trained):
-    page = page_of(trained / "sft")
+    page = parse_page(trained / "sft")
     (policy,) = (a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
     for kind in ("script", "style"):
         (text,) = (text for tag, text in page.texts if tag == kind and not text.startswith("{"))
@@ -197,8 +197,8 @@ def test_page_hostile_text_is_escaped(tmp_path):
         write_run(tmp_path / f"<img src={name}>", rows, [row], model_path=f"{HOSTILE_TEXT}{name}")
         for name in ("a", "b")
     ]
-    plain = page_of(write_run(tmp_path / "plain", make_step_rows([0.5]), [row | {"question": "", "response": ""}]))
-    page = page_of(*folders, title=HOSTILE_TEXT)
+    plain = parse_page(write_run(tmp_path / "plain", make_step_rows([0.5]), [row | {"question": "", "response": ""}]))
+    page = parse_page(*folders, title=HOSTILE_TEXT)
     assert [page.count(tag) for tag in ("script", "style", "img", "b")] == [2, 1, 0, 0]
     assert page.count("script") == plain.count("script")
     response = page.data["responses"][0]
@@ -221,9 +221,9 @@ def test_series_of_seeds_has_one_band(tmp_path):
         for s, v in values.items()
     ]
     other = write_run(tmp_path / "other", make_step_rows([0.0, 0.0]), seed=0, save_dir="x", rate=3e-5)
-    page = page_of(*folders, other)
+    page = parse_page(*folders, other)
     assert page.data["series"] == [{"name": "rate=1e-05 (3 runs)", "runs": 3}, {"name": "rate=3e-05", "runs": 1}]
-    (ours, theirs) = panels_of(page)["Reward"]["lines"]
+    (ours, theirs) = get_panels(page)["Reward"]["lines"]
     assert [step for step, *_ in ours["points"]] == [1, 2, 3]
     for (_, seconds, mean, low, high, n), column in zip(
         ours["points"], [(0.1, 0.3, 0.2), (0.5, 0.4, 0.6), (0.9,)], strict=True
@@ -249,7 +249,7 @@ def test_series_name_is_first_runs_and_unknown_settings_are_separate(tmp_path):
     assert [run.name for run in read_runs(deep)] == ["one/run", "two/run"]
 
 
-def wilson(p, n):
+def solve_wilson(p, n):
     """Return the shares that are 1.96 standard errors away from p."""
     z = NormalDist().inv_cdf(0.975)
     a, b, c = 1 + z * z / n, -(2 * p + z * z / n), p * p
@@ -270,7 +270,7 @@ def test_series_accuracy_has_wilson_interval(tmp_path, accuracy):
     }
     (run,) = read_runs([write_run(tmp_path, [row])])
     assert run.accuracies[0].value == accuracy
-    assert (run.accuracies[0].low, run.accuracies[0].high) == pytest.approx(wilson(accuracy, 100), abs=1e-12)
+    assert (run.accuracies[0].low, run.accuracies[0].high) == pytest.approx(solve_wilson(accuracy, 100), abs=1e-12)
     (line,) = make_panels(group_runs([run]))[0].lines
     assert (line.points[0].low, line.points[0].high) == run.accuracies[0][1:]
     (run,) = read_runs([write_run(tmp_path, [row | {"accuracy": accuracy - 2}])])
@@ -282,18 +282,18 @@ def test_series_accuracy_has_wilson_interval(tmp_path, accuracy):
 def test_panels_include_named_reward_parts(tmp_path):
     rows = make_step_rows([0.5, 1.0], part_right=0.5, part_brief=0.25)
     rows[1] |= {"part_b": 0.0, "part_c": 0.0, "part_d": 1.0}
-    page = page_of(write_run(tmp_path, rows))
-    titles = list(panels_of(page))
+    page = parse_page(write_run(tmp_path, rows))
+    titles = list(get_panels(page))
     assert titles[:2] == ["Reward", "Parts of the reward"]
-    panel = panels_of(page)["Parts of the reward"]
+    panel = get_panels(page)["Parts of the reward"]
     assert panel["quantities"] == ["b", "brief", "c", "d", "right"]
     assert [point[2] for point in panel["lines"][-1]["points"]] == [0.5, 0.5]
     write_report([tmp_path], tmp_path / "out", "more quantities than dashes")
 
 
 def test_panel_single_quantity_is_labeled(tmp_path):
-    page = page_of(write_run(tmp_path, make_step_rows([0.5], sampler_log_prob_diff=0.1, grad_norm=1.0)))
-    units = {title: panel["unit"] for title, panel in panels_of(page).items()}
+    page = parse_page(write_run(tmp_path, make_step_rows([0.5], sampler_log_prob_diff=0.1, grad_norm=1.0)))
+    units = {title: panel["unit"] for title, panel in get_panels(page).items()}
     assert units["Distance"] == "to the sampler, nats per token"
     assert units["Gradient norm"] == "before clipping"
 
@@ -310,8 +310,8 @@ def test_page_table_has_first_last_and_best_accuracy(tmp_path):
     }
     (run,) = read_runs([write_run(tmp_path, rows[:1])])
     assert accuracy_at(run, "last") is None
-    low, high = wilson(0.1, 50)
-    assert f"0.100 {low:.3f} to {high:.3f}" in page_of(tmp_path).text
+    low, high = solve_wilson(0.1, 50)
+    assert f"0.100 {low:.3f} to {high:.3f}" in parse_page(tmp_path).text
 
 
 def test_times_count_waiting_only(tmp_path):
@@ -330,8 +330,8 @@ def test_times_count_waiting_only(tmp_path):
     times = make_times(group_runs(runs))
     assert times.labels == ["rate=a", "rate=b"]
     assert (times.by_phase["rollout"], times.by_phase["save"]) == ([10.0, 10.0], [50.0, 50.0])
-    assert "0:02:08" not in page_of(tmp_path).text
-    assert "2:19" in page_of(tmp_path).text
+    assert "0:02:08" not in parse_page(tmp_path).text
+    assert "2:19" in parse_page(tmp_path).text
 
 
 def test_page_merges_anomalies_of_adjacent_steps(tmp_path):
@@ -346,9 +346,9 @@ def test_page_merges_anomalies_of_adjacent_steps(tmp_path):
         {"phase": "anomaly", "step": s, "kind": k, "value": 1, "limit": 0, "text": t} for k, s, t in found
     ]
     rows.append({"phase": "anomaly", "step": 9, "kind": "old", "value": None, "limit": 2})
-    page = page_of(write_run(tmp_path, rows))
-    told = [(mark["first"], mark["last"], mark["text"], mark["seconds"]) for mark in page.data["anomalies"]]
-    assert told == [
+    page = parse_page(write_run(tmp_path, rows))
+    marks = [(mark["first"], mark["last"], mark["text"], mark["seconds"]) for mark in page.data["anomalies"]]
+    assert marks == [
         (2, 2, "high", [4.0, 4.0]),
         (3, 5, "no gradient", [6.0, 10.0]),
         (8, 8, "later", [16.0, 16.0]),
@@ -361,11 +361,11 @@ def test_page_incomplete_run_renders(tmp_path):
     """No log yet, no settings, half a line, values that are not numbers, and a run that continues."""
     empty = write_run(tmp_path / "empty")
     (empty / "config.json").unlink()
-    page = page_of(empty)
+    page = parse_page(empty)
     assert page.data["panels"] == page.data["responses"] == []
     assert page.data["times"] is None
-    for said in ("One run", "Nothing has been logged yet.", "No config.json was found"):
-        assert said in page.text
+    for message in ("One run", "Nothing has been logged yet.", "No config.json was found"):
+        assert message in page.text
     assert "No responses were logged" in page.text
     odd = [None, [], 3, {"step": "1"}, {"step": True}, {"phase": "train"}, {"phase": ["train"], "step": 1}]
     rows = [*odd, *make_step_rows([0.1, None, "0.3", True, float("nan"), 0.6])]
@@ -379,8 +379,8 @@ def test_page_incomplete_run_renders(tmp_path):
         file.write('{"phase": "train", "step": 7, "rew')
     with (going / "completions.jsonl").open("ab") as file:
         file.write(b'\xff\xfe{"step"')
-    page = page_of(going, empty)
-    assert [point[::2] for point in panels_of(page)["Reward"]["lines"][0]["points"]] == [
+    page = parse_page(going, empty)
+    assert [point[::2] for point in get_panels(page)["Reward"]["lines"][0]["points"]] == [
         [1, 0.1, None],
         [6, 0.6, None],
     ]
@@ -392,7 +392,7 @@ def test_page_incomplete_run_renders(tmp_path):
     ]
     assert page.data["responses"][2]["reward"] is None
     alone = write_run(tmp_path / "alone", [{"phase": "eval", "step": 0, "accuracy": 0.5}])
-    assert list(panels_of(page_of(alone))) == ["Held-out accuracy"]
+    assert list(get_panels(parse_page(alone))) == ["Held-out accuracy"]
     write_report([empty], tmp_path / "out", "Nothing yet")
 
 
@@ -400,8 +400,8 @@ def test_page_long_run_is_downsampled_and_labeled(tmp_path, monkeypatch):
     monkeypatch.setattr("drivers.reports.page.MAX_CHARACTERS", 30_000)
     rows = make_step_rows([step / 1000 for step in range(1000)])
     responses = [{"step": step, "response": "x" * 400, "question": f"{step}"} for step in range(100) for _ in range(2)]
-    page = page_of(write_run(tmp_path, rows, responses))
-    found = [point[0] for point in panels_of(page)["Reward"]["lines"][0]["points"]]
+    page = parse_page(write_run(tmp_path, rows, responses))
+    found = [point[0] for point in get_panels(page)["Reward"]["lines"][0]["points"]]
     assert len(found) <= MAX_POINTS_PER_LINE + 1
     assert (found[0], found[-1]) == (1, 1000)
     assert {b - a for a, b in pairwise(found[:-1])} == {3}
@@ -419,7 +419,7 @@ def test_page_long_run_is_downsampled_and_labeled(tmp_path, monkeypatch):
 
 def test_report_invalid_folder_exits_with_one_line(tmp_path, capsys):
     run = write_run(tmp_path / "run", make_step_rows([1.0]))
-    for arguments, said in (
+    for arguments, message in (
         ([str(tmp_path)], "is no run's folder; one with a metrics.jsonl is required"),
         ([], "which runs?"),
         ([str(run), str(tmp_path / "other")], "--output: a folder is required"),
@@ -429,7 +429,7 @@ def test_report_invalid_folder_exits_with_one_line(tmp_path, capsys):
             main(arguments)
         assert ended.value.code == 2
         error = capsys.readouterr().err
-        assert said in error
+        assert message in error
         assert error.count("\n") == 1
     with pytest.raises(UsageError, match="no run's folder"):
         read_runs([tmp_path / "nowhere"])
@@ -454,16 +454,16 @@ MACHADO = {  # Machado, Oliveira and Fernandes 2009, severity 1; rows of a matri
 }
 
 
-def linear(colour):
+def linearize(colour):
     parts = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
     return [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
 
 
-def luminance(rgb):
+def compute_luminance(rgb):
     return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), rgb, strict=True))
 
 
-def lab(rgb):
+def to_lab(rgb):
     to_xyz = ((0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505))
     white = (0.9505, 1.0, 1.089)
     xyz = [sum(m * c for m, c in zip(row, rgb, strict=True)) / w for row, w in zip(to_xyz, white, strict=True)]
@@ -476,10 +476,12 @@ def test_palette_is_distinguishable_with_color_blindness(palette, page):
     assert f"--page: {page};" in (ROOT / "drivers/reports/page.css").read_text()
     for kind, matrix in MACHADO.items():
         seen = [
-            lab([min(1.0, max(0.0, sum(m * c for m, c in zip(row, linear(colour), strict=True)))) for row in matrix])
+            to_lab(
+                [min(1.0, max(0.0, sum(m * c for m, c in zip(row, linearize(colour), strict=True)))) for row in matrix]
+            )
             for colour in palette
         ]
         assert min(math.dist(a, b) for k, a in enumerate(seen) for b in seen[:k]) > 20, kind
     for colour in palette:
-        low, high = sorted(luminance(linear(one)) for one in (colour, page))
+        low, high = sorted(compute_luminance(linearize(one)) for one in (colour, page))
         assert (high + 0.05) / (low + 0.05) > 3

@@ -300,18 +300,18 @@ def test_resume_damaged_checkpoint_repeats_steps_exactly(tmp_path):
     assert (folder / "superseded-checkpoint-6").exists()
 
 
-def as_kept(config):
+def save_state(config):
     return json.loads(json.dumps(TrainingState(config, make_tiny_parts().policy).facts()))
 
 
-def restored(config, facts):
+def restore_state(config, facts):
     state = TrainingState(config, make_tiny_parts().policy)
     assert state.tensors()  # created, so that a resume can fill them
     state.restore(facts)
     return state
 
 
-def sampled_ahead(config):
+def make_pending_rollouts(config):
     parts = make_tiny_parts()
     completions = parts.engine.generate([parts.questions[0].prompt_token_ids], config.sampling, seed=0)
     scores = [{"reward": 1.0}] * len(completions)
@@ -337,21 +337,21 @@ ADAPTIVE = {"entropy_target": 6.0, "entropy_coef": 0.01}
 )
 def test_resume_changed_setting_without_effect_raises_usage_error(before, changed, message):
     changed = dict(changed)
-    facts = as_kept(make_tiny_config(**before))
+    facts = save_state(make_tiny_config(**before))
     if changed.pop("ahead", False):
-        facts["pending"] = sampled_ahead(make_tiny_config())
+        facts["pending"] = make_pending_rollouts(make_tiny_config())
     settings = make_tiny_config(**before | changed)
     with pytest.raises(UsageError, match=message):
-        restored(settings, facts)
+        restore_state(settings, facts)
     del facts["settings"]  # an older checkpoint has no settings
-    restored(settings, facts)
+    restore_state(settings, facts)
 
 
 def test_resume_changed_setting_takes_effect():
     """All settings of a step that is still to be sampled may change."""
-    restored(make_tiny_config(group_size=4, advantage="remax"), as_kept(make_tiny_config()))
-    facts = as_kept(make_tiny_config()) | {"pending": sampled_ahead(make_tiny_config())}
-    restored(make_tiny_config(advantage="leave_one_out"), facts)
+    restore_state(make_tiny_config(group_size=4, advantage="remax"), save_state(make_tiny_config()))
+    facts = save_state(make_tiny_config()) | {"pending": make_pending_rollouts(make_tiny_config())}
+    restore_state(make_tiny_config(advantage="leave_one_out"), facts)
 
 
 @pytest.mark.parametrize(
@@ -365,13 +365,13 @@ def test_resume_changed_setting_takes_effect():
     ],
 )
 def test_resume_entropy_coefficient_is_given_or_adapted(before, after, applied):
-    facts = as_kept(make_tiny_config(**before)) | ({"entropy_coef": 0.3} if before is ADAPTIVE else {})
-    assert restored(make_tiny_config(**after), facts).bonus.value == applied
+    facts = save_state(make_tiny_config(**before)) | ({"entropy_coef": 0.3} if before is ADAPTIVE else {})
+    assert restore_state(make_tiny_config(**after), facts).bonus.value == applied
 
 
 def test_resume_other_questions_raise_usage_error():
     questions = make_letter_questions(make_tiny_parts().tokenizer)
-    facts = as_kept(make_tiny_config()) | {"data": fingerprint(questions)}
+    facts = save_state(make_tiny_config()) | {"data": fingerprint(questions)}
     validate_resume(make_tiny_config(), facts, fingerprint(questions[::-1]))
     example = questions[0].example
     others = {
@@ -382,25 +382,25 @@ def test_resume_other_questions_raise_usage_error():
     for other in others.values():
         with pytest.raises(UsageError, match=r"--data-path .*, --prompt-path .*: with --resume the prompts"):
             validate_resume(make_tiny_config(), facts, fingerprint(other))
-    validate_resume(make_tiny_config(), as_kept(make_tiny_config()), fingerprint(questions))  # an older checkpoint
+    validate_resume(make_tiny_config(), save_state(make_tiny_config()), fingerprint(questions))  # an older checkpoint
 
 
-def in_another_process(act):
+def call_in_fork(act):
     """Call a function in a fork of this process, which then waits to be killed. Return its id and the success."""
-    told, tells = os.pipe()
+    reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
             act()
-            os.write(tells, b"1")
+            os.write(writer, b"1")
         except BaseException:
-            os.write(tells, b"0")
+            os.write(writer, b"0")
         time.sleep(1000)
         os._exit(0)
-    return pid, os.read(told, 1) == b"1"
+    return pid, os.read(reader, 1) == b"1"
 
 
-def end(pid):
+def kill_fork(pid):
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
 
@@ -412,7 +412,7 @@ def test_run_lock_admits_one_process(tmp_path):
     for name in ("metrics.jsonl", "config.json"):
         (folder / name).touch()
     config = make_tiny_config(resume="auto", save_dir=str(folder))
-    pid, held = in_another_process(lambda: acquire_run_lock("--resume", folder))
+    pid, held = call_in_fork(lambda: acquire_run_lock("--resume", folder))
     try:
         assert held
         refused = rf"--save-dir .*run: process {pid} on {re.escape(socket.gethostname())} is training in it; end that"
@@ -421,11 +421,11 @@ def test_run_lock_admits_one_process(tmp_path):
         with pytest.raises(UsageError, match=r"--resume .*run: process"):
             open_run_folder(make_tiny_config(resume=str(folder)), print)
     finally:
-        end(pid)
+        kill_fork(pid)
     assert open_run_folder(config, print) == (folder, None)
     release_run_lock(folder)
-    pid, held = in_another_process(lambda: acquire_run_lock("--resume", folder))
-    end(pid)
+    pid, held = call_in_fork(lambda: acquire_run_lock("--resume", folder))
+    kill_fork(pid)
     assert held
 
 
@@ -434,8 +434,8 @@ def test_run_lock_is_released_at_end(tmp_path):
     folder.mkdir()
     acquire_run_lock("--save-dir", folder)
     run_grpo(folder, n_grpo_steps=1)
-    pid, held = in_another_process(lambda: acquire_run_lock("--resume", folder))
-    end(pid)
+    pid, held = call_in_fork(lambda: acquire_run_lock("--resume", folder))
+    kill_fork(pid)
     assert held
 
 

@@ -22,15 +22,21 @@ from tests.drivers.helpers.letters import (
     make_tiny_parts,
     sample_rollouts,
 )
-from tests.drivers.helpers.runs import make_letter_demonstrations, run_expert_iteration, run_sft, run_training
+from tests.drivers.helpers.runs import (
+    make_letter_demonstrations,
+    read_rows,
+    run_expert_iteration,
+    run_sft,
+    run_training,
+)
 
 
-def logged(folder, phase="train", step=None):
+def read_logged_completions(folder, phase="train", step=None):
     rows = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
     return [row for row in rows if row["phase"] == phase and step in (None, row["step"])]
 
 
-class Bytes:
+class ByteTokenizer:
     """A tokenizer in which a byte is a token and a leading space is lost, as in byte-level tokenizers."""
 
     def __init__(self):
@@ -47,7 +53,7 @@ class Bytes:
 
 
 def test_token_texts_multi_token_character_is_in_last_token():
-    tokenizer = Bytes()
+    tokenizer = ByteTokenizer()
     for text in ("", "a b", "Grüße, 世界 🙂!", "  x", "🙂" * 3):
         texts = token_texts(tokenizer, tokenizer.encode(text))
         assert len(texts) == len(text.encode())
@@ -69,7 +75,7 @@ def test_logged_completions_hold_trained_values(tmp_path):
     """Texts, rewards and group advantages; the policy's log-probs before the update are the sampler's."""
     run_training(tmp_path, n_grpo_steps=2, n_logged_completions=10, eval_steps=2)
     for step in (1, 2):
-        rows = logged(tmp_path, step=step)
+        rows = read_logged_completions(tmp_path, step=step)
         assert len(rows) == 10
         assert [row["question"] for row in rows[:8]] == [rows[0]["question"]] * 8
         assert rows[8]["question"] == rows[9]["question"] != rows[0]["question"]
@@ -85,8 +91,8 @@ def test_logged_completions_hold_trained_values(tmp_path):
                 assert row["log_probs"] == pytest.approx(row["sampler_log_probs"], abs=2e-4)
                 assert all(0 <= value <= math.log(101) for value in row["entropy"])
                 assert len(row["entropy"]) == row["response_tokens"]
-    assert any("log_probs" in row for row in logged(tmp_path))
-    evaluated = logged(tmp_path, "eval")
+    assert any("log_probs" in row for row in read_logged_completions(tmp_path))
+    evaluated = read_logged_completions(tmp_path, "eval")
     assert [row["step"] for row in evaluated] == [0] * 4 + [2] * 4
     assert all(re.sub("<eos>|<pad>", "", "".join(row["tokens"])) == row["response"] for row in evaluated)
     assert all("sampler_log_probs" in row and "advantage" not in row for row in evaluated)
@@ -120,7 +126,7 @@ def test_logged_completions_hold_first_pass_values(tmp_path):
 def test_logged_completions_hold_token_advantages(tmp_path):
     settings = {"advantage": "reinforce_plus_plus", "kl_in": "reward", "kl_coef": 0.5, "kl_estimator": "k1"}
     run_training(tmp_path, n_grpo_steps=1, learning_rate=1e-3, **settings)
-    for row in logged(tmp_path):
+    for row in read_logged_completions(tmp_path):
         assert len(row["advantage"]) == row["response_tokens"]
 
 
@@ -129,15 +135,15 @@ def test_logged_completions_of_sft_and_expert_iteration(tmp_path):
     run_sft(
         tmp_path / "sft", make_letter_demonstrations("abab", "ba", "b"), train_batch_size=2, n_logged_completions=1
     )
-    first, second = logged(tmp_path / "sft")
-    steps = [json.loads(line) for line in (tmp_path / "sft/metrics.jsonl").read_text().splitlines()]
+    first, second = read_logged_completions(tmp_path / "sft")
+    steps = read_rows(tmp_path / "sft")
     likelihoods = [row["nll"] for row in steps if row["phase"] == "train"]
     assert not {"reward", "sampler_log_probs", "advantage"} & first.keys()
     assert second["response"] == "".join(second["tokens"])
     assert second["response_tokens"] == len(second["log_probs"]) == len(second["entropy"])
     assert -sum(second["log_probs"]) / len(second["log_probs"]) == pytest.approx(likelihoods[1], abs=1e-4)
     run_expert_iteration(tmp_path / "ei", n_ei_steps=1, n_logged_completions=64)
-    rows = logged(tmp_path / "ei")
+    rows = read_logged_completions(tmp_path / "ei")
     assert len(rows) == 64
     assert 0 < sum("log_probs" in row for row in rows) == sum(row["reward"] == 1 for row in rows) < 64
 

@@ -1,6 +1,5 @@
 """vLLM servers as the engine: the samples of a local engine, checked pushes, and a server that dies."""
 
-import json
 import os
 import signal
 import socket
@@ -37,13 +36,14 @@ from tests.drivers.helpers.engines import (
 )
 from tests.drivers.helpers.letters import flatten_weights, letter_grader, make_run, make_tiny_config, make_tiny_parts
 from tests.drivers.helpers.processes import find_free_port, list_descendants, wait_until
+from tests.drivers.helpers.runs import read_rows
 from tests.tiny import make_tiny_policy, save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
 
 
-def check(engine, policy, version):
+def run_self_check(engine, policy, version):
     return check_engine(engine, policy, PROMPTS, Sampling(n=4, max_tokens=8), version=version, tolerance=1e-3, seed=11)
 
 
@@ -51,12 +51,12 @@ def check(engine, policy, version):
 def test_server_engine_two_servers_equal_one_engine(tmp_path):
     """Prompts are distributed and weights pushed to both; every faulty push is noticed; one dies and returns."""
     save_tiny(tmp_path)
-    policy, said, ports = make_tiny_policy(3), [], (find_free_port(), find_free_port())
+    policy, messages, ports = make_tiny_policy(3), [], (find_free_port(), find_free_port())
     urls = tuple(f"http://127.0.0.1:{port}" for port in ports)
     with run_server(tmp_path, ports[0]), run_server(tmp_path, ports[1]) as second:
-        engine = make_vllm_engine(policy, urls=urls, say=said.append, deadline_s=60.0)
+        engine = make_vllm_engine(policy, urls=urls, say=messages.append, deadline_s=60.0)
         engine.load_weights(0)
-        assert check(engine, policy, 0).n_weights == len(list(policy.parameters()))
+        assert run_self_check(engine, policy, 0).n_weights == len(list(policy.parameters()))
         assert len(engine.received()) == 2
 
         sampling = Sampling(n=3, max_tokens=6, temperature=0.7, stop=())
@@ -86,7 +86,7 @@ def test_server_engine_two_servers_equal_one_engine(tmp_path):
             for p in policy.parameters():
                 p.add_(0.05 * torch.randn_like(p))
         with pytest.raises(TrainingAbortedError, match="differ between the policy"):
-            check(engine, policy, 0)
+            run_self_check(engine, policy, 0)
         fresh = [(name, p.detach().clone()) for name, p in policy.named_parameters()]
         sender = engine._engine._sender.transfer
         source = sender.source
@@ -95,10 +95,10 @@ def test_server_engine_two_servers_equal_one_engine(tmp_path):
             with pytest.raises(TrainingAbortedError, match="self-check: of the"):
                 engine.load_weights(1)
             with pytest.raises(TrainingAbortedError, match="self-check: of the"):
-                check(engine, policy, 1)
+                run_self_check(engine, policy, 1)
         sender.source = source
         engine.load_weights(1)
-        check(engine, policy, 1)
+        run_self_check(engine, policy, 1)
 
         # One server dies and is started again.
         expected = engine.generate(PROMPTS, sampling, seed=2)
@@ -116,19 +116,19 @@ def test_server_engine_two_servers_equal_one_engine(tmp_path):
             engine._engine.load_weights(1)  # the other server has begun its push
         with run_server(tmp_path, ports[1]):
             assert engine.generate(PROMPTS, sampling, seed=2) == expected
-            assert "restarting the engine" in said[-1]
-            assert check(engine, policy, 1).n_weights
-            trained(tmp_path, urls)
-            the_program_runs(tmp_path, urls)
+            assert "restarting the engine" in messages[-1]
+            assert run_self_check(engine, policy, 1).n_weights
+            check_training(tmp_path, urls)
+            check_program(tmp_path, urls)
         engine.close()
 
 
-def trained(folder, urls):
+def check_training(folder, urls):
     """Check that a run with servers learns."""
     from drivers.train import train
 
-    config, parts, said = make_tiny_config(engine="vllm", n_grpo_steps=15, eval_steps=15), make_tiny_parts(), []
-    engine = make_vllm_engine(parts.policy, urls=urls, say=said.append, deadline_s=60.0)
+    config, parts, messages = make_tiny_config(engine="vllm", n_grpo_steps=15, eval_steps=15), make_tiny_parts(), []
+    engine = make_vllm_engine(parts.policy, urls=urls, say=messages.append, deadline_s=60.0)
     run = make_run(config, folder / "run", parts.tokenizer)
     before = flatten_weights(parts.policy)
     try:
@@ -140,7 +140,7 @@ def trained(folder, urls):
     assert not torch.equal(before, flatten_weights(parts.policy))
 
 
-def the_program_runs(folder, urls):
+def check_program(folder, urls):
     """Run train.py with servers from its command line."""
     from drivers import train
 
@@ -150,7 +150,7 @@ def the_program_runs(folder, urls):
         f"--n-val-examples 4 --save-dir {folder / 'out'} --wandb-project None --rollout-url {' '.join(urls)}"
     )
     train.main(flags.split())
-    rows = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(folder / "out")
     assert [row["step"] for row in rows if row["phase"] == "train"] == [1, 2]
     assert [row["n_weights"] for row in rows if row["phase"] == "check"] == [20, 20]
 
@@ -187,7 +187,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(supervision, "_MAX_UNWIND_S", 0.2)
 
 
-def threads_of_servers():
+def list_server_threads():
     return {thread for thread in threading.enumerate() if thread.name.startswith("server")}
 
 
@@ -205,11 +205,11 @@ def test_server_engine_start_failure_is_one_line(stub, path, answer, error, mess
     stub.answers[path] = answer
     if (path, answer) == ("collective_rpc", 500):  # the answer of a server without our extension
         error, message = UsageError, "start it with"
-    before = threads_of_servers()
+    before = list_server_threads()
     with pytest.raises(error, match=message) as caught:
         connect_to_stubs(stub)
     assert stub.url in str(caught.value)
-    wait_until(lambda: threads_of_servers() <= before)
+    wait_until(lambda: list_server_threads() <= before)
 
 
 def test_server_engine_refusal_is_raised_while_sender_waits(stub, impatient, monkeypatch):
@@ -217,7 +217,7 @@ def test_server_engine_refusal_is_raised_while_sender_waits(stub, impatient, mon
     from drivers.engines import vllm_transfer
 
     def trainer_init(init_info, *, client, source):
-        rendezvous = threading.Thread(target=try_to, args=(client.init_weight_transfer_engine, {}), daemon=True)
+        rendezvous = threading.Thread(target=call_quietly, args=(client.init_weight_transfer_engine, {}), daemon=True)
         rendezvous.start()
         time.sleep(30)
 
@@ -229,7 +229,7 @@ def test_server_engine_refusal_is_raised_while_sender_waits(stub, impatient, mon
     assert time.monotonic() - begin < 10
 
 
-def try_to(call, *arguments):
+def call_quietly(call, *arguments):
     with suppress(Exception):
         call(*arguments)
 
@@ -242,14 +242,14 @@ def test_servers_on_other_hosts_join_transfer_group(monkeypatch):
 
     sides = {"http://one:8000": "127.0.0.1", "http://two:8000": "127.0.0.2"}
     monkeypatch.setattr(vllm_http, "local_address_towards", sides.get)
-    servers, told = vllm_http.Servers(list(sides), 60.0), []
+    servers, bodies_sent = vllm_http.Servers(list(sides), 60.0), []
     servers.n_workers = [2, 1]
-    monkeypatch.setattr(servers, "call", lambda method, path, bodies: told.extend(bodies))
+    monkeypatch.setattr(servers, "call", lambda method, path, bodies: bodies_sent.extend(bodies))
     engine = object.__new__(vllm_server.ServerEngine)
     engine._servers, engine._device = servers, torch.device("cuda", 0)
     ours = engine._transfer_init()
     servers.init_weight_transfer_engine({"rank_offset": 1, "master_address": ours.master_address, "world_size": 4})
-    infos = [body["init_info"] for body in told]
+    infos = [body["init_info"] for body in bodies_sent]
     assert infos == [
         {"rank_offset": 1, "master_address": "127.0.0.1", "world_size": 4},
         {"rank_offset": 3, "master_address": "127.0.0.2", "world_size": 4},
@@ -449,7 +449,7 @@ def test_server_engine_interrupted_push_is_finished_first(stub):
     engine.close()
 
 
-class Watched:
+class CountingSource:
     """A source of weights that counts how often it is gathered and calls a function halfway."""
 
     def __init__(self, between=lambda: None):
@@ -466,7 +466,7 @@ def test_server_engine_abandoned_push_gathers_nothing(stub, impatient):
     """The answer to the start of a push comes too late, and nccl would gather after it."""
     engine, late = connect_to_stubs(stub, deadline_s=0.5), threading.Event()
     stub.answers["start_weight_update"] = lambda: late.wait(20) and {}
-    source = Watched()
+    source = CountingSource()
     errors = []
 
     def send():
@@ -491,7 +491,7 @@ def test_server_engine_death_in_push_is_raised_while_sender_waits(stub, impatien
     stub.answers["update_weights"] = lambda: None
 
     def send():
-        threading.Thread(target=try_to, args=(engine._servers.update_weights, {}), daemon=True).start()
+        threading.Thread(target=call_quietly, args=(engine._servers.update_weights, {}), daemon=True).start()
         time.sleep(30)
 
     engine._sender.transfer.send_weights = send
@@ -517,7 +517,7 @@ def test_host_sender_after_shutdown_writes_nothing():
 
     others = []
     sender = HostTrainerEngine.trainer_init(
-        HostTrainerInit(rank=0, by_file=True), client=Client(), source=Watched(shut_down)
+        HostTrainerInit(rank=0, by_file=True), client=Client(), source=CountingSource(shut_down)
     )
     with pytest.raises(ValueError, match="closed file"):
         sender.send_weights()

@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DATA = " --data-path data/wordadd/sft.jsonl --val-data-path data/wordadd/validation.jsonl"
 
 
-def likelihood_by_hand(demonstrations, aggregation):
+def compute_likelihood(demonstrations, aggregation):
     """Return the mean of -log softmax in float64, computed token by token, and its gradients."""
     policy = make_tiny_policy().double()
     responses = []
@@ -73,14 +73,14 @@ def test_sft_loss_is_mean_negative_log_likelihood(tmp_path, monkeypatch, aggrega
 
     monkeypatch.setattr(update_step, "accumulate_gradients", recorded)
     run_sft(tmp_path, demonstrations, train_batch_size=10, aggregation=aggregation, sampling_temperature=0.5)
-    loss, gradients = likelihood_by_hand(demonstrations, aggregation)
+    loss, gradients = compute_likelihood(demonstrations, aggregation)
     assert seen["loss"] == pytest.approx(loss, rel=1e-5)
     for name, expected in gradients.items():
         assert_close(seen["gradients"][name].double(), expected, rtol=1e-4, atol=1e-6)
     (step,) = read_rows(tmp_path, "train")
     tokens = sum(len(one.response_token_ids) for one in demonstrations)
     assert step["trained_tokens"] == tokens
-    assert step["nll"] == pytest.approx(likelihood_by_hand(demonstrations, "token_mean")[0], rel=1e-5)
+    assert step["nll"] == pytest.approx(compute_likelihood(demonstrations, "token_mean")[0], rel=1e-5)
 
 
 def test_sft_learns_its_demonstrations(tmp_path):
@@ -134,7 +134,7 @@ def test_demonstration_ends_like_a_sample():
 
 
 def test_demonstration_question_is_formatted_and_prompt_is_not(tmp_path):
-    path = write(
+    path = write_lines(
         tmp_path, {"question": "1?", "response": "x", "answer": 1}, {"prompt": "{question} 1", "response": "y"}
     )
     asked, whole = load_demonstrations("--data-path", path)
@@ -149,7 +149,7 @@ def test_demonstration_question_is_formatted_and_prompt_is_not(tmp_path):
         )
 
 
-def write(folder, *rows):
+def write_lines(folder, *rows):
     path = folder / "sft.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -158,7 +158,7 @@ def write(folder, *rows):
 def test_load_demonstrations_reads_assignment_format(tmp_path):
     """The format has prompt, response and ground_truth; `answer` of our own layout has precedence."""
     row = {"prompt": "User: 1?\nAssistant: <think>", "response": " </think> <answer> 2 </answer>"}
-    path = write(
+    path = write_lines(
         tmp_path, row | {"ground_truth": "2"}, row | {"ground_truth": 0}, row | {"answer": 3, "ground_truth": 2}
     )
     examples = load_demonstrations("--data-path", path)
@@ -169,7 +169,7 @@ def test_load_demonstrations_reads_assignment_format(tmp_path):
 
 def test_choose_smaller_subset_is_prefix(tmp_path):
     rows = [{"question": f"{k}?", "response": "x"} for k in range(20)]
-    settings = SftConfig(model_path="tiny", data_path=write(tmp_path, *rows))
+    settings = SftConfig(model_path="tiny", data_path=write_lines(tmp_path, *rows))
     chosen = {n: choose(replace(settings, n_examples=n)) for n in (5, 10, 20)}
     assert chosen[5] == chosen[10][:5]
     assert chosen[10] == chosen[20][:10]
@@ -182,9 +182,9 @@ def test_choose_smaller_subset_is_prefix(tmp_path):
 @pytest.mark.slow
 def test_choose_correct_only_keeps_right_demonstrations(capsys):
     settings = SftConfig(data_path="data/wordadd/sft.jsonl", correct_only=True)
-    said = []
-    right = choose(settings, said.append)
-    assert said == [f"--correct-only: {len(right)} of 1304 demonstrations are graded right"]
+    messages = []
+    right = choose(settings, messages.append)
+    assert messages == [f"--correct-only: {len(right)} of 1304 demonstrations are graded right"]
     assert len(right) == 1304 - round(WRONG_SHARE * 1304)
     for one in right:
         a, b = map(int, re.findall(r"\d+", one.question))
@@ -268,9 +268,9 @@ def test_sft_invalid_flags_exit_with_one_line(arguments, message, tmp_path, caps
         main(arguments.format(**files, grpo="grpo", tiny="tiny", data=DATA).split())
     assert ended.value.code == 2
     captured = capsys.readouterr()
-    told = " ".join((captured.out + captured.err).replace("│", " ").split())
-    assert message in told
-    assert "Traceback" not in told
+    output = " ".join((captured.out + captured.err).replace("│", " ").split())
+    assert message in output
+    assert "Traceback" not in output
     assert not list(Path().glob("runs/*/metrics.jsonl"))
 
 
@@ -292,7 +292,7 @@ def test_sft_program_runs_and_resumes(tmp_path):
     save_tiny(tmp_path / "tiny")
     rows = [{"prompt": f"{k} ", "response": f"{k} </answer>"} for k in range(10)]
     flags = (
-        f"--model-path tiny --data-path {write(tmp_path, *rows)} --val-data-path data/wordadd/validation.jsonl "
+        f"--model-path tiny --data-path {write_lines(tmp_path, *rows)} --val-data-path data/wordadd/validation.jsonl "
         "--prompt-path data/prompts/wordadd.prompt --engine hf --dtype float32 --train-batch-size 4 "
         "--sampling-min-tokens 0 --sampling-max-tokens 4 --n-val-examples 4 --checkpoint-steps 1 --save-dir out "
         "--wandb-project None"

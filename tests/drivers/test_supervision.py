@@ -26,6 +26,7 @@ from drivers.settings.sampling import Sampling
 from tests.drivers.helpers.engines import PROMPTS, make_vllm_engine
 from tests.drivers.helpers.letters import flatten_weights, letter_grader, make_run, make_tiny_config, make_tiny_parts
 from tests.drivers.helpers.processes import list_engine_processes, list_engine_threads, restore_interrupt, wait_until
+from tests.drivers.helpers.runs import read_rows
 from tests.tiny import make_tiny_policy, save_tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
@@ -106,11 +107,11 @@ def test_hanging_push_second_signal_interrupts(number):
     never.set()
 
 
-class Mortal:
+class MortalEngine:
     """An engine that dies at the first `deaths` requests to it or its successors."""
 
     deaths = 0
-    started: list["Mortal"]
+    started: list["MortalEngine"]
 
     def __init__(self):
         type(self).started.append(self)
@@ -134,19 +135,19 @@ class Mortal:
 
 @pytest.fixture
 def mortal():
-    Mortal.deaths, Mortal.started = 0, []
-    return Mortal
+    MortalEngine.deaths, MortalEngine.started = 0, []
+    return MortalEngine
 
 
 def test_supervised_engine_death_restarts_with_last_weights(mortal):
-    said = []
-    engine = SupervisedEngine(mortal, said.append)
+    messages = []
+    engine = SupervisedEngine(mortal, messages.append)
     engine.load_weights(7)
     mortal.deaths = 1
     assert engine.generate([(1,)], LONG, seed=5) == [(7, 5, (1,))]
     assert [one.closed for one in mortal.started] == [True, False]
-    assert len(said) == 1
-    assert "it died; restarting the engine" in said[0]
+    assert len(messages) == 1
+    assert "it died; restarting the engine" in messages[0]
 
 
 def test_supervised_engine_second_death_raises(mortal):
@@ -258,11 +259,11 @@ def test_exit_reason_names_signal_or_status():
     from drivers.engines.vllm import VLLMEngine
 
     engine = object.__new__(VLLMEngine)
-    told = {}
+    found = {}
     for status in (-9, 1, 0, None):
         engine._processes = [SimpleNamespace(exitcode=status)]
-        told[status] = engine._exit_reason()
-    assert told == {
+        found[status] = engine._exit_reason()
+    assert found == {
         -9: "killed by SIGKILL",
         1: "see its own error above (exit status 1)",
         0: "see its own error above",
@@ -298,8 +299,8 @@ def test_vllm_slow_start_is_ended_at_deadline(tmp_path):
 @pytest.mark.vllm
 def test_vllm_killed_or_hanging_restarts_with_same_samples(tmp_path):
     """It is killed during an answer and then suspended: the samples stay the same, and no process is left."""
-    policy, said = make_tiny_policy(3), []
-    engine = start_tiny(tmp_path, policy, say=said.append, deadline_s=60.0)
+    policy, messages = make_tiny_policy(3), []
+    engine = start_tiny(tmp_path, policy, say=messages.append, deadline_s=60.0)
     try:
         engine.load_weights(0)
         expected = engine.generate(PROMPTS, LONG, seed=1)
@@ -309,11 +310,11 @@ def test_vllm_killed_or_hanging_restarts_with_same_samples(tmp_path):
         killer.start()
         begin = time.monotonic()
         found = engine.generate(PROMPTS, LONG, seed=1)
-        while killer.is_alive() or not said:  # the answer came before the kill
+        while killer.is_alive() or not messages:  # the answer came before the kill
             found = engine.generate(PROMPTS, LONG, seed=1)
         assert found == expected
         assert time.monotonic() - begin < 120
-        assert "exited during sampling from 3 prompts: killed by SIGKILL" in said[0]
+        assert "exited during sampling from 3 prompts: killed by SIGKILL" in messages[0]
         assert not list_engine_threads()
         wait_until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in first))
 
@@ -322,7 +323,7 @@ def test_vllm_killed_or_hanging_restarts_with_same_samples(tmp_path):
         for one in second:
             one.suspend()
         assert engine.generate(PROMPTS, LONG, seed=1) == expected
-        assert "did not finish sampling from 3 prompts within 3 s" in said[1]
+        assert "did not finish sampling from 3 prompts within 3 s" in messages[1]
         assert not list_engine_threads()
         wait_until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in second))
 
@@ -330,7 +331,7 @@ def test_vllm_killed_or_hanging_restarts_with_same_samples(tmp_path):
             one.kill()
         engine.load_weights(1)
         assert {c.weight_version for c in engine.generate(PROMPTS, LONG, seed=1)} == {1}
-        assert "exited during the weight push" in said[2]
+        assert "exited during the weight push" in messages[2]
         assert not list_engine_threads()
     finally:
         engine.close()
@@ -401,15 +402,15 @@ def test_train_killed_leaves_no_process_and_a_good_checkpoint(tmp_path):
             preexec_fn=restore_interrupt,
         )
         assert done.returncode == (-9 if number == signal.SIGKILL else 130), done.stderr[-4000:]
-        told = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.strip()}
-        assert told["pids"]
-        wait_until(lambda told=told: not any(psutil.pid_exists(int(pid)) for pid in told["pids"]), 90)
-        wait_until(lambda told=told: not any(os.path.exists(name) for name in told["shared"]))
+        found = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.strip()}
+        assert found["pids"]
+        wait_until(lambda found=found: not any(psutil.pid_exists(int(pid)) for pid in found["pids"]), 90)
+        wait_until(lambda found=found: not any(os.path.exists(name) for name in found["shared"]))
         newest = find_checkpoint(out)
         step = json.loads((newest / "trainer_state.json").read_text())["step"]
         assert step > last or where == "start"
         last = step
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(out)
     assert sorted(row["step"] for row in rows if row["phase"] == "train") == list(range(1, last + 1))
 
 

@@ -21,11 +21,11 @@ ROOT = Path(__file__).resolve().parents[2]
 OWN = ["--model-path", "Qwen/Qwen2.5-Math-1.5B"]
 
 
-def planned(name=None, *shared, **settings):
+def make_plan(name=None, *shared, **settings):
     return plan(SweepConfig(sweep=name, **settings), shared)
 
 
-def settings_of(one):
+def read_settings(one):
     flags = one.command[2 : one.command.index("--save-dir")]
     return parse_program_flags(one.variant.program, flags)
 
@@ -34,10 +34,10 @@ def settings_of(one):
 @pytest.mark.parametrize("name", SWEEPS)
 def test_preset_sweeps_vary_only_what_they_say(name, shared):
     """Runs differ only in the swept settings, and their programs accept all flags."""
-    runs = planned(name, *shared)
+    runs = make_plan(name, *shared)
     assert len(runs) > 1
     assert len({one.folder for one in runs}) == len(runs)
-    found = [settings_of(one) for one in runs]
+    found = [read_settings(one) for one in runs]
     assert len(set(map(repr, found))) == len(runs)
     swept = {flag for one in runs for flag in one.variant.flags} | {"recipe"}
     if "recipe" not in runs[0].variant.flags:
@@ -51,31 +51,31 @@ def test_preset_sweeps_vary_only_what_they_say(name, shared):
 
 
 def test_plan_values_follow_shared_flags():
-    rates = [settings_of(one).learning_rate for one in planned("learning-rates", "--learning-rate", "2e-5")]
+    rates = [read_settings(one).learning_rate for one in make_plan("learning-rates", "--learning-rate", "2e-5")]
     assert rates == pytest.approx([2e-6, 6e-6, 2e-5, 6e-5, 2e-4])
     fewer = ["--rollout-batch-size", "32", "--train-batch-size", "32"]
-    batches = [settings_of(one) for one in planned("off-policy", *fewer)]
+    batches = [read_settings(one) for one in make_plan("off-policy", *fewer)]
     assert sorted({one.train_batch_size for one in batches}) == [8, 16, 32]
-    own = [settings_of(one) for one in planned("off-policy", *OWN)]
+    own = [read_settings(one) for one in make_plan("off-policy", *OWN)]
     # The size of micro-batches is constant: 256 responses in 128 parts, 64 in 32.
     assert {one.train_batch_size / one.gradient_accumulation_steps for one in own} == {2.0}
     assert {one.n_grpo_steps for one in batches} == {10}
     assert {one.n_grpo_steps for one in own} == {200}
-    assert {settings_of(one).n_grpo_steps for one in planned("baselines", "--n-grpo-steps", "3")} == {3}
+    assert {read_settings(one).n_grpo_steps for one in make_plan("baselines", "--n-grpo-steps", "3")} == {3}
 
 
 @pytest.mark.parametrize(("shared", "right"), [([], 4), (OWN, 5)], ids=["embedded", "own"])
 def test_plan_sft_sweep_uses_all_sizes(shared, right):
-    found = [(one.n_examples, one.correct_only) for one in map(settings_of, planned("sft-sizes", *shared))]
+    found = [(one.n_examples, one.correct_only) for one in map(read_settings, make_plan("sft-sizes", *shared))]
     assert found[:5] == [(n, False) for n in (128, 256, 512, 1024, None)]
     assert len(found) == 5 + right
     assert found[-1] == (None, True)
 
 
 def test_plan_grid_is_all_combinations():
-    runs = planned(grid=("learning_rate=1e-5,3e-5", "use-std-normalization=true,false"), seeds=(0, 1))
+    runs = make_plan(grid=("learning_rate=1e-5,3e-5", "use-std-normalization=true,false"), seeds=(0, 1))
     assert [one.name for one in runs][:3] == ["1e-5-true-seed0", "1e-5-true-seed1", "1e-5-false-seed0"]
-    found = [(s.learning_rate, s.use_std_normalization, s.seed) for s in map(settings_of, runs)]
+    found = [(s.learning_rate, s.use_std_normalization, s.seed) for s in map(read_settings, runs)]
     assert sorted(found) == sorted((r, n, s) for r in (1e-5, 3e-5) for n in (True, False) for s in (0, 1))
     assert {one.folder.parent for one in runs} == {Path("runs/sweep-train-grid")}
 
@@ -87,12 +87,12 @@ def test_plan_list_is_read_from_file(tmp_path):
         {"label": "b", "program": "sft", "flags": {"epochs": 2}},
     ]
     file.write_text("\n".join(map(json.dumps, rows)))
-    clip, sft = map(settings_of, planned(str(file)))
+    clip, sft = map(read_settings, make_plan(str(file)))
     assert (clip.loss_type, clip.sampling_stop, sft.epochs) == ("grpo_clip", ("x", "y"), 2)
     assert clip.n_grpo_steps == 15  # a custom list is not shortened
     file.write_text('{"label": "a", "flags": {"seed": 7}}')
     with pytest.raises(UsageError, match=r"mine.jsonl, a: seed is given to each run by the sweep"):
-        planned(str(file))
+        make_plan(str(file))
     for bad in (
         '{"flags": {}}',
         '{"label": "a/b"}',
@@ -101,10 +101,10 @@ def test_plan_list_is_read_from_file(tmp_path):
     ):
         file.write_text(bad)
         with pytest.raises(UsageError, match=r"mine.jsonl:1: `label`"):
-            planned(str(file))
+            make_plan(str(file))
     file.write_text('{"label": "a"}\n{"label": "a"}')
     with pytest.raises(UsageError, match="names of their own"):
-        planned(str(file))
+        make_plan(str(file))
 
 
 @pytest.mark.parametrize(
@@ -139,8 +139,8 @@ def test_sweep_invalid_flags_exit_before_any_run(arguments, message, capsys, tmp
 
 def test_sweep_dry_run_prints_commands(capsys):
     main(["--list"])
-    told = capsys.readouterr().out
-    assert all(name in told for name in SWEEPS)
+    output = capsys.readouterr().out
+    assert all(name in output for name in SWEEPS)
     main(["methods", "--list"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0].rsplit("/", 1)[1] for line in lines] == ["sft.py", "expert_iteration.py", "train.py"]
@@ -153,9 +153,9 @@ def test_sweep_dry_run_prints_commands(capsys):
 
 
 def test_plan_last_recipe_wins():
-    runs = planned("objectives", "--recipe", "quickstart")
-    assert [settings_of(one).recipe for one in runs] == [one.variant.flags["recipe"] for one in runs]
-    assert {settings_of(one).loss_type for one in runs} > {"gspo", "cispo"}
+    runs = make_plan("objectives", "--recipe", "quickstart")
+    assert [read_settings(one).recipe for one in runs] == [one.variant.flags["recipe"] for one in runs]
+    assert {read_settings(one).loss_type for one in runs} > {"gspo", "cispo"}
 
 
 def test_plan_flags_round_trip():
@@ -208,13 +208,13 @@ def test_results_mean_excludes_unfinished_seeds(tmp_path, others):
 
 
 def test_sweep_folder_of_other_sweep_is_refused(tmp_path):
-    first = planned("baselines", save_dir=str(tmp_path))
+    first = make_plan("baselines", save_dir=str(tmp_path))
     keep_plan(tmp_path, first)
     keep_plan(tmp_path, first)
     with pytest.raises(UsageError, match=r"holds another sweep \(none of these 3 runs is in it"):
-        keep_plan(tmp_path, planned("clip", save_dir=str(tmp_path)))
+        keep_plan(tmp_path, make_plan("clip", save_dir=str(tmp_path)))
     with pytest.raises(UsageError, match="no-baseline-seed0 was made by another command"):
-        keep_plan(tmp_path, planned("baselines", "--group-size", "4", save_dir=str(tmp_path)))
+        keep_plan(tmp_path, make_plan("baselines", "--group-size", "4", save_dir=str(tmp_path)))
     for broken in ("{", "{}", "[1]", '[{"folder": "a"}]'):
         (tmp_path / "sweep.json").write_text(broken)
         if broken != "{}":  # the folder is empty
@@ -226,15 +226,15 @@ def test_sweep_may_grow_and_move(tmp_path):
     def kept():
         return {entry["folder"]: entry["command"] for entry in json.loads((tmp_path / "sweep.json").read_text())}
 
-    keep_plan(tmp_path, planned("baselines", save_dir=str(tmp_path)))
+    keep_plan(tmp_path, make_plan("baselines", save_dir=str(tmp_path)))
     moved = json.loads((tmp_path / "sweep.json").read_text().replace(str(ROOT), "/elsewhere"))
     assert moved[0]["command"].startswith("/elsewhere/drivers/train.py ")
     (tmp_path / "sweep.json").write_text(json.dumps(moved))
-    keep_plan(tmp_path, planned("baselines", save_dir=str(tmp_path), seeds=(1, 0)))
+    keep_plan(tmp_path, make_plan("baselines", save_dir=str(tmp_path), seeds=(1, 0)))
     names = [f"{name}-seed{seed}" for name in ("no-baseline", "reinforce-with-baseline") for seed in (0, 1)]
     assert sorted(kept()) == sorted(names)
     assert all(f"--seed {name[-1]} " in command for name, command in kept().items())
-    keep_plan(tmp_path, planned("baselines", save_dir=str(tmp_path), seeds=(1,)))
+    keep_plan(tmp_path, make_plan("baselines", save_dir=str(tmp_path), seeds=(1,)))
     assert len(kept()) == 4
 
 
@@ -295,11 +295,11 @@ def test_sweep_stopped_leaves_no_process_and_resumes(tmp_path):
             assert time.monotonic() < end
             time.sleep(0.2)
         sweep.send_signal(signal.SIGTERM)
-        told, _ = sweep.communicate(timeout=120)
-    assert sweep.returncode == 130, told
+        output, _ = sweep.communicate(timeout=120)
+    assert sweep.returncode == 130, output
     assert "Stopped after step" in log.read_text()
-    assert "| baseline |" in told
-    assert "not finished" in told
+    assert "| baseline |" in output
+    assert "not finished" in output
     assert not [
         one for one in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(one.info["cmdline"] or [])
     ]

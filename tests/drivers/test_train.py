@@ -45,7 +45,7 @@ def test_loss_type_learns_the_letter(tmp_path, loss_type, schedule):
 SHORT = {"n_grpo_steps": 3, "learning_rate": 1e-3}
 
 
-def trained_weights(folder, **changes):
+def train_weights(folder, **changes):
     return flatten_weights(run_training(folder, **(SHORT | changes))[0])
 
 
@@ -59,22 +59,22 @@ def trained_weights(folder, **changes):
 )
 def test_accumulation_steps_do_not_change_the_trajectory(tmp_path, aggregation, steps):
     """One micro-batch, whole groups and single responses split the same gradient."""
-    reference = trained_weights(tmp_path / "a", aggregation=aggregation, gradient_accumulation_steps=4)
-    other = trained_weights(tmp_path / "b", aggregation=aggregation, gradient_accumulation_steps=steps)
+    reference = train_weights(tmp_path / "a", aggregation=aggregation, gradient_accumulation_steps=4)
+    other = train_weights(tmp_path / "b", aggregation=aggregation, gradient_accumulation_steps=steps)
     assert_close(other, reference, rtol=0, atol=2e-5)
 
 
 @pytest.mark.slow
 def test_aggregations_differ(tmp_path):
     """Responses differ in length; with equal lengths some aggregations differ by a factor only, which Adam removes."""
-    results = [trained_weights(tmp_path / name, aggregation=name) for name in ("sequence_mean", "token_mean")]
+    results = [train_weights(tmp_path / name, aggregation=name) for name in ("sequence_mean", "token_mean")]
     assert not torch.allclose(results[0], results[1], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo_clip", "grpo_no_clip"])
 def test_ratio_losses_on_policy_equal_reinforce(tmp_path, loss_type):
-    reinforce = trained_weights(tmp_path / "a", loss_type="reinforce_with_baseline")
-    assert_close(trained_weights(tmp_path / "b", loss_type=loss_type), reinforce, rtol=0, atol=2e-5)
+    reinforce = train_weights(tmp_path / "a", loss_type="reinforce_with_baseline")
+    assert_close(train_weights(tmp_path / "b", loss_type=loss_type), reinforce, rtol=0, atol=2e-5)
 
 
 def test_ratio_on_policy_is_exactly_one(tmp_path):
@@ -152,9 +152,9 @@ def test_accumulate_gradients_never_waits_for_device(cut, loss, monkeypatch):
 
 
 def test_train_same_seed_is_bit_identical(tmp_path):
-    first, second = trained_weights(tmp_path / "a"), trained_weights(tmp_path / "b")
+    first, second = train_weights(tmp_path / "a"), train_weights(tmp_path / "b")
     assert torch.equal(first, second)
-    assert not torch.equal(first, trained_weights(tmp_path / "c", seed=1))
+    assert not torch.equal(first, train_weights(tmp_path / "c", seed=1))
 
 
 def test_skipping_zero_signal_groups_is_exact(tmp_path, monkeypatch):
@@ -206,7 +206,7 @@ def test_train_checkpoints_and_evaluates_on_schedule(tmp_path):
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (2, 4, 5)]
 
 
-def stand_in(monkeypatch, program, config, run, parts):
+def replace_components(monkeypatch, program, config, run, parts):
     """Replace the components that `main` would build by these."""
     everything = Components(parts.policy, parts.engine, letter_grader, parts.questions, parts.questions)
     monkeypatch.setattr(program, "parse_train_config", lambda *_: config)
@@ -233,7 +233,7 @@ def test_train_interrupted_inside_step_keeps_checkpoints(tmp_path, monkeypatch):
         return norm
 
     monkeypatch.setattr(PolicyOptimizer, "step", interrupted)
-    stand_in(monkeypatch, program, config, run, parts)
+    replace_components(monkeypatch, program, config, run, parts)
     with pytest.raises(SystemExit) as ended:
         program.main(["--model-path", "tiny"])
     assert ended.value.code == 130
@@ -253,7 +253,7 @@ def test_train_full_disk_exits_with_one_line_and_keeps_log(tmp_path, monkeypatch
     monkeypatch.setattr(
         drivers.training.run, "save_checkpoint", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space"))
     )
-    stand_in(monkeypatch, program, config, run, parts)
+    replace_components(monkeypatch, program, config, run, parts)
     with pytest.raises(SystemExit) as ended:
         program.main(["--model-path", "tiny"])
     assert ended.value.code == 1

@@ -21,7 +21,7 @@ from tests.tiny import make_tiny_policy
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
 
 
-def expected_checksum(tensor):
+def compute_checksum_by_hand(tensor):
     """Return the checksum from the bytes, in Python integers."""
     raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     row, sums = 8 * 256, []
@@ -42,7 +42,7 @@ def expected_checksum(tensor):
 def test_checksum_equals_definition(size, dtype, seed):
     values = np.random.default_rng(seed).integers(0, 256, size * dtype.itemsize, dtype=np.uint8)
     tensor = torch.from_numpy(values.copy()).view(dtype)
-    assert tuple(checksum(tensor).tolist()) == expected_checksum(tensor)
+    assert tuple(checksum(tensor).tolist()) == compute_checksum_by_hand(tensor)
 
 
 @given(st.integers(1, 3000), st.data())
@@ -137,7 +137,7 @@ def test_weight_gatherer_other_rank_serves_until_done(events, monkeypatch):
     assert not messages
 
 
-def with_lora(seed=0, rank=2, alpha=8.0, sharper=1.0):
+def make_lora_policy(seed=0, rank=2, alpha=8.0, sharper=1.0):
     """Return a tiny policy with LoRA; `sharper` scales the fixed output layer, so that tokens can be likely."""
     policy = make_tiny_policy(seed)
     policy.get_input_embeddings().weight.data.mul_(sharper)
@@ -145,7 +145,7 @@ def with_lora(seed=0, rank=2, alpha=8.0, sharper=1.0):
     return policy
 
 
-def stir(policy):
+def perturb(policy):
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
@@ -155,14 +155,14 @@ def stir(policy):
 
 def test_lora_starts_at_base_and_pushes_merged_weights():
     """A plain model with the merged weights gives the logits of the policy with its adapters."""
-    plain, policy, ids = make_tiny_policy(0), with_lora(), torch.tensor([[3, 4, 5, 6]])
+    plain, policy, ids = make_tiny_policy(0), make_lora_policy(), torch.tensor([[3, 4, 5, 6]])
     assert torch.equal(policy(ids).logits, plain(ids).logits)
     trained = {name for name, p in policy.named_parameters() if p.requires_grad}
     assert trained
     assert all(".lora_" in name for name in trained)
     assert all(f".{layer}." in " ".join(trained) for layer in ("q_proj", "o_proj", "gate_proj", "down_proj"))
     before = {name: p.detach().clone() for name, p in policy.named_parameters() if name not in trained}
-    stir(policy)
+    perturb(policy)
     weights = PolicyWeights(policy, torch.float32)
     merged = dict(weights)
     assert merged.keys() == dict(plain.named_parameters()).keys()
@@ -185,7 +185,7 @@ def test_lora_without_adapters_is_the_reference(dtype):
     rollouts, scores = sample_rollouts(config, parts)
     policy = make_tiny_policy(0).to(dtype)
     add_lora(policy, 2, 8.0, seed=5, base="tiny")
-    stir(policy)
+    perturb(policy)
     trained = [name for name, p in policy.named_parameters() if p.requires_grad]
     found, expected = (
         prepare_rollouts(config, policy, reference, rollouts, scores, None)
@@ -244,11 +244,11 @@ def test_lora_bfloat16_push_keeps_small_updates():
 
 def test_lora_initialization_depends_on_seed_only():
     torch.manual_seed(1)
-    first = adapter_weights(with_lora())
+    first = adapter_weights(make_lora_policy())
     torch.manual_seed(2)
     drawn = torch.rand(3)
     torch.manual_seed(2)
-    second = adapter_weights(with_lora())
+    second = adapter_weights(make_lora_policy())
     assert torch.equal(torch.rand(3), drawn)  # the global generator was not used
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -265,8 +265,8 @@ def test_lora_checkpoint_loads_in_peft(tmp_path):
     from drivers.runs.checkpoint import save_checkpoint
     from tests.tiny import make_tiny_tokenizer
 
-    policy, ids = with_lora(), torch.tensor([[3, 4, 5, 6]])
-    stir(policy)
+    policy, ids = make_lora_policy(), torch.tensor([[3, 4, 5, 6]])
+    perturb(policy)
     folder = save_checkpoint(policy, make_tiny_tokenizer(), tmp_path / "c", facts={"step": 1})
     expected = policy(ids).logits
     assert torch.allclose(AutoModelForCausalLM.from_pretrained(folder)(ids).logits, expected, atol=1e-5)
@@ -282,7 +282,7 @@ def test_lora_training_learns_and_keeps_base(tmp_path):
     from tests.drivers.helpers.letters import letter_grader, make_run, make_tiny_config, make_tiny_parts
 
     config, parts = make_tiny_config(n_grpo_steps=25, learning_rate=1e-2), make_tiny_parts()
-    policy = with_lora(rank=4, sharper=5.0)
+    policy = make_lora_policy(rank=4, sharper=5.0)
     before = {name: p.detach().clone() for name, p in policy.named_parameters() if not p.requires_grad}
     weights = PolicyWeights(policy, torch.float32)
     engine = HFReplica(make_tiny_policy(0), parts.tokenizer, weights)

@@ -39,22 +39,22 @@ from tests.drivers.helpers.runs import (
 STEPS = 6
 
 
-def fine_tune(folder: Path, checkpoint: Path | None) -> None:
+def fine_tune_letters(folder: Path, checkpoint: Path | None) -> None:
     """Fine-tune on twelve demonstrations, two at a time."""
     shown = make_letter_demonstrations(*LETTER_RESPONSES, "ab", "ba")
     run_sft(folder, shown, checkpoint, epochs=1, train_batch_size=2, eval_steps=2, checkpoint_steps=1)
 
 
-def iterate(folder: Path, checkpoint: Path | None) -> None:
+def iterate_letters(folder: Path, checkpoint: Path | None) -> None:
     each = {"eval_steps": 2, "checkpoint_steps": 1}
     run_expert_iteration(folder, checkpoint=checkpoint, n_ei_steps=STEPS, epochs=1, **each)
 
 
-LOOPS = {"sft": fine_tune, "expert iteration": iterate}
+LOOPS = {"sft": fine_tune_letters, "expert iteration": iterate_letters}
 """The programs beside train.py."""
 
 
-def in_a_process(act) -> int:
+def call_in_fork(act) -> int:
     """Call a function in a fork of this process, which starts in a moment because all modules are loaded."""
     pid = os.fork()
     if pid:
@@ -71,7 +71,7 @@ def in_a_process(act) -> int:
         os._exit(1)
 
 
-def train_on(folder: Path, kind: str) -> None:
+def train_or_resume(folder: Path, kind: str) -> None:
     """Do what the command line does with `--resume auto`."""
     settings = RUN_KINDS.get(kind, {})
     config = replace(make_tiny_config(**(SIX_STEPS | settings)), resume="auto", save_dir=str(folder))
@@ -85,7 +85,7 @@ def train_on(folder: Path, kind: str) -> None:
         run_grpo(folder, checkpoint, publish=True, **settings)
 
 
-def wait_for_a_bad_moment(folder: Path, draw: random.Random, seconds: float) -> None:
+def wait_for_random_moment(folder: Path, draw: random.Random, seconds: float) -> None:
     """Wait for any moment of a run, or every other time for one in which it writes a file."""
     end = time.monotonic() + draw.uniform(0.0, seconds)
     writing = draw.random() < 0.5
@@ -97,13 +97,13 @@ def wait_for_a_bad_moment(folder: Path, draw: random.Random, seconds: float) -> 
         time.sleep(draw.uniform(0.0, 0.02))
 
 
-def finish(pid: int) -> None:
+def wait_for_success(pid: int) -> None:
     _, status = os.waitpid(pid, 0)
     if status:
         raise SystemExit(f"a run that nobody killed has ended with {status}")
 
 
-def fingerprint(folder: Path) -> tuple[dict, int]:
+def compute_fingerprint(folder: Path) -> tuple[dict, int]:
     """Return the checksums of all that must be equal, and the number of bytes."""
     last = folder / f"checkpoint-{STEPS}"
     files = [folder / "final_model/model.safetensors", folder / "completions.jsonl", last / FACTS]
@@ -127,19 +127,19 @@ def main(wanted: int, seed: int) -> None:
             kind = kinds[runs % len(kinds)]
             if kind not in whole:
                 folder, start = Path(name) / kind, time.monotonic()
-                finish(in_a_process(lambda folder=folder, kind=kind: train_on(folder, kind)))
-                whole[kind], seconds[kind] = fingerprint(folder)[0], time.monotonic() - start
+                wait_for_success(call_in_fork(lambda folder=folder, kind=kind: train_or_resume(folder, kind)))
+                whole[kind], seconds[kind] = compute_fingerprint(folder)[0], time.monotonic() - start
             folder = Path(name) / f"{kind}-{runs}"
             while not (folder / "final_model").exists():
-                pid = in_a_process(lambda folder=folder, kind=kind: train_on(folder, kind))
-                wait_for_a_bad_moment(folder, draw, seconds[kind])
+                pid = call_in_fork(lambda folder=folder, kind=kind: train_or_resume(folder, kind))
+                wait_for_random_moment(folder, draw, seconds[kind])
                 os.kill(pid, signal.SIGKILL)
                 _, status = os.waitpid(pid, 0)
                 if os.WIFEXITED(status) and os.WEXITSTATUS(status):
                     raise SystemExit(f"{kind}: a run has ended by itself, with {os.WEXITSTATUS(status)}")
                 kills += os.WIFSIGNALED(status)
                 torn += any(folder.glob(".unfinished-*"))
-            found, size = fingerprint(folder)
+            found, size = compute_fingerprint(folder)
             if found != whole[kind]:
                 other = [name for name in found if found[name] != whole[kind][name]]
                 raise SystemExit(f"{kind}, seed {seed}: after kills {', '.join(other)} are others than without")
