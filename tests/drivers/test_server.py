@@ -349,7 +349,7 @@ ENDING = """
     try:
         engine.load_weights(0)
     except EngineDiedError:
-        print("told", flush=True)
+        print("raised", flush=True)
     engine.close()
 """
 
@@ -365,7 +365,7 @@ def test_server_engine_hanging_server_lets_process_exit(stub, tmp_path):
     command = [sys.executable, str(script), stub.url, other.url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
-            assert any(line == "told\n" for line in process.stdout)
+            assert any(line == "raised\n" for line in process.stdout)
             assert process.wait(30) == 0
         finally:
             process.kill()

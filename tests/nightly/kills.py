@@ -100,7 +100,7 @@ def wait_for_random_moment(folder: Path, draw: random.Random, seconds: float) ->
 def wait_for_success(pid: int) -> None:
     _, status = os.waitpid(pid, 0)
     if status:
-        raise SystemExit(f"a run that nobody killed has ended with {status}")
+        raise SystemExit(f"a run without a kill has ended with status {status}")
 
 
 def compute_fingerprint(folder: Path) -> tuple[dict, int]:
@@ -136,13 +136,15 @@ def main(wanted: int, seed: int) -> None:
                 os.kill(pid, signal.SIGKILL)
                 _, status = os.waitpid(pid, 0)
                 if os.WIFEXITED(status) and os.WEXITSTATUS(status):
-                    raise SystemExit(f"{kind}: a run has ended by itself, with {os.WEXITSTATUS(status)}")
+                    raise SystemExit(f"{kind}: a run has ended by itself with status {os.WEXITSTATUS(status)}")
                 kills += os.WIFSIGNALED(status)
                 torn += any(folder.glob(".unfinished-*"))
             found, size = compute_fingerprint(folder)
             if found != whole[kind]:
                 other = [name for name in found if found[name] != whole[kind][name]]
-                raise SystemExit(f"{kind}, seed {seed}: after kills {', '.join(other)} are others than without")
+                raise SystemExit(
+                    f"{kind}, seed {seed}: after kills {', '.join(other)} differ from a run without kills"
+                )
             assert (folder / "final_model" / MANIFEST).exists()
             compared += size
             runs += 1

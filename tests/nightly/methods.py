@@ -21,18 +21,18 @@ def main() -> None:
         sweep, asked = Path(name) / "sweep", ["--sampling-max-tokens", "32", "--n-examples", "128"]
         run("sweep", "methods", "--wandb-project", "None", "--save-dir", str(sweep))
         run("evaluate", *asked, "--output-dir", f"{name}/before")
-        told = []
+        results = []
         for model in sorted(sweep.glob("*/final_model")):
             after = f"{name}/{model.parent.name}"
             compared = ["--compare-to", f"{name}/before", "--output-dir", after]
             run("evaluate", *asked, "--model-path", str(model), *compared)
             found = json.loads(Path(after, "results.json").read_text())["comparison"]["validation"]
-            told.append(f"{model.parent.name}: {found['difference']:+.3f}, p = {found['p_value']:.1g}")
+            results.append(f"{model.parent.name}: {found['difference']:+.3f}, p = {found['p_value']:.1g}")
             if not (found["difference"] > 0 and found["p_value"] < 0.01):
-                sys.exit(f"{told[-1]}: nothing was learned")
-        if len(told) != 3:
-            sys.exit(f"three runs are required, found {told}")
-    print("; ".join(told))
+                sys.exit(f"{results[-1]}: nothing was learned")
+        if len(results) != 3:
+            sys.exit(f"three runs are required, found {results}")
+    print("; ".join(results))
 
 
 if __name__ == "__main__":
