@@ -29,6 +29,75 @@ from tests.drivers.helpers.processes import list_engine_processes
 from tests.tiny import save_tiny
 
 
+def kill_vllm(wait=False):
+    """Kill all processes of vLLM."""
+    for process in list_engine_processes():
+        process.kill()
+        if wait:
+            process.wait()
+
+
+def kill_before_answer(engine, number):
+    """Have vLLM die before its answer `number`, counted from 1."""
+    generate, calls = engine.generate, []
+
+    def killing(*arguments, **named):
+        calls.append(1)
+        if len(calls) == number:
+            kill_vllm()
+        return generate(*arguments, **named)
+
+    engine.generate = killing
+
+
+def break_push_of(engine, number, n_tensors):
+    """Have vLLM die in push `number`, counted from 1, after `n_tensors` tensors."""
+    sender, pushes = engine._engine._sender.transfer, []
+    source, send = sender.source, sender.send_weights
+
+    def breaking():
+        for index, pair in enumerate(source):
+            if index == n_tensors:
+                kill_vllm(wait=True)
+                raise RuntimeError("the connection is gone")
+            yield pair
+
+    def send_weights():
+        pushes.append(1)
+        sender.source = breaking() if len(pushes) == number else source
+        send()
+
+    sender.send_weights = send_weights
+
+
+def omit_from_push(engine, weights, name):
+    """Leave the tensor `name`, or all tensors for "all", out of the push after the first update."""
+    load = engine.load_weights
+
+    def load_weights(version):
+        if version == 1:
+            engine._weights = ((key, tensor) for key, tensor in weights if name not in ("all", key))
+        load(version)
+
+    engine.load_weights = load_weights
+
+
+def make_models(config, precision):
+    """Return the policy and the reference of this rank, if there is one."""
+    cpu, several = torch.device("cpu"), distributed.size() > 1
+    policy = make_tiny_parts().policy.to(precision)
+    if config.lora_rank:
+        add_lora(policy, config.lora_rank, config.lora_alpha, seed=5, base="tiny")
+    if several:
+        policy = fsdp.shard(policy, precision, cpu)
+    if config.gradient_checkpointing == "on":
+        enable_checkpointing(policy)
+    if config.lora_rank or not config.needs_reference:
+        return policy, None
+    reference = make_tiny_parts().policy
+    return policy, fsdp.shard(reference, precision, cpu) if several else reference.to(precision)
+
+
 def main(
     folder: str,
     settings: dict,
@@ -39,73 +108,26 @@ def main(
     break_push: tuple[int, int] | None = None,
     fault: str | None = None,
 ) -> None:
-    """Train the tiny policy.
-
-    Before answer `kill_engine_at` vLLM dies. Push `break_push[0]` breaks after `break_push[1]` tensors. The push after
-    the first update leaves out the tensor `fault`, or all tensors for "all".
-    """
+    """Train the tiny policy, with a fault of the engine or of a push if given."""
     torch.set_num_threads(1)
     distributed.start(seconds)
-    config, precision = make_tiny_config(**settings), getattr(torch, dtype)
-    parts = make_tiny_parts()
-    several = distributed.size() > 1
-    cpu = torch.device("cpu")
-    policy = parts.policy.to(precision)
-    if config.lora_rank:
-        add_lora(policy, config.lora_rank, config.lora_alpha, seed=5, base="tiny")
-    if several:
-        policy = fsdp.shard(policy, precision, cpu)
-    if config.gradient_checkpointing == "on":
-        enable_checkpointing(policy)
-    reference = make_tiny_parts().policy if config.needs_reference and not config.lora_rank else None
-    if reference is not None:
-        reference = fsdp.shard(reference, precision, cpu) if several else reference.to(precision)
+    config, precision, parts = make_tiny_config(**settings), getattr(torch, dtype), make_tiny_parts()
+    policy, reference = make_models(config, precision)
     weights = WeightGatherer(policy, precision)
     if not distributed.is_rank_zero():
         engine = None
     elif config.engine == "vllm":
         model = save_tiny(Path(folder) / "model")
         engine = make_vllm_engine(policy, model, weights=weights, dtype=precision, own_process=True)
-        answer, asked = engine.generate, []
-
-        def generate(*arguments, **named):
-            asked.append(1)
-            if len(asked) == kill_engine_at:
-                for process in list_engine_processes():
-                    process.kill()
-            return answer(*arguments, **named)
-
-        engine.generate = generate
+        if kill_engine_at is not None:
+            kill_before_answer(engine, kill_engine_at)
         if break_push is not None:
-            inner, pushes = engine._engine._sender.transfer, []
-            source, send = inner.source, inner.send_weights
-
-            def breaking():
-                for number, pair in enumerate(source):
-                    if number == break_push[1]:
-                        for process in list_engine_processes():
-                            process.kill()
-                            process.wait()
-                        raise RuntimeError("the connection is gone")
-                    yield pair
-
-            def send_weights():
-                pushes.append(1)
-                inner.source = breaking() if len(pushes) == break_push[0] else source
-                send()
-
-            inner.send_weights = send_weights
+            break_push_of(engine, *break_push)
     else:
-        engine = replica = HFReplica(make_tiny_parts().policy.to(precision), parts.tokenizer, weights)
-        load = replica.load_weights
-
-        def load_weights(version):
-            if fault is not None and version == 1:
-                replica._weights = ((name, one) for name, one in weights if fault not in ("all", name))
-            load(version)
-
-        replica.load_weights = load_weights
-    if several:
+        engine = HFReplica(make_tiny_parts().policy.to(precision), parts.tokenizer, weights)
+        if fault is not None:
+            omit_from_push(engine, weights, fault)
+    if distributed.size() > 1:
         engine = EngineOnRankZero(engine, weights)
     run_folder = Path(folder) / "run"
     distributed.run_on_rank_zero(lambda: run_folder.mkdir(parents=True, exist_ok=True))
