@@ -1,4 +1,4 @@
-"""The one run-time shape checker, its one switch, and the checks of values that many functions share."""
+"""The run-time shape checker and the checks of argument values that many functions share."""
 
 import functools
 from collections.abc import Callable
@@ -11,18 +11,18 @@ from jaxtyping import jaxtyped
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Of ragged batches there is no end.
-_MOST_KINDS = 4096
-# Where a float is asked for, an int is one: cliprange=1, normalize_constant=1024.
+# Ragged batches have an unbounded number of shapes, so the cache of checked signatures is bounded.
+_MAX_CACHED_SIGNATURES = 4096
+# Accept an int where a float is annotated: cliprange=1, normalize_constant=1024.
 _typechecker = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 def shape_checked(fn: Callable[P, R]) -> Callable[P, R]:
-    """Check every jaxtyping annotation of `fn`, argument against argument and result, in eager calls.
+    """Check the jaxtyping annotations of `fn` on every eager call: its arguments against each other and its result.
 
-    Shapes and types decide a check, so arguments of shapes and types that have passed once are not checked again:
-    3 microseconds in place of 50. Under `torch.compile` the check steps aside: there, tracing the checker would break
-    the graph. Setting `JAXTYPING_DISABLE=1` in the environment turns the check off everywhere.
+    Only shapes and types decide the outcome, so a combination that has passed once is not checked again, which takes 3
+    microseconds instead of 50. The check is skipped under `torch.compile`, where it would break the graph, and
+    everywhere if the environment sets `JAXTYPING_DISABLE=1`.
     """
     checked = jaxtyped(fn, typechecker=_typechecker)
     passed: set[tuple[object, ...]] = set()
@@ -31,32 +31,32 @@ def shape_checked(fn: Callable[P, R]) -> Callable[P, R]:
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():
             return fn(*args, **kwargs)
-        kind = (*map(_kind_of, args), *kwargs, *map(_kind_of, kwargs.values()))
-        if kind in passed:
+        signature = (*map(_signature_key, args), *kwargs, *map(_signature_key, kwargs.values()))
+        if signature in passed:
             return fn(*args, **kwargs)
         result = checked(*args, **kwargs)
-        if None not in kind:
-            if len(passed) >= _MOST_KINDS:
+        if None not in signature:
+            if len(passed) >= _MAX_CACHED_SIGNATURES:
                 passed.clear()
-            passed.add(kind)
+            passed.add(signature)
         return result
 
     return wrapper
 
 
-def _kind_of(value: object) -> object:
-    """All that a check looks at; None for what it looks into."""
+def _signature_key(value: object) -> object:
+    """Return everything about `value` that decides a check, or None if the check depends on the value's contents."""
     if isinstance(value, torch.Tensor):
         return value.shape, value.dtype
     return type(value) if value is None or isinstance(value, bool | int | float | str) else None
 
 
-def eager_alone(fn: Callable[P, R]) -> Callable[P, R]:
-    """For what is no graph: torch.compile goes around `fn`."""
+def disable_compile(fn: Callable[P, R]) -> Callable[P, R]:
+    """Run `fn` eagerly even when the caller is compiled with `torch.compile`."""
 
     @functools.wraps(fn)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling():  # asked for here, for it imports the compiler
+        if torch.compiler.is_compiling():  # checked at call time, because torch.compiler.disable imports the compiler
             return torch.compiler.disable(fn)(*args, **kwargs)  # type: ignore[no-any-return, no-untyped-call]
         return fn(*args, **kwargs)
 
@@ -64,17 +64,17 @@ def eager_alone(fn: Callable[P, R]) -> Callable[P, R]:
 
 
 def is_traced() -> bool:
-    """Whether torch.compile or torch.func is looking on: both want plain expressions, which one of them fuses."""
+    """Return True under torch.compile or a torch.func transform, which need plain differentiable expressions."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def check_choice(name: str, value: str, literal: Any) -> None:
-    """Raise unless `value` is one of the names of `literal`."""
+    """Raise ValueError unless `value` is one of the strings of the Literal type `literal`."""
     if value not in get_args(literal):
         raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(get_args(literal))}")
 
 
-def require(fulfilled: bool, name: str, value: object, required: str) -> None:
-    """Raise unless the argument `name` is what is required of it."""
+def require(fulfilled: bool, name: str, value: object, requirement: str) -> None:
+    """Raise ValueError if the argument `name` does not meet its requirement."""
     if not fulfilled:
-        raise ValueError(f"{name}={value} must be {required}")
+        raise ValueError(f"{name}={value} must be {requirement}")

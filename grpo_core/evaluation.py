@@ -1,4 +1,4 @@
-"""What to look at beside a loss: intervals, votes, silent groups, and where a gradient comes from."""
+"""Statistics of evaluations: pass@k, majority votes, confidence intervals and a test of paired differences."""
 
 import math
 import sys
@@ -17,23 +17,23 @@ from grpo_core._checks import require, shape_checked
 def estimate_mean_interval(
     values: Float[Tensor, " question"], *, confidence: float = 0.95
 ) -> tuple[float, float, float]:
-    r"""$\bar p$, and Wilson's interval around it for values in $[0, 1]$.
+    r"""Return $\bar p$ and the Wilson score interval around it, for values in $[0, 1]$.
 
     $$\Bigl(\bar p + \frac{z^2}{2m} \mp z \sqrt{\bar p (1 - \bar p) / m + z^2 / (4 m^2)}\Bigr) \Big/ (1 + z^2 / m)$$
 
-    Over $m$ questions. Unlike the mean plus or minus two standard errors, it stays within $[0, 1]$ and is not empty at
-    0 and 1. For zeros and ones it is Wilson's; for values between, whose variance is less, it is too wide rather than
-    too narrow.
+    $m$ is the number of questions. Unlike the mean plus or minus two standard errors, the interval stays within $[0,
+    1]$ and has a positive width at 0 and 1. For fractional values, whose variance is smaller than that of zeros and
+    ones, the interval is conservative.
 
     Args:
-        values: one number in $[0, 1]$ per question: an accuracy, a pass@k.
+        values: one number in $[0, 1]$ per question, such as an accuracy or a pass@k.
         confidence: in $(0, 1)$.
 
     Returns:
-        The mean, and the lower and upper end of the interval.
+        The mean, the lower end and the upper end of the interval.
 
     Raises:
-        ValueError: if there are no values, one lies outside $[0, 1]$, or `confidence` outside $(0, 1)$.
+        ValueError: if there are no values, a value lies outside $[0, 1]$, or `confidence` lies outside $(0, 1)$.
 
     Example:
         >>> mean, low, high = estimate_mean_interval(torch.tensor([1.0, 1.0, 1.0, 1.0]))
@@ -59,20 +59,20 @@ def estimate_mean_interval(
 def compute_majority_accuracy(
     answers: Sequence[Sequence[Hashable]], is_correct: Sequence[Sequence[bool]]
 ) -> Float[Tensor, " question"]:
-    r"""maj@k: 1 where the most frequent of a question's $k$ answers is right, else 0.
+    r"""Return maj@k for each question: 1 if the most frequent of its $k$ answers is correct, else 0.
 
-    Answers that tie share the question: the share of them that is right. An answer of None is no vote, and a question
-    without a vote is wrong. Answers count as the same if they are equal: normalize them before.
+    If several answers tie, the value is the share of them that is correct. An answer of None does not vote, and a
+    question without votes gets 0. Answers are compared by equality, so normalize them first.
 
     Args:
         answers: for each question, the answers of its responses.
-        is_correct: for each of them, whether it is right.
+        is_correct: for each question, whether each of these answers is correct.
 
     Returns:
         One number in $[0, 1]$ per question, float64.
 
     Raises:
-        ValueError: if the two do not have the same lengths.
+        ValueError: if `answers` and `is_correct` differ in their lengths.
 
     Example:
         >>> compute_majority_accuracy([["4", "4", "5"], ["1", "2", None]], [[True, True, False], [True, False, False]])
@@ -94,20 +94,20 @@ def compute_majority_accuracy(
 
 @shape_checked
 def compute_sign_flip_p_value(differences: Int[Tensor, " pair"]) -> float:
-    r"""$P\bigl(\bigl|\sum_i s_i d_i\bigr| \ge \bigl|\sum_i d_i\bigr|\bigr)$ over all signs $s \in \{-1, 1\}^m$.
+    r"""Return $P\bigl(\bigl|\sum_i s_i d_i\bigr| \ge \bigl|\sum_i d_i\bigr|\bigr)$ over all signs $s \in \{-1, 1\}^m$.
 
-    Small where one of two models is better on the same questions. The permutation test of paired differences,
-    two-sided and exact: if neither model is better, each difference is as likely as its opposite. Of differences in
-    $\{-1, 0, 1\}$, one response of each model to each question, it is McNemar's exact test. It answers for the
-    questions asked as a sample of all that could be asked. 1 without any difference.
+    This is the exact two-sided permutation test of paired differences. Its null hypothesis is that neither model is
+    better, so that each difference is as likely as its opposite. A small value means that one model is better on the
+    same questions, which are taken as a sample of all possible questions. For differences in $\{-1, 0, 1\}$ (one
+    response of each model per question) it is McNemar's exact test. Without any difference the value is 1.
 
-    Time and memory grow with $\sum_i |d_i|$: time with $m$ times that.
+    Memory grows with $\sum_i |d_i|$, and time with $m$ times that sum.
 
     Args:
-        differences: $d$, for each question how many of $k$ responses the one model has right more than the other.
+        differences: $d$, for each question the number of correct responses of one model minus that of the other.
 
     Returns:
-        The probability, in $(0, 1]$; what is too small for a number is the least normal one, $2^{-1022}$.
+        The p-value in $(0, 1]$; values too small for a float are returned as the least normal float, $2^{-1022}$.
 
     Example:
         >>> compute_sign_flip_p_value(torch.tensor([1, 1, 1, 1, 1, 1, 0, 0]))  # 2 / 2^6
@@ -119,7 +119,7 @@ def compute_sign_flip_p_value(differences: Int[Tensor, " pair"]) -> float:
         Fisher 1935, The Design of Experiments, section 21; McNemar 1947, doi:10.1007/BF02295996.
     """
     sizes = [abs(difference) for difference in differences.tolist() if difference]
-    # Of each sum that the differences with a positive sign can come to, the share of all choices.
+    # shares[k] is the share of all choices of signs in which the differences with a positive sign sum to k.
     shares = torch.zeros(sum(sizes) + 1, dtype=torch.float64)
     shares[0] = 1.0
     for size in sizes:
@@ -134,14 +134,15 @@ def compute_sign_flip_p_value(differences: Int[Tensor, " pair"]) -> float:
 def estimate_pass_at_k(
     n_correct: Int[Tensor, " question"], n_samples: Int[Tensor, " question"] | int, k: int
 ) -> Float[Tensor, " question"]:
-    r"""$1 - \binom{n - c}{k} \big/ \binom{n}{k}$: unbiased probability that one of $k$ responses is right.
+    r"""Return $1 - \binom{n - c}{k} \big/ \binom{n}{k}$, the unbiased estimate of pass@k for each question.
 
-    It is the mean over all $k$-subsets of the $n$ responses. Exact in integers, then rounded to float64. Monotone in
-    $k$ and in $c$; for $k = 1$ it is $c / n$.
+    It is the mean, over all $k$-subsets of the $n$ responses, of whether a subset contains a correct response. It is
+    computed exactly in integers and rounded once to float64. It increases with $k$ and with $c$, and is $c / n$ for $k
+    = 1$.
 
     Args:
-        n_correct: $c$, right responses to each question.
-        n_samples: $n$, responses to each question.
+        n_correct: $c$, the number of correct responses to each question.
+        n_samples: $n$, the number of responses to each question.
         k: $1 \le k \le n$.
 
     Returns:
@@ -164,6 +165,6 @@ def estimate_pass_at_k(
     )
     if any(not 0 <= c <= n for c, n in zip(right, samples, strict=True)):
         raise ValueError("n_correct must lie between 0 and n_samples for every question")
-    # One division of integers: 1 - a / b would round twice.
+    # A single division of integers, because 1 - a / b would round twice.
     values = [(math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k) for c, n in zip(right, samples, strict=True)]
     return torch.tensor(values, dtype=torch.float64)

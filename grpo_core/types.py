@@ -1,4 +1,4 @@
-"""The names that signatures share."""
+"""Type names that the signatures of several functions share."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, runtime_checkable
@@ -7,36 +7,38 @@ from jaxtyping import Float
 from torch import Tensor
 
 LossType = Literal["no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_clip"]
-"""Which per-token objective `compute_policy_gradient_loss` computes."""
+"""Per-token objectives of `compute_policy_gradient_loss`."""
 
 Aggregation = Literal["sequence_mean", "token_mean", "prompt_mean", "sequence_sum", "constant"]
-"""How `compute_token_weights` and `aggregate_token_losses` turn per-token values into one scalar."""
+"""Ways in which `compute_token_weights` and `aggregate_token_losses` reduce token losses to a scalar."""
 
 Counting = Literal["count", "drop"]
-"""Whether what adds nothing to a loss still counts in the denominator of its mean."""
+"""Whether tokens or responses that add nothing to a loss still count in the denominator of its mean."""
 
 KLEstimator = Literal["k1", "k2", "k3", "abs", "ratio_k3"]
-"""Which estimate of a divergence `estimate_kl` gives."""
+"""Estimators of the KL divergence in `estimate_kl`."""
 
 ImportanceLevel = Literal["token", "sequence", "geometric"]
-"""Over what `compute_importance_ratios` takes a ratio."""
+"""Unit over which `compute_importance_ratios` takes a ratio."""
 
 GroupSizes = int | Sequence[int]
-"""The number of responses to each question: one number for all of them, or one for each."""
+"""Number of responses to each question: one number for all groups, or one number per group."""
 
 Advantages = Float[Tensor, "batch #seq"]
-"""One column, constant over the tokens of a response, or one value for each token."""
+"""One column, constant over the tokens of a response, or one value per token."""
 
 Metadata = dict[str, Tensor]
-"""Named tensors beside a result, detached; each function documents its keys."""
+"""Named, detached tensors returned beside a result; each function documents its keys."""
 
 GroundTruth = str | int | float | list[str | int | float] | list[str] | list[int] | list[float]
-"""A reference answer, or a list of alternatives of which any one counts."""
+"""A reference answer, or a list of alternatives, each of which is accepted."""
 
 RewardFn = Callable[..., dict[str, float] | dict[str, float | None]]
-"""`reward_fn(response, ground_truth) -> {"reward", "format_reward", "answer_reward"}`; None: could not be scored."""
+"""`reward_fn(response, ground_truth) -> {"reward", "format_reward", "answer_reward"}`; a reward of None means that the
+response could not be scored."""
 
-# mypy holds a caller to the names; at run time any string comes in, so that a wrong one meets our own one-line error.
+# mypy checks that callers pass a listed name. At run time any string passes the shape check, so that a wrong name gets
+# this library's one-line error instead of a long type error.
 if TYPE_CHECKING:
     LossTypeName: TypeAlias = LossType
     AggregationName: TypeAlias = Aggregation
@@ -49,11 +51,11 @@ else:
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that the library calls."""
+    """The part of a Hugging Face tokenizer that this library calls."""
 
     pad_token_id: int | None
     eos_token_id: int | None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`."""
+        """Return the token ids of `text`."""
         ...

@@ -1,13 +1,14 @@
-"""How much better than its alternatives a response was: from rewards to advantages."""
+"""Advantage estimators: how much better each response was than the others of its group."""
 
 import math
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from grpo_core._checks import require, shape_checked
-from grpo_core._groups import RELATIVE_NOISE, list_sizes, split_groups
+from grpo_core._groups import RELATIVE_NOISE, list_group_sizes, split_groups
 from grpo_core.types import Advantages, GroupSizes
 
 
@@ -20,25 +21,26 @@ def normalize_group_rewards(
     normalize_by_std: bool = True,
     correction: int = 1,
 ) -> Float[Tensor, " rollout"]:
-    r"""$A_i = (r_i - \bar r) / (s + \epsilon)$ within each group, $s$ the standard deviation; no unit.
+    r"""Return $A_i = (r_i - \bar r) / (s + \epsilon)$, the reward normalized within its group (GRPO).
 
-    Rewards are data: the result is detached. A group whose rewards are all the same (their range is within a millionth
-    of the largest) carries no signal and gets exactly 0: in floating point their $s$ need not be 0. A response that
-    could not be scored (NaN or infinite) gets 0 and takes part in no statistic.
+    $\bar r$ and $s$ are the mean and the standard deviation of the group. Unitless and detached. If all rewards of a
+    group are equal (their range is within a millionth of the largest), the group has no signal and its advantages are
+    exactly 0, even where rounding makes $s > 0$. A response that could not be scored (NaN or infinite) gets 0 and is
+    excluded from the statistics.
 
     Args:
         rewards: $r$, group after group.
-        group_sizes: $G$, the number of responses to each question: one number, or one for each group.
-        advantage_eps: $\epsilon$, in units of reward; keeps a tiny $s$ from inflating $A$.
-        normalize_by_std: False leaves the division out, $A_i = r_i - \bar r$, as Dr. GRPO does.
-        correction: 1 for the unbiased $s$ (division by $G - 1$), 0 for that of a population.
+        group_sizes: $G$, the number of responses to each question: one number for all groups, or one per group.
+        advantage_eps: $\epsilon$, in units of reward; limits $A$ where $s$ is tiny.
+        normalize_by_std: False omits the division, $A_i = r_i - \bar r$, as in Dr. GRPO.
+        correction: 1 for the unbiased $s$ (division by $G - 1$), 0 for the population $s$ (division by $G$).
 
     Returns:
         The advantage of each response, with mean 0 in each group; float64 for float64 rewards, else float32.
 
     Raises:
-        ValueError: if the rollouts do not fill the groups, a group of 1 is to be divided by its standard deviation,
-            `advantage_eps` is negative, or `correction` is neither 0 nor 1.
+        ValueError: if the rollouts do not fill the groups, `normalize_by_std` is set and a group has 1 response,
+            `advantage_eps` is negative or not finite, or `correction` is neither 0 nor 1.
 
     Example:
         >>> normalize_group_rewards(torch.tensor([1.0, 0.0, 0.1, 0.1]), 2, normalize_by_std=False)
@@ -47,27 +49,28 @@ def normalize_group_rewards(
     References:
         Shao et al. 2024, arXiv:2402.03300, section 4.1.2; Liu et al. 2025, arXiv:2503.20783, section 3.1 (undivided).
     """
-    check_group_std(list_sizes(len(rewards), group_sizes), advantage_eps, normalize_by_std)
+    check_group_std(list_group_sizes(len(rewards), group_sizes), advantage_eps, normalize_by_std)
     require(correction in (0, 1), "correction", correction, "0 or 1")
     groups = split_groups(rewards, group_sizes)
     advantages = groups.rewards - groups.mean
     if normalize_by_std:
         advantages = advantages / (groups.std(correction) + advantage_eps)
-    return groups.signal_as_rollouts(advantages)
+    return groups.flatten_with_signal(advantages)
 
 
 @shape_checked
 def compute_leave_one_out_advantages(
     rewards: Float[Tensor, " rollout"], group_sizes: GroupSizes
 ) -> Float[Tensor, " rollout"]:
-    r"""$A_i = r_i - \frac{1}{G-1} \sum_{j \ne i} r_j$ (RLOO): each response against the mean of the others.
+    r"""Return $A_i = r_i - \frac{1}{G-1} \sum_{j \ne i} r_j$, the reward minus the mean of the others (RLOO).
 
-    In units of reward; $G/(G-1)$ times the centered reward, and with it the gradient of the expected reward is
-    unbiased. Detached. Exactly 0 for a group without signal, of one response, or for one that could not be scored.
+    In units of reward; detached. It is $G/(G-1)$ times the centered reward, and gives an unbiased gradient of the
+    expected reward. Exactly 0 for a group without signal, for a group with one response, and for a response that could
+    not be scored.
 
     Args:
         rewards: $r$, group after group; NaN or infinite where a response could not be scored.
-        group_sizes: $G$: one number, or one for each group.
+        group_sizes: $G$: one number for all groups, or one per group.
 
     Returns:
         The advantage of each response.
@@ -85,21 +88,21 @@ def compute_leave_one_out_advantages(
     """
     groups = split_groups(rewards, group_sizes)
     others = groups.rewards.sum(dim=1, keepdim=True) - groups.rewards
-    return groups.signal_as_rollouts(groups.rewards - others / (groups.n_scored - 1).clamp(min=1))
+    return groups.flatten_with_signal(groups.rewards - others / (groups.n_scored - 1).clamp(min=1))
 
 
 @shape_checked
 def compute_batch_std_advantages(
     rewards: Float[Tensor, " rollout"], group_sizes: GroupSizes, *, advantage_eps: float = 1e-4
 ) -> Float[Tensor, " rollout"]:
-    r"""$A_i = (r_i - \bar r) / (s + \epsilon)$, $\bar r$ of the group, $s$ of the whole batch (Lite PPO).
+    r"""Return $A_i = (r_i - \bar r) / (s + \epsilon)$, group mean over batch deviation (Lite PPO).
 
-    $s$ is the unbiased standard deviation of all rewards as they came, not of the centered ones. Detached; no unit.
-    Exactly 0 for a group without signal, whatever the batch; and for a response that could not be scored.
+    $\bar r$ is the mean of the group, and $s$ the unbiased standard deviation of all raw rewards of the batch, before
+    centering. Unitless and detached. Exactly 0 for a group without signal and for a response that could not be scored.
 
     Args:
         rewards: $r$, group after group; NaN or infinite where a response could not be scored.
-        group_sizes: $G$: one number, or one for each group.
+        group_sizes: $G$: one number for all groups, or one per group.
         advantage_eps: $\epsilon$, in units of reward.
 
     Returns:
@@ -119,7 +122,7 @@ def compute_batch_std_advantages(
     groups = split_groups(rewards, group_sizes)
     everything = groups.rewards[groups.scored]
     spread = everything.std() if len(everything) > 1 else everything.new_ones(())
-    return groups.signal_as_rollouts((groups.rewards - groups.mean) / (spread + advantage_eps))
+    return groups.flatten_with_signal((groups.rewards - groups.mean) / (spread + advantage_eps))
 
 
 @shape_checked
@@ -130,25 +133,25 @@ def compute_gdpo_advantages(
     reward_weights: list[float] | None = None,
     advantage_eps: float = 1e-4,
 ) -> Float[Tensor, " rollout"]:
-    r"""$A = (S - \bar S) / (s + \epsilon)$ over the batch, $S_i = \sum_k w_k A_{ik}$: several rewards (GDPO).
+    r"""Return $A = (S - \bar S) / (s + \epsilon)$ over the batch, with $S_i = \sum_k w_k A_{ik}$ (GDPO).
 
-    $A_{ik}$ is reward $k$ of response $i$, normalized within its group by `normalize_group_rewards`, so that a reward
-    of large scale cannot drown another. Detached; no unit. A reward that could not be scored adds 0 to $S_i$; a
-    response without any gets 0. Exactly 0 for a group without signal in any reward ($\bar S$ is 0 up to rounding, as
-    each $A_{ik}$ sums to 0 in its group).
+    For several rewards: $A_{ik}$ is reward $k$ of response $i$, normalized within its group by
+    `normalize_group_rewards`, so that the scale of one reward cannot dominate the others. Unitless and detached. A
+    reward that could not be scored adds 0 to $S_i$, and a response without any scored reward gets 0. Exactly 0 for a
+    group without signal in any reward ($\bar S$ is 0 up to rounding, because each $A_{ik}$ sums to 0 in its group).
 
     Args:
-        rewards: $r_{ik}$, group after group, one column for each reward; NaN or infinite where it could not be scored.
-        group_sizes: $G$: one number, or one for each group.
-        reward_weights: $w$, one for each reward; None weighs all by 1.
+        rewards: $r_{ik}$, group after group, one column per reward; NaN or infinite where it could not be scored.
+        group_sizes: $G$: one number for all groups, or one per group.
+        reward_weights: $w$, one per reward; None gives every reward weight 1.
         advantage_eps: $\epsilon$ of both divisions.
 
     Returns:
         The advantage of each response.
 
     Raises:
-        ValueError: if the rollouts do not fill the groups, a group has 1 response, `advantage_eps` is negative, or
-            there is not one weight per reward.
+        ValueError: if the rollouts do not fill the groups, a group has 1 response, `advantage_eps` is negative, or the
+            number of weights differs from the number of rewards.
 
     Example:
         >>> compute_gdpo_advantages(torch.tensor([[1.0, 0.0], [0.0, 100.0]]), 2, reward_weights=[3.0, 1.0])
@@ -158,7 +161,12 @@ def compute_gdpo_advantages(
         Liu et al. 2026, arXiv:2601.05242 (GDPO).
     """
     weights = [1.0] * rewards.shape[1] if reward_weights is None else reward_weights
-    require(len(weights) == rewards.shape[1], "reward_weights", weights, f"{rewards.shape[1]} numbers, one per reward")
+    require(
+        len(weights) == rewards.shape[1],
+        "reward_weights",
+        weights,
+        f"one number per reward, {rewards.shape[1]} in total",
+    )
     columns = [normalize_group_rewards(column, group_sizes, advantage_eps=advantage_eps) for column in rewards.T]
     total = torch.stack([w * column.double() for w, column in zip(weights, columns, strict=True)]).sum(dim=0)
     scored = rewards.isfinite().any(dim=1)
@@ -170,16 +178,16 @@ def compute_gdpo_advantages(
 def compute_opo_advantages(
     rewards: Float[Tensor, " rollout"], group_sizes: GroupSizes, lengths: Int[Tensor, " rollout"]
 ) -> Float[Tensor, " rollout"]:
-    r"""$A_i = r_i - \sum_j n_j r_j \big/ \sum_j n_j$ over the group (OPO): a baseline weighted by length.
+    r"""Return $A_i = r_i - \sum_j n_j r_j \big/ \sum_j n_j$, with the group's length-weighted mean as baseline (OPO).
 
-    Of least variance if the squared gradient of a response grows with its length and the policy is the sampler's own.
-    In units of reward; the length-weighted sum of a group is 0. Detached. Exactly 0 for a group without signal, for a
-    response that could not be scored, and in a group whose scored responses are all empty.
+    The baseline has the least variance if the squared gradient of a response grows with its length and the responses
+    are on-policy. In units of reward; detached. The length-weighted sum of a group is 0. Exactly 0 for a group without
+    signal, for a response that could not be scored, and for a group whose scored responses are all empty.
 
     Args:
         rewards: $r$, group after group; NaN or infinite where a response could not be scored.
-        group_sizes: $G$: one number, or one for each group.
-        lengths: $n$, response tokens.
+        group_sizes: $G$: one number for all groups, or one per group.
+        lengths: $n$, the number of tokens of each response.
 
     Returns:
         The advantage of each response.
@@ -202,20 +210,20 @@ def compute_opo_advantages(
     tokens = torch.where(groups.scored, tokens, 0.0)
     total = tokens.sum(dim=1, keepdim=True)
     baseline = (tokens * groups.rewards).sum(dim=1, keepdim=True) / total.clamp(min=1)
-    return groups.signal_as_rollouts(torch.where(total > 0, groups.rewards - baseline, 0.0))
+    return groups.flatten_with_signal(torch.where(total > 0, groups.rewards - baseline, 0.0))
 
 
 @shape_checked
 def compute_gpg_advantages(rewards: Float[Tensor, " rollout"], group_sizes: GroupSizes) -> Float[Tensor, " rollout"]:
-    r"""$A_i = \frac{B}{B - M} (r_i - \bar r)$ (GPG): centered, and scaled up for the groups that teach nothing.
+    r"""Return $A_i = \frac{B}{B - M} (r_i - \bar r)$, centered and scaled up to make up for zero-signal groups (GPG).
 
-    $B$ counts the scored responses of the batch, $M$ those of them in groups without signal: the gradient has the
-    size that it would have if all groups taught. In units of reward. Detached. Exactly 0 for a group without signal
-    and for a response that could not be scored.
+    $B$ is the number of scored responses of the batch and $M$ the number of these in groups without signal, so that
+    the gradient is as large as if every group had signal. In units of reward; detached. Exactly 0 for a group without
+    signal and for a response that could not be scored.
 
     Args:
         rewards: $r$, group after group; NaN or infinite where a response could not be scored.
-        group_sizes: $G$: one number, or one for each group.
+        group_sizes: $G$: one number for all groups, or one per group.
 
     Returns:
         The advantage of each response.
@@ -231,22 +239,23 @@ def compute_gpg_advantages(rewards: Float[Tensor, " rollout"], group_sizes: Grou
         Chu et al. 2025, arXiv:2504.02546 (GPG).
     """
     groups = split_groups(rewards, group_sizes)
-    teaching = (groups.n_scored * groups.has_signal).sum()
-    scale = groups.n_scored.sum() / teaching.clamp(min=1)
-    return groups.signal_as_rollouts(scale * (groups.rewards - groups.mean))
+    with_signal = (groups.n_scored * groups.has_signal).sum()
+    scale = groups.n_scored.sum() / with_signal.clamp(min=1)
+    return groups.flatten_with_signal(scale * (groups.rewards - groups.mean))
 
 
 @shape_checked
 def compute_maxrl_advantages(rewards: Float[Tensor, " rollout"], group_sizes: GroupSizes) -> Float[Tensor, " rollout"]:
-    r"""$A_i = (r_i - \bar r) / \bar r$ (MaxRL): the rarer success is in the group, the more it weighs.
+    r"""Return $A_i = (r_i - \bar r) / \bar r$, which gives rare successes more weight (MaxRL).
 
-    For rewards of 0 and 1 the mean of $A_i \nabla \log \pi(o_i)$ has the gradient of $-\sum_{k=1}^{G-1} (1 - p)^k / k$
-    as its expectation, the first terms of $\log p$, where $p$ is the probability of success. Detached; no unit.
-    Exactly 0 for a group without signal (with no success among them) and for a response that could not be scored.
+    For rewards of 0 and 1, the expectation of the mean of $A_i \nabla \log \pi(o_i)$ is the gradient of
+    $-\sum_{k=1}^{G-1} (1 - p)^k / k$, the first terms of the series of $\log p$, where $p$ is the probability of
+    success. Unitless and detached. Exactly 0 for a group without signal, which includes a group without a success, and
+    for a response that could not be scored.
 
     Args:
         rewards: $r \ge 0$, group after group; NaN or infinite where a response could not be scored.
-        group_sizes: $G$: one number, or one for each group.
+        group_sizes: $G$: one number for all groups, or one per group.
 
     Returns:
         The advantage of each response.
@@ -264,32 +273,33 @@ def compute_maxrl_advantages(rewards: Float[Tensor, " rollout"], group_sizes: Gr
     groups = split_groups(rewards, group_sizes)
     if groups.rewards.numel() and groups.rewards.min() < 0:
         raise ValueError(
-            f"rewards hold {groups.rewards.min().item()}: each must be at least 0, for their mean divides"
+            f"rewards hold {groups.rewards.min().item()}: each must be at least 0, because their mean is a divisor"
         )
     mean = torch.where(groups.has_signal, groups.mean, 1.0)
-    return groups.signal_as_rollouts((groups.rewards - mean) / mean)
+    return groups.flatten_with_signal((groups.rewards - mean) / mean)
 
 
 @shape_checked
 def compute_remax_advantages(
     rewards: Float[Tensor, " rollout"], group_sizes: GroupSizes, greedy_rewards: Float[Tensor, " group"]
 ) -> Float[Tensor, " rollout"]:
-    r"""$A_i = r_i - r_{\text{greedy}}$ (ReMax): each response against the greedy one to the same question.
+    r"""Return $A_i = r_i - r_{\text{greedy}}$, with the reward of the greedy response as baseline (ReMax).
 
-    In units of reward. Detached. The baseline does not depend on the samples, so a group of equal rewards has an
-    advantage where the greedy response differs, and a group may have one member. Exactly 0 where the two differ by
-    rounding alone, and where either could not be scored.
+    In units of reward; detached. The baseline does not depend on the samples, so a group of equal rewards has nonzero
+    advantages if the greedy reward differs, and a group may have a single member. Exactly 0 where the two rewards
+    differ only by rounding, and where either response could not be scored.
 
     Args:
         rewards: $r$, group after group; NaN or infinite where a response could not be scored.
-        group_sizes: $G$: one number, or one for each group.
-        greedy_rewards: the reward of the greedy response to each question.
+        group_sizes: $G$: one number for all groups, or one per group.
+        greedy_rewards: reward of the greedy response to each question.
 
     Returns:
         The advantage of each response.
 
     Raises:
-        ValueError: if the rollouts do not fill the groups, or there is not one greedy reward per group.
+        ValueError: if the rollouts do not fill the groups, or the number of `greedy_rewards` is not that of the
+            groups.
 
     Example:
         >>> compute_remax_advantages(torch.tensor([1.0, 0.0, 0.1]), [2, 1], torch.tensor([0.0, 0.1]))
@@ -299,12 +309,13 @@ def compute_remax_advantages(
         Li et al. 2023, arXiv:2310.10505 (ReMax).
     """
     groups = split_groups(rewards, group_sizes)
-    found, wanted = len(greedy_rewards), len(groups.rewards)
-    require(found == wanted, "greedy_rewards", f"[{found} values]", f"one value for each of the {wanted} groups")
-    baseline = greedy_rewards.detach().double()[:, None]
+    given, needed = len(greedy_rewards), len(groups.rewards)
+    require(given == needed, "greedy_rewards", f"[{given} values]", f"one value for each of the {needed} groups")
+    baseline = rearrange(greedy_rewards.detach().double(), "group -> group 1")
     difference = groups.rewards - baseline
     size = torch.maximum(groups.rewards.abs(), baseline.abs())
-    return groups.as_rollouts(torch.where(difference.abs() > RELATIVE_NOISE * size, difference, 0.0).nan_to_num(0.0))
+    advantages = torch.where(difference.abs() > RELATIVE_NOISE * size, difference, 0.0)
+    return groups.flatten_scored(advantages.nan_to_num(0.0))
 
 
 @shape_checked
@@ -315,23 +326,24 @@ def whiten_over_tokens(
     advantage_eps: float = 1e-8,
     correction: int = 1,
 ) -> Advantages:
-    r"""$\hat A_{it} = (A_{it} - \mu) / (\sigma + \epsilon)$, $\mu$ and $\sigma$ over all response tokens of the batch.
+    r"""Return $\hat A_{it} = (A_{it} - \mu) / (\sigma + \epsilon)$, normalized over all response tokens (REINFORCE++).
 
-    A response counts as often as it has tokens. Of rewards, this is the advantage of REINFORCE++; of rewards centered
-    in their groups, that of REINFORCE++-baseline. Detached; no unit. Exactly 0 if all values are the same up to
-    rounding, and outside the mask, where no value is read. Do it on the whole batch, before it is split.
+    $\mu$ and $\sigma$ are taken over the batch, in which each response counts once per token. Applied to rewards, this
+    is the advantage of REINFORCE++; applied to rewards centered in their groups, that of REINFORCE++-baseline.
+    Unitless and detached. Exactly 0 if all values are equal up to rounding, and outside the mask, where no value is
+    read. Apply it to the whole batch before splitting it.
 
     Args:
-        advantages: $A$, one for each response (one column) or for each token.
+        advantages: $A$, one per response (one column) or one per token.
         response_mask: True where a token belongs to the response.
         advantage_eps: $\epsilon$, in units of `advantages`.
-        correction: 1 for the unbiased $\sigma$, 0 for that of a population.
+        correction: 1 for the unbiased $\sigma$, 0 for the population $\sigma$.
 
     Returns:
-        As many columns as `advantages` has.
+        The normalized advantages, in the shape of `advantages`.
 
     Raises:
-        ValueError: if `advantage_eps` is negative, or `correction` is neither 0 nor 1.
+        ValueError: if `advantage_eps` is negative or not finite, or `correction` is neither 0 nor 1.
 
     Example:
         >>> mask = torch.tensor([[True, True, True], [True, False, False]])
@@ -346,7 +358,7 @@ def whiten_over_tokens(
     require(correction in (0, 1), "correction", correction, "0 or 1")
     wide = advantages.detach().double().expand(response_mask.shape)
     white = _whiten(wide, response_mask, advantage_eps, correction)
-    if advantages.shape != white.shape:  # one value per response: that of any of its tokens, 0 if it has none
+    if advantages.shape != white.shape:  # all tokens of a response have the same value
         white = white.sum(dim=1, keepdim=True) / response_mask.sum(dim=1, keepdim=True).clamp(min=1)
     return white.to(torch.promote_types(advantages.dtype, torch.float32))
 
@@ -356,7 +368,7 @@ def _check_eps(advantage_eps: float) -> None:
 
 
 def check_group_std(sizes: list[int], advantage_eps: float, normalize_by_std: bool) -> None:
-    """Raise ValueError if `advantage_eps` is invalid, or a group of 1 is to be divided by its standard deviation."""
+    """Raise ValueError if `advantage_eps` is invalid or a group of 1 would be divided by its standard deviation."""
     _check_eps(advantage_eps)
     if normalize_by_std and 1 in sizes:
         raise ValueError(
@@ -368,7 +380,7 @@ def check_group_std(sizes: list[int], advantage_eps: float, normalize_by_std: bo
 def _whiten(
     values: Float[Tensor, "*shape"], counted: Bool[Tensor, "*shape"], eps: float, correction: int
 ) -> Float[Tensor, "*shape"]:
-    """Mean 0 and variance 1 over the counted entries; 0 elsewhere, and everywhere if they differ by rounding alone."""
+    """Scale the counted entries to mean 0 and variance 1; return 0 elsewhere, or everywhere if they are all equal."""
     kept = values[counted]
     if len(kept) < 2 or kept.max() - kept.min() <= RELATIVE_NOISE * kept.abs().max():
         return torch.zeros_like(values)

@@ -1,4 +1,4 @@
-"""Which groups of responses have a learning signal."""
+"""Groups with and without a learning signal."""
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -10,17 +10,17 @@ from grpo_core.types import GroupSizes
 
 @shape_checked
 def find_signal_groups(rewards: Float[Tensor, " rollout"], group_sizes: GroupSizes) -> Bool[Tensor, " group"]:
-    r"""$\max_i r_i > \min_i r_i$ in each group, beyond rounding: the groups from which something can be learned.
+    r"""Return whether $\max_i r_i > \min_i r_i$ beyond rounding in each group: the groups with a learning signal.
 
-    What DAPO's dynamic sampling keeps; a group that is constant at 0.5 is silent as well. A response that could not be
-    scored (NaN or infinite) does not count.
+    These are the groups that DAPO's dynamic sampling keeps. A group whose rewards are all 0.5 has no signal either. A
+    response that could not be scored (NaN or infinite) is ignored.
 
     Args:
         rewards: $r$, group after group.
-        group_sizes: $G$: one number, or one for each group.
+        group_sizes: $G$: one number for all groups, or one per group.
 
     Returns:
-        True for the groups with signal.
+        True for each group with signal.
 
     Raises:
         ValueError: if the rollouts do not fill the groups.
@@ -40,18 +40,18 @@ def find_signal_groups(rewards: Float[Tensor, " rollout"], group_sizes: GroupSiz
 def describe_silent_groups(
     rewards: Float[Tensor, " rollout"], group_sizes: GroupSizes, *, best_reward: float = 1.0
 ) -> dict[str, float]:
-    r"""Shares of groups without signal: all at the best reward, all at 0 or below, and all at something else.
+    r"""Return the shares of zero-signal groups whose rewards are all best, all at most 0, or all some other value.
 
-    A rising share of the first says that the questions have become too easy, of the second that they are too hard. A
-    group in which nothing could be scored counts as the last.
+    A growing first share means that the questions have become too easy, a growing second share that they are too hard.
+    A group in which no response could be scored belongs to the third share.
 
     Args:
         rewards: $r$, group after group; NaN or infinite where a response could not be scored.
-        group_sizes: $G$: one number, or one for each group.
-        best_reward: what a fully right response gets.
+        group_sizes: $G$: one number for all groups, or one per group.
+        best_reward: reward of a fully correct response.
 
     Returns:
-        `groups_all_right`, `groups_all_wrong`, `groups_all_other`.
+        `groups_all_right`, `groups_all_wrong` and `groups_all_other`, as shares of all groups.
 
     Raises:
         ValueError: if the rollouts do not fill the groups.

@@ -1,4 +1,4 @@
-"""Best of k: its estimate, and the advantages that raise it."""
+"""Advantages that optimize the best of k responses instead of the mean reward."""
 
 import math
 
@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from grpo_core._checks import require, shape_checked
-from grpo_core._groups import list_sizes, split_groups
+from grpo_core._groups import list_group_sizes, split_groups
 from grpo_core.types import GroupSizes
 
 
@@ -15,15 +15,16 @@ from grpo_core.types import GroupSizes
 def compute_best_of_advantages(
     rewards: Float[Tensor, " rollout"], group_sizes: GroupSizes
 ) -> Float[Tensor, " rollout"]:
-    r"""$A_i = r_{(1)} - r_{(2)}$ for the best response of a group, 0 for all others: what the best adds to the group.
+    r"""Return $A_i = r_{(1)} - r_{(2)}$ for the best response of each group, and 0 for all other responses.
 
-    In units of reward. Detached. Exactly 0 for all if two share the best reward, for a group without signal or of one
-    response, and for a response that could not be scored. `compute_pkpo_advantages` with $k = G$ is $G$
-    times this where all of a group were scored.
+    This is the amount by which the best response raises the maximum of its group. In units of reward; detached.
+    Exactly 0 for the whole group if two responses share the best reward, for a group without signal, for a group with
+    one response, and for a response that could not be scored. If every response of a group was scored,
+    `compute_pkpo_advantages` with $k = G$ is $G$ times this.
 
     Args:
         rewards: $r$, group after group; NaN or infinite where a response could not be scored.
-        group_sizes: $G$: one number, or one for each group.
+        group_sizes: $G$: one number for all groups, or one per group.
 
     Returns:
         The advantage of each response.
@@ -41,27 +42,31 @@ def compute_best_of_advantages(
     groups = split_groups(rewards, group_sizes)
     ranked = torch.where(groups.scored, groups.rewards, -torch.inf).sort(dim=1, descending=True).values
     best = ranked[:, :1]
-    # A group of one scored response has no signal: what stands in for its second does not matter.
+    # A group with one scored response has no signal, so its second-best value is never used.
     second = ranked[:, 1:2] if ranked.shape[1] > 1 else best
-    return groups.signal_as_rollouts(torch.where(groups.rewards == best, best - second, 0.0))
+    return groups.flatten_with_signal(torch.where(groups.rewards == best, best - second, 0.0))
 
 
 @shape_checked
 def compute_pass_at_k_advantages(
     rewards: Float[Tensor, " rollout"], group_sizes: GroupSizes, k: int
 ) -> Float[Tensor, " rollout"]:
-    r"""$A_+ = (1 - \bar R) / \sigma$, $A_- = (1 - \bar R - f) / \sigma$: the pass@k advantage in closed form.
+    r"""Return $A_+ = (1 - \bar R) / \sigma$ and $A_- = (1 - \bar R - f) / \sigma$, the pass@k advantage.
 
-    For rewards of 0 and 1: $\bar R = 1 - \binom{N_-}{k} / \binom{N}{k}$ is the reward of a random $k$-subset of the
-    $N$ responses, $N_-$ of them wrong, $\sigma = \sqrt{\bar R (1 - \bar R)}$, and a response has the mean over the
-    subsets that hold it: $f = \binom{N_- - 1}{k-1} / \binom{N - 1}{k-1}$ of those of a wrong one fail. For $k = 1$ it
-    is the group-normalized reward with the standard deviation of a population. No unit. Detached. Exactly 0 where
-    $\sigma = 0$ (no subset fails, or all do), where fewer than $k$ responses were scored, and for a response that was
-    not. Its baseline includes the response itself, so it is biased; `compute_pkpo_advantages` is not.
+    $A_+$ is for correct responses (reward 1) and $A_-$ for wrong ones (reward 0). $N$ is the number of responses of a
+    group and $N_-$ the number of wrong ones. $\bar R = 1 - \binom{N_-}{k} / \binom{N}{k}$ is the expected reward of a
+    random $k$-subset, $\sigma = \sqrt{\bar R (1 - \bar R)}$ its standard deviation, and $f = \binom{N_- - 1}{k-1} /
+    \binom{N - 1}{k-1}$ the share of failing subsets among those that contain a given wrong response. Each response
+    gets the mean advantage of the subsets that contain it. For $k = 1$ this is the group-normalized reward with the
+    population standard deviation.
+
+    Unitless and detached. Exactly 0 where $\sigma = 0$ (every subset fails, or none does), where fewer than $k$
+    responses were scored, and for a response that was not scored. The baseline includes the response itself, so the
+    gradient is biased; that of `compute_pkpo_advantages` is not.
 
     Args:
         rewards: 0 or 1, group after group; NaN or infinite where a response could not be scored.
-        group_sizes: $N$: one number, or one for each group.
+        group_sizes: $N$: one number for all groups, or one per group.
         k: $1 \le k \le N$.
 
     Returns:
@@ -77,11 +82,11 @@ def compute_pass_at_k_advantages(
     References:
         Chen et al. 2025, arXiv:2508.10751 (pass@k training, the analytical advantage).
     """
-    _check_k(k, list_sizes(len(rewards), group_sizes))
+    _check_k(k, list_group_sizes(len(rewards), group_sizes))
     groups = split_groups(rewards, group_sizes)
     neither = groups.rewards[(groups.rewards != 0) & (groups.rewards != 1)].tolist()
     if neither:
-        raise ValueError(f"rewards hold {neither[0]}: every one must be 0 or 1, for pass@k counts right answers")
+        raise ValueError(f"rewards hold {neither[0]}: each must be 0 or 1, because pass@k counts correct answers")
     advantages = torch.zeros_like(groups.rewards)
     counts = zip(groups.n_scored.flatten().int().tolist(), groups.rewards.sum(dim=1).int().tolist(), strict=True)
     for row, (n, right) in enumerate(counts):
@@ -94,31 +99,32 @@ def compute_pass_at_k_advantages(
             continue
         failing_with_it = math.comb(wrong - 1, k - 1) / math.comb(n - 1, k - 1)
         is_right = groups.rewards[row] == 1
-        # Not torch.where of two numbers: that is float32.
+        # A float64 tensor, because torch.where of two numbers returns float32.
         advantages[row] = (
             1 - success - torch.where(is_right, 0.0, groups.rewards.new_tensor(failing_with_it))
         ) / deviation
-    return groups.signal_as_rollouts(advantages)
+    return groups.flatten_with_signal(advantages)
 
 
 @shape_checked
 def compute_pkpo_advantages(
     rewards: Float[Tensor, " rollout"], group_sizes: GroupSizes, k: int
 ) -> Float[Tensor, " rollout"]:
-    r"""$A_i = k \operatorname{mean}_J \max(0, r_i - \max_J r)$ over the $(k-1)$-subsets $J$ of the others (PKPO).
+    r"""Return $A_i = k \operatorname{mean}_J \max(0, r_i - \max_J r)$ over $(k-1)$-subsets $J$ of the others (PKPO).
 
-    What response $i$ adds to the best of $k$; unbiased: the mean over a group of $A_i \nabla \log \pi(o_i)$ has the
-    gradient of the expected best of $k$ as its expectation, for rewards of any kind. For $k = 1$, where there is no
-    $J$, the baseline is the mean of the others: `compute_leave_one_out_advantages`. In units of reward. Detached.
-    Exactly 0 for a group without signal, where fewer than $k$ responses were scored, and for a response that was not.
+    This is the amount by which response $i$ raises the best of $k$ responses. It is unbiased for rewards of any kind:
+    the expectation of the mean over a group of $A_i \nabla \log \pi(o_i)$ is the gradient of the expected best of $k$.
+    For $k = 1$, where $J$ is empty, it equals `compute_leave_one_out_advantages`. In units of reward; detached.
+    Exactly 0 for a group without signal, where fewer than $k$ responses were scored, and for a response that was not
+    scored.
 
     Args:
         rewards: $r$, group after group; NaN or infinite where a response could not be scored.
-        group_sizes: $G$: one number, or one for each group.
+        group_sizes: $G$: one number for all groups, or one per group.
         k: $1 \le k \le G$.
 
     Returns:
-        The advantage of each response; for $k > 1$ none is negative.
+        The advantage of each response; never negative for $k > 1$.
 
     Raises:
         ValueError: if the rollouts do not fill the groups, or $k$ is not in $[1, G]$.
@@ -130,7 +136,7 @@ def compute_pkpo_advantages(
     References:
         Walder and Karkhanis 2025, arXiv:2505.15201 (PKPO, with the leave-one-out-minus-one baseline).
     """
-    sizes = list_sizes(len(rewards), group_sizes)
+    sizes = list_group_sizes(len(rewards), group_sizes)
     _check_k(k, sizes)
     groups = split_groups(rewards, group_sizes)
     advantages = torch.zeros_like(groups.rewards)
@@ -142,12 +148,12 @@ def compute_pkpo_advantages(
         if k == 1:
             added = values - (values.sum() - values) / max(1, n - 1)
         else:
-            # Of the (k-1)-subsets of the n-1 others, so many have the j-th smallest of them (from 0) as their best.
-            # Only those below r_i add anything, and among the others they keep their rank.
+            # shares[j] is the share of the (k-1)-subsets of the n-1 others whose best is the j-th smallest, from j =
+            # 0. Only the values below r_i contribute, and their ranks among the others are their ranks in the group.
             shares = values.new_tensor([math.comb(j, k - 2) / math.comb(n - 1, k - 1) for j in range(n)])
             added = values * (shares.cumsum(0) - shares) - ((shares * values).cumsum(0) - shares * values)
         advantages[row, kept.nonzero().flatten()[order]] = k * added
-    return groups.signal_as_rollouts(advantages)
+    return groups.flatten_with_signal(advantages)
 
 
 def _check_k(k: int, sizes: list[int]) -> None:

@@ -1,4 +1,4 @@
-"""From what a reward function returns to rewards, their statistics and advantages."""
+"""Rewards, their statistics and their advantages from the results of a reward function."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from grpo_core._checks import require, shape_checked
-from grpo_core._groups import list_sizes, split_groups
+from grpo_core._groups import list_group_sizes, split_groups
 from grpo_core.advantages.estimators import check_group_std, normalize_group_rewards
 from grpo_core.types import GroupSizes, RewardFn
 
@@ -23,25 +23,26 @@ def compute_group_normalized_rewards(
     advantage_eps: float,
     normalize_by_std: bool,
 ) -> tuple[Float[Tensor, " rollout"], Float[Tensor, " rollout"], dict[str, float]]:
-    r"""$r_i = R(o_i, a_i)$, then `normalize_group_rewards`: from responses to advantages.
+    r"""Return $r_i = R(o_i, a_i)$ for every response, and its advantage by `normalize_group_rewards`.
 
-    Nothing here is differentiable. Constant groups get exactly 0.
+    Nothing here is differentiable. The advantages of a group of equal rewards are exactly 0.
 
     Args:
-        reward_fn: $R$; its result must hold "reward", None where the response cannot be scored, and may hold
-            "format_reward" and "answer_reward".
+        reward_fn: $R$; it returns a dictionary with "reward", None for a response that cannot be scored, and
+            optionally "format_reward" and "answer_reward".
         rollout_responses: $o$, the responses to the first question, then those to the second, and so on.
-        repeated_ground_truths: $a$, the reference answer of each response: each question's, `group_size` times over.
+        repeated_ground_truths: $a$, the reference answer of each response: that of each question, repeated
+            `group_size` times.
         group_size: $G$, the number of responses to each question.
         advantage_eps: $\epsilon$, in units of reward.
         normalize_by_std: whether to divide by the standard deviation of the group.
 
     Returns:
-        The advantages, the raw rewards (float32 both), and the statistics of `describe_rewards`.
+        The advantages and the raw rewards, both float32, and the statistics of `describe_rewards`.
 
     Raises:
-        ValueError: as `normalize_group_rewards`; if there are no rollouts, or the two lists differ in length; if
-            `reward_fn` returns something without a "reward" that is finite or None.
+        ValueError: as in `normalize_group_rewards`; if there are no rollouts or the two lists differ in length; if
+            `reward_fn` returns anything but a dictionary with a "reward" that is finite or None.
 
     Example:
         >>> def exact(response, truth):
@@ -59,7 +60,9 @@ def compute_group_normalized_rewards(
             f"rollout_responses has {len(rollout_responses)} entries and repeated_ground_truths has"
             f" {len(repeated_ground_truths)}: give one ground truth per response, and at least one response"
         )
-    check_group_std(list_sizes(len(rollout_responses), group_size, "group_size"), advantage_eps, normalize_by_std)
+    check_group_std(
+        list_group_sizes(len(rollout_responses), group_size, "group_size"), advantage_eps, normalize_by_std
+    )
     pairs = zip(rollout_responses, repeated_ground_truths, strict=True)
     scores = [reward_fn(response, truth) for response, truth in pairs]
     rewards = read_rewards(scores)
@@ -71,69 +74,69 @@ def compute_group_normalized_rewards(
 
 @shape_checked
 def read_rewards(scores: Sequence[Any]) -> Float[Tensor, " rollout"]:
-    r"""$r_i$ of what a reward function returned for each response, float32.
+    r"""Return the reward $r_i$ of each result of a reward function, float32.
 
-    A reward of None says that the response could not be scored, which is not 0: it becomes NaN, and every estimator
-    leaves it out of its statistics.
+    A reward of None means that the response could not be scored, which is different from a reward of 0. It becomes
+    NaN, which every advantage estimator excludes from its statistics.
 
     Args:
-        scores: dictionaries with a "reward" that is finite or None.
+        scores: one dictionary per response, with a "reward" that is finite or None.
 
     Returns:
         The rewards.
 
     Raises:
-        ValueError: if a score is no dictionary, has no "reward", or one that is neither None nor a finite float32.
+        ValueError: if a score is not a dictionary, or its "reward" is missing or neither None nor a finite float32.
 
     Example:
         >>> read_rewards([{"reward": 1.0}, {"reward": 0}, {"reward": None}])
         tensor([1., 0., nan])
     """
-    return torch.tensor([_reward_of(score, index) for index, score in enumerate(scores)], dtype=torch.float32)
+    return torch.tensor([_read_reward(score, index) for index, score in enumerate(scores)], dtype=torch.float32)
 
 
 @shape_checked
 def describe_rewards(scores: Sequence[Any], group_sizes: GroupSizes) -> dict[str, float]:
-    r"""$\bar r$, its spread and its parts, over the scored rollouts, as plain floats.
+    r"""Return the mean, spread and components of the rewards over the scored rollouts, as plain floats.
 
     Args:
-        scores: dictionaries with a "reward" that is finite, or None where a response could not be scored, and perhaps
-            "format_reward" and "answer_reward".
-        group_sizes: $G$, the number of responses to each question: one number, or one for each group.
+        scores: one dictionary per response, with a "reward" that is finite, or None if the response could not be
+            scored, and optionally "format_reward" and "answer_reward".
+        group_sizes: $G$, the number of responses to each question: one number for all groups, or one per group.
 
     Returns:
         `reward` (mean), `reward_std` (unbiased; 0 for a single rollout), `reward_min`, `reward_max`, `format_reward`
-        and `answer_reward` (means; each only if every scored rollout has it), `zero_std_groups` (share of groups
-        without signal), `unscored` (share of rollouts that could not be scored). If that is all of them, the first
-        four are NaN.
+        and `answer_reward` (means, present only if every scored rollout has the value), `zero_std_groups` (share of
+        groups without signal) and `unscored` (share of rollouts that could not be scored). The first four are NaN if
+        no rollout could be scored.
 
     Raises:
-        ValueError: if there are no scores, they do not fill the groups, or one has no "reward" that `read_rewards`
-            takes.
+        ValueError: if there are no scores, the scores do not fill the groups, or `read_rewards` rejects one of them.
 
     Example:
-        >>> described = describe_rewards([{"reward": 1.0}, {"reward": 0.0}], 2)
-        >>> described["reward"], described["zero_std_groups"]
+        >>> statistics = describe_rewards([{"reward": 1.0}, {"reward": 0.0}], 2)
+        >>> statistics["reward"], statistics["zero_std_groups"]
         (0.5, 0.0)
     """
     require(len(scores) > 0, "scores", "[]", "at least one score")
     rewards = read_rewards(scores)
     groups = split_groups(rewards, group_sizes)
     scored = [score for score in scores if score["reward"] is not None]
-    found = rewards[~rewards.isnan()] if scored else rewards[:1]  # of nothing, NaN
-    parts = [key for key in ("format_reward", "answer_reward") if all(score.get(key) is not None for score in scored)]
+    known = rewards[~rewards.isnan()] if scored else rewards[:1]  # a single NaN if no rollout was scored
+    names = ("format_reward", "answer_reward")
+    components = [name for name in names if all(score.get(name) is not None for score in scored)]
     return {
-        "reward": found.mean().item(),
-        "reward_std": found.std(correction=min(1, len(found) - 1)).item(),
-        "reward_min": found.min().item(),
-        "reward_max": found.max().item(),
-        **{key: sum(float(score[key]) for score in scored) / len(scored) for key in parts if scored},
+        "reward": known.mean().item(),
+        "reward_std": known.std(correction=min(1, len(known) - 1)).item(),
+        "reward_min": known.min().item(),
+        "reward_max": known.max().item(),
+        **{name: sum(float(score[name]) for score in scored) / len(scored) for name in components if scored},
         "zero_std_groups": (~groups.has_signal).float().mean().item(),
         "unscored": 1 - len(scored) / len(scores),
     }
 
 
-def _reward_of(score: object, index: int) -> float:
+def _read_reward(score: object, index: int) -> float:
     if not isinstance(score, dict) or "reward" not in score:
         raise ValueError(f"reward_fn returned {score!r} for rollout {index}: it must return a dict with a 'reward'")
     if score["reward"] is None:

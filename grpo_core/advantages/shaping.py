@@ -1,4 +1,4 @@
-"""What is added to a reward for the length of a response, and a coefficient that follows the entropy."""
+"""Reward shaping by the length of a response."""
 
 import math
 
@@ -13,14 +13,14 @@ from grpo_core._checks import require, shape_checked
 def compute_soft_overlong_penalty(
     lengths: Int[Tensor, " rollout"], max_length: int, buffer: int
 ) -> Float[Tensor, " rollout"]:
-    r"""0 up to $L - c$ tokens, then $(L - c - n) / c$ down to $-1$ at $L$, and $-1$ beyond: DAPO's soft punishment.
+    r"""Return 0 up to $L - c$ tokens, $(L - c - n) / c$ from there to $L$, and $-1$ beyond (DAPO's soft penalty).
 
-    In units of reward, to be added to it. With a buffer of 0 it is $-1$ beyond $L$ and 0 up to it.
+    In units of reward; add it to the reward. With a buffer of 0, the penalty is 0 up to $L$ and $-1$ beyond.
 
     Args:
-        lengths: $n$, response tokens.
+        lengths: $n$, the number of tokens of each response.
         max_length: $L$, the length limit in tokens.
-        buffer: $c$ in $[0, L]$, the last tokens before the limit, over which the penalty grows.
+        buffer: $c$ in $[0, L]$, the number of tokens before the limit over which the penalty grows.
 
     Returns:
         The penalty of each response, in $[-1, 0]$, float32.
@@ -44,17 +44,17 @@ def compute_soft_overlong_penalty(
 def compute_cosine_length_reward(
     lengths: Int[Tensor, " rollout"], max_length: int, start: float, end: float
 ) -> Float[Tensor, " rollout"]:
-    r"""$v_L + \frac{1}{2} (v_0 - v_L) \bigl(1 + \cos \frac{\pi n}{L}\bigr)$: from $v_0$ to $v_L$.
+    r"""Return $v_L + \frac{1}{2} (v_0 - v_L) \bigl(1 + \cos \frac{\pi n}{L}\bigr)$, which goes from $v_0$ to $v_L$.
 
-    In units of reward. A right answer is worth less the longer it is (2 to 1 in the paper), a wrong one costs less the
-    longer it was thought about (-10 to 0): call it once for each. Beyond the limit it stays at $v_L$; the paper gives
-    a response that reaches the limit a penalty of its own (-10), which is the caller's to put in.
+    In units of reward. In the paper, longer correct responses earn less (from 2 to 1), and longer wrong responses cost
+    less (from -10 to 0); call this function once for each kind. Beyond the limit the value stays at $v_L$. The paper's
+    separate penalty for responses that reach the limit (-10) is left to the caller.
 
     Args:
-        lengths: $n$, response tokens.
+        lengths: $n$, the number of tokens of each response.
         max_length: $L \ge 1$, the length limit in tokens.
-        start: $v_0$.
-        end: $v_L$.
+        start: $v_0$, the reward at length 0.
+        end: $v_L$, the reward at the limit.
 
     Returns:
         The reward of each response, float32.

@@ -1,4 +1,4 @@
-"""The clipped GRPO loss from hidden states, one block of logits at a time."""
+"""The clipped GRPO loss computed from hidden states, one block of logits at a time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from grpo_core._checks import eager_alone, shape_checked
+from grpo_core._checks import disable_compile, shape_checked
 from grpo_core.losses.aggregation import compute_token_weights, sum_weighted_losses
 from grpo_core.losses.policy_gradient import compute_grpo_clip_loss
 from grpo_core.scoring.fused_head import MAX_LOGITS_BYTES, fused_linear_token_loss
 from grpo_core.types import Advantages, Metadata
 
 
-@eager_alone
+@disable_compile
 @shape_checked
 def fused_linear_grpo_loss(
     hidden: Float[Tensor, "batch seq width"],
@@ -32,41 +32,42 @@ def fused_linear_grpo_loss(
     logit_softcap: float | None = None,
     max_logits_bytes: int = MAX_LOGITS_BYTES,
 ) -> tuple[Float[Tensor, ""], Metadata]:
-    r"""$L = \sum_{it} w_{it} \ell_{it}$, $\ell$ of `compute_grpo_clip_loss`, from hidden states in one sweep.
+    r"""Return $L = \sum_{it} w_{it} \ell_{it}$ with $\ell$ of `compute_grpo_clip_loss`, from hidden states.
 
-    `fused_linear_token_loss` with the clipped ratio: loss and gradient are those of `compute_grpo_clip_loss` on the
-    log-probabilities of all logits.
+    Loss and gradient equal those of `compute_grpo_clip_loss` on log-probabilities of the full logits. They are
+    computed in one pass over blocks of logits by `fused_linear_token_loss`.
 
     Args:
-        hidden: $h$, what the output layer gets, at the position before each label.
+        hidden: $h$, the input of the output layer at the position before each label.
         lm_head_weight: $W$ of the output layer.
-        labels: $y$, token ids in $[0, V)$; anything where `response_mask` is False.
-        response_mask: the response tokens.
-        advantages: $A$, one column, or one value for each token.
-        old_log_probs: $\log \pi_{\mathrm{old}}$, in nats; None on-policy: every ratio is 1, its gradient is not 0.
+        labels: $y$, token ids in $[0, V)$; any value where `response_mask` is False.
+        response_mask: True where a token belongs to a response.
+        advantages: $A$: one column, or one value per token.
+        old_log_probs: $\log \pi_{\mathrm{old}}$, in nats; None means on-policy: every ratio has the value 1 and still
+            a gradient.
         cliprange: $\epsilon \ge 0$.
-        cliprange_high: $\epsilon_h \ge 0$; None takes `cliprange`.
+        cliprange_high: $\epsilon_h \ge 0$; None uses `cliprange`.
         dual_clip: $c > 1$, or None.
-        weights: $w$ of `compute_token_weights`, of the whole optimizer step cut to this batch; None takes those of
-            this batch with "sequence_mean".
+        weights: $w$, this batch's rows of the `compute_token_weights` of the whole optimizer step; None uses the
+            "sequence_mean" weights of this batch.
         bias: $b$ of the output layer, if it has one.
         temperature: $T > 0$ of the sampled distribution.
-        logit_softcap: the cap of a model whose logits are $c \tanh((W h + b) / c)$.
-        max_logits_bytes: the most that a block of logits takes.
+        logit_softcap: $c > 0$ of a model whose logits are $c \tanh((W h + b) / c)$.
+        max_logits_bytes: maximum size of a block of logits.
 
     Returns:
-        The loss; and, detached, `log_probs`, `token_entropy` and the flags of `compute_grpo_clip_loss`.
+        The loss, and detached `log_probs`, `token_entropy` and flags of `compute_grpo_clip_loss`.
 
     Raises:
-        ValueError: as `fused_linear_log_probs` and `compute_grpo_clip_loss` do.
+        ValueError: as in `fused_linear_log_probs` and `compute_grpo_clip_loss`.
 
     Example:
         >>> import torch
-        >>> loss, told = fused_linear_grpo_loss(
+        >>> loss, values = fused_linear_grpo_loss(
         ...     torch.ones(1, 1, 2), torch.zeros(4, 2), torch.tensor([[3]]), response_mask=torch.tensor([[True]]),
         ...     advantages=torch.tensor([[2.0]]), old_log_probs=torch.tensor([[-2.0]]), cliprange=0.2,
         ... )
-        >>> loss, told["is_clipped"]
+        >>> loss, values["is_clipped"]
         (tensor(-2.4000), tensor([[True]]))
 
     References:
@@ -80,7 +81,7 @@ def fused_linear_grpo_loss(
         losses, _flags = compute_grpo_clip_loss(take(advantages), log_probs, old, cliprange, **bounds)
         return sum_weighted_losses(losses, take(step_weights))
 
-    loss, told = fused_linear_token_loss(
+    loss, values = fused_linear_token_loss(
         hidden,
         lm_head_weight,
         labels,
@@ -91,8 +92,8 @@ def fused_linear_grpo_loss(
         logit_softcap=logit_softcap,
         max_logits_bytes=max_logits_bytes,
     )
-    old = told["log_probs"] if old_log_probs is None else old_log_probs
+    old = values["log_probs"] if old_log_probs is None else old_log_probs
     _, flags = compute_grpo_clip_loss(
-        advantages, told["log_probs"], old, cliprange, response_mask=response_mask, **bounds
+        advantages, values["log_probs"], old, cliprange, response_mask=response_mask, **bounds
     )
-    return loss, told | flags
+    return loss, values | flags

@@ -1,11 +1,11 @@
-"""Weights that make up for a sampler whose probabilities are not the trainer's. Nothing here carries a gradient."""
+"""Importance weights that correct for a sampler whose probabilities differ from the trainer's; all are detached."""
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from grpo_core._checks import check_choice, require, shape_checked
-from grpo_core.losses._ratios import hold, log_ratio_of, mean_over_row, ratio_of
+from grpo_core.losses._ratios import clamp_log_ratio, compute_detached_ratio, compute_log_ratio, mean_over_response
 from grpo_core.masking import masked_sum
 from grpo_core.types import ImportanceLevel, ImportanceLevelName, Metadata
 
@@ -17,22 +17,23 @@ def compute_importance_ratios(
     response_mask: Bool[Tensor, "batch seq"],
     level: ImportanceLevelName,
 ) -> Float[Tensor, "batch cols"]:
-    r"""$\kappa_{it} = \pi_{\mathrm{old}}(o_{it}) / \mu(o_{it})$: how much likelier the trainer finds what was sampled.
+    r"""Return $\kappa_{it} = \pi_{\mathrm{old}}(o_{it}) / \mu(o_{it})$, the trainer's probability over the sampler's.
 
     | level | ratio | columns |
     |---|---|---|
-    | token | $\kappa_{it}$ | one for each token; 0 outside the mask |
+    | token | $\kappa_{it}$ | one per token; 0 outside the mask |
     | sequence | $\prod_t \kappa_{it}$ | 1 |
     | geometric | $(\prod_t \kappa_{it})^{1 / \lvert o_i \rvert}$ | 1 |
 
-    "sequence" is unbiased, with a variance that grows with length. Feed the same `old_log_probs` to the objective:
-    then nothing is corrected twice, for with the sampler's own log-probs in their place every ratio is 1. The
-    logarithm is held within 20 nats. Detached; outside the mask nothing is read; 1 for a response without tokens.
+    "sequence" is unbiased, but its variance grows with the length. Pass the same `old_log_probs` to the objective. If
+    the objective used the sampler's log-probs instead, it would correct the same mismatch a second time. The logarithm
+    of a ratio is clamped to 20 nats. Detached; no value outside the mask is read. The ratio of a response without
+    tokens is 1.
 
     Args:
-        old_log_probs: $\log \pi_{\mathrm{old}}$ of each token, in nats: the trainer's, before the update.
-        sampler_log_probs: $\log \mu$ of each token, in nats, of the same tempered distribution, not cut by top-p or
-            top-k (those renormalize $\mu$, and every ratio would be off by the mass that was kept).
+        old_log_probs: $\log \pi_{\mathrm{old}}$ of each token, in nats, computed by the trainer before the update.
+        sampler_log_probs: $\log \mu$ of each token, in nats, at the same temperature and without top-p or top-k, which
+            renormalize $\mu$ and would scale every ratio by the probability mass that was kept.
         response_mask: True where a token belongs to the response.
         level: "token", "sequence" or "geometric".
 
@@ -40,7 +41,7 @@ def compute_importance_ratios(
         The ratios.
 
     Raises:
-        ValueError: if `level` is none of the three.
+        ValueError: if `level` is unknown.
 
     Example:
         >>> old, sampler = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.5]]).log()
@@ -52,19 +53,22 @@ def compute_importance_ratios(
     """
     check_choice("level", level, ImportanceLevel)
     if level == "token":
-        return ratio_of(old_log_probs, sampler_log_probs).masked_fill_(~response_mask, 0.0)
-    log_ratio = log_ratio_of(old_log_probs.detach(), sampler_log_probs, response_mask)
-    total = mean_over_row(log_ratio, response_mask) if level == "geometric" else log_ratio.sum(dim=1, keepdim=True)
-    return hold(total).exp()
+        return compute_detached_ratio(old_log_probs, sampler_log_probs).masked_fill_(~response_mask, 0.0)
+    log_ratio = compute_log_ratio(old_log_probs.detach(), sampler_log_probs, response_mask)
+    total = (
+        mean_over_response(log_ratio, response_mask) if level == "geometric" else log_ratio.sum(dim=1, keepdim=True)
+    )
+    return clamp_log_ratio(total).exp()
 
 
 @shape_checked
 def truncate_importance_weights(
     ratios: Float[Tensor, "batch cols"], *, high: float, low: float = 0.0
 ) -> Float[Tensor, "batch cols"]:
-    r"""$w = \operatorname{clip}(\kappa, l, h)$ (TIS): bounded variance for a bias that pulls towards the sampler.
+    r"""Return $w = \operatorname{clip}(\kappa, l, h)$, truncated importance weights (TIS).
 
-    Detached. A positive `low` raises small ratios; 0 leaves them, those of masked tokens included.
+    Truncation bounds the variance and biases the gradient toward the sampler's policy. Detached. A positive `low`
+    raises small ratios; with 0, small ratios and the zeros of masked tokens stay as they are.
 
     Args:
         ratios: $\kappa$ of `compute_importance_ratios`.
@@ -75,7 +79,7 @@ def truncate_importance_weights(
         The weights.
 
     Raises:
-        ValueError: if not $0 \le l \le h$.
+        ValueError: unless $0 \le l \le h$.
 
     Example:
         >>> truncate_importance_weights(torch.tensor([[0.5, 3.0]]), high=2.0)
@@ -92,7 +96,7 @@ def truncate_importance_weights(
 def mask_importance_weights(
     ratios: Float[Tensor, "batch cols"], *, high: float, low: float = 0.0
 ) -> Float[Tensor, "batch cols"]:
-    r"""$w = \kappa\, 1[l \le \kappa \le h]$: what lies outside is left out (IcePop of tokens, MIS of sequences).
+    r"""Return $w = \kappa\, 1[l \le \kappa \le h]$, 0 outside the bounds (IcePop for tokens, MIS for sequences).
 
     Detached.
 
@@ -105,7 +109,7 @@ def mask_importance_weights(
         The weights.
 
     Raises:
-        ValueError: if not $0 \le l \le h$.
+        ValueError: unless $0 \le l \le h$.
 
     Example:
         >>> mask_importance_weights(torch.tensor([[0.5, 3.0]]), high=2.0)
@@ -121,9 +125,10 @@ def mask_importance_weights(
 
 @shape_checked
 def keep_within_bounds(ratios: Float[Tensor, "batch cols"], *, low: float, high: float) -> Bool[Tensor, "batch cols"]:
-    r"""$1[l \le \kappa \le h]$: rejection with weight 1; of "geometric" or "sequence" ratios, of whole responses.
+    r"""Return $1[l \le \kappa \le h]$, which rejects tokens or whole responses and gives all others weight 1.
 
-    Give it to `compute_token_weights` as `kept`, whose `rejected_tokens` says what becomes of the denominators.
+    "geometric" and "sequence" ratios reject whole responses. Pass the result to `compute_token_weights` as `kept`; its
+    `rejected_tokens` decides whether rejected tokens count in the denominators.
 
     Args:
         ratios: $\kappa$ of `compute_importance_ratios`.
@@ -131,10 +136,10 @@ def keep_within_bounds(ratios: Float[Tensor, "batch cols"], *, low: float, high:
         high: $h \ge l$.
 
     Returns:
-        True for what is kept.
+        True for the tokens or responses to keep.
 
     Raises:
-        ValueError: if not $0 \le l \le h$.
+        ValueError: unless $0 \le l \le h$.
 
     Example:
         >>> keep_within_bounds(torch.tensor([[1.0001], [1.2]]), low=0.99, high=1.01)
@@ -150,10 +155,11 @@ def keep_within_bounds(ratios: Float[Tensor, "batch cols"], *, low: float, high:
 def self_normalize_weights(
     weights: Float[Tensor, "batch cols"], response_mask: Bool[Tensor, "batch seq"]
 ) -> Float[Tensor, "batch cols"]:
-    r"""$w_j \big/ \frac{1}{n} \sum_j w_j$: weights with mean 1, over the response tokens or, of one column, responses.
+    r"""Return $w_j \big/ \frac{1}{n} \sum_j w_j$, weights with mean 1.
 
-    The mean is that of the batch given: call it on the whole optimizer batch. Detached. Weights that are all 0 stay 0;
-    a response without tokens counts nowhere.
+    The mean runs over the response tokens of the given batch or, for weights with one column, over its responses, so
+    call it on the whole optimizer batch. Detached. Weights that are all 0 stay 0. A response without tokens is
+    excluded from the mean and gets weight 0.
 
     Args:
         weights: $w \ge 0$.
@@ -166,7 +172,7 @@ def self_normalize_weights(
         >>> self_normalize_weights(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))
         tensor([[0.5000, 1.5000, 0.0000]])
     """
-    counted = _counted(weights, response_mask)
+    counted = _select_counted(weights, response_mask)
     kept = torch.where(counted, weights.detach(), 0.0)
     total = kept.sum()
     return kept * counted.sum() / torch.where(total > 0, total, 1.0)
@@ -176,17 +182,17 @@ def self_normalize_weights(
 def effective_sample_size(
     weights: Float[Tensor, "batch cols"], response_mask: Bool[Tensor, "batch seq"]
 ) -> Float[Tensor, ""]:
-    r"""$\bigl(\sum_j w_j\bigr)^2 \big/ \bigl(n \sum_j w_j^2\bigr)$: the share of samples in effect.
+    r"""Return $\bigl(\sum_j w_j\bigr)^2 \big/ \bigl(n \sum_j w_j^2\bigr)$, the relative effective sample size.
 
-    In $(0, 1]$; 1 for equal weights, and 0 if there are none or all are 0. Over the response tokens or, of one column,
-    the responses with tokens. Detached.
+    The sums run over the response tokens or, for weights with one column, over the responses that have tokens. The
+    share is 1 for equal weights, and 0 if there are no weights or all are 0. Detached.
 
     Args:
         weights: $w \ge 0$.
         response_mask: True where a token belongs to a response.
 
     Returns:
-        The share.
+        The share, in $[0, 1]$.
 
     Example:
         >>> effective_sample_size(torch.tensor([[2.0], [0.0]]), torch.ones(2, 3).bool())
@@ -195,7 +201,7 @@ def effective_sample_size(
     References:
         Kong 1992, "A note on importance sampling using standardized weights".
     """
-    counted = _counted(weights, response_mask)
+    counted = _select_counted(weights, response_mask)
     kept = torch.where(counted, weights.detach(), 0.0)
     squares = counted.sum() * kept.square().sum()
     return torch.where(squares > 0, kept.sum().square() / torch.where(squares > 0, squares, 1.0), 0.0)
@@ -207,9 +213,9 @@ def describe_mismatch(
     sampler_log_probs: Float[Tensor, "batch seq"],
     response_mask: Bool[Tensor, "batch seq"],
 ) -> Metadata:
-    r"""$\log \kappa = \log \pi_{\mathrm{old}} - \log \mu$ of the response tokens, before any bound.
+    r"""Return statistics of $\log \kappa = \log \pi_{\mathrm{old}} - \log \mu$ over response tokens, without bounds.
 
-    Detached; 0 where there are no tokens; outside the mask nothing is read.
+    Detached; 0 if there are no tokens. No value outside the mask is read.
 
     Args:
         old_log_probs: $\log \pi_{\mathrm{old}}$ of each token, in nats.
@@ -217,28 +223,30 @@ def describe_mismatch(
         response_mask: True where a token belongs to a response.
 
     Returns:
-        Scalars in nats: `mismatch_mean` and `mismatch_max` of $\lvert \log \kappa \rvert$, `mismatch_kl` (the mean of
-        $\kappa - 1 - \log \kappa$, an estimate of $\mathrm{KL}(\mu \Vert \pi_{\mathrm{old}})$); and `mismatch_ess`,
-        the `effective_sample_size` of the unbounded $\kappa$ of tokens.
+        `mismatch_mean` and `mismatch_max`, the mean and the maximum of $\lvert \log \kappa \rvert$ in nats;
+        `mismatch_kl`, the mean of $\kappa - 1 - \log \kappa$ in nats, an estimate of $\mathrm{KL}(\mu \Vert
+        \pi_{\mathrm{old}})$; `mismatch_ess`, the `effective_sample_size` of the token ratios without bounds.
 
     Example:
         >>> log_probs, mask = torch.tensor([[-1.0, -2.0]]), torch.ones(1, 2).bool()
         >>> describe_mismatch(log_probs, log_probs - 0.5, mask)["mismatch_mean"]
         tensor(0.5000)
     """
-    log_ratio = log_ratio_of(old_log_probs.detach(), sampler_log_probs, response_mask)
+    log_ratio = compute_log_ratio(old_log_probs.detach(), sampler_log_probs, response_mask)
     tokens = response_mask.sum().clamp(min=1)
-    held = hold(log_ratio)
+    clamped = clamp_log_ratio(log_ratio)
     return {
         "mismatch_mean": log_ratio.abs().sum() / tokens,
         "mismatch_max": log_ratio.abs().max() if log_ratio.numel() else log_ratio.new_zeros(()),
-        "mismatch_kl": masked_sum(held.expm1() - held, response_mask) / tokens,
-        "mismatch_ess": effective_sample_size(held.exp(), response_mask),
+        "mismatch_kl": masked_sum(clamped.expm1() - clamped, response_mask) / tokens,
+        "mismatch_ess": effective_sample_size(clamped.exp(), response_mask),
     }
 
 
-def _counted(weights: Float[Tensor, "batch cols"], mask: Bool[Tensor, "batch seq"]) -> Bool[Tensor, "batch cols"]:
-    """Where a weight stands for something: a response token, or a response with tokens."""
+def _select_counted(
+    weights: Float[Tensor, "batch cols"], mask: Bool[Tensor, "batch seq"]
+) -> Bool[Tensor, "batch cols"]:
+    """Return where a weight belongs to a response token, or (one column) to a response that has tokens."""
     return mask if weights.shape == mask.shape else mask.any(dim=1, keepdim=True)
 
 

@@ -1,4 +1,4 @@
-"""Which tokens and which responses a loss is taken over. Statistics are those of the batch that is given."""
+"""Selection of the tokens and responses that enter a loss, by statistics of the given batch."""
 
 import math
 
@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from grpo_core._checks import require, shape_checked
-from grpo_core.losses._ratios import hide, log_ratio_of, mean_over_row
+from grpo_core.losses._ratios import compute_log_ratio, mean_over_response, zero_outside_mask
 from grpo_core.types import Advantages
 
 
@@ -21,24 +21,24 @@ def select_high_covariance(
     low: float = 0.0,
     high: float = math.inf,
 ) -> Bool[Tensor, "batch seq"]:
-    r"""The share $f$ of tokens with the highest $(A_{it} - \bar A)(\ell_{it} - \bar \ell)$, $\ell = \log \pi$.
+    r"""Select the share $f$ of tokens with the highest $(A_{it} - \bar A)(\ell_{it} - \bar \ell)$, $\ell = \log \pi$.
 
-    Means over all response tokens of what is given: call it once on the whole optimizer batch, with the log-probs of
-    its start, before any micro-batch; then the choice depends on neither the split nor a random number. Among them
-    Clip-Cov drops tokens from its loss (published as a random draw with $l = 1$, $h = 5$), and KL-Cov penalizes
-    tokens. Tokens that tie with the last one chosen are chosen too. Detached; False outside the mask, where nothing is
-    read.
+    The means run over all given response tokens. Call it once on the whole optimizer batch, with the log-probs from
+    before the update, so that the selection does not depend on how the batch is split. Clip-Cov drops the selected
+    tokens from its loss (the paper draws them at random, with $l = 1$ and $h = 5$), and KL-Cov penalizes them. Tokens
+    that tie with the last selected token are selected too. Detached; False outside the mask, where no value is read.
 
     Args:
-        advantages: $A$: one column, or one for each token.
+        advantages: $A$: one column, or one value per token.
         log_probs: $\log \pi$ of each token, in nats.
         response_mask: True where a token belongs to a response.
-        fraction: $f$ in $[0, 1]$, of the response tokens: $\lfloor f n \rfloor$, but at least 1 if $f > 0$.
-        low: $l$; the default never chooses a token whose covariance is not positive.
-        high: $h$.
+        fraction: $f$ in $[0, 1]$; it selects $\lfloor f n \rfloor$ of the $n$ response tokens, but at least 1 if $f >
+            0$.
+        low: $l$; the covariance must exceed it. The default selects only tokens with a positive covariance.
+        high: $h$; the covariance must be below it.
 
     Returns:
-        True for the chosen tokens.
+        True for the selected tokens.
 
     Raises:
         ValueError: if `fraction` is not in $[0, 1]$.
@@ -53,31 +53,31 @@ def select_high_covariance(
         Cui et al. 2025, arXiv:2505.22617 (Clip-Cov and KL-Cov).
     """
     require(0 <= fraction <= 1, "fraction", fraction, "between 0 and 1")
-    values = hide(advantages.detach().double().expand(response_mask.shape), response_mask)
-    scores = hide(log_probs.detach().double(), response_mask)
+    values = zero_outside_mask(advantages.detach().double().expand(response_mask.shape), response_mask)
+    scores = zero_outside_mask(log_probs.detach().double(), response_mask)
     count = response_mask.sum().clamp(min=1)
     covariance = (values - values.sum() / count) * (scores - scores.sum() / count)
     candidates = response_mask & (covariance > low) & (covariance < high)
-    wanted = max(1, math.floor(fraction * int(response_mask.sum()) + 1e-9)) if fraction > 0 else 0
-    return _largest(covariance, candidates, wanted)
+    n_selected = max(1, math.floor(fraction * int(response_mask.sum()) + 1e-9)) if fraction > 0 else 0
+    return _select_largest(covariance, candidates, n_selected)
 
 
 @shape_checked
 def select_high_entropy(
     token_entropy: Float[Tensor, "batch seq"], response_mask: Bool[Tensor, "batch seq"], fraction: float
 ) -> Bool[Tensor, "batch seq"]:
-    r"""The share $f$ of response tokens with the highest entropy: the forks at which a response is decided.
+    r"""Select the share $f$ of response tokens with the highest entropy, at which the course of a response is decided.
 
-    The threshold is that of all tokens given: call it once on the whole optimizer batch. Tokens that tie with the last
-    one chosen are chosen too. Detached; False outside the mask, where nothing is read.
+    The threshold is taken over all given tokens, so call it once on the whole optimizer batch. Tokens that tie with
+    the last selected token are selected too. Detached; False outside the mask, where no value is read.
 
     Args:
-        token_entropy: in nats.
+        token_entropy: entropy of the distribution of each token, in nats.
         response_mask: True where a token belongs to a response.
-        fraction: $f$ in $[0, 1]$: $\lceil f n \rceil$ of the $n$ response tokens. The paper has 0.2.
+        fraction: $f$ in $[0, 1]$; it selects $\lceil f n \rceil$ of the $n$ response tokens. The paper uses 0.2.
 
     Returns:
-        True for the chosen tokens.
+        True for the selected tokens.
 
     Raises:
         ValueError: if `fraction` is not in $[0, 1]$.
@@ -90,9 +90,9 @@ def select_high_entropy(
         Wang et al. 2025, arXiv:2506.01939 (the 80/20 rule).
     """
     require(0 <= fraction <= 1, "fraction", fraction, "between 0 and 1")
-    # 0.07 * 100 is 7.000000000000001: no token more for a rounding.
-    wanted = math.ceil(fraction * int(response_mask.sum()) - 1e-9)
-    return _largest(token_entropy.detach(), response_mask, wanted)
+    # 0.07 * 100 is 7.000000000000001, and this rounding error must not add a token.
+    n_selected = math.ceil(fraction * int(response_mask.sum()) - 1e-9)
+    return _select_largest(token_entropy.detach(), response_mask, n_selected)
 
 
 @shape_checked
@@ -103,16 +103,16 @@ def keep_on_policy_sequences(
     response_mask: Bool[Tensor, "batch seq"],
     threshold: float,
 ) -> Bool[Tensor, "batch 1"]:
-    r"""$M_i = 0$ where $A_i < 0$ and $\operatorname{mean}_t (\log \pi_b - \log \pi_\theta) > \delta$, else 1.
+    r"""Return $M_i = 0$ where $A_i < 0$ and $\operatorname{mean}_t (\log \pi_b - \log \pi_\theta) > \delta$, else 1.
 
-    The off-policy sequence mask: a bad response that the policy has left far behind is no longer pushed away. It looks
-    at one response at a time, so micro-batches do not matter. Detached; outside the mask nothing is read; True for a
-    response without tokens.
+    This off-policy sequence mask drops a response with a negative advantage once the policy has moved far away from
+    it. It considers each response separately, so the split into micro-batches does not matter. Detached; no value
+    outside the mask is read. True for a response without tokens.
 
     Args:
         advantages: $A_i$.
-        policy_log_probs: $\log \pi_\theta$ of each token, in nats, of the policy as it is now.
-        behavior_log_probs: $\log \pi_b$ of each token, in nats, of what sampled it.
+        policy_log_probs: $\log \pi_\theta$ of each token, in nats, under the current policy.
+        behavior_log_probs: $\log \pi_b$ of each token, in nats, under the policy that sampled it.
         response_mask: True where a token belongs to the response.
         threshold: $\delta$, in nats per token.
 
@@ -128,8 +128,8 @@ def keep_on_policy_sequences(
     References:
         DeepSeek-AI 2025, arXiv:2512.02556 (DeepSeek-V3.2, off-policy sequence masking).
     """
-    divergence = -mean_over_row(
-        log_ratio_of(policy_log_probs.detach(), behavior_log_probs, response_mask), response_mask
+    divergence = -mean_over_response(
+        compute_log_ratio(policy_log_probs.detach(), behavior_log_probs, response_mask), response_mask
     )
     return ~((advantages < 0) & (divergence > threshold))
 
@@ -138,17 +138,18 @@ def keep_on_policy_sequences(
 def drop_truncated_responses(
     response_mask: Bool[Tensor, "batch seq"], truncated: Bool[Tensor, " batch"]
 ) -> Bool[Tensor, "batch seq"]:
-    r"""$m_{it} = 0$ for every token of a response that was cut off: overlong filtering.
+    r"""Return the mask with $m_{it} = 0$ for every token of a truncated response (overlong filtering).
 
-    Take it before `compute_token_weights`: its tokens then count in no denominator, and whether it counts as a
-    response is that function's `empty_responses`. Advantages still compare with the reward of the cut response.
+    Apply it before `compute_token_weights`. The tokens of truncated responses then count in no denominator, and
+    `empty_responses` of that function decides whether the responses count. Their rewards still enter the advantages of
+    their groups.
 
     Args:
         response_mask: True where a token belongs to a response.
-        truncated: True where the length limit, and not the model, ended the response.
+        truncated: True where the length limit ended the response.
 
     Returns:
-        The smaller mask.
+        The mask without the truncated responses.
 
     Example:
         >>> drop_truncated_responses(torch.ones(2, 2).bool(), torch.tensor([True, False]))
@@ -161,11 +162,13 @@ def drop_truncated_responses(
     return response_mask & ~truncated[:, None]
 
 
-def _largest(
-    values: Float[Tensor, "batch seq"], candidates: Bool[Tensor, "batch seq"], wanted: int
+def _select_largest(
+    values: Float[Tensor, "batch seq"], candidates: Bool[Tensor, "batch seq"], count: int
 ) -> Bool[Tensor, "batch seq"]:
-    """The candidates with the `wanted` largest values; those that tie with the last of them too."""
-    found = values[candidates]
-    if wanted == 0 or len(found) == 0:
+    """Return the candidates with the `count` largest values, and those that tie with the last of these."""
+    candidate_values = values[candidates]
+    count = min(count, len(candidate_values))
+    if count == 0:
         return torch.zeros_like(candidates)
-    return candidates & (values >= found.topk(min(wanted, len(found))).values[-1])
+    threshold = candidate_values.topk(count).values[-1]
+    return candidates & (values >= threshold)

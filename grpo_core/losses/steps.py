@@ -1,11 +1,11 @@
-"""One micro-batch: the terms of a loss put together, scaled for accumulation; the train steps add `backward`."""
+"""The loss of one micro-batch, scaled for gradient accumulation, and train steps that also call `backward`."""
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from grpo_core._checks import shape_checked
-from grpo_core.losses._ratios import hold
+from grpo_core._checks import require, shape_checked
+from grpo_core.losses._ratios import clamp_log_ratio
 from grpo_core.losses.aggregation import aggregate_token_losses, sum_weighted_losses
 from grpo_core.losses.policy_gradient import compute_cross_entropy_loss, compute_policy_gradient_loss
 from grpo_core.masking import masked_sum
@@ -24,27 +24,28 @@ def compose_policy_loss(
     entropy_coef: float = 0.0,
     token_weights: Float[Tensor, "batch seq"] | None = None,
 ) -> Float[Tensor, ""]:
-    r"""$L = \sum w_{ij} \kappa_{ij} \ell_{ij} + \sum_{it} w'_{it} (\beta k_{it} - c H_{it})$: one objective.
+    r"""Return $L = \sum w_{ij} \kappa_{ij} \ell_{ij} + \sum_{it} w'_{it} (\beta k_{it} - c H_{it})$, the full loss.
 
-    The importance weight multiplies the objective alone, after its clip: KL and entropy are the trainer's own.
-    Differentiable in `policy_losses`, `kl` and `token_entropy`; gradient exactly 0 where a weight is 0, whatever
-    stands there. Sums of parts of a batch add up to the sum of the whole, if the weights are those of the whole.
+    The importance weight multiplies the policy loss after its clip, but not KL and entropy, which the trainer computes
+    itself. Differentiable in `policy_losses`, `kl` and `token_entropy`; the gradient is exactly 0 where a weight is 0,
+    even at NaN or infinity. If the weights are those of the whole batch, the losses of its parts add up to its loss.
 
     Args:
-        policy_losses: $\ell$, one for each token or one for each response.
-        policy_weights: $w$ of `compute_token_weights` or `compute_sequence_weights`, as the losses demand.
-        importance_weights: $\kappa$: one column, or one for each token if the losses are those of tokens.
+        policy_losses: $\ell$, one per token or one per response.
+        policy_weights: $w$, from `compute_token_weights` for token losses or `compute_sequence_weights` for response
+            losses.
+        importance_weights: $\kappa$: one column, or one value per token for token losses.
         kl: $k$ of `estimate_kl`, in nats.
         kl_coef: $\beta \ge 0$, in units of loss per nat.
-        token_entropy: $H$ of each token's distribution, in nats, with its gradient.
+        token_entropy: $H$, the entropy of the distribution of each token, in nats, with its gradient.
         entropy_coef: $c$, in units of loss per nat.
-        token_weights: $w'$ of `compute_token_weights`, for `kl` and `token_entropy`.
+        token_weights: $w'$ of `compute_token_weights`, required by `kl` and `token_entropy`.
 
     Returns:
         The loss.
 
     Raises:
-        ValueError: if weights do not fit the losses, or `kl` or `token_entropy` come without `token_weights`.
+        ValueError: if weights do not match the losses, or `kl` or `token_entropy` is given without `token_weights`.
 
     Example:
         >>> losses, weights = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.5, 0.5]])
@@ -58,7 +59,7 @@ def compose_policy_loss(
         if importance_weights.shape[1] not in (1, policy_losses.shape[1]):
             raise ValueError(
                 f"importance_weights have shape {tuple(importance_weights.shape)} and losses"
-                f" {tuple(policy_losses.shape)}: a loss of whole responses takes one weight per response"
+                f" {tuple(policy_losses.shape)}: losses of whole responses take one weight per response"
             )
         policy_losses = importance_weights.detach().to(policy_losses.dtype) * policy_losses
     loss = sum_weighted_losses(policy_losses, policy_weights)
@@ -77,22 +78,23 @@ def describe_policy_update(
     flags: Metadata,
     old_log_probs: Float[Tensor, "batch seq"] | None = None,
 ) -> Metadata:
-    r"""$\frac{1}{n} \sum_{it} m_{it} x_{it}$ over the $n$ response tokens, of what a step is watched by.
+    r"""Return the means over the response tokens of the quantities that monitor an update.
 
-    Detached scalars, 0 if there are no tokens; outside the mask nothing is read. Means of micro-batches, weighed by
-    their `response_tokens`, are those of the step.
+    Detached scalars, 0 if there are no tokens; no value outside the mask is read. The mean over a step is the mean
+    over its micro-batches weighted by `response_tokens`.
 
     Args:
         policy_log_probs: $\log \pi_\theta$ of each token, in nats.
         response_mask: True where a token belongs to a response.
-        flags: the metadata of an objective, Bool, for each token or (one column) each response.
+        flags: the flags that an objective returns, Bool, one per token or (one column) per response.
         old_log_probs: $\log \pi_{\mathrm{old}}$ of each token, in nats.
 
     Returns:
-        `response_tokens`, their count; for each flag the share of tokens it is True for, `is_clipped_low` as
-        `clip_fraction_low`, `is_penalized` as `penalized_fraction`; if `old_log_probs` is given, `mean_ratio` ($\rho$)
-        and `approx_kl` ($\rho - 1 - \log \rho$, an estimate of $\mathrm{KL}(\pi_{\mathrm{old}} \Vert \pi_\theta)$
-        in nats), $\log \rho$ held within 20 nats.
+        `response_tokens`, their number; for each flag the share of tokens for which it is True, under the name
+        `clip_fraction` for `is_clipped` (likewise `clip_fraction_low`) and `penalized_fraction` for `is_penalized`; if
+        `old_log_probs` is given, `mean_ratio` (the mean of $\rho$) and `approx_kl` (the mean of $\rho - 1 - \log
+        \rho$, an estimate of $\mathrm{KL}(\pi_{\mathrm{old}} \Vert \pi_\theta)$ in nats), with $\log \rho$ clamped to
+        20 nats.
 
     Example:
         >>> mask, flags = torch.tensor([[True, True]]), {"is_clipped": torch.tensor([[True, False]])}
@@ -103,19 +105,19 @@ def describe_policy_update(
         Schulman 2020, "Approximating KL divergence" (k3).
     """
     tokens = response_mask.sum()
-    described = {"response_tokens": tokens.to(torch.float32)}
-    # Of nothing 0 and not NaN, so that an average weighted by tokens survives an empty batch.
+    metrics = {"response_tokens": tokens.to(torch.float32)}
+    # 0 instead of NaN for an empty batch, so that averages weighted by tokens stay finite.
     counted = tokens.clamp(min=1)
     for name, flag in flags.items():
         key = name.replace("is_clipped", "clip_fraction").replace("is_penalized", "penalized_fraction")
-        described[key] = (flag & response_mask).sum() / counted
+        metrics[key] = (flag & response_mask).sum() / counted
     if old_log_probs is not None:
         with torch.no_grad():
-            log_ratio = hold(policy_log_probs - old_log_probs).masked_fill_(~response_mask, 0.0)
+            log_ratio = clamp_log_ratio(policy_log_probs - old_log_probs).masked_fill_(~response_mask, 0.0)
             growth = log_ratio.expm1()
-            described["mean_ratio"] = (growth.sum() + tokens) / counted
-            described["approx_kl"] = growth.sub_(log_ratio).sum() / counted
-    return described
+            metrics["mean_ratio"] = (growth.sum() + tokens) / counted
+            metrics["approx_kl"] = growth.sub_(log_ratio).sum() / counted
+    return metrics
 
 
 @shape_checked
@@ -125,23 +127,24 @@ def sft_microbatch_loss(
     gradient_accumulation_steps: int,
     normalize_constant: float = 1.0,
 ) -> tuple[Float[Tensor, ""], Metadata]:
-    r"""$L = -\frac{1}{K N C} \sum_{it} m_{it} \log \pi_\theta(o_{it})$: one of $K$ micro-batches' share, in nats.
+    r"""Return $L = -\frac{1}{K N C} \sum_{it} m_{it} \log \pi_\theta(o_{it})$, the share of one of $K$ micro-batches.
 
-    Differentiable in `policy_log_probs`; gradient exactly 0 outside the mask, whatever stands there. A response
-    without tokens adds 0 and still counts in $N$.
+    In nats. Differentiable in `policy_log_probs`; the gradient is exactly 0 outside the mask, even at NaN or infinity.
+    A response without tokens adds 0 and still counts in $N$, the number of responses.
 
     Args:
         policy_log_probs: $\log \pi_\theta$ of each token, in nats.
         response_mask: $m$, True where a token belongs to the response.
-        gradient_accumulation_steps: $K \ge 1$, micro-batches per optimizer step.
-        normalize_constant: $C > 0$, in tokens; 1 sums over the tokens of a response.
+        gradient_accumulation_steps: $K \ge 1$, the number of micro-batches per optimizer step.
+        normalize_constant: $C > 0$, in tokens; 1 gives the sum over the tokens of a response.
 
     Returns:
-        The loss, and detached scalars: `response_tokens` (count), `nll` (mean of $-\log \pi_\theta$ over response
-        tokens, in nats per token; 0 if there are none).
+        The loss, and detached scalars: `response_tokens` (their number) and `nll` (the mean of $-\log \pi_\theta$ over
+        the response tokens, in nats per token; 0 if there are none).
 
     Raises:
-        ValueError: if `gradient_accumulation_steps` is less than 1, or `normalize_constant` not positive and finite.
+        ValueError: if `gradient_accumulation_steps` is less than 1, or `normalize_constant` is not positive and
+            finite.
 
     Example:
         >>> log_probs, mask = torch.tensor([[-1.0, -3.0]]), torch.tensor([[True, True]])
@@ -149,10 +152,10 @@ def sft_microbatch_loss(
         >>> loss, metadata["nll"]
         (tensor(2.), tensor(2.))
     """
-    accumulation = _at_least_one(gradient_accumulation_steps)
+    _check_accumulation_steps(gradient_accumulation_steps)
     losses = compute_cross_entropy_loss(policy_log_probs, response_mask=response_mask)
     loss = aggregate_token_losses(losses, response_mask, "constant", normalize_constant=normalize_constant)
-    return loss / accumulation, {
+    return loss / gradient_accumulation_steps, {
         "response_tokens": response_mask.sum().to(torch.float32),
         "nll": _mean_over_tokens(-policy_log_probs.detach(), response_mask),
     }
@@ -173,33 +176,34 @@ def grpo_microbatch_loss(
     normalize_constant: float | None = None,
     group_sizes: GroupSizes | None = None,
 ) -> tuple[Float[Tensor, ""], Metadata]:
-    r"""$L = \frac{1}{K} \sum_{it} w_{it} m_{it} \ell_{it}$: one of $K$ micro-batches' share in the loss of a step.
+    r"""Return $L = \frac{1}{K} \sum_{it} w_{it} m_{it} \ell_{it}$, the share of one of $K$ micro-batches.
 
-    The gradients of the $K$ shares add up to the gradient of the whole batch. For all but "token_mean" that takes
-    micro-batches of equal size; "token_mean" is not divided by $K$, for its constant counts the tokens of all. Where
-    micro-batches differ, weigh the whole step with `compute_token_weights` and use `compose_policy_loss`.
+    The gradients of the $K$ shares add up to the gradient of the whole batch if the micro-batches have equal numbers
+    of responses. "token_mean" has no such requirement and is not divided by $K$, because its constant counts the
+    tokens of all micro-batches. If micro-batches differ in size, compute the weights of the whole step with
+    `compute_token_weights` and use `compose_policy_loss`.
 
-    Differentiable in `policy_log_probs` alone; gradient exactly 0 outside the mask. No value outside the mask is ever
-    read, in any argument. A response without tokens adds 0 and still counts.
+    Differentiable in `policy_log_probs` only; the gradient is exactly 0 outside the mask, and no argument is read
+    there. A response without tokens adds 0 and still counts in the mean.
 
     Args:
         policy_log_probs: $\log \pi_\theta$ of each token, in nats.
         response_mask: $m$, True where a token belongs to the response.
-        gradient_accumulation_steps: $K \ge 1$, micro-batches per optimizer step.
-        loss_type: the $\ell$ of `compute_policy_gradient_loss`.
-        raw_rewards: $r_i$, for "no_baseline".
-        advantages: $A_i$, for the other losses.
-        old_log_probs: $\log \pi_{\mathrm{old}}$ of each token, in nats, for the two GRPO losses.
-        cliprange: $\epsilon$, for "grpo_clip".
-        aggregation: the $w$ of `aggregate_token_losses`.
-        normalize_constant: the $C$ of `aggregate_token_losses`, in tokens.
-        group_sizes: for "prompt_mean", the number of responses to each question.
+        gradient_accumulation_steps: $K \ge 1$, the number of micro-batches per optimizer step.
+        loss_type: $\ell$, one of the losses of `compute_policy_gradient_loss`.
+        raw_rewards: $r_i$, required by "no_baseline".
+        advantages: $A_i$, required by the other losses.
+        old_log_probs: $\log \pi_{\mathrm{old}}$ of each token, in nats, required by the two GRPO losses.
+        cliprange: $\epsilon$, required by "grpo_clip".
+        aggregation: $w$, one of the aggregations of `aggregate_token_losses`.
+        normalize_constant: $C$ of `aggregate_token_losses`, in tokens.
+        group_sizes: the number of responses to each question, required by "prompt_mean".
 
     Returns:
-        The loss, and the detached scalars of `describe_policy_update`.
+        The loss, and the metrics of `describe_policy_update`.
 
     Raises:
-        ValueError: if `gradient_accumulation_steps` is less than 1; as `compute_policy_gradient_loss` and
+        ValueError: if `gradient_accumulation_steps` is less than 1, and as in `compute_policy_gradient_loss` and
             `aggregate_token_losses`.
 
     Example:
@@ -211,10 +215,10 @@ def grpo_microbatch_loss(
     References:
         Shao et al. 2024, arXiv:2402.03300, algorithm 1 and eq. 3; Schulman 2020, "Approximating KL divergence" (k3).
     """
-    # The constant of "token_mean" counts the tokens of all micro-batches: a second division would be one too many.
-    accumulation = _at_least_one(gradient_accumulation_steps)
-    shares = 1 if aggregation == "token_mean" else accumulation
-    token_losses, per_token = compute_policy_gradient_loss(
+    _check_accumulation_steps(gradient_accumulation_steps)
+    # The constant of "token_mean" already counts the tokens of all micro-batches.
+    shares = 1 if aggregation == "token_mean" else gradient_accumulation_steps
+    token_losses, flags = compute_policy_gradient_loss(
         policy_log_probs, loss_type, raw_rewards, advantages, old_log_probs, cliprange, response_mask=response_mask
     )
     loss = aggregate_token_losses(
@@ -224,7 +228,7 @@ def grpo_microbatch_loss(
         normalize_constant=normalize_constant,
         group_sizes=group_sizes,
     )
-    return loss / shares, describe_policy_update(policy_log_probs, response_mask, per_token, old_log_probs)
+    return loss / shares, describe_policy_update(policy_log_probs, response_mask, flags, old_log_probs)
 
 
 @shape_checked
@@ -234,9 +238,9 @@ def sft_microbatch_train_step(
     gradient_accumulation_steps: int,
     normalize_constant: float = 1.0,
 ) -> tuple[Float[Tensor, ""], Metadata]:
-    r"""$L$ of `sft_microbatch_loss`, then $\nabla L$ added to the gradients of whatever made `policy_log_probs`.
+    r"""Compute $L$ of `sft_microbatch_loss` and call `backward`, which adds $\nabla L$ to the parameters' gradients.
 
-    Arguments, metadata and errors are those of `sft_microbatch_loss`; the loss comes back detached, in nats.
+    Arguments, metadata and errors are those of `sft_microbatch_loss`. The returned loss is detached, in nats.
 
     Example:
         >>> log_probs = torch.tensor([[-1.0, -3.0]], requires_grad=True)
@@ -266,9 +270,9 @@ def grpo_microbatch_train_step(
     normalize_constant: float | None = None,
     group_sizes: GroupSizes | None = None,
 ) -> tuple[Float[Tensor, ""], Metadata]:
-    r"""$L$ of `grpo_microbatch_loss`, then $\nabla L$ added to the gradients of whatever made `policy_log_probs`.
+    r"""Compute $L$ of `grpo_microbatch_loss` and call `backward`, which adds $\nabla L$ to the parameters' gradients.
 
-    Arguments, metadata and errors are those of `grpo_microbatch_loss`; the loss comes back detached.
+    Arguments, metadata and errors are those of `grpo_microbatch_loss`. The returned loss is detached.
 
     Example:
         >>> log_probs = torch.tensor([[-1.0, -3.0]], requires_grad=True)
@@ -294,14 +298,12 @@ def grpo_microbatch_train_step(
     return loss.detach(), metadata
 
 
-def _at_least_one(gradient_accumulation_steps: int) -> int:
-    if gradient_accumulation_steps < 1:
-        raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps} must be at least 1")
-    return gradient_accumulation_steps
+def _check_accumulation_steps(gradient_accumulation_steps: int) -> None:
+    require(gradient_accumulation_steps >= 1, "gradient_accumulation_steps", gradient_accumulation_steps, "at least 1")
 
 
 def _mean_over_tokens(
     values: Float[Tensor, "batch seq"], response_mask: Bool[Tensor, "batch seq"]
 ) -> Float[Tensor, ""]:
-    """A metric's mean; 0 over nothing."""
+    """Return the mean of a metric over the response tokens, 0 if there are none."""
     return masked_sum(values, response_mask) / response_mask.sum().clamp(min=1)

@@ -1,15 +1,15 @@
-"""Policy-gradient losses of single tokens beyond the clipped ratio: weighted, gated, masked. Nothing here reduces."""
+"""Token losses beyond the clipped ratio: weighted, gated or masked. No function here reduces."""
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from grpo_core._checks import require, shape_checked
-from grpo_core.losses._ratios import hide, hide_flags, hold, log_ratio_of
+from grpo_core.losses._ratios import clamp_log_ratio, compute_log_ratio, mask_flags, zero_outside_mask
 from grpo_core.types import Advantages, Metadata
 
 # Keeps the logarithm of 1 - p finite where p rounds to 1.
-_TINY = 1e-8
+_EPS = 1e-8
 
 
 @shape_checked
@@ -22,26 +22,26 @@ def compute_cispo_loss(
     *,
     response_mask: Bool[Tensor, "batch seq"] | None = None,
 ) -> tuple[Float[Tensor, "batch seq"], Metadata]:
-    r"""$\ell_{it} = -\operatorname{sg}[\operatorname{clip}(\rho_{it}, l, h)] A_i \log \pi_\theta(o_{it})$ (CISPO).
+    r"""Return $\ell_{it} = -\operatorname{sg}[\operatorname{clip}(\rho_{it}, l, h)] A_i \log \pi_\theta(o_{it})$.
 
-    REINFORCE with a bounded importance weight: no token ever loses its gradient, $-\operatorname{clip}(\rho) A$. The
-    bounds are absolute ratios, not distances from 1. Differentiable in `policy_log_probs` alone; $\log \rho$ is held
-    within 20 nats.
+    CISPO is REINFORCE with a bounded importance weight, so that every token keeps a gradient,
+    $-\operatorname{clip}(\rho) A$. The bounds are absolute ratios instead of distances from 1. Differentiable in
+    `policy_log_probs` only; $\log \rho$ is clamped to 20 nats.
 
     Args:
-        advantages: $A$, no unit: one column, or one for each token.
+        advantages: $A$, unitless: one column, or one value per token.
         policy_log_probs: $\log \pi_\theta$ of each token, in nats.
-        old_log_probs: $\log \pi_{\mathrm{old}}$ of each token, in nats, from the policy that sampled it.
-        ratio_low: $l \ge 0$; 0 leaves small ratios as they are.
+        old_log_probs: $\log \pi_{\mathrm{old}}$ of each token, in nats, under the policy that sampled it.
+        ratio_low: $l \ge 0$; 0 sets no lower bound.
         ratio_high: $h \ge l$.
-        response_mask: where given, the loss is exactly 0 outside it, and nothing there is read.
+        response_mask: if given, the loss is exactly 0 outside it and no value there is read.
 
     Returns:
         The loss of each token, and Bool "batch seq" each: `is_clipped_low` and `is_clipped_high`, where the weight was
-        raised to $l$ or cut to $h$, and `is_clipped` (either).
+        raised to $l$ or lowered to $h$, and `is_clipped` (either of them).
 
     Raises:
-        ValueError: if not $0 \le l \le h$.
+        ValueError: unless $0 \le l \le h$.
 
     Example:
         >>> old = torch.tensor([[0.5, 0.125]])
@@ -53,12 +53,12 @@ def compute_cispo_loss(
         MiniMax 2025, arXiv:2506.13585, eq. 4 and 5; Khatri et al. 2025, arXiv:2510.13786 (bounds 0 and 5).
     """
     require(0 <= ratio_low <= ratio_high, "ratio_low", ratio_low, f"between 0 and ratio_high={ratio_high}")
-    ratio = hold(log_ratio_of(policy_log_probs, old_log_probs, response_mask)).detach().exp()
+    ratio = clamp_log_ratio(compute_log_ratio(policy_log_probs, old_log_probs, response_mask)).detach().exp()
     weight = ratio.clamp(ratio_low, ratio_high) * advantages.detach()
     flags = {"is_clipped_low": ratio < ratio_low, "is_clipped_high": ratio > ratio_high}
     flags["is_clipped"] = flags["is_clipped_low"] | flags["is_clipped_high"]
-    losses = hide(-weight * hide(policy_log_probs, response_mask), response_mask)
-    return losses, hide_flags(flags, response_mask)
+    losses = zero_outside_mask(-weight * zero_outside_mask(policy_log_probs, response_mask), response_mask)
+    return losses, mask_flags(flags, response_mask)
 
 
 @shape_checked
@@ -71,22 +71,22 @@ def compute_sapo_loss(
     *,
     response_mask: Bool[Tensor, "batch seq"] | None = None,
 ) -> tuple[Float[Tensor, "batch seq"], Metadata]:
-    r"""$\ell_{it} = -\frac{4}{\tau} \sigma\bigl(\tau (\rho_{it} - 1)\bigr) A_i$ (SAPO): a soft gate, no clip.
+    r"""Return $\ell_{it} = -\frac{4}{\tau} \sigma\bigl(\tau (\rho_{it} - 1)\bigr) A_i$ with a soft gate (SAPO).
 
-    The gradient, $-4 \sigma (1 - \sigma) \rho A$, is that of the plain ratio at $\rho = 1$ and fades on both sides.
-    There the value is $-2 A / \tau$ and not $-A$: compare gradients with PPO, not values. Differentiable in
-    `policy_log_probs` alone; $\log \rho$ is held within 20 nats.
+    The gradient, $-4 \sigma (1 - \sigma) \rho A$, equals that of the unclipped ratio loss at $\rho = 1$ and fades on
+    both sides of it. The value at $\rho = 1$ is $-2 A / \tau$ instead of $-A$, so compare its gradients with PPO
+    rather than its values. Differentiable in `policy_log_probs` only; $\log \rho$ is clamped to 20 nats.
 
     Args:
-        advantages: $A$, no unit: one column, or one for each token.
+        advantages: $A$, unitless: one column, or one value per token.
         policy_log_probs: $\log \pi_\theta$ of each token, in nats.
-        old_log_probs: $\log \pi_{\mathrm{old}}$ of each token, in nats, from the policy that sampled it.
+        old_log_probs: $\log \pi_{\mathrm{old}}$ of each token, in nats, under the policy that sampled it.
         temperature_positive: $\tau > 0$ where $A > 0$.
-        temperature_negative: $\tau > 0$ elsewhere; the larger it is, the faster the gradient fades.
-        response_mask: where given, the loss is exactly 0 outside it, and nothing there is read.
+        temperature_negative: $\tau > 0$ elsewhere; a larger value makes the gradient fade faster.
+        response_mask: if given, the loss is exactly 0 outside it and no value there is read.
 
     Returns:
-        The loss of each token, and no metadata: nothing is clipped.
+        The loss of each token, and empty metadata, because nothing is clipped.
 
     Raises:
         ValueError: if a temperature is not positive.
@@ -101,10 +101,10 @@ def compute_sapo_loss(
     require(temperature_positive > 0, "temperature_positive", temperature_positive, "positive")
     require(temperature_negative > 0, "temperature_negative", temperature_negative, "positive")
     advantages = advantages.detach()
-    ratio = hold(log_ratio_of(policy_log_probs, old_log_probs, response_mask)).exp()
+    ratio = clamp_log_ratio(compute_log_ratio(policy_log_probs, old_log_probs, response_mask)).exp()
     temperature = torch.full_like(ratio, temperature_negative).masked_fill(advantages > 0, temperature_positive)
     losses = -4 / temperature * torch.sigmoid(temperature * (ratio - 1)) * advantages
-    return hide(losses, response_mask), {}
+    return zero_outside_mask(losses, response_mask), {}
 
 
 @shape_checked
@@ -117,23 +117,25 @@ def compute_dppo_tv_loss(
     *,
     response_mask: Bool[Tensor, "batch seq"] | None = None,
 ) -> tuple[Float[Tensor, "batch seq"], Metadata]:
-    r"""$\ell_{it} = -\rho_{it} A_i M_{it}$, $M$ by the distance of the two probabilities (DPPO-TV).
+    r"""Return $\ell_{it} = -\rho_{it} A_i M_{it}$ with a mask $M$ by the difference of probabilities (DPPO-TV).
 
-    $M = 0$ where $p - p_\mu > \delta_h$ with $A > 0$, or $p - p_\mu < -\delta_l$ with $A < 0$; else 1. The trust
-    region is one of probabilities, not of their ratio: a rare token may change by any factor. Differentiable in
-    `policy_log_probs` alone: $-\rho A$, and 0 where $M = 0$; $\log \rho$ is held within 20 nats.
+    $M = 0$ where $p - p_\mu > \delta_h$ with $A > 0$, or $p - p_\mu < -\delta_l$ with $A < 0$; elsewhere $M = 1$. The
+    trust region limits the change of a probability instead of its ratio, so that the probability of a rare token may
+    change by any factor. Differentiable in `policy_log_probs` only: the gradient is $-\rho A$, and 0 where $M = 0$.
+    $\log \rho$ is clamped to 20 nats.
 
     Args:
-        advantages: $A$, no unit: one column, or one for each token.
+        advantages: $A$, unitless: one column, or one value per token.
         policy_log_probs: $\log p$ of each token, in nats.
-        old_log_probs: $\log p_\mu$ of each token, in nats, under the policy that sampled it: the sampler's own.
+        old_log_probs: $\log p_\mu$ of each token, in nats, under the policy that sampled it, as reported by the
+            sampler.
         threshold_low: $\delta_l \ge 0$, a difference of probabilities.
         threshold_high: $\delta_h \ge 0$, a difference of probabilities.
-        response_mask: where given, the loss is exactly 0 outside it, and nothing there is read.
+        response_mask: if given, the loss is exactly 0 outside it and no value there is read.
 
     Returns:
         The loss of each token, and Bool "batch seq" each: `is_clipped_low` and `is_clipped_high`, where $M = 0$ with
-        $A < 0$ or $A > 0$, and `is_clipped` (either).
+        $A < 0$ or $A > 0$, and `is_clipped` (either of them).
 
     Raises:
         ValueError: if a threshold is negative.
@@ -149,7 +151,8 @@ def compute_dppo_tv_loss(
     """
     require(threshold_low >= 0, "threshold_low", threshold_low, "at least 0: it is a difference of probabilities")
     require(threshold_high >= 0, "threshold_high", threshold_high, "at least 0: it is a difference of probabilities")
-    policy, old = hide(policy_log_probs, response_mask), hide(old_log_probs.detach(), response_mask)
+    policy = zero_outside_mask(policy_log_probs, response_mask)
+    old = zero_outside_mask(old_log_probs.detach(), response_mask)
     moved = policy.detach().exp() - old.exp()
     low, high = moved < -threshold_low, moved > threshold_high
     return _masked_ratio_loss(advantages, policy - old, low, high, response_mask)
@@ -164,24 +167,26 @@ def compute_dppo_kl_loss(
     *,
     response_mask: Bool[Tensor, "batch seq"] | None = None,
 ) -> tuple[Float[Tensor, "batch seq"], Metadata]:
-    r"""$\ell_{it} = -\rho_{it} A_i M_{it}$, $M$ by the binary KL divergence (DPPO-KL).
+    r"""Return $\ell_{it} = -\rho_{it} A_i M_{it}$ with a mask $M$ by the binary KL divergence (DPPO-KL).
 
-    $M = 0$ where $p_\mu \log \frac{p_\mu}{p} + (1 - p_\mu) \log \frac{1 - p_\mu}{1 - p} > \delta$, the divergence of
-    "this token or another", and the policy has moved the way the advantage pushes it: up with $A > 0$, down with $A <
-    0$. Differentiable in `policy_log_probs` alone: $-\rho A$, and 0 where $M = 0$; $\log \rho$ is held within 20 nats.
+    $M = 0$ where $p_\mu \log \frac{p_\mu}{p} + (1 - p_\mu) \log \frac{1 - p_\mu}{1 - p} > \delta$ and the policy has
+    moved in the direction of the advantage: up with $A > 0$, down with $A < 0$. The divergence is that of the two
+    outcomes "this token" and "any other token". Differentiable in `policy_log_probs` only: the gradient is $-\rho A$,
+    and 0 where $M = 0$. $\log \rho$ is clamped to 20 nats.
 
-    1e-8 is added to both $1 - p$ and $1 - p_\mu$, so the divergence stays finite where $p$ rounds to 1.
+    1e-8 is added to $1 - p$ and to $1 - p_\mu$, so that the divergence stays finite where $p$ rounds to 1.
 
     Args:
-        advantages: $A$, no unit: one column, or one for each token.
+        advantages: $A$, unitless: one column, or one value per token.
         policy_log_probs: $\log p$ of each token, in nats.
-        old_log_probs: $\log p_\mu$ of each token, in nats, under the policy that sampled it: the sampler's own.
+        old_log_probs: $\log p_\mu$ of each token, in nats, under the policy that sampled it, as reported by the
+            sampler.
         threshold: $\delta \ge 0$, in nats.
-        response_mask: where given, the loss is exactly 0 outside it, and nothing there is read.
+        response_mask: if given, the loss is exactly 0 outside it and no value there is read.
 
     Returns:
         The loss of each token, and Bool "batch seq" each: `is_clipped_low` and `is_clipped_high`, where $M = 0$ with
-        $A < 0$ or $A > 0$, and `is_clipped` (either).
+        $A < 0$ or $A > 0$, and `is_clipped` (either of them).
 
     Raises:
         ValueError: if `threshold` is negative.
@@ -196,9 +201,10 @@ def compute_dppo_kl_loss(
         Qi et al. 2026, arXiv:2602.04879 (DPPO, binary KL).
     """
     require(threshold >= 0, "threshold", threshold, "at least 0: it is a divergence in nats")
-    policy, old = hide(policy_log_probs, response_mask), hide(old_log_probs.detach(), response_mask)
+    policy = zero_outside_mask(policy_log_probs, response_mask)
+    old = zero_outside_mask(old_log_probs.detach(), response_mask)
     p, p_old = policy.detach().exp(), old.exp()
-    others = (1 - p_old) * ((1 - p_old + _TINY) / (1 - p + _TINY)).log()
+    others = (1 - p_old) * ((1 - p_old + _EPS) / (1 - p + _EPS)).log()
     far = p_old * (old - policy.detach()) + others > threshold
     return _masked_ratio_loss(advantages, policy - old, far & (p < p_old), far & (p > p_old), response_mask)
 
@@ -213,20 +219,20 @@ def compute_kl_cov_loss(
     *,
     response_mask: Bool[Tensor, "batch seq"] | None = None,
 ) -> tuple[Float[Tensor, "batch seq"], Metadata]:
-    r"""$\ell_{it} = -\rho_{it} A_i + c\,\lvert \log \rho_{it} \rvert$, the second term on some tokens (KL-Cov).
+    r"""Return $\ell_{it} = -\rho_{it} A_i + c\,\lvert \log \rho_{it} \rvert$, penalizing selected tokens (KL-Cov).
 
-    The penalized tokens are those of the highest covariance of advantage and log-probability, which drive the entropy
-    down: `select_high_covariance` over the whole optimizer batch names them. No ratio is clipped. Differentiable in
-    `policy_log_probs` alone: $-\rho A + c \operatorname{sign}(\log \rho)$; $\log \rho$ is held within 20 nats in the
-    ratio.
+    The penalized tokens are those with the highest covariance of advantage and log-probability, which drive the
+    entropy down. Select them with `select_high_covariance` over the whole optimizer batch. No ratio is clipped.
+    Differentiable in `policy_log_probs` only: the gradient is $-\rho A + c \operatorname{sign}(\log \rho)$. $\log
+    \rho$ is clamped to 20 nats in the ratio.
 
     Args:
-        advantages: $A$, no unit: one column, or one for each token.
+        advantages: $A$, unitless: one column, or one value per token.
         policy_log_probs: $\log \pi_\theta$ of each token, in nats.
-        old_log_probs: $\log \pi_{\mathrm{old}}$ of each token, in nats, from the policy that sampled it.
-        penalized: True for the tokens that are held back.
+        old_log_probs: $\log \pi_{\mathrm{old}}$ of each token, in nats, under the policy that sampled it.
+        penalized: True for the tokens to penalize.
         kl_coef: $c \ge 0$.
-        response_mask: where given, the loss is exactly 0 outside it, and nothing there is read.
+        response_mask: if given, the loss is exactly 0 outside it and no value there is read.
 
     Returns:
         The loss of each token, and `is_penalized`, Bool "batch seq".
@@ -242,11 +248,11 @@ def compute_kl_cov_loss(
     References:
         Cui et al. 2025, arXiv:2505.22617 (KL-Cov).
     """
-    require(kl_coef >= 0, "kl_coef", kl_coef, "at least 0: it holds tokens back")
-    log_ratio = log_ratio_of(policy_log_probs, old_log_probs, response_mask)
+    require(kl_coef >= 0, "kl_coef", kl_coef, "at least 0: it penalizes tokens")
+    log_ratio = compute_log_ratio(policy_log_probs, old_log_probs, response_mask)
     penalty = torch.where(penalized, kl_coef * log_ratio.abs(), 0.0)
-    losses = -hold(log_ratio).exp() * advantages.detach() + penalty
-    return hide(losses, response_mask), hide_flags({"is_penalized": penalized}, response_mask)
+    losses = -clamp_log_ratio(log_ratio).exp() * advantages.detach() + penalty
+    return zero_outside_mask(losses, response_mask), mask_flags({"is_penalized": penalized}, response_mask)
 
 
 def _masked_ratio_loss(
@@ -256,9 +262,9 @@ def _masked_ratio_loss(
     too_high: Bool[Tensor, "batch seq"],
     response_mask: Bool[Tensor, "batch seq"] | None,
 ) -> tuple[Float[Tensor, "batch seq"], Metadata]:
-    """The plain ratio loss where the policy has not gone too far in the direction of the advantage."""
+    """Return the unclipped ratio loss, 0 where the policy has moved too far in the direction of the advantage."""
     advantages = advantages.detach()
     flags = {"is_clipped_low": too_low & (advantages < 0), "is_clipped_high": too_high & (advantages > 0)}
     flags["is_clipped"] = flags["is_clipped_low"] | flags["is_clipped_high"]
-    losses = torch.where(flags["is_clipped"], 0.0, -hold(log_ratio).exp() * advantages)
-    return hide(losses, response_mask), hide_flags(flags, response_mask)
+    losses = torch.where(flags["is_clipped"], 0.0, -clamp_log_ratio(log_ratio).exp() * advantages)
+    return zero_outside_mask(losses, response_mask), mask_flags(flags, response_mask)

@@ -1,4 +1,4 @@
-"""The one place that calls a model."""
+"""The call of the model, which all scoring functions share."""
 
 import inspect
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from torch import Tensor, nn
 
 
-def logits_at(model: nn.Module, input_ids: Tensor, columns: Tensor | None, **inputs: Tensor) -> Tensor:
-    """Logits of `model` at `columns` of the sequence (all where None), in that order, repeats included.
+def compute_logits_at(model: nn.Module, input_ids: Tensor, columns: Tensor | None, **inputs: Tensor) -> Tensor:
+    """Return the logits of `model` at these columns of the sequence, in the given order; None means all columns.
 
-    A Hugging Face model skips its output layer at all other columns (`logits_to_keep`); any other model computes every
-    column, and those that were asked for are selected.
+    A Hugging Face model applies its output layer at these columns only (`logits_to_keep`). Other models compute all
+    columns, from which these are selected. Columns may repeat.
     """
     keywords: dict[str, Any] = dict(inputs)
     parameters = inspect.signature(model.forward).parameters

@@ -1,4 +1,4 @@
-"""The output layer of a language model: blocks of logits, and gradients from theirs."""
+"""The output layer of a language model: logits block by block, and the gradients from those of the logits."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -7,46 +7,56 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from grpo_core.scoring._softmax_stats import Scaling, Statistics, slices, turn_into_gradient, wide_type
+from grpo_core.scoring._softmax_stats import (
+    Scaling,
+    SoftmaxStats,
+    StatsGrad,
+    backward_into,
+    get_wide_dtype,
+    split_range,
+)
 
-# Past a thousand rows a matrix product is no faster.
+# A matrix product of more than a thousand rows is not faster per row.
 _BLOCK_ROWS = 1024
 
 
-class Head(NamedTuple):
-    """$W h + b$, how it becomes the argument of a softmax, and how much of it may stand at once."""
+class LinearHead(NamedTuple):
+    """An output layer $W h + b$, the scaling of its logits, and the memory that logits may take."""
 
     weight: Float[Tensor, "vocab width"]
     bias: Float[Tensor, " vocab"] | None
     scaling: Scaling
     max_logits_bytes: int
 
-    def _rows_that_fit(self) -> int:
-        dtype = wide_type(self.weight) if self.weight.is_cuda else self.weight.dtype
+    def _max_rows(self) -> int:
+        dtype = get_wide_dtype(self.weight) if self.weight.is_cuda else self.weight.dtype
         return self.max_logits_bytes // (len(self.weight) * dtype.itemsize)
 
     def fits(self, tokens: int) -> bool:
-        """Whether the logits of so many tokens may stand at once."""
-        return tokens <= self._rows_that_fit()
+        """Return whether the logits of this many tokens fit into `max_logits_bytes`."""
+        return tokens <= self._max_rows()
 
-    def blocks(self, tokens: int) -> Iterator[slice]:
-        """Rows whose logits are made by one matrix product: all of them if they fit."""
-        rows = tokens if self.fits(tokens) else min(_BLOCK_ROWS, self._rows_that_fit())
-        return slices(tokens, max(1, rows)) if tokens else iter([slice(0, 0)])
+    def iterate_blocks(self, tokens: int) -> Iterator[slice]:
+        """Yield the rows of each block of logits: a single block if all logits fit."""
+        rows = tokens if self.fits(tokens) else min(_BLOCK_ROWS, self._max_rows())
+        return split_range(tokens, max(1, rows)) if tokens else iter([slice(0, 0)])
 
-    def logits(self, hidden: Float[Tensor, "rows width"]) -> Float[Tensor, "rows vocab"]:
-        """$W h + b$ in the precision of a matrix product; on CUDA that of its sums."""
-        product = _wide_product(hidden, self.weight.t()) if hidden.is_cuda else hidden @ self.weight.t()
+    def compute_logits(self, hidden: Float[Tensor, "rows width"]) -> Float[Tensor, "rows vocab"]:
+        """Return $W h + b$ in the type of the inputs, or on CUDA in the float32 of the product's sums."""
+        product = _multiply_wide(hidden, self.weight.t()) if hidden.is_cuda else hidden @ self.weight.t()
         return product if self.bias is None else product.add_(self.bias)
 
 
-class GradientSums:
-    """$dH$, $dW$ and $db$ of one block of logits after the other; sums over blocks are wide."""
+class HeadGradients:
+    """Gradients of a loss in hidden states, weight and bias, accumulated over blocks of logits in float32 or wider."""
 
-    def __init__(self, head: Head, hidden: Float[Tensor, "tokens width"], needed: tuple[bool, bool, bool]) -> None:
+    def __init__(
+        self, head: LinearHead, hidden: Float[Tensor, "tokens width"], needed: tuple[bool, bool, bool]
+    ) -> None:
         self._head, self._hidden, self._needed = head, hidden, needed
-        # Weights of a step divide by its tokens, and what they leave of float16 a loss scale must still find.
-        self._narrow = hidden.dtype == torch.float16
+        # A loss that is a mean has small gradients, which would underflow in float16. They are normalized before the
+        # products and rescaled afterwards, so that a loss scale still finds them.
+        self._normalizes = hidden.dtype == torch.float16
         self._of_hidden: list[Tensor] = []
         self._of_weight: Tensor | None = None
         self._of_bias: Tensor | None = None
@@ -54,51 +64,52 @@ class GradientSums:
     def add(
         self,
         rows: slice,
-        weights: Float[Tensor, "rows vocab"],
+        exp: Float[Tensor, "rows vocab"],
         labels: Int[Tensor, " rows"],
-        told: Statistics,
-        by_log_prob: Float[Tensor, "rows 1"] | None,
-        by_entropy: Float[Tensor, "rows 1"] | None,
+        stats: SoftmaxStats,
+        grad: StatsGrad,
     ) -> None:
-        """The block of these rows, whose weights are overwritten."""
+        """Add the gradients of a block of rows; `exp`, the stored exponentials of its logits, is overwritten."""
         if not any(self._needed):
             return
-        largest = None
-        if self._narrow:
-            slopes = [slope for slope in (by_log_prob, by_entropy) if slope is not None]
-            # There may be no rows, or no slope at all.
-            largest = torch.cat([told.top.new_full((1, 1), 1e-30), *slopes]).abs().amax()
-            by_log_prob, by_entropy = (None if s is None else s / largest for s in (by_log_prob, by_entropy))
-        same = weights.dtype == self._hidden.dtype
-        gradient = weights if same else torch.empty_like(weights, dtype=self._hidden.dtype)
-        turn_into_gradient(weights, gradient, labels, self._head.scaling, told, by_log_prob, by_entropy)
+        scale = None
+        if self._normalizes:
+            columns = [column for column in grad if column is not None]
+            # The tiny number avoids a maximum over nothing, and a division by 0.
+            scale = torch.cat([stats.max_logit.new_full((1, 1), 1e-30), *columns]).abs().amax()
+            grad = grad.divide(scale)
+        same_type = exp.dtype == self._hidden.dtype
+        gradient = exp if same_type else torch.empty_like(exp, dtype=self._hidden.dtype)
+        backward_into(gradient, exp, labels, self._head.scaling, stats, grad)
         if self._needed[0]:
-            self._of_hidden.append(self._restored(gradient @ self._head.weight, largest))
+            self._of_hidden.append(_rescale(gradient @ self._head.weight, scale))
         if self._needed[1]:
-            part = self._restored(gradient.t() @ self._hidden[rows], largest)
-            self._of_weight = part if self._of_weight is None else self._widened(self._of_weight).add_(part)
+            part = _rescale(gradient.t() @ self._hidden[rows], scale)
+            self._of_weight = part if self._of_weight is None else _widen(self._of_weight).add_(part)
         if self._needed[2]:
-            part = self._restored(gradient.sum(dim=0, dtype=wide_type(self._hidden)), largest)
+            part = _rescale(gradient.sum(dim=0, dtype=get_wide_dtype(self._hidden)), scale)
             self._of_bias = part if self._of_bias is None else self._of_bias.add_(part)
 
     def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """As wide as they were summed; autograd narrows them, after what is multiplied yet."""
+        """Return the gradients in the wide type of the sums; autograd narrows them after its last multiplication."""
         return torch.cat(self._of_hidden) if self._needed[0] else None, self._of_weight, self._of_bias
 
-    def _widened(self, part: Tensor) -> Tensor:
-        return part.to(wide_type(part))
 
-    def _restored(self, part: Tensor, largest: Tensor | None) -> Tensor:
-        return part if largest is None else self._widened(part) * largest
-
-
-def scale(part: Tensor, factor: Tensor) -> Tensor:
-    """Without a copy where the factor is known to be 1; looking would make a GPU wait."""
-    return part if factor.device.type == "cpu" and factor == 1 else part * factor
+def scale_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Return the product, without a copy if the factor is known to be 1; a GPU would have to wait for its value."""
+    return gradient if factor.device.type == "cpu" and factor == 1 else gradient * factor
 
 
-def _wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """On CUDA: of narrow inputs, with its float32 sums as they are."""
+def _widen(part: Tensor) -> Tensor:
+    return part.to(get_wide_dtype(part))
+
+
+def _rescale(part: Tensor, scale: Tensor | None) -> Tensor:
+    return part if scale is None else _widen(part) * scale
+
+
+def _multiply_wide(left: Tensor, right: Tensor) -> Tensor:
+    """Return a matrix product with the float32 sums of narrow inputs (CUDA only)."""
     if left.dtype in (torch.float32, torch.float64):
         return left @ right
     return torch.mm(left, right, out_dtype=torch.float32)

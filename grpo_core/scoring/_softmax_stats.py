@@ -1,4 +1,11 @@
-"""Softmax statistics of many rows of logits, and their gradient: a tile of rows at a time, or by kernels on CUDA."""
+r"""Softmax statistics of rows of logits and their gradient, computed a tile of rows at a time, or by Triton on CUDA.
+
+A row of logits becomes $z$ (scaled by temperature and cap), $p = \operatorname{softmax}(z)$, the log-probability of
+its label $\log p_y$ and the entropy $H = -\sum_v p_v \log p_v$. For a loss with $g = \partial L / \partial \log p_y$
+and $g_H = \partial L / \partial H$, the gradient is
+
+$$\frac{\partial L}{\partial z_v} = g\,(1[v = y] - p_v) - g_H\, p_v (\log p_v + H).$$
+"""
 
 import functools
 import warnings
@@ -7,80 +14,119 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Wide values exist of one tile at a time. On a CPU its two buffers stay in the cache, where a pass over them costs a
-# fifth of what it would in memory; elsewhere few launches matter more.
+# Size of the float32 buffers of one tile. On a CPU, both buffers of a tile stay in the cache, where a pass over them
+# takes a fifth of the time that a pass over memory takes. On other devices, fewer launches matter more.
 _TILE_BYTES = {"cpu": 3 << 20}
 _TILE_BYTES_ELSEWHERE = 256 << 20
-# exp(-1e4) is 0: what a logit of -inf comes to, without 0 * inf.
-_NEVER = -1e4
-# The kernels compute in float32: float64 is left to the tiles, and is what they are proven by.
+# Replaces log-probabilities of -inf. Its exponential is 0, and 0 * -1e4 is 0, while 0 * -inf is NaN.
+_MIN_LOG_PROB = -1e4
+# The kernels compute in float32. float64 is left to the tiles, against which the kernels are verified.
 _KERNEL_DEVICES = ("cuda",)
 _KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Scaling(NamedTuple):
-    r"""From logits to the $z$ of a softmax: $z = c \tanh(\text{logits} / c) / T$, without the cap where it is None."""
+    r"""Map from logits to $z = c \tanh(\text{logits} / c) / T$; without the cap if it is None."""
 
     temperature: float = 1.0
     softcap: float | None = None
 
 
-class Statistics(NamedTuple):
-    """Of some rows of logits, one column each."""
+class SoftmaxStats(NamedTuple):
+    """Statistics of some rows of logits, one column each."""
 
     log_probs: Float[Tensor, "rows 1"] | None
-    top: Float[Tensor, "rows 1"]
-    """The largest $z$."""
-    total: Float[Tensor, "rows 1"]
-    """The sum of all $e^{z - top}$, the weights."""
+    """Log-probability of the label; None without labels."""
+    max_logit: Float[Tensor, "rows 1"]
+    """Largest $z$ of the row."""
+    exp_sum: Float[Tensor, "rows 1"]
+    """Sum of $e^{z - max}$ over the row."""
     entropy: Float[Tensor, "rows 1"] | None
+    """Entropy of the softmax; None if it was not requested."""
 
-    def results(self) -> tuple[Float[Tensor, " rows"] | None, Float[Tensor, " rows"] | None]:
-        """Log-probs and entropies to hand out; no views, for those could not be changed in place."""
+    @property
+    def log_normalizer(self) -> Float[Tensor, "rows 1"]:
+        r"""$\log \sum_v e^{z_v}$ of each row."""
+        return self.max_logit + self.exp_sum.log()
+
+    def select(self, rows: slice) -> "SoftmaxStats":
+        """Return the statistics of these rows."""
+        return SoftmaxStats(*(None if column is None else column[rows] for column in self))  # type: ignore[arg-type]
+
+    def as_outputs(self) -> tuple[Float[Tensor, " rows"] | None, Float[Tensor, " rows"] | None]:
+        """Return log-probs and entropies as new tensors; callers could not modify views in place."""
         log_probs, entropy = (
-            None if value is None else value[:, 0].clone() for value in (self.log_probs, self.entropy)
+            None if column is None else column[:, 0].clone() for column in (self.log_probs, self.entropy)
         )
         return log_probs, entropy
 
 
-def measure(
+class StatsGrad(NamedTuple):
+    """Gradient of a loss in the log-probs ($g$) and entropies ($g_H$) of some rows; None for an unused output."""
+
+    log_probs: Float[Tensor, "rows 1"] | None
+    entropy: Float[Tensor, "rows 1"] | None
+
+    @classmethod
+    def from_outputs(
+        cls, log_probs: Float[Tensor, " rows"] | None, entropy: Float[Tensor, " rows"] | None
+    ) -> "StatsGrad":
+        """Return the gradient of outputs that autograd passes as vectors."""
+        return cls(*(None if grad is None else rearrange(grad, "row -> row 1") for grad in (log_probs, entropy)))
+
+    def select(self, rows: slice) -> "StatsGrad":
+        """Return the gradient of these rows."""
+        return StatsGrad(*(None if grad is None else grad[rows] for grad in self))
+
+    def divide(self, divisor: Tensor | float) -> "StatsGrad":
+        """Return the gradient divided by a number."""
+        return StatsGrad(*(None if grad is None else grad / divisor for grad in self))
+
+
+def compute_softmax_stats(
     logits: Float[Tensor, "rows vocab"],
     labels: Int[Tensor, " rows"] | None,
     scaling: Scaling,
     *,
     with_entropy: bool,
-    keeps_weights: bool = False,
-) -> Statistics:
-    """Log-probs where there are labels, and entropies where asked for.
+    store_exp: bool = False,
+) -> SoftmaxStats:
+    r"""Return log-probs (if there are labels), normalizers and entropies (on request) of all rows.
 
-    With `keeps_weights`, logits give way to their weights: all that `turn_into_gradient` needs, without exponentials.
-    Kernels leave them as they are: there an exponential costs less than a pass over memory.
+    $\log p_y = s_y - \log S$ and $H = \log S - \sum_v e^{s_v} s_v / S$ with $s = z - \max z$ and $S = \sum_v e^{s_v}$.
+
+    With `store_exp`, the tiles overwrite `logits` with $e^s$, from which `backward_into` computes the gradient without
+    another exponential. The kernels keep the logits, because on a GPU an exponential is cheaper than a pass over
+    memory.
     """
     if _uses_kernels(logits):
-        told = _measure_by_kernel(logits, labels, scaling)
-        return told if with_entropy else told._replace(entropy=None)
-    dtype = wide_type(logits)
-    log_probs, top, total, entropy = logits.new_empty(4, len(logits), 1, dtype=dtype)
-    for tile, shifted, weights in _tiles(logits):
-        z = _scale(logits[tile], scaling, shifted)
-        torch.amax(z, dim=1, keepdim=True, out=top[tile])
-        torch.sub(z, top[tile], out=shifted)
-        torch.sum(torch.exp(shifted, out=weights), dim=1, keepdim=True, out=total[tile])
-        if keeps_weights:
-            logits[tile] = weights
+        stats = _compute_stats_with_kernel(logits, labels, scaling)
+        return stats if with_entropy else stats._replace(entropy=None)
+    dtype = get_wide_dtype(logits)
+    log_probs, max_logit, exp_sum, weighted_sum = logits.new_empty(4, len(logits), 1, dtype=dtype)
+    for rows, shifted, exp in _iterate_tiles(logits):
+        z = _scale_logits(logits[rows], scaling, out=shifted)
+        torch.amax(z, dim=1, keepdim=True, out=max_logit[rows])
+        torch.sub(z, max_logit[rows], out=shifted)
+        torch.exp(shifted, out=exp)
+        torch.sum(exp, dim=1, keepdim=True, out=exp_sum[rows])
+        if store_exp:
+            logits[rows] = exp
         if labels is not None:
-            log_probs[tile] = shifted.gather(1, labels[tile, None])
+            log_probs[rows] = shifted.gather(1, labels[rows, None])
         if with_entropy:
-            torch.sum(weights.mul_(shifted.clamp_(min=_NEVER)), dim=1, keepdim=True, out=entropy[tile])
-    log_total = total.log()
-    return Statistics(
-        None if labels is None else log_probs.sub_(log_total),
-        top,
-        total,
-        log_total - entropy.div_(total) if with_entropy else None,
+            finite = shifted.clamp_(min=_MIN_LOG_PROB)
+            torch.sum(exp.mul_(finite), dim=1, keepdim=True, out=weighted_sum[rows])
+    log_sum = exp_sum.log()
+    return SoftmaxStats(
+        None if labels is None else log_probs.sub_(log_sum),
+        max_logit,
+        exp_sum,
+        log_sum - weighted_sum.div_(exp_sum) if with_entropy else None,
     )
 
 
@@ -89,227 +135,234 @@ def write_gradient(
     gradient: Float[Tensor, "rows vocab"],
     labels: Int[Tensor, " rows"] | None,
     temperature: float,
-    told: Statistics,
-    by_log_prob: Float[Tensor, "rows 1"] | None,
-    by_entropy: Float[Tensor, "rows 1"] | None,
+    stats: SoftmaxStats,
+    grad: StatsGrad,
 ) -> None:
-    r"""Into `gradient`: that of a loss in each logit, from its slopes $g$ in the log-prob and $g_H$ in the entropy.
-
-    $\partial / \partial z_v = g\,(1[v = y] - p_v) - g_H\, p_v (\log p_v + H)$, times $1 / T$.
-    """
+    """Write the gradient of the module's equation in each logit into `gradient`, from uncapped logits."""
+    scaling = Scaling(temperature)
     if _uses_kernels(logits):
-        _write_by_kernel(logits, gradient, labels, Scaling(temperature), told, by_log_prob, by_entropy)
+        _write_gradient_with_kernel(logits, gradient, labels, scaling, stats, grad)
         return
-    normalizer = told.top + told.total.log()
-    for tile, log_p, room in _tiles(logits):
-        # Where the gradient is wide itself, no copy is made of it.
-        p = gradient[tile] if gradient.dtype == room.dtype else room
-        torch.sub(_scale(logits[tile], Scaling(temperature), log_p), normalizer[tile], out=log_p)
+    log_normalizer = stats.log_normalizer
+    scaled_grad = grad.divide(temperature)
+    for rows, log_p, buffer in _iterate_tiles(logits):
+        # A gradient of the buffer's type needs no copy.
+        p = gradient[rows] if gradient.dtype == buffer.dtype else buffer
+        torch.sub(_scale_logits(logits[rows], scaling, out=log_p), log_normalizer[rows], out=log_p)
         torch.exp(log_p, out=p)
-        _pull(p, log_p, labels, tile, temperature, told, by_log_prob, by_entropy)
-        if p is room:
-            gradient[tile] = room
+        result = _logit_gradient(p, log_p, labels, rows, stats, scaled_grad)
+        if p is buffer:
+            gradient[rows] = result
 
 
-def turn_into_gradient(
-    weights: Float[Tensor, "rows vocab"],
+def backward_into(
     gradient: Float[Tensor, "rows vocab"],
+    exp: Float[Tensor, "rows vocab"],
     labels: Int[Tensor, " rows"],
     scaling: Scaling,
-    told: Statistics,
-    by_log_prob: Float[Tensor, "rows 1"] | None,
-    by_entropy: Float[Tensor, "rows 1"] | None,
+    stats: SoftmaxStats,
+    grad: StatsGrad,
 ) -> None:
-    """The same from the weights that `measure` kept, into `gradient`, which may be `weights`; through a cap too.
+    r"""Write the gradient of the module's equation in each logit into `gradient`, from stored exponentials.
 
-    Rounded to bfloat16, a weight is off by as much as the gradient is rounded by; that of the likeliest token is 1.
-    Where `measure` ran a kernel, it kept the logits.
+    `exp` is what `compute_softmax_stats` with `store_exp` left of the logits: $e^{z - \max z}$, or the logits
+    themselves if it ran a kernel. `gradient` may be the same tensor. A cap multiplies the gradient by $\partial z /
+    \partial \text{logit} \cdot T = 1 - (z T / c)^2$. A bfloat16 exponential is rounded by as much as a bfloat16
+    gradient.
     """
-    if _uses_kernels(weights):
-        _write_by_kernel(weights, gradient, labels, scaling, told, by_log_prob, by_entropy)
+    if _uses_kernels(exp):
+        _write_gradient_with_kernel(exp, gradient, labels, scaling, stats, grad)
         return
-    for tile, log_p, p in _tiles(weights):
-        p.copy_(weights[tile])
-        if by_entropy is not None or scaling.softcap is not None:
-            torch.log(p.div_(told.total[tile]), out=log_p).clamp_(min=_NEVER)
-            slope = None
-            if scaling.softcap is not None:
-                assert told.log_probs is not None
-                # A weight that came to 0 has lost its logit. Of such tokens only the label is pulled at: its is known.
-                log_p.scatter_(1, labels[tile, None], told.log_probs[tile])
-                z = log_p + (told.top[tile] + told.total[tile].log())
-                slope = 1 - z.mul_(scaling.temperature / scaling.softcap).square_()
-            _pull(p, log_p, labels, tile, scaling.temperature, told, by_log_prob, by_entropy)
-            gradient[tile] = p if slope is None else p.mul_(slope)
-        else:
-            pull = torch.zeros_like(told.total) if by_log_prob is None else by_log_prob
-            pull = pull[tile] / scaling.temperature
-            gradient[tile] = p.mul_(-pull / told.total[tile]).scatter_add_(1, labels[tile, None], pull)
+    scaled_grad = grad.divide(scaling.temperature)
+    for rows, log_p, p in _iterate_tiles(exp):
+        p.copy_(exp[rows])
+        if grad.entropy is None and scaling.softcap is None:
+            gradient[rows] = _log_prob_gradient(p, labels[rows], stats.exp_sum[rows], scaled_grad.select(rows))
+            continue
+        p.div_(stats.exp_sum[rows])
+        torch.log(p, out=log_p).clamp_(min=_MIN_LOG_PROB)
+        cap_slope = None
+        if scaling.softcap is not None:
+            assert stats.log_probs is not None
+            # An exponential that underflowed to 0 has lost its logit. This matters for the label only, whose
+            # log-probability is known.
+            log_p.scatter_(1, labels[rows, None], stats.log_probs[rows])
+            z = log_p + stats.log_normalizer[rows]
+            cap_slope = 1 - z.mul_(scaling.temperature / scaling.softcap).square_()
+        result = _logit_gradient(p, log_p, labels, rows, stats, scaled_grad)
+        gradient[rows] = result if cap_slope is None else result.mul_(cap_slope)
 
 
-def _pull(
+def _logit_gradient(
     p: Float[Tensor, "rows vocab"],
     log_p: Float[Tensor, "rows vocab"],
-    labels: Int[Tensor, " rows"] | None,
-    tile: slice,
-    temperature: float,
-    told: Statistics,
-    by_log_prob: Float[Tensor, "rows 1"] | None,
-    by_entropy: Float[Tensor, "rows 1"] | None,
-) -> None:
-    """Probabilities of a tile become what pulls at their logits; `log_p` is used up."""
-    pull = torch.zeros_like(told.total[tile]) if by_log_prob is None else by_log_prob[tile] / temperature
-    if by_entropy is None:
-        p.mul_(-pull)
+    labels: Int[Tensor, " all_rows"] | None,
+    rows: slice,
+    stats: SoftmaxStats,
+    grad: StatsGrad,
+) -> Float[Tensor, "rows vocab"]:
+    r"""Return $g\,(1[v = y] - p_v) - g_H\, p_v (\log p_v + H)$ of a tile. It overwrites `p` and `log_p`."""
+    label_grad = torch.zeros_like(stats.exp_sum[rows]) if grad.log_probs is None else grad.log_probs[rows]
+    if grad.entropy is None:
+        gradient = p.mul_(-label_grad)
     else:
-        assert told.entropy is not None
-        spread = by_entropy[tile] / temperature
-        p.mul_(log_p.clamp_(min=_NEVER).add_(told.entropy[tile]).mul_(-spread).sub_(pull))
-    if labels is not None:
-        p.scatter_add_(1, labels[tile, None], pull)
+        assert stats.entropy is not None
+        log_p_plus_entropy = log_p.clamp_(min=_MIN_LOG_PROB).add_(stats.entropy[rows])
+        factor = log_p_plus_entropy.mul_(-grad.entropy[rows]).sub_(label_grad)
+        gradient = p.mul_(factor)
+    return gradient if labels is None else gradient.scatter_add_(1, labels[rows, None], label_grad)
 
 
-def join(parts: list[Statistics]) -> Statistics:
-    """Of parts, one after the other."""
+def _log_prob_gradient(
+    exp: Float[Tensor, "rows vocab"],
+    labels: Int[Tensor, " rows"],
+    exp_sum: Float[Tensor, "rows 1"],
+    grad: StatsGrad,
+) -> Float[Tensor, "rows vocab"]:
+    r"""Return $g\,(1[v = y] - e_v / S)$ of a tile. It overwrites `exp`."""
+    label_grad = torch.zeros_like(exp_sum) if grad.log_probs is None else grad.log_probs
+    return exp.mul_(-label_grad / exp_sum).scatter_add_(1, labels[:, None], label_grad)
+
+
+def concatenate_stats(parts: list[SoftmaxStats]) -> SoftmaxStats:
+    """Return the statistics of consecutive parts of the rows as one."""
     if len(parts) == 1:
         return parts[0]
     columns = ([part for part in column if part is not None] for column in zip(*parts, strict=True))
-    return Statistics(*(torch.cat(column) if column else None for column in columns))  # type: ignore[arg-type]
+    return SoftmaxStats(*(torch.cat(column) if column else None for column in columns))  # type: ignore[arg-type]
 
 
 def _uses_kernels(logits: Float[Tensor, "rows vocab"]) -> bool:
-    """One answer for one tensor: by it `measure` decides what to keep, and `turn_into_gradient` what it was given."""
+    """Return whether the Triton kernels process this tensor; the answer is the same in forward and backward."""
     return (
         logits.device.type in _KERNEL_DEVICES
         and logits.dtype in _KERNEL_TYPES
         and logits.numel() > 0
         and logits.stride(1) == 1
         and not torch.compiler.is_compiling()
-        and _is_proven(logits.device, logits.dtype)
+        and _has_verified_kernels(logits.device, logits.dtype)
     )
 
 
 @functools.cache
-def _is_proven(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels run there and agree with the tiles: tried once, so that no run ever breaks on them."""
+def _has_verified_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether the kernels run on the device and agree with the tiles; tested once per device and type."""
     try:
         if find_spec("triton") is None:
             return False
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            worst = _disagreement(device, dtype)
-        seen = f"differ from torch by {worst:.3g} times what rounding explains"
-    except Exception as error:
-        worst, seen = float("inf"), f"fail ({type(error).__name__}: {error})".replace("\n", " ")
-    # A NaN is no agreement.
-    if worst <= 1:
+            error = _measure_kernel_error(device, dtype)
+        problem = f"differ from torch by {error:.3g} times what rounding explains"
+    except Exception as exception:
+        error, problem = float("inf"), f"fail ({type(exception).__name__}: {exception})".replace("\n", " ")
+    # This is False for a NaN, which is no agreement.
+    if error <= 1:
         return True
-    warnings.warn(f"Triton kernels on {device} in {dtype} {seen}: torch is used in their place", stacklevel=2)
+    warnings.warn(f"Triton kernels on {device} in {dtype} {problem}: torch is used instead", stacklevel=2)
     return False
 
 
-def _disagreement(device: torch.device, dtype: torch.dtype) -> float:
-    """The largest difference between kernels and float64 tiles, over what rounding explains, of logits of every kind.
+def _measure_kernel_error(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the largest difference between kernels and float64 tiles, relative to what rounding explains.
 
-    They fill blocks in part, cannot come, cannot come for a whole block; with each slope alone, and with both.
+    The logits fill a block partly, and contain tokens and a whole block of probability 0. Each gradient is tested
+    alone and both together.
     """
     logits = torch.arange(3 * 9001.0).sin_().mul_(8).view(3, -1).to(device, dtype)
     logits[0, 9000] = logits[1, :5000] = -float("inf")
     labels = torch.tensor([0, 8999, 4097], device=device)
     g, g_entropy = torch.tensor([[[1.0], [-2.0], [0.5]], [[-1.0], [0.25], [3.0]]], device=device)
-    worst = [0.0]
+    errors = [0.0]
     for scaling in (Scaling(), Scaling(0.7, 20.0)):
-        told, exact = _measure_by_kernel(logits, labels, scaling), logits.double()
-        wide = measure(exact, labels, scaling, with_entropy=True, keeps_weights=True)
-        worst += [_excess(mine, truth, 3e-5) for mine, truth in zip(told, wide, strict=True)]
-        for slopes in ((g, None), (None, g_entropy), (g, g_entropy)):
-            gradient, truth = torch.full_like(logits, float("nan")), torch.empty_like(exact)
-            pulled = None if slopes[0] is None else labels
-            _write_by_kernel(logits, gradient, pulled, scaling, told, *slopes)
-            exact_slopes = (None if slope is None else slope.double() for slope in slopes)
-            turn_into_gradient(exact, truth, labels, scaling, wide, *exact_slopes)
-            worst.append(_excess(gradient, truth, max(3e-5, torch.finfo(dtype).eps)))
-    # Not max(): that passes over a NaN.
-    return float(torch.tensor(worst).amax())
+        stats, exact = _compute_stats_with_kernel(logits, labels, scaling), logits.double()
+        exact_stats = compute_softmax_stats(exact, labels, scaling, with_entropy=True, store_exp=True)
+        errors += [_compute_excess_error(*pair, 3e-5) for pair in zip(stats, exact_stats, strict=True)]
+        for grad in (StatsGrad(g, None), StatsGrad(None, g_entropy), StatsGrad(g, g_entropy)):
+            gradient, exact_gradient = torch.full_like(logits, float("nan")), torch.empty_like(exact)
+            kernel_labels = None if grad.log_probs is None else labels
+            _write_gradient_with_kernel(logits, gradient, kernel_labels, scaling, stats, grad)
+            exact_grad = StatsGrad(*(None if column is None else column.double() for column in grad))
+            backward_into(exact_gradient, exact, labels, scaling, exact_stats, exact_grad)
+            errors.append(_compute_excess_error(gradient, exact_gradient, max(3e-5, torch.finfo(dtype).eps)))
+    # max() would skip a NaN.
+    return float(torch.tensor(errors).amax())
 
 
-def _excess(mine: Tensor | None, truth: Tensor | None, relative: float) -> float:
-    """The largest difference, over this share of the truth and next to nothing."""
-    assert mine is not None
-    assert truth is not None
-    return float(((mine - truth).abs() / (1e-6 + relative * truth.abs())).amax())
+def _compute_excess_error(value: Tensor | None, exact: Tensor | None, tolerance: float) -> float:
+    """Return the largest difference as a multiple of the tolerated relative error."""
+    assert value is not None
+    assert exact is not None
+    return float(((value - exact).abs() / (1e-6 + tolerance * exact.abs())).amax())
 
 
-def _measure_by_kernel(
+def _compute_stats_with_kernel(
     logits: Float[Tensor, "rows vocab"], labels: Int[Tensor, " rows"] | None, scaling: Scaling
-) -> Statistics:
-    """What `measure` tells; imported here, for Triton is not everywhere."""
+) -> SoftmaxStats:
+    # Imported here, because Triton is not installed everywhere.
     from grpo_core.scoring import _triton
 
-    return Statistics(*_triton.measure(logits, labels, *scaling))
+    return SoftmaxStats(*_triton.compute_softmax_stats(logits, labels, *scaling))
 
 
-def _write_by_kernel(
+def _write_gradient_with_kernel(
     logits: Float[Tensor, "rows vocab"],
     gradient: Float[Tensor, "rows vocab"],
     labels: Int[Tensor, " rows"] | None,
     scaling: Scaling,
-    told: Statistics,
-    by_log_prob: Float[Tensor, "rows 1"] | None,
-    by_entropy: Float[Tensor, "rows 1"] | None,
+    stats: SoftmaxStats,
+    grad: StatsGrad,
 ) -> None:
-    """What `write_gradient` and `turn_into_gradient` write, from the logits."""
     from grpo_core.scoring import _triton
 
-    top, total, entropy = told[1:]
-    _triton.write_gradient(logits, gradient, labels, *scaling, top, total, entropy, by_log_prob, by_entropy)
+    max_logit, exp_sum, entropy = stats[1:]
+    _triton.write_gradient(logits, gradient, labels, *scaling, max_logit, exp_sum, entropy, *grad)
 
 
-def wide_type(logits: Tensor) -> torch.dtype:
-    """What statistics are taken in: at least float32."""
+def get_wide_dtype(logits: Tensor) -> torch.dtype:
+    """Return the type in which statistics are computed: at least float32."""
     return torch.promote_types(logits.dtype, torch.float32)
 
 
 def check_labels(labels: Int[Tensor, " rows"], vocab: int) -> None:
-    """On a CPU; a GPU would have to wait, and reports it by its own assertion."""
+    """Raise ValueError if a label lies outside the vocabulary; on a GPU, which would have to wait, do nothing."""
     if labels.device.type != "cpu" or labels.numel() == 0:
         return
     low, high = (int(end) for end in labels.aminmax())
     if low < 0 or high >= vocab:
         raise ValueError(
             f"labels run from {low} to {high} but the vocabulary has {vocab} tokens: every label must be in"
-            f" [0, {vocab}), those of masked positions too"
+            f" [0, {vocab}), including those of masked positions"
         )
 
 
-def slices(total: int, size: int) -> Iterator[slice]:
-    """Consecutive parts of `size`."""
+def split_range(total: int, size: int) -> Iterator[slice]:
+    """Yield consecutive slices of at most `size` that cover `total`."""
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
-def _scale(logits: Float[Tensor, "rows vocab"], scaling: Scaling, room: Float[Tensor, "rows vocab"]) -> Tensor:
-    """$z$ of a tile: the logits themselves where nothing changes them, else in `room`.
-
-    Widened first: arithmetic on bfloat16 would round in bfloat16.
-    """
-    if scaling == Scaling() and logits.dtype == room.dtype:
+def _scale_logits(
+    logits: Float[Tensor, "rows vocab"], scaling: Scaling, out: Float[Tensor, "rows vocab"]
+) -> Float[Tensor, "rows vocab"]:
+    """Return $z$ of a tile, computed in `out` and in its type, or the logits themselves if nothing changes."""
+    if scaling == Scaling() and logits.dtype == out.dtype:
         return logits
-    room.copy_(logits)
+    out.copy_(logits)
     if scaling.softcap is not None:
-        return room.div_(scaling.softcap).tanh_().mul_(scaling.softcap / scaling.temperature)
-    return room if scaling.temperature == 1 else room.div_(scaling.temperature)
+        return out.div_(scaling.softcap).tanh_().mul_(scaling.softcap / scaling.temperature)
+    return out if scaling.temperature == 1 else out.div_(scaling.temperature)
 
 
-def _tiles(logits: Float[Tensor, "rows vocab"]) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Rows that are widened at a time, and two buffers of their size."""
+def _iterate_tiles(logits: Float[Tensor, "rows vocab"]) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield the rows of each tile with two float32 (or wider) buffers of its shape, which all tiles share."""
     rows, vocab = logits.shape
     size = min(rows, _tile_rows(logits))
-    both = logits.new_empty(2, size, vocab, dtype=wide_type(logits))
-    for tile in slices(rows, max(1, size)):
+    buffers = logits.new_empty(2, size, vocab, dtype=get_wide_dtype(logits))
+    for tile in split_range(rows, max(1, size)):
         count = tile.stop - tile.start
-        yield tile, both[0, :count], both[1, :count]
+        yield tile, buffers[0, :count], buffers[1, :count]
 
 
 def _tile_rows(logits: Float[Tensor, "rows vocab"]) -> int:
     size = _TILE_BYTES.get(logits.device.type, _TILE_BYTES_ELSEWHERE)
-    return max(1, size // (logits.shape[1] * wide_type(logits).itemsize))
+    return max(1, size // (logits.shape[1] * get_wide_dtype(logits).itemsize))

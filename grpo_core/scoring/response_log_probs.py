@@ -1,12 +1,12 @@
-"""Log-probabilities of given tokens under a model."""
+"""Log-probabilities of response tokens under a model."""
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from grpo_core._checks import shape_checked
-from grpo_core.scoring._forward import logits_at
-from grpo_core.scoring.distributions import measure_logits
+from grpo_core.scoring._forward import compute_logits_at
+from grpo_core.scoring.distributions import compute_log_probs_and_entropy
 
 
 @shape_checked
@@ -20,24 +20,25 @@ def get_response_log_probs(
     response_mask: Bool[Tensor, "batch seq"] | None = None,
     detach_entropy: bool = False,
 ) -> dict[str, Float[Tensor, "batch seq"]]:
-    r"""$\log \pi_\theta(y_t \mid x_{\le t})$ of each label, in nats, and on request the entropy of each distribution.
+    r"""Return $\log \pi_\theta(y_t \mid x_{\le t})$ of each label, in nats, and optionally the entropies.
 
-    Differentiable in the parameters of the model, through log-probability and entropy alike; wrap the call in
-    `torch.no_grad()` for old log-probabilities. The model must be causal and the padding on the right: then no token
-    sees padding, and no attention mask is needed. Dropout is the caller's affair (`model.eval()`).
+    Differentiable in the parameters of the model, through log-probabilities and entropies. Wrap the call in
+    `torch.no_grad()` to compute old log-probabilities. The model must be causal and the padding on the right, so that
+    no token attends to padding and no attention mask is needed. Call `model.eval()` first to switch off dropout.
 
     Args:
-        model: called as `model(input_ids)`, returns an object with `.logits` of shape "batch seq vocab".
+        model: called as `model(input_ids)`; it returns an object with `.logits` of shape "batch seq vocab".
         input_ids: $x$, token ids of prompt and response, padded on the right.
-        labels: $y$, the token after each of them.
+        labels: $y$, the token that follows each input token.
         return_token_entropy: whether to return `token_entropy` too.
-        temperature: $T > 0$ the tokens were sampled at; logits are divided by it.
-        response_mask: where given, only these positions are scored. Columns that no row needs never become logits, if
-            the model's `forward` takes `logits_to_keep`, as Hugging Face's do; other labels may hold anything.
-        detach_entropy: True for an entropy that is only looked at: without a gradient, and nothing kept for one.
+        temperature: $T > 0$ at which the tokens were sampled; the logits are divided by it.
+        response_mask: if given, only these positions are scored, and labels elsewhere may have any value. For a model
+            whose `forward` takes `logits_to_keep`, as in Hugging Face, columns outside the mask of every row get no
+            logits.
+        detach_entropy: True returns an entropy without gradient, which saves memory if it is only monitored.
 
     Returns:
-        `log_probs`, in nats; `token_entropy`, in nats, if asked for. Both are exactly 0 outside `response_mask`.
+        `log_probs` and, if requested, `token_entropy`, both in nats and exactly 0 outside `response_mask`.
 
     Raises:
         ValueError: if `temperature` is not positive and finite, or a label lies outside the vocabulary.
@@ -51,15 +52,15 @@ def get_response_log_probs(
         {'log_probs': tensor([[-0.6931, -0.6931]])}
     """
     if response_mask is None:
-        logits = logits_at(model, input_ids, None)
+        logits = compute_logits_at(model, input_ids, None)
         return score_logits(logits, labels, return_token_entropy, temperature, detach_entropy)
     columns = response_mask.any(dim=0).nonzero().squeeze(dim=1)
     kept = response_mask[:, columns]
-    # Token 0 stands in for the labels that nobody asked about, which may be no token at all (-100).
+    # Labels outside the mask may be no token id, such as -100, so replace them by token 0.
     kept_labels = torch.where(kept, labels[:, columns], 0)
-    logits = logits_at(model, input_ids, columns)
+    logits = compute_logits_at(model, input_ids, columns)
     scores = score_logits(logits, kept_labels, return_token_entropy, temperature, detach_entropy)
-    return {name: _spread(score, kept, columns, labels.shape[1]) for name, score in scores.items()}
+    return {name: _scatter_columns(score, kept, columns, labels.shape[1]) for name, score in scores.items()}
 
 
 def score_logits(
@@ -69,15 +70,15 @@ def score_logits(
     temperature: float,
     detach_entropy: bool,
 ) -> dict[str, Float[Tensor, "*batch"]]:
-    """`log_probs` of the labels and, if asked for, `token_entropy` of each distribution."""
-    log_probs, entropy = measure_logits(logits, labels, temperature, return_token_entropy)
+    """Return `log_probs` of the labels and, if requested, `token_entropy` of each distribution."""
+    log_probs, entropy = compute_log_probs_and_entropy(logits, labels, temperature, return_token_entropy)
     if not return_token_entropy:
         return {"log_probs": log_probs}
     return {"log_probs": log_probs, "token_entropy": entropy.detach() if detach_entropy else entropy}
 
 
-def _spread(
+def _scatter_columns(
     values: Float[Tensor, "batch kept"], mask: Bool[Tensor, "batch kept"], columns: Int[Tensor, " kept"], seq: int
 ) -> Float[Tensor, "batch seq"]:
-    """`values` back in their columns, 0 wherever nothing was asked for."""
+    """Return `values` in their columns of the full sequence, 0 outside the mask."""
     return values.new_zeros(len(values), seq).index_copy(1, columns, torch.where(mask, values, 0.0))

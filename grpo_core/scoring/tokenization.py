@@ -1,4 +1,4 @@
-"""From strings to the tensors that a policy is scored on."""
+"""Token ids, labels and response masks from prompts and outputs."""
 
 import torch
 from jaxtyping import Shaped
@@ -12,21 +12,21 @@ from grpo_core.types import Tokenizer
 def tokenize_prompt_and_output(
     prompt_strs: list[str], output_strs: list[str], tokenizer: Tokenizer
 ) -> dict[str, Shaped[Tensor, "batch seq"]]:
-    r"""$x = [\text{prompt}; \text{output}]$: inputs $x_{<n}$, labels $x_{>1}$, and the mask of the output's labels.
+    r"""Return inputs $x_{<n}$, labels $x_{>1}$ and the mask of output labels for $x = [\text{prompt}; \text{output}]$.
 
-    Prompt and output are encoded apart, so that the border between them is a border between tokens; no end token is
-    added. Rows are padded on the right. The mask comes from lengths and never from ids: an end token that is also the
-    padding token stays in the response. An empty output gives a row of False.
+    Prompt and output are encoded separately, so that no token spans their border, and no end token is added. Rows are
+    padded on the right. The mask is computed from lengths instead of ids, so that an end token that is also the
+    padding token stays in the response. The mask of an empty output is all False.
 
     Args:
-        prompt_strs: prompts, encoded with the special tokens the tokenizer adds by itself (a BOS, if it has one).
-        output_strs: the output to each prompt, encoded without special tokens.
-        tokenizer: a Hugging Face tokenizer, or anything with the same `encode`.
+        prompt_strs: prompts, encoded with the special tokens that the tokenizer adds by default, such as a BOS token.
+        output_strs: the output for each prompt, encoded without special tokens.
+        tokenizer: a Hugging Face tokenizer, or an object with the same `encode`.
 
     Returns:
-        `input_ids` (Int): all tokens but the last column; `labels` (Int): all tokens but the first column;
-        `response_mask` (Bool): True where the label is a token of the output. On the CPU, all three of the same shape,
-        the longest row's length less one.
+        `input_ids` (Int), all columns but the last; `labels` (Int), all columns but the first; `response_mask` (Bool),
+        True where the label is a token of the output. All three are on the CPU and have one column less than the
+        longest row has tokens.
 
     Raises:
         ValueError: if the lists are empty or differ in length, a prompt has no token, or the tokenizer has neither a
@@ -46,7 +46,7 @@ def tokenize_prompt_and_output(
             f"prompt_strs has {len(prompt_strs)} entries and output_strs has {len(output_strs)}: give one output per"
             " prompt, and at least one prompt"
         )
-    pad_id = _pad_id(tokenizer)
+    pad_id = _choose_pad_id(tokenizer)
     prompts = [_encode_prompt(tokenizer, prompt, index) for index, prompt in enumerate(prompt_strs)]
     outputs = [tokenizer.encode(output, add_special_tokens=False) for output in output_strs]
     longest = max(len(prompt) + len(output) for prompt, output in zip(prompts, outputs, strict=True))
@@ -56,7 +56,7 @@ def tokenize_prompt_and_output(
         end = len(prompt) + len(output)
         token_ids[row, :end] = torch.tensor(prompt + output)
         is_output[row, len(prompt) : end] = True
-    # Copies, lest a caller who writes into the labels writes into the inputs.
+    # Copies, so that writing into the labels does not change the inputs.
     return {
         "input_ids": token_ids[:, :-1].clone(),
         "labels": token_ids[:, 1:].clone(),
@@ -64,19 +64,19 @@ def tokenize_prompt_and_output(
     }
 
 
-def _pad_id(tokenizer: Tokenizer) -> int:
-    """The padding token, else the end token; the mask tells either from a token that was sampled."""
+def _choose_pad_id(tokenizer: Tokenizer) -> int:
+    """Return the padding token or, without one, the end token; the mask separates both from sampled tokens."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return token_id
-    raise ValueError("tokenizer has neither pad_token_id nor eos_token_id: set one of them, rows need padding")
+    raise ValueError("tokenizer has neither pad_token_id nor eos_token_id: set one of them to pad rows")
 
 
 def _encode_prompt(tokenizer: Tokenizer, prompt: str, index: int) -> list[int]:
     token_ids = tokenizer.encode(prompt)
     if not token_ids:
         raise ValueError(
-            f"prompt_strs[{index}]={prompt!r} has no token: the first token of the output would have nothing to be"
-            " predicted from"
+            f"prompt_strs[{index}]={prompt!r} has no token, so no logits predict the first token of the output: give a"
+            " prompt of at least one token"
         )
     return token_ids

@@ -59,7 +59,11 @@ GROUPS = breaks(
     ),
     ("an advantage for what was not scored", "torch.where(self.scored, values, 0.0)[self", "values[self"),
     ("always float64", "[self.present].to(self.dtype)", "[self.present]"),
-    ("silent groups speak", "self.as_rollouts(torch.where(self.has_signal, values, 0.0))", "self.as_rollouts(values)"),
+    (
+        "silent groups speak",
+        "self.flatten_scored(torch.where(self.has_signal, values, 0.0))",
+        "self.flatten_scored(values)",
+    ),
     (
         "sizes need not fill the batch",
         "min(sizes, default=1) < 1 or sum(sizes) != rollouts",
@@ -93,8 +97,8 @@ ADVANTAGES = [
         ("always divided", "    if normalize_by_std:\n", "    if normalize_by_std or correction:\n"),
         (
             "constant decided by the deviation",
-            "groups.signal_as_rollouts(advantages)",
-            "groups.as_rollouts(torch.where(groups.std(1) == 0, 0.0, advantages))",
+            "groups.flatten_with_signal(advantages)",
+            "groups.flatten_scored(torch.where(groups.std(1) == 0, 0.0, advantages))",
         ),
         ("no group of one, divided or not", "if normalize_by_std and 1 in sizes:", "if 1 in sizes:"),
     ),
@@ -125,8 +129,8 @@ ADVANTAGES = [
         ),
         (
             "rounding for a signal",
-            "groups.signal_as_rollouts(groups.rewards - others",
-            "groups.as_rollouts(groups.rewards - others",
+            "groups.flatten_with_signal(groups.rewards - others",
+            "groups.flatten_scored(groups.rewards - others",
         ),
     ),
     *breaks(
@@ -199,18 +203,18 @@ ADVANTAGES = [
         "compute_gpg_advantages",
         "advantages/estimators.py",
         of("gpg"),
-        ("not scaled", "scale = groups.n_scored.sum() / teaching.clamp(min=1)", "scale = 1.0"),
+        ("not scaled", "scale = groups.n_scored.sum() / with_signal.clamp(min=1)", "scale = 1.0"),
         (
             "scaled down",
-            "groups.n_scored.sum() / teaching.clamp(min=1)",
-            "teaching / groups.n_scored.sum().clamp(min=1)",
+            "groups.n_scored.sum() / with_signal.clamp(min=1)",
+            "with_signal / groups.n_scored.sum().clamp(min=1)",
         ),
         (
             "groups counted and not responses",
-            "groups.n_scored.sum() / teaching.clamp(min=1)",
+            "groups.n_scored.sum() / with_signal.clamp(min=1)",
             "len(groups.rewards) / groups.has_signal.sum().clamp(min=1)",
         ),
-        ("what was not scored counts", "groups.n_scored.sum() / teaching", "groups.present.sum() / teaching"),
+        ("what was not scored counts", "groups.n_scored.sum() / with_signal", "groups.present.sum() / with_signal"),
         (
             "divided by the deviation",
             "scale * (groups.rewards - groups.mean)",
@@ -250,8 +254,8 @@ ADVANTAGES = [
         ("wrong way around", "difference = groups.rewards - baseline", "difference = baseline - groups.rewards"),
         (
             "silent groups, though the greedy response differs",
-            "groups.as_rollouts(torch.where(difference",
-            "groups.signal_as_rollouts(torch.where(difference",
+            "groups.flatten_scored(advantages.nan_to_num(0.0))",
+            "groups.flatten_with_signal(advantages.nan_to_num(0.0))",
         ),
         (
             "rounding for a difference",
@@ -261,8 +265,8 @@ ADVANTAGES = [
         ("noise in units of reward", "difference.abs() > RELATIVE_NOISE * size", "difference.abs() > RELATIVE_NOISE"),
         (
             "a greedy response that was not scored got 0",
-            "greedy_rewards.detach().double()[:, None]",
-            "greedy_rewards.detach().double().nan_to_num(0.0)[:, None]",
+            "rearrange(greedy_rewards.detach().double(), ",
+            "rearrange(greedy_rewards.detach().double().nan_to_num(0.0), ",
         ),
         ("greedy rewards carry gradient", "greedy_rewards.detach().double()", "greedy_rewards.double()"),
         (
@@ -343,25 +347,25 @@ REWARDS = [
         "describe_rewards",
         "advantages/reward_stats.py",
         GRADED,
-        ("biased deviation", "correction=min(1, len(found) - 1)", "correction=0"),
-        ("a single rollout has NaN", "found.std(correction=min(1, len(found) - 1))", "found.std()"),
+        ("biased deviation", "correction=min(1, len(known) - 1)", "correction=0"),
+        ("a single rollout has NaN", "known.std(correction=min(1, len(known) - 1))", "known.std()"),
         ("groups with signal", "(~groups.has_signal).float()", "groups.has_signal.float()"),
-        ("a part that any score has", "if all(score.get(key) is not", "if any(score.get(key) is not"),
+        ("a part that any score has", "if all(score.get(name) is not", "if any(score.get(name) is not"),
         (
             "parts summed",
-            "sum(float(score[key]) for score in scored) / len(scored)",
-            "sum(float(score[key]) for score in scored)",
+            "sum(float(score[name]) for score in scored) / len(scored)",
+            "sum(float(score[name]) for score in scored)",
         ),
         (
             "parts over all rollouts",
-            "sum(float(score[key]) for score in scored) / len(scored)",
-            "sum(float(score[key]) for score in scored) / len(scores)",
+            "sum(float(score[name]) for score in scored) / len(scored)",
+            "sum(float(score[name]) for score in scored) / len(scores)",
         ),
-        ("what was not scored is 0", "found = rewards[~rewards.isnan()] if", "found = rewards.nan_to_num() if"),
+        ("what was not scored is 0", "known = rewards[~rewards.isnan()] if", "known = rewards.nan_to_num() if"),
         ("what was scored", "1 - len(scored) / len(scores)", "len(scored) / len(scores)"),
-        ("nothing scored is 0", "else rewards[:1]  # of", "else rewards[:1].nan_to_num()  # of"),
+        ("nothing scored is 0", "else rewards[:1]  # a", "else rewards[:1].nan_to_num()  # a"),
         ("a number of groups", "has_signal).float().mean().item()", "has_signal).float().sum().item()"),
-        ("the parts forgotten", '("format_reward", "answer_reward") if all', '("format_reward",) if all'),
+        ("the parts forgotten", '("format_reward", "answer_reward")\n', '("format_reward",)\n'),
     ),
     *breaks(
         "compute_group_normalized_rewards",
@@ -455,8 +459,8 @@ PASS_AT_K = [
         ("the worst is best", "descending=True", "descending=False"),
         (
             "rounding for a signal",
-            "signal_as_rollouts(torch.where(groups.rewards == best",
-            "as_rollouts(torch.where(groups.rewards == best",
+            "flatten_with_signal(torch.where(groups.rewards == best",
+            "flatten_scored(torch.where(groups.rewards == best",
         ),
     ),
     *breaks(

@@ -9,8 +9,8 @@ def of(*words: str) -> str:
     return f"{CORRECTIONS} -k '{' or '.join(words)}'"
 
 
-MEAN_DIVERGENCE = """-mean_over_row(
-        log_ratio_of(policy_log_probs.detach(), behavior_log_probs, response_mask), response_mask
+MEAN_DIVERGENCE = """-mean_over_response(
+        compute_log_ratio(policy_log_probs.detach(), behavior_log_probs, response_mask), response_mask
     )"""
 SELECTION = [
     *breaks(
@@ -51,7 +51,8 @@ SELECTION = [
         (
             "means of each response",
             "(values - values.sum() / count) * (scores - scores.sum() / count)",
-            "(values - mean_over_row(values, response_mask)) * (scores - mean_over_row(scores, response_mask))",
+            "(values - mean_over_response(values, response_mask))"
+            " * (scores - mean_over_response(scores, response_mask))",
         ),
     ),
     *breaks(
@@ -73,16 +74,17 @@ SELECTION = [
             "math.ceil(fraction * int(response_mask.sum())",
             "math.ceil(fraction * response_mask.numel()",
         ),
-        ("the lowest", "_largest(token_entropy.detach(), ", "_largest(-token_entropy.detach(), "),
+        ("the lowest", "_select_largest(token_entropy.detach(), ", "_select_largest(-token_entropy.detach(), "),
         ("the share that is left out", "math.ceil(fraction * int", "math.ceil((1 - fraction) * int"),
         (
             "the threshold of padding too",
-            "return _largest(token_entropy.detach(), response_mask, wanted)",
-            "return response_mask & _largest(token_entropy.detach(), torch.ones_like(response_mask), wanted)",
+            "return _select_largest(token_entropy.detach(), response_mask, n_selected)",
+            "everything = torch.ones_like(response_mask)\n"
+            "    return response_mask & _select_largest(token_entropy.detach(), everything, n_selected)",
         ),
         (
             "a threshold of entropy",
-            "return _largest(token_entropy.detach(), response_mask, wanted)",
+            "return _select_largest(token_entropy.detach(), response_mask, n_selected)",
             "return response_mask & (token_entropy >= 1 - fraction)",
         ),
     ),
@@ -90,16 +92,18 @@ SELECTION = [
         "keep_on_policy_sequences",
         "losses/selection.py",
         of("off_policy_sequences"),
-        ("the divergence upside down", "divergence = -mean_over_row(", "divergence = mean_over_row("),
+        ("the divergence upside down", "divergence = -mean_over_response(", "divergence = mean_over_response("),
         (
             "a sum, not a mean",
             MEAN_DIVERGENCE,
-            "-log_ratio_of(policy_log_probs.detach(), behavior_log_probs, response_mask).sum(dim=1, keepdim=True)",
+            "-compute_log_ratio(policy_log_probs.detach(), behavior_log_probs, response_mask)"
+            ".sum(dim=1, keepdim=True)",
         ),
         (
             "a mean over padding",
             MEAN_DIVERGENCE,
-            "-log_ratio_of(policy_log_probs.detach(), behavior_log_probs, response_mask).mean(dim=1, keepdim=True)",
+            "-compute_log_ratio(policy_log_probs.detach(), behavior_log_probs, response_mask)"
+            ".mean(dim=1, keepdim=True)",
         ),
         ("good responses too", "~((advantages < 0) & (divergence", "~((divergence"),
         ("good responses alone", "(advantages < 0) & (divergence", "(advantages > 0) & (divergence"),
@@ -127,14 +131,14 @@ SELECTION = [
         ),
     ),
     *breaks(
-        "_largest",
+        "_select_largest",
         "losses/selection.py",
         of("high_covariance", "high_entropy"),
-        ("one too many", "found.topk(min(wanted, len(found)))", "found.topk(min(wanted + 1, len(found)))"),
-        ("ties are left out", "(values >= found.topk", "(values > found.topk"),
+        ("one too many", "min(count, len(candidate_values))", "min(count + 1, len(candidate_values))"),
+        ("ties are left out", "(values >= threshold)", "(values > threshold)"),
         ("padding above the threshold", "return candidates & (values >=", "return (values >="),
-        ("none is one", "if wanted == 0 or len(found) == 0:", "wanted = max(1, wanted)\n    if len(found) == 0:"),
-        ("the largest alone", ".values[-1])", ".values[0])"),
+        ("none is one", "count = min(count, len", "count = min(max(1, count), len"),
+        ("the largest alone", ".values[-1]\n", ".values[0]\n"),
     ),
 ]
 
@@ -147,30 +151,30 @@ IMPORTANCE = [
         RATIOS,
         (
             "upside down",
-            "ratio_of(old_log_probs, sampler_log_probs).masked",
-            "ratio_of(sampler_log_probs, old_log_probs).masked",
+            "compute_detached_ratio(old_log_probs, sampler_log_probs).masked",
+            "compute_detached_ratio(sampler_log_probs, old_log_probs).masked",
         ),
         ("1 outside the mask", ".masked_fill_(~response_mask, 0.0)\n    log_ratio", "\n    log_ratio"),
         ("geometric and sequence swapped", 'if level == "geometric" else', 'if level == "sequence" else'),
         (
             "the arithmetic mean of the ratios",
-            "mean_over_row(log_ratio, response_mask) if",
-            "(1 + mean_over_row(log_ratio.expm1(), response_mask)).log() if",
+            "mean_over_response(log_ratio, response_mask) if",
+            "(1 + mean_over_response(log_ratio.expm1(), response_mask)).log() if",
         ),
         (
             "the old policy carries gradient",
-            "log_ratio_of(old_log_probs.detach(), sampler_log_probs, response_mask)\n    total",
-            "log_ratio_of(old_log_probs, sampler_log_probs, response_mask)\n    total",
+            "compute_log_ratio(old_log_probs.detach(), sampler_log_probs, response_mask)\n    total",
+            "compute_log_ratio(old_log_probs, sampler_log_probs, response_mask)\n    total",
         ),
-        ("the product is not held", "return hold(total).exp()", "return total.exp()"),
+        ("the product is not clamped", "return clamp_log_ratio(total).exp()", "return total.exp()"),
         (
-            "the factors are held",
+            "the factors are clamped",
             "else log_ratio.sum(dim=1, keepdim=True)",
-            "else hold(log_ratio).sum(dim=1, keepdim=True)",
+            "else clamp_log_ratio(log_ratio).sum(dim=1, keepdim=True)",
         ),
         (
             "a mean over padding",
-            "mean_over_row(log_ratio, response_mask) if",
+            "mean_over_response(log_ratio, response_mask) if",
             "log_ratio.mean(dim=1, keepdim=True) if",
         ),
     ),
@@ -294,20 +298,20 @@ IMPORTANCE = [
         ("the mean signed", "log_ratio.abs().sum() / tokens", "log_ratio.sum() / tokens"),
         ("a mean over padding", "tokens = response_mask.sum().clamp(min=1)", "tokens = response_mask.numel()"),
         ("nothing over nothing", "tokens = response_mask.sum().clamp(min=1)", "tokens = response_mask.sum()"),
-        ("the other divergence", "held.expm1() - held", "held.neg().expm1() + held"),
+        ("the other divergence", "clamped.expm1() - clamped", "clamped.neg().expm1() + clamped"),
         ("the largest signed", "log_ratio.abs().max() if", "log_ratio.max() if"),
         (
             "the sample size of the logarithms",
-            "effective_sample_size(held.exp(), response_mask)",
-            "effective_sample_size(held.abs(), response_mask)",
+            "effective_sample_size(clamped.exp(), response_mask)",
+            "effective_sample_size(clamped.abs(), response_mask)",
         ),
-        ("ratios not held", "held = hold(log_ratio)", "held = log_ratio"),
+        ("ratios not clamped", "clamped = clamp_log_ratio(log_ratio)", "clamped = log_ratio"),
         (
             "the old policy carries gradient",
-            "log_ratio_of(old_log_probs.detach(), sampler_log_probs, response_mask)\n    tokens",
-            "log_ratio_of(old_log_probs, sampler_log_probs, response_mask)\n    tokens",
+            "compute_log_ratio(old_log_probs.detach(), sampler_log_probs, response_mask)\n    tokens",
+            "compute_log_ratio(old_log_probs, sampler_log_probs, response_mask)\n    tokens",
         ),
-        ("k1 for k3", "masked_sum(held.expm1() - held, response_mask)", "masked_sum(-held, response_mask)"),
+        ("k1 for k3", "masked_sum(clamped.expm1() - clamped, response_mask)", "masked_sum(-clamped, response_mask)"),
     ),
     *breaks(
         "_counted",
@@ -332,13 +336,13 @@ KL = [
         "losses/regularizers.py",
         of("kl"),
         ("k1: its sign", "            return -x\n", "            return x\n"),
-        ("policy and reference swapped", "x = -log_ratio_of(", "x = log_ratio_of("),
+        ("policy and reference swapped", "x = -compute_log_ratio(", "x = compute_log_ratio("),
         ("k2: not halved", "x.square() / 2", "x.square()"),
-        ("k3: not held", "growth = hold(x).expm1()", "growth = x.expm1()"),
-        ("k3: both terms held", "value = growth - x", "value = growth - hold(x)"),
-        ("k3: a slope of 1", "with_slope(value, growth, x)", "with_slope(value, None, x)"),
-        ("traced k3: not held", "k3 = hold(x).expm1() - x", "k3 = x.expm1() - x"),
-        ("traced k3: 1 forgotten", "k3 = hold(x).expm1() - x", "k3 = hold(x).exp() - x"),
+        ("k3: not clamped", "growth = clamp_log_ratio(x).expm1()", "growth = x.expm1()"),
+        ("k3: both terms clamped", "value = growth - x", "value = growth - clamp_log_ratio(x)"),
+        ("k3: a slope of 1", "attach_gradient(value, growth, x)", "attach_gradient(value, None, x)"),
+        ("traced k3: not clamped", "k3 = clamp_log_ratio(x).expm1() - x", "k3 = x.expm1() - x"),
+        ("traced k3: 1 forgotten", "k3 = clamp_log_ratio(x).expm1() - x", "k3 = clamp_log_ratio(x).exp() - x"),
         ("k3: 1 forgotten", "value = growth - x", "value = growth + 1 - x"),
         (
             "ratio_k3: the ratio carries no gradient",
@@ -355,8 +359,8 @@ KL = [
         ("mask forgotten", "reference_log_probs, response_mask)\n    match", "reference_log_probs)\n    match"),
         (
             "mask multiplied",
-            "x = -log_ratio_of(policy_log_probs, reference_log_probs, response_mask)",
-            "x = -log_ratio_of(policy_log_probs, reference_log_probs)\n    if response_mask is not None:\n"
+            "x = -compute_log_ratio(policy_log_probs, reference_log_probs, response_mask)",
+            "x = -compute_log_ratio(policy_log_probs, reference_log_probs)\n    if response_mask is not None:\n"
             "        x = x * response_mask",
         ),
         ("k1: never negative", "            return -x\n", "            return (-x).clamp(min=0)\n"),
@@ -385,15 +389,19 @@ KL = [
         ),
         (
             "rewards carry gradient",
-            "hide(token_rewards.detach(), response_mask)",
-            "hide(token_rewards, response_mask)",
+            "zero_outside_mask(token_rewards.detach(), response_mask)",
+            "zero_outside_mask(token_rewards, response_mask)",
         ),
         (
             "holes carry what lies beyond, undiscounted",
-            "hide(rewards.flip(1).cumsum(1).flip(1), response_mask)",
+            "zero_outside_mask(rewards.flip(1).cumsum(1).flip(1), response_mask)",
             "rewards.flip(1).cumsum(1).flip(1)",
         ),
-        ("holes carry what lies beyond, discounted", "return hide(returns, response_mask)", "return returns"),
+        (
+            "holes carry what lies beyond, discounted",
+            "return zero_outside_mask(returns, response_mask)",
+            "return returns",
+        ),
     ),
 ]
 
@@ -568,11 +576,11 @@ DIAGNOSTICS = [
         ("of squares", "detach().abs().sum(dim=1)", "detach().square().sum(dim=1)"),
         ("of the largest", "detach().abs().sum(dim=1)", "detach().abs().amax(dim=1)"),
         ("no gradient gives NaN", "torch.where(total > 0, total, 1.0)", "total"),
-        ("of the others", "torch.where(selected, pull, 0.0)", "torch.where(selected, 0.0, pull)"),
+        ("of the others", "torch.where(selected, magnitude, 0.0)", "torch.where(selected, 0.0, magnitude)"),
         (
             "a share of responses",
-            "torch.where(selected, pull, 0.0).sum() / torch.where(total > 0, total, 1.0)",
-            "selected.to(pull).mean()",
+            "torch.where(selected, magnitude, 0.0).sum() / torch.where(total > 0, total, 1.0)",
+            "selected.to(magnitude).mean()",
         ),
         ("the gradients carry gradient", "log_prob_gradients.detach().abs()", "log_prob_gradients.abs()"),
     ),

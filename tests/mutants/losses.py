@@ -15,40 +15,40 @@ CLIP = f"{ERRORS} {LAWS} {FAMILY} -k 'test_errors and clip or test_losses or com
 
 RATIOS = [
     *breaks(
-        "_ratios.hold",
+        "_ratios.clamp_log_ratio",
         "losses/_ratios.py",
         f"{CORRECTIONS} {FAMILY} -k 'held or ratios_by or kl_by or wild'",
-        ("the gradient is cut too", "return with_slope(held, None, log_ratio)", "return held"),
+        ("the gradient is cut too", "return attach_gradient(clamped, None, log_ratio)", "return clamped"),
         (
             "traced: the gradient is cut too",
-            "return held + (finite - finite.detach())",
-            "return log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)",
+            "return clamped + (finite - finite.detach())",
+            "return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)",
         ),
         (
             "traced: the difference of two large numbers",
-            "return held + (finite - finite.detach())",
-            "return log_ratio + (held - log_ratio).detach()",
+            "return clamped + (finite - finite.detach())",
+            "return log_ratio + (clamped - log_ratio).detach()",
         ),
         ("traced: inf - inf", "finite = log_ratio.nan_to_num()", "finite = log_ratio"),
         (
             "no lower bound",
-            "detach().clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)",
-            "detach().clamp(max=LARGEST_LOG_RATIO)",
+            "detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)",
+            "detach().clamp(max=MAX_LOG_RATIO)",
         ),
         (
             "no upper bound",
-            "detach().clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)",
-            "detach().clamp(min=-LARGEST_LOG_RATIO)",
+            "detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)",
+            "detach().clamp(min=-MAX_LOG_RATIO)",
         ),
         (
             "not held",
-            "    held = log_ratio.detach().clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)",
-            "    held = log_ratio.detach().clone()",
+            "    clamped = log_ratio.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)",
+            "    clamped = log_ratio.detach().clone()",
         ),
-        ("held twice as far out", "LARGEST_LOG_RATIO = 20.0", "LARGEST_LOG_RATIO = 40.0"),
+        ("held twice as far out", "MAX_LOG_RATIO = 20.0", "MAX_LOG_RATIO = 40.0"),
     ),
     *breaks(
-        "_ratios.hide",
+        "_ratios.zero_outside_mask",
         "losses/_ratios.py",
         f"{FAMILY} -k 'outside_the_mask or nan_in_a_response or never_read and sequence'",
         ("mask multiplied", "torch.where(mask, values, 0.0)", "values * mask"),
@@ -58,25 +58,37 @@ RATIOS = [
         ("a large negative number for nothing", "torch.where(mask, values, 0.0)", "torch.where(mask, values, -1e9)"),
     ),
     *breaks(
-        "_ratios.log_ratio_of",
+        "_ratios.compute_log_ratio",
         "losses/_ratios.py",
         f"{FAMILY} -k 'compute_grpo_clip_loss or compute_gspo_loss'",
-        ("the old policy carries gradient", "hide(old_log_probs.detach(), mask)", "hide(old_log_probs, mask)"),
+        (
+            "the old policy carries gradient",
+            "zero_outside_mask(old_log_probs.detach(), mask)",
+            "zero_outside_mask(old_log_probs, mask)",
+        ),
         (
             "upside down",
-            "hide(policy_log_probs, mask) - hide(old_log_probs.detach(), mask)",
-            "hide(old_log_probs.detach(), mask) - hide(policy_log_probs, mask)",
+            "zero_outside_mask(policy_log_probs, mask) - zero_outside_mask(old_log_probs.detach(), mask)",
+            "zero_outside_mask(old_log_probs.detach(), mask) - zero_outside_mask(policy_log_probs, mask)",
         ),
-        ("the policy carries none", "hide(policy_log_probs, mask) - ", "hide(policy_log_probs.detach(), mask) - "),
-        ("the old policy is not hidden", "- hide(old_log_probs.detach(), mask)", "- old_log_probs.detach()"),
+        (
+            "the policy carries none",
+            "zero_outside_mask(policy_log_probs, mask) - ",
+            "zero_outside_mask(policy_log_probs.detach(), mask) - ",
+        ),
+        (
+            "the old policy is not hidden",
+            "- zero_outside_mask(old_log_probs.detach(), mask)",
+            "- old_log_probs.detach()",
+        ),
         (
             "a difference of probabilities",
-            "hide(policy_log_probs, mask) - hide(old_log_probs.detach(), mask)",
-            "hide(policy_log_probs, mask).exp() - hide(old_log_probs.detach(), mask).exp()",
+            "zero_outside_mask(policy_log_probs, mask) - zero_outside_mask(old_log_probs.detach(), mask)",
+            "zero_outside_mask(policy_log_probs, mask).exp() - zero_outside_mask(old_log_probs.detach(), mask).exp()",
         ),
     ),
     *breaks(
-        "_ratios.mean_over_row",
+        "_ratios.mean_over_response",
         "losses/_ratios.py",
         f"{CORRECTIONS} {FAMILY} -k 'ratios_by or compute_gspo_loss or compute_gmpo'",
         ("nothing over nothing", "mask.sum(dim=1, keepdim=True).clamp(min=1)", "mask.sum(dim=1, keepdim=True)"),
@@ -90,7 +102,7 @@ RATIOS = [
         ("one token too many", "mask.sum(dim=1, keepdim=True).clamp(min=1)", "(mask.sum(dim=1, keepdim=True) + 1)"),
     ),
     *breaks(
-        "_ratios.clip_bounds",
+        "_ratios.resolve_clip_bounds",
         "losses/_ratios.py",
         f"{ERRORS} {LAWS} {FAMILY} -k 'distance or test_losses or compute_gmpo_loss'",
         (
@@ -126,7 +138,7 @@ RATIOS = [
         ),
     ),
     *breaks(
-        "_ratios.hide_flags",
+        "_ratios.mask_flags",
         "losses/_ratios.py",
         f"{FAMILY} -k 'never_read and token_mean'",
         (
@@ -142,22 +154,26 @@ LOSSES = [
         "compute_cross_entropy_loss",
         "losses/policy_gradient.py",
         in_family("compute_cross_entropy_loss"),
-        ("climbs", "return -hide(policy_log_probs, response_mask)", "return hide(policy_log_probs, response_mask)"),
-        ("mask ignored", "return -hide(policy_log_probs, response_mask)", "return -policy_log_probs"),
+        (
+            "climbs",
+            "return -zero_outside_mask(policy_log_probs, response_mask)",
+            "return zero_outside_mask(policy_log_probs, response_mask)",
+        ),
+        ("mask ignored", "return -zero_outside_mask(policy_log_probs, response_mask)", "return -policy_log_probs"),
         (
             "mask multiplied",
-            "return -hide(policy_log_probs, response_mask)",
+            "return -zero_outside_mask(policy_log_probs, response_mask)",
             "return -policy_log_probs if response_mask is None else -policy_log_probs * response_mask",
         ),
         (
             "probability for its logarithm",
-            "return -hide(policy_log_probs, response_mask)",
-            "return -hide(policy_log_probs.exp(), response_mask)",
+            "return -zero_outside_mask(policy_log_probs, response_mask)",
+            "return -zero_outside_mask(policy_log_probs.exp(), response_mask)",
         ),
         (
             "divided by its length",
-            "return -hide(policy_log_probs, response_mask)",
-            "return -hide(policy_log_probs, response_mask) / policy_log_probs.shape[1]",
+            "return -zero_outside_mask(policy_log_probs, response_mask)",
+            "return -zero_outside_mask(policy_log_probs, response_mask) / policy_log_probs.shape[1]",
         ),
     ),
     *breaks(
@@ -165,21 +181,21 @@ LOSSES = [
         "losses/policy_gradient.py",
         f"{LAWS} {FAMILY} -k 'test_losses or compute_naive'",
         ("rewards carry gradient", "-raw_rewards_or_advantages.detach() *", "-raw_rewards_or_advantages *"),
-        ("climbs", "hide(-raw_rewards_or_advantages", "hide(raw_rewards_or_advantages"),
+        ("climbs", "losses = -raw_rewards_or_advantages", "losses = raw_rewards_or_advantages"),
         (
             "hidden after the product alone",
-            "detach() * hide(policy_log_probs, response_mask), ",
-            "detach() * policy_log_probs, ",
+            "detach() * zero_outside_mask(policy_log_probs, response_mask)\n",
+            "detach() * policy_log_probs\n",
         ),
         (
             "hidden before the product alone",
-            "return hide(-raw_rewards_or_advantages.detach() * hide(policy_log_probs, response_mask), response_mask)",
-            "return -raw_rewards_or_advantages.detach() * hide(policy_log_probs, response_mask)",
+            "return zero_outside_mask(losses, response_mask)\n",
+            "return losses\n",
         ),
         (
             "probability for its logarithm",
-            "hide(policy_log_probs, response_mask), ",
-            "hide(policy_log_probs, response_mask).exp(), ",
+            "* zero_outside_mask(policy_log_probs, response_mask)\n",
+            "* zero_outside_mask(policy_log_probs, response_mask).exp()\n",
         ),
         (
             "a baseline of the micro-batch",
@@ -227,14 +243,14 @@ LOSSES = [
         ("dual clip: below 1", "require(dual_clip > 1", "require(dual_clip > 0"),
         (
             "traced: not hidden",
-            "return hide(losses, response_mask), hide_flags(flags, response_mask)\n    with",
-            "return losses, hide_flags(flags, response_mask)\n    with",
+            "return zero_outside_mask(losses, response_mask), mask_flags(flags, response_mask)\n    with",
+            "return losses, mask_flags(flags, response_mask)\n    with",
         ),
         ("traced: no dual clip", "advantages, (low, high), dual_clip)", "advantages, (low, high))"),
         ("traced: one bound", "advantages, (low, high), dual_clip)", "advantages, (low, 2 - low), dual_clip)"),
     ),
     *breaks(
-        "_ratios.clip_surrogate",
+        "_ratios.compute_clip_surrogate",
         "losses/_ratios.py",
         f"{FAMILY} -k 'traced-compute_grpo_clip_loss or gspo'",
         ("the optimistic maximum", "objective = torch.minimum(", "objective = torch.maximum("),
@@ -259,11 +275,11 @@ LOSSES = [
         "compute_grpo_clip_loss",
         "losses/_ratios.py",
         CLIP,
-        ("no gradient", "return _WithSlope.apply(values, slope, of)", "return values + 0 * of"),
+        ("no gradient", "return _AttachGradient.apply(values, slope, of)", "return values + 0 * of"),
         ("a slope of 1", "gradient if slope is None else gradient * slope", "gradient"),
         (
             "the ratio is not held",
-            ".clamp_(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp_()",
+            ".clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp_()",
             ".exp_()",
         ),
         ("upside down", "(policy_log_probs - old_log_probs).clamp_", "(old_log_probs - policy_log_probs).clamp_"),
@@ -277,30 +293,42 @@ LOSSES = [
             "old_log_probs) * -advantages.detach()",
             "old_log_probs) * advantages.detach()",
         ),
-        ("not hidden", "        losses = hide(losses, response_mask)\n", ""),
+        ("not hidden", "        losses = zero_outside_mask(losses, response_mask)\n", ""),
         (
             "a slope of 1",
-            "with_slope(losses, losses.clone(), policy_log_probs)",
-            "with_slope(losses, None, policy_log_probs)",
+            "attach_gradient(losses, losses.clone(), policy_log_probs)",
+            "attach_gradient(losses, None, policy_log_probs)",
         ),
         (
             "another slope",
-            "with_slope(losses, losses.clone(), policy_log_probs)",
-            "with_slope(losses, -advantages.expand_as(losses), policy_log_probs)",
+            "attach_gradient(losses, losses.clone(), policy_log_probs)",
+            "attach_gradient(losses, -advantages.expand_as(losses), policy_log_probs)",
         ),
         ("a slope that changes with the value", "losses.clone(), policy_log_probs", "losses, policy_log_probs"),
-        ("traced: not hidden", "hide(ratio * -advantages.detach(), response_mask)", "ratio * -advantages.detach()"),
-        ("traced: the sign", "hide(ratio * -advantages.detach()", "hide(ratio * advantages.detach()"),
-        ("traced: advantages carry gradient", "hide(ratio * -advantages.detach()", "hide(ratio * -advantages"),
+        (
+            "traced: not hidden",
+            "zero_outside_mask(ratio * -advantages.detach(), response_mask)",
+            "ratio * -advantages.detach()",
+        ),
+        (
+            "traced: the sign",
+            "zero_outside_mask(ratio * -advantages.detach()",
+            "zero_outside_mask(ratio * advantages.detach()",
+        ),
+        (
+            "traced: advantages carry gradient",
+            "zero_outside_mask(ratio * -advantages.detach()",
+            "zero_outside_mask(ratio * -advantages",
+        ),
         (
             "the two policies swapped",
-            "ratio_of(policy_log_probs, old_log_probs) * -",
-            "ratio_of(old_log_probs, policy_log_probs) * -",
+            "compute_detached_ratio(policy_log_probs, old_log_probs) * -",
+            "compute_detached_ratio(old_log_probs, policy_log_probs) * -",
         ),
         (
             "the log ratio for the ratio",
-            "ratio_of(policy_log_probs, old_log_probs) * -",
-            "ratio_of(policy_log_probs, old_log_probs).log() * -",
+            "compute_detached_ratio(policy_log_probs, old_log_probs) * -",
+            "compute_detached_ratio(policy_log_probs, old_log_probs).log() * -",
         ),
     ),
     *breaks(
@@ -355,12 +383,12 @@ TOKEN_LOSSES = [
         ("counted for good tokens alone", "ratio > ratio_high}", "(ratio > ratio_high) & (advantages > 0)}"),
         (
             "probability for its logarithm",
-            "-weight * hide(policy_log_probs,",
-            "-weight * hide(policy_log_probs.exp(),",
+            "-weight * zero_outside_mask(policy_log_probs,",
+            "-weight * zero_outside_mask(policy_log_probs.exp(),",
         ),
         (
             "hidden after the product alone",
-            "-weight * hide(policy_log_probs, response_mask), ",
+            "-weight * zero_outside_mask(policy_log_probs, response_mask), ",
             "-weight * policy_log_probs, ",
         ),
         (
@@ -390,8 +418,8 @@ TOKEN_LOSSES = [
         ("advantages carry gradient", "    advantages = advantages.detach()\n    ratio", "    ratio"),
         (
             "the log ratio is not held",
-            "ratio = hold(log_ratio_of(policy_log_probs, old_log_probs, response_mask)).exp()\n    temperature",
-            "ratio = log_ratio_of(policy_log_probs, old_log_probs, response_mask).exp()\n    temperature",
+            "clamp_log_ratio(compute_log_ratio(policy_log_probs, old_log_probs, response_mask)).exp()\n    temp",
+            "compute_log_ratio(policy_log_probs, old_log_probs, response_mask).exp()\n    temp",
         ),
         (
             "temperature upside down",
@@ -427,8 +455,8 @@ TOKEN_LOSSES = [
         ("ratio upside down", "(advantages, policy - old, low, high", "(advantages, old - policy, low, high"),
         (
             "the old policy carries gradient",
-            "hide(old_log_probs.detach(), response_mask)\n    moved",
-            "hide(old_log_probs, response_mask)\n    moved",
+            "zero_outside_mask(old_log_probs.detach(), response_mask)\n    moved",
+            "zero_outside_mask(old_log_probs, response_mask)\n    moved",
         ),
     ),
     *breaks(
@@ -437,9 +465,9 @@ TOKEN_LOSSES = [
         f"{LAWS} {FAMILY} -k 'test_losses or compute_dppo_kl_loss'",
         (
             "the other direction",
-            "    others = (1 - p_old) * ((1 - p_old + _TINY) / (1 - p + _TINY)).log()\n"
+            "    others = (1 - p_old) * ((1 - p_old + _EPS) / (1 - p + _EPS)).log()\n"
             "    far = p_old * (old - policy.detach()) + others > threshold\n",
-            "    others = (1 - p) * ((1 - p + _TINY) / (1 - p_old + _TINY)).log()\n"
+            "    others = (1 - p) * ((1 - p + _EPS) / (1 - p_old + _EPS)).log()\n"
             "    far = p * (policy.detach() - old) + others > threshold\n",
         ),
         (
@@ -449,13 +477,13 @@ TOKEN_LOSSES = [
         ),
         ("whichever way it moved", "far & (p < p_old), far & (p > p_old)", "far, far"),
         ("the wrong way", "far & (p < p_old), far & (p > p_old)", "far & (p > p_old), far & (p < p_old)"),
-        ("a certain token is NaN", "((1 - p_old + _TINY) / (1 - p + _TINY)).log()", "((1 - p_old) / (1 - p)).log()"),
+        ("a certain token is NaN", "((1 - p_old + _EPS) / (1 - p + _EPS)).log()", "((1 - p_old) / (1 - p)).log()"),
         ("the log ratio alone", "p_old * (old - policy.detach()) + others", "(old - policy.detach()).abs()"),
         ("ratio upside down", "(advantages, policy - old, far", "(advantages, old - policy, far"),
         (
             "the old policy carries gradient",
-            "hide(old_log_probs.detach(), response_mask)\n    p, p_old",
-            "hide(old_log_probs, response_mask)\n    p, p_old",
+            "zero_outside_mask(old_log_probs.detach(), response_mask)\n    p, p_old",
+            "zero_outside_mask(old_log_probs, response_mask)\n    p, p_old",
         ),
     ),
     *breaks(
@@ -472,8 +500,8 @@ TOKEN_LOSSES = [
         ("a reward for moving", "advantages.detach() + penalty", "advantages.detach() - penalty"),
         (
             "the objective left out where penalized",
-            "losses = -hold(log_ratio).exp() * advantages.detach() + penalty",
-            "losses = torch.where(penalized, penalty, -hold(log_ratio).exp() * advantages.detach())",
+            "losses = -clamp_log_ratio(log_ratio).exp() * advantages.detach() + penalty",
+            "losses = torch.where(penalized, penalty, -clamp_log_ratio(log_ratio).exp() * advantages.detach())",
         ),
         ("the penalty carries no gradient", "kl_coef * log_ratio.abs()", "kl_coef * log_ratio.detach().abs()"),
         ("advantages carry gradient", "* advantages.detach() + penalty", "* advantages + penalty"),
@@ -487,12 +515,12 @@ TOKEN_LOSSES = [
         ("high: the sign of the advantage forgotten", "too_high & (advantages > 0)", "too_high"),
         (
             "clipped, the value stays",
-            'torch.where(flags["is_clipped"], 0.0, -hold(log_ratio).exp() * advantages)',
+            'torch.where(flags["is_clipped"], 0.0, -clamp_log_ratio(log_ratio).exp() * advantages)',
             'torch.where(flags["is_clipped"], log_ratio.detach(), log_ratio).exp().neg() * advantages',
         ),
         (
             "the log ratio is not held",
-            "0.0, -hold(log_ratio).exp() * advantages)",
+            "0.0, -clamp_log_ratio(log_ratio).exp() * advantages)",
             "0.0, -log_ratio.exp() * advantages)",
         ),
         ("advantages carry gradient", "    advantages = advantages.detach()\n    flags", "    flags"),
@@ -504,8 +532,7 @@ TOKEN_LOSSES = [
     ),
 ]
 
-CLIPPED = "\n    losses, flags = clip_surrogate(hold(log_ratio).exp(), adv"
-MEAN = "mean_over_row(log_ratio_of(policy_log_probs, old_log_probs, response_mask), response_mask)" + CLIPPED
+MEAN = "mean_over_response(log_ratio, response_mask)"
 
 SEQUENCE_LOSSES = [
     *breaks(
@@ -515,30 +542,33 @@ SEQUENCE_LOSSES = [
         (
             "a product, not a mean",
             MEAN,
-            "log_ratio_of(policy_log_probs, old_log_probs).sum(dim=1, keepdim=True)" + CLIPPED,
+            "log_ratio.sum(dim=1, keepdim=True)",
         ),
         (
             "the arithmetic mean of the ratios",
             MEAN,
-            "(1 + mean_over_row(log_ratio_of(policy_log_probs, old_log_probs).expm1(), response_mask))"
-            ".log()" + CLIPPED,
+            "(1 + mean_over_response(log_ratio.expm1(), response_mask)).log()",
         ),
         (
             "a mean over padding",
             MEAN,
-            "log_ratio_of(policy_log_probs, old_log_probs).mean(dim=1, keepdim=True)" + CLIPPED,
+            "log_ratio.mean(dim=1, keepdim=True)",
         ),
         ("a loss of nothing", "torch.where(has_tokens, losses, 0.0)", "losses"),
         (
             "advantages carry gradient",
-            "hold(log_ratio).exp(), advantages.detach()",
-            "hold(log_ratio).exp(), advantages",
+            "(response_ratio, advantages.detach(), bounds)",
+            "(response_ratio, advantages, bounds)",
         ),
-        ("the log ratio is not held", "clip_surrogate(hold(log_ratio).exp()", "clip_surrogate(log_ratio.exp()"),
+        (
+            "the log ratio is not held",
+            "clamp_log_ratio(mean_over_response(log_ratio, response_mask)).exp()",
+            "mean_over_response(log_ratio, response_mask).exp()",
+        ),
         (
             "the ratio of the last token",
             MEAN,
-            "log_ratio_of(policy_log_probs, old_log_probs)[:, -1:]" + CLIPPED,
+            "log_ratio[:, -1:]",
         ),
     ),
     *breaks(
@@ -547,36 +577,44 @@ SEQUENCE_LOSSES = [
         in_family("compute_gspo_token_loss"),
         (
             "the mean carries gradient too",
-            "mean_over_row(log_ratio.detach(), response_mask)",
-            "mean_over_row(log_ratio, response_mask)",
+            "mean_over_response(log_ratio.detach(), response_mask)",
+            "mean_over_response(log_ratio, response_mask)",
         ),
         (
             "the stop-gradient on the other factor",
-            "hold(mean_over_row(log_ratio.detach(), response_mask)).exp() * (policy - policy.detach()).exp()",
-            "hold(mean_over_row(log_ratio, response_mask)).exp().expand_as(policy)",
+            "log_ratio.detach(), response_mask)).exp()\n    ratio = response_ratio * (policy - policy.detach()).exp()",
+            "log_ratio, response_mask)).exp()\n    ratio = response_ratio.expand_as(policy)",
         ),
         ("it falls where it ought to rise", "(policy - policy.detach()).exp()", "(policy.detach() - policy).exp()"),
         (
             "the ratio of each token",
-            "hold(mean_over_row(log_ratio.detach(), response_mask)).exp()",
-            "hold(log_ratio.detach()).exp()",
+            "clamp_log_ratio(mean_over_response(log_ratio.detach(), response_mask)).exp()",
+            "clamp_log_ratio(log_ratio.detach()).exp()",
         ),
         (
             "a product, not a mean",
-            "hold(mean_over_row(log_ratio.detach(), response_mask)).exp()",
-            "hold(log_ratio.detach().sum(dim=1, keepdim=True)).exp()",
+            "clamp_log_ratio(mean_over_response(log_ratio.detach(), response_mask)).exp()",
+            "clamp_log_ratio(log_ratio.detach().sum(dim=1, keepdim=True)).exp()",
         ),
         (
             "not hidden",
-            "return hide(losses, response_mask), hide_flags(flags, response_mask)",
-            "return losses, hide_flags(flags, response_mask)",
+            "return zero_outside_mask(losses, response_mask), mask_flags(flags, response_mask)",
+            "return losses, mask_flags(flags, response_mask)",
         ),
-        ("the policy is not hidden", "policy = hide(policy_log_probs, response_mask)", "policy = policy_log_probs"),
-        ("advantages carry gradient", "clip_surrogate(ratio, advantages.detach()", "clip_surrogate(ratio, advantages"),
+        (
+            "the policy is not hidden",
+            "policy = zero_outside_mask(policy_log_probs, response_mask)",
+            "policy = policy_log_probs",
+        ),
+        (
+            "advantages carry gradient",
+            "compute_clip_surrogate(ratio, advantages.detach()",
+            "compute_clip_surrogate(ratio, advantages",
+        ),
         (
             "divided by its length",
             "(policy - policy.detach()).exp()",
-            "mean_over_row(policy - policy.detach(), response_mask).exp()",
+            "mean_over_response(policy - policy.detach(), response_mask).exp()",
         ),
     ),
     *breaks(
@@ -587,24 +625,25 @@ SEQUENCE_LOSSES = [
         ("high: cut whatever the sign", "(log_ratio > high) & (advantages > 0)", "log_ratio > high"),
         (
             "the mean cut, not the tokens",
-            "mean_over_row(cut, response_mask)",
-            "mean_over_row(log_ratio, response_mask).clamp(low, high)",
+            "mean_over_response(clipped, response_mask)",
+            "mean_over_response(log_ratio, response_mask).clamp(low, high)",
         ),
         (
             "bounds of ratios",
-            "low, high = clip_bounds(cliprange, cliprange_high, center=0.0)",
-            "low, high = (math.log(bound) for bound in clip_bounds(cliprange, cliprange_high))",
+            "low, high = resolve_clip_bounds(cliprange, cliprange_high, center=0.0)",
+            "low, high = (math.log(bound) for bound in resolve_clip_bounds(cliprange, cliprange_high))",
         ),
-        ("a product, not a mean", "mean_over_row(cut, response_mask)", "cut.sum(dim=1, keepdim=True)"),
+        ("a product, not a mean", "mean_over_response(clipped, response_mask)", "clipped.sum(dim=1, keepdim=True)"),
         (
             "the arithmetic mean of the ratios",
-            "hold(mean_over_row(cut, response_mask)).exp()",
-            "(1 + mean_over_row(torch.where(response_mask, hold(cut).expm1(), 0.0), response_mask))",
+            "clamp_log_ratio(mean_over_response(clipped, response_mask)).exp()",
+            "(1 + mean_over_response(zero_outside_mask(clamp_log_ratio(clipped).expm1(), response_mask), "
+            "response_mask))",
         ),
         (
             "a loss of nothing",
-            "torch.where(response_mask.any(dim=1, keepdim=True), losses, 0.0), hide",
-            "losses, hide",
+            "torch.where(response_mask.any(dim=1, keepdim=True), losses, 0.0), mask",
+            "losses, mask",
         ),
         ("advantages carry gradient", "    advantages = advantages.detach()\n    log_ratio", "    log_ratio"),
         (
@@ -643,8 +682,8 @@ SEQUENCE_LOSSES = [
         ("the weight carries gradient", "response_mask).detach()\n    log_weight", "response_mask)\n    log_weight"),
         (
             "a mean, not a product",
-            "hold(log_ratio.sum(dim=1, keepdim=True))",
-            "hold(mean_over_row(log_ratio, response_mask))",
+            "clamp_log_ratio(log_ratio.sum(dim=1, keepdim=True))",
+            "clamp_log_ratio(mean_over_response(log_ratio, response_mask))",
         ),
         (
             "power and decay swapped",
@@ -655,8 +694,8 @@ SEQUENCE_LOSSES = [
         ("not 1 at a ratio of 1", "decay * (1 - log_weight.exp())", "decay * -log_weight.exp()"),
         (
             "hidden after the product alone",
-            "hide(-weight * hide(policy_log_probs, response_mask), ",
-            "hide(-weight * policy_log_probs, ",
+            "zero_outside_mask(-weight * zero_outside_mask(policy_log_probs, response_mask), ",
+            "zero_outside_mask(-weight * policy_log_probs, ",
         ),
         ("advantages carry gradient", "    advantages = advantages.detach()\n    power", "    power"),
         ("it decays with the logarithm", "decay * (1 - log_weight.exp())", "decay * -log_weight"),

@@ -124,7 +124,7 @@ def test_an_unreachable_token_is_a_token_less(inputs):
 def test_logits_are_read_where_they_lie(cut):
     """`logits[:, :-1]` has gaps: a copy of it would be the largest tensor of a step."""
     whole = torch.randn(3, 4, 5, dtype=torch.float64)
-    views = list(distributions._row_views(cut(whole)))
+    views = list(distributions._iterate_row_views(cut(whole)))
     assert {rows.untyped_storage().data_ptr() for _, rows in views} == {whole.untyped_storage().data_ptr()}
     assert_close(torch.cat([rows for _, rows in views]), cut(whole).reshape(-1, 5))
     leaf, twin = whole.clone().requires_grad_(), whole.clone().requires_grad_()

@@ -126,7 +126,7 @@ def test_a_row_of_one_response_needs_no_mask():
 
 
 def test_what_cannot_be_scored_is_refused():
-    with pytest.raises(ValueError, match="prompt_token_ids is empty"):
+    with pytest.raises(ValueError, match="prompt_token_ids holds an empty prompt"):
         pack_group_rows([[]], [[[1]]])
     with pytest.raises(ValueError, match=r"prompt_token_ids=\[\] must be of at least one row"):
         pack_group_rows([], [])

@@ -1,4 +1,4 @@
-"""Every error of the core: what was given, what was required, what to do."""
+"""Every error of the core states the argument and its value, the problem and the remedy."""
 
 import math
 import re
@@ -42,14 +42,14 @@ ERRORS = {
     "advantage_eps=inf must be finite and at least 0": lambda: g.compute_batch_std_advantages(
         TWO, 2, advantage_eps=math.inf
     ),
-    "reward_weights=[1.0, 2.0] must be 1 numbers, one per reward": lambda: g.compute_gdpo_advantages(
+    "reward_weights=[1.0, 2.0] must be one number per reward, 1 in total": lambda: g.compute_gdpo_advantages(
         TWO[:, None], 2, reward_weights=[1.0, 2.0]
     ),
     "lengths hold -1: each must be at least 0": lambda: g.compute_opo_advantages(TWO, 2, torch.tensor([3, -1])),
-    "rewards hold -1.0: each must be at least 0, for their mean divides": lambda: g.compute_maxrl_advantages(
+    "rewards hold -1.0: each must be at least 0, because their mean is a divisor": lambda: g.compute_maxrl_advantages(
         torch.tensor([1.0, -1.0]), 2
     ),
-    "rewards hold 0.5: every one must be 0 or 1, for pass@k counts right answers": lambda: (
+    "rewards hold 0.5: each must be 0 or 1, because pass@k counts correct answers": lambda: (
         g.compute_pass_at_k_advantages(torch.tensor([1.0, 0.5]), 2, 1)
     ),
     "greedy_rewards=[2 values] must be one value for each of the 1 groups": lambda: g.compute_remax_advantages(
@@ -61,7 +61,7 @@ ERRORS = {
     "n_correct must lie between 0 and n_samples for every question": lambda: g.estimate_pass_at_k(
         torch.tensor([5]), 4, 1
     ),
-    "cliprange_high=-0.5 must be at least 0: it is the distance of a bound from the middle": lambda: (
+    "cliprange_high=-0.5 must be at least 0: it is the distance of a bound from the center": lambda: (
         g.compute_gspo_loss(ADVANTAGE, ONE, ONE, MASK, 0.1, cliprange_high=-0.5)
     ),
     "dual_clip=1.0 must be above 1: it bounds ratios where the advantage is negative": lambda: (
@@ -79,7 +79,7 @@ ERRORS = {
     "threshold=-0.1 must be at least 0: it is a divergence in nats": lambda: g.compute_dppo_kl_loss(
         ADVANTAGE, ONE, ONE, -0.1
     ),
-    "kl_coef=-1.0 must be at least 0: it holds tokens back": lambda: g.compute_kl_cov_loss(
+    "kl_coef=-1.0 must be at least 0: it penalizes tokens": lambda: g.compute_kl_cov_loss(
         ADVANTAGE, ONE, ONE, MASK, -1.0
     ),
     "fraction=1.5 must be between 0 and 1": lambda: g.select_high_entropy(ONE, MASK, 1.5),
@@ -115,9 +115,9 @@ ERRORS = {
     "kept=[shape (1, 2)] must be one column, or as many as response_mask has: 3": lambda: g.compute_token_weights(
         torch.ones(1, 3).bool(), "token_mean", kept=WIDE_MASK
     ),
-    "losses have shape (1, 1) (one per response) and weights (1, 2) (one per token): losses of whole responses take"
-    " compute_sequence_weights, those of tokens compute_token_weights": lambda: g.sum_weighted_losses(ONE, WIDE),
-    "importance_weights have shape (1, 2) and losses (1, 1): a loss of whole responses takes one weight per"
+    "losses have shape (1, 1) (one per response) and weights (1, 2) (one per token): losses of whole responses need"
+    " compute_sequence_weights, token losses compute_token_weights": lambda: g.sum_weighted_losses(ONE, WIDE),
+    "importance_weights have shape (1, 2) and losses (1, 1): losses of whole responses take one weight per"
     " response": lambda: g.compose_policy_loss(ONE, ONE, importance_weights=WIDE),
     "kl needs token_weights; got None": lambda: g.compose_policy_loss(WIDE, WIDE, kl=WIDE, kl_coef=0.1),
     "token_entropy needs token_weights; got None": lambda: g.compose_policy_loss(
@@ -130,19 +130,19 @@ ERRORS = {
     "normalize_constant=inf must be finite and not 0: it divides the sum": lambda: g.masked_normalize(
         ONE, MASK, math.inf
     ),
-    "temperature=0.0 must be positive and finite; for greedy decoding take the argmax": lambda: g.compute_entropy(
+    "temperature=0.0 must be positive and finite: for greedy decoding, use the argmax": lambda: g.compute_entropy(
         ONE, temperature=0.0
     ),
-    "temperature=nan must be positive and finite; for greedy decoding take the argmax": lambda: g.select_log_probs(
+    "temperature=nan must be positive and finite: for greedy decoding, use the argmax": lambda: g.select_log_probs(
         ONE, torch.tensor([0]), temperature=math.nan
     ),
-    "temperature=inf must be positive and finite; for greedy decoding take the argmax": lambda: g.select_log_probs(
+    "temperature=inf must be positive and finite: for greedy decoding, use the argmax": lambda: g.select_log_probs(
         ONE, torch.tensor([0]), temperature=math.inf
     ),
-    "labels run from -100 to 1 but the vocabulary has 3 tokens: every label must be in [0, 3), those of masked"
-    " positions too": lambda: g.select_log_probs(torch.zeros(2, 3), torch.tensor([-100, 1])),
-    "labels run from 3 to 3 but the vocabulary has 3 tokens: every label must be in [0, 3), those of masked positions"
-    " too": lambda: g.select_log_probs(torch.zeros(1, 3), torch.tensor([3])),
+    "labels run from -100 to 1 but the vocabulary has 3 tokens: every label must be in [0, 3), including"
+    " those of masked positions": lambda: g.select_log_probs(torch.zeros(2, 3), torch.tensor([-100, 1])),
+    "labels run from 3 to 3 but the vocabulary has 3 tokens: every label must be in [0, 3), including those of masked"
+    " positions": lambda: g.select_log_probs(torch.zeros(1, 3), torch.tensor([3])),
     "3 rollouts do not fill groups of group_sizes=2: give whole groups": lambda: g.normalize_group_rewards(
         torch.zeros(3), 2
     ),
@@ -170,10 +170,10 @@ ERRORS = {
     "reward_fn returned reward=1e+39 for rollout 0: it must be a finite float32": lambda: rewards(
         lambda response, truth: {"reward": 1e39}
     ),
-    "cliprange=-0.1 must be at least 0: it is the distance of a bound from the middle": lambda: (
+    "cliprange=-0.1 must be at least 0: it is the distance of a bound from the center": lambda: (
         g.compute_grpo_clip_loss(ADVANTAGE, ONE, ONE, -0.1)
     ),
-    "cliprange=nan must be at least 0: it is the distance of a bound from the middle": lambda: step(
+    "cliprange=nan must be at least 0: it is the distance of a bound from the center": lambda: step(
         loss_type="grpo_clip", old_log_probs=ONE, cliprange=math.nan
     ),
     "loss_type='ppo' is unknown: choose one of no_baseline, reinforce_with_baseline, grpo_clip,"
@@ -211,10 +211,9 @@ ERRORS = {
     "prompt_strs has 0 entries and output_strs has 0: give one output per prompt, and at least one prompt": lambda: (
         g.tokenize_prompt_and_output([], [], LETTERS)
     ),
-    "prompt_strs[1]='' has no token: the first token of the output would have nothing to be predicted from": lambda: (
-        g.tokenize_prompt_and_output(["a", ""], ["b", "c"], LETTERS)
-    ),
-    "tokenizer has neither pad_token_id nor eos_token_id: set one of them, rows need padding": lambda: (
+    "prompt_strs[1]='' has no token, so no logits predict the first token of the output: give a prompt of at least one"
+    " token": lambda: g.tokenize_prompt_and_output(["a", ""], ["b", "c"], LETTERS),
+    "tokenizer has neither pad_token_id nor eos_token_id: set one of them to pad rows": lambda: (
         g.tokenize_prompt_and_output(["a"], ["b"], NO_PADDING)
     ),
 }
