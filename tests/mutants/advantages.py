@@ -182,7 +182,7 @@ ADVANTAGES = [
     *breaks(
         "compute_opo_advantages",
         "advantages/estimators.py",
-        of("compute_opo", "opo_weighed"),
+        of("compute_opo"),
         (
             "lengths forgotten",
             "(tokens * groups.rewards).sum(dim=1, keepdim=True) / total.clamp(min=1)",

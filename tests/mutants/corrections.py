@@ -91,7 +91,7 @@ SELECTION = [
     *breaks(
         "keep_on_policy_sequences",
         "losses/selection.py",
-        of("off_policy_sequences"),
+        of("on_policy_sequences"),
         ("the divergence upside down", "divergence = -mean_over_response(", "divergence = mean_over_response("),
         (
             "a sum, not a mean",
@@ -251,7 +251,7 @@ IMPORTANCE = [
     *breaks(
         "self_normalize_weights",
         "losses/importance.py",
-        of("self_normalization"),
+        of("self_normalize"),
         ("a mean over padding", "kept * counted.sum() /", "kept * counted.numel() /"),
         ("a sum of 1", "kept * counted.sum() /", "kept /"),
         (
@@ -270,7 +270,7 @@ IMPORTANCE = [
     *breaks(
         "effective_sample_size",
         "losses/importance.py",
-        of("self_normalization"),
+        of("self_normalize"),
         ("the sum not squared", "kept.sum().square() /", "kept.sum() /"),
         ("a number, not a share", "squares = counted.sum() * kept.square().sum()", "squares = kept.square().sum()"),
         ("a share of padding too", "squares = counted.sum() *", "squares = counted.numel() *"),
@@ -316,7 +316,7 @@ IMPORTANCE = [
     *breaks(
         "_counted",
         "losses/importance.py",
-        of("self_normalization"),
+        of("self_normalize"),
         ("empty responses count", "mask.any(dim=1, keepdim=True)", "torch.ones_like(weights, dtype=torch.bool)"),
         ("responses without padding alone", "mask.any(dim=1, keepdim=True)", "mask.all(dim=1, keepdim=True)"),
         ("padding counts", "return mask if weights.shape", "return torch.ones_like(mask) if weights.shape"),
@@ -570,7 +570,7 @@ DIAGNOSTICS = [
     *breaks(
         "compute_gradient_share",
         "losses/diagnostics.py",
-        of("gradient_shares"),
+        of("gradient_share"),
         ("signed", "log_prob_gradients.detach().abs().sum(dim=1)", "log_prob_gradients.detach().sum(dim=1)"),
         ("of the sum over a response", "detach().abs().sum(dim=1)", "detach().sum(dim=1).abs()"),
         ("of squares", "detach().abs().sum(dim=1)", "detach().square().sum(dim=1)"),

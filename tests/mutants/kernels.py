@@ -2,8 +2,8 @@
 
 from tests.mutants.table import breaks
 
-LAWS = "tests/property/test_kernels.py -k 'not proven and not compile'"
-PROOF = "tests/property/test_kernels.py -k proven"
+LAWS = "tests/property/test_kernels.py -k 'not verified and not compile'"
+PROOF = "tests/property/test_kernels.py -k verified"
 
 MUTANTS = [
     *breaks(

@@ -287,7 +287,7 @@ LOSSES = [
     *breaks(
         "compute_grpo_no_clip_loss",
         "losses/policy_gradient.py",
-        f"{LAWS} {FAMILY} {TRACED} -k 'test_losses or compute_grpo_no_clip_loss or known_slopes'",
+        f"{LAWS} {FAMILY} {TRACED} -k 'test_losses or compute_grpo_no_clip_loss or attached_gradient'",
         (
             "the sign",
             "old_log_probs) * -advantages.detach()",

@@ -248,7 +248,7 @@ STEP = [
     *breaks(
         "describe_policy_update",
         "losses/steps.py",
-        f"{CORRECTIONS} -k watched",
+        f"{CORRECTIONS} -k describe_policy_update",
         (
             "metrics carry gradient",
             "        with torch.no_grad():\n            log_ratio",

@@ -56,7 +56,7 @@ def gradient_of_expected_reward(parameters, rewards) -> torch.Tensor:
 
 
 @given(PARAMETERS, REWARDS, st.sampled_from(["no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_clip"]))
-def test_the_expected_on_policy_gradient_is_that_of_the_expected_reward(parameters, rewards, loss_type):
+def test_on_policy_gradient_is_unbiased(parameters, rewards, loss_type):
     """E[grad loss] = -grad E[R]: the policy-gradient theorem, for every loss at pi = pi_old."""
     policy = parameters.clone().requires_grad_()
     (actual,) = torch.autograd.grad(expected_loss(loss_type, policy, parameters, rewards), policy)
@@ -64,7 +64,7 @@ def test_the_expected_on_policy_gradient_is_that_of_the_expected_reward(paramete
 
 
 @given(PARAMETERS, PARAMETERS, tensors((VOCAB, 1), floats(-2, 2)))
-def test_the_ratio_makes_up_for_the_sampler(policy, sampler, rewards):
+def test_token_ratio_corrects_for_sampler(policy, sampler, rewards):
     """One-token responses: E_old[ratio * R] = E[R] in value and gradient, and E_old[ratio] = 1."""
     responses, first = torch.arange(VOCAB)[:, None], policy[:1].clone().requires_grad_()
     old = select_log_probs(sampler[:1].expand(VOCAB, -1), responses[:, 0])[:, None]
@@ -83,7 +83,7 @@ def test_the_ratio_makes_up_for_the_sampler(policy, sampler, rewards):
 
 
 @given(PARAMETERS, PARAMETERS)
-def test_the_drift_metrics_estimate_what_they_say(policy, sampler):
+def test_drift_metrics_estimate_their_divergence(policy, sampler):
     """E_old[approx_kl] = KL(old || policy) and E_old[mean_ratio] = 1, sample by sample."""
     one = torch.ones(1, 1)
     p, q = sampler[0].softmax(0), policy[0].softmax(0)
@@ -100,7 +100,7 @@ def test_the_drift_metrics_estimate_what_they_say(policy, sampler):
 
 @fewer
 @given(tensors((1, VOCAB), floats(-2, 2)), tensors((VOCAB,), st.sampled_from([0.0, 0.25, 1.0])), st.integers(2, 3))
-def test_the_group_mean_costs_a_known_factor(parameters, rewards, size):
+def test_group_mean_scales_gradient_by_known_factor(parameters, rewards, size):
     """Over every group of G one-token responses, centered advantages give (G-1)/G of the gradient of E[R]."""
     policy = parameters.clone().requires_grad_()
     table = dict(enumerate(rewards.tolist()))
@@ -147,7 +147,7 @@ def test_leave_one_out_is_unbiased(parameters, rewards, size):
 
 @fewer
 @given(ONE_TOKEN, tensors((VOCAB,), floats(-2, 2)), st.integers(2, 4), st.data())
-def test_pkpo_is_unbiased_for_the_best_of_k(parameters, rewards, size, data):
+def test_pkpo_is_unbiased_for_best_of_k(parameters, rewards, size, data):
     k = data.draw(st.integers(1, size))
     policy = parameters.clone().requires_grad_()
     probabilities = policy.softmax(dim=1)[0]
@@ -162,7 +162,7 @@ def test_pkpo_is_unbiased_for_the_best_of_k(parameters, rewards, size, data):
 
 @fewer
 @given(ONE_TOKEN, st.sampled_from([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]), st.integers(2, 4))
-def test_maxrl_climbs_the_logarithm_of_success_term_by_term(parameters, rewards, size):
+def test_maxrl_gradient_is_that_of_truncated_log_success(parameters, rewards, size):
     """G - 1 terms of grad log p = sum_k (1 - p)^(k-1) grad p: the mean of the group costs the last one."""
     rewards = torch.tensor(rewards, dtype=torch.float64)
     policy = parameters.clone().requires_grad_()
@@ -188,7 +188,7 @@ def divergence_gradient(policy, reference, *, reverse):
 
 
 @given(ONE_TOKEN, ONE_TOKEN)
-def test_which_divergence_each_estimate_descends(policy, reference):
+def test_kl_estimator_gradient_is_that_of_its_divergence(policy, reference):
     gradients = {name: kl_gradient(name, policy, reference, policy) for name in ("k1", "k2", "k3", "ratio_k3")}
     reverse = divergence_gradient(policy, reference, reverse=True)
     assert_close(gradients["k1"], torch.zeros_like(policy), rtol=0, atol=1e-12)
@@ -204,7 +204,7 @@ def test_which_divergence_each_estimate_descends(policy, reference):
 
 
 @given(ONE_TOKEN, ONE_TOKEN, ONE_TOKEN)
-def test_the_ratio_keeps_the_divergence_off_policy(policy, reference, sampler):
+def test_ratio_k3_off_policy_gradient_is_that_of_kl(policy, reference, sampler):
     """Sampled from another policy, ratio_k3 still descends KL(policy || reference), and has it as its mean."""
     actual = kl_gradient("ratio_k3", policy, reference, sampler)
     assert_close(actual, divergence_gradient(policy, reference, reverse=True), rtol=1e-9, atol=1e-12)
@@ -222,7 +222,7 @@ def reference_kl(policy, other):
 
 
 @given(PARAMETERS, PARAMETERS, floats(0, 2))
-def test_a_penalty_in_the_reward_descends_the_divergence_of_whole_responses(parameters, other, beta):
+def test_kl_in_reward_gradient_is_that_of_response_kl(parameters, other, beta):
     """A = -beta * reward-to-go of k1 has -beta grad KL(pi || ref) over two tokens as its policy gradient."""
     policy = parameters.clone().requires_grad_()
     log_probs, fixed = log_probs_of(policy, RESPONSES), log_probs_of(other, RESPONSES)
@@ -237,7 +237,7 @@ def test_a_penalty_in_the_reward_descends_the_divergence_of_whole_responses(para
 
 
 @given(PARAMETERS, PARAMETERS, REWARDS)
-def test_sequence_ratios_make_up_for_another_sampler(parameters, sampler, rewards):
+def test_sequence_ratio_corrects_for_sampler(parameters, sampler, rewards):
     """E over the sampler of the product ratio times REINFORCE is the gradient of E[R]: only variance is lost."""
     policy = parameters.clone().requires_grad_()
     log_probs, drawn = log_probs_of(policy, RESPONSES), log_probs_of(sampler, RESPONSES)
@@ -249,7 +249,7 @@ def test_sequence_ratios_make_up_for_another_sampler(parameters, sampler, reward
 
 
 @given(PARAMETERS, REWARDS)
-def test_a_baseline_of_the_questions_own_costs_nothing(parameters, rewards):
+def test_baseline_of_question_keeps_gradient_unbiased(parameters, rewards):
     """ReMax: the greedy reward does not depend on the sample, so the expected gradient is that of the reward."""
     greedy = rewards[log_probs_of(parameters, RESPONSES).sum(dim=1).argmax()]
     advantages = compute_remax_advantages(rewards[:, 0], len(RESPONSES), greedy)[:, None]

@@ -54,7 +54,7 @@ def slices(tensor: torch.Tensor, dim: int | None) -> list[list]:
 
 
 @given(masked_tensors(), st.sampled_from([None, 0, 1]), st.sampled_from([0.5, 3.0, -2.0]))
-def test_masked_reductions(inputs, dim, constant):
+def test_masked_reductions_match_oracle(inputs, dim, constant):
     tensor, mask = inputs
     rows = list(zip(slices(tensor, dim), slices(mask, dim), strict=True))
     sums = float64([reference.masked_sum(*row) for row in rows])
@@ -65,7 +65,7 @@ def test_masked_reductions(inputs, dim, constant):
 
 
 @given(logits_and_labels(unreachable=True), TEMPERATURES)
-def test_entropy_and_its_gradient(inputs, temperature):
+def test_entropy_and_gradient_match_oracle(inputs, temperature):
     logits = inputs[0].requires_grad_()
     scaled = (inputs[0] / temperature).tolist()
     entropy = compute_entropy(logits, temperature=temperature)
@@ -75,7 +75,7 @@ def test_entropy_and_its_gradient(inputs, temperature):
 
 
 @given(logits_and_labels(unreachable=True), TEMPERATURES)
-def test_log_probs_and_their_gradient(inputs, temperature):
+def test_log_probs_and_gradient_match_oracle(inputs, temperature):
     logits, labels = inputs[0].requires_grad_(), inputs[1].tolist()
     rows = list(zip((inputs[0] / temperature).tolist(), labels, strict=True))
     log_probs = select_log_probs(logits, inputs[1], temperature=temperature)
@@ -85,7 +85,7 @@ def test_log_probs_and_their_gradient(inputs, temperature):
 
 
 @given(grouped_rewards(), st.sampled_from([0.0, 1e-6, 0.25]), st.booleans())
-def test_group_normalization(inputs, eps, by_std):
+def test_group_normalization_matches_oracle(inputs, eps, by_std):
     rewards, size = inputs
     groups = [rewards.tolist()[start : start + size] for start in range(0, len(rewards), size)]
     expected = [advantage for group in groups for advantage in reference.group_advantages(group, eps, by_std)]
@@ -94,7 +94,7 @@ def test_group_normalization(inputs, eps, by_std):
 
 
 @given(grouped_rewards(), st.sampled_from([1e-6, 0.25]), st.booleans())
-def test_group_normalized_rewards_and_their_metadata(inputs, eps, by_std):
+def test_group_normalized_rewards_and_metadata_match_oracle(inputs, eps, by_std):
     rewards, size = inputs[0].tolist(), inputs[1]
 
     def reward_fn(response, truth):
@@ -125,7 +125,7 @@ def test_group_normalized_rewards_and_their_metadata(inputs, eps, by_std):
 
 
 @given(batches(), LOSS_TYPES)
-def test_token_losses_and_their_gradient(batch: Batch, loss_type):
+def test_token_losses_and_gradient_match_oracle(batch: Batch, loss_type):
     policy = batch.policy_log_probs.requires_grad_()
     losses, _ = compute_policy_gradient_loss(
         policy, loss_type, batch.raw_rewards, batch.advantages, batch.old_log_probs, batch.cliprange
@@ -145,7 +145,7 @@ def test_token_losses_and_their_gradient(batch: Batch, loss_type):
 
 
 @given(batches(), CLIPRANGES)
-def test_is_clipped(batch: Batch, cliprange):
+def test_is_clipped_matches_oracle(batch: Batch, cliprange):
     _, metadata = compute_grpo_clip_loss(batch.advantages, batch.policy_log_probs, batch.old_log_probs, cliprange)
     assert set(metadata) == {"is_clipped", "is_clipped_low", "is_clipped_high"}
     for row, column in torch.cartesian_prod(*map(torch.arange, batch.policy_log_probs.shape)).tolist():
@@ -159,7 +159,7 @@ def test_is_clipped(batch: Batch, cliprange):
 
 
 @given(batches(), AGGREGATIONS, floats(0.5, 9))
-def test_aggregation_and_its_weights(batch: Batch, aggregation, constant):
+def test_aggregation_and_weights_match_oracle(batch: Batch, aggregation, constant):
     losses, mask = batch.policy_log_probs.requires_grad_(), batch.response_mask
     total = aggregate_token_losses(losses, mask, aggregation, normalize_constant=constant, group_sizes=1)
     total.backward()
@@ -169,7 +169,7 @@ def test_aggregation_and_its_weights(batch: Batch, aggregation, constant):
 
 
 @given(batches(), st.integers(1, 4), floats(0.5, 9))
-def test_sft_loss(batch: Batch, steps, constant):
+def test_sft_loss_matches_oracle(batch: Batch, steps, constant):
     policy, mask = batch.policy_log_probs.requires_grad_(), batch.response_mask
     loss, metadata = sft_microbatch_loss(policy, mask, steps, constant)
     loss.backward()
@@ -186,7 +186,7 @@ def test_sft_loss(batch: Batch, steps, constant):
 
 
 @given(st.lists(st.tuples(st.text(CHARACTERS, min_size=1, max_size=6), WORDS), min_size=1, max_size=4))
-def test_tokenization(pairs):
+def test_tokenization_matches_oracle(pairs):
     tokenizer = make_tiny_tokenizer()
     prompts, outputs = [prompt for prompt, _ in pairs], [output for _, output in pairs]
     tensors = tokenize_prompt_and_output(prompts, outputs, tokenizer)
@@ -197,7 +197,7 @@ def test_tokenization(pairs):
         assert list(zip(*actual, strict=True)) == reference.tokenized_row(*ids, width, pad=0)
 
 
-def test_scores_of_a_model():
+def test_scores_of_a_model_match_oracle():
     """Log-probability and entropy of each label, from logits computed one prefix at a time."""
     policy = make_tiny_policy(seed=1).double()
     tensors = tokenize_prompt_and_output(["2+3=", "7-"], ["5.", "1=6 "], make_tiny_tokenizer())

@@ -20,7 +20,7 @@ def grouped(tensor: torch.Tensor, size: int) -> torch.Tensor:
 
 
 @given(grouped_rewards(), BY_STD)
-def test_each_group_is_centered_and_scaled(inputs, by_std):
+def test_normalize_group_rewards_gives_each_group_mean_0_and_std_1(inputs, by_std):
     rewards, size = inputs
     advantages = grouped(normalize_group_rewards(rewards, size, advantage_eps=0.0, normalize_by_std=by_std), size)
     assert_close(advantages.mean(dim=1), torch.zeros(len(advantages)).double(), rtol=0, atol=1e-12)
@@ -32,7 +32,7 @@ def test_each_group_is_centered_and_scaled(inputs, by_std):
 
 
 @given(grouped_rewards(), floats(-5, 5), st.sampled_from([0.25, 2.0, 8.0]))
-def test_shift_changes_nothing_and_scale_goes_through(inputs, shift, scale):
+def test_normalize_group_rewards_ignores_shift_and_follows_scale(inputs, shift, scale):
     rewards, size = inputs
     moved = scale * rewards + shift
     plain = normalize_group_rewards(rewards, size, normalize_by_std=False)
@@ -43,7 +43,7 @@ def test_shift_changes_nothing_and_scale_goes_through(inputs, shift, scale):
 
 
 @given(grouped_rewards(), BY_STD, st.data())
-def test_a_group_knows_nothing_of_the_others(inputs, by_std, data):
+def test_normalize_group_rewards_treats_each_group_separately(inputs, by_std, data):
     rewards, size = inputs
     order = data.draw(st.permutations(range(len(rewards) // size)))
     members = data.draw(st.permutations(range(size)))
@@ -55,7 +55,7 @@ def test_a_group_knows_nothing_of_the_others(inputs, by_std, data):
 
 
 @given(CONSTANTS, st.integers(2, 16), BY_STD, st.sampled_from([torch.float32, torch.float64]), st.data())
-def test_a_constant_group_has_no_advantage_at_all(constant, size, by_std, dtype, data):
+def test_normalize_group_rewards_constant_group_is_exactly_zero(constant, size, by_std, dtype, data):
     """Exactly 0, not 1e-8 over 1e-6; also when the last bit of each reward is noise."""
     numbers = np.full(size, constant, dtype=np.float32 if dtype == torch.float32 else np.float64)
     for place in data.draw(st.sets(st.integers(0, size - 1))):
@@ -68,7 +68,7 @@ def test_a_constant_group_has_no_advantage_at_all(constant, size, by_std, dtype,
 
 
 @given(grouped_rewards(), BY_STD, st.sampled_from([0.0, 1e-6, 1e-4]))
-def test_the_plain_formula_in_float32_to_its_last_place(inputs, by_std, eps):
+def test_normalize_group_rewards_float32_matches_formula_to_last_place(inputs, by_std, eps):
     """Computed in float64 and rounded once: the float32 formula is off by its own rounding."""
     rewards, size = inputs[0].float(), inputs[1]
     groups = grouped(rewards, size)
@@ -82,7 +82,7 @@ def test_the_plain_formula_in_float32_to_its_last_place(inputs, by_std, eps):
 
 
 @given(grouped_rewards())
-def test_the_reward_function_sees_each_pair_once_and_in_order(inputs):
+def test_compute_group_normalized_rewards_scores_each_pair_once_in_order(inputs):
     rewards, size = inputs
     seen = []
 
@@ -100,7 +100,7 @@ def test_the_reward_function_sees_each_pair_once_and_in_order(inputs):
 
 
 @given(st.lists(st.sets(st.sampled_from(["format_reward", "answer_reward"])), min_size=1, max_size=4))
-def test_a_part_of_the_reward_is_described_if_every_score_has_it(parts):
+def test_describe_rewards_reports_component_if_every_score_has_it(parts):
     """A mean over those that have it would be one over fewer responses, and nobody would see it."""
     described = describe_rewards([{"reward": 1.0} | dict.fromkeys(keys, 0.5) for keys in parts], 1)
     of_all = set.intersection(*parts)
@@ -109,6 +109,6 @@ def test_a_part_of_the_reward_is_described_if_every_score_has_it(parts):
 
 
 @given(grouped_rewards(), BY_STD)
-def test_rewards_are_data(inputs, by_std):
+def test_normalize_group_rewards_is_detached(inputs, by_std):
     rewards, size = inputs
     assert not normalize_group_rewards(rewards.requires_grad_(), size, normalize_by_std=by_std).requires_grad

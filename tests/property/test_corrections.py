@@ -40,7 +40,7 @@ def tokens(mask: Tensor, *parts: Tensor) -> list[list[tuple]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_log_ratio_is_held_whatever_its_size(dtype):
+def test_clamp_log_ratio_extreme_value_is_held_with_gradient(dtype):
     """Exactly 20, where an addition of large numbers would have rounded it away; with a gradient of 1."""
     wild = torch.tensor([1e3, 1e8, 1e30, -1e9, -3.5, 0.0, math.inf, -math.inf], dtype=dtype, requires_grad=True)
     held_values = clamp_log_ratio(wild)
@@ -55,7 +55,7 @@ def test_a_log_ratio_is_held_whatever_its_size(dtype):
 
 @LEVELS
 @given(pairs(wild=True))
-def test_ratios_by_definition(level, case):
+def test_compute_importance_ratios_by_definition(level, case):
     old, sampler, mask = case
     ratios = g.compute_importance_ratios(old.requires_grad_(), sampler, mask, level)
     assert not ratios.requires_grad
@@ -72,7 +72,7 @@ def test_ratios_by_definition(level, case):
 
 @LEVELS
 @given(pairs())
-def test_the_samplers_own_log_probs_are_corrected_by_nothing(level, case):
+def test_importance_of_samplers_own_log_probs_is_exactly_one(level, case):
     """Bypass: with the sampler in the place of the old policy a second correction is one of exactly 1."""
     _, sampler, mask = case
     ratios = g.compute_importance_ratios(sampler, sampler.clone(), mask, level)
@@ -86,7 +86,7 @@ BOUNDS = st.tuples(floats(0, 1), floats(1, 3))
 
 
 @given(tensors((3, 4), floats(0, 4)), BOUNDS)
-def test_truncation_masking_and_rejection(ratios, bounds):
+def test_truncation_masking_and_rejection_match_definition(ratios, bounds):
     low, high = bounds
     given_ratios = ratios.clone()
     cut = g.truncate_importance_weights(ratios, low=low, high=high)
@@ -107,7 +107,7 @@ def test_truncation_masking_and_rejection(ratios, bounds):
 
 
 @given(data=st.data(), columns=st.sampled_from(["one", "all"]))
-def test_self_normalization_and_effective_sample_size(data, columns):
+def test_self_normalize_weights_and_effective_sample_size_match_definition(data, columns):
     shape = data.draw(SHAPES)
     mask = data.draw(response_masks(shape))
     counted = mask if columns == "all" or shape[1] == 1 else mask.any(dim=1, keepdim=True)
@@ -128,7 +128,7 @@ def test_self_normalization_and_effective_sample_size(data, columns):
 
 
 @given(pairs(wild=True))
-def test_mismatch_by_definition(case):
+def test_describe_mismatch_matches_definition(case):
     old, sampler, mask = case
     gaps = [a - b for row in tokens(mask, old, sampler) for a, b in row]
     n = max(1, len(gaps))
@@ -166,7 +166,7 @@ def kl_of(estimator: str, policy: float, reference: float, old: float) -> tuple[
 
 @ESTIMATORS
 @given(case=pairs(wild=True), data=st.data())
-def test_kl_by_definition(estimator, case, data):
+def test_estimate_kl_by_definition(estimator, case, data):
     policy, reference, mask = case
     old = torch.where(mask, policy + data.draw(tensors(tuple(mask.shape), floats(-1, 1))), math.nan)
     for tensor in (policy, reference, old):
@@ -186,11 +186,11 @@ def test_kl_by_definition(estimator, case, data):
 
 @ESTIMATORS
 @given(tensors((2, 3), floats(-4, 0)))
-def test_kl_of_the_reference_itself_is_nothing(estimator, log_probs):
+def test_estimate_kl_of_reference_itself_is_zero(estimator, log_probs):
     assert (g.estimate_kl(log_probs, log_probs.clone(), estimator) == 0).all()
 
 
-def test_ratio_k3_without_an_old_policy_takes_its_own():
+def test_estimate_kl_ratio_k3_without_old_log_probs_uses_policy():
     policy = torch.tensor([[-1.0, -2.0]], dtype=torch.float64, requires_grad=True)
     reference = torch.tensor([[-1.5, -1.0]], dtype=torch.float64)
     alone = g.estimate_kl(policy, reference, "ratio_k3")
@@ -202,7 +202,7 @@ def test_ratio_k3_without_an_old_policy_takes_its_own():
 
 
 @given(data=st.data(), discount=st.sampled_from([0.0, 0.5, 0.99, 1.0]))
-def test_reward_to_go_by_definition(data, discount):
+def test_compute_reward_to_go_matches_definition(data, discount):
     """Any mask, with holes: what stands in a hole is no step."""
     shape = data.draw(SHAPES)
     mask = data.draw(masks(shape))
@@ -231,7 +231,7 @@ def chosen_by_rank(values: list[float], wanted: int) -> set[int]:
 
 
 @given(data=st.data(), fraction=st.sampled_from([0.0, 0.01, 0.3, 0.5, 1.0]))
-def test_high_covariance_by_definition(data, fraction):
+def test_select_high_covariance_matches_definition(data, fraction):
     rows, seq = shape = data.draw(SHAPES)
     mask = data.draw(response_masks(shape))
     columns = data.draw(st.sampled_from([1, seq]))
@@ -257,7 +257,7 @@ def test_high_covariance_by_definition(data, fraction):
 
 
 @given(data=st.data(), fraction=st.sampled_from([0.0, 0.2, 0.5, 1.0]))
-def test_high_entropy_by_definition(data, fraction):
+def test_select_high_entropy_matches_definition(data, fraction):
     shape = data.draw(SHAPES)
     mask = data.draw(response_masks(shape))
     entropy = torch.where(mask, data.draw(tensors(shape, floats(0, 3))), data.draw(tensors(shape, GARBAGE)))
@@ -269,7 +269,7 @@ def test_high_entropy_by_definition(data, fraction):
 
 
 @pytest.mark.parametrize(("fraction", "n", "wanted"), [(0.07, 100, 7), (0.55, 20, 11), (0.29, 100, 29)])
-def test_a_share_is_that_of_the_number_as_written(fraction, n, wanted):
+def test_selected_share_ignores_rounding_of_fraction(fraction, n, wanted):
     """0.07 * 100 comes out above 7 and 0.29 * 100 below 29: neither is a token more or less."""
     values, everything = torch.arange(n).double()[None], torch.ones(1, n, dtype=torch.bool)
     assert g.select_high_entropy(values, everything, fraction).sum() == wanted
@@ -279,7 +279,7 @@ def test_a_share_is_that_of_the_number_as_written(fraction, n, wanted):
 
 
 @given(case=pairs(), data=st.data(), threshold=floats(-0.5, 0.5))
-def test_off_policy_sequences_by_definition(case, data, threshold):
+def test_keep_on_policy_sequences_matches_definition(case, data, threshold):
     policy, behavior, mask = case
     advantages = data.draw(tensors((len(mask), 1), floats(-2, 2)))
     kept = g.keep_on_policy_sequences(advantages, policy, behavior, mask, threshold)
@@ -290,7 +290,7 @@ def test_off_policy_sequences_by_definition(case, data, threshold):
 
 
 @given(data=st.data())
-def test_truncated_responses_are_dropped_whole(data):
+def test_drop_truncated_responses_drops_whole_rows(data):
     shape = data.draw(SHAPES)
     mask, truncated = data.draw(masks(shape)), data.draw(masks((shape[0],)))
     given_mask = mask.clone()
@@ -304,7 +304,7 @@ def test_truncated_responses_are_dropped_whole(data):
 
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=6), st.integers(1, 40), st.data())
-def test_overlong_penalty_by_definition(lengths, longest, data):
+def test_compute_soft_overlong_penalty_matches_definition(lengths, longest, data):
     buffer = data.draw(st.integers(0, longest))
     penalty = g.compute_soft_overlong_penalty(torch.tensor(lengths), longest, buffer)
     for n, value in zip(lengths, penalty.tolist(), strict=True):
@@ -318,7 +318,7 @@ def test_overlong_penalty_by_definition(lengths, longest, data):
 
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=6), st.integers(1, 40), floats(-10, 2), floats(-10, 2))
-def test_cosine_reward_by_definition(lengths, longest, start, end):
+def test_compute_cosine_length_reward_matches_definition(lengths, longest, start, end):
     reward = g.compute_cosine_length_reward(torch.tensor(lengths), longest, start, end)
     for n, value in zip(lengths, reward.tolist(), strict=True):
         expected = end + (start - end) * math.cos(math.pi * min(n, longest) / longest / 2) ** 2
@@ -326,7 +326,7 @@ def test_cosine_reward_by_definition(lengths, longest, start, end):
 
 
 @given(floats(0, 1), floats(0, 3), floats(0, 3), floats(0, 1), floats(0, 0.5), floats(0.5, 1))
-def test_the_entropy_coefficient_follows_its_target(coefficient, entropy, target, step, low, high):
+def test_adapt_entropy_coefficient_follows_target(coefficient, entropy, target, step, low, high):
     new = g.adapt_entropy_coefficient(coefficient, entropy, target, step=step, low=low, high=high)
     assert low <= new <= high
     wanted = coefficient + step if entropy <= target else coefficient - step
@@ -337,7 +337,7 @@ def test_the_entropy_coefficient_follows_its_target(coefficient, entropy, target
 
 
 @given(st.data())
-def test_pass_at_k_is_the_mean_over_subsets(data):
+def test_estimate_pass_at_k_is_mean_over_subsets(data):
     samples = data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=4))
     n_samples, k = torch.tensor(samples), data.draw(st.integers(1, min(samples)))
     right = torch.tensor([data.draw(st.integers(0, n)) for n in samples])
@@ -351,14 +351,14 @@ def test_pass_at_k_is_the_mean_over_subsets(data):
 
 
 @pytest.mark.parametrize(("c", "n", "k"), [(48, 2048, 1000), (1, 3, 1), (1, 1_000_000, 1), (3, 7, 2)])
-def test_pass_at_k_is_rounded_once(c, n, k):
+def test_estimate_pass_at_k_rounds_once(c, n, k):
     """Where a product of floats, or one minus a quotient, would have lost digits."""
     exact = 1 - Fraction(math.comb(n - c, k), math.comb(n, k))
     assert g.estimate_pass_at_k(torch.tensor([c]), n, k).item() == float(exact)
 
 
 @given(st.lists(floats(0, 1), min_size=1, max_size=12), st.sampled_from([0.8, 0.95]))
-def test_the_interval_is_wilsons(values, confidence):
+def test_estimate_mean_interval_matches_wilson(values, confidence):
     """Its ends are the p from which the mean found lies z standard deviations of a p-coin away."""
     mean, low, high = g.estimate_mean_interval(torch.tensor(values, dtype=torch.float64), confidence=confidence)
     assert 0 <= low <= mean + 1e-12
@@ -374,7 +374,7 @@ def test_the_interval_is_wilsons(values, confidence):
 
 
 @given(st.lists(st.lists(st.sampled_from(["a", "b", "c", None]), min_size=1, max_size=6), min_size=1, max_size=4))
-def test_majority_by_definition(answers):
+def test_compute_majority_accuracy_matches_definition(answers):
     verdicts = [[answer == "a" for answer in row] for row in answers]
     for row, value in zip(answers, g.compute_majority_accuracy(answers, verdicts).tolist(), strict=True):
         counts = {letter: row.count(letter) for letter in "abc"}
@@ -384,7 +384,7 @@ def test_majority_by_definition(answers):
 
 
 @given(st.lists(st.integers(-3, 3), max_size=10))
-def test_the_sign_flip_test_counts_all_signs(differences):
+def test_compute_sign_flip_p_value_counts_all_signs(differences):
     sums = [
         sum(s * d for s, d in zip(signs, differences, strict=True))
         for signs in product((-1, 1), repeat=len(differences))
@@ -396,7 +396,7 @@ def test_the_sign_flip_test_counts_all_signs(differences):
 
 
 @given(wins=st.integers(0, 300), losses=st.integers(0, 300), ties=st.integers(0, 5))
-def test_of_single_responses_the_sign_flip_test_is_mcnemars(wins, losses, ties):
+def test_compute_sign_flip_p_value_of_single_responses_is_mcnemars_test(wins, losses, ties):
     """Twice the tail of a fair coin thrown once for each question on which the two disagree."""
     n, least = wins + losses, min(wins, losses)
     tail = Fraction(2 * sum(math.comb(n, k) for k in range(least + 1)), 2**n)
@@ -405,13 +405,13 @@ def test_of_single_responses_the_sign_flip_test_is_mcnemars(wins, losses, ties):
 
 
 @pytest.mark.parametrize("signs", [[1] * 1200, [1] * 2000 + [-1] * 200, [5] * 1100])
-def test_a_p_value_is_never_zero(signs):
+def test_compute_sign_flip_p_value_is_never_zero(signs):
     assert g.compute_sign_flip_p_value(torch.tensor(signs)) == sys.float_info.min
     assert g.compute_sign_flip_p_value(torch.tensor(signs[:400])) >= 2.0**-399
 
 
 @given(data=st.data(), best=st.sampled_from([1.0, 0.7, 0.1]))
-def test_silent_groups_are_counted_once(data, best):
+def test_describe_silent_groups_counts_each_group_once(data, best):
     """Three times 0.7 have a mean that is not 0.7; rewards of -1 and 1 one of 0, and yet a signal."""
     reward = floats(-1, 1).map(lambda value: min(value, best)) | st.sampled_from([math.nan, 0.0, best])
     constant = st.builds(lambda value, size: [value] * size, reward, st.integers(1, 6))
@@ -433,7 +433,7 @@ def test_silent_groups_are_counted_once(data, best):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("constant", [0.1, 0.7, 1 / 3, 123456.7])
-def test_the_last_bit_of_a_reward_is_no_signal(constant, dtype):
+def test_describe_silent_groups_ignores_last_bit_of_reward(constant, dtype):
     rewards = torch.full((7,), constant, dtype=dtype)
     rewards[::2] = torch.nextafter(rewards[::2], torch.full_like(rewards[::2], math.inf))
     assert rewards.unique().numel() == 2
@@ -442,7 +442,7 @@ def test_the_last_bit_of_a_reward_is_no_signal(constant, dtype):
 
 
 @given(data=st.data())
-def test_gradient_shares_by_definition(data):
+def test_compute_gradient_share_matches_definition(data):
     rows, seq = data.draw(SHAPES)
     gradients, selected = data.draw(tensors((rows, seq), floats(-2, 2))), data.draw(masks((rows,)))
     pulls = [math.fsum(map(abs, row)) for row in gradients.tolist()]
@@ -458,7 +458,7 @@ def test_gradient_shares_by_definition(data):
 
 
 @given(data=st.data(), kl_coef=floats(0, 1), entropy_coef=floats(-1, 1))
-def test_the_terms_of_a_loss_add_up(data, kl_coef, entropy_coef):
+def test_compose_policy_loss_terms_add_up(data, kl_coef, entropy_coef):
     rows, seq = shape = data.draw(SHAPES)
     columns = data.draw(st.sampled_from([1, seq]))
     parts = {name: data.draw(tensors(shape, floats(-2, 2))).requires_grad_() for name in ("kl", "token_entropy")}
@@ -492,7 +492,7 @@ def test_the_terms_of_a_loss_add_up(data, kl_coef, entropy_coef):
 
 
 @given(data=st.data())
-def test_a_loss_without_weight_is_never_read(data):
+def test_sum_weighted_losses_loss_without_weight_is_never_read(data):
     """Whatever stands where the weight is 0: neither in the sum nor in the gradient, which is exactly 0 there."""
     shape = data.draw(SHAPES)
     losses, weights = data.draw(tensors(shape, floats(-2, 2))), data.draw(tensors(shape, floats(0, 1)))
@@ -504,7 +504,7 @@ def test_a_loss_without_weight_is_never_read(data):
     assert_close(spoiled.grad, 3 * weights, rtol=1e-12, atol=0)
 
 
-def test_without_extra_terms_the_loss_is_the_objective_alone():
+def test_compose_policy_loss_without_extra_terms_is_policy_loss():
     losses, weights = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 0.25]])
     assert g.compose_policy_loss(losses, weights) == 1.0
     unused = torch.full((1, 2), math.nan)
@@ -512,7 +512,7 @@ def test_without_extra_terms_the_loss_is_the_objective_alone():
 
 
 @given(case=pairs(wild=True), data=st.data())
-def test_what_a_step_is_watched_by(case, data):
+def test_describe_policy_update_matches_definition(case, data):
     """Means over response tokens: a flag of a response counts for each of its tokens, a ratio is held."""
     old, policy, mask = case
     flags = {

@@ -28,21 +28,21 @@ ANY_LOGITS = st.booleans().flatmap(logits_and_labels)
 
 
 @given(ANY_LOGITS, TEMPERATURES)
-def test_entropy_is_between_none_and_all(inputs, temperature):
+def test_compute_entropy_lies_between_zero_and_log_vocab(inputs, temperature):
     entropy = compute_entropy(inputs[0], temperature=temperature)
     assert (entropy >= 0).all()
     assert (entropy <= math.log(inputs[0].shape[-1]) + 1e-12).all()
 
 
 @given(ANY_LOGITS, st.one_of(floats(-8, 8), st.sampled_from([1e4, -1e4])))
-def test_a_shift_of_the_logits_changes_nothing(inputs, shift):
+def test_distribution_ignores_shift_of_logits(inputs, shift):
     logits, labels = inputs
     assert_close(compute_entropy(logits + shift), compute_entropy(logits), rtol=1e-10, atol=1e-10)
     assert_close(select_log_probs(logits + shift, labels), select_log_probs(logits, labels), rtol=1e-10, atol=1e-10)
 
 
 @given(logits_and_labels(), st.sampled_from([1e4, -1e4]))
-def test_an_offset_costs_no_digits_in_float32(inputs, offset):
+def test_distribution_with_large_offset_keeps_float32_digits(inputs, offset):
     """Exactly, for offsets in steps that float32 has there."""
     logits, labels = (inputs[0] * 64).round().float() / 64, inputs[1]
     assert_close(compute_entropy(logits + offset), compute_entropy(logits), rtol=1e-5, atol=1e-6)
@@ -50,13 +50,13 @@ def test_an_offset_costs_no_digits_in_float32(inputs, offset):
 
 
 @pytest.mark.parametrize("label", [-1, 3])
-def test_labels_outside_the_vocabulary_are_refused(label):
+def test_select_log_probs_label_outside_vocabulary_raises(label):
     with pytest.raises((ValueError, RuntimeError), match=r"labels run from|out of bounds"):
         select_log_probs(torch.zeros(2, 3), torch.tensor([0, label]))
 
 
 @given(logits_and_labels(), st.data())
-def test_the_names_of_the_tokens_do_not_matter(inputs, data):
+def test_distribution_ignores_permutation_of_tokens(inputs, data):
     logits, labels = inputs
     order = torch.tensor(data.draw(st.permutations(range(logits.shape[-1]))))
     assert_close(compute_entropy(logits[:, order]), compute_entropy(logits))
@@ -64,7 +64,7 @@ def test_the_names_of_the_tokens_do_not_matter(inputs, data):
 
 
 @given(ANY_LOGITS, TEMPERATURES)
-def test_probabilities_add_up_and_entropy_is_the_mean_surprise(inputs, temperature):
+def test_probabilities_sum_to_one_and_entropy_is_mean_surprise(inputs, temperature):
     logits, _ = inputs
     rows, vocab = logits.shape
     every = torch.arange(vocab).expand(rows, vocab)
@@ -77,7 +77,7 @@ def test_probabilities_add_up_and_entropy_is_the_mean_surprise(inputs, temperatu
 
 
 @given(ANY_LOGITS, TEMPERATURES)
-def test_a_temperature_is_a_division_of_the_logits(inputs, temperature):
+def test_temperature_divides_logits(inputs, temperature):
     logits, labels = inputs
     assert_close(compute_entropy(logits, temperature=temperature), compute_entropy(logits / temperature))
     assert_close(
@@ -86,7 +86,7 @@ def test_a_temperature_is_a_division_of_the_logits(inputs, temperature):
 
 
 @given(logits_and_labels())
-def test_heat_brings_entropy(inputs):
+def test_compute_entropy_grows_with_temperature(inputs):
     """Entropy grows with temperature, strictly if the logits differ: the law that a forgotten division breaks."""
     logits, _ = inputs
     cold, hot = compute_entropy(logits, temperature=1.0), compute_entropy(logits, temperature=2.0)
@@ -96,7 +96,7 @@ def test_heat_brings_entropy(inputs):
 
 
 @given(logits_and_labels(), TEMPERATURES)
-def test_gradients_by_finite_differences(inputs, temperature):
+def test_distribution_gradient_matches_finite_differences(inputs, temperature):
     logits, labels = inputs[0].requires_grad_(), inputs[1]
     assert torch.autograd.gradcheck(lambda x: compute_entropy(x, temperature=temperature), logits, fast_mode=True)
     assert torch.autograd.gradcheck(
@@ -105,7 +105,7 @@ def test_gradients_by_finite_differences(inputs, temperature):
 
 
 @given(logits_and_labels(unreachable=True))
-def test_an_unreachable_token_is_a_token_less(inputs):
+def test_impossible_token_equals_smaller_vocabulary(inputs):
     """One row at a time: dropping the tokens of logit -inf changes neither value nor gradient."""
     for row, label in zip(*inputs, strict=True):
         kept = row > -math.inf
@@ -121,7 +121,7 @@ def test_an_unreachable_token_is_a_token_less(inputs):
 @pytest.mark.parametrize(
     "cut", [lambda x: x[:, :-1], lambda x: x.transpose(0, 1), lambda x: x[:, ::2], lambda x: x[0]]
 )
-def test_logits_are_read_where_they_lie(cut):
+def test_row_views_copy_no_logits(cut):
     """`logits[:, :-1]` has gaps: a copy of it would be the largest tensor of a step."""
     whole = torch.randn(3, 4, 5, dtype=torch.float64)
     views = list(distributions._iterate_row_views(cut(whole)))

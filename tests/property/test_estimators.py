@@ -28,7 +28,7 @@ from tests.strategies import GARBAGE, SHAPES, floats, response_masks, tensors
 
 @EACH
 @given(data=st.data())
-def test_matches_the_definition(name, data):
+def test_estimator_matches_its_definition(name, data):
     case = data.draw(cases(name))
     advantages = case.call(name)
     assert advantages.isfinite().all()
@@ -37,7 +37,7 @@ def test_matches_the_definition(name, data):
 
 @EACH
 @given(data=st.data())
-def test_float32_is_as_good_as_float32_can_be(name, data):
+def test_estimator_float32_is_accurate_to_rounding(name, data):
     case = data.draw(cases(name))
     advantages = case.call(name, torch.float32)
     assert advantages.dtype == torch.float32
@@ -47,7 +47,7 @@ def test_float32_is_as_good_as_float32_can_be(name, data):
 @EACH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("constant", [0.1, 0.2, 0.7, 1 / 3, 1e-3, 123456.7, 0.0, 1.0])
-def test_a_constant_group_has_exactly_no_advantage(name, constant, dtype):
+def test_estimator_constant_group_is_exactly_zero(name, constant, dtype):
     """Decided by the range: the deviation of eight times 0.1 need not be 0. And no eps, to see it."""
     if name in BINARY and constant not in (0.0, 1.0):
         constant = 1.0
@@ -61,7 +61,7 @@ def test_a_constant_group_has_exactly_no_advantage(name, constant, dtype):
 @pytest.mark.parametrize("name", sorted(MEMBERS.keys() - BINARY))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("constant", [0.1, 0.7, 1 / 3, 1e-3, 123456.7])
-def test_the_last_bit_of_a_reward_is_no_signal(name, constant, dtype):
+def test_estimator_ignores_last_bit_of_reward(name, constant, dtype):
     """A sum of parts in another order gives it; divided by its own deviation it would be as loud as any reward."""
     rewards = torch.full((8 + 5 + 2,), constant, dtype=dtype)
     noisy = rewards.clone()
@@ -75,7 +75,7 @@ def test_the_last_bit_of_a_reward_is_no_signal(name, constant, dtype):
 
 @EACH
 @given(data=st.data())
-def test_what_was_not_scored_is_as_if_it_were_not_there(name, data):
+def test_estimator_ignores_unscored_response(name, data):
     """It gets exactly 0, and one more of it changes no other advantage by a bit that matters."""
     case = data.draw(cases(name, unscored=False))
     group = data.draw(st.integers(0, len(case.groups) - 1))
@@ -93,7 +93,7 @@ def test_what_was_not_scored_is_as_if_it_were_not_there(name, data):
 
 @EACH
 @given(data=st.data())
-def test_the_order_of_groups_and_members_does_not_matter(name, data):
+def test_estimator_ignores_order_of_groups_and_members(name, data):
     case = data.draw(cases(name))
     order = data.draw(st.permutations(range(len(case.groups))))
     inner = [data.draw(st.permutations(range(len(group)))) for group in case.groups]
@@ -109,7 +109,7 @@ def test_the_order_of_groups_and_members_does_not_matter(name, data):
 
 
 @EACH
-def test_rewards_are_data(name):
+def test_estimator_is_detached(name):
     rewards = torch.tensor([1.0, 0.0, 1.0, 1.0], requires_grad=True)
     extra = {"k": 1, "lengths": torch.ones(4, dtype=torch.long), "greedy_rewards": torch.ones(2, requires_grad=True)}
     parameters = inspect.signature(MEMBERS[name]).parameters
@@ -127,7 +127,7 @@ CENTERED = ["normalize_group_rewards", "compute_leave_one_out_advantages", "comp
 
 @pytest.mark.parametrize("name", [*CENTERED, "compute_gpg_advantages", "compute_maxrl_advantages"])
 @given(data=st.data())
-def test_advantages_of_a_group_add_up_to_nothing(name, data):
+def test_estimator_advantages_of_group_sum_to_zero(name, data):
     case = data.draw(cases(name))
     for part in case.call(name).split(case.sizes):
         assert_close(part.sum().item(), 0.0, rtol=0, atol=1e-9 * max(1.0, part.abs().max().item()))
@@ -137,14 +137,14 @@ def test_advantages_of_a_group_add_up_to_nothing(name, data):
     "name", [*CENTERED, "compute_gpg_advantages", "compute_opo_advantages", "compute_pkpo_advantages"]
 )
 @given(data=st.data(), shift=floats(-4, 4) | st.sampled_from([-8192.0, 8192.0]))
-def test_a_shift_of_all_rewards_changes_nothing(name, data, shift):
+def test_estimator_ignores_shift_of_rewards(name, data, shift):
     case = data.draw(cases(name))
     moved = replace(case, groups=[[reward + shift for reward in group] for group in case.groups])
     assert_close(moved.call(name), case.call(name), rtol=1e-9, atol=1e-9)
 
 
 @given(cases("normalize_group_rewards"))
-def test_leave_one_out_is_a_multiple_of_centering(case):
+def test_leave_one_out_is_multiple_of_centering(case):
     rewards = torch.tensor([r for group in case.groups for r in group]).double()
     centered = normalize_group_rewards(rewards, case.sizes, normalize_by_std=False).split(case.sizes)
     for group, one, other in zip(
@@ -155,14 +155,14 @@ def test_leave_one_out_is_a_multiple_of_centering(case):
 
 
 @given(cases("compute_pass_at_k_advantages"))
-def test_pass_at_1_is_grpo_with_the_deviation_of_a_population(case):
+def test_pass_at_1_is_grpo_with_population_std(case):
     rewards = torch.tensor([r for group in case.groups for r in group]).double()
     expected = normalize_group_rewards(rewards, case.sizes, advantage_eps=0.0, correction=0)
     assert_close(compute_pass_at_k_advantages(rewards, case.sizes, 1), expected, rtol=1e-9, atol=1e-12)
 
 
 @given(cases("compute_best_of_advantages", unscored=False))
-def test_pkpo_lies_between_leave_one_out_and_the_best_of_all(case):
+def test_pkpo_lies_between_leave_one_out_and_best_of_all(case):
     for group in case.groups:
         rewards = torch.tensor(group).double()
         assert_close(
@@ -173,14 +173,14 @@ def test_pkpo_lies_between_leave_one_out_and_the_best_of_all(case):
 
 
 @given(cases("compute_gpg_advantages"))
-def test_gpg_is_centering_with_the_pull_of_the_whole_batch(case):
+def test_gpg_is_centering_scaled_to_whole_batch(case):
     rewards = torch.tensor([r for group in case.groups for r in group]).double()
     alone = [compute_gpg_advantages(part, len(part)) for part in rewards.split(case.sizes)]
     assert_close(torch.cat(alone), normalize_group_rewards(rewards, case.sizes, normalize_by_std=False))
 
 
 @given(cases("compute_opo_advantages"))
-def test_opo_weighed_by_length_adds_up_to_nothing(case):
+def test_compute_opo_length_weighted_advantages_sum_to_zero(case):
     rewards = torch.tensor([r for group in case.groups for r in group]).double()
     lengths = torch.tensor([n for group in case.extra["lengths"] for n in group])
     advantages = compute_opo_advantages(rewards, case.sizes, lengths)
@@ -189,7 +189,7 @@ def test_opo_weighed_by_length_adds_up_to_nothing(case):
 
 
 @given(cases("normalize_group_rewards"))
-def test_no_normalized_advantage_exceeds_its_bound(case):
+def test_normalized_advantage_stays_within_bound(case):
     """|A| <= (G - 1) / sqrt(G), reached by one right answer among G."""
     rewards = torch.tensor([r for group in case.groups for r in group]).double()
     for part in normalize_group_rewards(rewards, case.sizes, advantage_eps=0.0).split(case.sizes):
@@ -197,7 +197,7 @@ def test_no_normalized_advantage_exceeds_its_bound(case):
 
 
 @given(data=st.data(), eps=st.sampled_from([0.0, 1e-4, 0.1]))
-def test_gdpo_matches_its_definition(data, eps):
+def test_gdpo_matches_definition(data, eps):
     sizes = data.draw(st.lists(st.integers(2, 4), min_size=1, max_size=3))
     n_rewards = data.draw(st.integers(1, 3))
     reward = floats(-2, 2) | UNSCORED if data.draw(st.booleans()) else st.sampled_from([0.0, 1.0])
@@ -216,14 +216,14 @@ def test_gdpo_matches_its_definition(data, eps):
 
 
 @given(st.lists(tensors((3, 2), floats(-2, 2)), min_size=1, max_size=3), floats(-2, 2))
-def test_gdpo_leaves_silent_groups_alone(groups, constant):
+def test_gdpo_zero_signal_group_is_zero(groups, constant):
     """Exactly 0, though the mean of the sums, 0 by their making, need not be 0 in floating point."""
     silent = torch.full((4, 2), constant, dtype=torch.float64)
     advantages = compute_gdpo_advantages(torch.cat([*groups, silent]), [3] * len(groups) + [4])
     assert (advantages[-4:] == 0).all()
 
 
-def test_gdpo_weighs_the_signs_of_two_rewards():
+def test_gdpo_weights_signs_of_two_rewards():
     """Normalized, (1, 0) and (0, 100) are opposites: the weight decides."""
     rewards = torch.tensor([[1.0, 0.0], [0.0, 100.0]])
     for weights, sign in (([2.0, 1.0], 1), ([1.0, 2.0], -1)):
@@ -231,7 +231,7 @@ def test_gdpo_weighs_the_signs_of_two_rewards():
 
 
 @given(data=st.data(), eps=st.sampled_from([0.0, 1e-8, 0.1]), correction=st.sampled_from([0, 1]))
-def test_whitening_matches_its_definition(data, eps, correction):
+def test_whiten_over_tokens_matches_definition(data, eps, correction):
     rows, seq = shape = data.draw(SHAPES)
     mask = data.draw(response_masks(shape))
     columns = data.draw(st.sampled_from([1, seq]))
@@ -248,7 +248,7 @@ def test_whitening_matches_its_definition(data, eps, correction):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("constant", [0.1, 0.7, 1 / 3, 123456.7])
-def test_whitening_a_constant_gives_exactly_nothing(constant, dtype):
+def test_whiten_over_tokens_constant_is_exactly_zero(constant, dtype):
     mask, values = torch.ones(3, 7, dtype=torch.bool), torch.full((3, 1), constant, dtype=dtype)
     assert (whiten_over_tokens(values, mask, advantage_eps=0.0) == 0).all()
     values[1] = torch.nextafter(values[1], values.new_tensor(math.inf))

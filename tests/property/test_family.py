@@ -70,7 +70,7 @@ def check_against_the_oracle(name: str, aggregation: str, case: Case) -> None:
 
 @EACH_MEMBER
 @given(data=st.data())
-def test_every_member_is_what_its_oracle_says(name, data):
+def test_family_members_are_those_of_the_oracle(name, data):
     """Value, slope and flags, with all the examples of the profile: a bound binds in few of them."""
     case = data.draw(cases(name))
     assume(far_from_kinks(case))
@@ -80,7 +80,7 @@ def test_every_member_is_what_its_oracle_says(name, data):
 @EACH
 @fewer
 @given(data=st.data())
-def test_value_slope_and_flags_are_the_oracles(name, aggregation, data):
+def test_value_gradient_and_flags_match_oracle(name, aggregation, data):
     case = data.draw(cases(name))
     assume(far_from_kinks(case))
     check_against_the_oracle(name, aggregation, case)
@@ -89,7 +89,7 @@ def test_value_slope_and_flags_are_the_oracles(name, aggregation, data):
 @EACH
 @fewer
 @given(data=st.data())
-def test_any_split_and_any_order_give_the_same(name, aggregation, data):
+def test_split_and_order_change_nothing(name, aggregation, data):
     """Weights are those of the step; micro-batches of any sizes, in any order, on any rank, add up to it."""
     case = data.draw(cases(name))
     order = data.draw(st.permutations(range(len(case.mask))))
@@ -113,7 +113,7 @@ def test_any_split_and_any_order_give_the_same(name, aggregation, data):
 @EACH
 @fewer
 @given(data=st.data())
-def test_content_under_the_mask_is_never_read(name, aggregation, data):
+def test_content_outside_mask_is_never_read(name, aggregation, data):
     """NaN, infinities and huge numbers there: the same bits in value, gradient and metadata; gradient exactly 0."""
     case = data.draw(cases(name))
     mask = case.mask
@@ -140,7 +140,7 @@ def test_content_under_the_mask_is_never_read(name, aggregation, data):
 @EACH_MEMBER
 @fewer
 @given(data=st.data())
-def test_without_weights_too_a_loss_is_exactly_0_outside_the_mask(name, data):
+def test_loss_outside_the_mask_is_exactly_zero(name, data):
     """Weights of 0 would hide what a loss says of padding: here there are none, in value and gradient."""
     case = data.draw(cases(name))
     mask = case.mask
@@ -162,7 +162,7 @@ def test_without_weights_too_a_loss_is_exactly_0_outside_the_mask(name, data):
 @EACH_MEMBER
 @fewer
 @given(data=st.data())
-def test_a_nan_in_a_response_shows(name, data):
+def test_nan_in_a_response_reaches_loss(name, data):
     """Only what the mask hides may be NaN without a word: a broken log-probability must not become a plain 0."""
     case = data.draw(cases(name))
     row, place = (data.draw(st.integers(0, size - 1)) for size in case.mask.shape)
@@ -199,7 +199,7 @@ def test_padding_columns_change_nothing(name, aggregation, data):
 @pytest.mark.parametrize(("name", "aggregation"), [pair for pair in PAIRS if pair[0] not in STOPPED])
 @fewer
 @given(data=st.data())
-def test_the_gradient_is_that_of_the_value(name, aggregation, data):
+def test_gradient_matches_finite_differences(name, aggregation, data):
     """Finite differences."""
     case = data.draw(cases(name))
     assume(far_from_kinks(case))
@@ -215,7 +215,7 @@ def test_the_gradient_is_that_of_the_value(name, aggregation, data):
 @EACH
 @fewer
 @given(data=st.data())
-def test_gradient_reaches_the_policy_alone(name, aggregation, data):
+def test_gradient_reaches_policy_only(name, aggregation, data):
     case = data.draw(cases(name))
     weights = weights_of(aggregation, case)
     inputs = [tensor.requires_grad_() for tensor in (case.policy, case.old, case.advantages, weights)]
@@ -230,7 +230,7 @@ def test_gradient_reaches_the_policy_alone(name, aggregation, data):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("gap", [1e4, -1e4, 1e9, -1e9])
 @pytest.mark.parametrize("advantage", [1.0, -1.0, 0.0])
-def test_wild_ratios_give_finite_numbers(name, aggregation, dtype, gap, advantage):
+def test_wild_ratios_give_finite_loss_and_gradient(name, aggregation, dtype, gap, advantage):
     """A ratio of exp(10000) either way, alone and beside an ordinary token; and a batch of nothing but padding."""
     old = torch.tensor([[-1.0 - abs(gap), -1.0], [-1.0, -1.0], [-1.0, -1.0]], dtype=dtype)
     moved = torch.tensor([[gap, 0.0], [0.0, 0.5], [0.0, 0.0]], dtype=dtype)
@@ -263,7 +263,7 @@ WAYS_TO_COUNT = st.sampled_from(["count", "drop"])
 
 @pytest.mark.parametrize("aggregation", ["sequence", *get_args(Aggregation)])
 @given(data=st.data())
-def test_weights_by_definition(aggregation, data):
+def test_compute_weights_by_definition(aggregation, data):
     """Ragged responses in groups of unequal sizes, with both ways to count what was rejected and what is empty."""
     sizes = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
     shape = rows, seq = sum(sizes), data.draw(st.integers(1, 6))
@@ -284,7 +284,7 @@ def test_weights_by_definition(aggregation, data):
 @EACH
 @fewer
 @given(data=st.data())
-def test_rejected_tokens_leave_the_loss(name, aggregation, data):
+def test_rejected_tokens_leave_loss(name, aggregation, data):
     """Their gradient is exactly 0, and so is that of a response of which none is kept."""
     case = data.draw(cases(name))
     rows, seq = case.mask.shape
@@ -302,7 +302,7 @@ def test_rejected_tokens_leave_the_loss(name, aggregation, data):
 @EACH_MEMBER
 @fewer
 @given(data=st.data())
-def test_on_policy_every_objective_is_reinforce(name, data):
+def test_objective_on_policy_is_reinforce(name, data):
     """At pi = pi_old no bound binds, and each slope is -A; of a mean over a response, its share of it."""
     case = data.draw(cases(name))
     case = replace(case, policy=case.old, penalized=torch.zeros_like(case.mask))
@@ -319,7 +319,7 @@ def test_on_policy_every_objective_is_reinforce(name, data):
 
 
 @EACH_MEMBER
-def test_sequence_losses_refuse_weights_of_tokens(name):
+def test_sequence_loss_with_token_weights_raises(name):
     """Length weighting by accident cannot happen: the shapes do not fit, and the error says so."""
     mask = torch.ones(2, 3, dtype=torch.bool)
     hyper = dict.fromkeys(PARAMETERS[name] - TENSORS, 0.2) | {"ratio_high": 5.0, "dual_clip": None}
@@ -330,5 +330,5 @@ def test_sequence_losses_refuse_weights_of_tokens(name):
     if name in OF_RESPONSES:
         right, wrong = wrong, right
     sum_weighted_losses(losses, right)
-    with pytest.raises(ValueError, match="losses of whole responses take compute_sequence_weights"):
+    with pytest.raises(ValueError, match="losses of whole responses need compute_sequence_weights"):
         sum_weighted_losses(losses, wrong)

@@ -55,7 +55,7 @@ def close(actual, expected, tolerance=1e-10) -> None:
 
 
 @given(cases())
-def test_values_and_slopes_are_those_of_all_logits(case):
+def test_log_probs_and_gradients_match_full_logits(case):
     ours, theirs = case.leaves(), case.leaves()
     fused, slow = case.fused(ours), case.slow(theirs)
     for name in ("log_probs", "token_entropy"):
@@ -71,7 +71,7 @@ def test_values_and_slopes_are_those_of_all_logits(case):
 
 @fewer
 @given(cases(), st.sampled_from(["log_probs", "token_entropy"]))
-def test_the_slope_of_one_value_alone(case, name):
+def test_gradient_of_one_output_only_matches_full_logits(case, name):
     ours, theirs = case.leaves(), case.leaves()
     (torch.where(case.mask, case.fused(ours)[name], 0.0) * case.g).sum().backward()
     (torch.where(case.mask, case.slow(theirs)[name], 0.0) * case.g).sum().backward()
@@ -84,7 +84,7 @@ def test_the_slope_of_one_value_alone(case, name):
 
 @fewer
 @given(cases())
-def test_by_hand(case):
+def test_log_probs_match_values_computed_by_hand(case):
     """Against numbers computed with nothing but Python's floats."""
     values = case.fused(case.leaves(), response_mask=None)
     cap, temperature = case.options["logit_softcap"], case.options["temperature"]
@@ -106,7 +106,7 @@ def test_by_hand(case):
 
 @fewer
 @given(cases())
-def test_gradients_by_finite_differences(case):
+def test_log_probs_gradient_matches_finite_differences(case):
     leaves = case.leaves()
 
     def values(*inputs):
@@ -117,7 +117,7 @@ def test_gradients_by_finite_differences(case):
 
 
 @given(cases(), GARBAGE, st.sampled_from([-100, 10**6]))
-def test_outside_the_mask_nothing_is_read_and_nothing_pulls(case, garbage, label):
+def test_log_probs_outside_mask_are_not_read_and_have_no_gradient(case, garbage, label):
     clean, dirty = case.leaves(), case.leaves()
     with torch.no_grad():
         dirty["hidden"][~case.mask] = garbage
@@ -136,7 +136,7 @@ def test_outside_the_mask_nothing_is_read_and_nothing_pulls(case, garbage, label
 
 @fewer
 @given(cases())
-def test_a_flat_batch_is_a_batch(case):
+def test_log_probs_of_flat_batch_equal_those_of_batch(case):
     flat = fused_linear_log_probs(
         case.hidden.flatten(0, 1), case.weight, case.labels.flatten(), bias=case.bias, **case.options
     )
@@ -146,7 +146,7 @@ def test_a_flat_batch_is_a_batch(case):
 
 @fewer
 @given(cases(), st.integers(0, 6))
-def test_a_token_that_cannot_come(case, token):
+def test_log_probs_with_impossible_token_stay_finite(case, token):
     """A bias of -inf: nothing in value and slope, and no NaN."""
     token %= case.vocab
     case.bias = torch.zeros(case.vocab).double()
@@ -171,7 +171,7 @@ def test_a_token_that_cannot_come(case, token):
     assert (ours["weight"].grad[token] == 0).all()
 
 
-def test_under_a_cap_a_token_too_unlikely_for_a_number_pulls_at_nothing():
+def test_softcap_token_with_underflow_has_no_gradient():
     """Its probability is 0, its logarithm is not there: neither may become NaN."""
     hidden, weight = torch.tensor([[[1.0]]]).double(), torch.tensor([[900.0], [-900.0], [899.0]]).double()
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]
@@ -187,7 +187,7 @@ def test_under_a_cap_a_token_too_unlikely_for_a_number_pulls_at_nothing():
 
 
 @pytest.mark.parametrize(("dtype", "far"), [(torch.float64, 1000.0), (torch.float32, 120.0), (torch.float16, 20.0)])
-def test_under_a_cap_a_label_too_unlikely_for_a_number_is_pulled_at(dtype, far):
+def test_softcap_label_with_underflow_keeps_gradient(dtype, far):
     """Its weight is 0 in this type; what it pulls at is its logit all the same."""
     hidden = torch.tensor([[[1.0]]], dtype=dtype)
     weight = torch.tensor([[0.0], [far]], dtype=dtype, requires_grad=True)
@@ -198,7 +198,7 @@ def test_under_a_cap_a_label_too_unlikely_for_a_number_is_pulled_at(dtype, far):
 
 @fewer
 @given(cases())
-def test_a_second_backward_pass_gives_the_same(case):
+def test_second_backward_gives_same_gradient(case):
     """The first overwrites the logits it kept."""
     leaves = case.leaves()
     values = case.fused(leaves)
@@ -211,7 +211,7 @@ def test_a_second_backward_pass_gives_the_same(case):
 
 @fewer
 @given(cases(), st.sampled_from(NAMES))
-def test_what_is_frozen_gets_no_gradient_and_changes_no_other(case, frozen):
+def test_frozen_input_gets_no_gradient_and_changes_no_other(case, frozen):
     every, some = case.leaves(), case.leaves()
     if frozen in some:
         some[frozen].requires_grad_(False)
@@ -251,7 +251,7 @@ def arguments_of(name, case, log_probs, entropy, take):
 @pytest.mark.parametrize("name", LOCAL)
 @fewer
 @given(case=cases(), entropy_coef=st.sampled_from([0.0, 0.5]), scale=st.sampled_from([1.0, -3.0]))
-def test_a_loss_inside_is_the_loss_outside(name, case, entropy_coef, scale):
+def test_fused_token_loss_matches_loss_of_full_logits(name, case, entropy_coef, scale):
     """Any token objective, any blocks: loss, gradients, and what is told of the tokens."""
     weights = compute_token_weights(case.mask, "sequence_mean")
 
@@ -290,7 +290,7 @@ def test_a_loss_inside_is_the_loss_outside(name, case, entropy_coef, scale):
     st.booleans(),
     st.sampled_from([None, "token_mean"]),
 )
-def test_the_grpo_loss_is_the_clip_loss_of_all_logits(case, high, dual_clip, on_policy, aggregation):
+def test_fused_grpo_loss_matches_clip_loss_of_full_logits(case, high, dual_clip, on_policy, aggregation):
     bounds = {"cliprange_high": high, "dual_clip": dual_clip}
     weights = None if aggregation is None else compute_token_weights(case.mask, aggregation)
     ours, theirs = case.leaves(), case.leaves()
@@ -331,7 +331,7 @@ def test_the_grpo_loss_is_the_clip_loss_of_all_logits(case, high, dual_clip, on_
         close(leaf.grad, theirs[key].grad, 1e-9)
 
 
-def test_a_loss_without_a_slope_has_a_gradient_of_zero():
+def test_fused_token_loss_without_gradient_has_zero_gradient():
     hidden, weight = torch.ones(1, 2, 3, requires_grad=True), torch.ones(5, 3, requires_grad=True)
     labels, mask = torch.tensor([[1, 2]]), torch.tensor([[True, True]])
     loss, _ = fused_linear_token_loss(
@@ -353,7 +353,7 @@ def products(run) -> float:
 
 
 @pytest.mark.parametrize(("room", "generic", "inside"), [(1 << 20, 3, 3), (2 * 50 * 4, 4, 3)])
-def test_three_matrix_products_or_four_where_logits_do_not_fit(room, generic, inside):
+def test_matrix_products_are_three_or_four_if_logits_do_not_fit(room, generic, inside):
     hidden, weight = torch.randn(3, 4, 3, requires_grad=True), torch.randn(50, 3, requires_grad=True)
     labels, mask = torch.randint(50, (3, 4)), torch.zeros(3, 4, dtype=torch.bool)
     mask[:, 1:3] = True  # 6 of 12 are counted
@@ -388,7 +388,7 @@ def test_three_matrix_products_or_four_where_logits_do_not_fit(room, generic, in
     ("dtype", "of_values", "of_slopes"), [(torch.float32, 1.5e-5, 3e-6), (torch.bfloat16, 6e-2, 2e-2)]
 )
 @pytest.mark.parametrize("room", [1 << 29, 100 << 10], ids=["kept", "blocks"])
-def test_errors_against_float64(dtype, of_values, of_slopes, room):
+def test_rounding_errors_stay_within_those_of_float32(dtype, of_values, of_slopes, room):
     """Of a vocabulary of thousands, with logits of a trained model's size, from the same rounded inputs."""
     torch.manual_seed(0)
     hidden = torch.randn(1, 100, 64).to(dtype).requires_grad_()
@@ -408,7 +408,7 @@ def test_errors_against_float64(dtype, of_values, of_slopes, room):
         assert (leaf.grad - truth.grad).abs().max() < of_slopes * truth.grad.abs().max()
 
 
-def test_sums_over_blocks_are_wide():
+def test_sums_over_blocks_are_float32():
     """A thousand blocks of bfloat16 gradients: rounding each sum would lose what comes late."""
     hidden = torch.ones(1, 1000, 2, dtype=torch.bfloat16)
     weight = torch.zeros(4, 2, dtype=torch.bfloat16, requires_grad=True)
@@ -419,7 +419,7 @@ def test_sums_over_blocks_are_wide():
     assert_close(weight.grad[:, 0].float(), torch.tensor([750.0, -250.0, -250.0, -250.0]), rtol=4e-3, atol=0)
 
 
-def test_float16_keeps_small_gradients_under_a_loss_scale():
+def test_float16_with_loss_scale_keeps_small_gradients():
     """Weights of 1e-6 vanish in float16 unless the scale of the loss meets them there."""
     hidden = torch.full((1, 1, 2), 1.0, dtype=torch.float16, requires_grad=True)
     weight = torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float16, requires_grad=True)
@@ -434,7 +434,7 @@ def test_float16_keeps_small_gradients_under_a_loss_scale():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("empty", [True, False], ids=["no token", "no slope"])
-def test_a_batch_without_a_pull_has_gradient_zero(dtype, empty):
+def test_batch_without_gradient_has_zero_gradient(dtype, empty):
     leaves = [torch.ones(1, 2, 3, dtype=dtype).requires_grad_(), torch.ones(5, 3, dtype=dtype).requires_grad_()]
     mask, labels = torch.full((1, 2), not empty), torch.zeros(1, 2, dtype=torch.long)
     pull = 1.0 if empty else 0.0
@@ -449,7 +449,7 @@ def test_a_batch_without_a_pull_has_gradient_zero(dtype, empty):
         assert torch.equal(leaf.grad, torch.zeros_like(leaf))
 
 
-def test_a_second_backward_pass_through_a_loss_inside():
+def test_second_backward_through_fused_token_loss_gives_same_gradient():
     """The graph retained, gradients add up, and none is the tensor of another; released, torch says so."""
     torch.manual_seed(0)
     weight, mask = torch.randn(5, 3, requires_grad=True), torch.ones(2, 3).bool()
@@ -470,7 +470,7 @@ def test_a_second_backward_pass_through_a_loss_inside():
         loss.backward()
 
 
-def test_gradients_do_not_outlive_backward():
+def test_gradients_are_freed_after_backward():
     """A weight's gradient is as large as the weight: what backward hands over is not also kept."""
     weight = torch.randn(5, 3, requires_grad=True)
     loss, _ = fused_linear_token_loss(
@@ -486,14 +486,14 @@ def test_gradients_do_not_outlive_backward():
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.int16, torch.int32])
-def test_labels_of_any_integer_type(kind):
+def test_labels_may_have_any_integer_type(kind):
     hidden, weight, labels = torch.randn(1, 3, 2), torch.randn(4, 2), torch.tensor([[3, 0, 1]])
     mask = torch.tensor([[True, False, True]])
     expected = fused_linear_log_probs(hidden, weight, labels, response_mask=mask)
     close(fused_linear_log_probs(hidden, weight, labels.to(kind), response_mask=mask), expected, 0)
 
 
-def test_one_token_is_a_batch_without_dimensions():
+def test_single_token_without_batch_dimension_is_accepted():
     hidden, weight = torch.randn(2), torch.randn(4, 2)
     values = fused_linear_log_probs(hidden, weight, torch.tensor(3))
     batch = fused_linear_log_probs(hidden[None], weight, torch.tensor([3]))
@@ -502,7 +502,7 @@ def test_one_token_is_a_batch_without_dimensions():
         close(value, batch[name][0], 0)
 
 
-def test_a_bias_keeps_its_own_precision():
+def test_bias_keeps_its_precision():
     """Where the products are bfloat16, a float32 bias still gets a float32 gradient."""
     hidden, weight = torch.ones(1, 301, 2).bfloat16(), torch.zeros(4, 2).bfloat16()
     bias = torch.zeros(4, requires_grad=True)
@@ -512,7 +512,7 @@ def test_a_bias_keeps_its_own_precision():
     close(bias.grad, torch.tensor([225.75, -75.25, -75.25, -75.25]), 1e-6)
 
 
-def test_float16_without_a_slope_or_a_row_has_a_gradient_of_zero():
+def test_float16_without_gradient_or_rows_has_zero_gradient():
     hidden, weight = (torch.ones(shape, dtype=torch.float16, requires_grad=True) for shape in ((1, 2, 3), (5, 3)))
     labels, nothing = torch.tensor([[1, 2]]), torch.tensor([[False, False]])
     fused_linear_log_probs(hidden, weight, labels, response_mask=nothing)["log_probs"].sum().backward()
@@ -524,7 +524,7 @@ def test_float16_without_a_slope_or_a_row_has_a_gradient_of_zero():
     assert (weight.grad == 0).all()
 
 
-def test_autocast_is_that_of_a_linear_layer():
+def test_autocast_casts_like_linear_layer():
     torch.manual_seed(0)
     hidden, weight = torch.randn(2, 5, 8), torch.randn(30, 8)
     labels = torch.randint(30, (2, 5))
@@ -558,12 +558,12 @@ def test_autocast_is_that_of_a_linear_layer():
         ({"max_logits_bytes": 0}, "max_logits_bytes=0 must be positive"),
     ],
 )
-def test_what_makes_no_sense_is_refused(options, message):
+def test_invalid_argument_raises(options, message):
     with pytest.raises(ValueError, match=message):
         fused_linear_log_probs(torch.ones(1, 2), torch.ones(3, 2), torch.tensor([0]), **options)
 
 
-def test_types_that_differ_and_labels_outside_are_refused():
+def test_different_types_and_labels_outside_vocabulary_raise():
     with pytest.raises(ValueError, match=r"lm_head_weight=\[torch.bfloat16\] must be of the type of hidden"):
         fused_linear_log_probs(torch.ones(1, 2), torch.ones(3, 2).bfloat16(), torch.tensor([0]))
     for label in (-1, 3):

@@ -15,7 +15,7 @@ RESPONSES = st.lists(st.lists(IDS, max_size=4), min_size=1, max_size=4)
 
 
 @given(st.lists(st.tuples(PROMPT, RESPONSES), min_size=1, max_size=3))
-def test_a_row_is_the_rows_it_stands_for(groups):
+def test_pack_group_rows_holds_every_separate_row(groups):
     """Follow each response back: what it sees, in order, is the row (prompt, response) with its plain positions."""
     rows = pack_group_rows([prompt for prompt, _ in groups], [responses for _, responses in groups])
     visible = mask_group_rows(rows["segments"])
@@ -47,7 +47,7 @@ def test_a_row_is_the_rows_it_stands_for(groups):
 
 
 @given(st.lists(st.integers(-1, 3), min_size=1, max_size=6))
-def test_the_mask_by_its_definition(segments):
+def test_mask_group_rows_matches_definition(segments):
     """One entry after the other, in plain Python."""
     visible = mask_group_rows(torch.tensor([segments]))[0].tolist()
     for s, own in enumerate(segments):
@@ -57,7 +57,7 @@ def test_the_mask_by_its_definition(segments):
 
 @settings(max_examples=30)
 @given(PROMPT, RESPONSES.filter(lambda responses: any(responses)), st.sampled_from([0.5, 1.0]))
-def test_values_are_those_of_a_row_per_response(prompt, responses, temperature):
+def test_get_group_log_probs_matches_one_row_per_response(prompt, responses, temperature):
     policy = make_tiny_policy(4)
     scored = get_group_log_probs(policy, prompt, responses, True, temperature=temperature)
     width = max(map(len, responses))
@@ -73,7 +73,7 @@ def test_values_are_those_of_a_row_per_response(prompt, responses, temperature):
         assert (scored["token_entropy"][i, len(response) :] == 0).all()
 
 
-def test_gradients_are_the_sum_over_rows_of_their_own():
+def test_get_group_log_probs_gradient_is_sum_over_separate_rows():
     prompt, responses = [5, 9, 2], [[7, 8], [7], [], [30, 31, 32]]
     packed, alone = make_tiny_policy(5), make_tiny_policy(5)
     weight = torch.tensor([[1.0, -2.0, 0.0], [3.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.5, 1.5, -1.0]])
@@ -88,7 +88,7 @@ def test_gradients_are_the_sum_over_rows_of_their_own():
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_both_attention_implementations_and_precisions_obey_the_mask(attention, dtype):
+def test_mask_group_rows_is_obeyed_by_sdpa_and_eager_in_both_precisions(attention, dtype):
     """A token of another response changes nothing, in any of them."""
     policy = make_tiny_policy(6).to(dtype)
     policy.set_attn_implementation(attention)
@@ -99,7 +99,7 @@ def test_both_attention_implementations_and_precisions_obey_the_mask(attention, 
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_rows_of_many_groups_in_one_pass(attention):
+def test_pack_group_rows_scores_many_groups_in_one_pass(attention):
     """Padding included, the logits at the sources are those of a forward pass per response."""
     policy = make_tiny_policy(7).double()
     policy.set_attn_implementation(attention)
@@ -117,7 +117,7 @@ def test_rows_of_many_groups_in_one_pass(attention):
                 assert_close(next(found), alone[len(prompt) - 1 + t], rtol=1e-9, atol=1e-9)
 
 
-def test_a_row_of_one_response_needs_no_mask():
+def test_mask_group_rows_of_single_response_is_causal():
     rows = pack_group_rows([[5, 9], [4]], [[[7, 8]], [[30]]])
     causal = torch.ones(4, 4, dtype=torch.bool).tril()
     visible = mask_group_rows(rows["segments"])
@@ -125,7 +125,7 @@ def test_a_row_of_one_response_needs_no_mask():
         assert torch.equal(visible[k, :length], causal[:length])
 
 
-def test_what_cannot_be_scored_is_refused():
+def test_group_rows_that_cannot_be_scored_raise():
     with pytest.raises(ValueError, match="prompt_token_ids holds an empty prompt"):
         pack_group_rows([[]], [[[1]]])
     with pytest.raises(ValueError, match=r"prompt_token_ids=\[\] must be of at least one row"):

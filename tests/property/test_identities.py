@@ -30,7 +30,7 @@ def slope(policy: Tensor, value) -> Tensor:
 
 
 @given(batches(), st.sampled_from([1.28, 2.0, 4.0]))
-def test_a_dual_clip_is_a_second_bound_on_the_ratio(batch, bound):
+def test_dual_clip_equals_second_bound_on_ratio(batch, bound):
     """Value and gradient: from 1 + eps_h on, cutting the objective at c A is cutting the ratio at delta = c."""
     advantages, policy, old, mask = batch
 
@@ -59,7 +59,7 @@ def weighted(name: str, weights: Tensor, batch, **options):
 
 
 @given(batches(), st.sampled_from([0.0003, 0.1]))
-def test_gspo_of_tokens_is_gspo_of_responses(batch, cliprange):
+def test_gspo_token_loss_equals_gspo_loss(batch, cliprange):
     """Value and gradient, with one advantage per response and each response weighing the same."""
     policy, mask = batch[1], batch[3]
     response = weighted("compute_gspo_loss", g.compute_sequence_weights(mask), batch, cliprange=cliprange)
@@ -70,7 +70,7 @@ def test_gspo_of_tokens_is_gspo_of_responses(batch, cliprange):
 
 
 @given(batches(), st.sampled_from([0.002, 0.1]))
-def test_luspo_is_gspo_of_tokens_summed(batch, cliprange):
+def test_luspo_loss_equals_summed_gspo_token_loss(batch, cliprange):
     """Value and gradient."""
     policy, mask = batch[1], batch[3]
     response = weighted("compute_luspo_loss", g.compute_sequence_weights(mask), batch, cliprange=cliprange)
@@ -81,7 +81,7 @@ def test_luspo_is_gspo_of_tokens_summed(batch, cliprange):
 
 
 @given(batches())
-def test_what_is_left_without_bounds(batch):
+def test_losses_with_wide_bounds_equal_unclipped_losses(batch):
     """Gradients: a wide clip, a wide CISPO and a wide DPPO are the plain ratio; a wide GMPO is a wide GSPO."""
     advantages, policy, old, mask = batch
 
@@ -106,7 +106,7 @@ def test_what_is_left_without_bounds(batch):
 
 
 @given(batches(), floats(0, 1))
-def test_a_penalty_on_all_tokens_is_a_loss_of_its_own(batch, coefficient):
+def test_kl_cov_penalty_on_all_tokens_equals_abs_kl_estimate(batch, coefficient):
     """Value: KL-Cov on every token is the plain ratio plus the absolute log ratio, which is the `abs` estimate."""
     advantages, policy, old, mask = batch
     penalized, _ = g.compute_kl_cov_loss(advantages, policy, old, mask, coefficient, response_mask=mask)
@@ -116,7 +116,7 @@ def test_a_penalty_on_all_tokens_is_a_loss_of_its_own(batch, coefficient):
 
 
 @given(batches())
-def test_bypass_is_decoupled_with_one_token_ratio_moved(batch):
+def test_bypass_gradient_equals_decoupled_gradient(batch):
     """Gradient: kappa (old over sampler) times the plain ratio to old is the plain ratio to the sampler."""
     advantages, policy, old, mask = batch
     sampler = old - 0.25
@@ -131,7 +131,7 @@ def test_bypass_is_decoupled_with_one_token_ratio_moved(batch):
 
 @pytest.mark.parametrize("name", sorted(ESTIMATORS))
 @pytest.mark.parametrize("reward", [0.0, 1.0, math.nan, math.inf])
-def test_a_group_of_one_has_nothing_to_be_compared_with(name, reward):
+def test_group_of_one_has_zero_advantage_or_raises(name, reward):
     """Zero, or for what needs a deviation an error; against a greedy response there is a comparison."""
     extra = {
         "compute_opo_advantages": {"lengths": torch.tensor([3, 0])},

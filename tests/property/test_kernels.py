@@ -123,7 +123,7 @@ def close(actual, expected, tolerance, relative=None) -> None:
 
 
 @given(cases())
-def test_values_are_those_of_the_tiles_and_of_the_formula(case):
+def test_kernel_stats_match_tiles_and_formula(case):
     before = case.logits.clone()
     stats = case.measured()
     assert torch.equal(case.logits, before)
@@ -140,7 +140,7 @@ def test_values_are_those_of_the_tiles_and_of_the_formula(case):
 
 @fewer
 @given(cases())
-def test_only_what_is_asked_for(case):
+def test_kernel_stats_omit_unrequested_columns(case):
     whole = case.measured()
     stats = compute_softmax_stats(case.logits, None, case.scaling, with_entropy=False)
     assert stats.log_probs is None
@@ -151,7 +151,7 @@ def test_only_what_is_asked_for(case):
 
 @fewer
 @given(cases(), st.sampled_from([1e4, -1e4]))
-def test_an_offset_costs_no_digits(case, offset):
+def test_kernel_with_large_offset_keeps_digits(case, offset):
     """Of logits in steps that float32 has there."""
     logits = (case.logits.float() * 64).round().clamp(-8 * 64, 8 * 64) / 64
     shifted, plain = (
@@ -170,7 +170,7 @@ def test_an_offset_costs_no_digits(case, offset):
 
 
 @given(cases(), st.booleans())
-def test_the_gradient_is_that_of_the_formula(case, in_place):
+def test_kernel_gradient_matches_formula(case, in_place):
     stats, (_, _, exact) = case.measured(), case.exact()
     gradient = case.logits if in_place else blank(case.logits, torch.float32)
     backward_into(gradient, case.logits, case.labels, case.scaling, stats, StatsGrad(*case.slopes))
@@ -178,7 +178,7 @@ def test_the_gradient_is_that_of_the_formula(case, in_place):
 
 
 @given(cases())
-def test_the_gradient_is_that_of_the_tiles(case):
+def test_kernel_gradient_matches_tiles(case):
     stats, temperature = case.measured(), case.scaling.temperature
     plain = compute_softmax_stats(case.logits, case.labels, Scaling(temperature), with_entropy=True)
     ours, theirs = (blank(case.logits) for _ in range(2))
@@ -196,7 +196,7 @@ def test_the_gradient_is_that_of_the_tiles(case):
     close(case.logits, theirs, tolerance, tolerance + 2 * torch.finfo(case.dtype).eps)
 
 
-def test_one_slope_may_stand_for_all_rows():
+def test_kernel_accepts_expanded_gradient():
     logits, labels = torch.randn(3, 9, device=DEVICE), torch.zeros(3, dtype=torch.long, device=DEVICE)
     stats = compute_softmax_stats(logits, labels, Scaling(), with_entropy=True)
     gradients = []
@@ -212,14 +212,14 @@ def test_one_slope_may_stand_for_all_rows():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("place", [0, 5, 8])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_no_distribution_is_nan_in_its_own_row(dtype, place, value):
+def test_kernel_nan_or_inf_logit_makes_its_row_nan(dtype, place, value):
     logits = torch.randn(3, 9, device=DEVICE).to(dtype)
     logits[1, place] = value
     logits[2] = NEVER
     check_nan(logits)
 
 
-def test_nan_beside_tokens_that_cannot_come_is_nan():
+def test_kernel_nan_beside_impossible_tokens_is_nan():
     logits = torch.full((3, 9), NEVER, device=DEVICE)
     logits[0, 0], logits[1, 8], logits[2, 5] = math.nan, math.nan, 1.0
     logits[2, 6] = math.nan
@@ -242,7 +242,7 @@ def check_nan(logits):
             assert gradient[1:].isnan().all()
 
 
-def test_the_least_number_is_a_logit_like_any_other():
+def test_kernel_least_float_is_ordinary_logit():
     """What masks are made of, in a block of its own, beside anything, and alone."""
     least = torch.finfo(torch.float32).min
     logits = torch.full((3, 9), least, device=DEVICE)
@@ -253,7 +253,7 @@ def test_the_least_number_is_a_logit_like_any_other():
     close(stats.entropy[:, 0], torch.tensor([0.0, 0.0, math.log(9)], device=DEVICE), 1e-6)
 
 
-def test_a_cap_is_exact_next_to_nothing_and_far_out():
+def test_kernel_softcap_is_exact_near_zero_and_far_out():
     """tanh, through the gradient and the value, where its exponentials cancel and where they vanish."""
     scaling = Scaling(1.0, 100.0)
     inputs = torch.tensor([[1e-3, 2e-2, 1.0, 20.0, 24.9, 25.1, 60.0, 900.0, -7.0, -70.0, -9e3]], device=DEVICE)
@@ -273,7 +273,7 @@ def test_a_cap_is_exact_next_to_nothing_and_far_out():
     [torch.zeros(0, 3), torch.zeros(2, 3, dtype=torch.float64), torch.zeros(3, 2).t()],
     ids=["no rows", "float64", "tokens apart"],
 )
-def test_the_rest_is_left_to_the_tiles(logits, monkeypatch):
+def test_unsupported_logits_use_tiles(logits, monkeypatch):
     logits = logits.to(DEVICE)
     monkeypatch.setattr(_triton, "compute_softmax_stats", None)
     monkeypatch.setattr(_triton, "write_gradient", None)
@@ -285,7 +285,7 @@ def test_the_rest_is_left_to_the_tiles(logits, monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="an assertion on a GPU ends the process")
-def test_labels_outside_the_vocabulary_are_not_read():
+def test_kernel_label_outside_vocabulary_raises():
     with pytest.raises(RuntimeError, match="out of bounds"):
         compute_softmax_stats(torch.zeros(1, 3), torch.tensor([3]), Scaling(), with_entropy=True)
 
@@ -295,7 +295,7 @@ def test_labels_outside_the_vocabulary_are_not_read():
 
 @fewer
 @given(cases())
-def test_the_public_functions(case):
+def test_public_functions_with_kernels_match_tiles(case):
     """Of logits that lose their last position, as everybody slices them."""
     rows, vocab = case.logits.shape
     batch = torch.zeros(rows, 3, vocab, dtype=case.dtype, device=DEVICE)
@@ -339,7 +339,7 @@ def check_leaves(ours, theirs, tolerance) -> None:
 
 
 @given(head_cases(), st.booleans(), st.booleans())
-def test_the_head_with_kernels_is_the_slow_way(case, by_log_prob, by_entropy):
+def test_fused_head_with_kernels_matches_full_logits(case, by_log_prob, by_entropy):
     """Kept logits and blocks of them, through temperature, cap, bias and mask; values, and slopes of either."""
     exact = narrow(case, torch.float32)
     ours, labels, mask = case.leaves(), case.labels, case.mask
@@ -366,7 +366,7 @@ def test_the_head_with_kernels_is_the_slow_way(case, by_log_prob, by_entropy):
 
 @fewer
 @given(head_cases(), st.sampled_from([torch.bfloat16, torch.float16]), st.booleans())
-def test_the_head_in_narrow_types(case, dtype, inside):
+def test_fused_head_with_kernels_in_half_precision_is_accurate(case, dtype, inside):
     """Rounded logits, a gradient in their place: nearer to float64 than a rounding of either."""
     exact = narrow(case, dtype)
     ours, labels, mask = case.leaves(), case.labels, case.mask
@@ -393,7 +393,7 @@ def test_the_head_in_narrow_types(case, dtype, inside):
 
 @fewer
 @given(head_cases(), st.booleans())
-def test_a_loss_inside_the_sweep_is_that_of_the_tiles(case, on_policy):
+def test_fused_grpo_loss_with_kernels_matches_tiles(case, on_policy):
     narrow(case, torch.float32)
 
     def everything():
@@ -431,7 +431,7 @@ def proof(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_proven_kernels_are_used(proof, dtype):
+def test_verified_kernels_are_used(proof, dtype):
     assert _softmax_stats._measure_kernel_error(DEVICE, dtype) <= 1
     assert _softmax_stats._uses_kernels(torch.zeros(2, 3, dtype=dtype, device=DEVICE))
 
@@ -473,7 +473,7 @@ def changed(change):
     ],
     ids=["raises", "raises later", "writes nothing", "writes 0", "entropy", "log-prob", "nan"],
 )
-def test_unproven_kernels_are_reported_and_not_used(proof, name, kernel, seen):
+def test_unverified_kernels_warn_once_and_are_not_used(proof, name, kernel, seen):
     logits, labels = torch.randn(3, 9, device=DEVICE), torch.tensor([0, 8, 4], device=DEVICE)
     expected = by_tiles(compute_softmax_stats, logits, labels, Scaling(), with_entropy=True)
     proof.setattr(_triton, name, kernel)
@@ -487,19 +487,19 @@ def test_unproven_kernels_are_reported_and_not_used(proof, name, kernel, seen):
         assert torch.equal(mine, theirs)
 
 
-def test_without_triton_nothing_is_said(proof):
+def test_missing_triton_gives_no_warning(proof):
     proof.setattr(_softmax_stats, "find_spec", lambda name: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not _softmax_stats._uses_kernels(torch.zeros(2, 3, device=DEVICE))
 
 
-def test_a_cpu_has_none(proof):
+def test_cpu_uses_no_kernels(proof):
     proof.undo()
     assert not _softmax_stats._uses_kernels(torch.zeros(2, 3))
 
 
-def test_statistics_are_in_the_order_of_the_kernel():
+def test_softmax_stats_fields_have_order_of_kernel():
     assert SoftmaxStats._fields == ("log_probs", "max_logit", "exp_sum", "entropy")
     assert Scaling._fields == ("temperature", "softcap")
 
@@ -530,7 +530,7 @@ print(len(compiled), sum("cubin" in one.asm for one in compiled))
 
 
 @pytest.mark.slow
-def test_they_compile_for_a_gpu_that_is_not_there(tmp_path):
+def test_kernels_compile_for_absent_gpu(tmp_path):
     """All that the proof launches, as it launches it, down to the binary of an H100: an interpreter accepts more."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)

@@ -26,7 +26,7 @@ def exact(actual, expected) -> None:
 
 
 @given(batches(), CLIPRANGES)
-def test_the_on_policy_gradient_is_that_of_reinforce(batch: Batch, cliprange):
+def test_clip_loss_on_policy_gradient_is_that_of_reinforce(batch: Batch, cliprange):
     """At a ratio of 1: -A exactly, from every loss, and nothing is clipped."""
     advantages, policy = batch.advantages, batch.policy_log_probs
     gradients = []
@@ -43,7 +43,7 @@ def test_the_on_policy_gradient_is_that_of_reinforce(batch: Batch, cliprange):
 
 
 @given(batches(), CLIPRANGES)
-def test_gradient_reaches_the_policy_alone(batch: Batch, cliprange):
+def test_gradient_reaches_policy_only(batch: Batch, cliprange):
     advantages, old = batch.advantages.requires_grad_(), batch.old_log_probs.requires_grad_()
     policy = batch.policy_log_probs.requires_grad_()
     for loss in (
@@ -57,7 +57,7 @@ def test_gradient_reaches_the_policy_alone(batch: Batch, cliprange):
 
 
 @given(batches(), CLIPRANGES)
-def test_the_clip_is_a_pessimist(batch: Batch, cliprange):
+def test_clip_loss_is_never_below_unclipped_loss(batch: Batch, cliprange):
     """Never below the unclipped loss; above it exactly where `is_clipped` says, and then without gradient."""
     policy = batch.policy_log_probs.requires_grad_()
     clipped, metadata = compute_grpo_clip_loss(batch.advantages, policy, batch.old_log_probs, cliprange)
@@ -71,13 +71,13 @@ def test_the_clip_is_a_pessimist(batch: Batch, cliprange):
 
 
 @given(batches())
-def test_a_range_without_end_is_no_clip(batch: Batch):
+def test_clip_loss_with_infinite_range_is_unclipped_loss(batch: Batch):
     inputs = batch.advantages, batch.policy_log_probs, batch.old_log_probs
     exact(compute_grpo_clip_loss(*inputs, float("inf"))[0], compute_grpo_no_clip_loss(*inputs)[0])
 
 
 @given(batches(), CLIPRANGES, st.sampled_from([0.5, 2.0, 4.0]))
-def test_the_advantage_scales_the_loss(batch: Batch, cliprange, scale):
+def test_clip_loss_scales_with_advantage(batch: Batch, cliprange, scale):
     inputs = batch.policy_log_probs, batch.old_log_probs, cliprange
     loss, metadata = compute_grpo_clip_loss(scale * batch.advantages, *inputs)
     expected, expected_metadata = compute_grpo_clip_loss(batch.advantages, *inputs)
@@ -86,7 +86,7 @@ def test_the_advantage_scales_the_loss(batch: Batch, cliprange, scale):
 
 
 @given(batches(), CLIPRANGES, CLIPRANGES)
-def test_a_good_token_stops_above_and_a_bad_one_below(batch: Batch, low, high):
+def test_clip_loss_bound_binds_for_one_sign_of_advantage(batch: Batch, low, high):
     """The clip answers to the sign of the advantage: each bound, 0 included, binds for one sign only."""
     ratio = (batch.policy_log_probs - batch.old_log_probs).exp()
     for advantage, beyond in ((1.0, ratio > 1 + high), (-1.0, ratio < 1 - low)):
@@ -96,7 +96,7 @@ def test_a_good_token_stops_above_and_a_bad_one_below(batch: Batch, low, high):
 
 
 @given(batches(), CLIPRANGES, st.sampled_from([1.125, 1.5, 2.0]))
-def test_the_dual_clip_bounds_what_a_bad_token_costs(batch: Batch, cliprange, dual_clip):
+def test_dual_clip_bounds_loss_of_negative_advantage(batch: Batch, cliprange, dual_clip):
     """At most -c A where A is negative, and nothing else changes; the flags say where it was more."""
     inputs = batch.advantages, batch.policy_log_probs, batch.old_log_probs, cliprange
     (single, flags), (dual, more) = (
@@ -115,7 +115,7 @@ PROBABILITIES = st.integers(1, 64).map(lambda n: n / 64)
 
 
 @given(PROBABILITIES, PROBABILITIES.filter(lambda p: p < 1))
-def test_the_thresholds_of_dppo_are_the_distances_themselves(old, new):
+def test_dppo_thresholds_are_the_distances(old, new):
     """A little below the distance the token is dropped, a little above it is not; never where it moves back."""
     assume(old != new)
     coins = ((old, new), (1 - old, 1 - new))
@@ -131,7 +131,7 @@ def test_the_thresholds_of_dppo_are_the_distances_themselves(old, new):
 
 
 @given(batches())
-def test_the_aggregations_agree_where_all_responses_are_as_long_as_the_constant(batch: Batch):
+def test_aggregations_agree_for_responses_of_full_length(batch: Batch):
     losses = batch.policy_log_probs
     everything, (rows, seq) = torch.ones_like(batch.response_mask), losses.shape
     expected = losses.mean()
@@ -142,7 +142,7 @@ def test_the_aggregations_agree_where_all_responses_are_as_long_as_the_constant(
     )
 
 
-def test_a_bound_is_not_rounded_to_the_type_of_the_advantages():
+def test_clip_bound_is_not_rounded_to_type_of_advantages():
     """GSPO's 3e-4 is nothing to bfloat16 around 1: every ratio would be clipped, or none."""
     advantages = torch.tensor([[1.0]], dtype=torch.bfloat16)
     policy, old = torch.tensor([[2e-4, 4e-4]]), torch.zeros(1, 2)
@@ -151,7 +151,7 @@ def test_a_bound_is_not_rounded_to_the_type_of_the_advantages():
 
 
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
-def test_a_float16_row_may_sum_to_more_than_float16_holds(aggregation):
+def test_aggregate_token_losses_float16_sum_does_not_overflow(aggregation):
     losses, mask = torch.full((1, 4096), 32.0, dtype=torch.float16), torch.ones(1, 4096).bool()
     constant = 4096.0 if aggregation == "token_mean" else None
     assert aggregate_token_losses(losses, mask, aggregation, normalize_constant=constant) == 32.0

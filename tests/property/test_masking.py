@@ -13,7 +13,7 @@ REDUCTIONS = st.sampled_from([masked_sum, masked_mean, masked_normalize])
 
 
 @given(masked_tensors(), DIMS, REDUCTIONS, st.data())
-def test_hidden_entries_are_never_read(inputs, dim, reduction, data):
+def test_masked_entries_are_never_read(inputs, dim, reduction, data):
     tensor, mask = inputs
     garbage = data.draw(tensors(tuple(mask.shape), GARBAGE))
     spoiled = torch.where(mask, tensor, garbage).requires_grad_()
@@ -24,7 +24,7 @@ def test_hidden_entries_are_never_read(inputs, dim, reduction, data):
 
 
 @given(masked_tensors(), DIMS)
-def test_a_full_mask_is_no_mask(inputs, dim):
+def test_full_mask_equals_no_mask(inputs, dim):
     tensor, everything = inputs[0], torch.ones_like(inputs[1])
     plain = {"dim": dim} if dim is not None else {}
     assert_close(masked_sum(tensor, everything, dim), tensor.sum(**plain))
@@ -32,7 +32,7 @@ def test_a_full_mask_is_no_mask(inputs, dim):
 
 
 @given(masked_tensors(), REDUCTIONS)
-def test_one_dimension_after_the_other_is_both(inputs, reduction):
+def test_reducing_one_dimension_after_the_other_reduces_both(inputs, reduction):
     """Of the mean this holds for the sums and counts only, so the mean is checked against their quotient."""
     tensor, mask = inputs
     at_once = reduction(tensor, mask)
@@ -42,19 +42,19 @@ def test_one_dimension_after_the_other_is_both(inputs, reduction):
 
 
 @given(masked_tensors(), floats(-3, 3), floats(-3, 3))
-def test_the_mean_follows_shift_and_scale(inputs, scale, shift):
+def test_masked_mean_follows_shift_and_scale(inputs, scale, shift):
     tensor, mask = inputs
     mask[0, 0] = True
     assert_close(masked_mean(scale * tensor + shift, mask), scale * masked_mean(tensor, mask) + shift)
 
 
 @given(masked_tensors(), st.sampled_from([0.5, 2.0, -4.0]))
-def test_the_constant_divides(inputs, constant):
+def test_masked_normalize_divides_by_constant(inputs, constant):
     assert_close(masked_normalize(*inputs, constant) * constant, masked_sum(*inputs))
 
 
 @given(masked_tensors(), DIMS)
-def test_gradients_by_finite_differences(inputs, dim):
+def test_masked_reduction_gradient_matches_finite_differences(inputs, dim):
     tensor, mask = inputs[0].requires_grad_(), inputs[1]
     mask[:] |= ~mask.any(dim=0, keepdim=True) | ~mask.any(dim=1, keepdim=True)
     assert torch.autograd.gradcheck(lambda x: masked_mean(x, mask, dim), tensor, fast_mode=True)

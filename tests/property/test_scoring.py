@@ -37,7 +37,7 @@ def tokenize(pairs):
 
 @fewer
 @given(PAIRS, TEMPERATURES)
-def test_padding_on_the_right_changes_no_score(pairs, temperature):
+def test_right_padding_changes_no_score(pairs, temperature):
     batch = tokenize(pairs)
     together = get_response_log_probs(
         POLICY, batch["input_ids"], batch["labels"], return_token_entropy=True, temperature=temperature
@@ -55,7 +55,7 @@ def test_padding_on_the_right_changes_no_score(pairs, temperature):
 @pytest.mark.parametrize("model", [POLICY, Bare(POLICY)], ids=["logits_to_keep", "all_logits"])
 @fewer
 @given(pairs=PAIRS, temperature=TEMPERATURES, data=st.data())
-def test_with_a_mask_the_same_scores_and_zeros_elsewhere(model, pairs, temperature, data):
+def test_scores_with_mask_are_equal_and_zero_elsewhere(model, pairs, temperature, data):
     batch = tokenize(pairs)
     mask = data.draw(response_masks(tuple(batch["labels"].shape)))
     # -100 where nobody asks: a common "ignore" label, and no token.
@@ -72,7 +72,7 @@ def test_with_a_mask_the_same_scores_and_zeros_elsewhere(model, pairs, temperatu
 
 @fewer
 @given(PAIRS, st.booleans())
-def test_gradients_reach_the_parameters_alike_with_and_without_the_mask(pairs, entropy):
+def test_score_gradients_are_equal_with_and_without_mask(pairs, entropy):
     batch = tokenize(pairs)
     name = "token_entropy" if entropy else "log_probs"
     gradients = []
@@ -84,7 +84,7 @@ def test_gradients_reach_the_parameters_alike_with_and_without_the_mask(pairs, e
     assert_close(gradients[1], gradients[0], rtol=1e-6, atol=1e-8)
 
 
-def test_only_the_columns_of_the_mask_become_logits():
+def test_scoring_computes_logits_only_for_columns_of_mask():
     """The output layer is the memory of the step: it must not see a prompt."""
     batch = tokenize([("a long prompt", "xy"), ("b" * 13, "z")])
     seen = []
@@ -94,7 +94,7 @@ def test_only_the_columns_of_the_mask_become_logits():
     assert seen == [2]
 
 
-def test_an_empty_mask_scores_nothing_and_still_differentiates():
+def test_scoring_with_empty_mask_is_zero_and_differentiable():
     batch = tokenize([("ab", "c")])
     scores = get_response_log_probs(
         POLICY, batch["input_ids"], batch["labels"], response_mask=torch.zeros_like(batch["response_mask"])
@@ -105,7 +105,7 @@ def test_an_empty_mask_scores_nothing_and_still_differentiates():
 
 
 @pytest.mark.parametrize("detach", [True, False])
-def test_scoring_hands_out_an_entropy_with_a_gradient_or_without(detach):
+def test_scoring_entropy_has_gradient_unless_detached(detach):
     batch = tokenize([("ab", "cd")])
     scored = get_response_log_probs(
         POLICY, batch["input_ids"], batch["labels"], return_token_entropy=True, detach_entropy=detach

@@ -48,7 +48,7 @@ def assert_same(actual, expected, rtol: float = 1e-12, atol: float = 1e-12) -> N
 @MEMBERS
 @fewer
 @given(batch=batches(), steps=st.integers(1, 3))
-def test_matches_the_scalar_reference(loss_type, aggregation, batch, steps):
+def test_grpo_microbatch_loss_matches_scalar_reference(loss_type, aggregation, batch, steps):
     loss, gradient, _ = run(batch, loss_type, aggregation, steps)
     mask = batch.response_mask.tolist()
     share = 1 if aggregation == "token_mean" else steps
@@ -71,7 +71,7 @@ def test_matches_the_scalar_reference(loss_type, aggregation, batch, steps):
 @MEMBERS
 @fewer
 @given(batch=batches())
-def test_micro_batches_of_one_add_up_to_the_batch(loss_type, aggregation, batch):
+def test_micro_batches_of_one_add_up_to_batch(loss_type, aggregation, batch):
     """k x 1 accumulated = 1 x k at once: losses and gradients, over ragged masks and empty responses."""
     rows = len(batch.response_mask)
     shares = [run(batch.rows(slice(row, row + 1)), loss_type, aggregation, rows) for row in range(rows)]
@@ -82,7 +82,7 @@ def test_micro_batches_of_one_add_up_to_the_batch(loss_type, aggregation, batch)
 @pytest.mark.parametrize("loss_type", get_args(LossType))
 @fewer
 @given(batch=batches(), data=st.data())
-def test_token_mean_takes_micro_batches_of_any_size(loss_type, batch, data):
+def test_token_mean_micro_batches_of_any_size_add_up(loss_type, batch, data):
     rows = len(batch.response_mask)
     cut = data.draw(st.integers(0, rows))
     steps = data.draw(st.integers(1, 3))
@@ -94,7 +94,7 @@ def test_token_mean_takes_micro_batches_of_any_size(loss_type, batch, data):
 @MEMBERS
 @fewer
 @given(batch=batches(), data=st.data())
-def test_content_under_the_mask_is_never_read(loss_type, aggregation, batch, data):
+def test_content_outside_mask_is_never_read(loss_type, aggregation, batch, data):
     """NaN, infinities and huge numbers outside the mask: the same bits in value, gradient and metadata."""
     mask = batch.response_mask
     garbage = [data.draw(tensors(tuple(mask.shape), GARBAGE)) for _ in range(2)]
@@ -137,7 +137,7 @@ def test_padding_columns_change_nothing(loss_type, aggregation, batch, data):
 @MEMBERS
 @fewer
 @given(batch=batches(), data=st.data())
-def test_the_order_of_the_responses_does_not_matter(loss_type, aggregation, batch, data):
+def test_order_of_responses_changes_nothing(loss_type, aggregation, batch, data):
     order = torch.tensor(data.draw(st.permutations(range(len(batch.response_mask)))))
     loss, gradient, metadata = run(batch.rows(order), loss_type, aggregation)
     expected_loss, expected_gradient, expected_metadata = run(batch, loss_type, aggregation)
@@ -148,7 +148,7 @@ def test_the_order_of_the_responses_does_not_matter(loss_type, aggregation, batc
 @MEMBERS
 @fewer
 @given(batch=batches())
-def test_gradient_reaches_the_policy_alone(loss_type, aggregation, batch):
+def test_gradient_reaches_policy_only(loss_type, aggregation, batch):
     for tensor in (batch.policy_log_probs, batch.old_log_probs, batch.advantages, batch.raw_rewards):
         tensor.requires_grad_()
     loss, metadata = grpo_microbatch_loss(
@@ -173,7 +173,7 @@ def test_gradient_reaches_the_policy_alone(loss_type, aggregation, batch):
 @pytest.mark.parametrize("loss_type", get_args(LossType))
 @fewer
 @given(batch=batches())
-def test_metadata(loss_type, batch):
+def test_metadata_matches_reference(loss_type, batch):
     """Means over response tokens of what the reference says of each; 0 where there is none."""
     _, _, metadata = run(batch, loss_type, "sequence_mean")
     places = batch.response_mask.nonzero().tolist()
@@ -201,7 +201,7 @@ def test_metadata(loss_type, batch):
 @MEMBERS
 @fewer
 @given(batch=batches())
-def test_the_gradient_is_that_of_the_value(loss_type, aggregation, batch):
+def test_gradient_matches_finite_differences(loss_type, aggregation, batch):
     """Finite differences; where the range is 0 the clip has its kink at every ratio of 1, so that case sits out."""
     policy = batch.policy_log_probs.requires_grad_()
     cliprange = batch.cliprange or 0.1

@@ -19,14 +19,14 @@ def tokenize(pairs, tokenizer=TOKENIZER):
 
 
 @given(PAIRS)
-def test_the_mask_finds_the_output_again(pairs):
+def test_response_mask_selects_output_tokens(pairs):
     tensors = tokenize(pairs)
     for labels, mask, (_, output) in zip(tensors["labels"], tensors["response_mask"], pairs, strict=True):
         assert TOKENIZER.decode(labels[mask].tolist()) == output
 
 
 @given(PAIRS)
-def test_labels_are_inputs_one_later_and_the_prompt_comes_first(pairs):
+def test_labels_are_shifted_inputs_after_prompt(pairs):
     tensors = tokenize(pairs)
     assert torch.equal(tensors["input_ids"][:, 1:], tensors["labels"][:, :-1])
     for ids, labels, (prompt, output) in zip(tensors["input_ids"], tensors["labels"], pairs, strict=True):
@@ -36,7 +36,7 @@ def test_labels_are_inputs_one_later_and_the_prompt_comes_first(pairs):
 
 
 @given(PAIRS, st.integers(0, 3))
-def test_a_row_does_not_depend_on_the_others(pairs, pick):
+def test_tokenized_row_ignores_other_rows(pairs, pick):
     """Each row alone is its row of the batch, without the padding."""
     row = pick % len(pairs)
     alone, together = tokenize([pairs[row]]), tokenize(pairs)
@@ -46,7 +46,7 @@ def test_a_row_does_not_depend_on_the_others(pairs, pick):
 
 
 @given(st.lists(st.tuples(PROMPTS, st.lists(st.sampled_from(["a", "<eos>"]), max_size=4)), min_size=1, max_size=4))
-def test_padding_with_the_end_token_leaves_the_ends_of_responses_in(pairs):
+def test_padding_with_end_token_keeps_end_of_response_in_mask(pairs):
     tokenizer = make_tiny_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     tensors = tokenize([(prompt, "".join(output)) for prompt, output in pairs], tokenizer)
@@ -54,7 +54,7 @@ def test_padding_with_the_end_token_leaves_the_ends_of_responses_in(pairs):
 
 
 @pytest.mark.parametrize("name", ["input_ids", "labels", "response_mask"])
-def test_the_tensors_share_no_memory(name):
+def test_tokenized_tensors_share_no_memory(name):
     tensors = tokenize([("ab", "cd")])
     before = {other: tensor.clone() for other, tensor in tensors.items() if other != name}
     tensors[name].zero_()

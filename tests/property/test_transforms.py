@@ -32,7 +32,7 @@ def total(name, case):
 @EACH_MEMBER
 @few
 @given(st.data())
-def test_forward_mode_and_reverse_mode_agree_with_eager(name, data):
+def test_forward_and_reverse_mode_agree_with_eager(name, data):
     case = data.draw(cases(name))
     leaf = case.policy.clone().requires_grad_()
     (expected,) = torch.autograd.grad(total(name, case)(leaf), leaf)
@@ -45,7 +45,7 @@ def test_forward_mode_and_reverse_mode_agree_with_eager(name, data):
 @EACH_MEMBER
 @few
 @given(st.data())
-def test_the_second_derivative_is_the_slope_of_the_first(name, data):
+def test_second_derivative_matches_finite_differences(name, data):
     case = data.draw(cases(name).filter(far_from_kinks))
     step, direction, loss = 1e-5, case.old + 1.0, total(name, case)
     first = torch.func.grad(loss)
@@ -59,7 +59,7 @@ def test_the_second_derivative_is_the_slope_of_the_first(name, data):
 @EACH_MEMBER
 @few
 @given(st.data())
-def test_per_response_gradients_by_vmap(name, data):
+def test_vmap_over_responses_gives_per_response_gradients(name, data):
     """One row at a time is one row of the batch: no member looks at another response."""
     case = data.draw(cases(name))
     if name == "compute_policy_gradient_loss":
@@ -92,7 +92,7 @@ def _compiled_gradient(function, leaf):
 
 @pytest.mark.parametrize("transform", sorted(TRANSFORMS))
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
-def test_garbage_outside_the_mask_reaches_no_derivative(transform, garbage):
+def test_garbage_outside_mask_reaches_no_derivative(transform, garbage):
     mask = torch.tensor([[True, False, True]])
     policy = torch.tensor([[-1.0, garbage, -2.0]])
     old, advantages = torch.tensor([[-1.1, garbage, -1.9]]), torch.tensor([[2.0]])
@@ -112,7 +112,7 @@ def test_garbage_outside_the_mask_reaches_no_derivative(transform, garbage):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's, at a graph break
-def test_the_fused_head_is_eager_and_says_so():
+def test_fused_head_under_compile_is_eager_and_under_functorch_raises():
     """Blocks and tiles are no graph: torch.compile breaks around it, torch.func gets an error."""
     hidden, weight, labels = torch.ones(1, 2, 3), torch.ones(4, 3), torch.tensor([[1, 2]])
 
@@ -130,7 +130,7 @@ def test_the_fused_head_is_eager_and_says_so():
 
 
 @pytest.mark.parametrize("name", ["losses", "kl", "log_probs", "weighted", "fused", "entropy"])
-def test_a_result_may_be_changed_in_place(name):
+def test_result_allows_change_in_place(name):
     """As that of any torch expression: `losses.masked_fill_(...)` is how some write it."""
     leaf = torch.randn(2, 3).requires_grad_()
     old, labels = torch.zeros(2, 3), torch.tensor([1, 2])
@@ -147,7 +147,7 @@ def test_a_result_may_be_changed_in_place(name):
 
 
 @pytest.mark.parametrize("member", [compute_grpo_clip_loss, compute_grpo_no_clip_loss])
-def test_known_slopes_survive_a_change_in_place(member):
+def test_attached_gradient_survives_change_in_place(member):
     leaf = torch.randn(2, 3).requires_grad_()
     more = {"cliprange": 0.5} if member is compute_grpo_clip_loss else {}
     losses = member(torch.ones(2, 1), leaf, leaf.detach() - 0.1, **more)[0]

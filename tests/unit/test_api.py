@@ -50,16 +50,16 @@ def written(function) -> str:
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_the_named_signatures_stay(name):
+def test_named_function_keeps_its_signature(name):
     assert written(getattr(grpo_core, name)) == SIGNATURES[name]
 
 
-def test_the_loss_of_a_step_takes_what_the_step_takes():
+def test_microbatch_loss_has_signature_of_train_step():
     assert written(grpo_core.grpo_microbatch_loss) == SIGNATURES["grpo_microbatch_train_step"]
     assert written(grpo_core.sft_microbatch_loss) == SIGNATURES["sft_microbatch_train_step"]
 
 
-def test_the_surface_is_sorted_and_complete():
+def test_public_names_are_sorted_and_complete():
     assert list(grpo_core.__all__) == sorted(grpo_core.__all__)
     assert set(SIGNATURES) <= set(grpo_core.__all__)
     public = {
@@ -69,14 +69,14 @@ def test_the_surface_is_sorted_and_complete():
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_every_function_checks_its_shapes_and_explains_itself(name):
+def test_public_function_checks_shapes_and_has_example(name):
     function = getattr(grpo_core, name)
     assert hasattr(function, "__wrapped__"), "decorate it with @shape_checked"
     assert function.__doc__
     assert "Example:" in function.__doc__ or "References:" in function.__doc__
 
 
-def test_shapes_are_checked_against_each_other():
+def test_inconsistent_shapes_raise():
     """A vector of advantages would broadcast without a word wherever batch and seq agree."""
     with pytest.raises(TypeError, match="raw_rewards_or_advantages"):
         grpo_core.compute_naive_policy_gradient_loss(torch.zeros(3), torch.zeros(3, 3))
@@ -86,7 +86,7 @@ def test_shapes_are_checked_against_each_other():
         grpo_core.compute_grpo_no_clip_loss(torch.zeros(2, 1), torch.zeros(2, 3), torch.zeros(2, 4))
 
 
-def test_a_loss_compiles_into_one_graph():
+def test_loss_compiles_into_one_graph():
     """`fullgraph` refuses a break: the shape check must step aside, and the errors must not be in the way."""
 
     def loss_of(log_probs, mask, advantages, old):
@@ -100,12 +100,12 @@ def test_a_loss_compiles_into_one_graph():
     torch.testing.assert_close([loss, metadata], [expected, expected_metadata])
 
 
-def test_under_the_compiler_the_check_steps_aside(monkeypatch):
+def test_shape_check_is_skipped_while_compiling(monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert grpo_core.compute_naive_policy_gradient_loss(torch.ones(3), torch.ones(3, 3)).shape == (3, 3)
 
 
-def test_functional_transforms_go_through():
+def test_vmap_of_grad_matches_closed_form():
     """vmap over per-example gradients, as a reader of JAX would try first."""
     logits, labels = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([0, 1])
     gradients = torch.func.vmap(torch.func.grad(grpo_core.select_log_probs))(logits, labels)

@@ -220,6 +220,6 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("message", ERRORS)
-def test_the_error_says_what_was_given_and_what_to_do(message):
+def test_invalid_argument_raises_with_full_message(message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         ERRORS[message]()

@@ -23,7 +23,7 @@ def test_masked_reductions_by_row():
     assert g.masked_normalize(tensor, mask, 2.0).item() == 6.5
 
 
-def test_a_nan_that_the_mask_keeps_is_not_hidden():
+def test_masked_nan_inside_mask_is_not_hidden():
     tensor, mask = torch.tensor([NAN, 1.0]), torch.tensor([True, False])
     assert g.masked_sum(tensor, mask).isnan()
     assert g.masked_mean(tensor, mask).isnan()
@@ -35,7 +35,7 @@ def test_entropy_of_known_distributions():
     assert_close(g.compute_entropy(probabilities.log()), math.log(2) * torch.tensor([1.0, 1.5, 0.0]).double())
 
 
-def test_entropy_at_the_edges():
+def test_entropy_of_extreme_logits():
     assert g.compute_entropy(torch.tensor([1e4, -1e4])).item() == 0.0
     assert_close(g.compute_entropy(torch.full((3,), 1e6)).item(), math.log(3))
     assert g.compute_entropy(torch.full((2,), -INF)).isnan()
@@ -51,7 +51,7 @@ def test_entropy_at_the_edges():
         (torch.float64, torch.float64),
     ],
 )
-def test_distributions_are_computed_in_at_least_float32(given, kept):
+def test_distributions_are_computed_in_float32_or_wider(given, kept):
     logits = torch.tensor([[1.0, 2.0, -3.0]], dtype=given)
     labels = torch.tensor([1], dtype=torch.int32)
     entropy, log_probs = g.compute_entropy(logits), g.select_log_probs(logits, labels)
@@ -60,7 +60,7 @@ def test_distributions_are_computed_in_at_least_float32(given, kept):
     assert_close(log_probs, g.select_log_probs(logits.double(), labels).to(kept), rtol=1e-6, atol=1e-6)
 
 
-def test_a_temperature_of_one_half_squares_the_odds():
+def test_temperature_of_one_half_squares_odds():
     """Odds of 3:1 become 9:1."""
     logits = torch.tensor([0.75, 0.25], dtype=torch.float64).log()
     assert_close(g.select_log_probs(logits, torch.tensor(0), temperature=0.5).exp().item(), 0.9)
@@ -79,17 +79,17 @@ def test_group_normalization_of_two_groups():
     ]  # fmt: skip
 
 
-def test_a_nan_reward_is_no_reward():
+def test_group_normalization_ignores_nan_reward():
     advantages = g.normalize_group_rewards(torch.tensor([NAN, 1.0, 0.0, 1.0]), 2, normalize_by_std=False)
     assert advantages.tolist() == [0.0, 0.0, -0.5, 0.5]
 
 
-def test_float64_rewards_stay_float64_and_half_precision_is_promoted():
+def test_group_normalization_keeps_float64_and_promotes_half_precision():
     for given, kept in ((torch.float64, torch.float64), (torch.float16, torch.float32)):
         assert g.normalize_group_rewards(torch.tensor([0.0, 1.0], dtype=given), 2).dtype == kept
 
 
-def test_a_group_of_one_without_division_has_advantage_zero():
+def test_group_of_one_without_division_has_zero_advantage():
     advantages, rewards, metadata = g.compute_group_normalized_rewards(
         lambda response, truth: {"reward": 0.3, "format_reward": True}, ["o"], ["a"], 1, 1e-6, False
     )
@@ -105,7 +105,7 @@ def test_a_group_of_one_without_division_has_advantage_zero():
     }
 
 
-def test_what_could_not_be_scored_is_not_zero_in_a_group():
+def test_response_that_could_not_be_scored_is_excluded_from_group():
     """Two of four were scored, 1 and 0: the mean is 1/2, not 1/4, and each is half a unit from it."""
     scores = {"a": 1.0, "b": None, "c": 0.0, "d": None}
     advantages, rewards, metadata = g.compute_group_normalized_rewards(
@@ -126,7 +126,7 @@ def test_what_could_not_be_scored_is_not_zero_in_a_group():
     assert "format_reward" not in nothing
 
 
-def test_the_four_losses_of_four_tokens():
+def test_four_losses_of_four_tokens():
     """Ratios 1/2, 1, 3/2, 2 with range 1/4: a good token stops at 5/4, a bad one at 3/4."""
     old = torch.zeros(2, 4, dtype=torch.float64)
     policy = torch.tensor([[0.5, 1.0, 1.5, 2.0]] * 2, dtype=torch.float64).log()
@@ -139,7 +139,7 @@ def test_the_four_losses_of_four_tokens():
     assert_close(g.compute_naive_policy_gradient_loss(advantages, policy), -advantages * policy)
 
 
-def test_three_aggregations_of_a_ragged_batch():
+def test_three_aggregations_of_ragged_batch():
     """Rows (1, 3), (5) and nothing: means 2, 5, 0; sums 4, 5, 0; three tokens; longest possible response 2."""
     losses = torch.tensor([[1.0, 3.0], [5.0, NAN], [INF, NAN]])
     mask = torch.tensor([[True, True], [True, False], [False, False]])
@@ -148,7 +148,7 @@ def test_three_aggregations_of_a_ragged_batch():
     assert_close(g.aggregate_token_losses(losses, mask, "constant", normalize_constant=2.0).item(), 1.5)
 
 
-def test_one_step_of_grpo():
+def test_one_grpo_step():
     """Two responses of 2 and 1 tokens, A = 1 and -1, ratio 1: loss (-1 + 1) / 2 / K, gradient -A / (2 len K)."""
     policy = torch.tensor([[-1.0, -2.0], [-3.0, NAN]], requires_grad=True)
     mask = torch.tensor([[True, True], [True, False]])
@@ -166,7 +166,7 @@ def test_one_step_of_grpo():
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
-def test_garbage_under_the_mask_does_not_set_off_the_search_for_nan():
+def test_garbage_outside_mask_does_not_trigger_anomaly_detection():
     """Whoever looks for a NaN with autograd's own tool must not be led to padding."""
     policy = torch.tensor([[-1.0, NAN]], requires_grad=True)
     mask, old = torch.tensor([[True, False]]), torch.tensor([[-1.0, NAN]])
@@ -175,7 +175,7 @@ def test_garbage_under_the_mask_does_not_set_off_the_search_for_nan():
     assert policy.grad.tolist() == [[-1.0, 0.0]]
 
 
-def test_a_batch_without_a_single_response_token_is_no_step():
+def test_step_without_response_tokens_is_zero():
     policy = torch.full((2, 3), NAN, requires_grad=True)
     nothing = torch.zeros(2, 3, dtype=torch.bool)
     loss, metadata = g.grpo_microbatch_train_step(
@@ -186,7 +186,7 @@ def test_a_batch_without_a_single_response_token_is_no_step():
     assert all(value.item() == 0.0 for value in metadata.values())
 
 
-def test_steps_keep_float32_and_take_float64():
+def test_steps_keep_float32_and_float64():
     for dtype in (torch.float32, torch.float64):
         policy = torch.zeros(1, 2, dtype=dtype, requires_grad=True)
         mask = torch.ones(1, 2, dtype=torch.bool)
@@ -210,7 +210,7 @@ def test_tokenization_of_two_rows():
     assert tensors["response_mask"].tolist() == [[False, False, True], [False, False, False]]
 
 
-def test_scores_of_a_model_that_knows_the_next_token():
+def test_scores_of_a_model_that_predicts_next_token():
     """Odds of 3:1 for the token after this one: log 3/4 where the label is that token, log 1/4 where not."""
 
     class Successor(nn.Module):
@@ -224,6 +224,6 @@ def test_scores_of_a_model_that_knows_the_next_token():
     assert set(g.get_response_log_probs(Successor(), torch.tensor([[0]]), torch.tensor([[1]]))) == {"log_probs"}
 
 
-def test_a_negative_best_reward_is_still_the_best():
+def test_negative_best_reward_counts_as_best():
     described = g.describe_silent_groups(torch.tensor([-1.0, -1.0, -2.0, -2.0]), 2, best_reward=-1.0)
     assert described == {"groups_all_right": 0.5, "groups_all_wrong": 0.5, "groups_all_other": 0.0}
