@@ -62,9 +62,9 @@ def describe_silent_groups(
         {'groups_all_right': 0.5, 'groups_all_wrong': 0.5, 'groups_all_other': 0.0}
     """
     groups = split_groups(rewards, group_sizes)
-    silent, scored = ~groups.has_signal, groups.n_scored > 0
-    right = silent & scored & (groups.mean >= best_reward - 1e-6 * abs(best_reward))
-    wrong = silent & scored & (groups.mean <= 0) & ~right
-    kinds = {"right": right, "wrong": wrong, "other": silent & ~right & ~wrong}
+    no_signal, scored = ~groups.has_signal, groups.n_scored > 0
+    right = no_signal & scored & (groups.mean >= best_reward - 1e-6 * abs(best_reward))
+    wrong = no_signal & scored & (groups.mean <= 0) & ~right
+    kinds = {"right": right, "wrong": wrong, "other": no_signal & ~right & ~wrong}
     n = max(1, len(groups.rewards))
     return {f"groups_all_{name}": kind.sum().item() / n for name, kind in kinds.items()}

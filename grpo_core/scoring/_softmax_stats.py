@@ -150,7 +150,8 @@ def write_gradient(
         p = gradient[rows] if gradient.dtype == buffer.dtype else buffer
         torch.sub(_scale_logits(logits[rows], scaling, out=log_p), log_normalizer[rows], out=log_p)
         torch.exp(log_p, out=p)
-        result = _logit_gradient(p, log_p, labels, rows, stats, scaled_grad)
+        tile_labels = None if labels is None else labels[rows]
+        result = _logit_gradient(p, log_p, tile_labels, stats.select(rows), scaled_grad.select(rows))
         if p is buffer:
             gradient[rows] = result
 
@@ -175,42 +176,42 @@ def backward_into(
         return
     scaled_grad = grad.divide(scaling.temperature)
     for rows, log_p, p in _iterate_tiles(exp):
+        tile_labels, tile_stats, tile_grad = labels[rows], stats.select(rows), scaled_grad.select(rows)
         p.copy_(exp[rows])
         if grad.entropy is None and scaling.softcap is None:
-            gradient[rows] = _log_prob_gradient(p, labels[rows], stats.exp_sum[rows], scaled_grad.select(rows))
+            gradient[rows] = _log_prob_gradient(p, tile_labels, tile_stats.exp_sum, tile_grad)
             continue
-        p.div_(stats.exp_sum[rows])
+        p.div_(tile_stats.exp_sum)
         torch.log(p, out=log_p).clamp_(min=_MIN_LOG_PROB)
         cap_slope = None
         if scaling.softcap is not None:
-            assert stats.log_probs is not None
+            assert tile_stats.log_probs is not None
             # An exponential that underflowed to 0 has lost its logit. This matters for the label only, whose
             # log-probability is known.
-            log_p.scatter_(1, labels[rows, None], stats.log_probs[rows])
-            z = log_p + stats.log_normalizer[rows]
+            log_p.scatter_(1, tile_labels[:, None], tile_stats.log_probs)
+            z = log_p + tile_stats.log_normalizer
             cap_slope = 1 - z.mul_(scaling.temperature / scaling.softcap).square_()
-        result = _logit_gradient(p, log_p, labels, rows, stats, scaled_grad)
+        result = _logit_gradient(p, log_p, tile_labels, tile_stats, tile_grad)
         gradient[rows] = result if cap_slope is None else result.mul_(cap_slope)
 
 
 def _logit_gradient(
     p: Float[Tensor, "rows vocab"],
     log_p: Float[Tensor, "rows vocab"],
-    labels: Int[Tensor, " all_rows"] | None,
-    rows: slice,
+    labels: Int[Tensor, " rows"] | None,
     stats: SoftmaxStats,
     grad: StatsGrad,
 ) -> Float[Tensor, "rows vocab"]:
     r"""Return $g\,(1[v = y] - p_v) - g_H\, p_v (\log p_v + H)$ of a tile. It overwrites `p` and `log_p`."""
-    label_grad = torch.zeros_like(stats.exp_sum[rows]) if grad.log_probs is None else grad.log_probs[rows]
+    label_grad = torch.zeros_like(stats.exp_sum) if grad.log_probs is None else grad.log_probs
     if grad.entropy is None:
         gradient = p.mul_(-label_grad)
     else:
         assert stats.entropy is not None
-        log_p_plus_entropy = log_p.clamp_(min=_MIN_LOG_PROB).add_(stats.entropy[rows])
-        factor = log_p_plus_entropy.mul_(-grad.entropy[rows]).sub_(label_grad)
+        log_p_plus_entropy = log_p.clamp_(min=_MIN_LOG_PROB).add_(stats.entropy)
+        factor = log_p_plus_entropy.mul_(-grad.entropy).sub_(label_grad)
         gradient = p.mul_(factor)
-    return gradient if labels is None else gradient.scatter_add_(1, labels[rows, None], label_grad)
+    return gradient if labels is None else gradient.scatter_add_(1, labels[:, None], label_grad)
 
 
 def _log_prob_gradient(

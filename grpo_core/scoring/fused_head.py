@@ -251,7 +251,8 @@ def _differentiate_loss(
     with torch.enable_grad():
         values = (stats.log_probs, stats.entropy)
         leaves = [value.detach().requires_grad_() for value in values if value is not None]
-        share = block_loss(*(rearrange(leaf, "token 1 -> 1 token") for leaf in leaves), rows)
+        log_probs, entropy = (rearrange(leaf, "token 1 -> 1 token") for leaf in leaves)
+        share = block_loss(log_probs, entropy, rows)
         if not share.requires_grad:
             return share, StatsGrad(None, None)
         grad = StatsGrad(*torch.autograd.grad(share, leaves, allow_unused=True))

@@ -119,7 +119,7 @@ MUTANTS = [
         ),
         (
             "no pull on the label",
-            "gradient if labels is None else gradient.scatter_add_(1, labels[rows, None], label_grad)",
+            "gradient if labels is None else gradient.scatter_add_(1, labels[:, None], label_grad)",
             "gradient",
         ),
         (

@@ -548,13 +548,13 @@ DIAGNOSTICS = [
         of("silent_groups"),
         (
             "a mean of 0 is silent",
-            "wrong = silent & scored & (groups.mean <= 0)",
+            "wrong = no_signal & scored & (groups.mean <= 0)",
             "wrong = scored & (groups.mean <= 0)",
         ),
         (
             "nothing scored is wrong",
-            "wrong = silent & scored & (groups.mean <= 0)",
-            "wrong = silent & (groups.mean <= 0)",
+            "wrong = no_signal & scored & (groups.mean <= 0)",
+            "wrong = no_signal & (groups.mean <= 0)",
         ),
         (
             "the best reward is always 1",
@@ -563,7 +563,7 @@ DIAGNOSTICS = [
         ),
         ("decided by equality", "groups.mean >= best_reward - 1e-6 * abs(best_reward)", "groups.mean == best_reward"),
         ("shares of the silent groups", "n = max(1, len(groups.rewards))", "n = max(1, int(silent.sum()))"),
-        ("all others", '"other": silent & ~right & ~wrong', '"other": ~right & ~wrong'),
+        ("all others", '"other": no_signal & ~right & ~wrong', '"other": ~right & ~wrong'),
         ("negative is something else", "(groups.mean <= 0) & ~right", "(groups.mean == 0) & ~right"),
         ("shares of responses", "n = max(1, len(groups.rewards))", "n = max(1, len(rewards))"),
     ),

@@ -14,12 +14,12 @@ MUTANTS = [
         ("weights without their sum", "exp.mul_(-label_grad / exp_sum)", "exp.mul_(-label_grad)"),
         (
             "probabilities without their sum",
-            "        p.div_(stats.exp_sum[rows])\n",
+            "        p.div_(tile_stats.exp_sum)\n",
             "",
         ),
         ("0 times infinity in the slope", "out=log_p).clamp_(min=_MIN_LOG_PROB)", "out=log_p)"),
         ("entropy of weights, not probabilities", "weighted_sum.div_(exp_sum)", "weighted_sum"),
-        ("slope without 1/T", "scaled_grad.select(rows))", "grad.select(rows))"),
+        ("slope without 1/T", "tile_stats.exp_sum, tile_grad)", "tile_stats.exp_sum, grad.select(rows))"),
         (
             "slope beside an entropy without 1/T",
             "scaled_grad = grad.divide(scaling.temperature)",
@@ -30,8 +30,8 @@ MUTANTS = [
             "scaled_grad = grad.divide(scaling.temperature)",
             "scaled_grad = grad.divide(scaling.temperature)._replace(entropy=grad.entropy)",
         ),
-        ("entropy slope without H", ".add_(stats.entropy[rows])", ""),
-        ("entropy slope turned around", ".mul_(-grad.entropy[rows]).sub_", ".mul_(grad.entropy[rows]).sub_"),
+        ("entropy slope without H", ".add_(stats.entropy)", ""),
+        ("entropy slope turned around", ".mul_(-grad.entropy).sub_", ".mul_(grad.entropy).sub_"),
         ("the cap has no slope", "result if cap_slope is None else result.mul_(cap_slope)", "result"),
         (
             "slope of the cap at another temperature",
@@ -40,18 +40,18 @@ MUTANTS = [
         ),
         (
             "slope of the cap from a shifted logit",
-            "log_p + stats.log_normalizer[rows]",
-            "log_p + stats.exp_sum[rows].log()",
+            "log_p + tile_stats.log_normalizer",
+            "log_p + tile_stats.exp_sum.log()",
         ),
         (
             "an unlikely label's logit lost",
-            "log_p.scatter_(1, labels[rows, None], stats.log_probs[rows])",
+            "log_p.scatter_(1, tile_labels[:, None], tile_stats.log_probs)",
             "pass",
         ),
         ("temperature inside the cap", "out.div_(scaling.softcap).tanh_()", "out.div_(scaling.temperature).tanh_()"),
         ("narrow arithmetic", "torch.promote_types(logits.dtype, torch.float32)", "logits.dtype"),
         ("blocks that overlap", "min(start + size, total)", "min(start + size + 1, total)"),
-        ("no gradient for the label", ".scatter_add_(1, labels[:, None], label_grad)", ""),
+        ("no gradient for the label", "/ exp_sum).scatter_add_(1, labels[:, None], label_grad)", "/ exp_sum)"),
     ),
     *breaks(
         "fused_linear_log_probs",
