@@ -21,7 +21,6 @@ from drivers.common.atomic_files import write_jsonl
 from drivers.common.cli import exit_with
 from drivers.common.errors import UsageError
 from drivers.tasks.questions import read_jsonl
-from grpo_core import extract_boxed_answer
 
 QUESTION_KEYS = ("question", "problem", "prompt")
 
@@ -114,7 +113,7 @@ def convert_demonstration(
         response = f" {worked} </think> <answer> {final} </answer>"
     else:
         response = text if tag else worked
-        response += "" if extract_boxed_answer(response) else f"\n\\boxed{{{final}}}"
+        response += "" if _boxed_answer(response) else f"\n\\boxed{{{final}}}"
     return {**converted, "response": response}
 
 
@@ -168,7 +167,14 @@ def _stated_answer(text: str) -> str | None:
     text = text if r"\boxed" in text else text.replace(r"\fbox", r"\boxed")  # a few solutions of MATH use it
     box = text[max(text.rfind(r"\boxed"), 0) :]
     bare = re.match(r"\\boxed([^a-zA-Z{}$\n][^{}$\n]*)\$", box)  # MATH has a few boxes without braces
-    return extract_boxed_answer(box) or (bare.group(1).strip() if bare else None) or None
+    return _boxed_answer(box) or (bare.group(1).strip() if bare else None) or None
+
+
+def _boxed_answer(text: str) -> str | None:
+    r"""Return the text in the last \boxed{}, or None."""
+    from grpo_core import extract_boxed_answer  # it loads torch, which --help does without
+
+    return extract_boxed_answer(text)
 
 
 def _tagged_answer(text: str) -> str | None:

@@ -10,14 +10,17 @@ from collections.abc import Sequence
 
 from drivers.common.cli import exit_with
 from drivers.common.errors import TrainingAbortedError, UsageError
-from drivers.evaluation.standalone import evaluate
 from drivers.settings.evaluate import EvaluateConfig
 from drivers.settings.parser import parse
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and evaluate."""
     try:
-        evaluate(parse(EvaluateConfig, sys.argv[1:] if arguments is None else arguments, EvaluateConfig()))
+        config = parse(EvaluateConfig, sys.argv[1:] if arguments is None else arguments, EvaluateConfig())
+        from drivers.evaluation.standalone import evaluate  # it loads torch, which takes seconds
+
+        evaluate(config)
     except UsageError as error:
         exit_with("evaluate.py", error, status=2)
     except TrainingAbortedError as error:

@@ -2,6 +2,11 @@
 
 # isort: off
 from drivers.common import environment  # noqa: F401  before torch: OpenMP reads its settings once
+from drivers.settings.command_line import answer_early, parse_settings
+from drivers.settings.imitation import ExpertIterationConfig
+
+if __name__ == "__main__":  # before the imports below, which load torch and take seconds
+    answer_early(ExpertIterationConfig.program, lambda arguments: parse_settings(ExpertIterationConfig, arguments))
 
 # isort: on
 
@@ -19,9 +24,7 @@ from drivers.common.signals import defer_signals
 from drivers.engines.protocol import RolloutEngine
 from drivers.engines.rank_zero import run_with_engine
 from drivers.grading.verdicts import Grader
-from drivers.settings.command_line import parse_settings
 from drivers.settings.grpo import GrpoConfig
-from drivers.settings.imitation import ExpertIterationConfig
 from drivers.tasks.questions import Question, load_examples, make_questions
 from drivers.training.anomalies import check_rollouts, find_none_right
 from drivers.training.batch import imitation_batch

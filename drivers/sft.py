@@ -2,6 +2,11 @@
 
 # isort: off
 from drivers.common import environment  # noqa: F401  before torch: OpenMP reads its settings once
+from drivers.settings.command_line import answer_early, parse_settings
+from drivers.settings.imitation import SftConfig
+
+if __name__ == "__main__":  # before the imports below, which load torch and take seconds
+    answer_early(SftConfig.program, lambda arguments: parse_settings(SftConfig, arguments))
 
 # isort: on
 
@@ -23,9 +28,7 @@ from drivers.engines.rank_zero import run_with_engine
 from drivers.grading.pool import start_grading
 from drivers.grading.verdicts import Grader, grade_all
 from drivers.runs.completions import describe_demonstration
-from drivers.settings.command_line import parse_settings
 from drivers.settings.grpo import GrpoConfig
-from drivers.settings.imitation import SftConfig
 from drivers.tasks.demonstrations import Demonstration, WorkedExample, load_demonstrations, make_demonstrations
 from drivers.tasks.questions import Question
 from drivers.training.batch import as_right

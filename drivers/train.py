@@ -2,6 +2,11 @@
 
 # isort: off
 from drivers.common import environment  # noqa: F401  before torch: OpenMP reads its settings once
+from drivers.settings.command_line import answer_early, parse_train_config
+from drivers.settings.grpo import GrpoConfig
+
+if __name__ == "__main__":  # before the imports below, which load torch and take seconds
+    answer_early(GrpoConfig.program, parse_train_config)
 
 # isort: on
 
@@ -16,9 +21,7 @@ from drivers.common.signals import defer_signals
 from drivers.engines.protocol import RolloutEngine
 from drivers.engines.rank_zero import run_with_engine
 from drivers.grading.verdicts import Grader
-from drivers.settings.command_line import parse_train_config
 from drivers.settings.formula import show
-from drivers.settings.grpo import GrpoConfig
 from drivers.tasks.questions import Question
 from drivers.training.advantages import prepare_rollouts
 from drivers.training.anomalies import check_rollouts

@@ -1,5 +1,6 @@
 """Report the errors of a program in one line."""
 
+import math
 import os
 import sys
 import time
@@ -37,3 +38,11 @@ def exit_on_user_error(program: str) -> Iterator[None]:
         exit_with(program, RuntimeError(f"another rank has exited: {error}"), status=1)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def check_number(
+    name: str, value: float, required: str, *, above: float = -math.inf, least: float = -math.inf
+) -> None:
+    """Raise a UsageError unless the value is finite and within its bounds."""
+    if not (math.isfinite(value) and value > above and value >= least):
+        raise UsageError(f"--{name.replace('_', '-')} {value}: {required}")

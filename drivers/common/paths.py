@@ -4,7 +4,6 @@ from pathlib import Path
 
 
 def repository_path(path: str) -> Path:
-    """Return `path` relative to the current folder, else relative to the repository or the installed package."""
-    drivers = Path(__file__).resolve().parents[1]
-    places = (Path(path), drivers.parent / path, drivers / "shipped" / path)
-    return next((place for place in places if place.exists()), Path(path))
+    """Return `path` if it exists in the current folder, else the same path in the repository if it exists there."""
+    in_repository = Path(__file__).resolve().parents[2] / path
+    return in_repository if in_repository.exists() and not Path(path).exists() else Path(path)

@@ -7,10 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from drivers.common.errors import UsageError
-from grpo_core import estimate_mean_interval
 
 Row = dict[str, Any]
 
@@ -194,6 +191,10 @@ def _accuracy(value: float, row: Row) -> Estimate:
     asked, unscored = _number(row.get("n_examples")) or 0.0, _number(row.get("unscored")) or 0.0
     answered, error = round(asked * (1 - unscored)), _number(row.get("accuracy_stderr"))
     if 0 <= value <= 1 and answered > 0:  # of the values it needs their number and mean alone
+        import torch  # here, because sweep.py and report.py answer --help without it
+
+        from grpo_core import estimate_mean_interval
+
         return Estimate(value, *estimate_mean_interval(torch.full((answered,), value, dtype=torch.float64))[1:])
     return Estimate(value) if error is None else Estimate(value, value - 1.96 * error, value + 1.96 * error)
 

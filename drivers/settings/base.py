@@ -102,11 +102,3 @@ def check_multiple(name: str, value: int, divisor_name: str, divisor: int) -> No
         raise UsageError(
             f"{spell_flag(name, value)}: must be a multiple of {spell_flag(divisor_name, divisor)}; pass {nearest}"
         )
-
-
-def check_number(
-    name: str, value: float, required: str, *, above: float = -math.inf, least: float = -math.inf
-) -> None:
-    """Raise a UsageError unless the value is finite and within its bounds."""
-    if not (math.isfinite(value) and value > above and value >= least):
-        raise UsageError(f"{name}={value} {required}")

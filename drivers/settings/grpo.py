@@ -1,51 +1,13 @@
 """Settings of train.py."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from drivers.common.errors import UsageError
 from drivers.settings.algorithm import AlgorithmSettings
 from drivers.settings.base import PositiveInt
 from drivers.settings.groups import TrainingSettings
-
-RecipeName = Literal[
-    "quickstart",
-    "grpo",
-    "dr-grpo",
-    "dapo",
-    "gspo",
-    "gspo-token",
-    "gmpo",
-    "luspo",
-    "cispo",
-    "sapo",
-    "vespo",
-    "dppo-tv",
-    "dppo-kl",
-    "clip-cov",
-    "kl-cov",
-    "rloo",
-    "reinforce-plus-plus",
-    "reinforce-plus-plus-baseline",
-    "lite-ppo",
-    "gdpo",
-    "opo",
-    "gpg",
-    "maxrl",
-    "remax",
-    "pass-at-k",
-    "pkpo",
-    "entropy",
-    "cs336",
-    "trl-default",
-    "verl-default",
-    "openrlhf-default",
-    "prime-rl-default",
-    "open-instruct-default",
-    "oat-default",
-    "nano-aha-default",
-    "skyrl-default",
-]
+from drivers.settings.recipes import RecipeName
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Named settings: plain data. Every flag still wins over its recipe."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 """The model whose weights come with the environment; `--model-path` takes this name beside a folder or hub name."""
@@ -92,52 +92,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "importance_high": 3.0,
     },
     "verl-default": {**CLIP, "learning_rate": 1e-6, "dual_clip": 3.0, "aggregation": "token_mean"},
-    "openrlhf-default": {
-        **CLIP,
-        "learning_rate": 1e-6,
-        "advantage_eps": 1e-9,
-        "aggregation": "token_mean",
-        "kl_coef": 0.01,
-        "kl_estimator": "k1",
-        "kl_in": "reward",
-    },
-    "prime-rl-default": {
-        "loss_type": "dppo_tv",
-        "learning_rate": 1e-6,
-        "use_std_normalization": False,
-        "aggregation": "token_mean",
-        "old_policy": "sampler",
-        # k2 is half the square: 2e-3 of it is 1e-3 of the squared log ratio to the sampler.
-        "kl_coef": 2e-3,
-        "kl_estimator": "k2",
-        "kl_reference": "sampler",
-        **SAMPLER_IS_EXACT,
-    },
-    "open-instruct-default": {
-        **CLIP,
-        "cliprange_high": 0.272,
-        "use_std_normalization": False,
-        "aggregation": "token_mean",
-        "kl_coef": 0.05,
-        "importance": "truncate",
-        **SAMPLER_IS_EXACT,
-    },
-    "oat-default": {
-        **CLIP,
-        "learning_rate": 5e-7,
-        "use_std_normalization": False,
-        "aggregation": "constant",
-        "kl_coef": 0.1,
-        "importance": "truncate",
-        **SAMPLER_IS_EXACT,
-    },
-    "nano-aha-default": {
-        "learning_rate": 1e-6,
-        "advantage_eps": 1e-4,
-        "std_correction": 0,
-        "aggregation": "token_mean",
-        "kl_coef": 1e-3,
-        "sampling_top_p": 0.999,
-    },
-    "skyrl-default": {**CLIP, "learning_rate": 1e-6, "aggregation": "token_mean", "kl_coef": 1e-3},
 }
+
+
+if TYPE_CHECKING:
+    RecipeName = str
+else:
+    RecipeName = Literal[tuple(RECIPES)]
+"""The choices of --recipe."""

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from drivers.common.cli import check_number
 from drivers.common.errors import UsageError
-from drivers.settings.base import check_number
 
 MAX_REPEATS = 1000
 """Repeated puzzles in a row after which the generator gives up."""

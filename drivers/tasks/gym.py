@@ -9,8 +9,8 @@ from typing import Any
 
 import tyro
 
+from drivers.common.cli import check_number
 from drivers.common.errors import UsageError
-from drivers.settings.base import check_number
 
 MAX_TRIES = 20
 """Entries generated per wanted question, because some tasks repeat themselves."""

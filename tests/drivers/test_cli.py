@@ -1,16 +1,26 @@
 """The command line: fixed flags, fixed defaults, and one clear line for each mistake."""
 
 import json
+import re
+import subprocess
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+import grpo_core
 from drivers import train as train_program
 from drivers.common.errors import UsageError
+from drivers.settings import choices
 from drivers.settings.command_line import flag_given, parse_train_config
+from drivers.settings.evaluate import EvaluateConfig
+from drivers.settings.groups import EngineSettings
 from drivers.settings.grpo import GrpoConfig
+from drivers.settings.imitation import ExpertIterationConfig, SftConfig
+from drivers.settings.objective import ImportanceSettings, ObjectiveSettings
+from drivers.settings.parser import read_help, sort_by_heading
 from drivers.settings.recipes import QUICKSTART
 from tests.drivers.helpers.letters import make_tiny_config
 from tests.drivers.helpers.processes import run_program
@@ -160,7 +170,7 @@ def test_gradient_accumulation_steps_override_recipe_token_budget(capsys):
     given = parse_train_config(["--recipe", "quickstart", "--gradient_accumulation_steps", "16"])
     assert (given.micro_batch_tokens, given.micro_train_batch_size) == (None, 4)
     assert parse_train_config(["--model-path", "somewhere"]).micro_batch_tokens is None
-    with pytest.raises(UsageError, match="both say how a train batch is cut"):
+    with pytest.raises(UsageError, match="cannot be combined with --micro-batch-tokens"):
         parse_train_config(["--gradient-accumulation-steps", "8", "--micro-batch-tokens", "100"])
 
 
@@ -233,8 +243,8 @@ def test_train_help_names_every_flag_and_default(capsys):
         ("--rollout-device tpu", "--rollout-device tpu"),
         ("--engine hf --rollout-process own", "--rollout-process own: --engine hf shares the policy's weights"),
         ("--engine-deadline-s 0", "--engine-deadline-s 0.0: must be greater than 0"),
-        ("--model-path None", "model_path=None: a folder or hub name is required"),
-        ("--recipe None", "model_path=None: a folder or hub name is required"),
+        ("--model-path None", "--model-path: is missing"),
+        ("--recipe None", "--model-path: is missing"),
         ("--recipe quickstart --model-path ./nowhere", "--model-path ./nowhere: no such folder"),
         ("--model-path {old_run} --recipe quickstart", "has no config.json"),
         ("--model-path {tiny} --recipe quickstart --sampling-max-tokens 500", "more than the model's context of 512"),
@@ -329,7 +339,7 @@ def test_train_from_any_folder_writes_run_and_resumes(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--resume", "nowhere"], "--resume nowhere: no run's folder"),
+        (["--resume", "nowhere"], "--resume nowhere: not a run folder or checkpoint"),
         (["--resume", "auto", "--model-path", "tiny"], "--resume auto: needs the folder of the run"),
         (["--rollout-url", "http://a:1", "--engine", "hf", "--model-path", "tiny"], "the servers are the engine"),
         (
@@ -338,7 +348,7 @@ def test_train_from_any_folder_writes_run_and_resumes(tmp_path):
         ),
         (["--rollout-url", "http://a:1", "--gpu-memory-utilization", "0.5", "--model-path", "t"], "has no effect"),
         (["--lora-alpha", "16", "--model-path", "tiny"], "--lora-alpha 16: has no effect without LoRA"),
-        (["--resume", "run", "--save-dir", "new"], "--save-dir new: a run is gone on with in its own folder"),
+        (["--resume", "run", "--save-dir", "new"], "--save-dir new: cannot be combined with --resume"),
     ],
 )
 def test_resume_invalid_folder_exits_with_one_line(arguments, message, capsys):
@@ -360,7 +370,7 @@ def test_resume_uses_saved_settings(tmp_path):
     assert parse_train_config([*resume, "--recipe", "dapo", "--n-grpo-steps", "3"]).n_grpo_steps == 3
     cut = parse_train_config([*resume, "--gradient-accumulation-steps", "4"])
     assert (cut.gradient_accumulation_steps, cut.micro_batch_tokens) == (4, None)
-    with pytest.raises(UsageError, match="--recipe gspo: the run to go on with has recipe=dapo"):
+    with pytest.raises(UsageError, match="--recipe gspo: the resumed run has recipe dapo"):
         parse_train_config([*resume, "--recipe", "gspo"])
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UsageError, match=r"config.json cannot be read"):
@@ -384,3 +394,76 @@ def test_evaluate_invalid_flags_exit_with_one_line(capsys):
             main(arguments)
         assert ended.value.code == 2
         assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+# Imports, headings and groups of settings.
+
+LIGHT_PROGRAM = """
+import runpy, sys
+sys.argv = [sys.argv[1], "--help"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as ended:
+    assert ended.code == 0
+assert "torch" not in sys.modules
+"""
+
+
+def run_python(code, *arguments):
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("program", sorted(path.name for path in (ROOT / "drivers").glob("[a-z]*.py")))
+def test_help_loads_no_torch(program):
+    done = run_python(LIGHT_PROGRAM, f"drivers/{program}")
+    assert done.returncode == 0, done.stderr
+    assert "usage: " in done.stdout
+
+
+def test_mistake_loads_no_torch():
+    code = LIGHT_PROGRAM.replace('"--help"', '"--group-size", "1"').replace("code == 0", "code == 2")
+    done = run_python(code, "drivers/train.py")
+    assert done.returncode == 0, done.stderr
+    assert "train.py: --group-size 1: one response has no standard deviation" in done.stderr
+
+
+@pytest.mark.parametrize("folder", ["common", "settings", "tasks"])
+def test_folder_loads_no_torch(folder):
+    """`common.distributed` alone needs it, and those who import it."""
+    names = [f"drivers.{folder}.{path.stem}" for path in (ROOT / "drivers" / folder).glob("[a-z]*.py")]
+    names = [name for name in names if name != "drivers.common.distributed"]
+    code = "import sys; [__import__(name) for name in sys.argv[1:]]; assert 'torch' not in sys.modules"
+    done = run_python(code, *names)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["Aggregation", "Counting", "KLEstimator", "ImportanceLevel"])
+def test_choices_equal_those_of_the_functions(name):
+    assert get_args(getattr(choices, name)) == get_args(getattr(grpo_core, name))
+
+
+@pytest.mark.parametrize("kind", [GrpoConfig, SftConfig, ExpertIterationConfig, EvaluateConfig])
+def test_every_flag_stands_under_one_heading_and_has_help(kind):
+    names = [name for members in sort_by_heading(kind).values() for name in members]
+    assert sorted(names) == sorted(field.name for field in fields(kind))
+    assert set(names) <= read_help(kind).keys()
+
+
+def test_train_help_shows_headings_and_most_used_flags_first(capsys):
+    with pytest.raises(SystemExit):
+        train_program.main(["--help"])
+    text = capsys.readouterr().out
+    headings = re.findall(r"^╭─ (.*) options ─", text, flags=re.MULTILINE)
+    assert headings == ["most used", "model", "data", "grading", "sampling", "objective", "importance correction",
+                        "KL and entropy", "optimizer", "engine", "run", "safety"]  # fmt: skip
+    assert len(sort_by_heading(GrpoConfig)["most used"]) == 20
+
+
+def test_group_checks_itself_alone():
+    with pytest.raises(UsageError, match=r"--ratio-low 6.0: must not exceed --ratio-high 5.0"):
+        ObjectiveSettings(loss_type="cispo", ratio_low=6.0)
+    with pytest.raises(UsageError, match="--self-normalize: has no effect with --importance none"):
+        ImportanceSettings(self_normalize=True)
+    with pytest.raises(UsageError, match=r"--gpu-memory-utilization 1.5: must be greater than 0 and at most 1"):
+        EngineSettings(gpu_memory_utilization=1.5)

@@ -338,7 +338,7 @@ def test_make_countdown_writes_files_and_rejects_invalid_flags(tmp_path, capsys)
     for flags, message in [
         (few + " --sizes 2 --largest-number 2", "--n-validation 9: only"),
         (few + " --sizes 1", "--sizes 1: each size must be from 2 to 8"),
-        (few + " --largest-target 0", "largest_target=0 must be greater than 0"),
+        (few + " --largest-target 0", "--largest-target 0: must be greater than 0"),
         (f"--output-dir {tmp_path}/file/x --n-train 1 --n-validation 1", "cannot write"),
     ]:
         with pytest.raises(SystemExit) as ended:

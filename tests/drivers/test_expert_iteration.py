@@ -180,7 +180,7 @@ def test_expert_iteration_help_names_every_flag(capsys):
         ("--question-batch-size 5000", "holds 1304 questions, and a step asks 5000 different ones"),
         ("--data-path nowhere.jsonl", "--data-path nowhere.jsonl: no such file"),
         ("--loss-type gspo", "loss-type"),
-        ("--resume {sft}", "--resume sft: a run of sft.py, and expert_iteration.py cannot go on with it"),
+        ("--resume {sft}", "--resume sft: is a run of sft.py"),
     ],
 )
 def test_expert_iteration_invalid_flags_exit_with_one_line(arguments, message, tmp_path, capsys, monkeypatch):

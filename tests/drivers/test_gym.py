@@ -159,8 +159,8 @@ def test_make_gym_repeated_questions_appear_once(gym):
         ),
         ("plus --params metadata=(1,)", "plus: unsupported task; its verifier rejects its own answer"),
         ("plus --params metadata={1}", "its verifier's data cannot be written as JSON"),
-        ("plus --n-train 0", "n_train=0 must be greater than 0"),
-        ("plus --seed -1", "seed=-1 must not be negative"),
+        ("plus --n-train 0", "--n-train 0: must be greater than 0"),
+        ("plus --seed -1", "--seed -1: must not be negative"),
         ("plus --output-dir {file}/x", "cannot write file/x/"),
     ],
 )
