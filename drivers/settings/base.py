@@ -83,7 +83,7 @@ def spell_flag(name: str, value: Any) -> str:
 
 
 @cache
-def read_bounds(kind: type[Settings]) -> Mapping[str, Bounds]:
+def read_bounds(kind: type) -> Mapping[str, Bounds]:
     """Return the bounds of each field that has them, `Annotated[int, Bounds(above=0)] | None` included."""
     found = {}
     for name, hint in get_type_hints(kind, include_extras=True).items():

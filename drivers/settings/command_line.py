@@ -9,8 +9,6 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from beartype.door import is_bearable
-
 from drivers.common.cli import exit_on_user_error
 from drivers.common.errors import UsageError
 from drivers.settings.groups import TrainingSettings
@@ -123,6 +121,8 @@ def earlier_settings(kind: type[Trained], arguments: Sequence[str]) -> Trained |
 
 def _read_settings(kind: type[Trained], saved: dict[str, Any]) -> Trained:
     """Return settings that were saved as JSON. Values of a wrong type raise ValueError."""
+    from beartype.door import is_bearable  # here, because importing it takes a third of the time of --help
+
     known = {field.name for field in fields(kind)} - {"resume", "save_dir", "show"}
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known}
     hints = get_type_hints(kind)

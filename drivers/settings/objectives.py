@@ -167,7 +167,8 @@ class Advantage(Choice):
 def resolve_values(config: Any) -> dict[str, Any]:
     """Return the settings by name, where a default that depends on other settings has its value."""
     high = config.cliprange if config.cliprange_high is None else config.cliprange_high
-    return vars(config) | {"cliprange_high": high, "reward_weights": list(config.weights_of_parts.values())}
+    values: dict[str, Any] = dict(vars(config))
+    return values | {"cliprange_high": high, "reward_weights": list(config.weights_of_parts.values())}
 
 
 CLIP_SETTINGS = {"cliprange": "cliprange", "cliprange_high": "cliprange_high"}

@@ -91,10 +91,11 @@ def _nest_by_heading(kind: type[Config], defaults: Config) -> type[Any]:
         flags: list[tuple[str, Any, Any]] = []
         for name in names:
             value = getattr(defaults, name)
-            flag = Annotated[hints[name], _describe(texts[name], hints[name], value)]
-            flags.append((name, flag, field(default=value)))
+            flags.append(
+                (name, _annotate(hints[name], _describe(texts[name], hints[name], value)), field(default=value))
+            )
         group = make_dataclass("Group", flags, frozen=True)
-        named = Annotated[group, tyro.conf.arg(name=heading)]
+        named = _annotate(group, tyro.conf.arg(name=heading, help=""))
         nested.append((heading.replace(" ", "_"), named, field(default=group())))
     return make_dataclass("Parsed", nested, frozen=True)
 
@@ -111,7 +112,7 @@ def sort_by_heading(kind: type[Settings]) -> dict[str, list[str]]:
 
 
 @cache
-def read_help(kind: type[Settings]) -> Mapping[str, str]:
+def read_help(kind: type) -> Mapping[str, str]:
     """Return the help of each setting: the docstring under its field, or the one that it inherits."""
     texts: dict[str, str] = {}
     for group in reversed(kind.__mro__):
@@ -134,6 +135,12 @@ def _read_docstrings(file: str) -> Mapping[str, Mapping[str, str]]:
                 if isinstance(below.value.value, str)
             }
     return found
+
+
+def _annotate(hint: Any, extra: object) -> Any:
+    """Return `Annotated[hint, extra]`, which a type checker does not accept of variables."""
+    annotated: Any = Annotated
+    return annotated[hint, extra]
 
 
 def _describe(text: str, hint: Any, value: Any) -> object:

@@ -12,6 +12,7 @@ from drivers.common.errors import TrainingAbortedError
 from drivers.engines.protocol import Completion
 from drivers.policy.lora import without_lora
 from drivers.settings.algorithm import AlgorithmSettings
+from drivers.settings.grpo import GrpoConfig
 from drivers.settings.objectives import ADVANTAGES, resolve_values
 from drivers.training.batch import RolloutBatch
 from drivers.training.scoring import score_all
@@ -42,7 +43,7 @@ def shape_rewards(
 
 
 def prepare_rollouts(
-    config: AlgorithmSettings,
+    config: GrpoConfig,
     policy: nn.Module,
     reference: nn.Module | None,
     rollouts: RolloutBatch,
