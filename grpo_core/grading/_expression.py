@@ -12,6 +12,8 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple, NoReturn
 
+from grpo_core.grading._names import DECORATIONS, FUNCTIONS, GREEK, NO_FACTORS, WORDS
+
 MAX_CHARS = 1000
 """Longer texts are not parsed."""
 
@@ -21,18 +23,7 @@ MAX_DEPTH = 24
 MAX_DIGITS = 90
 """Most digits of one number. Inexact values must agree in more digits, so no decimal equals an irrational number."""
 
-FUNCTIONS = {
-    "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "ln", "log", "exp",
-}  # fmt: skip
-GREEK = {
-    "alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda",
-    "mu", "nu", "xi", "rho", "sigma", "tau", "phi", "varphi", "chi", "psi", "omega", "Gamma", "Delta", "Theta",
-    "Lambda", "Xi", "Pi", "Sigma", "Phi", "Psi", "Omega", "ell", "infty", "emptyset",
-}  # fmt: skip
-_DECORATIONS = {"\\overline", "\\vec", "\\hat", "\\bar", "\\mathbb", "\\mathcal", "\\angle", "\\triangle"}
-WORDS = FUNCTIONS | {"sqrt", "pi"}
 _PAIRS = {"(": ")", "[": "]", "{": "}", "|": "|", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil"}
-_NO_FACTORS = {"\\rfloor", "\\rceil", "\\circ"}
 _TOKEN = re.compile(
     r"\s*(?:(\d+\.?\d*(?:\\overline\{\d+\})?|\.\d+(?:\\overline\{\d+\})?)|(\\?[A-Za-z]+)|([-+*/^_()\[\]{}|!]))"
 )
@@ -178,7 +169,7 @@ class _Reader:
 
     def starts_factor(self, token: str) -> bool:
         """Return whether a factor can follow without a sign. A number cannot: `x2` and `1 2` are not products."""
-        return token in ("(", "[", "{") or ((token.isalpha() or token[:1] == "\\") and token not in _NO_FACTORS)
+        return token in ("(", "[", "{") or ((token.isalpha() or token[:1] == "\\") and token not in NO_FACTORS)
 
     def power(self) -> Node:
         """Parse an atom with factorials and at most one exponent."""
@@ -300,7 +291,7 @@ class _Reader:
             return Node("constant", name=name)
         if name in GREEK:
             return self.symbol(token)
-        if token in _DECORATIONS:
+        if token in DECORATIONS:
             return Node("symbol", name=f"{token} {self.raw()}")
         return _refuse(f"unknown command {token!r}")
 

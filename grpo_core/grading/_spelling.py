@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from functools import lru_cache
 
-from grpo_core.grading._expression import FUNCTIONS, GREEK, WORDS
+from grpo_core.grading._names import FUNCTIONS, GREEK, WORDS
 
 # Spelling -------------------------------------------------------------------------------------------------------
 

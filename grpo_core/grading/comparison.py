@@ -5,7 +5,7 @@ import re
 from typing import NamedTuple
 
 from grpo_core.grading import _symbolic
-from grpo_core.grading._expression import WORDS
+from grpo_core.grading._names import WORDS
 
 # Structure ------------------------------------------------------------------------------------------------------
 

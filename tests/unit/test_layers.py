@@ -54,6 +54,12 @@ def test_folder_namespace_exports_the_public_names_of_its_files(folder):
     assert all(getattr(namespace, name) is getattr(grpo_core, name) for name in inside)
 
 
+@pytest.mark.parametrize("package", ["grpo_core", "drivers"])
+def test_file_has_at_most_400_lines(package):
+    lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / package).rglob("*.py")}
+    assert not {str(path.relative_to(ROOT)): length for path, length in lengths.items() if length > 400}
+
+
 def test_oracle_imports_nothing_of_its_subject():
     for name in ("reference", "objectives", "estimators"):
         assert imported_modules(ROOT / f"tests/oracle/{name}.py") <= {"math", "itertools"}
