@@ -25,7 +25,7 @@ class ModelSettings(Settings):
     heading: ClassVar[str] = "model"
 
     model_path: str | None = None
-    """Model to load: a folder or Hugging Face hub name of a causal language model."""
+    """Model to load: a folder or Hugging Face hub name of a causal language model. Default: the quickstart's model."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type that the models compute in; master weights and optimizer state are always float32. `auto` uses bfloat16 on
     a GPU, and on a CPU where bfloat16 measures faster."""
@@ -47,7 +47,7 @@ class PolicySettings(ModelSettings):
     """Train low-rank updates of this rank (LoRA) instead of all weights. Checkpoints contain the merged model, and the
     updates in a folder `adapter`. 0 trains all weights."""
     lora_alpha: PositiveInt = 32
-    """Scale LoRA updates by lora_alpha / lora_rank."""
+    """Scale LoRA updates by --lora-alpha / --lora-rank."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -201,11 +201,11 @@ class OptimizerSettings(Settings):
     learning_rate: PositiveFloat = 1e-5
     """Constant learning rate of AdamW, with betas (0.9, 0.95) and no weight decay."""
     train_batch_size: PositiveInt = 256
-    """Responses per optimizer step. In train.py, fewer than rollout_batch_size make a step several off-policy
-    updates."""
+    """Responses per optimizer step. In train.py, fewer than --rollout-batch-size give a step several
+    off-policy updates."""
     micro_batch_tokens: PositiveInt | None = None
     """Maximum tokens per micro-batch, padding included. More is faster and takes more memory; the gradient is the
-    same. In train.py, it replaces --gradient-accumulation-steps."""
+    same. Default: cut by --gradient-accumulation-steps."""
     max_grad_norm: PositiveFloat = 1.0
     """Scale gradients down to this norm."""
 
@@ -215,8 +215,8 @@ class UpdateSettings(OptimizerSettings):
     """The optimizer steps that GRPO takes on one rollout batch."""
 
     gradient_accumulation_steps: PositiveInt = 128
-    """Micro-batches per optimizer step, each of train_batch_size / gradient_accumulation_steps responses. If given, it
-    overrides the recipe's --micro-batch-tokens."""
+    """Micro-batches per optimizer step, each of --train-batch-size / --gradient-accumulation-steps responses. If
+    given, it overrides the recipe's --micro-batch-tokens."""
     epochs_per_rollout_batch: PositiveInt = 1
     """Passes over each rollout batch; more than one is off-policy."""
 

@@ -22,7 +22,7 @@ class GrpoConfig(AlgorithmSettings, TrainingSettings):
     recipe: RecipeName | None = None
     """Named defaults for other flags. `quickstart` trains SmolLM2-135M on word problems on a laptop in minutes; it
     runs when neither this flag nor --model-path is given. The other recipes set an objective, on the quickstart's
-    model and data or, with --model-path, on the defaults below. Default: with --model-path, the defaults below."""
+    model and data or, with --model-path, on the defaults below. Default: none with --model-path, else quickstart."""
     n_grpo_steps: PositiveInt = 200
     """Steps to train for: in each, sample a rollout batch and train on it."""
     show: bool = False

@@ -21,7 +21,7 @@ class ImitationSettings(TrainingSettings):
     micro_batch_tokens: PositiveInt = 8192
     aggregation: Aggregation = "token_mean"
     """Average the token losses over all tokens of an optimizer step or over each response; or sum them over each
-    response; `constant` divides that sum by sampling_max_tokens."""
+    response; `constant` divides that sum by --sampling-max-tokens."""
 
     def _as_grpo(self, **own: Any) -> GrpoConfig:
         """Return the settings that make GRPO's parts imitate.

@@ -16,14 +16,14 @@ class ObjectiveSettings(Settings):
     heading: ClassVar[str] = "objective"
 
     loss_type: ObjectiveName = "reinforce_with_baseline"
-    """Policy loss. All except no_baseline and reinforce_with_baseline use the ratio to the policy at the start of the
-    step (--old-policy). gspo, gmpo and luspo have one loss per response, the others one per token."""
+    """Policy loss. All except `no_baseline` and `reinforce_with_baseline` use the ratio to the policy at the start of
+    the step (--old-policy). `gspo`, `gmpo` and `luspo` have one loss per response, the others one per token."""
     advantage: AdvantageName = "group"
     """Advantage estimator. `group` subtracts the group's mean reward and, with --use-std-normalization, divides by its
     standard deviation."""
     aggregation: Aggregation = "sequence_mean"
     """Average the token losses over each response, over all tokens of an optimizer step, or over the tokens of each
-    question; or sum them over each response; `constant` divides that sum by sampling_max_tokens (Dr. GRPO)."""
+    question; or sum them over each response; `constant` divides that sum by --sampling-max-tokens (Dr. GRPO)."""
     use_std_normalization: bool = True
     """Divide a group's centered rewards by their standard deviation."""
     advantage_eps: NonNegativeFloat = 1e-6
@@ -40,7 +40,7 @@ class ObjectiveSettings(Settings):
     replaces the reward, by length: 2 to 1 if correct, -10 to 0 if wrong, -10 if truncated."""
     overlong_buffer: int | None = None
     """For `soft_overlong`: tokens before the limit over which the penalty grows. Default: a fifth of
-    sampling_max_tokens."""
+    --sampling-max-tokens."""
 
     cliprange: NonNegativeFloat = 0.2
     """How far below 1 the ratio is clipped. Units differ for `gmpo` (log ratio, nats), `dppo_tv` (difference of
@@ -180,8 +180,8 @@ class KLSettings(Settings):
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus, per nat."""
     entropy_target: PositiveFloat | None = None
-    """Target entropy in nats per token. Below it, entropy_coef grows by 0.005 and is applied; above it, it shrinks and
-    is not. Clamped to [0, 1]. Default: constant entropy_coef."""
+    """Target entropy in nats per token. Below it, --entropy-coef grows by 0.005 and is applied; above it, it shrinks
+    and is not. Clamped to [0, 1]. Default: constant --entropy-coef."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

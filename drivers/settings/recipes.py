@@ -1,9 +1,9 @@
-"""Named settings: plain data. Every flag still wins over its recipe."""
+"""Recipes: named settings as plain data. A flag overrides its recipe."""
 
 from typing import TYPE_CHECKING, Any, Literal
 
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
-"""The model whose weights come with the environment; `--model-path` takes this name beside a folder or hub name."""
+"""Model whose weights come with the environment; --model-path accepts this name, a folder or a hub name."""
 
 
 QUICKSTART: dict[str, Any] = {
@@ -20,19 +20,19 @@ QUICKSTART: dict[str, Any] = {
     "sampling_max_tokens": 32,
     "n_val_examples": 256,
 }
-"""The task for a laptop: it runs when neither a model nor a recipe is given, and under any recipe without a model."""
+"""A task for a laptop. It runs without a model and a recipe, and is the base of any recipe without a model."""
 
 
 CLIP = {"loss_type": "grpo_clip", "cliprange": 0.2}
 
 
 SAMPLER_IS_EXACT = {"sampling_min_tokens": 0}
-"""Where ratios to the sampler are used: a hidden end token would shift them."""
+"""For ratios to the sampler, which a hidden end token would bias."""
 
 
 RECIPES: dict[str, dict[str, Any]] = {
     "quickstart": {},
-    # Papers: what each changes, on the model, data, rates and batches of the base.
+    # Papers: each changes what the paper changes; model, data, rates and batches stay those of the base.
     "grpo": {**CLIP, "kl_coef": 0.04},
     "dr-grpo": {**CLIP, "use_std_normalization": False, "aggregation": "constant"},
     "dapo": {
@@ -78,8 +78,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "pass-at-k": {**CLIP, "advantage": "pass_at_k", "pass_k": 4, "aggregation": "token_mean"},
     "pkpo": {"advantage": "pkpo", "pass_k": 4, "aggregation": "sequence_sum"},
     "entropy": {"entropy_coef": 0.005, "entropy_target": 0.2},
-    # Programs: objective and rate as they are if nothing is set there, on the group sizes, batches and lengths of the
-    # base. docs/parity.md has what cannot be set.
+    # Programs: their default objective and learning rate; group sizes, batches and lengths stay those of the base.
+    # docs/parity.md lists what cannot be set.
     "cs336": {"learning_rate": 1e-5, "loss_type": "reinforce_with_baseline", "aggregation": "sequence_mean"},
     "trl-default": {
         **CLIP,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn."""
+    """Parameters of one call of the sampler; the defaults are those of a plain sample."""
 
     n: int = 1
     temperature: float = 1.0
@@ -13,14 +13,14 @@ class Sampling:
     max_tokens: int = 1024
     stop: tuple[str, ...] = ("</answer>",)
     top_p: float = 1.0
-    """Below 1 the log-probs are of another distribution than the policy's: renormalized over what was kept."""
+    """Below 1, the log-probs are renormalized over the tokens that were kept, so they differ from the policy's."""
 
     def alone(self) -> "Sampling":
-        """The same, one completion for each prompt."""
+        """Return the same parameters with one completion per prompt."""
         return replace(self, n=1)
 
     def greedy(self) -> "Sampling":
-        """The likeliest token each time, once for each prompt."""
+        """Return parameters that take the most probable token each time, with one completion per prompt."""
         return replace(self, n=1, temperature=0.0, top_p=1.0)
 
 
