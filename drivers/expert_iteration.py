@@ -1,4 +1,12 @@
-"""Expert iteration (Algorithm 2 of CS336's fifth assignment): `python drivers/expert_iteration.py --help`."""
+"""Expert iteration (Algorithm 2 of CS336's fifth assignment): `python drivers/expert_iteration.py --help`.
+
+One step samples G responses to each of P questions and fine-tunes on the correct ones (file in drivers/training/):
+
+    1. sample   rollouts.collect                     P questions -> P * G completions, graded
+    2. select   batch.imitation_batch                the M completions with a reward of 1 -> mask (M, T)
+    3. update   update.update, per train batch       loss = mean of -log pi over their tokens, for `--epochs` epochs
+    4. push     engine.load_weights                  policy weights -> engine
+"""
 
 # isort: off
 from drivers.common import environment  # noqa: F401  before torch: OpenMP reads its settings once
@@ -15,94 +23,73 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from torch import nn
-
 from drivers.common.cli import exit_on_user_error
 from drivers.common.display import Display
 from drivers.common.errors import UsageError
-from drivers.common.signals import defer_signals
-from drivers.engines.protocol import RolloutEngine
 from drivers.engines.rank_zero import run_with_engine
-from drivers.grading.verdicts import Grader
 from drivers.settings.grpo import GrpoConfig
-from drivers.tasks.questions import Question, load_examples, make_questions
-from drivers.training.anomalies import check_rollouts, find_none_right
+from drivers.tasks.questions import load_examples, make_questions
+from drivers.training.anomalies import check_right_responses, check_rollouts
 from drivers.training.batch import imitation_batch
+from drivers.training.components import Components
 from drivers.training.launch import run_training
 from drivers.training.metrics import UpdateMetrics
 from drivers.training.rollouts import collect
 from drivers.training.run import Run
-from drivers.training.setup import Components, prompt_of, setup_run
+from drivers.training.setup import prompt_of, setup_run
 from drivers.training.state import TrainingState
 from drivers.training.update import update
 
 
-def iterate(
-    settings: ExpertIterationConfig,
-    policy: nn.Module,
-    engine: RolloutEngine,
-    grade: Grader,
-    train_set: Sequence[Question],
-    val_set: Sequence[Question],
-    run: Run,
-) -> None:
-    """The loop. Its parts are built by `drivers.training.setup.build`, or by you."""
-    config = settings.as_grpo()
-    untempered = replace(config, sampling_temperature=1.0)  # -log pi of the model as it is
-    state = run.begin(TrainingState(config, policy))
-    run_with_engine(engine, lambda: engine.load_weights(version=state.step))
-    run.check_engine(engine, policy, val_set, version=state.step)
-    if state.step == 0:
-        run.evaluate(engine, val_set, grade, step=0)
+def iterate(settings: ExpertIterationConfig, components: Components, run: Run) -> None:
+    """Train the policy on its own correct responses."""
+    config, policy, engine = settings.as_grpo(), components.policy, components.engine
+    at_temperature_one = replace(config, sampling_temperature=1.0)  # the loss is -log pi of the unscaled model
+    # At another temperature, the sampler's log-probs belong to another distribution.
+    has_sampler = config.sampling_temperature == 1
+    state = run.start(TrainingState(config, policy), components)
 
     for step in run.steps():
-        # D_b ~ D;  o_1 .. o_G ~ pi(. | q) for each question q of D_b;  r_i = R(q, o_i);  keep those with r_i = 1.
-        sample = partial(collect, config, engine, grade, train_set, state.draw, run, step)
-        collected = run_with_engine(engine, sample)
+        # Sample o_1 .. o_G ~ pi(. | q) for each question q of a batch, grade them, and keep those with r_i = 1.
+        collected = run_with_engine(engine, partial(collect, config, components, state.draw, run, step, run.timer))
         graded = zip(collected.completions, collected.raw_rewards.tolist(), strict=True)
-        right = [completion for completion, reward in graded if reward == 1]
+        correct = [completion for completion, reward in graded if reward == 1]
+        anomalies = [*check_rollouts(collected.facts), *check_right_responses(len(correct))]
 
-        # theta <- descend -log pi_theta(o | q) on these: fine-tuning, with samples in the place of demonstrations.
-        # The sampler's log-probs are of another distribution where the temperature is not 1.
-        metrics = UpdateMetrics(collected.logged_completions, has_sampler=config.sampling_temperature == 1)
-        unsound = [*check_rollouts(collected.facts), *find_none_right(len(right))]
-        with run.phase("update"):
-            if not right:
-                run.should_apply_update(step, unsound)
-            for _ in range(settings.epochs if right else 0):
-                for batch in imitation_batch(right).shuffled(state.shuffle).split(settings.train_batch_size):
-                    update(untempered, policy, batch, state, run, step, metrics, unsound)
+        # Minimize -log pi(o | q) on them.
+        metrics = UpdateMetrics(collected.logged_completions, has_sampler=has_sampler)
+        with run.timer.phase("update"):
+            if not correct:
+                run.anomalies.should_apply_update(step, anomalies)
+            for _ in range(settings.epochs if correct else 0):
+                for batch in imitation_batch(correct).shuffled(state.shuffle).split(settings.train_batch_size):
+                    update(at_temperature_one, policy, batch, run, step, metrics, anomalies)
         state.step = step
 
-        # The next samples are from the new policy.
-        with run.phase("push"), defer_signals():
-            run_with_engine(engine, partial(engine.load_weights, version=step))
-        if run.is_first(step):
-            run.check_engine(engine, policy, val_set, version=step)
-        if step % config.eval_steps == 0 or step == config.n_grpo_steps:
-            run.evaluate(engine, val_set, grade, step=step)
-        run.report(step, collected.facts | metrics.summary() | {"right_responses": float(len(right))})
+        # Let the engine sample from the new policy.
+        run.push_weights(components, step)
+        if run.is_evaluation_due(step):
+            run.evaluate(components, step=step)
+        run.report(step, collected.facts | metrics.summary() | {"right_responses": float(len(correct))})
         run.log_samples(step, collected.shown, metrics.logged_token_values())
-        state.snapshot()
-        if step % config.checkpoint_steps == 0 or step == config.n_grpo_steps:
-            run.save(policy, f"checkpoint-{step}")
+        run.end_step(policy)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: settings, parts, the loop."""
+    """Read the command line, then train."""
     with exit_on_user_error(ExpertIterationConfig.program):
         settings = parse_settings(ExpertIterationConfig, sys.argv[1:] if arguments is None else arguments)
 
-        def prepare(config: GrpoConfig, display: Display) -> tuple[Run, Components]:
+        def setup(config: GrpoConfig, display: Display) -> tuple[Run, Components]:
             examples = load_examples("--data-path", config.data_path)
             if len(examples) < settings.question_batch_size:
                 raise UsageError(
-                    f"--data-path {config.data_path}: holds {len(examples)} questions, and a step asks "
-                    f"{settings.question_batch_size} different ones: lower --question-batch-size"
+                    f"--data-path {config.data_path}: has {len(examples)} questions, but a step needs "
+                    f"{settings.question_batch_size} different ones; lower --question-batch-size"
                 )
             return setup_run(config, display, partial(make_questions, examples, prompt_of(config)), settings)
 
-        run_training(settings, settings.as_grpo(), prepare, lambda run, parts: iterate(settings, *parts[:5], run))
+        run_training(settings, settings.as_grpo(), setup, partial(iterate, settings))
 
 
 if __name__ == "__main__":

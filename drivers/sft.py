@@ -1,4 +1,11 @@
-"""Fine-tuning on demonstrations (Algorithm 1 of CS336's fifth assignment): `python drivers/sft.py --help`."""
+"""Fine-tuning on demonstrations (Algorithm 1 of CS336's fifth assignment): `python drivers/sft.py --help`.
+
+One step takes the next B demonstrations, of up to T response tokens (file in drivers/training/ -> function):
+
+    1. batch    batch.as_right                       B demonstrations -> mask (B, T), advantages of 1 (B, 1)
+    2. update   update.update                        loss = mean of -log pi over the response tokens; one AdamW step
+    3. push     engine.load_weights                  only before an evaluation, the one use of the engine
+"""
 
 # isort: off
 from drivers.common import environment  # noqa: F401  before torch: OpenMP reads its settings once
@@ -16,125 +23,116 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from torch import nn
-
 from drivers.common import distributed
 from drivers.common.cli import exit_on_user_error
 from drivers.common.display import Display
 from drivers.common.errors import UsageError
-from drivers.common.signals import defer_signals
-from drivers.engines.protocol import RolloutEngine
-from drivers.engines.rank_zero import run_with_engine
 from drivers.grading.pool import start_grading
-from drivers.grading.verdicts import Grader, grade_all
+from drivers.grading.verdicts import grade_all
 from drivers.runs.completions import describe_demonstration
 from drivers.settings.grpo import GrpoConfig
 from drivers.tasks.demonstrations import Demonstration, WorkedExample, load_demonstrations, make_demonstrations
-from drivers.tasks.questions import Question
 from drivers.training.batch import as_right
+from drivers.training.components import Components
 from drivers.training.launch import run_training
 from drivers.training.metrics import UpdateMetrics
 from drivers.training.run import Run
-from drivers.training.setup import Components, prompt_of, setup_run
+from drivers.training.setup import prompt_of, setup_run
 from drivers.training.state import TrainingState
 from drivers.training.update import update
 
 
-def fine_tune(
-    config: GrpoConfig,
-    policy: nn.Module,
-    engine: RolloutEngine,
-    grade: Grader,
-    demonstrations: Sequence[Demonstration],
-    val_set: Sequence[Question],
-    run: Run,
-) -> None:
-    """The loop. `config` is `SftConfig.as_grpo` these demonstrations; the engine samples for evaluations alone."""
-    untempered = replace(config, sampling_temperature=1.0)  # -log pi of the model as it is
-    state = run.begin(TrainingState(config, policy))
-    run_with_engine(engine, lambda: engine.load_weights(version=state.step))
-    run.check_engine(engine, policy, val_set, version=state.step)
-    if state.step == 0:
-        run.evaluate(engine, val_set, grade, step=0)
+def fine_tune(config: GrpoConfig, components: Components, demonstrations: Sequence[Demonstration], run: Run) -> None:
+    """Train the policy on demonstrations; the engine samples for evaluations only.
+
+    `config` is `SftConfig.as_grpo(len(demonstrations))`.
+    """
+    policy, engine = components.policy, components.engine
+    at_temperature_one = replace(config, sampling_temperature=1.0)  # the loss is -log pi of the unscaled model
+    state = run.start(TrainingState(config, policy), components)
     engine.sleep()
 
     for step in run.steps():
-        # D_b ~ D: the next ones of this pass;  theta <- descend -log pi_theta(o | q) on them.
-        places = batch_of_step(len(demonstrations), config.train_batch_size, config.seed, step)
-        chosen = [demonstrations[place] for place in places]
-        batch, shown = as_right(chosen), chosen[: config.n_logged_completions]
-        metrics = UpdateMetrics(batch.completions[: len(shown)], has_sampler=False)
-        with run.phase("update"):
-            update(untempered, policy, batch, state, run, step, metrics)
+        # Take the next demonstrations of this epoch, and minimize -log pi(o | q) on them.
+        indices = batch_of_step(len(demonstrations), config.train_batch_size, config.seed, step)
+        chosen = [demonstrations[index] for index in indices]
+        batch, logged = as_right(chosen), chosen[: config.n_logged_completions]
+        metrics = UpdateMetrics(batch.completions[: len(logged)], has_sampler=False)
+        with run.timer.phase("update"):
+            update(at_temperature_one, policy, batch, run, step, metrics)
         state.step = step
 
-        is_due = step % config.eval_steps == 0 or step == config.n_grpo_steps
-        if run.is_first(step) or is_due:
-            with run.phase("push"), defer_signals():
-                run_with_engine(engine, partial(engine.load_weights, version=step))
-            if run.is_first(step):
-                run.check_engine(engine, policy, val_set, version=step)
-            if is_due:
-                run.evaluate(engine, val_set, grade, step=step)
+        if run.is_first_step(step) or run.is_evaluation_due(step):
+            run.push_weights(components, step)
+            if run.is_evaluation_due(step):
+                run.evaluate(components, step=step)
             engine.sleep()
         run.report(step, metrics.summary())
-        rows = [describe_demonstration(one, run.tokenizer) for one in shown]
+        rows = [describe_demonstration(demonstration, run.tokenizer) for demonstration in logged]
         run.log_samples(step, rows, metrics.logged_token_values())
-        state.snapshot()
-        if step % config.checkpoint_steps == 0 or step == config.n_grpo_steps:
-            run.save(policy, f"checkpoint-{step}")
+        run.end_step(policy)
 
 
 def batch_of_step(n: int, size: int, seed: int, step: int) -> list[int]:
-    """Which of `n` demonstrations a step, from 1, trains on. Each pass has its own order, and takes each once."""
-    epoch, place = divmod(step - 1, -(-n // size))
+    """Return the indices of a step's batch. Each epoch takes all `n` once, in its own random order."""
+    epoch, batch = divmod(step - 1, -(-n // size))
     order = random.Random(f"{seed}, {epoch}").sample(range(n), n)
-    return order[place * size : (place + 1) * size]
+    return order[batch * size : (batch + 1) * size]
 
 
-def choose(settings: SftConfig, say: Callable[[str], None] = print) -> list[WorkedExample]:
-    """The demonstrations that the settings ask for: of those that are right, if only these, the first of an order."""
+def choose_demonstrations(settings: SftConfig, say: Callable[[str], None] = print) -> list[WorkedExample]:
+    """Return the demonstrations to train on: with `--correct-only` the correct ones, then a random `--n-examples`.
+
+    A smaller `--n-examples` takes the beginning of the same order.
+    """
     examples = load_demonstrations("--data-path", settings.data_path)
-    found = len(examples)
     if settings.correct_only:
-        lacking = next((example.source for example in examples if not example.answer), None)
-        if lacking is not None:
-            raise UsageError(f"--correct-only: {lacking} has no `answer` to grade its response against")
-        with start_grading(settings, lambda text: say(f"warning: {text}")) as grade:
-            graded = grade_all(
-                grade,
-                [example.response for example in examples],
-                [example.answer for example in examples],
-                [example.question for example in examples],
-            )
-        examples = [e for e, verdict in zip(examples, graded, strict=True) if verdict.scores["reward"] == 1]
-        say(f"--correct-only: {len(examples)} of {found} demonstrations are graded right")
-        if not examples:
-            raise UsageError(f"--correct-only: no demonstration of {settings.data_path} is graded right")
-    wanted = len(examples) if settings.n_examples is None else settings.n_examples
-    if wanted > len(examples):
-        raise UsageError(f"--n-examples {wanted}: there are {len(examples)} to choose from; no more can be asked for")
-    return random.Random(settings.seed).sample(examples, len(examples))[:wanted]
+        examples = select_correct(settings, examples, say)
+    n_examples = len(examples) if settings.n_examples is None else settings.n_examples
+    if n_examples > len(examples):
+        raise UsageError(f"--n-examples {n_examples}: only {len(examples)} demonstrations are available; lower it")
+    return random.Random(settings.seed).sample(examples, len(examples))[:n_examples]
+
+
+def select_correct(
+    settings: SftConfig, examples: Sequence[WorkedExample], say: Callable[[str], None]
+) -> list[WorkedExample]:
+    """Grade the demonstrations and return those with a reward of 1."""
+    for example in examples:
+        if not example.answer:
+            raise UsageError(f"--correct-only: {example.source} has no `answer` to grade its response against")
+    with start_grading(settings, lambda text: say(f"warning: {text}")) as grade:
+        verdicts = grade_all(
+            grade,
+            [example.response for example in examples],
+            [example.answer for example in examples],
+            [example.question for example in examples],
+        )
+    correct = [example for example, verdict in zip(examples, verdicts, strict=True) if verdict.scores["reward"] == 1]
+    say(f"--correct-only: {len(correct)} of {len(examples)} demonstrations are correct")
+    if not correct:
+        raise UsageError(f"--correct-only: no demonstration of {settings.data_path} is correct")
+    return correct
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: settings, demonstrations, parts, the loop."""
+    """Read the command line, choose the demonstrations, then train."""
     with exit_on_user_error(SftConfig.program):
         settings = parse_settings(SftConfig, sys.argv[1:] if arguments is None else arguments)
-        examples = choose(settings, print if distributed.is_rank_zero() else lambda _: None)
+        examples = choose_demonstrations(settings, print if distributed.is_rank_zero() else lambda _: None)
         config = settings.as_grpo(len(examples))
 
-        def prepare(config: GrpoConfig, display: Display) -> tuple[Run, Components]:
-            if any(found != examples for found in distributed.gather(examples)):
-                raise UsageError(f"--reward {settings.reward}: the ranks found other demonstrations right")
+        def setup(config: GrpoConfig, display: Display) -> tuple[Run, Components]:
+            if any(of_rank != examples for of_rank in distributed.gather(examples)):
+                raise UsageError(f"--reward {settings.reward}: the ranks disagree on which demonstrations are correct")
             make = partial(make_demonstrations, examples, prompt_of(config), config.sampling.stop)
             return setup_run(config, display, make, settings)
 
-        def loop(run: Run, parts: Components) -> None:
-            shown = [one for one in parts.train_set if isinstance(one, Demonstration)]
-            fine_tune(config, parts.policy, parts.engine, parts.grade, shown, parts.val_set, run)
+        def loop(components: Components, run: Run) -> None:
+            demonstrations = [item for item in components.train_set if isinstance(item, Demonstration)]
+            fine_tune(config, components, demonstrations, run)
 
-        run_training(settings, config, prepare, loop)
+        run_training(settings, config, setup, loop)
 
 
 if __name__ == "__main__":

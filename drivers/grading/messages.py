@@ -1,4 +1,4 @@
-"""Messages between a `GradingPool` and its workers, as JSON: a pickle could run code in the trainer.
+"""Messages between a `GradingPool` and its workers, as JSON, which cannot run code in the trainer.
 
 A worker sends `Ready` or `Refused` once. Then the pool sends a `Chunk` of requests at a time, and the worker answers
 with a `Grade` for each. A worker may be corrupted by a hostile response, so everything it sends is checked.

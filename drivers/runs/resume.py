@@ -2,57 +2,79 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from drivers.common.atomic_files import rename_superseded
 from drivers.common.errors import UsageError
 from drivers.runs.checkpoint import FACTS, TENSORS, read_facts
-from drivers.runs.folder import acquire_run_lock, checkpoints, create_run_folder, find_checkpoint
+from drivers.runs.folder import checkpoints, create_run_folder, find_checkpoint
+from drivers.runs.lock import acquire_run_lock
 from drivers.settings.grpo import GrpoConfig
 
 RUN_MARKER = "metrics.jsonl"
 
-
 FINAL = "final_model"
 
 
-def open_run_folder(config: GrpoConfig, say: Callable[[str], None]) -> tuple[Path, Path | None]:
-    """The run's folder, held by this process, and the checkpoint in it to go on from, if there is one."""
-    name = config.recipe or Path(str(config.model_path)).name
+class OpenedRun(NamedTuple):
+    """A run folder that this process has locked."""
+
+    folder: Path
+    checkpoint: Path | None
+    """The checkpoint to resume from; None for a new run."""
+
+
+def open_run_folder(config: GrpoConfig, say: Callable[[str], None]) -> OpenedRun:
+    """Create or find the folder of the run, lock it, and find the checkpoint to resume from."""
     if config.resume is None:
-        folder = create_run_folder("--save-dir", config.save_dir, name, marker=RUN_MARKER)
-        acquire_run_lock("--save-dir", folder)
-        return folder, None
+        return OpenedRun(_create_locked_folder(config), None)
     if config.resume != "auto":
-        path = Path(config.resume)
-        acquire_run_lock("--resume", path.parent if (path / FACTS).exists() else path)
-        checkpoint = find_checkpoint(path, say)
-        if checkpoint is None:
-            raise UsageError(
-                f"--resume {config.resume}: a checkpoint with a folder {TENSORS}, or a run that has one, is required"
-            )
-        return checkpoint.parent, checkpoint
-    assert config.save_dir is not None  # the settings refuse that
-    folder = Path(config.save_dir)
+        checkpoint = _find_named_checkpoint(config.resume, say)
+        return OpenedRun(checkpoint.parent, checkpoint)
+    folder = Path(str(config.save_dir))  # the settings require it with `--resume auto`
     acquire_run_lock("--save-dir", folder)
-    checkpoint = find_checkpoint(folder, say)
+    latest = find_checkpoint(folder, say)
+    if latest is None:
+        _restart_run(folder, say)
+        _create_locked_folder(config)
+    return OpenedRun(folder, latest)
+
+
+def _create_locked_folder(config: GrpoConfig) -> Path:
+    name = config.recipe or Path(str(config.model_path)).name
+    folder = create_run_folder("--save-dir", config.save_dir, name, marker=RUN_MARKER)
+    acquire_run_lock("--save-dir", folder)
+    return folder
+
+
+def _find_named_checkpoint(resume: str, say: Callable[[str], None]) -> Path:
+    path = Path(resume)
+    acquire_run_lock("--resume", path.parent if (path / FACTS).exists() else path)
+    checkpoint = find_checkpoint(path, say)
     if checkpoint is None:
-        if (folder / FINAL).exists():
-            raise UsageError(
-                f"--resume auto: {folder} has a {FINAL}, and no checkpoint with a folder {TENSORS} to go on from: "
-                f"pass a new --save-dir, and --model-path {folder / FINAL} to begin from its weights"
-            )
-        for _, useless in checkpoints(folder):
-            say(f"warning: nothing can go on from {useless}; it is set aside, and the run begins again")
-            rename_superseded(useless)
-        for file in (RUN_MARKER, "completions.jsonl"):  # it ended before its first one
-            rename_superseded(folder / file)
-        create_run_folder("--save-dir", config.save_dir, name, marker=RUN_MARKER)
-        acquire_run_lock("--save-dir", folder)
-    return folder, checkpoint
+        raise UsageError(
+            f"--resume {resume}: no checkpoint to resume from; pass a checkpoint with a folder {TENSORS}, or a run "
+            "folder that contains one"
+        )
+    return checkpoint
+
+
+def _restart_run(folder: Path, say: Callable[[str], None]) -> None:
+    """Rename what an earlier process left in a folder without a usable checkpoint, so that the run can start over."""
+    if (folder / FINAL).exists():
+        raise UsageError(
+            f"--resume auto: {folder} has a {FINAL} but no checkpoint with a folder {TENSORS} to resume from: "
+            f"pass a new --save-dir, and --model-path {folder / FINAL} to start from its weights"
+        )
+    for _, damaged in checkpoints(folder):
+        say(f"warning: cannot resume from {damaged}; it is renamed, and the run starts over")
+        rename_superseded(damaged)
+    for name in (RUN_MARKER, "completions.jsonl"):  # the process ended before its first checkpoint
+        rename_superseded(folder / name)
 
 
 def finished_model(config: GrpoConfig) -> Path | None:
-    """Of the run that is to be gone on with, if all its steps are made."""
+    """Return the final model of the run to resume if it already has all its steps, and None otherwise."""
     if config.resume is None:
         return None
     final = Path(str(config.save_dir) if config.resume == "auto" else config.resume) / FINAL
@@ -60,6 +82,6 @@ def finished_model(config: GrpoConfig) -> Path | None:
         return final if final.exists() and read_facts(final)["step"] >= config.n_grpo_steps else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"--resume: {final} cannot be read ({type(error).__name__}: {error}); move it away, and the run is gone "
-            "on with from its last checkpoint"
+            f"--resume: {final} cannot be read ({type(error).__name__}: {error}); move it away to resume from the "
+            "last checkpoint"
         ) from error

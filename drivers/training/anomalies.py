@@ -1,103 +1,162 @@
-"""Numbers that a step should not have, found before they reach the weights."""
+"""Detect anomalies of a step before they reach the weights, and decide what follows."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
 from statistics import median
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
+
+from drivers.common.errors import TrainingAbortedError
 
 N_NORMS = 20
-"""So many gradient norms are remembered; half of them make a median."""
-
+"""Gradient norms that are remembered; the median needs half of them."""
 
 SPIKE = 20.0
-"""A gradient norm so many times their median is one."""
-
+"""A gradient norm above this multiple of the median is a spike."""
 
 MIN_ENTROPY = 0.001
-"""Nats per token; below, hardly one response in a group differs from the others."""
-
+"""Nats per token; below, almost all responses of a group are equal."""
 
 MAX_DRIFT = 1.0
-"""Nats per token that the policy may be from the one that sampled, on the responses of an update."""
-
+"""Nats per token between the policy and the sampler, averaged over the responses of an update."""
 
 MAX_LOG_RATIO = 10.0
-"""Nats that it may be on a single token of them: means hide one token that is 20,000 times as likely as it was."""
+"""Nats on any single token: a mean hides one token that is 20,000 times as likely as when it was sampled."""
+
+
+class AnomalyKind(StrEnum):
+    """Kinds of anomalies; docs/reliability.md defines them."""
+
+    REWARD = "reward"
+    ALL_SILENT = "all_silent"
+    ALL_UNSCORED = "all_unscored"
+    ALL_TRUNCATED = "all_truncated"
+    ENTROPY_COLLAPSE = "entropy_collapse"
+    NONE_RIGHT = "none_right"
+    LOSS = "loss"
+    GRAD_NORM = "grad_norm"
+    NO_GRADIENT = "no_gradient"
+    GRAD_NORM_SPIKE = "grad_norm_spike"
+    SAMPLER_LOG_PROB_DIFF = "sampler_log_prob_diff"
+    APPROX_KL = "approx_kl"
+    MAX_LOG_RATIO = "max_log_ratio"
 
 
 class Anomaly(NamedTuple):
-    """What was found, and beyond which limit."""
+    """A value beyond its limit."""
 
-    kind: str
+    kind: AnomalyKind
     value: float
     limit: float
     text: str
 
     @property
     def is_fatal(self) -> bool:
-        """Not finite: it ends the run unless another choice was made."""
+        """Return whether the value is not finite, which stops the run under `--on-anomaly auto`."""
         return not math.isfinite(self.value)
 
     @property
     def is_unusable(self) -> bool:
-        """No update can be made with it, whatever is asked for. Without the responses of no reward, one can."""
-        return self.is_fatal and self.kind != "reward"
+        """Return whether no update can be made; after a reward that is not finite, the other responses are usable."""
+        return self.is_fatal and self.kind != AnomalyKind.REWARD
 
 
-def check_rollouts(facts: Mapping[str, float], *, has_regularization_gradient: bool = False) -> list[Anomaly]:
-    """Of what a step sampled: nothing in it teaches, or the policy has no choice left.
+def check_rollouts(metrics: Mapping[str, float], *, has_regularization_gradient: bool = False) -> list[Anomaly]:
+    """Return the anomalies of sampled rollouts: no learning signal, or a sampler without entropy.
 
-    `has_regularization_gradient`: a KL penalty or entropy bonus has a gradient even where every group is silent.
+    With `has_regularization_gradient`, a KL penalty or entropy bonus has a gradient even if no group has a signal.
     """
-    found = []
-    bad = facts.get("grader_not_finite", 0.0)
-    if bad:
-        text = f"the reward of {bad:g} responses is not a finite number; they are not scored: see the reward"
-        found.append(Anomaly("reward", math.nan, math.inf, text))
-    if has_regularization_gradient and facts.get("zero_std_groups", 0.0) >= 1 > facts.get("unscored", 0.0):
-        text = "no group has two different rewards: what pulls is the divergence or the entropy alone"
-        found.append(Anomaly("all_silent", 1.0, 1.0, text))
-    whole = {
-        "all_unscored": ("unscored", "no response could be scored: see the reward"),
-        "all_truncated": ("truncated", "every response was cut off: raise --sampling-max-tokens, or look at some"),
-    }
-    for kind, (name, text) in whole.items():
-        if facts.get(name, 0.0) >= 1:
-            found.append(Anomaly(kind, facts[name], 1.0, text))
-    entropy = facts["rollout_entropy"]
-    if not (entropy >= MIN_ENTROPY and math.isfinite(entropy)):
-        text = f"the sampler has {entropy:.3g} nats of entropy per token, below {MIN_ENTROPY}: the policy collapsed"
-        if not math.isfinite(entropy):
-            text = f"the sampler's log-probs are not finite (mean {-entropy})"
-        found.append(Anomaly("entropy_collapse", entropy, MIN_ENTROPY, text))
-    return found
+    anomalies = []
+    n_not_finite = metrics.get("grader_not_finite", 0.0)
+    if n_not_finite:
+        text = (
+            f"the reward of {n_not_finite:g} responses is not a finite number; they are not scored. Check the reward "
+            "function"
+        )
+        anomalies.append(Anomaly(AnomalyKind.REWARD, math.nan, math.inf, text))
+    if has_regularization_gradient and metrics.get("zero_std_groups", 0.0) >= 1 > metrics.get("unscored", 0.0):
+        text = "every group has identical rewards: only the KL/entropy term has a gradient"
+        anomalies.append(Anomaly(AnomalyKind.ALL_SILENT, 1.0, 1.0, text))
+    if metrics.get("unscored", 0.0) >= 1:
+        text = "no response could be scored. Check the reward function"
+        anomalies.append(Anomaly(AnomalyKind.ALL_UNSCORED, metrics["unscored"], 1.0, text))
+    if metrics.get("truncated", 0.0) >= 1:
+        text = "every response was truncated. Raise --sampling-max-tokens, or read some completions"
+        anomalies.append(Anomaly(AnomalyKind.ALL_TRUNCATED, metrics["truncated"], 1.0, text))
+    entropy = metrics["rollout_entropy"]
+    if not math.isfinite(entropy):
+        text = f"the sampler's log-probs are not finite (mean {-entropy})"
+        anomalies.append(Anomaly(AnomalyKind.ENTROPY_COLLAPSE, entropy, MIN_ENTROPY, text))
+    elif entropy < MIN_ENTROPY:
+        text = f"the sampler's entropy is {entropy:.3g} nats per token, below {MIN_ENTROPY}: the policy collapsed"
+        anomalies.append(Anomaly(AnomalyKind.ENTROPY_COLLAPSE, entropy, MIN_ENTROPY, text))
+    return anomalies
 
 
-def find_none_right(n_right: int) -> list[Anomaly]:
-    """Of a step that is to imitate its right responses."""
-    text = "no response has a reward of 1: nothing is learned from this step. Easier questions, or more, would help"
-    return [Anomaly("none_right", 0.0, 1.0, text)] if n_right == 0 else []
+def check_right_responses(n_right: int) -> list[Anomaly]:
+    """Return an anomaly if a step of expert iteration has no correct response to imitate."""
+    if n_right > 0:
+        return []
+    text = "no response is correct, so this step has no gradient; try easier or more questions"
+    return [Anomaly(AnomalyKind.NONE_RIGHT, 0.0, 1.0, text)]
 
 
 def check_update(
     loss: float, grad_norm: float, earlier_norms: Sequence[float], drift: Mapping[str, float]
 ) -> list[Anomaly]:
-    """Of one optimizer step, before it is made. `drift`: distances of the policy to the one that sampled."""
-    found = []
-    for kind, value in (("loss", loss), ("grad_norm", grad_norm)):
-        if not math.isfinite(value):
-            found.append(Anomaly(kind, value, math.inf, f"the {kind.replace('grad_', 'gradient ')} is {value}"))
+    """Return the anomalies of an optimizer step before it is made.
+
+    `drift` maps names of distances between the policy and the sampler to their values.
+    """
+    anomalies = []
+    if not math.isfinite(loss):
+        anomalies.append(Anomaly(AnomalyKind.LOSS, loss, math.inf, f"the loss is {loss}"))
+    if not math.isfinite(grad_norm):
+        text = f"the gradient norm is {grad_norm}"
+        anomalies.append(Anomaly(AnomalyKind.GRAD_NORM, grad_norm, math.inf, text))
     if grad_norm == 0:
-        text = "no response has a gradient: no group has two different rewards, or all that has one is left out"
-        found.append(Anomaly("no_gradient", grad_norm, 0.0, text))
+        text = "no response has a gradient: every group has identical rewards, or filters exclude all other groups"
+        anomalies.append(Anomaly(AnomalyKind.NO_GRADIENT, grad_norm, 0.0, text))
     if len(earlier_norms) >= N_NORMS // 2 and math.isfinite(grad_norm):
         limit = SPIKE * median(earlier_norms)
         if grad_norm > limit > 0:
-            text = f"the gradient norm is {grad_norm:.3g}, {SPIKE:g} times the median of the last ones is {limit:.3g}"
-            found.append(Anomaly("grad_norm_spike", grad_norm, limit, text))
+            text = (
+                f"the gradient norm is {grad_norm:.3g}, above {limit:.3g}: {SPIKE:g} times the median of recent steps"
+            )
+            anomalies.append(Anomaly(AnomalyKind.GRAD_NORM_SPIKE, grad_norm, limit, text))
     for name, value in drift.items():
-        limit = MAX_LOG_RATIO if name == "max_log_ratio" else MAX_DRIFT
+        kind = AnomalyKind(name)
+        limit = MAX_LOG_RATIO if kind == AnomalyKind.MAX_LOG_RATIO else MAX_DRIFT
         if not value <= limit:
-            text = f"{name} is {value:.3g}, above {limit:g} nats per token: the policy is far from what sampled"
-            found.append(Anomaly(name, value, limit, text))
-    return found
+            text = f"{name} is {value:.3g} nats per token, above {limit:g}: the policy is far from the sampler"
+            anomalies.append(Anomaly(kind, value, limit, text))
+    return anomalies
+
+
+class AnomalyPolicy:
+    """Applies `--on-anomaly`: logs every anomaly, warns once while it lasts, and stops, skips or continues."""
+
+    def __init__(
+        self,
+        on_anomaly: Literal["auto", "stop", "skip", "warn"],
+        log: Callable[[str, int, Mapping[str, Any]], None],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._choice, self._log, self._warn = on_anomaly, log, warn
+        self._seen: set[tuple[int, AnomalyKind]] = set()
+
+    def should_apply_update(self, step: int, anomalies: Sequence[Anomaly]) -> bool:
+        """Return whether to make the update, or raise a TrainingAbortedError."""
+        for anomaly in anomalies:
+            if (step, anomaly.kind) not in self._seen:
+                self._log("anomaly", step, anomaly._asdict())
+                if (step - 1, anomaly.kind) not in self._seen:
+                    self._warn(f"step {step}: {anomaly.text}")
+            self._seen.add((step, anomaly.kind))
+        for anomaly in anomalies:
+            if self._choice == "stop" or (self._choice == "auto" and anomaly.is_fatal):
+                raise TrainingAbortedError(
+                    f"step {step}: {anomaly.text}; stopped before the update, weights unchanged. Use --on-anomaly "
+                    "skip to skip such updates instead"
+                )
+        return not any(self._choice == "skip" or anomaly.is_unusable for anomaly in anomalies)

@@ -1,4 +1,4 @@
-"""From the tensors of a step to the numbers of its log line. Every key is defined in docs/metrics.md."""
+"""Turn the tensors of a step's updates into the numbers of its log line. docs/metrics.md defines every key."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,69 +15,65 @@ from grpo_core import compute_gradient_share, masked_mean
 
 
 class UpdateMetrics:
-    """What the updates of one step were like. Everything stays on the device until `summary`."""
+    """Accumulates the updates of one step. Tensors stay on the device until `summary`."""
 
-    def __init__(self, shown: Sequence[Completion] = (), *, has_sampler: bool = True) -> None:
-        """`shown`: responses of which the values of each token are kept.
+    def __init__(self, logged: Sequence[Completion] = (), *, has_sampler: bool = True) -> None:
+        """Keep the token values of the completions `logged`.
 
-        `has_sampler`: demonstrations were not sampled; there is no other policy to be compared with.
+        Without a sampler (demonstrations), the policy is not compared with one.
         """
-        self._has_sampler, self._shown = has_sampler, tuple(shown)
+        self._has_sampler, self._logged = has_sampler, tuple(logged)
         self.skipped_responses = 0
         self.skipped_updates = 0
         self.trained_tokens = 0
-        self._begun = 0
+        self._n_earlier_micro_batches = 0
         self._micro_batches: list[dict[str, Tensor]] = []
-        self._ratios: list[Tensor] = []
+        self._max_log_ratios: list[Tensor] = []
         self._losses: list[Tensor] = []
         self._grad_norms: list[Tensor] = []
-        self._facts: list[Mapping[str, float]] = []
-        self._watched: list[Mapping[str, Tensor]] = []
-        self._pulls: list[Tensor] = []
+        self._batch_metrics: list[Mapping[str, float]] = []
+        self._correction_parts: list[Mapping[str, Tensor]] = []
+        self._gradient_sums: list[Tensor] = []
         self._is_positive: list[Tensor] = []
         self._lengths: list[Tensor] = []
-        self._of_shown: list[tuple[int, int, dict[str, Tensor]]] = []
+        self._logged_values: list[tuple[int, int, dict[str, Tensor]]] = []
 
     def add_micro_batch(
         self,
         micro: RolloutBatch,
         scored: Mapping[str, Tensor],
         metadata: Mapping[str, Tensor],
-        watched: Mapping[str, Tensor] | None = None,
+        correction: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """A micro-batch that was trained on, with the means over its response tokens."""
-        if watched is not None:
-            self._watched.append(watched)
-        log_probs, name = scored["log_probs"].detach(), "sampler_log_prob_diff"
-        watching = (log_probs - micro.sampler_log_probs).abs()
-        if not self._has_sampler:
-            name, watching = "nll", -log_probs
+        """Record a micro-batch after its backward pass; `metadata` has means over its response tokens."""
+        if correction is not None:
+            self._correction_parts.append(correction)
+        log_probs, entropies = scored["log_probs"].detach(), scored["token_entropy"].detach()
+        means = {**metadata, "entropy": masked_mean(entropies, micro.response_mask)}
+        if self._has_sampler:
+            difference = (log_probs - micro.sampler_log_probs).abs()
+            self._max_log_ratios.append(difference.masked_fill(~micro.response_mask, 0.0).max())
+            means["sampler_log_prob_diff"] = masked_mean(difference, micro.response_mask)
         else:
-            self._ratios.append(watching.masked_fill(~micro.response_mask, 0.0).max())
-        self._micro_batches.append(
-            {
-                **metadata,
-                "entropy": masked_mean(scored["token_entropy"].detach(), micro.response_mask),
-                name: masked_mean(watching, micro.response_mask),
-            }
-        )
-        self._of_shown += [
-            (len(self._losses), place, {"log_probs": log_probs[row], "entropy": scored["token_entropy"][row].detach()})
+            means["nll"] = masked_mean(-log_probs, micro.response_mask)
+        self._micro_batches.append(means)
+        self._logged_values += [
+            (len(self._losses), index, {"log_probs": log_probs[row], "entropy": entropies[row]})
             for row, completion in enumerate(micro.completions)
-            for place, one in enumerate(self._shown)
-            if one is completion
+            for index, logged in enumerate(self._logged)
+            if logged is completion
         ]
         gradients = scored["log_probs"].grad
         if gradients is not None and micro.advantages is not None:
-            self._pulls.append(gradients.abs().sum(dim=1, keepdim=True))
+            self._gradient_sums.append(gradients.abs().sum(dim=1, keepdim=True))
             self._is_positive.append(micro.advantages[:, 0] > 0)
             self._lengths.append(micro.response_mask.sum(dim=1))
 
     def drift(self) -> dict[str, float]:
-        """How far the policy is from the one that sampled, over the micro-batches since the last `add_update`."""
+        """Return distances between the policy and the sampler over the micro-batches since the last `add_update`."""
         means = {}
         for name in ("sampler_log_prob_diff", "approx_kl"):
-            parts = [part for part in self._micro_batches[self._begun :] if name in part]
+            parts = [part for part in self._micro_batches[self._n_earlier_micro_batches :] if name in part]
             sums = torch.zeros(2, dtype=torch.float64)
             if parts:
                 tokens = torch.stack([part["response_tokens"] for part in parts]).double()
@@ -86,26 +82,27 @@ class UpdateMetrics:
             summed, count = distributed.all_reduce_sum_(sums).tolist()
             if count:
                 means[name] = summed / count
-        largest: list[float] = torch.stack(self._ratios).tolist() if self._ratios else []  # the host waits once
-        self._ratios = []
-        of_ranks = [value for values in distributed.gather(largest) for value in values]
-        if of_ranks:
-            means["max_log_ratio"] = math.nan if any(map(math.isnan, of_ranks)) else max(of_ranks)
+        largest: list[float] = (
+            torch.stack(self._max_log_ratios).tolist() if self._max_log_ratios else []
+        )  # one wait for the device
+        self._max_log_ratios = []
+        all_ranks = [value for values in distributed.gather(largest) for value in values]
+        if all_ranks:
+            means["max_log_ratio"] = math.nan if any(map(math.isnan, all_ranks)) else max(all_ranks)
         return means
 
-    def add_update(self, loss: Tensor, grad_norm: Tensor, facts: Mapping[str, float], *, made: bool = True) -> None:
-        """An optimizer step; or one that was not made."""
-        self._begun = len(self._micro_batches)
+    def add_update(
+        self, loss: Tensor, grad_norm: Tensor, batch_metrics: Mapping[str, float], *, made: bool = True
+    ) -> None:
+        """Record an optimizer step (`made=False` if it was skipped)."""
+        self._n_earlier_micro_batches = len(self._micro_batches)
         self.skipped_updates += not made
         self._losses.append(loss)
         self._grad_norms.append(grad_norm)
-        self._facts.append(facts)
+        self._batch_metrics.append(batch_metrics)
 
     def summary(self) -> dict[str, float]:
-        """Host numbers: of optimizer steps their mean, of micro-batches the mean over all their response tokens.
-
-        Micro-batches are those of all ranks.
-        """
+        """Return means over optimizer steps, and over the response tokens of the micro-batches of all ranks."""
         if self._losses:
             self._gather()
         counts = {
@@ -116,39 +113,64 @@ class UpdateMetrics:
         }
         if not self._losses:
             return counts
-        numbers = {"loss": torch.stack(self._losses).mean(), "grad_norm": torch.stack(self._grad_norms).mean()}
-        if self._micro_batches:
-            tokens = torch.stack([part["response_tokens"] for part in self._micro_batches])
-            for key in self._micro_batches[0].keys() - {"response_tokens"}:
-                values = torch.stack([part[key] for part in self._micro_batches])
-                numbers[key] = torch.where(tokens > 0, values * tokens, 0.0).sum() / tokens.sum().clamp(min=1)
-        if self._pulls:
-            pulls, lengths = torch.cat(self._pulls), torch.cat(self._lengths)
-            numbers["gradient_share_positive"] = compute_gradient_share(pulls, torch.cat(self._is_positive))
-            numbers["gradient_share_long"] = compute_gradient_share(pulls, lengths > lengths.float().median())
-        host = torch.stack([value.float() for value in numbers.values()]).tolist()
-        facts = {name: sum(one[name] for one in self._facts) / len(self._facts) for name in self._facts[0]}
-        if self._watched:
-            facts |= describe_correction(self._watched)
-        return dict(sorted((facts | dict(zip(numbers, host, strict=True))).items())) | counts
+        means = self._update_means() | self._token_means() | self._gradient_shares()
+        numbers = torch.stack([value.float() for value in means.values()]).tolist()  # one wait for the device
+        correction = describe_correction(self._correction_parts) if self._correction_parts else {}
+        metrics = self._batch_metric_means() | correction | dict(zip(means, numbers, strict=True))
+        return dict(sorted(metrics.items())) | counts
+
+    def _update_means(self) -> dict[str, Tensor]:
+        return {"loss": torch.stack(self._losses).mean(), "grad_norm": torch.stack(self._grad_norms).mean()}
+
+    def _batch_metric_means(self) -> dict[str, float]:
+        names, n_updates = self._batch_metrics[0], len(self._batch_metrics)
+        return {name: sum(metrics[name] for metrics in self._batch_metrics) / n_updates for name in names}
+
+    def _token_means(self) -> dict[str, Tensor]:
+        """Return means over the response tokens of all micro-batches."""
+        if not self._micro_batches:
+            return {}
+        tokens = torch.stack([part["response_tokens"] for part in self._micro_batches])
+        means = {}
+        for name in self._micro_batches[0].keys() - {"response_tokens"}:
+            values = torch.stack([part[name] for part in self._micro_batches])
+            means[name] = torch.where(tokens > 0, values * tokens, 0.0).sum() / tokens.sum().clamp(min=1)
+        return means
+
+    def _gradient_shares(self) -> dict[str, Tensor]:
+        """Return the shares of the gradient from positive advantages and from long responses."""
+        if not self._gradient_sums:
+            return {}
+        sums, lengths = torch.cat(self._gradient_sums), torch.cat(self._lengths)
+        return {
+            "gradient_share_positive": compute_gradient_share(sums, torch.cat(self._is_positive)),
+            "gradient_share_long": compute_gradient_share(sums, lengths > lengths.float().median()),
+        }
 
     def logged_token_values(self) -> list[dict[str, list[float]]]:
-        """After `summary`: each token's values in the first pass over a response; none where there was no pass."""
-        first: dict[int, dict[str, Tensor]] = {}
-        for _, place, values in sorted(self._of_shown, key=lambda one: one[:2]):
-            first.setdefault(place, values)
+        """Return the token values of the first pass over each logged response, after `summary`; {} without a pass."""
+        first_pass: dict[int, dict[str, Tensor]] = {}
+        for _, index, values in sorted(self._logged_values, key=lambda entry: entry[:2]):
+            first_pass.setdefault(index, values)
         return [
-            {name: values[: len(one.token_ids)].tolist() for name, values in first.get(place, {}).items()}
-            for place, one in enumerate(self._shown)
+            {name: values[: len(completion.token_ids)].tolist() for name, values in first_pass.get(index, {}).items()}
+            for index, completion in enumerate(self._logged)
         ]
 
     def _gather(self) -> None:
-        """What each rank has seen of its own micro-batches, on all of them."""
+        """Gather the records of all ranks on each of them."""
         if distributed.size() == 1:
             return
-        names = ("_micro_batches", "_watched", "_pulls", "_is_positive", "_lengths", "_of_shown")
+        names = (
+            "_micro_batches",
+            "_correction_parts",
+            "_gradient_sums",
+            "_is_positive",
+            "_lengths",
+            "_logged_values",
+        )
         parts = distributed.gather({name: tree_map_only(Tensor, Tensor.cpu, getattr(self, name)) for name in names})
         device = self._losses[0].device
         for name in names:
-            whole = [value for part in parts for value in part[name]]
-            setattr(self, name, tree_map_only(Tensor, lambda value: value.to(device), whole))
+            gathered = [value for part in parts for value in part[name]]
+            setattr(self, name, tree_map_only(Tensor, lambda value: value.to(device), gathered))

@@ -1,11 +1,15 @@
-"""The rollouts of one step: sampled, graded, and where asked sampled again for groups that teach nothing."""
+"""Sample and grade the rollouts of a step."""
 
 import math
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from types import TracebackType
+from typing import Any
+
+from torch import Tensor
 
 from drivers.common import distributed
 from drivers.common.errors import EngineDiedError, TrainingAbortedError
@@ -20,189 +24,287 @@ from drivers.settings.objectives import ADVANTAGES
 from drivers.tasks.questions import Question
 from drivers.training.advantages import shape_rewards
 from drivers.training.batch import Scores, StepRollouts
+from drivers.training.components import Components
 from drivers.training.run import Run
 from drivers.training.state import TrainingState
+from drivers.training.step_timer import StepTimer
 from grpo_core import describe_rewards, describe_silent_groups, find_signal_groups, read_rewards
 
 
+@dataclass(frozen=True)
+class Group:
+    """The G responses to one question, with their verdicts."""
+
+    question: Question
+    completions: list[Completion]
+    verdicts: list[Graded]
+
+
+@dataclass(frozen=True)
+class SampledGroups:
+    """Groups that were sampled for one step."""
+
+    kept: list[Group]
+    """Groups to train on, at most P."""
+    sampled: list[Group]
+    """All groups, in the order in which they were sampled."""
+    n_refills: int
+    n_missing: int
+
+    @property
+    def all_completions(self) -> list[Completion]:
+        """Return the completions of all groups, kept or not."""
+        return [completion for group in self.sampled for completion in group.completions]
+
+    @property
+    def all_verdicts(self) -> list[Graded]:
+        """Return the verdicts of all groups, kept or not."""
+        return [verdict for group in self.sampled for verdict in group.verdicts]
+
+
+def collect(
+    config: GrpoConfig, components: Components, draw: random.Random, run: Run, step: int, timer: StepTimer
+) -> StepRollouts:
+    """Sample, grade and summarize the rollouts of one step."""
+    groups = sample_groups(config, components, draw, step, timer)
+    if groups.n_missing:
+        run.warn(
+            f"step {step}: {groups.n_missing} of {config.n_prompts_per_rollout_batch} groups are missing after "
+            f"{groups.n_refills} refills, because all other groups have zero signal. Use easier or harder questions, "
+            "or raise --max-refills"
+        )
+    with timer.phase("rollout"):
+        greedy = sample_greedy(config, components.engine, groups.kept, sampling_seed(config, step))
+        components.engine.sleep()
+    with timer.phase("reward"):
+        completions = [completion for group in groups.kept for completion in group.completions]
+        scores: Scores = [verdict.scores for group in groups.kept for verdict in group.verdicts]
+        raw_rewards = shape_rewards(config, completions, scores)
+        greedy_rewards = grade_greedy(config, components.grade, groups.kept, greedy)
+        metrics = rollout_metrics(config, step, groups, greedy, raw_rewards, greedy_rewards)
+    rows = logged_rows(groups.kept, config.n_logged_completions, run.tokenizer)
+    return StepRollouts(completions, scores, raw_rewards, greedy_rewards, metrics, rows)
+
+
+def sample_groups(
+    config: GrpoConfig, components: Components, draw: random.Random, step: int, timer: StepTimer
+) -> SampledGroups:
+    """Sample a group for each of P questions; with `--max-refills`, replace zero-signal groups in further rounds.
+
+    If no group has signal, keep the groups of the last round rather than an empty batch.
+    """
+    n_wanted = config.n_prompts_per_rollout_batch
+    candidates = train_set = curriculum_subset(config, components.train_set, step)
+    kept: list[Group] = []
+    sampled: list[Group] = []
+    for refill in range(config.max_refills + 1):
+        questions = draw.sample(candidates, min(n_wanted, len(candidates)))
+        groups = sample_round(config, components, questions, step, refill, timer)
+        sampled += groups
+        kept += select_signal_groups(groups, config.group_size) if config.max_refills else groups
+        # No question twice in one step. A question without signal may be drawn again, with other random seeds.
+        kept_ids = {id(group.question) for group in kept}
+        candidates = [question for question in train_set if id(question) not in kept_ids]
+        if len(kept) >= n_wanted or not candidates:
+            break
+    return SampledGroups(kept[:n_wanted] or groups, sampled, refill, max(0, n_wanted - len(kept)))
+
+
+def sample_round(
+    config: GrpoConfig,
+    components: Components,
+    questions: Sequence[Question],
+    step: int,
+    refill: int,
+    timer: StepTimer,
+) -> list[Group]:
+    """Sample and grade G responses to each question."""
+    size = config.group_size
+    with timer.phase("rollout"):
+        prompts = [question.prompt_token_ids for question in questions]
+        completions = components.engine.generate(prompts, config.sampling, seed=sampling_seed(config, step, refill))
+    with timer.phase("reward"):
+        repeated = [question for question in questions for _ in range(size)]
+        verdicts = grade_completions(components.grade, completions, repeated)
+        try:
+            read_rewards([verdict.scores for verdict in verdicts])
+        except ValueError as error:
+            raise TrainingAbortedError(f"step {step}: {error}") from error
+    return [
+        Group(question, completions[start : start + size], verdicts[start : start + size])
+        for question, start in zip(questions, range(0, len(completions), size), strict=True)
+    ]
+
+
+def select_signal_groups(groups: Sequence[Group], size: int) -> list[Group]:
+    """Return the groups in which not all rewards are equal."""
+    rewards = read_rewards([verdict.scores for group in groups for verdict in group.verdicts])
+    has_signal = find_signal_groups(rewards, size).tolist()
+    return [group for group, is_kept in zip(groups, has_signal, strict=True) if is_kept]
+
+
+def sampling_seed(config: GrpoConfig, step: int, refill: int = 0) -> int:
+    """Return the first random seed of a sampling round; each response of a run uses another seed."""
+    n_rounds = step * (1 + config.max_refills) + refill
+    return ((config.seed << 32) + n_rounds * config.rollout_batch_size) % 2**62
+
+
+def grade_completions(grade: Grader, completions: Sequence[Completion], questions: Sequence[Question]) -> list[Graded]:
+    """Grade each completion against the question at the same place."""
+    texts = [completion.text for completion in completions]
+    answers = [question.answer for question in questions]
+    return grade_all(grade, texts, answers, [question.example.question for question in questions])
+
+
+def sample_greedy(
+    config: GrpoConfig, engine: RolloutEngine, groups: Sequence[Group], seed: int
+) -> list[Completion] | None:
+    """Sample one greedy response per group if the advantage compares with it (ReMax)."""
+    if not ADVANTAGES[config.advantage].uses_greedy_response:
+        return None
+    prompts = [group.question.prompt_token_ids for group in groups]
+    return engine.generate(prompts, config.sampling.greedy(), seed=seed)
+
+
+def grade_greedy(
+    config: GrpoConfig, grade: Grader, groups: Sequence[Group], greedy: Sequence[Completion] | None
+) -> Tensor | None:
+    """Return the rewards of the greedy responses."""
+    if greedy is None:
+        return None
+    verdicts = grade_completions(grade, greedy, [group.question for group in groups])
+    return shape_rewards(config, greedy, [verdict.scores for verdict in verdicts])
+
+
+def rollout_metrics(
+    config: GrpoConfig,
+    step: int,
+    groups: SampledGroups,
+    greedy: Sequence[Completion] | None,
+    raw_rewards: Tensor,
+    greedy_rewards: Tensor | None,
+) -> dict[str, float]:
+    """Return the metrics of a step's rollouts; docs/metrics.md defines them."""
+    completions, verdicts = groups.all_completions, groups.all_verdicts
+    scores: Scores = [verdict.scores for verdict in verdicts]
+    metrics = {
+        **drop_nan(describe_rewards(scores, config.group_size)),
+        **describe_grades(verdicts),
+        **describe_silent_groups(read_rewards(scores), config.group_size),
+        **describe_completions(completions),
+        "sampled_tokens": float(sum(len(completion.token_ids) for completion in (*completions, *(greedy or ())))),
+    }
+    versions = [completion.weight_version for group in groups.kept for completion in group.completions]
+    known_versions = [version for version in versions if version is not None]
+    if known_versions:
+        metrics["staleness"] = step - 1 - sum(known_versions) / len(known_versions)
+    if config.max_refills:
+        metrics |= {"refills": float(groups.n_refills), "missing_groups": float(groups.n_missing)}
+    if config.length_penalty != "none":
+        metrics |= drop_nan({"shaped_reward": raw_rewards.nanmean().item()})
+    if greedy_rewards is not None:
+        metrics |= drop_nan({"greedy_reward": greedy_rewards.nanmean().item()})
+    return metrics
+
+
+def logged_rows(groups: Sequence[Group], n_rows: int, tokenizer: Any) -> list[dict[str, Any]]:
+    """Return the first responses as rows of completions.jsonl."""
+    samples = (
+        (group.question, completion, verdict)
+        for group in groups
+        for completion, verdict in zip(group.completions, group.verdicts, strict=True)
+    )
+    return [
+        describe_sample(question, completion, verdict) | describe_tokens(completion, tokenizer)
+        for question, completion, verdict in islice(samples, n_rows)
+    ]
+
+
+def curriculum_subset(config: RolloutSettings, train_set: Sequence[Question], step: int) -> Sequence[Question]:
+    """Return the questions that a step draws from: with `--curriculum-steps`, the easiest first and more each step.
+
+    The subset depends only on the step, so a resumed run draws the same questions.
+    """
+    if step >= config.curriculum_steps:
+        return train_set
+    n_questions = math.ceil(len(train_set) * step / config.curriculum_steps)
+    return train_set[: max(n_questions, config.n_prompts_per_rollout_batch)]
+
+
+def drop_nan(metrics: dict[str, float]) -> dict[str, float]:
+    """Drop means over nothing, which occur if no response was scored."""
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}
+
+
+@dataclass(frozen=True)
+class _Prefetch:
+    """Rollouts that a background thread is sampling."""
+
+    step: int
+    timer: StepTimer
+    future: Future[StepRollouts]
+    draw_state: tuple[Any, ...]
+    """State of the question generator before, for sampling again."""
+
+
 class RolloutPrefetcher:
-    """The batches of a run. With `async_steps`, that of the next step is sampled while this one is trained on."""
+    """Rollouts of a run's steps. With `--async-steps 1`, those of the next step are sampled during the update."""
 
     def __init__(
         self,
-        collect_step: Callable[[Run, int], StepRollouts],
+        collect_step: Callable[[int, StepTimer], StepRollouts],
+        engine: RolloutEngine,
         state: TrainingState,
         run: Run,
-        async_steps: int,
-        engine: RolloutEngine,
     ) -> None:
-        self._collect, self._state, self._run, self._engine = collect_step, state, run, engine
-        ahead = async_steps and distributed.is_rank_zero()
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="rollouts") if ahead else None
-        self._ahead: tuple[int, Run, Future[StepRollouts]] | None = None
+        """Collect a step's rollouts with `collect_step`, which puts the engine to sleep at its end."""
+        self._collect, self._engine, self._state, self._run = collect_step, engine, state, run
+        is_async = run.config.async_steps and distributed.is_rank_zero()
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="rollouts") if is_async else None
+        self._prefetch: _Prefetch | None = None
 
     def __enter__(self) -> "RolloutPrefetcher":
         return self
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
-        """Whatever is being sampled is sampled to its end; where the run has failed, what it made is saved first.
+        """Wait for the background thread, except after an error: then the run saves a checkpoint first.
 
-        The engine's `close` waits for what is being sampled.
+        The engine's `close` waits for the thread in that case.
         """
         if self._worker is not None:
             self._worker.shutdown(wait=error is None, cancel_futures=True)
 
-    def of(self, step: int) -> StepRollouts:
-        """The batch of this step: what was begun for it, or else sampled now. The same on all ranks."""
-        return run_with_engine(self._engine, lambda: self._of(step))
+    def get(self, step: int) -> StepRollouts:
+        """Return the step's rollouts on all ranks: prefetched, from the checkpoint, or sampled now."""
+        return run_with_engine(self._engine, lambda: self._get(step))
 
-    def _of(self, step: int) -> StepRollouts:
-        pending, self._state.pending = self._state.pending, None
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None:
-            pending = ahead[2].result()
-            self._run.add_times(ahead[1])
-        if pending is None:
-            return self._collect(self._run, step)
-        self._engine.sleep()  # a batch that was not sampled now did not end with it
-        return pending
+    def _get(self, step: int) -> StepRollouts:
+        rollouts, self._state.pending = self._state.pending, None
+        prefetch, self._prefetch = self._prefetch, None
+        if prefetch is not None:
+            rollouts = prefetch.future.result()
+            self._run.timer.add(prefetch.timer)
+        if rollouts is None:
+            return self._collect(step, self._run.timer)
+        self._engine.sleep()
+        return rollouts
 
-    def begin(self, step: int) -> None:
-        """Sample the batch of this step in the background, from the weights that the engine has now."""
+    def prefetch(self, step: int) -> None:
+        """Start to sample the step's rollouts in the background, from the engine's current weights."""
         if self._worker is not None and step <= self._run.config.n_grpo_steps:
-            twin = self._run.in_background()
-            self._drawn = self._state.draw.getstate()
-            self._ahead = step, twin, self._worker.submit(self._collect, twin, step)
+            timer, draw_state = self._run.timer.in_background(), self._state.draw.getstate()
+            self._prefetch = _Prefetch(step, timer, self._worker.submit(self._collect, step, timer), draw_state)
 
-    def wait(self) -> None:
-        """Until nothing is being sampled: only then may the engine be given other weights, and the state be marked.
+    def drain(self) -> None:
+        """Wait until nothing is being sampled, so that weights can be pushed and the state saved.
 
-        What an engine that died was sampling is sampled again when its step begins, on the same questions.
+        If the engine died, the same questions are sampled again when their step begins.
         """
-        if self._ahead is not None:
-            with self._run.phase("wait"):
+        if self._prefetch is not None:
+            with self._run.timer.phase("wait"):
                 try:
-                    self._state.pending = self._ahead[2].result()
+                    self._state.pending = self._prefetch.future.result()
                 except EngineDiedError as error:
-                    self._run.warn(f"{error}: the rollouts of step {self._ahead[0]} are sampled when it begins")
-                    self._state.draw.setstate(self._drawn)
-                    self._ahead = None
-
-
-def collect(
-    config: GrpoConfig,
-    engine: RolloutEngine,
-    grade: Grader,
-    train_set: Sequence[Question],
-    draw: random.Random,
-    run: Run,
-    step: int,
-) -> StepRollouts:
-    """Whole groups; with `max_refills`, only groups with signal, as far as that many further rounds find them."""
-    sampled: list[Completion] = []
-    graded: list[Graded] = []
-    kept: list[tuple[Question, list[Completion], list[Graded]]] = []
-    wanted, size, refill = config.n_prompts_per_rollout_batch, config.group_size, 0
-    open_questions = train_set = curriculum_subset(config, train_set, step)
-    while True:
-        with run.phase("rollout"):
-            questions = draw.sample(open_questions, min(wanted, len(open_questions)))
-            completions = engine.generate(
-                [question.prompt_token_ids for question in questions],
-                config.sampling,
-                seed=run.sampling_seed(step, refill),
-            )
-        with run.phase("reward"):
-            asked = [question for question in questions for _ in range(size)]
-            verdicts = _graded(grade, completions, asked)
-            signal = [True] * len(questions)
-            try:
-                rewards = read_rewards([verdict.scores for verdict in verdicts])
-            except ValueError as error:
-                raise TrainingAbortedError(f"step {step}: {error}") from error
-            if config.max_refills:
-                signal = find_signal_groups(rewards, size).tolist()
-        sampled += completions
-        graded += verdicts
-        groups = [
-            (question, completions[k * size : (k + 1) * size], verdicts[k * size : (k + 1) * size])
-            for k, question in enumerate(questions)
-        ]
-        kept += [group for group, teaches in zip(groups, signal, strict=True) if teaches]
-        # No question twice in one step; a silent one may be asked again, with other noise.
-        taken = {id(question) for question, _, _ in kept}
-        open_questions = [question for question in train_set if id(question) not in taken]
-        if len(kept) >= wanted or refill == config.max_refills or not open_questions:
-            break
-        refill += 1
-    missing = max(0, wanted - len(kept))
-    if missing:
-        run.warn(
-            f"step {step}: {missing} of {wanted} groups are missing after {refill} refills, all others are silent; it "
-            "trains on what there is. Easier or harder questions, or a higher --max-refills, would fill it"
-        )
-    kept = kept[:wanted] or groups  # nothing teaches: a step of silent groups, and not of nothing
-    with run.phase("rollout"):
-        greedy = _greedy_responses(config, engine, [question for question, _, _ in kept], run.sampling_seed(step))
-        engine.sleep()
-    with run.phase("reward"):
-        trained = [completion for _, part, _ in kept for completion in part]
-        trained_scores = [verdict.scores for _, _, part in kept for verdict in part]
-        raw_rewards = shape_rewards(config, trained, trained_scores)
-        greedy_rewards = None
-        if greedy is not None:
-            greedy_verdicts = _graded(grade, greedy, [question for question, _, _ in kept])
-            greedy_rewards = shape_rewards(config, greedy, [verdict.scores for verdict in greedy_verdicts])
-        everything: Scores = [verdict.scores for verdict in graded]
-        facts = {
-            **drop_nan(describe_rewards(everything, size)),
-            **describe_grades(graded),
-            **describe_silent_groups(read_rewards(everything), size),
-            **describe_completions(sampled),
-            "sampled_tokens": float(sum(len(completion.token_ids) for completion in (*sampled, *(greedy or ())))),
-        }
-        versions = [completion.weight_version for completion in trained if completion.weight_version is not None]
-        if versions:
-            facts["staleness"] = step - 1 - sum(versions) / len(versions)
-        if config.max_refills:
-            facts |= {"refills": float(refill), "missing_groups": float(missing)}
-        if config.length_penalty != "none":
-            facts |= drop_nan({"shaped_reward": raw_rewards.nanmean().item()})
-        if greedy_rewards is not None:
-            facts |= drop_nan({"greedy_reward": greedy_rewards.nanmean().item()})
-    samples = ((question, *one) for question, *parts in kept for one in zip(*parts, strict=True))
-    shown = [
-        describe_sample(*sample) | describe_tokens(sample[1], run.tokenizer)
-        for sample in islice(samples, config.n_logged_completions)
-    ]
-    return StepRollouts(trained, trained_scores, raw_rewards, greedy_rewards, facts, shown)
-
-
-def _graded(grade: Grader, completions: Sequence[Completion], asked: Sequence[Question]) -> list[Graded]:
-    texts = [completion.text for completion in completions]
-    return grade_all(grade, texts, [one.answer for one in asked], [one.example.question for one in asked])
-
-
-def curriculum_subset(config: RolloutSettings, train_set: Sequence[Question], step: int) -> Sequence[Question]:
-    """What this step draws from: with `curriculum_steps`, of a set in order of difficulty, a growing first part.
-
-    It follows from the step alone, so a run that is gone on with draws as it would have.
-    """
-    if step >= config.curriculum_steps:
-        return train_set
-    share = math.ceil(len(train_set) * step / config.curriculum_steps)
-    return train_set[: max(share, config.n_prompts_per_rollout_batch)]
-
-
-def drop_nan(facts: dict[str, float]) -> dict[str, float]:
-    """Without the means of nothing, where nothing was scored."""
-    return {name: value for name, value in facts.items() if not math.isnan(value)}
-
-
-def _greedy_responses(
-    config: GrpoConfig, engine: RolloutEngine, questions: Sequence[Question], seed: int
-) -> list[Completion] | None:
-    if not ADVANTAGES[config.advantage].uses_greedy_response:
-        return None
-    prompts = [question.prompt_token_ids for question in questions]
-    return engine.generate(prompts, config.sampling.greedy(), seed=seed)
+                    self._run.warn(f"{error}: the rollouts of step {self._prefetch.step} are sampled when it begins")
+                    self._state.draw.setstate(self._prefetch.draw_state)
+                    self._prefetch = None

@@ -1,7 +1,7 @@
-"""Does the engine sample from the policy's weights? Asked at start-up and after the first update."""
+"""Check that the engine samples from the policy's weights, at start-up and after the first update."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -12,27 +12,37 @@ from drivers.engines.protocol import RolloutEngine
 from drivers.engines.rank_zero import run_with_engine
 from drivers.policy import fsdp
 from drivers.policy.weights import PolicyWeights, check_arrived
+from drivers.settings.grpo import GrpoConfig
 from drivers.settings.sampling import Sampling
 from drivers.training.batch import make_rollout_batch
 from drivers.training.scoring import score
 
 DEFAULT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.08}
-"""Largest mean |difference| in nats. Measured: 6e-6 in float32; 0.02-0.05 in bfloat16, where kernels round apart."""
+"""Largest mean difference in nats. Measured: 6e-6 in float32, 0.02-0.05 in bfloat16 (other rounding)."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """|log-prob of the engine - log-prob of the policy| over the sampled tokens, in nats."""
+    """Absolute differences of the log-probs of engine and policy over the sampled tokens, in nats."""
 
     mean: float
     largest: float
     n_tokens: int
     n_weights: int = 0
-    """Tensors that arrived with the policy's checksums, in each worker; 0 where none travel."""
+    """Tensors that reached each worker with the policy's checksum; 0 if none are transferred."""
 
     def __str__(self) -> str:
-        arrived = f"; {self.n_weights} tensors arrived whole" if self.n_weights else ""
+        arrived = f"; {self.n_weights} tensors arrived intact" if self.n_weights else ""
         return f"mean |difference| {self.mean:.2g}, max {self.largest:.2g} nats over {self.n_tokens} tokens{arrived}"
+
+
+def self_check_sampling(config: GrpoConfig) -> Sampling:
+    """Return the sampling of the self-check: about 64 compared tokens per response, and no top-p.
+
+    With top-p the sampler's log-probs belong to another distribution, even if the weights agree.
+    """
+    max_tokens = min(config.sampling_max_tokens, config.sampling_min_tokens + 64)
+    return replace(config.sampling, n=min(8, config.group_size), max_tokens=max_tokens, top_p=1.0)
 
 
 @torch.no_grad()
@@ -46,41 +56,41 @@ def check_engine(
     tolerance: float,
     seed: int,
 ) -> Agreement:
-    """Compare both sides on the engine's own samples; beyond `tolerance`, or from another push than `version`, stop.
+    """Compare both sides' log-probs of the engine's samples; raise a TrainingAbortedError beyond `tolerance`.
 
-    The first `min_tokens` tokens of a response are left out: there only the sampler hides the end token.
+    The first `min_tokens` tokens of a response are not compared: only the sampler hides the end token there. The
+    samples must come from weight version `version`.
     """
     n_weights = check_weights(engine, policy, version)
     completions = run_with_engine(engine, lambda: engine.generate(prompts, sampling, seed=seed))
     rollouts = make_rollout_batch(completions, torch.zeros(len(completions))).to(next(policy.parameters()).device)
-    compared = rollouts.response_mask.clone()
-    compared[:, : sampling.min_tokens] = False
-    difference = (score(policy, rollouts, sampling.temperature)["log_probs"] - rollouts.sampler_log_probs).abs()[
-        compared
-    ]
+    is_compared = rollouts.response_mask.clone()
+    is_compared[:, : sampling.min_tokens] = False
+    log_probs = score(policy, rollouts, sampling.temperature)["log_probs"]
+    difference = (log_probs - rollouts.sampler_log_probs).abs()[is_compared]
     if difference.numel() == 0:
         raise TrainingAbortedError(
-            f"self-check: no token to compare, for every response is at most min_tokens={sampling.min_tokens} long: "
-            "lower --sampling-min-tokens"
+            f"self-check: no token to compare, because no response is longer than --sampling-min-tokens "
+            f"{sampling.min_tokens}; lower it"
         )
     agreement = Agreement(difference.mean().item(), difference.max().item(), difference.numel(), n_weights)
     versions = {completion.weight_version for completion in completions} - {None}
     if versions - {version}:
         raise TrainingAbortedError(
-            f"self-check: the engine samples from the weights of push {sorted(map(str, versions))}, the policy is at "
-            f"{version}: a weight push did not arrive ({agreement})"
+            f"self-check: the engine has weight version {', '.join(sorted(map(str, versions)))}, expected {version}: "
+            f"a weight push did not arrive ({agreement})"
         )
     if not agreement.mean <= tolerance:
         raise TrainingAbortedError(
-            f"self-check: engine and policy disagree on the log-probs of the engine's own samples: {agreement}; "
-            f"{tolerance} is allowed. Either the weights did not arrive, or the two compute differently: compare with "
-            "--dtype float32, and raise --self-check-tolerance only if you know why they differ"
+            f"self-check: engine and policy disagree on the log-probs of the engine's samples: {agreement}; "
+            f"{tolerance} mean allowed. Either the weights did not arrive, or the two compute differently. Compare "
+            "with --dtype float32; raise --self-check-tolerance only if you know why they differ"
         )
     return agreement
 
 
 def check_weights(engine: RolloutEngine, policy: nn.Module, version: int) -> int:
-    """How many tensors each worker of the engine received; an error if any is not the policy's, bit for bit."""
+    """Return how many tensors each worker received; raise a TrainingAbortedError unless they equal the policy's."""
     received = run_with_engine(engine, engine.received)
     if not received:
         return 0

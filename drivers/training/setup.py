@@ -1,10 +1,11 @@
-"""Build the components of a run."""
+"""Build the components of a run from its settings."""
 
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from drivers.engines.options import EngineOptions
 from drivers.engines.protocol import RolloutEngine
 from drivers.engines.rank_zero import EngineOnRankZero
 from drivers.grading.loading import BUILT_IN
-from drivers.grading.pool import GradingPool, start_grading
+from drivers.grading.pool import start_grading
 from drivers.grading.verdicts import Grader, make_inline_grader
 from drivers.policy import fsdp
 from drivers.policy.devices import choose_devices, choose_dtype
@@ -27,44 +28,26 @@ from drivers.policy.lora import add_lora
 from drivers.policy.optimizer import training_state_bytes
 from drivers.policy.weight_gatherer import WeightGatherer
 from drivers.runs.checkpoint import precision_of, read_facts
-from drivers.runs.folder import abandon_run_folder, release_run_lock
+from drivers.runs.folder import abandon_run_folder
+from drivers.runs.lock import release_run_lock
 from drivers.runs.resume import RUN_MARKER, open_run_folder
 from drivers.settings.groups import EngineSettings, PromptSettings, TrainingSettings
 from drivers.settings.grpo import GrpoConfig
 from drivers.settings.reward_spec import check_file
 from drivers.tasks.questions import Prompt, Question, easiest_first, load_examples, load_prompt, make_questions
-from drivers.training.memory import configure_memory, weight_bytes
+from drivers.training.components import Components
+from drivers.training.memory import MemoryPlan, configure_memory, weight_bytes
 from drivers.training.run import Run
 from drivers.training.state import fingerprint, validate_resume
 
 
-class Components(NamedTuple):
-    """What `train` is given beside its settings."""
-
-    policy: nn.Module
-    engine: RolloutEngine
-    grade: Grader
-    train_set: Sequence[Question]
-    val_set: Sequence[Question]
-    reference: nn.Module | None = None
-    """What a divergence is taken from: the model as it was before training, frozen."""
-
-    def close(self) -> None:
-        """End the processes that sample and grade."""
-        try:
-            self.engine.close()
-        finally:
-            if isinstance(self.grade, GradingPool):
-                self.grade.close()
-
-
 def setup_grpo_run(config: GrpoConfig, display: Display) -> tuple[Run, Components]:
-    """Everything that the settings name."""
+    """Build the run and the components of train.py."""
     examples = load_examples("--data-path", config.data_path)
     if len(examples) < config.n_prompts_per_rollout_batch:
         raise UsageError(
-            f"--data-path {config.data_path}: holds {len(examples)} questions, and a step asks "
-            f"{config.n_prompts_per_rollout_batch} different ones (rollout_batch_size / group_size): "
+            f"--data-path {config.data_path}: has {len(examples)} questions, but a step needs "
+            f"{config.n_prompts_per_rollout_batch} different ones (rollout_batch_size / group_size); "
             "lower --rollout-batch-size or raise --group-size"
         )
     if config.curriculum_steps:
@@ -73,7 +56,7 @@ def setup_grpo_run(config: GrpoConfig, display: Display) -> tuple[Run, Component
 
 
 def prompt_of(config: PromptSettings) -> Prompt:
-    """How the settings put a question."""
+    """Return the prompt that the settings put around a question."""
     return load_prompt(config.prompt_path, config.chat_template, config.system_prompt_path)
 
 
@@ -83,9 +66,10 @@ def setup_run(
     make_train_set: Callable[..., Sequence[Question]],
     settings: TrainingSettings | None = None,
 ) -> tuple[Run, Components]:
-    """The parts. Cheap checks first: a bad file stops the run before a model is loaded.
+    """Build the run and its components. Cheap checks come first: a bad file is reported before a model is loaded.
 
-    `make_train_set`: what `make_questions` is once it has its examples. `settings`: the program's own.
+    `make_train_set` is called like `make_questions`, without its examples and prompt. `settings` are those of the
+    program; default: `config`.
     """
     val_examples = load_examples("--val-data-path", config.val_data_path)[: config.n_val_examples]
     check_file(config.reward)
@@ -94,25 +78,30 @@ def setup_run(
     assert config.model_path is not None  # the command line refuses that
     model_path = distributed.run_on_rank_zero(partial(resolve_model, config.model_path))
     tokenizer = load_tokenizer(model_path, for_chat=config.chat_template)
-    context = context_length(model_path)
     train_set, val_set = (
-        make(tokenizer, max_new_tokens=config.sampling_max_tokens, context=context)
+        make(tokenizer, max_new_tokens=config.sampling_max_tokens, context=context_length(model_path))
         for make in (make_train_set, partial(make_questions, val_examples, prompt))
     )
-    with ExitStack() as unless_prepared:
-        grade: Grader = make_inline_grader(BUILT_IN["r1_zero"])  # of other ranks, which are never asked
+    with ExitStack() as on_failure:
+        grade: Grader = make_inline_grader(BUILT_IN["r1_zero"])  # a placeholder: only rank 0 grades
         if distributed.is_rank_zero():
-            grade = unless_prepared.enter_context(start_grading(config, lambda text: display.say(f"warning: {text}")))
+            grade = on_failure.enter_context(start_grading(config, lambda text: display.say(f"warning: {text}")))
         folder, checkpoint = distributed.run_on_rank_zero(partial(open_run_folder, config, display.say))
         data = fingerprint(train_set)
         try:
             if checkpoint is not None:
                 validate_resume(config, read_facts(checkpoint), data)
-            # In a prompt and a response of sampling_max_tokens there is room for each demonstration too.
+            # A prompt with a response of sampling_max_tokens is at least as long as any demonstration.
             longest = max(question.n_tokens(config.sampling_max_tokens) for question in (*train_set, *val_set))
-            longest -= config.sampling_max_tokens
-            before = None if checkpoint is None else precision_of(checkpoint)
-            policy, reference, engine = load_models(config, display, model_path, tokenizer, devices, longest, before)
+            models = load_models(
+                config,
+                display,
+                model_path,
+                tokenizer,
+                devices,
+                longest_prompt=longest - config.sampling_max_tokens,
+                checkpoint_dtype=None if checkpoint is None else precision_of(checkpoint),
+            )
         except BaseException:
             if distributed.is_rank_zero() and checkpoint is None:
                 abandon_run_folder(folder, RUN_MARKER)
@@ -120,10 +109,19 @@ def setup_run(
             raise
         display.say(f"{len(train_set)} training and {len(val_set)} held-out questions; run folder {folder}/")
         run = Run(config, folder, tokenizer, display, checkpoint, settings, data)
-        unless_prepared.pop_all()
+        on_failure.pop_all()
     for warning in config.warnings:
         run.warn(warning)
-    return run, Components(policy, engine, grade, train_set, val_set, reference)
+    return run, Components(models.policy, models.engine, grade, train_set, val_set, models.reference)
+
+
+@dataclass(frozen=True)
+class Models:
+    """What takes long to load."""
+
+    policy: nn.Module
+    reference: nn.Module | None
+    engine: RolloutEngine
 
 
 def load_models(
@@ -132,34 +130,19 @@ def load_models(
     model_path: str,
     tokenizer: Any,
     devices: tuple[torch.device, torch.device],
+    *,
     longest_prompt: int,
-    earlier_dtype: str | None = None,
-) -> tuple[nn.Module, nn.Module | None, RolloutEngine]:
-    """Policy, frozen reference where one is needed, and engine: what takes long. Says what they are.
-
-    `earlier_dtype`: of the run that is gone on with. Measured anew, `auto` might be another.
-    """
+    checkpoint_dtype: str | None,
+) -> Models:
+    """Load the policy, the reference if one is needed, and the engine; print what they are."""
     display.say("Loading the model ...")
     policy_device, rollout_device = devices
-    asked: str = config.dtype
-    if asked == "auto":
-        asked = earlier_dtype or ("float32" if config.deterministic else "auto")
-    dtype = distributed.run_on_rank_zero(partial(choose_dtype, asked, policy_device))  # it may measure
-    if config.deterministic and policy_device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch demands it
-        torch.use_deterministic_algorithms(True)
-    if policy_device.type == "cpu":
-        tune_malloc()
+    dtype = resolve_dtype(config, policy_device, checkpoint_dtype)
+    set_up_device(config, policy_device)
     longest_row = longest_prompt + config.group_size * config.sampling_max_tokens
-    load = partial(load_sharded, config, model_path, policy_device, dtype, longest_row)
-    policy = load(lora=config.lora_rank > 0)
-    if config.chat_template:  # it is saved so, and whoever samples from a checkpoint ends there too
-        generation: Any = policy.generation_config
-        generation.eos_token_id = end_token_ids(policy, tokenizer)
-    reference, reference_bytes = None, 0
-    if config.needs_reference and config.lora_rank == 0:  # else the policy without its adapters is it
-        reference = load(lora=False).requires_grad_(False)
-        reference_bytes = weight_bytes(reference)
+    loader = partial(load_sharded, config, model_path, policy_device, dtype, longest_row)
+    policy, reference = load_policy_and_reference(config, tokenizer, loader)
+    reference_bytes = 0 if reference is None else weight_bytes(reference)
     plan = configure_memory(config, policy, longest_prompt, reference_bytes, rollout_device)
     options = EngineOptions(
         model_path=model_path,
@@ -175,25 +158,39 @@ def load_models(
     )
     load_copy = partial(load_policy, model_path, policy_device, dtype, longest_row, config.attention)
     engine = make_engine_for_rank(config, options, WeightGatherer(policy, dtype), tokenizer, load_copy, display.say)
-    size, several = (
-        sum(p.numel() for p in policy.parameters()),
-        f"{distributed.size()} x " if distributed.size() > 1 else "",
-    )
-    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    adapted = "" if trained == size else f" ({trained / 1e6:.1f} M of them trained)"
-    display.say(
-        f"{config.model_path}: {size / 1e6:.0f} M parameters{adapted}, {str(dtype).removeprefix('torch.')}, policy on "
-        f"{several}{policy_device}, {config.engine} on {', '.join(config.rollout_url) or rollout_device}"
-    )
-    display.say(f"memory: {plan}")
-    if plan.share is not None and plan.share < config.gpu_memory_utilization:
-        display.say(
-            f"warning: --gpu-memory-utilization {config.gpu_memory_utilization:g}: beside what training keeps on "
-            f"{rollout_device}, vLLM gets {plan.share:.2f} of it"
-        )
-    if not plan.fits:
-        display.say("warning: that may not fit: lower --micro-batch-tokens, or pass --gradient-checkpointing on")
-    return policy, reference, engine
+    for line in describe_setup(config, policy, dtype, devices, plan):
+        display.say(line)
+    return Models(policy, reference, engine)
+
+
+def resolve_dtype(config: GrpoConfig, device: torch.device, checkpoint_dtype: str | None) -> torch.dtype:
+    """Return the dtype of `--dtype`. For `auto`, a resumed run keeps its dtype; a new one may measure the faster."""
+    name: str = config.dtype
+    if name == "auto":
+        name = checkpoint_dtype or ("float32" if config.deterministic else "auto")
+    return distributed.run_on_rank_zero(partial(choose_dtype, name, device))
+
+
+def set_up_device(config: GrpoConfig, device: torch.device) -> None:
+    """Turn on deterministic algorithms if asked for, and tune the allocator of a CPU."""
+    if config.deterministic and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch requires it
+        torch.use_deterministic_algorithms(True)
+    if device.type == "cpu":
+        tune_malloc()
+
+
+def load_policy_and_reference(
+    config: GrpoConfig, tokenizer: Any, load: Callable[..., nn.Module]
+) -> tuple[nn.Module, nn.Module | None]:
+    """Load the policy, and a frozen reference if one is needed. With LoRA, the base model is the reference."""
+    policy = load(lora=config.lora_rank > 0)
+    if config.chat_template:  # checkpoints store it, so that other programs stop at the same tokens
+        generation: Any = policy.generation_config
+        generation.eos_token_id = end_token_ids(policy, tokenizer)
+    if not config.needs_reference or config.lora_rank > 0:
+        return policy, None
+    return policy, load(lora=False).requires_grad_(False)
 
 
 def make_engine_for_rank(
@@ -214,14 +211,44 @@ def make_engine_for_rank(
     return EngineOnRankZero(make_engine(config.engine, options, weights, tokenizer, say), weights)
 
 
+def describe_setup(
+    config: GrpoConfig,
+    policy: nn.Module,
+    dtype: torch.dtype,
+    devices: tuple[torch.device, torch.device],
+    plan: MemoryPlan,
+) -> list[str]:
+    """Return lines on the model, its memory, and warnings about the memory."""
+    policy_device, rollout_device = devices
+    n_parameters = sum(parameter.numel() for parameter in policy.parameters())
+    n_trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
+    trained = "" if n_trained == n_parameters else f" ({n_trained / 1e6:.1f} M trained)"
+    ranks = f"{distributed.size()} x " if distributed.size() > 1 else ""
+    lines = [
+        f"{config.model_path}: {n_parameters / 1e6:.0f} M parameters{trained}, {str(dtype).removeprefix('torch.')}, "
+        f"policy on {ranks}{policy_device}, {config.engine} on {', '.join(config.rollout_url) or rollout_device}",
+        f"memory: {plan}",
+    ]
+    if plan.share is not None and plan.share < config.gpu_memory_utilization:
+        lines.append(
+            f"warning: --gpu-memory-utilization {config.gpu_memory_utilization:g}: vLLM gets {plan.share:.2f} of "
+            f"{rollout_device}, because training needs the rest"
+        )
+    if not plan.fits:
+        lines.append(
+            "warning: the memory may not suffice; lower --micro-batch-tokens or pass --gradient-checkpointing on"
+        )
+    return lines
+
+
 def load_sharded(
     config: GrpoConfig, model_path: str, device: torch.device, dtype: torch.dtype, longest_row: int, *, lora: bool
 ) -> nn.Module:
-    """The model in `dtype`; of several ranks each keeps its shard, in float32, which is what the optimizer updates."""
-    several = distributed.size() > 1
-    # The host holds it whole for a moment; it comes to the device a shard at a time.
-    place = torch.device("cpu") if several else device
-    policy = load_policy(model_path, place, dtype, longest_row, config.attention, on=device)
+    """Load the model in `dtype`. With several ranks, each keeps a float32 shard, which the optimizer updates."""
+    if distributed.size() == 1:
+        policy = load_policy(model_path, device, dtype, longest_row, config.attention, on=device)
+    else:  # load into host memory, then move to the device shard by shard
+        policy = load_policy(model_path, torch.device("cpu"), dtype, longest_row, config.attention, on=device)
     if lora:
         add_lora(policy, config.lora_rank, config.lora_alpha, seed=config.seed, base=str(config.model_path))
-    return fsdp.shard(policy, dtype, device) if several else policy
+    return policy if distributed.size() == 1 else fsdp.shard(policy, dtype, device)

@@ -1,4 +1,4 @@
-"""All that the next step of a run depends on, beside its settings, its data and its engine: one value."""
+"""The training state: everything that the next step depends on besides settings, data and engine."""
 
 import hashlib
 import json
@@ -33,66 +33,65 @@ _SAMPLED_WITH = (
     "length_penalty",
     "overlong_buffer",
 )
-"""What a batch is sampled and graded with."""
+"""Settings that rollouts depend on."""
 
 
 _KEPT = ("seed", "entropy_coef", "entropy_target", "advantage", *_SAMPLED_WITH)
-"""Settings that the state follows from, or would no longer."""
+"""Settings that the state depends on."""
 
 
-def validate_resume(config: GrpoConfig, facts: Mapping[str, Any], data: str | None = None) -> None:
-    """A UsageError for what a run that goes on from `facts` would not heed. Of an older checkpoint, nothing is known.
+def validate_resume(config: GrpoConfig, saved: Mapping[str, Any], data: str | None = None) -> None:
+    """Raise a UsageError if a setting, or `data`, differs from the checkpoint and could no longer take effect.
 
-    `data`: the `fingerprint` of what it would draw from.
+    `saved` is the checkpoint's trainer_state.json, `data` the fingerprint of the prompts and answers. Checkpoints of
+    older versions contain neither settings nor a fingerprint, and are accepted.
     """
-
-    def refuse(name: str, reason: str) -> None:
-        flag, value = f"--{name.replace('_', '-')}", getattr(config, name)
+    if data is not None and saved.get("data", data) != data:
         raise UsageError(
-            f"{flag} {value}: with --resume {name}={before[name]!r} holds, {reason}; leave it out, or begin a new run "
-            "from the checkpoint by --model-path"
+            f"--data-path {config.data_path}, --prompt-path {config.prompt_path}: the prompts or answers differ from "
+            "those of the run; restore them, or start a new run with --model-path CHECKPOINT"
         )
+    now, before = _settings(config), _saved_settings(saved)
+    changed = [name for name in _KEPT if name in before and before[name] != now[name]]
+    if "seed" in changed:
+        raise _cannot_change("seed", now, before, "the random state is restored")
+    if "entropy_coef" in changed and None not in (now["entropy_target"], before.get("entropy_target")):
+        raise _cannot_change("entropy_coef", now, before, "the coefficient has been adapted since")
+    if saved.get("pending") is not None:
+        uses_greedy = "remax" in (now["advantage"], before.get("advantage"))  # greedy responses are sampled too
+        for name in changed:
+            if name in _SAMPLED_WITH or (name == "advantage" and uses_greedy):
+                raise _cannot_change(name, now, before, "the next rollouts have been sampled with it")
 
-    if data is not None and facts.get("data", data) != data:
-        raise UsageError(
-            f"--data-path {config.data_path}, --prompt-path {config.prompt_path}: with --resume the prompts and "
-            "answers that the run drew from are required, and these are others; leave what chooses them as it was, or "
-            "begin a new run from the checkpoint by --model-path"
-        )
-    now, before = _settings(config), _settings_of(facts)
-    others = [name for name in _KEPT if name in before and before[name] != now[name]]
-    if "seed" in others:
-        refuse("seed", "for draws and shuffles go on from where they stood")
-    if "entropy_coef" in others and None not in (now["entropy_target"], before.get("entropy_target")):
-        refuse("entropy_coef", "from which the coefficient has moved on to its target since")
-    if facts.get("pending") is not None:
-        remax = "remax" in (now["advantage"], before.get("advantage"))  # it has responses of its own
-        for name in others:
-            if name in _SAMPLED_WITH or (name == "advantage" and remax):
-                refuse(name, "for the next batch was sampled ahead with it")
+
+def _cannot_change(name: str, now: Mapping[str, Any], before: Mapping[str, Any], reason: str) -> UsageError:
+    return UsageError(
+        f"--{name.replace('_', '-')} {now[name]}: cannot be changed when resuming (the checkpoint has "
+        f"{before[name]}): {reason}. Omit it, or start a new run with --model-path CHECKPOINT"
+    )
 
 
 def _settings(config: GrpoConfig) -> dict[str, Any]:
-    """As JSON gives them back."""
+    """Return the settings that the state depends on, as JSON would return them."""
     settings: dict[str, Any] = json.loads(json.dumps({name: getattr(config, name) for name in _KEPT}))
     return settings
 
 
-def _settings_of(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the checkpoint, as far as it has any."""
-    found = facts.get("settings")
-    return found if isinstance(found, dict) else {}
+def _saved_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings in the checkpoint; older checkpoints have none."""
+    settings = saved.get("settings")
+    return settings if isinstance(settings, dict) else {}
 
 
 def fingerprint(questions: Sequence[Question]) -> str:
-    """SHA-256 of what a run draws from: prompts as token ids, answers and demonstrations, in any order."""
+    """Return the SHA-256 of prompts (as token ids), answers and demonstrations, in any order."""
     rows = ([q.prompt_token_ids, q.answer, getattr(q, "response_token_ids", None)] for q in questions)
     sums = sorted(hashlib.sha256(json.dumps(row).encode()).digest() for row in rows)
     return hashlib.sha256(b"".join(sums)).hexdigest()
 
 
 class TrainingState:
-    """Weights and optimizer, where data and noise stand, what is carried from step to step."""
+    """Weights, optimizer, random generators, and other values that a step passes to the next."""
 
     def __init__(self, config: GrpoConfig, policy: nn.Module) -> None:
         self._config = config
@@ -101,29 +100,29 @@ class TrainingState:
         self.optimizer = PolicyOptimizer(policy, config.learning_rate)
         self.bonus = EntropyBonus(config)
         self.draw = random.Random(config.seed)
-        """Of questions. Only the first rank draws."""
+        """Draws questions, on rank 0."""
         self.shuffle = torch.Generator().manual_seed(config.seed)
-        """Of groups, into train batches."""
+        """Shuffles groups into train batches."""
         self.pending: StepRollouts | None = None
-        """What was sampled ahead, for the step after `step`."""
+        """Prefetched rollouts of the step after `step`."""
         self.grad_norms: deque[float] = deque(maxlen=N_NORMS)
-        """Of the last updates, those that were left out among them: a lasting rise must not be skipped for ever."""
+        """Norms of recent updates. Skipped updates count, so that a lasting rise is not skipped forever."""
         self.accuracies: dict[int, float] = {}
-        """Of the evaluations so far, by step."""
+        """Held-out accuracies by step."""
         self.snapshot()
 
     def update(self, grad_norm: float, *, made: bool) -> bool:
-        """Take the optimizer's step, or leave weights and moments as they are. Returns `made`."""
+        """Make the optimizer step, or discard its gradient, and remember the norm. Return `made`."""
         if made:
             self.optimizer.step()
         else:
             self.optimizer.zero_grad()
-        if 0 < grad_norm < math.inf:  # 0 is no size to compare others with
+        if 0 < grad_norm < math.inf:  # a median of zeros would make every norm a spike
             self.grad_norms.append(grad_norm)
         return made
 
     def snapshot(self) -> None:
-        """A step has ended: this is what a checkpoint goes on from."""
+        """Remember the state at the end of a step, which a checkpoint stores."""
         version, words, gauss = self.draw.getstate()
         facts: dict[str, Any] = {
             "step": self.step,
@@ -135,30 +134,33 @@ class TrainingState:
             "accuracies": list(self.accuracies.items()),
             "settings": _settings(self._config),
         }
-        # In one assignment: a Ctrl-C before it leaves the last mark, whole.
-        self._marked = (self.optimizer.n_updates, facts, self.pending)
+        # One assignment: a Ctrl-C before it leaves the last snapshot complete.
+        self._snapshot = (self.optimizer.n_updates, facts, self.pending)
 
     @property
     def is_at_snapshot(self) -> bool:
-        """Whether nothing was updated since `mark`: else the facts and the weights are of different moments."""
-        return self.optimizer.n_updates == self._marked[0]
+        """Return whether no update was made since `snapshot`; otherwise the weights are newer than the snapshot."""
+        return self.optimizer.n_updates == self._snapshot[0]
 
     def facts(self) -> dict[str, Any]:
-        """What is not a tensor, as of the last `mark`; JSON gives it back as it was."""
-        _, facts, pending = self._marked
+        """Return the values other than tensors at the last `snapshot`, as JSON stores them."""
+        _, facts, pending = self._snapshot
         return facts | {"pending": None if pending is None else pending.to_json()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Master weights and moments, by name: whoever writes into them restores them."""
+        """Return the master weights and moments by name; writing into them restores them."""
         return self.optimizer.tensors()
 
     def restore(self, facts: dict[str, Any]) -> None:
-        """After `tensors` were filled: the rest. A UsageError where the settings ask for what would not be heeded."""
+        """Restore the values of `facts`, after `tensors` were filled from the same checkpoint.
+
+        Raise a UsageError if a setting has changed that could no longer take effect.
+        """
         validate_resume(self._config, facts)
         self.step = facts["step"]
         self.optimizer.finish_loading(facts["updates"])
-        # Only what was adapted has moved on: a constant one is the settings' own.
-        was_adapted = _settings_of(facts).get("entropy_target", True) is not None
+        # A constant coefficient is a setting, which may change; an adapted one is part of the state.
+        was_adapted = _saved_settings(facts).get("entropy_target", True) is not None
         if self._config.entropy_target is not None and was_adapted:
             self.bonus.value = facts["entropy_coef"]
         version, words, gauss = facts["draw"]

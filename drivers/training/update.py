@@ -15,28 +15,27 @@ from drivers.training.micro_batches import plan_micro_batches
 from drivers.training.objective import compute_loss, rows_with_gradient, weigh_step
 from drivers.training.run import Run
 from drivers.training.scoring import score
-from drivers.training.state import TrainingState
 
 
 def update(
     config: AlgorithmSettings,
     policy: nn.Module,
     train_batch: RolloutBatch,
-    state: TrainingState,
     run: Run,
     step: int,
     metrics: UpdateMetrics,
-    unsound: Sequence[Anomaly] = (),
+    rollout_anomalies: Sequence[Anomaly] = (),
     entropy_coef: float = 0.0,
 ) -> None:
-    """One optimizer step, unless something in it or, `unsound`, before it forbids that."""
-    train_batch, facts = weigh_step(config, train_batch)
+    """Make one optimizer step on a train batch, unless its own anomalies or those of the rollouts forbid it."""
+    state = run.state
+    train_batch, batch_metrics = weigh_step(config, train_batch)
     loss = accumulate_gradients(policy, train_batch, config, entropy_coef, metrics)
     norm, drift = state.optimizer.clip(config.max_grad_norm), metrics.drift()
-    found = check_update(loss.item(), norm.item(), state.grad_norms, drift)
+    anomalies = [*rollout_anomalies, *check_update(loss.item(), norm.item(), state.grad_norms, drift)]
     with defer_signals():
-        made = state.update(norm.item(), made=run.should_apply_update(step, [*unsound, *found]))
-        metrics.add_update(loss, norm, facts, made=made)
+        is_made = state.update(norm.item(), made=run.anomalies.should_apply_update(step, anomalies))
+        metrics.add_update(loss, norm, batch_metrics, made=is_made)
 
 
 def accumulate_gradients(
@@ -46,19 +45,23 @@ def accumulate_gradients(
     entropy_coef: float,
     metrics: UpdateMetrics,
 ) -> torch.Tensor:
-    """The loss of one optimizer step; its gradient is added up over micro-batches of any size."""
+    """Add up the gradient over micro-batches of any size, and return the loss of the train batch."""
     device = next(policy.parameters()).device
     total = torch.zeros((), device=device)
     metrics.trained_tokens += train_batch.n_response_tokens
-    pulling = rows_with_gradient(config, train_batch, entropy_coef)
-    metrics.skipped_responses += len(train_batch) - len(pulling)  # exactly 0, without a forward pass
-    watched_alone = entropy_coef == 0
-    for (members, rows), counts in distributed.shard_across_ranks(
-        list(plan_micro_batches(config, policy, train_batch, pulling))
-    ):
+    rows = rows_with_gradient(config, train_batch, entropy_coef)
+    metrics.skipped_responses += len(train_batch) - len(rows)  # their gradient is exactly 0
+    is_entropy_only_logged = entropy_coef == 0
+    plan = list(plan_micro_batches(config, policy, train_batch, rows))
+    for (members, packed_rows), counts in distributed.shard_across_ranks(plan):
         micro = train_batch.select(members).to(device)
         scored = score(
-            policy, micro, config.sampling_temperature, rows, with_entropy=True, detach_entropy=watched_alone
+            policy,
+            micro,
+            config.sampling_temperature,
+            packed_rows,
+            with_entropy=True,
+            detach_entropy=is_entropy_only_logged,
         )
         scored["log_probs"].retain_grad()
         loss, described, watched = compute_loss(config, micro, scored, entropy_coef)

@@ -16,13 +16,12 @@ from drivers.runs import checkpoint
 from drivers.runs.checkpoint import FACTS, MANIFEST, TENSORS, find_damage, save_checkpoint
 from drivers.runs.folder import (
     BEST,
-    LOCK,
     checkpoints,
     find_checkpoint,
     newest_checkpoint,
     prune_checkpoints,
-    release_run_lock,
 )
+from drivers.runs.lock import LOCK, release_run_lock
 from drivers.runs.resume import finished_model, open_run_folder
 from tests.drivers.helpers.letters import make_tiny_config
 from tests.drivers.helpers.processes import limit_file_size
@@ -104,9 +103,9 @@ def append_byte(path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (flip_bit, "is not as it was written: its SHA-256 is another"),
-        (truncate, "bytes, "),
-        (append_byte, "bytes, "),
+        (flip_bit, "has changed since it was written: its SHA-256 differs"),
+        (truncate, " bytes instead of "),
+        (append_byte, " bytes instead of "),
         (lambda path: path.unlink(), ""),
     ],
     ids=["flipped", "short", "longer", "gone"],
@@ -133,10 +132,10 @@ def test_find_damage_changed_file_is_named(tmp_path, damage, message):
         (MANIFEST, "{", "cannot be read"),
         (MANIFEST, "[]", "cannot be read"),
         (MANIFEST, '{"format": 1, "files": {"config.json": 3}}', "cannot be read"),
-        (MANIFEST, '{"format": 2, "files": {}}', "its format is 2; 1 is what this version reads"),
-        (FACTS, "[1]", "holds no step"),
-        (FACTS, '{"step": "9"}', "holds no step"),
-        (f"{TENSORS}/more.safetensors", "", "more.safetensors is not of this checkpoint"),
+        (MANIFEST, '{"format": 2, "files": {}}', "its format is 2; this version reads format 1"),
+        (FACTS, "[1]", "contains no step"),
+        (FACTS, '{"step": "9"}', "contains no step"),
+        (f"{TENSORS}/more.safetensors", "", "more.safetensors does not belong to this checkpoint"),
     ],
 )
 def test_find_damage_foreign_content_is_named(tmp_path, name, text, message):
@@ -157,7 +156,9 @@ def test_find_checkpoint_damaged_falls_back_and_warns(tmp_path):
     assert find_checkpoint(tmp_path, messages.append).name == "checkpoint-1"
     assert "checkpoint-3 is damaged and not used: trainer_state/" in messages[0]
     assert "checkpoint-2 is damaged" in messages[1]
-    with pytest.raises(UsageError, match=r"--resume .*checkpoint-3: cannot be gone on from: trainer_state/"):
+    with pytest.raises(
+        UsageError, match=r"--resume .*checkpoint-3: cannot resume from this checkpoint: trainer_state/"
+    ):
         find_checkpoint(tmp_path / "checkpoint-3")
     shutil.rmtree(tmp_path / "checkpoint-1")
     assert find_checkpoint(tmp_path, messages.append) is None
@@ -266,7 +267,7 @@ def test_open_run_folder_all_damaged_starts_over_and_warns(tmp_path):
     messages = []
     settings = make_tiny_config(save_dir=str(tmp_path), resume="auto")
     assert open_run_folder(settings, messages.append) == (tmp_path, None)
-    assert [f"nothing can go on from {tmp_path}/checkpoint-{n}" in messages[n - 3] for n in (5, 6)] == [True, True]
+    assert [f"cannot resume from {tmp_path}/checkpoint-{n}" in messages[n - 3] for n in (5, 6)] == [True, True]
     release_run_lock(tmp_path)
     names = {path.name for path in tmp_path.iterdir()} - {"metrics.jsonl", LOCK}
     assert names == {

@@ -235,10 +235,10 @@ def test_train_help_names_every_flag_and_default(capsys):
         ("--data-path {bad_json}", "bad.jsonl:2: not valid JSON"),
         ("--data-path {empty}", "contains no questions"),
         ("--data-path {no_answer}", "no_answer.jsonl:1: `answer` must be"),
-        ("--data-path {one_question}", "holds 1 questions, and a step asks 8"),
+        ("--data-path {one_question}", "has 1 questions, but a step needs 8"),
         ("--prompt-path {no_place}", "must contain {question}"),
         ("--save-dir {a_file}/run", "cannot be written to"),
-        ("--save-dir {old_run}", "holds another run already"),
+        ("--save-dir {old_run}", "already contains a run"),
         ("--policy-device cuda:7", "--policy-device cuda:7: this machine has"),
         ("--rollout-device tpu", "--rollout-device tpu"),
         ("--engine hf --rollout-process own", "--rollout-process own: --engine hf shares the policy's weights"),
@@ -322,11 +322,11 @@ def test_train_from_any_folder_writes_run_and_resumes(tmp_path):
     more = ["--resume", "out", "--n-grpo-steps", "3", "--checkpoint-steps", "10"]
     for _ in range(2):
         done = run_program("train", more, cwd=tmp_path)
-        if "Nothing is left to do" not in done.stdout:
+        if "is already complete" not in done.stdout:
             shown = done.stdout
-    assert "Nothing is left to do: out/final_model/ has all 3 steps" in done.stdout
+    assert "out/final_model/ is already complete (3/3 steps)" in done.stdout
     done.stdout = shown
-    assert "Going on after step 2, from out/checkpoint-2/" in done.stdout
+    assert "Resuming after step 2 from out/checkpoint-2/" in done.stdout
     steps = [
         row["step"]
         for row in map(json.loads, (tmp_path / "out/metrics.jsonl").read_text().splitlines())

@@ -9,6 +9,7 @@ from drivers.engines.placement import engine_memory_fraction
 from drivers.policy.optimizer import training_state_bytes
 from drivers.train import train
 from drivers.training.advantages import prepare_rollouts
+from drivers.training.components import Components
 from drivers.training.metrics import UpdateMetrics
 from drivers.training.objective import weigh_step
 from drivers.training.scoring import score
@@ -92,7 +93,7 @@ def test_train_on_cuda_learns(tmp_path, dtype, schedule):
     run = make_run(config, tmp_path, parts.tokenizer)
     engine = HFEngine(policy, parts.tokenizer)
     try:
-        train(config, policy, engine, letter_grader, parts.questions, parts.questions, run)
+        train(config, Components(policy, engine, letter_grader, parts.questions, parts.questions), run)
     finally:
         run.finish()
     rows = read_rows(tmp_path)
@@ -127,7 +128,7 @@ def test_train_with_vllm_on_shared_gpu_takes_turns(tmp_path, record_property):
     )
     run = make_run(config, tmp_path / "run", parts.tokenizer)
     try:
-        train(config, policy, engine, grade, parts.questions, parts.questions, run)
+        train(config, Components(policy, engine, grade, parts.questions, parts.questions), run)
         engine.sleep()
         asleep = torch.cuda.mem_get_info()[0]
     finally:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from drivers.train import train
+from drivers.training.components import Components
 from tests.drivers.helpers.engines import start_vllm
 from tests.drivers.helpers.letters import letter_grader, make_run, make_tiny_config, make_tiny_parts
 from tests.drivers.helpers.processes import run_program
@@ -21,7 +22,7 @@ def test_train_tiny_policy_with_vllm_learns(tmp_path):
     engine = start_vllm(tmp_path / "tiny", parts.policy)
     run = make_run(config, tmp_path / "run", parts.tokenizer)
     try:
-        train(config, parts.policy, engine, letter_grader, parts.questions, parts.questions, run)
+        train(config, Components(parts.policy, engine, letter_grader, parts.questions, parts.questions), run)
     finally:
         engine.close()
         run.finish()
@@ -50,7 +51,7 @@ def test_train_uses_vllm_log_probs_and_greedy_samples(tmp_path):
             config = make_tiny_config(**short, **settings)
             run = make_run(config, tmp_path / name, parts.tokenizer)
             try:
-                train(config, parts.policy, engine, letter_grader, parts.questions, parts.questions, run)
+                train(config, Components(parts.policy, engine, letter_grader, parts.questions, parts.questions), run)
             finally:
                 run.finish()
             rows = read_rows(tmp_path / name)

@@ -116,7 +116,7 @@ def test_expert_iteration_nothing_right_changes_no_weight(tmp_path, capsys):
     ]
     assert [row["right_responses"] for row in read_rows(tmp_path, "train")] == [0, 0]
     assert not {"loss", "grad_norm"} & read_rows(tmp_path, "train")[0].keys()
-    with pytest.raises(TrainingAbortedError, match="no response has a reward of 1"):
+    with pytest.raises(TrainingAbortedError, match="no response is correct"):
         run_expert_iteration(tmp_path / "strict", lambda *_: 0.0, on_anomaly="stop")
 
 
@@ -177,7 +177,7 @@ def test_expert_iteration_help_names_every_flag(capsys):
         ("--n-ei-steps 0", "--n-ei-steps 0: must be greater than 0"),
         ("--group-size 0", "--group-size 0: must be greater than 0"),
         ("--epochs 0", "--epochs 0: must be greater than 0"),
-        ("--question-batch-size 5000", "holds 1304 questions, and a step asks 5000 different ones"),
+        ("--question-batch-size 5000", "has 1304 questions, but a step needs 5000 different ones"),
         ("--data-path nowhere.jsonl", "--data-path nowhere.jsonl: no such file"),
         ("--loss-type gspo", "loss-type"),
         ("--resume {sft}", "--resume sft: is a run of sft.py"),
@@ -209,6 +209,6 @@ def test_expert_iteration_program_runs_and_resumes(tmp_path):
     )
     for arguments in (flags.split(), ["--resume", "out", "--n-ei-steps", "2"], ["--resume", "out"]):
         done = run_program("expert_iteration", arguments, cwd=tmp_path)
-    assert "Nothing is left to do: out/final_model/ has all 2 steps; more: --n-ei-steps." in done.stdout
+    assert "out/final_model/ is already complete (2/2 steps). Increase --n-ei-steps to continue." in done.stdout
     assert [row["step"] for row in read_rows(tmp_path / "out", "train")] == [1, 2]
     assert json.loads((tmp_path / "out/config.json").read_text())["program"] == "expert_iteration.py"

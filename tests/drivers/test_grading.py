@@ -31,6 +31,7 @@ from drivers.settings.reward_spec import parse_mix
 from drivers.settings.sampling import Sampling
 from drivers.training.advantages import prepare_rollouts, shape_rewards
 from drivers.training.batch import StepRollouts, make_rollout_batch
+from drivers.training.components import Components
 from drivers.training.metrics import UpdateMetrics
 from drivers.training.objective import weigh_step
 from drivers.training.rollouts import collect
@@ -628,7 +629,7 @@ def test_train_unusable_reward_exits_before_model_is_loaded(tmp_path, capsys, mo
     import drivers.training.setup
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(drivers.training.setup, "load_models", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(drivers.training.setup, "load_models", lambda *_, **__: pytest.fail("a model was loaded"))
     save_tiny(tmp_path / "tiny")
     (tmp_path / "dying.py").write_text("import os\nos._exit(5)\n")
     reward = reward.format(file=FILE, dying=tmp_path / "dying.py")
@@ -873,7 +874,8 @@ def test_step_rollouts_json_keeps_unscored(tmp_path):
     def grade(responses, truths):
         return [Graded({"reward": None if k % 3 else 0.25}, "parsed") for k, _ in enumerate(responses)]
 
-    collected = collect(config, parts.engine, grade, parts.questions, random.Random(0), run, 1)
+    components = Components(parts.policy, parts.engine, grade, parts.questions, parts.questions)
+    collected = collect(config, components, random.Random(0), run, 1, run.timer)
     run.finish()
     assert collected.raw_rewards.isnan().sum() == 21
     assert collected.greedy_rewards.isnan().sum() == 2

@@ -19,6 +19,7 @@ from drivers.training.anomalies import (
     check_update,
 )
 from drivers.training.batch import make_rollout_batch
+from drivers.training.components import Components
 from drivers.training.metrics import UpdateMetrics
 from drivers.training.state import TrainingState
 from tests.drivers.helpers.letters import flatten_weights, make_completion, make_run, make_tiny_config, make_tiny_parts
@@ -202,7 +203,11 @@ def train_on(folder, reward_fn, **settings):
 
     run.report = snapshot
     try:
-        train(config, parts.policy, parts.engine, make_inline_grader(reward_fn), parts.questions, parts.questions, run)
+        train(
+            config,
+            Components(parts.policy, parts.engine, make_inline_grader(reward_fn), parts.questions, parts.questions),
+            run,
+        )
     finally:
         run.finish()
         logged = read_rows(folder)
@@ -226,7 +231,8 @@ def test_run_not_finite_update_is_skipped_exactly(tmp_path, choice, capsys):
 @pytest.mark.parametrize("choice", ["auto", "stop"])
 def test_run_not_finite_update_with_stop_aborts(tmp_path, choice):
     with pytest.raises(
-        TrainingAbortedError, match=r"step 2: the loss is .*; this update was not made.*--on-anomaly skip"
+        TrainingAbortedError,
+        match=r"step 2: the loss is .*; stopped before the update, weights unchanged.*--on-anomaly skip",
     ):
         train_on(tmp_path, HugeReward(3e38, {2}), on_anomaly=choice)
     assert len(train_on.rows["train"]) == 1
@@ -276,4 +282,4 @@ def test_run_repeated_anomaly_warns_once(tmp_path, capsys):
     train_on(tmp_path, lambda *_: {"reward": 0.0, "format_reward": 0.0, "answer_reward": 0.0},
        loss_type="reinforce_with_baseline")  # fmt: skip
     assert [row["step"] for row in train_on.rows["anomaly"]] == [1, 2, 3]
-    assert capsys.readouterr().out.count("no response has a gradient: no group has two different rewards") == 1
+    assert capsys.readouterr().out.count("no response has a gradient: every group has identical rewards") == 1

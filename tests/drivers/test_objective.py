@@ -21,6 +21,7 @@ from drivers.settings.recipes import QUICKSTART, RECIPES
 from drivers.training import update as update_step
 from drivers.training.advantages import prepare_rollouts, shape_rewards
 from drivers.training.batch import make_rollout_batch
+from drivers.training.components import Components
 from drivers.training.metrics import UpdateMetrics
 from drivers.training.objective import EntropyBonus, compute_objective, rows_with_gradient, weigh_step
 from drivers.training.rollouts import collect
@@ -714,7 +715,8 @@ def test_top_p_samples_likeliest_tokens_only():
 def test_remax_baseline_is_greedy_response(tmp_path):
     config, parts = make_tiny_config(advantage="remax"), make_tiny_parts()
     run = make_run(config, tmp_path, parts.tokenizer)
-    collected = collect(config, parts.engine, letter_grader, parts.questions, random.Random(0), run, 1)
+    components = Components(parts.policy, parts.engine, letter_grader, parts.questions, parts.questions)
+    collected = collect(config, components, random.Random(0), run, 1, run.timer)
     assert collected.greedy_rewards.shape == (4,)
     batch = make_rollout_batch(collected.completions, collected.raw_rewards)
     batch = prepare_rollouts(config, parts.policy, None, batch, collected.scores, collected.greedy_rewards)

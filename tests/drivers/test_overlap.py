@@ -13,6 +13,7 @@ from drivers.common.errors import EngineDiedError, UsageError
 from drivers.policy.devices import choose_devices
 from drivers.train import train
 from drivers.training import update as update_step
+from drivers.training.components import Components
 from drivers.training.run import Run
 from tests.drivers.helpers.letters import flatten_weights, letter_grader, make_run, make_tiny_config, make_tiny_parts
 from tests.drivers.helpers.runs import OVERLAPPED, SnapshotEngine, read_rows, run_overlapped
@@ -77,7 +78,7 @@ def test_async_grader_error_is_raised(tmp_path):
     run, engine = make_run(config, tmp_path, parts.tokenizer), SnapshotEngine(parts.policy, parts.tokenizer)
     before = flatten_weights(parts.policy)
     with pytest.raises(RuntimeError, match="the grader is gone"):
-        train(config, parts.policy, engine, failing, parts.questions, parts.questions, run)
+        train(config, Components(parts.policy, engine, failing, parts.questions, parts.questions), run)
     run.finish()
     # The concurrent update was made: it counts, and a checkpoint will hold it.
     assert run.step == engine.calls[-1][1] + 1
@@ -102,7 +103,7 @@ def test_async_failure_does_not_wait_for_rollouts(tmp_path, monkeypatch):
     run, engine = make_run(config, tmp_path, parts.tokenizer), SlowEngine(parts.policy, parts.tokenizer)
     monkeypatch.setattr(update_step, "accumulate_gradients", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train(config, parts.policy, engine, letter_grader, parts.questions, parts.questions, run)
+        train(config, Components(parts.policy, engine, letter_grader, parts.questions, parts.questions), run)
     workers = [thread for thread in threading.enumerate() if thread.name.startswith("rollouts")]
     assert len(workers) == 1
     go_on.set()
@@ -164,7 +165,7 @@ def test_resume_with_shared_gpu_sleeps_engine_before_first_update(tmp_path, monk
     run = Run(config, tmp_path, parts.tokenizer, Display(4), checkpoint)
     engine = SleepyEngine(parts.policy, parts.tokenizer)
     try:
-        train(config, parts.policy, engine, letter_grader, parts.questions, parts.questions, run)
+        train(config, Components(parts.policy, engine, letter_grader, parts.questions, parts.questions), run)
     finally:
         run.finish()
     assert events == [

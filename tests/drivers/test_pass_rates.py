@@ -18,6 +18,7 @@ from drivers.settings.grpo import GrpoConfig
 from drivers.settings.recipes import QUICKSTART
 from drivers.settings.sampling import Sampling
 from drivers.tasks.questions import Example, Question, easiest_first, load_examples
+from drivers.training.components import Components
 from drivers.training.rollouts import collect, curriculum_subset
 from drivers.training.setup import setup_grpo_run
 from tests.drivers.helpers.letters import letter_grader, make_run, make_tiny_config, make_tiny_parts
@@ -209,10 +210,13 @@ def ask(tmp_path):
     parts.engine.generate = record
     run = make_run(config, tmp_path, parts.tokenizer)
 
+    def grade_wrong(texts, _):
+        return letter_grader(["b"] * len(texts), ["a"] * len(texts))
+
     def ask(draw, step):
         asked.clear()
-        collect(config, parts.engine, lambda texts, _: letter_grader(["b"] * len(texts), ["a"] * len(texts)),
-                questions, draw, run, step)  # fmt: skip
+        components = Components(parts.policy, parts.engine, grade_wrong, questions, questions)
+        collect(config, components, draw, run, step, run.timer)
         return list(asked)
 
     return ask

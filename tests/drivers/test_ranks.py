@@ -208,11 +208,11 @@ def test_train_under_torchrun_runs_and_resumes(tmp_path):
         assert done.stdout.count("Done: held-out accuracy") == 1
         shards = sorted(file.name for file in (tmp_path / "out/checkpoint-2/trainer_state").iterdir())
         assert len(shards) == 2
-    assert "Going on after step 2, from out/checkpoint-2/" in done.stdout
+    assert "Resuming after step 2 from out/checkpoint-2/" in done.stdout
     assert [row["step"] for row in read_rows(tmp_path / "out", "train")] == [1, 2, 3]
     assert [row["n_weights"] for row in read_rows(tmp_path / "out", "check")] == [20, 20]
     for step in (2, 3):  # vLLM's, before and after its first step
-        assert re.search(rf"self-check at step {step}: .*; 20 tensors arrived whole", " ".join(done.stdout.split()))
+        assert re.search(rf"self-check at step {step}: .*; 20 tensors arrived intact", " ".join(done.stdout.split()))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out/final_model").dtype == torch.bfloat16
 
 

@@ -24,12 +24,14 @@ from drivers.common.errors import TrainingAbortedError, UsageError
 from drivers.common.signals import terminate_as_interrupt
 from drivers.reports.logged_run import read_metrics
 from drivers.runs.checkpoint import FACTS, TENSORS, find_damage, read_facts, read_tensors
-from drivers.runs.folder import acquire_run_lock, find_checkpoint, release_run_lock
+from drivers.runs.folder import find_checkpoint
+from drivers.runs.lock import acquire_run_lock, release_run_lock
 from drivers.runs.log import JsonlWriter, RunLog
 from drivers.runs.resume import open_run_folder
 from drivers.train import train
 from drivers.training import update as update_step
 from drivers.training.batch import StepRollouts
+from drivers.training.components import Components
 from drivers.training.run import Run
 from drivers.training.state import TrainingState, fingerprint, validate_resume
 from tests.drivers.helpers import runs
@@ -76,7 +78,9 @@ def test_checkpoints_only_newest_two_are_resumable(tmp_path):
     assert not list((tmp_path / "run").rglob(".unfinished-*"))
     assert find_checkpoint(tmp_path / "run") == tmp_path / "run/checkpoint-6"
     assert find_checkpoint(tmp_path / "run/checkpoint-5") == tmp_path / "run/checkpoint-5"
-    with pytest.raises(UsageError, match="checkpoint-4: cannot be gone on from: it has no folder trainer_state"):
+    with pytest.raises(
+        UsageError, match="checkpoint-4: cannot resume from this checkpoint: it has no folder trainer_state"
+    ):
         find_checkpoint(tmp_path / "run/checkpoint-4")
     for folder in (tmp_path / "run").glob("*-*"):  # the remaining files are unchanged
         assert find_damage(folder) is None
@@ -134,7 +138,7 @@ def test_resume_unreadable_state_raises_usage_error(tmp_path, monkeypatch, raise
 
 def test_checkpoint_is_skipped_while_log_lines_wait(tmp_path, monkeypatch, capsys):
     """A checkpoint must not outlive the lines of its steps; the next one is written together with them."""
-    import drivers.training.run as program
+    import drivers.training.checkpointer as program
 
     save, folder = program.save_checkpoint, tmp_path / "run"
     flush = JsonlWriter.flush
@@ -192,7 +196,7 @@ def test_resume_other_model_raises_usage_error(tmp_path):
 
     run = Run(config, tmp_path / "run", parts.tokenizer, Display(1, quiet=True), find_checkpoint(tmp_path / "run"))
     with pytest.raises(UsageError, match="tensors do not fit this model's"):
-        train(config, parts.policy, parts.engine, letter_grader, parts.questions, parts.questions, run)
+        train(config, Components(parts.policy, parts.engine, letter_grader, parts.questions, parts.questions), run)
     run.finish()
 
 
@@ -263,7 +267,7 @@ def test_resume_older_checkpoint_renames_later_ones(tmp_path):
 @pytest.mark.slow
 def test_checkpoint_full_disk_warns_and_run_continues(tmp_path, monkeypatch, capsys):
     """The checkpoint before stays; at the last step the error ends the run."""
-    import drivers.training.run as program
+    import drivers.training.checkpointer as program
 
     save, folder = program.save_checkpoint, tmp_path / "run"
 
@@ -282,7 +286,7 @@ def test_checkpoint_full_disk_warns_and_run_continues(tmp_path, monkeypatch, cap
     assert torch.equal(found, whole)
     assert sorted(path.name for path in folder.glob("*checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
     monkeypatch.setattr(program, "save_checkpoint", fail_at({3}))
-    with pytest.raises(TrainingAbortedError, match="checkpoint-3: no checkpoint can be written"):
+    with pytest.raises(TrainingAbortedError, match="checkpoint-3: the checkpoint cannot be written"):
         run_grpo(tmp_path / "last", n_grpo_steps=3)
     assert find_checkpoint(tmp_path / "last").name == "checkpoint-2"
 
@@ -324,15 +328,27 @@ ADAPTIVE = {"entropy_target": 6.0, "entropy_coef": 0.01}
 @pytest.mark.parametrize(
     ("before", "changed", "message"),
     [
-        ({}, {"seed": 1}, r"--seed 1: with --resume seed=0 holds"),
-        (ADAPTIVE, {"entropy_coef": 0.02}, r"--entropy-coef 0.02: with --resume entropy_coef=0.01 holds"),
+        ({}, {"seed": 1}, r"--seed 1: cannot be changed when resuming .the checkpoint has 0.: the random state"),
+        (
+            ADAPTIVE,
+            {"entropy_coef": 0.02},
+            r"--entropy-coef 0.02: cannot be changed when resuming .the checkpoint has 0.01.: the coefficient",
+        ),
         (
             {},
             {"group_size": 4, "ahead": True},
-            r"--group-size 4: with --resume group_size=8 holds, for the",
+            r"--group-size 4: cannot be changed when resuming .the checkpoint has 8.: the next rollouts",
         ),
-        ({}, {"sampling_temperature": 0.7, "ahead": True}, r"--sampling-temperature 0.7: with --resume"),
-        ({}, {"advantage": "remax", "ahead": True}, r"--advantage remax: with --resume advantage='group' holds"),
+        (
+            {},
+            {"sampling_temperature": 0.7, "ahead": True},
+            r"--sampling-temperature 0.7: cannot be changed when resuming",
+        ),
+        (
+            {},
+            {"advantage": "remax", "ahead": True},
+            r"--advantage remax: cannot be changed when resuming .the checkpoint has group.",
+        ),
     ],
 )
 def test_resume_changed_setting_without_effect_raises_usage_error(before, changed, message):
@@ -380,7 +396,7 @@ def test_resume_other_questions_raise_usage_error():
         "prompt": [replace(questions[0], prompt_token_ids=(1, 2)), *questions[1:]],
     }
     for other in others.values():
-        with pytest.raises(UsageError, match=r"--data-path .*, --prompt-path .*: with --resume the prompts"):
+        with pytest.raises(UsageError, match=r"--data-path .*, --prompt-path .*: the prompts or answers differ"):
             validate_resume(make_tiny_config(), facts, fingerprint(other))
     validate_resume(make_tiny_config(), save_state(make_tiny_config()), fingerprint(questions))  # an older checkpoint
 
@@ -415,7 +431,8 @@ def test_run_lock_admits_one_process(tmp_path):
     pid, held = call_in_fork(lambda: acquire_run_lock("--resume", folder))
     try:
         assert held
-        refused = rf"--save-dir .*run: process {pid} on {re.escape(socket.gethostname())} is training in it; end that"
+        holder = rf"process {pid} on {re.escape(socket.gethostname())}"
+        refused = f"--save-dir .*run: {holder} is training in this folder; stop it"
         with pytest.raises(UsageError, match=refused):
             open_run_folder(config, print)
         with pytest.raises(UsageError, match=r"--resume .*run: process"):
@@ -486,7 +503,7 @@ def test_train_resume_other_data_exits_before_model_is_loaded(tmp_path, monkeypa
     assert "--data-path b, --prompt-path" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         program.main(["--resume", "out", "--n-grpo-steps", "2", "--seed", "5"])
-    assert "--seed 5: with --resume seed=0 holds" in capsys.readouterr().err
+    assert "--seed 5: cannot be changed when resuming (the checkpoint has 0)" in capsys.readouterr().err
 
 
 def test_free_name_repeated_stop_gets_suffix(tmp_path):
@@ -495,7 +512,7 @@ def test_free_name_repeated_stop_gets_suffix(tmp_path):
     run = Run(make_tiny_config(**SIX_STEPS), tmp_path, make_tiny_parts().tokenizer, Display(1, quiet=True))
     names = []
     for _ in range(3):
-        names.append(run.free_name("checkpoint-2-stopped"))
+        names.append(run.checkpointer.free_name("checkpoint-2-stopped"))
         (tmp_path / names[-1]).mkdir()
     assert names == ["checkpoint-2-stopped", "checkpoint-2-stopped-2", "checkpoint-2-stopped-3"]
 

@@ -133,14 +133,14 @@ def test_logged_metrics_are_documented(tmp_path, monkeypatch):
 
 def test_create_run_folder_used_folder_raises_usage_error(tmp_path):
     folder = create_run_folder("--save-dir", str(tmp_path / "run"), "x", marker="metrics.jsonl")
-    with pytest.raises(UsageError, match="holds another run already"):
+    with pytest.raises(UsageError, match="already contains a run"):
         create_run_folder("--save-dir", str(tmp_path / "run"), "x", marker="metrics.jsonl")
     abandon_run_folder(folder, "metrics.jsonl")
     assert not folder.exists()
     folder.mkdir()
     (folder / "notes.txt").touch()
     (folder / "completions.jsonl").write_text("{}")  # an evaluation, or a run in the same folder
-    with pytest.raises(UsageError, match=r"holds another run already .completions\.jsonl"):
+    with pytest.raises(UsageError, match=r"already contains a run .completions\.jsonl"):
         create_run_folder("--save-dir", str(folder), "x", marker="metrics.jsonl")
     (folder / "completions.jsonl").unlink()
     create_run_folder("--save-dir", str(folder), "x", marker="metrics.jsonl")
@@ -187,7 +187,9 @@ def test_jsonl_writer_full_disk_keeps_lines_whole(tmp_path, capsys):
             assert lines.pop() == b""
             assert [json.loads(line)["step"] for line in lines] == list(range(min(step + 1, 3)))
     warned = capsys.readouterr().err
-    assert warned.count("could not be written (No space left on device); they wait for room, and the run goes on") == 1
+    assert (
+        warned.count("could not be written (No space left on device); they wait in memory, and the run continues") == 1
+    )
     log.log("train", 6, rows[6])
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == list(range(7))
     with limit_file_size(file.stat().st_size):

@@ -20,6 +20,7 @@ from drivers.common.errors import EngineDiedError, TrainingAbortedError, UsageEr
 from drivers.engines import supervision
 from drivers.policy.weight_gatherer import WeightGatherer
 from drivers.settings.sampling import Sampling
+from drivers.training.components import Components
 from drivers.training.self_check import check_engine
 from tests.drivers.helpers.engines import (
     PROMPTS,
@@ -132,7 +133,7 @@ def check_training(folder, urls):
     run = make_run(config, folder / "run", parts.tokenizer)
     before = flatten_weights(parts.policy)
     try:
-        train(config, parts.policy, engine, letter_grader, parts.questions, parts.questions, run)
+        train(config, Components(parts.policy, engine, letter_grader, parts.questions, parts.questions), run)
     finally:
         run.finish()
         engine.close()

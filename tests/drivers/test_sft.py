@@ -14,7 +14,7 @@ from drivers.common.errors import UsageError
 from drivers.runs.folder import find_checkpoint
 from drivers.settings.command_line import parse_settings
 from drivers.settings.imitation import QUICKSTARTS, SftConfig
-from drivers.sft import batch_of_step, choose, main
+from drivers.sft import batch_of_step, choose_demonstrations, main
 from drivers.tasks.demonstrations import load_demonstrations, make_demonstrations
 from drivers.tasks.questions import Prompt
 from drivers.tasks.wordadd import WRONG_SHARE
@@ -164,32 +164,35 @@ def test_load_demonstrations_reads_assignment_format(tmp_path):
     examples = load_demonstrations("--data-path", path)
     assert [example.answer for example in examples] == ["2", "0", "3"]
     assert all(example.has_prompt and example.question == row["prompt"] for example in examples)
-    assert len(choose(SftConfig(model_path="tiny", data_path=path, correct_only=True), lambda _: None)) == 1
+    assert (
+        len(choose_demonstrations(SftConfig(model_path="tiny", data_path=path, correct_only=True), lambda _: None))
+        == 1
+    )
 
 
 def test_choose_smaller_subset_is_prefix(tmp_path):
     rows = [{"question": f"{k}?", "response": "x"} for k in range(20)]
     settings = SftConfig(model_path="tiny", data_path=write_lines(tmp_path, *rows))
-    chosen = {n: choose(replace(settings, n_examples=n)) for n in (5, 10, 20)}
+    chosen = {n: choose_demonstrations(replace(settings, n_examples=n)) for n in (5, 10, 20)}
     assert chosen[5] == chosen[10][:5]
     assert chosen[10] == chosen[20][:10]
-    assert chosen[20] == choose(settings) != load_demonstrations("-", settings.data_path)
-    assert choose(replace(settings, seed=1, n_examples=5)) != chosen[5]
-    with pytest.raises(UsageError, match="--n-examples 21: there are 20 to choose from"):
-        choose(replace(settings, n_examples=21))
+    assert chosen[20] == choose_demonstrations(settings) != load_demonstrations("-", settings.data_path)
+    assert choose_demonstrations(replace(settings, seed=1, n_examples=5)) != chosen[5]
+    with pytest.raises(UsageError, match="--n-examples 21: only 20 demonstrations are available"):
+        choose_demonstrations(replace(settings, n_examples=21))
 
 
 @pytest.mark.slow
 def test_choose_correct_only_keeps_right_demonstrations(capsys):
     settings = SftConfig(data_path="data/wordadd/sft.jsonl", correct_only=True)
     messages = []
-    right = choose(settings, messages.append)
-    assert messages == [f"--correct-only: {len(right)} of 1304 demonstrations are graded right"]
+    right = choose_demonstrations(settings, messages.append)
+    assert messages == [f"--correct-only: {len(right)} of 1304 demonstrations are correct"]
     assert len(right) == 1304 - round(WRONG_SHARE * 1304)
     for one in right:
         a, b = map(int, re.findall(r"\d+", one.question))
         assert one.response == f" {a} + {b} = {a + b} </think> <answer> {a + b} </answer>"
-    assert choose(replace(settings, n_examples=128)) == right[:128]
+    assert choose_demonstrations(replace(settings, n_examples=128)) == right[:128]
 
 
 def test_shipped_demonstrations_equal_script_output():
@@ -231,15 +234,15 @@ def test_sft_help_names_every_flag(capsys):
         ("--epochs 0", "--epochs 0: must be greater than 0"),
         ("--train-batch-size 0", "--train-batch-size 0: must be greater than 0"),
         ("--n-examples 0", "--n-examples 0: must be greater than 0"),
-        ("--n-examples 2000 --no-correct-only", "--n-examples 2000: there are 1304 to choose from"),
+        ("--n-examples 2000 --no-correct-only", "--n-examples 2000: only 1304 demonstrations are available"),
         ("--learning-rate nan", "--learning-rate nan"),
         ("--data-path nowhere.jsonl", "--data-path nowhere.jsonl: no such file"),
-        ("--n-examples 1000", "--n-examples 1000: there are 913 to choose from"),
+        ("--n-examples 1000", "--n-examples 1000: only 913 demonstrations are available"),
         ("--data-path {empty}", "contains no demonstrations"),
         ("--data-path {no_response}", "no_response.jsonl:1: `response` must be"),
         ("--data-path {no_question}", "no_question.jsonl:1: `question` must be"),
         ("--data-path {no_answer}", "--correct-only: no_answer.jsonl:1 has no `answer`"),
-        ("--data-path {wrong}", "--correct-only: no demonstration of wrong.jsonl is graded right"),
+        ("--data-path {wrong}", "--correct-only: no demonstration of wrong.jsonl is correct"),
         ("--group-size 4", "group-size"),
         ("--model-path ./nowhere {data}", "--model-path ./nowhere: no such folder"),
         ("--model-path {tiny} --n-examples 4 --sampling-max-tokens 500", "more than the model's context of 512"),
@@ -299,7 +302,7 @@ def test_sft_program_runs_and_resumes(tmp_path):
     )
     for arguments in (flags.split(), ["--resume", "out", "--epochs", "2"], ["--resume", "out"]):
         done = run_program("sft", arguments, cwd=tmp_path)
-    assert "Nothing is left to do: out/final_model/ has all 6 steps; more: --epochs." in done.stdout
+    assert "out/final_model/ is already complete (6/6 steps). Increase --epochs to continue." in done.stdout
     assert [row["step"] for row in read_rows(tmp_path / "out", "train")] == [1, 2, 3, 4, 5, 6]
     written = json.loads((tmp_path / "out/config.json").read_text())
     assert (written["program"], written["config"]["epochs"]) == ("sft.py", 2)

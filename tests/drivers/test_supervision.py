@@ -23,6 +23,7 @@ from drivers.engines.supervision import SupervisedEngine, call_with_timeout, is_
 from drivers.policy.devices import choose_devices
 from drivers.runs.folder import find_checkpoint
 from drivers.settings.sampling import Sampling
+from drivers.training.components import Components
 from tests.drivers.helpers.engines import PROMPTS, make_vllm_engine
 from tests.drivers.helpers.letters import flatten_weights, letter_grader, make_run, make_tiny_config, make_tiny_parts
 from tests.drivers.helpers.processes import list_engine_processes, list_engine_threads, restore_interrupt, wait_until
@@ -427,7 +428,7 @@ def test_vllm_in_own_process_equals_shared_process(tmp_path):
         engine = start_tiny(folder / "model", parts.policy, own_process=own_process)
         run = make_run(config, folder / "run", parts.tokenizer)
         try:
-            train(config, parts.policy, engine, letter_grader, parts.questions, parts.questions, run)
+            train(config, Components(parts.policy, engine, letter_grader, parts.questions, parts.questions), run)
         finally:
             run.finish()
             engine.close()

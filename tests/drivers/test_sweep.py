@@ -278,7 +278,7 @@ def test_sweep_runs_reports_and_skips_finished_runs(tmp_path):
     assert "step 2/2" in (sweep / "baseline-seed0.log").read_text()
     weights = (sweep / "baseline-seed0/final_model/model.safetensors").stat().st_mtime_ns
     again = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert again.stdout.count("Nothing is left to do") == 2
+    assert again.stdout.count("is already complete") == 2
     assert (sweep / "baseline-seed0/final_model/model.safetensors").stat().st_mtime_ns == weights
 
 

@@ -13,10 +13,10 @@ from drivers.grading.verdicts import make_inline_grader
 from drivers.train import train
 from drivers.training import update as update_step
 from drivers.training.advantages import prepare_rollouts
+from drivers.training.components import Components
 from drivers.training.metrics import UpdateMetrics
 from drivers.training.objective import rows_with_gradient, weigh_step
 from drivers.training.scoring import score
-from drivers.training.setup import Components
 from grpo_core.types import Aggregation, LossType
 from tests.drivers.helpers.letters import (
     flatten_weights,
@@ -186,8 +186,12 @@ def test_train_infinite_loss_aborts_unchanged(tmp_path):
     config, parts = make_tiny_config(loss_type="no_baseline"), make_tiny_parts()
     before = flatten_weights(parts.policy).clone()
     run = make_run(config, tmp_path, parts.tokenizer)
-    with pytest.raises(TrainingAbortedError, match="not made"):
-        train(config, parts.policy, parts.engine, make_inline_grader(huge), parts.questions, parts.questions, run)
+    with pytest.raises(TrainingAbortedError, match="stopped before the update"):
+        train(
+            config,
+            Components(parts.policy, parts.engine, make_inline_grader(huge), parts.questions, parts.questions),
+            run,
+        )
     run.finish()
     assert torch.equal(flatten_weights(parts.policy), before)
 
@@ -245,17 +249,19 @@ def test_train_interrupted_inside_step_keeps_checkpoints(tmp_path, monkeypatch):
 
 
 def test_train_full_disk_exits_with_one_line_and_keeps_log(tmp_path, monkeypatch, capsys):
-    import drivers.training.run
+    import drivers.training.checkpointer
     from drivers import train as program
 
     config, parts = make_tiny_config(n_grpo_steps=3, checkpoint_steps=2), make_tiny_parts()
     run = make_run(config, tmp_path, parts.tokenizer)
     monkeypatch.setattr(
-        drivers.training.run, "save_checkpoint", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space"))
+        drivers.training.checkpointer,
+        "save_checkpoint",
+        lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space")),
     )
     replace_components(monkeypatch, program, config, run, parts)
     with pytest.raises(SystemExit) as ended:
         program.main(["--model-path", "tiny"])
     assert ended.value.code == 1
-    assert "no checkpoint can be written" in capsys.readouterr().err
+    assert "the checkpoint cannot be written" in capsys.readouterr().err
     assert (tmp_path / "curves.png").exists()

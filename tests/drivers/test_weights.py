@@ -14,6 +14,7 @@ from drivers.policy.lora import adapter_weights, add_lora
 from drivers.policy.weight_gatherer import WeightGatherer
 from drivers.policy.weights import PolicyWeights, checksum, checksums, find_differing, stochastic_round
 from drivers.training.advantages import prepare_rollouts
+from drivers.training.components import Components
 from drivers.training.scoring import score_all
 from tests.drivers.helpers.letters import make_tiny_config, make_tiny_parts, sample_rollouts
 from tests.tiny import make_tiny_policy
@@ -287,7 +288,7 @@ def test_lora_training_learns_and_keeps_base(tmp_path):
     weights = PolicyWeights(policy, torch.float32)
     engine = HFReplica(make_tiny_policy(0), parts.tokenizer, weights)
     run = make_run(config, tmp_path / "run", parts.tokenizer)
-    train(config, policy, engine, letter_grader, parts.questions, parts.questions, run)
+    train(config, Components(policy, engine, letter_grader, parts.questions, parts.questions), run)
     run.finish()
     assert run.state.accuracies[25] > run.state.accuracies[0] + 0.3
     assert all(torch.equal(p, before[name]) for name, p in policy.named_parameters() if name in before)

@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 # isort: off
 from drivers.policy import fsdp
+from drivers.training.components import Components
 from drivers.common import environment  # noqa: F401  before torch: OpenMP reads its settings once
 
 # isort: on
@@ -135,8 +136,8 @@ def main(
     display = Display(config.n_grpo_steps, quiet=not distributed.is_rank_zero())
     run = Run(config, run_folder, parts.tokenizer, display, checkpoint)
     try:
-        train(config, policy, engine, letter_grader, parts.questions, parts.questions, run, reference)
-        run.publish("final_model")
+        train(config, Components(policy, engine, letter_grader, parts.questions, parts.questions, reference), run)
+        run.checkpointer.publish(run.state, "final_model")
     finally:
         run.finish()
         engine.close()

@@ -15,6 +15,7 @@ from drivers.sft import fine_tune
 from drivers.tasks.demonstrations import WorkedExample, make_demonstrations
 from drivers.tasks.questions import Prompt
 from drivers.train import train
+from drivers.training.components import Components
 from drivers.training.launch import save_on_abort
 from drivers.training.run import Run
 from tests.drivers.helpers.letters import (
@@ -135,7 +136,7 @@ def run_training(folder, reward_fn=letter_reward, **changes):
     reference = clone_policy(parts.policy) if config.needs_reference else None
     try:
         grade = make_inline_grader(reward_fn)
-        train(config, parts.policy, parts.engine, grade, parts.questions, parts.questions, run, reference)
+        train(config, Components(parts.policy, parts.engine, grade, parts.questions, parts.questions, reference), run)
     finally:
         run.finish()
     return parts.policy, read_rows(folder, "train"), read_rows(folder, "eval")
@@ -166,7 +167,7 @@ def run_overlapped(folder, **changes):
     config, parts = make_tiny_config(**OVERLAPPED | changes), make_tiny_parts()
     run, engine = make_run(config, folder, parts.tokenizer), SnapshotEngine(parts.policy, parts.tokenizer)
     try:
-        train(config, parts.policy, engine, letter_grader, parts.questions, parts.questions, run)
+        train(config, Components(parts.policy, engine, letter_grader, parts.questions, parts.questions), run)
     finally:
         run.finish()
     return parts.policy, engine, read_rows(folder, "train")
@@ -214,9 +215,9 @@ def run_grpo(folder, checkpoint=None, stop_at=None, publish=False, **settings):
     run = Run(config, folder, parts.tokenizer, Display(1, quiet=True), checkpoint)
 
     def loop():
-        train(config, policy, engine, letter_grader, parts.questions, parts.questions, run, reference)
+        train(config, Components(policy, engine, letter_grader, parts.questions, parts.questions, reference), run)
         if publish:
-            run.publish("final_model")
+            run.checkpointer.publish(run.state, "final_model")
 
     return *finish_run(run, policy, loop), len(answers)
 
@@ -244,7 +245,8 @@ def run_sft(folder, demonstrations, checkpoint=None, stop_at=None, **changes):
     run = Run(config, folder, parts.tokenizer, Display(1, quiet=True), checkpoint, settings)
 
     def loop():
-        fine_tune(config, parts.policy, engine, letter_grader, demonstrations, parts.questions, run)
+        components = Components(parts.policy, engine, letter_grader, demonstrations, parts.questions)
+        fine_tune(config, components, demonstrations, run)
 
     return *finish_run(run, parts.policy, loop), len(answers)
 
@@ -262,7 +264,8 @@ def run_expert_iteration(folder, reward=has_letter, checkpoint=None, stop_at=Non
     run = Run(settings.as_grpo(), folder, parts.tokenizer, Display(1, quiet=True), checkpoint, settings)
 
     def loop():
-        iterate(settings, parts.policy, engine, make_inline_grader(reward), parts.questions, parts.questions, run)
+        components = Components(parts.policy, engine, make_inline_grader(reward), parts.questions, parts.questions)
+        iterate(settings, components, run)
 
     return *finish_run(run, parts.policy, loop), answers
 

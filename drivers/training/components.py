@@ -1,0 +1,32 @@
+"""The components that a training loop combines."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from drivers.engines.protocol import RolloutEngine
+from drivers.grading.pool import GradingPool
+from drivers.grading.verdicts import Grader
+from drivers.tasks.questions import Question
+
+
+@dataclass(frozen=True)
+class Components:
+    """Models, engine, grader and data of a run."""
+
+    policy: nn.Module
+    engine: RolloutEngine
+    grade: Grader
+    train_set: Sequence[Question]
+    val_set: Sequence[Question]
+    reference: nn.Module | None = None
+    """Frozen copy of the initial policy, for the KL penalty. None if none is needed, or with LoRA."""
+
+    def close(self) -> None:
+        """End the processes that sample and grade."""
+        try:
+            self.engine.close()
+        finally:
+            if isinstance(self.grade, GradingPool):
+                self.grade.close()
