@@ -58,7 +58,7 @@ class RolloutEngine(Protocol):
         ...
 
     def close(self) -> None:
-        """Shut the engine down for good, after a `generate` that runs in another thread."""
+        """Shut the engine down; an engine in this process first waits for a `generate` in another thread."""
         ...
 
 

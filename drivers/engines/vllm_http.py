@@ -54,7 +54,7 @@ class Servers:
         self.n_workers = [1] * len(self.urls)
         """Workers of each server."""
         self.failure: Exception | None = None
-        """Why nothing more must be sent."""
+        """The error after which nothing may be sent."""
 
     def close(self) -> None:
         """Wake all waiting callers. Request threads are daemons and are not joined."""
