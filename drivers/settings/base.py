@@ -54,7 +54,8 @@ class Settings:
     """Heading of the group's flags in `--help`."""
 
     def __post_init__(self) -> None:
-        bounds = read_bounds(type(self))
+        kind: type = type(self)  # type[Settings] is not hashable to mypy
+        bounds = read_bounds(kind)
         for name, value in vars(self).items():
             if name in bounds and value is not None:
                 problem = bounds[name].find_problem(value)

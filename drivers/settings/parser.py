@@ -111,8 +111,7 @@ def sort_by_heading(kind: type[Settings]) -> dict[str, list[str]]:
     return {heading: members for heading, members in names.items() if members}
 
 
-@cache
-def read_help(kind: type) -> Mapping[str, str]:
+def read_help(kind: type[Settings]) -> Mapping[str, str]:
     """Return the help of each setting: the docstring under its field, or the one that it inherits."""
     texts: dict[str, str] = {}
     for group in reversed(kind.__mro__):
