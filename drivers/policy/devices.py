@@ -87,7 +87,7 @@ def check_devices(config: GrpoConfig, devices: Devices) -> None:
 
 
 Check = tuple[bool, str]
-"""Whether something is wrong, and the message that says what."""
+"""A condition that must not hold, and the message if it does."""
 
 
 def _policy_checks(config: PolicySettings, devices: Devices) -> list[Check]:
