@@ -36,7 +36,6 @@ MOST_USED = (
     "loss_type",
     "advantage",
     "kl_coef",
-    "sampling_temperature",
     "sampling_max_tokens",
     "engine",
     "seed",
