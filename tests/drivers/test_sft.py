@@ -245,7 +245,7 @@ def test_sft_help_names_every_flag(capsys):
         ("--data-path {wrong}", "--correct-only: no demonstration of wrong.jsonl is correct"),
         ("--group-size 4", "group-size"),
         ("--model-path ./nowhere {data}", "--model-path ./nowhere: no such folder"),
-        ("--model-path {tiny} --n-examples 4 --sampling-max-tokens 500", "more than the model's context of 512"),
+        ("--model-path {tiny} --n-examples 4 --sampling-max-tokens 500", "exceeds the model's context of 512"),
         ("--resume {grpo}", "--resume grpo: is a run of train.py"),
     ],
 )
