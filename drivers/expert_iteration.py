@@ -54,7 +54,7 @@ def iterate(settings: ExpertIterationConfig, components: Components, run: Run) -
         collected = run_with_engine(engine, partial(collect, config, components, state.draw, run, step, run.timer))
         graded = zip(collected.completions, collected.raw_rewards.tolist(), strict=True)
         correct = [completion for completion, reward in graded if reward == 1]
-        anomalies = [*check_rollouts(collected.facts), *check_right_responses(len(correct))]
+        anomalies = [*check_rollouts(collected.metrics), *check_right_responses(len(correct))]
 
         # Minimize -log pi(o | q) on them.
         metrics = UpdateMetrics(collected.logged_completions, has_sampler=has_sampler)
@@ -70,7 +70,7 @@ def iterate(settings: ExpertIterationConfig, components: Components, run: Run) -
         run.push_weights(components, step)
         if run.is_evaluation_due(step):
             run.evaluate(components, step=step)
-        run.report(step, collected.facts | metrics.summary() | {"right_responses": float(len(correct))})
+        run.report(step, collected.metrics | metrics.summary() | {"right_responses": float(len(correct))})
         run.log_samples(step, collected.shown, metrics.logged_token_values())
         run.end_step(policy)
 

@@ -57,8 +57,10 @@ def train(config: GrpoConfig, components: Components, run: Run) -> None:
             # Sample o_1 .. o_G ~ pi_old(. | q) for each question q of a batch, and grade them: r_i = R(q, o_i).
             collected = prefetcher.get(step)
             prefetcher.prefetch(step + 1)
-            anomalies = check_rollouts(collected.facts, has_regularization_gradient=config.has_regularization_gradient)
-            entropy_coef = state.bonus.of_step(collected.facts["rollout_entropy"])
+            anomalies = check_rollouts(
+                collected.metrics, has_regularization_gradient=config.has_regularization_gradient
+            )
+            entropy_coef = state.bonus.of_step(collected.metrics["rollout_entropy"])
 
             # Compare each r_i with its group, which gives A_i, and maximize the objective in one or more updates.
             metrics = UpdateMetrics(collected.logged_completions)
@@ -78,7 +80,7 @@ def train(config: GrpoConfig, components: Components, run: Run) -> None:
             if run.is_evaluation_due(step):
                 run.evaluate(components, step=step)
             coefficient = {"entropy_coef": entropy_coef} if config.has_entropy_bonus else {}
-            run.report(step, collected.facts | metrics.summary() | coefficient)
+            run.report(step, collected.metrics | metrics.summary() | coefficient)
             run.log_samples(step, collected.shown, metrics.logged_token_values(), rollouts.advantages)
             run.end_step(policy)
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live panel on a terminal, plain lines anywhere else."""
+"""Show the progress of a run: a live panel on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,21 +20,21 @@ COLUMNS = {
     "rollout_entropy": "entropy {:.2f}",
     "right_responses": "{:.0f} right",
     "grad_norm": "grad {:.2f}",
-    "zero_std_groups": "silent {:.0%}",
+    "zero_std_groups": "zero-signal {:.0%}",
     "rollout_tokens_per_s": "{:.0f} tok/s",
 }
-"""A step's line; what a step does not have is left out."""
+"""Columns of a step's line. Metrics that a step does not have are omitted."""
 
 
 class _Screen(Console):
     def on_broken_pipe(self) -> None:
-        """Whoever read has gone: nothing more is shown, and the run goes on, where rich would end it."""
+        """Continue without output if the reader has closed the pipe; rich would end the program."""
         with suppress(SystemExit, OSError):
             super().on_broken_pipe()
 
 
 class Display:
-    """The phase, the step, tokens per second, reward and time left; one permanent line per step above it."""
+    """A panel with phase, step, reward, tokens per second and time left; above it, one permanent line per step."""
 
     def __init__(self, n_steps: int, *, quiet: bool = False, title: str = "GRPO") -> None:
         self.console = _Screen(quiet=quiet)
@@ -42,7 +42,7 @@ class Display:
         self._n_steps = n_steps
         self._step_begin = time.monotonic()
         self._step_seconds: list[float] = []
-        self._facts: dict[str, str] = {}
+        self._panel_values: dict[str, str] = {}
         self._progress = Progress(
             TextColumn("[bold]{task.description:<9}"),
             BarColumn(bar_width=None),
@@ -65,13 +65,13 @@ class Display:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
-        with suppress(OSError):  # a file on a disk that is full, or a terminal that was closed
+        """Print a permanent line."""
+        with suppress(OSError):  # the disk is full, or the terminal was closed
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def phase(self, name: str, seconds: dict[str, float], *, shown: bool = True) -> Iterator[None]:
-        """Show `name` as what is going on, and add its time to `seconds`."""
+        """Show `name` as the current phase, and add the time of the block to `seconds[name]`."""
         if shown:
             self._progress.update(self._task, description=name)
         begin = time.monotonic()
@@ -81,15 +81,16 @@ class Display:
             seconds[name] = seconds.get(name, 0.0) + time.monotonic() - begin
 
     def begin_step(self) -> None:
+        """Start the clock of a step."""
         self._step_begin = time.monotonic()
 
     def end_step(self, step: int, values: Mapping[str, float]) -> None:
-        """The step's line in the log, and the panel's numbers."""
+        """Print the step's line and update the panel."""
         self._step_seconds.append(time.monotonic() - self._step_begin)
         recent = self._step_seconds[-5:]
         left = (self._n_steps - step) * sum(recent) / len(recent)
         self._progress.update(self._task, completed=step)
-        self._facts = {
+        self._panel_values = {
             "reward": _number(values, "reward"),
             "tokens/s": f"{values.get('rollout_tokens_per_s', 0):.0f}",
             "time left": clock(left),
@@ -101,7 +102,7 @@ class Display:
         )
 
     def show_evaluation(self, step: int, values: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> None:
-        """Accuracy, and some completions with their rewards."""
+        """Print the accuracy and some completions with their rewards."""
         self.say(
             f"eval at step {step}: accuracy {_number(values, 'accuracy')} (+-{_number(values, 'accuracy_stderr')}), "
             f"format {_number(values, 'format_reward')}, {values['response_tokens']:.1f} tokens, "
@@ -113,24 +114,26 @@ class Display:
             self.say(f"     {one_line(str(row['response']))}  (answer: {row['answer']})")
 
     def _panel(self) -> Panel:
-        facts = "   ".join(f"{name} {value}" for name, value in self._facts.items())
+        text = "   ".join(f"{name} {value}" for name, value in self._panel_values.items())
         grid = Table.grid(expand=True)
         grid.add_row(self._progress)
-        grid.add_row(Text(facts or "the first step has no numbers yet", style="dim" if not facts else ""))
+        grid.add_row(Text(text or "no step is finished yet", style="" if text else "dim"))
         return Panel(grid, title=self._title, title_align="left")
 
 
 def _number(values: Mapping[str, float], name: str) -> str:
-    """Not every reward has parts, and not every response can be scored."""
+    """Format a metric, or return "-" if it is absent."""
     return f"{values[name]:.3f}" if name in values else "-"
 
 
 def clock(seconds: float) -> str:
+    """Format seconds as h:mm:ss or m:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def one_line(text: str, limit: int = 240) -> str:
+    """Return the text on one line, shortened to `limit` characters."""
     line = " ".join(text.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"

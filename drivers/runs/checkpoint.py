@@ -34,7 +34,7 @@ from drivers.policy import fsdp
 from drivers.policy.lora import adapter_weights, save_adapter
 from drivers.policy.weights import PolicyWeights
 
-FACTS, TENSORS, MANIFEST = "trainer_state.json", "trainer_state", "manifest.json"
+STATE_VALUES, STATE_TENSORS, MANIFEST = "trainer_state.json", "trainer_state", "manifest.json"
 
 FORMAT = 1
 """Version of the manifest."""
@@ -48,7 +48,7 @@ def save_checkpoint(
     tokenizer: Any,
     folder: Path,
     *,
-    facts: Mapping[str, Any],
+    values: Mapping[str, Any],
     tensors: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint that transformers and vLLM load; with `tensors`, training can resume from it.
@@ -60,11 +60,11 @@ def save_checkpoint(
     unfinished = folder.parent / f"{UNFINISHED}{folder.name}"
     distributed.run_on_rank_zero(partial(_begin, folder, unfinished))
     if tensors is not None:
-        write_tensors(unfinished / TENSORS, tensors)
+        write_tensors(unfinished / STATE_TENSORS, tensors)
     weights, adapter = _whole_weights(policy), adapter_weights(policy)
     dtype = fsdp.computing_dtype(policy)
     distributed.run_on_rank_zero(
-        partial(_finish, policy, tokenizer, folder, unfinished, weights, adapter, dtype, facts)
+        partial(_finish, policy, tokenizer, folder, unfinished, weights, adapter, dtype, values)
     )
     return folder
 
@@ -95,7 +95,7 @@ def _finish(
     weights: dict[str, Tensor],
     adapter: dict[str, Tensor],
     dtype: torch.dtype,
-    facts: Mapping[str, Any],
+    values: Mapping[str, Any],
 ) -> None:
     policy.save_pretrained(unfinished, state_dict=weights)
     if adapter:
@@ -107,7 +107,7 @@ def _finish(
     model_config = json.loads((unfinished / "config.json").read_text(encoding="utf-8"))
     # FSDP shards are float32, so transformers would write float32 for a bfloat16 model.
     write_json(unfinished / "config.json", model_config | {"dtype": str(dtype).removeprefix("torch.")})
-    write_text(unfinished / FACTS, json.dumps(facts) + "\n")
+    write_text(unfinished / STATE_VALUES, json.dumps(values) + "\n")
     write_manifest(unfinished)
     commit_directory(unfinished, folder)
 
@@ -125,8 +125,8 @@ def publish_model(checkpoint: Path, folder: Path) -> None:
     """Copy the model of `checkpoint` to `folder`, without the training state. Weights are hard links."""
     unfinished = folder.parent / f"{UNFINISHED}{folder.name}"
     shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(checkpoint, unfinished, copy_function=_link, ignore=lambda *_: {TENSORS})
-    write_text(unfinished / FACTS, json.dumps({"step": read_facts(checkpoint)["step"]}) + "\n")
+    shutil.copytree(checkpoint, unfinished, copy_function=_link, ignore=lambda *_: {STATE_TENSORS})
+    write_text(unfinished / STATE_VALUES, json.dumps({"step": read_state_values(checkpoint)["step"]}) + "\n")
     known = {name: entry for name, entry in _read_manifest(checkpoint).items() if name.endswith(".safetensors")}
     write_manifest(unfinished, known)
     rename_superseded(folder)
@@ -157,13 +157,13 @@ def find_damage(folder: Path) -> str | None:
         entries = _read_manifest(folder)
         sizes = {name: entry["bytes"] for name, entry in entries.items()}
         sums = {name: entry["sha256"] for name, entry in entries.items()}
-        facts = read_facts(folder)
+        values = read_state_values(folder)
     except FileNotFoundError as error:
         return f"it has no {Path(error.filename).name}: it is incomplete, or was not written by this program"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} or {FACTS} cannot be read ({type(error).__name__}: {error})"
-    if not isinstance(facts, dict) or not isinstance(facts.get("step"), int):
-        return f"{FACTS} contains no step"
+        return f"{MANIFEST} or {STATE_VALUES} cannot be read ({type(error).__name__}: {error})"
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        return f"{STATE_VALUES} contains no step"
     try:
         return _find_difference(folder, sizes, sums)
     except OSError as error:
@@ -178,7 +178,7 @@ def _find_difference(folder: Path, sizes: Mapping[str, Any], sums: Mapping[str, 
         size = (folder / name).stat().st_size
         if size != sizes[name]:
             return f"{name} has {size} bytes instead of {sizes[name]}"
-    foreign = [name for name in names if name.startswith(f"{TENSORS}/") and name not in sizes]
+    foreign = [name for name in names if name.startswith(f"{STATE_TENSORS}/") and name not in sizes]
     if foreign:  # the reader of the folder would read this file too
         return f"{foreign[0]} does not belong to this checkpoint"
     for name, entry in zip(sizes, _fingerprints([folder / name for name in sizes]), strict=True):
@@ -189,8 +189,8 @@ def _find_difference(folder: Path, sizes: Mapping[str, Any], sums: Mapping[str, 
 
 def drop_tensors(folder: Path) -> None:
     """Delete the training state of a checkpoint and keep its model."""
-    kept = {name: entry for name, entry in _read_manifest(folder).items() if not name.startswith(f"{TENSORS}/")}
-    remove_directory(folder / TENSORS)
+    kept = {name: entry for name, entry in _read_manifest(folder).items() if not name.startswith(f"{STATE_TENSORS}/")}
+    remove_directory(folder / STATE_TENSORS)
     write_manifest(folder, kept)
 
 
@@ -219,10 +219,10 @@ def _fingerprints(files: Sequence[Path]) -> list[dict[str, Any]]:
         return list(threads.map(fingerprint, files))
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
+def read_state_values(folder: Path) -> dict[str, Any]:
     """Return the content of trainer_state.json."""
-    facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    return facts
+    values: dict[str, Any] = json.loads((folder / STATE_VALUES).read_text(encoding="utf-8"))
+    return values
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from drivers.common.atomic_files import UNFINISHED, remove_directory
 from drivers.common.errors import UsageError
-from drivers.runs.checkpoint import FACTS, TENSORS, drop_tensors, find_damage, read_facts
+from drivers.runs.checkpoint import STATE_TENSORS, STATE_VALUES, drop_tensors, find_damage, read_state_values
 from drivers.runs.lock import LOCK
 
 BEST = "best_checkpoint"
@@ -55,7 +55,7 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
         if name is None or not path.is_dir():
             continue
         try:
-            dated.append((int(read_facts(path)["step"]), path))
+            dated.append((int(read_state_values(path)["step"]), path))
         except (OSError, ValueError, KeyError, TypeError):  # it is damaged; its name contains the step too
             dated.append((int(name[1]), path))
     return sorted(dated)
@@ -63,7 +63,7 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 def is_resumable(folder: Path) -> bool:
     """Return whether a checkpoint contains the training state; whether it is undamaged is not checked."""
-    return (folder / FACTS).exists() and (folder / TENSORS).exists()
+    return (folder / STATE_VALUES).exists() and (folder / STATE_TENSORS).exists()
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -82,13 +82,15 @@ def find_checkpoint(path: Path, say: Callable[[str], None] = print) -> Path | No
     In a run folder, a damaged checkpoint gives a warning and the one before it is tried. If `path` itself is a
     checkpoint that cannot be used, the error is a UsageError.
     """
-    if (path / FACTS).exists():
-        reason = find_damage(path) if is_resumable(path) else f"it has no folder {TENSORS}: only its model was kept"
+    if (path / STATE_VALUES).exists():
+        reason = f"it has no folder {STATE_TENSORS}: only its model was kept"
+        if is_resumable(path):
+            reason = find_damage(path)
         if reason is not None:
             raise UsageError(f"--resume {path}: cannot resume from this checkpoint: {reason}")
         return path
     for _, checkpoint in reversed(checkpoints(path)):
-        if (checkpoint / TENSORS).exists():
+        if (checkpoint / STATE_TENSORS).exists():
             reason = find_damage(checkpoint)
             if reason is None:
                 return checkpoint

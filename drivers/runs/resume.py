@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from drivers.common.atomic_files import rename_superseded
 from drivers.common.errors import UsageError
-from drivers.runs.checkpoint import FACTS, TENSORS, read_facts
+from drivers.runs.checkpoint import STATE_TENSORS, STATE_VALUES, read_state_values
 from drivers.runs.folder import checkpoints, create_run_folder, find_checkpoint
 from drivers.runs.lock import acquire_run_lock
 from drivers.settings.grpo import GrpoConfig
@@ -49,12 +49,12 @@ def _create_locked_folder(config: GrpoConfig) -> Path:
 
 def _find_named_checkpoint(resume: str, say: Callable[[str], None]) -> Path:
     path = Path(resume)
-    acquire_run_lock("--resume", path.parent if (path / FACTS).exists() else path)
+    acquire_run_lock("--resume", path.parent if (path / STATE_VALUES).exists() else path)
     checkpoint = find_checkpoint(path, say)
     if checkpoint is None:
         raise UsageError(
-            f"--resume {resume}: no checkpoint to resume from; pass a checkpoint with a folder {TENSORS}, or a run "
-            "folder that contains one"
+            f"--resume {resume}: no checkpoint to resume from; pass a checkpoint with a folder {STATE_TENSORS}, or "
+            "a run folder that contains one"
         )
     return checkpoint
 
@@ -63,7 +63,7 @@ def _restart_run(folder: Path, say: Callable[[str], None]) -> None:
     """Rename what an earlier process left in a folder without a usable checkpoint, so that the run can start over."""
     if (folder / FINAL).exists():
         raise UsageError(
-            f"--resume auto: {folder} has a {FINAL} but no checkpoint with a folder {TENSORS} to resume from: "
+            f"--resume auto: {folder} has a {FINAL} but no checkpoint with a folder {STATE_TENSORS} to resume from: "
             f"pass a new --save-dir, and --model-path {folder / FINAL} to start from its weights"
         )
     for _, damaged in checkpoints(folder):
@@ -79,7 +79,7 @@ def finished_model(config: GrpoConfig) -> Path | None:
         return None
     final = Path(str(config.save_dir) if config.resume == "auto" else config.resume) / FINAL
     try:
-        return final if final.exists() and read_facts(final)["step"] >= config.n_grpo_steps else None
+        return final if final.exists() and read_state_values(final)["step"] >= config.n_grpo_steps else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"--resume: {final} cannot be read ({type(error).__name__}: {error}); move it away to resume from the "

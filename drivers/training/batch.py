@@ -26,7 +26,7 @@ class StepRollouts(NamedTuple):
     raw_rewards: Tensor
     greedy_rewards: Tensor | None
     """Of one greedy response to each question, where advantages are taken against it."""
-    facts: dict[str, float]
+    metrics: dict[str, float]
     shown: Sequence[dict[str, Any]] = ()
     """The first of the completions, as rows of completions.jsonl."""
 
@@ -41,7 +41,7 @@ class StepRollouts(NamedTuple):
             "scores": self.scores,
             "raw_rewards": _to_json(self.raw_rewards),
             "greedy_rewards": None if self.greedy_rewards is None else _to_json(self.greedy_rewards),
-            "facts": self.facts,
+            "facts": self.metrics,
             "shown": self.shown,
         }
 

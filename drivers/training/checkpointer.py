@@ -12,7 +12,7 @@ from drivers.common import distributed
 from drivers.common.atomic_files import free_path, remove_unfinished
 from drivers.common.display import Display
 from drivers.common.errors import TrainingAbortedError, first_line
-from drivers.runs.checkpoint import WRITE_ERRORS, publish_model, read_facts, save_checkpoint
+from drivers.runs.checkpoint import WRITE_ERRORS, publish_model, read_state_values, save_checkpoint
 from drivers.runs.folder import newest_checkpoint, prune_checkpoints
 from drivers.settings.grpo import GrpoConfig
 from drivers.training.state import TrainingState
@@ -65,17 +65,17 @@ class Checkpointer:
 
     def _write(self, policy: nn.Module, state: TrainingState, folder: Path) -> None:
         if state.is_at_snapshot:
-            facts = state.facts() | ({"data": self._data} if self._data else {})
-            save_checkpoint(policy, self._tokenizer, folder, facts=facts, tensors=state.tensors())
+            values = state.values() | ({"data": self._data} if self._data else {})
+            save_checkpoint(policy, self._tokenizer, folder, values=values, tensors=state.tensors())
         else:
-            save_checkpoint(policy, self._tokenizer, folder, facts={"step": state.step})
+            save_checkpoint(policy, self._tokenizer, folder, values={"step": state.step})
 
     def latest(self, state: TrainingState) -> Path | None:
         """Return the newest checkpoint if it contains all updates so far, and None otherwise."""
         newest = newest_checkpoint(self._folder)
         if newest is None or not state.is_at_snapshot:
             return None
-        return newest if read_facts(newest)["step"] == state.step else None
+        return newest if read_state_values(newest)["step"] == state.step else None
 
     def publish(self, state: TrainingState, name: str) -> Path:
         """Copy the model of the latest checkpoint, which must contain all updates, to the folder `name`."""

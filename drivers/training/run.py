@@ -18,7 +18,7 @@ from drivers.engines.rank_zero import run_with_engine
 from drivers.evaluation.policy import evaluate_policy
 from drivers.policy import fsdp
 from drivers.reports.curves import draw_curves
-from drivers.runs.checkpoint import TENSORS, read_facts, read_tensors
+from drivers.runs.checkpoint import STATE_TENSORS, read_state_values, read_tensors
 from drivers.runs.completions import with_values
 from drivers.runs.folder import later_checkpoints
 from drivers.runs.lock import release_run_lock
@@ -62,7 +62,7 @@ class Run:
         self.anomalies = AnomalyPolicy(config.on_anomaly, self.log, self.warn)
         self.checkpointer = Checkpointer(config, folder, tokenizer, display, self._sync_log, data)
         self._checkpoint, self._settings = checkpoint, settings
-        self._resumed_step = 0 if checkpoint is None else int(read_facts(checkpoint)["step"])
+        self._resumed_step = 0 if checkpoint is None else int(read_state_values(checkpoint)["step"])
         self._state: TrainingState | None = None
         self._log: RunLog | None = None  # open on rank 0 from `begin` to `finish`
 
@@ -92,8 +92,8 @@ class Run:
         """Restore `state` from the checkpoint if the run is resumed, then open the log."""
         if self._checkpoint is not None:
             try:
-                read_tensors(self._checkpoint / TENSORS, state.tensors())
-                state.restore(read_facts(self._checkpoint))
+                read_tensors(self._checkpoint / STATE_TENSORS, state.tensors())
+                state.restore(read_state_values(self._checkpoint))
             except UsageError:
                 raise
             except Exception as error:  # a state that another program wrote can fail in any way

@@ -27,7 +27,7 @@ from drivers.policy.loading import context_length, load_policy, load_tokenizer, 
 from drivers.policy.lora import add_lora
 from drivers.policy.optimizer import training_state_bytes
 from drivers.policy.weight_gatherer import WeightGatherer
-from drivers.runs.checkpoint import precision_of, read_facts
+from drivers.runs.checkpoint import precision_of, read_state_values
 from drivers.runs.folder import abandon_run_folder
 from drivers.runs.lock import release_run_lock
 from drivers.runs.resume import RUN_MARKER, open_run_folder
@@ -90,7 +90,7 @@ def setup_run(
         data = fingerprint(train_set)
         try:
             if checkpoint is not None:
-                validate_resume(config, read_facts(checkpoint), data)
+                validate_resume(config, read_state_values(checkpoint), data)
             # A prompt with a response of sampling_max_tokens is at least as long as any demonstration.
             longest = max(question.n_tokens(config.sampling_max_tokens) for question in (*train_set, *val_set))
             models = load_models(

@@ -124,7 +124,7 @@ class TrainingState:
     def snapshot(self) -> None:
         """Remember the state at the end of a step, which a checkpoint stores."""
         version, words, gauss = self.draw.getstate()
-        facts: dict[str, Any] = {
+        values: dict[str, Any] = {
             "step": self.step,
             "updates": self.optimizer.n_updates,
             "entropy_coef": self.bonus.value,
@@ -135,38 +135,38 @@ class TrainingState:
             "settings": _settings(self._config),
         }
         # One assignment: a Ctrl-C before it leaves the last snapshot complete.
-        self._snapshot = (self.optimizer.n_updates, facts, self.pending)
+        self._snapshot = (self.optimizer.n_updates, values, self.pending)
 
     @property
     def is_at_snapshot(self) -> bool:
         """Return whether no update was made since `snapshot`; otherwise the weights are newer than the snapshot."""
         return self.optimizer.n_updates == self._snapshot[0]
 
-    def facts(self) -> dict[str, Any]:
+    def values(self) -> dict[str, Any]:
         """Return the values other than tensors at the last `snapshot`, as JSON stores them."""
-        _, facts, pending = self._snapshot
-        return facts | {"pending": None if pending is None else pending.to_json()}
+        _, values, pending = self._snapshot
+        return values | {"pending": None if pending is None else pending.to_json()}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the master weights and moments by name; writing into them restores them."""
         return self.optimizer.tensors()
 
-    def restore(self, facts: dict[str, Any]) -> None:
-        """Restore the values of `facts`, after `tensors` were filled from the same checkpoint.
+    def restore(self, values: dict[str, Any]) -> None:
+        """Restore the values of `values`, after `tensors` were filled from the same checkpoint.
 
         Raise a UsageError if a setting has changed that could no longer take effect.
         """
-        validate_resume(self._config, facts)
-        self.step = facts["step"]
-        self.optimizer.finish_loading(facts["updates"])
+        validate_resume(self._config, values)
+        self.step = values["step"]
+        self.optimizer.finish_loading(values["updates"])
         # A constant coefficient is a setting, which may change; an adapted one is part of the state.
-        was_adapted = _saved_settings(facts).get("entropy_target", True) is not None
+        was_adapted = _saved_settings(values).get("entropy_target", True) is not None
         if self._config.entropy_target is not None and was_adapted:
-            self.bonus.value = facts["entropy_coef"]
-        version, words, gauss = facts["draw"]
+            self.bonus.value = values["entropy_coef"]
+        version, words, gauss = values["draw"]
         self.draw.setstate((version, tuple(words), gauss))
-        self.shuffle.set_state(torch.tensor(facts["shuffle"], dtype=torch.uint8))
-        self.grad_norms = deque(facts["grad_norms"], maxlen=N_NORMS)
-        self.accuracies = dict(facts["accuracies"])
-        self.pending = None if facts["pending"] is None else StepRollouts.from_json(facts["pending"])
+        self.shuffle.set_state(torch.tensor(values["shuffle"], dtype=torch.uint8))
+        self.grad_norms = deque(values["grad_norms"], maxlen=N_NORMS)
+        self.accuracies = dict(values["accuracies"])
+        self.pending = None if values["pending"] is None else StepRollouts.from_json(values["pending"])
         self.snapshot()

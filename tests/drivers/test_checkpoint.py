@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from drivers.common.atomic_files import remove_unfinished, write_json
 from drivers.common.errors import UsageError
 from drivers.runs import checkpoint
-from drivers.runs.checkpoint import FACTS, MANIFEST, TENSORS, find_damage, save_checkpoint
+from drivers.runs.checkpoint import MANIFEST, STATE_TENSORS, STATE_VALUES, find_damage, save_checkpoint
 from drivers.runs.folder import (
     BEST,
     checkpoints,
@@ -32,15 +32,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def save(folder, step, seed=0, **more):
     tensors = {"weight.a": torch.arange(6.0).view(2, 3) + step, "exp_avg.a": torch.zeros(2, 3)}
-    facts = {"step": step, **more}
+    values = {"step": step, **more}
     return save_checkpoint(
-        make_tiny_policy(seed), make_tiny_tokenizer(), folder / f"checkpoint-{step}", facts=facts, tensors=tensors
+        make_tiny_policy(seed), make_tiny_tokenizer(), folder / f"checkpoint-{step}", values=values, tensors=tensors
     )
 
 
 def test_checkpoint_loaded_by_transformers_is_bit_identical(tmp_path):
     policy, tokenizer = make_tiny_policy(5), make_tiny_tokenizer()
-    folder = save_checkpoint(policy, tokenizer, tmp_path / "checkpoint-3", facts={"step": 3})
+    folder = save_checkpoint(policy, tokenizer, tmp_path / "checkpoint-3", values={"step": 3})
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     for (name, ours), (other, theirs) in zip(policy.named_parameters(), loaded.named_parameters(), strict=True):
         assert name == other
@@ -50,7 +50,7 @@ def test_checkpoint_loaded_by_transformers_is_bit_identical(tmp_path):
 
 
 def test_checkpoint_bfloat16_keeps_dtype(tmp_path):
-    save_checkpoint(make_tiny_policy().bfloat16(), make_tiny_tokenizer(), tmp_path / "c", facts={"step": 1})
+    save_checkpoint(make_tiny_policy().bfloat16(), make_tiny_tokenizer(), tmp_path / "c", values={"step": 1})
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "c").dtype == torch.bfloat16
 
 
@@ -58,19 +58,19 @@ def test_save_checkpoint_error_leaves_nothing_and_can_be_retried(tmp_path, monke
     policy, folder = make_tiny_policy(), tmp_path / "checkpoint-1"
     monkeypatch.setattr(checkpoint, "write_text", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(policy, make_tiny_tokenizer(), folder, facts={"step": 2})
+        save_checkpoint(policy, make_tiny_tokenizer(), folder, values={"step": 2})
     assert not [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")]
     monkeypatch.undo()
-    save_checkpoint(policy, make_tiny_tokenizer(), folder, facts={"step": 2})
+    save_checkpoint(policy, make_tiny_tokenizer(), folder, values={"step": 2})
     assert json.loads((folder / "trainer_state.json").read_text()) == {"step": 2}
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
 def test_save_checkpoint_existing_folder_raises(tmp_path):
-    folder = save_checkpoint(make_tiny_policy(1), make_tiny_tokenizer(), tmp_path / "c", facts={"step": 1})
+    folder = save_checkpoint(make_tiny_policy(1), make_tiny_tokenizer(), tmp_path / "c", values={"step": 1})
     before = (folder / "model.safetensors").read_bytes()
     with pytest.raises(FileExistsError, match="never replaced"):
-        save_checkpoint(make_tiny_policy(2), make_tiny_tokenizer(), folder, facts={"step": 2})
+        save_checkpoint(make_tiny_policy(2), make_tiny_tokenizer(), folder, values={"step": 2})
     assert (folder / "model.safetensors").read_bytes() == before
 
 
@@ -122,7 +122,7 @@ def test_find_damage_changed_file_is_named(tmp_path, damage, message):
         reason = find_damage(copy)
         assert reason is not None
         assert name.name in reason
-        assert message in reason or name.name == FACTS
+        assert message in reason or name.name == STATE_VALUES
         shutil.rmtree(copy)
 
 
@@ -133,9 +133,9 @@ def test_find_damage_changed_file_is_named(tmp_path, damage, message):
         (MANIFEST, "[]", "cannot be read"),
         (MANIFEST, '{"format": 1, "files": {"config.json": 3}}', "cannot be read"),
         (MANIFEST, '{"format": 2, "files": {}}', "its format is 2; this version reads format 1"),
-        (FACTS, "[1]", "contains no step"),
-        (FACTS, '{"step": "9"}', "contains no step"),
-        (f"{TENSORS}/more.safetensors", "", "more.safetensors does not belong to this checkpoint"),
+        (STATE_VALUES, "[1]", "contains no step"),
+        (STATE_VALUES, '{"step": "9"}', "contains no step"),
+        (f"{STATE_TENSORS}/more.safetensors", "", "more.safetensors does not belong to this checkpoint"),
     ],
 )
 def test_find_damage_foreign_content_is_named(tmp_path, name, text, message):
@@ -151,8 +151,8 @@ def test_find_checkpoint_damaged_falls_back_and_warns(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step)
     assert find_checkpoint(tmp_path, messages.append).name == "checkpoint-3"
-    flip_bit(next((tmp_path / "checkpoint-3" / TENSORS).iterdir()))
-    (tmp_path / "checkpoint-2" / FACTS).write_text("{")
+    flip_bit(next((tmp_path / "checkpoint-3" / STATE_TENSORS).iterdir()))
+    (tmp_path / "checkpoint-2" / STATE_VALUES).write_text("{")
     assert find_checkpoint(tmp_path, messages.append).name == "checkpoint-1"
     assert "checkpoint-3 is damaged and not used: trainer_state/" in messages[0]
     assert "checkpoint-2 is damaged" in messages[1]
@@ -191,7 +191,7 @@ def test_prune_checkpoints_keeps_newest_and_best(tmp_path):
     (tmp_path / "checkpoint-4").rename(tmp_path / "checkpoint-4-stopped")
     assert prune_checkpoints(tmp_path, accuracies, None).name == "checkpoint-2"
     assert (tmp_path / BEST).resolve() == tmp_path / "checkpoint-2"
-    whole = {path.name for path in tmp_path.glob("checkpoint-*") if (path / TENSORS).exists()}
+    whole = {path.name for path in tmp_path.glob("checkpoint-*") if (path / STATE_TENSORS).exists()}
     assert whole == {"checkpoint-4-stopped", "checkpoint-5"}
     assert all(find_damage(path) is None for path in tmp_path.glob("checkpoint-*"))
     assert prune_checkpoints(tmp_path, accuracies, 2).name == "checkpoint-2"
@@ -219,7 +219,7 @@ def test_prune_checkpoints_leaves_foreign_files(tmp_path):
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {
         *("checkpoint-1-for-the-paper", "checkpoint-3", "checkpoint-8", "checkpoint-9.tar.gz")
     }
-    assert (tmp_path / "checkpoint-1-for-the-paper" / TENSORS).exists()
+    assert (tmp_path / "checkpoint-1-for-the-paper" / STATE_TENSORS).exists()
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -261,7 +261,7 @@ def test_save_checkpoint_tokenizer_error_is_a_write_error(tmp_path, monkeypatch)
 def test_open_run_folder_all_damaged_starts_over_and_warns(tmp_path):
     """Damaged checkpoints are renamed: otherwise they would pass for newer than those of the new run."""
     for step in (5, 6):
-        flip_bit(next((save(tmp_path, step) / TENSORS).iterdir()))
+        flip_bit(next((save(tmp_path, step) / STATE_TENSORS).iterdir()))
     (tmp_path / "metrics.jsonl").write_text("{}")
     (tmp_path / "completions.jsonl").write_text("{}")
     messages = []
@@ -280,7 +280,7 @@ def test_finished_model_unreadable_raises_usage_error(tmp_path):
     settings = make_tiny_config(save_dir=str(tmp_path), resume="auto")
     for text in (None, "{", "[]"):
         if text is not None:
-            (tmp_path / "final_model" / FACTS).write_text(text)
+            (tmp_path / "final_model" / STATE_VALUES).write_text(text)
         with pytest.raises(UsageError, match="final_model cannot be read"):
             finished_model(settings)
 
@@ -289,7 +289,7 @@ def test_finished_model_unreadable_raises_usage_error(tmp_path):
 def test_precision_of_checkpoint_is_the_runs_dtype(tmp_path, dtype):
     """A second measurement for `--dtype auto` might choose another dtype and so another run."""
     policy = make_tiny_policy().to(dtype)
-    folder = save_checkpoint(policy, make_tiny_tokenizer(), tmp_path / "checkpoint-1", facts={"step": 1})
+    folder = save_checkpoint(policy, make_tiny_tokenizer(), tmp_path / "checkpoint-1", values={"step": 1})
     assert checkpoint.precision_of(folder) == str(dtype).removeprefix("torch.")
     assert checkpoint.precision_of(tmp_path) is None
 
@@ -305,7 +305,7 @@ def test_checkpoint_holds_no_code(tmp_path):
 
 def test_remove_unfinished_nested_files_are_removed(tmp_path):
     """A kill while the state of a checkpoint is written leaves such files."""
-    for name in (".unfinished-checkpoint-3/.unfinished-facts.json", "checkpoint-2/.unfinished-facts.json", "kept"):
+    for name in (".unfinished-checkpoint-3/.unfinished-values.json", "checkpoint-2/.unfinished-values.json", "kept"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{")
     (tmp_path / ".unfinished-best_checkpoint").symlink_to("checkpoint-2")

@@ -881,7 +881,7 @@ def test_step_rollouts_json_keeps_unscored(tmp_path):
     assert collected.greedy_rewards.isnan().sum() == 2
     text = json.dumps(collected.to_json(), allow_nan=False)
     again = StepRollouts.from_json(json.loads(text))
-    assert (again.scores, again.facts) == (collected.scores, collected.facts)
+    assert (again.scores, again.metrics) == (collected.scores, collected.metrics)
     for name in ("raw_rewards", "greedy_rewards"):
         assert_close(getattr(again, name), getattr(collected, name), rtol=0, atol=0, equal_nan=True)
 

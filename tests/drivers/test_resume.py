@@ -23,7 +23,7 @@ from drivers import train as program
 from drivers.common.errors import TrainingAbortedError, UsageError
 from drivers.common.signals import terminate_as_interrupt
 from drivers.reports.logged_run import read_metrics
-from drivers.runs.checkpoint import FACTS, TENSORS, find_damage, read_facts, read_tensors
+from drivers.runs.checkpoint import STATE_TENSORS, STATE_VALUES, find_damage, read_state_values, read_tensors
 from drivers.runs.folder import find_checkpoint
 from drivers.runs.lock import acquire_run_lock, release_run_lock
 from drivers.runs.log import JsonlWriter, RunLog
@@ -72,7 +72,9 @@ def test_resume_after_stop_anywhere_is_bit_identical(tmp_path, kind):
 @pytest.mark.slow
 def test_checkpoints_only_newest_two_are_resumable(tmp_path):
     run_grpo(tmp_path / "run")
-    left = sorted(folder.name for folder in (tmp_path / "run").glob("checkpoint-*") if (folder / TENSORS).exists())
+    left = sorted(
+        folder.name for folder in (tmp_path / "run").glob("checkpoint-*") if (folder / STATE_TENSORS).exists()
+    )
     assert left == ["checkpoint-5", "checkpoint-6"]
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 6
     assert not list((tmp_path / "run").rglob(".unfinished-*"))
@@ -93,7 +95,7 @@ def test_stop_between_checkpoints_saves_last_step(tmp_path):
     run_grpo(folder, stop_at=6, checkpoint_steps=2, eval_steps=100)
     stopped = find_checkpoint(folder)
     assert stopped is not None
-    step = read_facts(stopped)["step"]
+    step = read_state_values(stopped)["step"]
     assert (stopped.name, step) == ("checkpoint-3-stopped", 3)
     run_grpo(tmp_path / "other", stop_at=6, eval_steps=100)
     assert not list((tmp_path / "other").glob("*-stopped"))
@@ -152,7 +154,7 @@ def test_checkpoint_is_skipped_while_log_lines_wait(tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(runs, "Run", Moody)
     saved = []
-    monkeypatch.setattr(program, "save_checkpoint", lambda *a, **k: saved.append(k["facts"]["step"]) or save(*a, **k))
+    monkeypatch.setattr(program, "save_checkpoint", lambda *a, **k: saved.append(k["values"]["step"]) or save(*a, **k))
     run_grpo(folder, n_grpo_steps=3)
     assert saved == [1, 3]
     assert [row["step"] for row in read_logged_numbers(folder) if row["phase"] == "train"] == [1, 2, 3]
@@ -181,8 +183,8 @@ def test_stop_inside_step_saves_unresumable_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(update_step, "accumulate_gradients", fail)
     run_grpo(tmp_path / "run", train_batch_size=16, checkpoint_steps=100)
     (stopped,) = (tmp_path / "run").glob("*-stopped")
-    assert json.loads((stopped / FACTS).read_text()) == {"step": 1}
-    assert not (stopped / TENSORS).exists()
+    assert json.loads((stopped / STATE_VALUES).read_text()) == {"step": 1}
+    assert not (stopped / STATE_TENSORS).exists()
     assert find_checkpoint(tmp_path / "run") is None
 
 
@@ -206,7 +208,7 @@ def test_resume_failure_changes_no_file(tmp_path):
     run_grpo(folder, n_grpo_steps=2)
     checkpoint = find_checkpoint(folder)
     before = {name: (folder / name).read_bytes() for name in ("metrics.jsonl", "completions.jsonl", "config.json")}
-    (shard,) = (checkpoint / TENSORS).glob("*.safetensors")
+    (shard,) = (checkpoint / STATE_TENSORS).glob("*.safetensors")
     other = safetensors.torch.load_file(shard)
     kept = dict(list(other.items())[1:])
     safetensors.torch.save_file(kept, shard)
@@ -238,8 +240,8 @@ def test_resume_finished_run_keeps_final_model(tmp_path):
     first, *_ = run_grpo(folder, n_grpo_steps=2, publish=True)
     final = folder / "final_model"
     assert (final / "model.safetensors").samefile(folder / "checkpoint-2/model.safetensors")
-    assert not (final / TENSORS).exists()
-    assert json.loads((final / FACTS).read_text()) == {"step": 2}
+    assert not (final / STATE_TENSORS).exists()
+    assert json.loads((final / STATE_VALUES).read_text()) == {"step": 2}
     second, *_ = run_grpo(folder, find_checkpoint(folder), n_grpo_steps=3, publish=True)
     assert torch.equal(flatten_weights(AutoModelForCausalLM.from_pretrained(final)), second)
     assert torch.equal(flatten_weights(AutoModelForCausalLM.from_pretrained(folder / "superseded-final_model")), first)
@@ -251,9 +253,9 @@ def test_resume_older_checkpoint_renames_later_ones(tmp_path):
     """Later steps are repeated and finished files kept. Unfinished files of a killed process are removed."""
     folder = tmp_path / "run"
     run_grpo(folder, n_grpo_steps=4)
-    shutil.copytree(folder / "checkpoint-4" / TENSORS, tmp_path / "kept")
+    shutil.copytree(folder / "checkpoint-4" / STATE_TENSORS, tmp_path / "kept")
     whole, *_ = run_grpo(folder, find_checkpoint(folder))
-    shutil.copytree(tmp_path / "kept", folder / "checkpoint-4" / TENSORS)
+    shutil.copytree(tmp_path / "kept", folder / "checkpoint-4" / STATE_TENSORS)
     (folder / ".unfinished-checkpoint-9/x").mkdir(parents=True)
     (folder / "checkpoint-5/.unfinished-trainer_state").mkdir()
     (folder / ".unfinished-config.json").touch()
@@ -273,7 +275,7 @@ def test_checkpoint_full_disk_warns_and_run_continues(tmp_path, monkeypatch, cap
 
     def fail_at(steps):
         def some(policy, tokenizer, target, **more):
-            if more["facts"]["step"] in steps:
+            if more["values"]["step"] in steps:
                 with limit_file_size(100_000):
                     return save(policy, tokenizer, target, **more)
             return save(policy, tokenizer, target, **more)
@@ -295,7 +297,7 @@ def test_resume_damaged_checkpoint_repeats_steps_exactly(tmp_path):
     """The repeated steps give the same bits."""
     folder = tmp_path / "run"
     whole = run_grpo(folder)
-    (shard,) = (folder / "checkpoint-6" / TENSORS).iterdir()
+    (shard,) = (folder / "checkpoint-6" / STATE_TENSORS).iterdir()
     shard.write_bytes(shard.read_bytes()[:-1])
     checkpoint = find_checkpoint(folder)
     assert checkpoint.name == "checkpoint-5"
@@ -305,13 +307,13 @@ def test_resume_damaged_checkpoint_repeats_steps_exactly(tmp_path):
 
 
 def save_state(config):
-    return json.loads(json.dumps(TrainingState(config, make_tiny_parts().policy).facts()))
+    return json.loads(json.dumps(TrainingState(config, make_tiny_parts().policy).values()))
 
 
-def restore_state(config, facts):
+def restore_state(config, values):
     state = TrainingState(config, make_tiny_parts().policy)
     assert state.tensors()  # created, so that a resume can fill them
-    state.restore(facts)
+    state.restore(values)
     return state
 
 
@@ -353,21 +355,21 @@ ADAPTIVE = {"entropy_target": 6.0, "entropy_coef": 0.01}
 )
 def test_resume_changed_setting_without_effect_raises_usage_error(before, changed, message):
     changed = dict(changed)
-    facts = save_state(make_tiny_config(**before))
+    values = save_state(make_tiny_config(**before))
     if changed.pop("ahead", False):
-        facts["pending"] = make_pending_rollouts(make_tiny_config())
+        values["pending"] = make_pending_rollouts(make_tiny_config())
     settings = make_tiny_config(**before | changed)
     with pytest.raises(UsageError, match=message):
-        restore_state(settings, facts)
-    del facts["settings"]  # an older checkpoint has no settings
-    restore_state(settings, facts)
+        restore_state(settings, values)
+    del values["settings"]  # an older checkpoint has no settings
+    restore_state(settings, values)
 
 
 def test_resume_changed_setting_takes_effect():
     """All settings of a step that is still to be sampled may change."""
     restore_state(make_tiny_config(group_size=4, advantage="remax"), save_state(make_tiny_config()))
-    facts = save_state(make_tiny_config()) | {"pending": make_pending_rollouts(make_tiny_config())}
-    restore_state(make_tiny_config(advantage="leave_one_out"), facts)
+    values = save_state(make_tiny_config()) | {"pending": make_pending_rollouts(make_tiny_config())}
+    restore_state(make_tiny_config(advantage="leave_one_out"), values)
 
 
 @pytest.mark.parametrize(
@@ -381,14 +383,14 @@ def test_resume_changed_setting_takes_effect():
     ],
 )
 def test_resume_entropy_coefficient_is_given_or_adapted(before, after, applied):
-    facts = save_state(make_tiny_config(**before)) | ({"entropy_coef": 0.3} if before is ADAPTIVE else {})
-    assert restore_state(make_tiny_config(**after), facts).bonus.value == applied
+    values = save_state(make_tiny_config(**before)) | ({"entropy_coef": 0.3} if before is ADAPTIVE else {})
+    assert restore_state(make_tiny_config(**after), values).bonus.value == applied
 
 
 def test_resume_other_questions_raise_usage_error():
     questions = make_letter_questions(make_tiny_parts().tokenizer)
-    facts = save_state(make_tiny_config()) | {"data": fingerprint(questions)}
-    validate_resume(make_tiny_config(), facts, fingerprint(questions[::-1]))
+    values = save_state(make_tiny_config()) | {"data": fingerprint(questions)}
+    validate_resume(make_tiny_config(), values, fingerprint(questions[::-1]))
     example = questions[0].example
     others = {
         "fewer": questions[1:],
@@ -397,7 +399,7 @@ def test_resume_other_questions_raise_usage_error():
     }
     for other in others.values():
         with pytest.raises(UsageError, match=r"--data-path .*, --prompt-path .*: the prompts or answers differ"):
-            validate_resume(make_tiny_config(), facts, fingerprint(other))
+            validate_resume(make_tiny_config(), values, fingerprint(other))
     validate_resume(make_tiny_config(), save_state(make_tiny_config()), fingerprint(questions))  # an older checkpoint
 
 
@@ -475,7 +477,7 @@ def test_resume_with_vllm_is_bit_identical(tmp_path, monkeypatch):
     assert [row["step"] for row in read_logged_numbers(whole) if row["phase"] == "train"] == [1, 2, 3, 4]
     assert read_logged_numbers(again) == read_logged_numbers(whole)
     assert (again / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
-    for pattern in ("model.safetensors", f"{TENSORS}/*.safetensors"):
+    for pattern in ("model.safetensors", f"{STATE_TENSORS}/*.safetensors"):
         (file, other) = (next((one / "checkpoint-4").glob(pattern)) for one in (again, whole))
         found, expected = safetensors.torch.load_file(file), safetensors.torch.load_file(other)
         assert found.keys() == expected.keys()

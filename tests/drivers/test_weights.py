@@ -268,7 +268,7 @@ def test_lora_checkpoint_loads_in_peft(tmp_path):
 
     policy, ids = make_lora_policy(), torch.tensor([[3, 4, 5, 6]])
     perturb(policy)
-    folder = save_checkpoint(policy, make_tiny_tokenizer(), tmp_path / "c", facts={"step": 1})
+    folder = save_checkpoint(policy, make_tiny_tokenizer(), tmp_path / "c", values={"step": 1})
     expected = policy(ids).logits
     assert torch.allclose(AutoModelForCausalLM.from_pretrained(folder)(ids).logits, expected, atol=1e-5)
     adapted = PeftModel.from_pretrained(make_tiny_policy(0), folder / "adapter")

@@ -21,7 +21,7 @@ from drivers.common import environment  # noqa: F401  before torch: OpenMP reads
 import torch
 from safetensors.torch import load_file
 
-from drivers.runs.checkpoint import FACTS, MANIFEST, TENSORS, find_damage, publish_model
+from drivers.runs.checkpoint import MANIFEST, STATE_TENSORS, STATE_VALUES, find_damage, publish_model
 from drivers.runs.resume import finished_model, open_run_folder
 from drivers.training import run
 from tests.drivers.helpers.letters import make_tiny_config
@@ -106,10 +106,10 @@ def wait_for_success(pid: int) -> None:
 def compute_fingerprint(folder: Path) -> tuple[dict, int]:
     """Return the checksums of all that must be equal, and the number of bytes."""
     last = folder / f"checkpoint-{STEPS}"
-    files = [folder / "final_model/model.safetensors", folder / "completions.jsonl", last / FACTS]
+    files = [folder / "final_model/model.safetensors", folder / "completions.jsonl", last / STATE_VALUES]
     assert find_damage(last) is find_damage(folder / "final_model") is None
     contents = {str(file.relative_to(folder)): file.read_bytes() for file in files}
-    for file in (last / TENSORS).iterdir():  # the order in their headers may vary
+    for file in (last / STATE_TENSORS).iterdir():  # the order in their headers may vary
         contents |= {name: tensor.numpy().tobytes() for name, tensor in load_file(file).items()}
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     return sums | {"metrics.jsonl": read_logged_numbers(folder)}, sum(map(len, contents.values()))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from drivers.common.display import Display
 from drivers.common.errors import UsageError
-from drivers.runs.checkpoint import FACTS, MANIFEST, TENSORS, find_damage, write_manifest
+from drivers.runs.checkpoint import MANIFEST, STATE_TENSORS, STATE_VALUES, find_damage, write_manifest
 from drivers.runs.folder import find_checkpoint
 from drivers.runs.log import JsonlWriter, RunLog
 from drivers.settings.command_line import parse_train_config
@@ -149,13 +149,13 @@ def test_facts_of_any_kind_are_gone_on_from_or_refused(run_of_one_step, tmp_path
     copy = tmp_path / "checkpoint-1"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(run_of_one_step / "checkpoint-1", copy)
-    facts = json.loads((copy / FACTS).read_text())
-    name = data.draw(st.sampled_from(sorted(facts)))
+    values = json.loads((copy / STATE_VALUES).read_text())
+    name = data.draw(st.sampled_from(sorted(values)))
     if data.draw(st.booleans()):
-        facts[name] = data.draw(JSON)
+        values[name] = data.draw(JSON)
     else:
-        facts.pop(name)
-    (copy / FACTS).write_text(json.dumps(facts))
+        values.pop(name)
+    (copy / STATE_VALUES).write_text(json.dumps(values))
     write_manifest(copy)
     said = []
     checkpoint = find_checkpoint(tmp_path, said.append)
@@ -178,7 +178,7 @@ def test_tensors_of_any_kind_are_gone_on_from_or_refused(run_of_one_step, tmp_pa
     copy = tmp_path / "checkpoint-1"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(run_of_one_step / "checkpoint-1", copy)
-    (file,) = (copy / TENSORS).iterdir()
+    (file,) = (copy / STATE_TENSORS).iterdir()
     before = file.read_bytes()
     place = data.draw(st.integers(0, 3000) | st.integers(0, len(before) - 1))
     file.write_bytes(
