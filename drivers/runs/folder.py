@@ -83,7 +83,7 @@ def find_checkpoint(path: Path, say: Callable[[str], None] = print) -> Path | No
     checkpoint that cannot be used, the error is a UsageError.
     """
     if (path / STATE_VALUES).exists():
-        reason = f"it has no folder {STATE_TENSORS}: only its model was kept"
+        reason: str | None = f"it has no folder {STATE_TENSORS}: only its model was kept"
         if is_resumable(path):
             reason = find_damage(path)
         if reason is not None:
