@@ -36,7 +36,7 @@ from drivers.training.launch import run_training
 from drivers.training.metrics import UpdateMetrics
 from drivers.training.rollouts import collect
 from drivers.training.run import Run
-from drivers.training.setup import prompt_of, setup_run
+from drivers.training.setup import load_prompt_from_settings, setup_run
 from drivers.training.state import TrainingState
 from drivers.training.update import update
 
@@ -87,7 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     f"--data-path {config.data_path}: has {len(examples)} questions, but a step needs "
                     f"{settings.question_batch_size} different ones; lower --question-batch-size"
                 )
-            return setup_run(config, display, partial(make_questions, examples, prompt_of(config)), settings)
+            return setup_run(
+                config, display, partial(make_questions, examples, load_prompt_from_settings(config)), settings
+            )
 
         run_training(settings, settings.as_grpo(), setup, partial(iterate, settings))
 

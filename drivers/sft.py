@@ -37,7 +37,7 @@ from drivers.training.components import Components
 from drivers.training.launch import run_training
 from drivers.training.metrics import UpdateMetrics
 from drivers.training.run import Run
-from drivers.training.setup import prompt_of, setup_run
+from drivers.training.setup import load_prompt_from_settings, setup_run
 from drivers.training.state import TrainingState
 from drivers.training.update import update
 
@@ -54,7 +54,7 @@ def fine_tune(config: GrpoConfig, components: Components, demonstrations: Sequen
 
     for step in run.steps():
         # Take the next demonstrations of this epoch, and minimize -log pi(o | q) on them.
-        indices = batch_of_step(len(demonstrations), config.train_batch_size, config.seed, step)
+        indices = select_batch(len(demonstrations), config.train_batch_size, config.seed, step)
         chosen = [demonstrations[index] for index in indices]
         batch, logged = as_right(chosen), chosen[: config.n_logged_completions]
         metrics = UpdateMetrics(batch.completions[: len(logged)], has_sampler=False)
@@ -73,7 +73,7 @@ def fine_tune(config: GrpoConfig, components: Components, demonstrations: Sequen
         run.end_step(policy)
 
 
-def batch_of_step(n: int, size: int, seed: int, step: int) -> list[int]:
+def select_batch(n: int, size: int, seed: int, step: int) -> list[int]:
     """Return the indices of a step's batch. Each epoch takes all `n` once, in its own random order."""
     epoch, batch = divmod(step - 1, -(-n // size))
     order = random.Random(f"{seed}, {epoch}").sample(range(n), n)
@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         def setup(config: GrpoConfig, display: Display) -> tuple[Run, Components]:
             if any(of_rank != examples for of_rank in distributed.gather(examples)):
                 raise UsageError(f"--reward {settings.reward}: the ranks disagree on which demonstrations are correct")
-            make = partial(make_demonstrations, examples, prompt_of(config), config.sampling.stop)
+            make = partial(make_demonstrations, examples, load_prompt_from_settings(config), config.sampling.stop)
             return setup_run(config, display, make, settings)
 
         def loop(components: Components, run: Run) -> None:

@@ -112,7 +112,7 @@ def _finish(
     commit_directory(unfinished, folder)
 
 
-def precision_of(checkpoint: Path) -> str | None:
+def read_dtype(checkpoint: Path) -> str | None:
     """Return the dtype in which the run of this checkpoint computes, or None if it is unknown."""
     try:
         dtype = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("dtype")

@@ -47,7 +47,7 @@ def abandon_run_folder(folder: Path, marker: str) -> None:
         folder.rmdir()
 
 
-def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Return the checkpoints of a run with their steps, oldest first."""
     dated = []
     for path in folder.glob("checkpoint-*"):
@@ -66,14 +66,14 @@ def is_resumable(folder: Path) -> bool:
     return (folder / STATE_VALUES).exists() and (folder / STATE_TENSORS).exists()
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
+def find_newest_checkpoint(folder: Path) -> Path | None:
     """Return the newest resumable checkpoint of a run."""
-    return next((path for _, path in reversed(checkpoints(folder)) if is_resumable(path)), None)
+    return next((path for _, path in reversed(list_checkpoints(folder)) if is_resumable(path)), None)
 
 
-def later_checkpoints(folder: Path, step: int) -> list[Path]:
+def find_later_checkpoints(folder: Path, step: int) -> list[Path]:
     """Return the checkpoints of a run that were written after `step`."""
-    return [path for saved_step, path in checkpoints(folder) if saved_step > step]
+    return [path for saved_step, path in list_checkpoints(folder) if saved_step > step]
 
 
 def find_checkpoint(path: Path, say: Callable[[str], None] = print) -> Path | None:
@@ -89,7 +89,7 @@ def find_checkpoint(path: Path, say: Callable[[str], None] = print) -> Path | No
         if reason is not None:
             raise UsageError(f"--resume {path}: cannot resume from this checkpoint: {reason}")
         return path
-    for _, checkpoint in reversed(checkpoints(path)):
+    for _, checkpoint in reversed(list_checkpoints(path)):
         if (checkpoint / STATE_TENSORS).exists():
             reason = find_damage(checkpoint)
             if reason is None:
@@ -105,7 +105,7 @@ def prune_checkpoints(folder: Path, accuracies: Mapping[int, float], keep: int |
     `keep`, only the newest `keep`, the best, and the newest resumable checkpoint stay. Return None if none of them
     was evaluated.
     """
-    dated = checkpoints(folder)
+    dated = list_checkpoints(folder)
     resumable = [path for _, path in dated if is_resumable(path)]
     for path in resumable[:-N_RESUMABLE]:
         drop_tensors(path)

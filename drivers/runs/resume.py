@@ -7,7 +7,7 @@ from typing import NamedTuple
 from drivers.common.atomic_files import rename_superseded
 from drivers.common.errors import UsageError
 from drivers.runs.checkpoint import STATE_TENSORS, STATE_VALUES, read_state_values
-from drivers.runs.folder import checkpoints, create_run_folder, find_checkpoint
+from drivers.runs.folder import create_run_folder, find_checkpoint, list_checkpoints
 from drivers.runs.lock import acquire_run_lock
 from drivers.settings.grpo import GrpoConfig
 
@@ -66,14 +66,14 @@ def _restart_run(folder: Path, say: Callable[[str], None]) -> None:
             f"--resume auto: {folder} has a {FINAL} but no checkpoint with a folder {STATE_TENSORS} to resume from: "
             f"pass a new --save-dir, and --model-path {folder / FINAL} to start from its weights"
         )
-    for _, damaged in checkpoints(folder):
+    for _, damaged in list_checkpoints(folder):
         say(f"warning: cannot resume from {damaged}; it is renamed, and the run starts over")
         rename_superseded(damaged)
     for name in (RUN_MARKER, "completions.jsonl"):  # the process ended before its first checkpoint
         rename_superseded(folder / name)
 
 
-def finished_model(config: GrpoConfig) -> Path | None:
+def find_finished_model(config: GrpoConfig) -> Path | None:
     """Return the final model of the run to resume if it already has all its steps, and None otherwise."""
     if config.resume is None:
         return None

@@ -13,7 +13,7 @@ from drivers.common.atomic_files import free_path, remove_unfinished
 from drivers.common.display import Display
 from drivers.common.errors import TrainingAbortedError, first_line
 from drivers.runs.checkpoint import WRITE_ERRORS, publish_model, read_state_values, save_checkpoint
-from drivers.runs.folder import newest_checkpoint, prune_checkpoints
+from drivers.runs.folder import find_newest_checkpoint, prune_checkpoints
 from drivers.settings.grpo import GrpoConfig
 from drivers.training.state import TrainingState
 
@@ -53,7 +53,7 @@ class Checkpointer:
                 raise TrainingAbortedError(reason) from error
             with suppress(OSError):
                 remove_unfinished(self._folder)
-            newest = newest_checkpoint(self._folder)
+            newest = find_newest_checkpoint(self._folder)
             self._warn(f"{reason}; the run continues, and its last checkpoint is {newest.name if newest else 'none'}")
             return None
         if distributed.is_rank_zero():
@@ -72,7 +72,7 @@ class Checkpointer:
 
     def latest(self, state: TrainingState) -> Path | None:
         """Return the newest checkpoint if it contains all updates so far, and None otherwise."""
-        newest = newest_checkpoint(self._folder)
+        newest = find_newest_checkpoint(self._folder)
         if newest is None or not state.is_at_snapshot:
             return None
         return newest if read_state_values(newest)["step"] == state.step else None

@@ -8,7 +8,7 @@ from drivers.common import distributed
 from drivers.common.display import Display
 from drivers.common.errors import TrainingAbortedError
 from drivers.common.signals import defer_signals, terminate_as_interrupt
-from drivers.runs.resume import FINAL, finished_model
+from drivers.runs.resume import FINAL, find_finished_model
 from drivers.settings.groups import TrainingSettings
 from drivers.settings.grpo import GrpoConfig
 from drivers.training.components import Components
@@ -25,7 +25,7 @@ def run_training(
 
     `settings` are those of the program; `config` is what its components read.
     """
-    finished = finished_model(config)
+    finished = find_finished_model(config)
     if finished is not None:
         steps = f"{config.n_grpo_steps}/{config.n_grpo_steps} steps"
         print(f"{finished}/ is already complete ({steps}). Increase {settings.extend_flag} to continue.")

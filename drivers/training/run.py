@@ -20,7 +20,7 @@ from drivers.policy import fsdp
 from drivers.reports.curves import draw_curves
 from drivers.runs.checkpoint import STATE_TENSORS, read_state_values, read_tensors
 from drivers.runs.completions import with_values
-from drivers.runs.folder import later_checkpoints
+from drivers.runs.folder import find_later_checkpoints
 from drivers.runs.lock import release_run_lock
 from drivers.runs.log import RunLog
 from drivers.settings.groups import TrainingSettings
@@ -111,7 +111,7 @@ class Run:
         try:
             remove_unfinished(self.folder)
             if self._checkpoint is not None:
-                for later in later_checkpoints(self.folder, self.step):
+                for later in find_later_checkpoints(self.folder, self.step):
                     rename_superseded(later)
             last_kept_step = -1 if self._checkpoint is None else self._resumed_step
             self._log = RunLog(self.folder, self.config, after=last_kept_step, settings=self._settings)

@@ -27,7 +27,7 @@ from drivers.policy.loading import context_length, load_policy, load_tokenizer, 
 from drivers.policy.lora import add_lora
 from drivers.policy.optimizer import training_state_bytes
 from drivers.policy.weight_gatherer import WeightGatherer
-from drivers.runs.checkpoint import precision_of, read_state_values
+from drivers.runs.checkpoint import read_dtype, read_state_values
 from drivers.runs.folder import abandon_run_folder
 from drivers.runs.lock import release_run_lock
 from drivers.runs.resume import RUN_MARKER, open_run_folder
@@ -52,10 +52,10 @@ def setup_grpo_run(config: GrpoConfig, display: Display) -> tuple[Run, Component
         )
     if config.curriculum_steps:
         examples = easiest_first("--curriculum-steps", examples)
-    return setup_run(config, display, partial(make_questions, examples, prompt_of(config)))
+    return setup_run(config, display, partial(make_questions, examples, load_prompt_from_settings(config)))
 
 
-def prompt_of(config: PromptSettings) -> Prompt:
+def load_prompt_from_settings(config: PromptSettings) -> Prompt:
     """Return the prompt that the settings put around a question."""
     return load_prompt(config.prompt_path, config.chat_template, config.system_prompt_path)
 
@@ -73,7 +73,7 @@ def setup_run(
     """
     val_examples = load_examples("--val-data-path", config.val_data_path)[: config.n_val_examples]
     check_file(config.reward)
-    prompt = prompt_of(config)
+    prompt = load_prompt_from_settings(config)
     devices = choose_devices(config)
     assert config.model_path is not None  # the command line refuses that
     model_path = distributed.run_on_rank_zero(partial(resolve_model, config.model_path))
@@ -100,7 +100,7 @@ def setup_run(
                 tokenizer,
                 devices,
                 longest_prompt=longest - config.sampling_max_tokens,
-                checkpoint_dtype=None if checkpoint is None else precision_of(checkpoint),
+                checkpoint_dtype=None if checkpoint is None else read_dtype(checkpoint),
             )
         except BaseException:
             if distributed.is_rank_zero() and checkpoint is None:

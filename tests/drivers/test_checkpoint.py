@@ -16,13 +16,13 @@ from drivers.runs import checkpoint
 from drivers.runs.checkpoint import MANIFEST, STATE_TENSORS, STATE_VALUES, find_damage, save_checkpoint
 from drivers.runs.folder import (
     BEST,
-    checkpoints,
     find_checkpoint,
-    newest_checkpoint,
+    find_newest_checkpoint,
+    list_checkpoints,
     prune_checkpoints,
 )
 from drivers.runs.lock import LOCK, release_run_lock
-from drivers.runs.resume import finished_model, open_run_folder
+from drivers.runs.resume import find_finished_model, open_run_folder
 from tests.drivers.helpers.letters import make_tiny_config
 from tests.drivers.helpers.processes import limit_file_size
 from tests.tiny import make_tiny_policy, make_tiny_tokenizer
@@ -177,7 +177,7 @@ def test_save_checkpoint_full_disk_loses_nothing(tmp_path):
             save(tmp_path, 2)
         assert isinstance(failed.value, checkpoint.WRITE_ERRORS)
         assert not (tmp_path / "checkpoint-2").exists()
-        assert newest_checkpoint(tmp_path) == first
+        assert find_newest_checkpoint(tmp_path) == first
     save(tmp_path, 2)
     assert {path: path.read_bytes() for path in before} == before
     assert find_damage(tmp_path / "checkpoint-2") is None
@@ -212,7 +212,7 @@ def test_prune_checkpoints_leaves_foreign_files(tmp_path):
     shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-2-stopped-2")
     (tmp_path / "checkpoint-9.tar.gz").write_text("an archive")
     (tmp_path / "checkpoint-8").write_text("a note")
-    assert [one.name for _, one in checkpoints(tmp_path)] == [
+    assert [one.name for _, one in list_checkpoints(tmp_path)] == [
         *("checkpoint-1", "checkpoint-2", "checkpoint-2-stopped-2", "checkpoint-3")
     ]
     prune_checkpoints(tmp_path, {}, 1)
@@ -275,23 +275,23 @@ def test_open_run_folder_all_damaged_starts_over_and_warns(tmp_path):
     }
 
 
-def test_finished_model_unreadable_raises_usage_error(tmp_path):
+def test_find_finished_model_unreadable_raises_usage_error(tmp_path):
     (tmp_path / "final_model").mkdir()
     settings = make_tiny_config(save_dir=str(tmp_path), resume="auto")
     for text in (None, "{", "[]"):
         if text is not None:
             (tmp_path / "final_model" / STATE_VALUES).write_text(text)
         with pytest.raises(UsageError, match="final_model cannot be read"):
-            finished_model(settings)
+            find_finished_model(settings)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_precision_of_checkpoint_is_the_runs_dtype(tmp_path, dtype):
+def test_read_dtype_is_dtype_of_run(tmp_path, dtype):
     """A second measurement for `--dtype auto` might choose another dtype and so another run."""
     policy = make_tiny_policy().to(dtype)
     folder = save_checkpoint(policy, make_tiny_tokenizer(), tmp_path / "checkpoint-1", values={"step": 1})
-    assert checkpoint.precision_of(folder) == str(dtype).removeprefix("torch.")
-    assert checkpoint.precision_of(tmp_path) is None
+    assert checkpoint.read_dtype(folder) == str(dtype).removeprefix("torch.")
+    assert checkpoint.read_dtype(tmp_path) is None
 
 
 def test_checkpoint_holds_no_code(tmp_path):

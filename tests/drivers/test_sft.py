@@ -14,7 +14,7 @@ from drivers.common.errors import UsageError
 from drivers.runs.folder import find_checkpoint
 from drivers.settings.command_line import parse_settings
 from drivers.settings.imitation import QUICKSTARTS, SftConfig
-from drivers.sft import batch_of_step, choose_demonstrations, main
+from drivers.sft import choose_demonstrations, main, select_batch
 from drivers.tasks.demonstrations import load_demonstrations, make_demonstrations
 from drivers.tasks.questions import Prompt
 from drivers.tasks.wordadd import WRONG_SHARE
@@ -109,15 +109,15 @@ def test_sft_stopped_and_resumed_is_bit_identical(tmp_path):
 
 
 @pytest.mark.parametrize(("n", "size"), [(10, 4), (8, 4), (3, 5)])
-def test_batch_of_step_each_epoch_is_a_permutation(n, size):
+def test_select_batch_each_epoch_is_a_permutation(n, size):
     steps = -(-n // size)
     passes = [
-        [i for step in range(1, steps + 1) for i in batch_of_step(n, size, 7, epoch * steps + step)]
+        [i for step in range(1, steps + 1) for i in select_batch(n, size, 7, epoch * steps + step)]
         for epoch in range(20)
     ]
     assert all(sorted(order) == list(range(n)) for order in passes)
     assert len({tuple(order) for order in passes}) > 1
-    assert batch_of_step(n, size, 7, 1) != batch_of_step(n, size, 8, 1) or n < 5
+    assert select_batch(n, size, 7, 1) != select_batch(n, size, 8, 1) or n < 5
 
 
 def test_demonstration_ends_like_a_sample():
@@ -170,7 +170,7 @@ def test_load_demonstrations_reads_assignment_format(tmp_path):
     )
 
 
-def test_choose_smaller_subset_is_prefix(tmp_path):
+def test_choose_demonstrations_smaller_subset_is_prefix(tmp_path):
     rows = [{"question": f"{k}?", "response": "x"} for k in range(20)]
     settings = SftConfig(model_path="tiny", data_path=write_lines(tmp_path, *rows))
     chosen = {n: choose_demonstrations(replace(settings, n_examples=n)) for n in (5, 10, 20)}
@@ -183,7 +183,7 @@ def test_choose_smaller_subset_is_prefix(tmp_path):
 
 
 @pytest.mark.slow
-def test_choose_correct_only_keeps_right_demonstrations(capsys):
+def test_choose_demonstrations_correct_only_keeps_right_demonstrations(capsys):
     settings = SftConfig(data_path="data/wordadd/sft.jsonl", correct_only=True)
     messages = []
     right = choose_demonstrations(settings, messages.append)

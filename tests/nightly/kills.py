@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from drivers.runs.checkpoint import MANIFEST, STATE_TENSORS, STATE_VALUES, find_damage, publish_model
-from drivers.runs.resume import finished_model, open_run_folder
+from drivers.runs.resume import find_finished_model, open_run_folder
 from drivers.training import run
 from tests.drivers.helpers.letters import make_tiny_config
 from tests.drivers.helpers.runs import (
@@ -75,7 +75,7 @@ def train_or_resume(folder: Path, kind: str) -> None:
     """Do what the command line does with `--resume auto`."""
     settings = RUN_KINDS.get(kind, {})
     config = replace(make_tiny_config(**(SIX_STEPS | settings)), resume="auto", save_dir=str(folder))
-    if finished_model(config) is not None:
+    if find_finished_model(config) is not None:
         return
     _, checkpoint = open_run_folder(config, print)
     if kind in LOOPS:
