@@ -2,7 +2,7 @@
 
 One step takes the next B demonstrations, of up to T response tokens (file in drivers/training/ -> function):
 
-    1. batch    batch.as_right                       B demonstrations -> mask (B, T), advantages of 1 (B, 1)
+    1. batch    batch.demonstration_batch                       B demonstrations -> mask (B, T), advantages of 1 (B, 1)
     2. update   update.update                        loss = mean of -log pi over the response tokens; one AdamW step
     3. push     engine.load_weights                  only before an evaluation, the one use of the engine
 """
@@ -32,7 +32,7 @@ from drivers.grading.verdicts import grade_all
 from drivers.runs.completions import describe_demonstration
 from drivers.settings.grpo import GrpoConfig
 from drivers.tasks.demonstrations import Demonstration, WorkedExample, load_demonstrations, make_demonstrations
-from drivers.training.batch import as_right
+from drivers.training.batch import demonstration_batch
 from drivers.training.components import Components
 from drivers.training.launch import run_training
 from drivers.training.metrics import UpdateMetrics
@@ -56,7 +56,7 @@ def fine_tune(config: GrpoConfig, components: Components, demonstrations: Sequen
         # Take the next demonstrations of this epoch, and minimize -log pi(o | q) on them.
         indices = select_batch(len(demonstrations), config.train_batch_size, config.seed, step)
         chosen = [demonstrations[index] for index in indices]
-        batch, logged = as_right(chosen), chosen[: config.n_logged_completions]
+        batch, logged = demonstration_batch(chosen), chosen[: config.n_logged_completions]
         metrics = UpdateMetrics(batch.completions[: len(logged)], has_sampler=False)
         with run.timer.phase("update"):
             update(at_temperature_one, policy, batch, run, step, metrics)

@@ -13,7 +13,16 @@ from drivers.settings.sampling import Sampling
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled response, as the engine sampled it."""
+    """A sampled response.
+
+    A response of two tokens and an end token to a prompt of three tokens:
+
+    >>> completion = Completion(
+    ...     "42", prompt_token_ids=(7, 8, 9), token_ids=(4, 2, 0), log_probs=(-0.5, -0.25, -0.1), finish_reason="stop"
+    ... )
+    >>> len(completion.token_ids) == len(completion.log_probs)
+    True
+    """
 
     text: str
     """Decoded response, including the stop string that ended it."""

@@ -115,13 +115,13 @@ class Objective(Choice):
     """The function of `grpo_core` that computes the losses."""
     inputs: Mapping[str, str] = field(default_factory=lambda: RATIO_INPUTS)
     has_response_loss: bool = False
-    """Whether there is one loss per response; otherwise there is one per token."""
+    """One loss per response instead of one per token."""
     has_response_ratio: bool = False
-    """Whether the ratio is the same for all tokens of a response, so that responses must be averaged whole."""
+    """One ratio for all tokens of a response, so that responses must be averaged whole."""
     accepts_token_advantages: bool = True
-    """Whether each token may have its own advantage."""
+    """Tokens of one response may have different advantages."""
     high_covariance: Literal["train", "drop", "penalize"] = "train"
-    """What happens to the tokens with the highest covariance of advantage and log-prob."""
+    """Treatment of the tokens with the highest covariance of advantage and log-prob."""
 
     @property
     def uses_ratio(self) -> bool:
@@ -142,11 +142,11 @@ class Advantage(Choice):
     """The function of `grpo_core` that computes the advantages; None takes the rewards as they are."""
     inputs: Mapping[str, str] = field(default_factory=lambda: GROUP_INPUTS)
     compares_within_group: bool = True
-    """Whether the other responses of the group are the baseline, so that a group of one has advantage 0."""
+    """The other responses of the group are the baseline, so that a group of one has advantage 0."""
     accepts_shaped_rewards: bool = True
-    """Whether rewards may be negative or fractional, as a length penalty makes them."""
+    """Rewards may be negative or fractional, as a length penalty makes them."""
     whitens_over_tokens: bool = False
-    """Whether advantages are then whitened over all response tokens of the rollout batch."""
+    """Advantages are then whitened over all response tokens of the rollout batch."""
 
     @property
     def compares_reward_parts(self) -> bool:
@@ -167,8 +167,7 @@ class Advantage(Choice):
 def resolve_values(config: Any) -> dict[str, Any]:
     """Return the settings by name, where a default that depends on other settings has its value."""
     high = config.cliprange if config.cliprange_high is None else config.cliprange_high
-    values: dict[str, Any] = dict(vars(config))
-    return values | {"cliprange_high": high, "reward_weights": list(config.weights_of_parts.values())}
+    return {**vars(config), "cliprange_high": high, "reward_weights": list(config.weights_of_parts.values())}
 
 
 CLIP_SETTINGS = {"cliprange": "cliprange", "cliprange_high": "cliprange_high"}

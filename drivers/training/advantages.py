@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 import grpo_core as core
@@ -14,14 +15,14 @@ from drivers.policy.lora import without_lora
 from drivers.settings.algorithm import AlgorithmSettings
 from drivers.settings.grpo import GrpoConfig
 from drivers.settings.objectives import ADVANTAGES, resolve_values
-from drivers.training.batch import RolloutBatch
+from drivers.training.batch import PreparedBatch, RolloutBatch
 from drivers.training.scoring import score_all
 
 
 def shape_rewards(
     config: AlgorithmSettings, completions: Sequence[Completion], scores: Sequence[Mapping[str, float | None]]
 ) -> Tensor:
-    """The reward of each response, with what is added for its length; NaN where it could not be scored."""
+    """Return the reward of each response, with its length penalty; NaN for a response that could not be scored."""
     rewards = core.read_rewards(list(scores))
     lengths = torch.tensor([len(completion.token_ids) for completion in completions])
     longest = config.sampling_max_tokens
@@ -31,15 +32,13 @@ def shape_rewards(
         case "soft_overlong":
             return rewards + core.compute_soft_overlong_penalty(lengths, longest, config.penalized_tokens)
         case "cosine":
-            right = core.compute_cosine_length_reward(lengths, longest, 2.0, 1.0)
+            correct = core.compute_cosine_length_reward(lengths, longest, 2.0, 1.0)
             wrong = core.compute_cosine_length_reward(lengths, longest, -10.0, 0.0)
             answers = [score.get("answer_reward", score["reward"]) or 0.0 for score in scores]
-            shaped = torch.where(torch.tensor(answers) > 0, right, wrong)
-            # A wrong answer must not gain by running into the limit, where its cosine is best.
-            shaped = shaped.masked_fill(
-                torch.tensor([completion.finish_reason == "length" for completion in completions]), -10.0
-            )
-            return shaped.masked_fill(rewards.isnan(), torch.nan)
+            shaped = torch.where(torch.tensor(answers) > 0, correct, wrong)
+            # The cosine of a wrong answer is best at the limit, which must not make truncation pay.
+            truncated = torch.tensor([completion.finish_reason == "length" for completion in completions])
+            return shaped.masked_fill(truncated, -10.0).masked_fill(rewards.isnan(), torch.nan)
 
 
 def prepare_rollouts(
@@ -49,32 +48,40 @@ def prepare_rollouts(
     rollouts: RolloutBatch,
     scores: Sequence[Mapping[str, float | None]],
     greedy_rewards: Tensor | None,
-) -> RolloutBatch:
-    """All that is one value per rollout batch: log-probs before the first update, then advantages."""
+) -> PreparedBatch:
+    """Compute everything that has one value per rollout batch: log-probs before the first update, then advantages."""
+    before: dict[str, Tensor] = {}
     if config.needs_old_log_probs:
-        scored = score_all(policy, rollouts, config, with_entropy=config.top_entropy_fraction is not None)
-        rollouts = replace(rollouts, old_log_probs=scored["log_probs"], old_entropy=scored.get("token_entropy"))
+        before = score_all(policy, rollouts, config, with_entropy=config.top_entropy_fraction is not None)
+    reference_log_probs = None
     if config.needs_reference:
         if reference is None and config.lora_rank == 0:
             raise ValueError(f"kl_coef={config.kl_coef} needs reference; got None: a frozen copy of the first policy")
         with nullcontext(reference) if reference is not None else without_lora(policy) as first:
-            rollouts = replace(rollouts, reference_log_probs=score_all(first, rollouts, config)["log_probs"])
-    elif config.kl_coef > 0:
-        rollouts = replace(rollouts, reference_log_probs=rollouts.sampler_log_probs)
+            reference_log_probs = score_all(first, rollouts, config)["log_probs"]
     try:
-        return replace(rollouts, advantages=_advantages(config, rollouts, scores, greedy_rewards))
-    except ValueError as error:  # rewards of a kind that the estimator cannot take
+        batch = PreparedBatch.of(
+            rollouts,
+            rearrange(estimate_advantages(config, rollouts, scores, greedy_rewards), "response -> response 1"),
+            old_log_probs=before.get("log_probs"),
+            old_entropy=before.get("token_entropy"),
+            reference_log_probs=reference_log_probs,
+        )
+        return replace(batch, advantages=shape_advantages(config, batch))
+    except ValueError as error:  # the estimator does not accept these rewards
         raise TrainingAbortedError(f"--advantage {config.advantage}: {error}") from error
 
 
-def _advantages(
+def estimate_advantages(
     config: AlgorithmSettings,
     rollouts: RolloutBatch,
     scores: Sequence[Mapping[str, float | None]],
     greedy_rewards: Tensor | None,
 ) -> Tensor:
-    """One column, or one value for each token where the divergence is in the reward."""
+    """Return the advantage of each response by the estimator of `--advantage`."""
     estimator, rewards = ADVANTAGES[config.advantage], rollouts.raw_rewards[:, 0]
+    if estimator.function is None:
+        return rewards
     inputs = {
         "rewards": rewards,
         "group_sizes": config.group_size,
@@ -83,23 +90,27 @@ def _advantages(
     }
     if estimator.compares_reward_parts:
         inputs["reward_parts"] = _stack_reward_parts(scores, list(config.weights_of_parts))
-    advantages = rewards
-    if estimator.function is not None:
-        advantages = getattr(core, estimator.function)(**estimator.get_arguments(inputs, resolve_values(config)))
-    # What was not scored has no part in statistics over tokens either.
-    column, mask = advantages[:, None], core.drop_truncated_responses(rollouts.response_mask, rollouts.unscored)
+    advantages: Tensor = getattr(core, estimator.function)(**estimator.get_arguments(inputs, resolve_values(config)))
+    return advantages
+
+
+def shape_advantages(config: AlgorithmSettings, batch: PreparedBatch) -> Tensor:
+    """Return the advantages, minus the KL penalty if it is part of the reward, and whitened if the estimator asks."""
+    advantages = batch.advantages
+    # A response without a reward is excluded from statistics over tokens too.
+    mask = core.drop_truncated_responses(batch.response_mask, batch.unscored)
     if config.kl_coef > 0 and config.kl_in == "reward":
-        assert rollouts.old_log_probs is not None  # `needs_old_log_probs` says so
-        assert rollouts.reference_log_probs is not None
-        kl = core.estimate_kl(rollouts.old_log_probs, rollouts.reference_log_probs, "k1", response_mask=mask)
-        column = column - config.kl_coef * core.compute_reward_to_go(kl, mask)
-    return core.whiten_over_tokens(column, mask) if estimator.whitens_over_tokens else column
+        kl = core.estimate_kl(batch.old_log_probs, batch.reference_log_probs, "k1", response_mask=mask)
+        advantages = advantages - config.kl_coef * core.compute_reward_to_go(kl, mask)
+    return (
+        core.whiten_over_tokens(advantages, mask) if ADVANTAGES[config.advantage].whitens_over_tokens else advantages
+    )
 
 
 def _stack_reward_parts(scores: Sequence[Mapping[str, float | None]], names: Sequence[str]) -> Tensor:
     """Return the named parts of each response's reward, one column per name; NaN for a response without a reward."""
-    lacking = [name for name in names for score in scores if score["reward"] is not None and name not in score]
-    if lacking:
-        raise ValueError(f"it compares {' and '.join(names)}, and the reward function returned no {lacking[0]}")
+    missing = [name for name in names for score in scores if score["reward"] is not None and name not in score]
+    if missing:
+        raise ValueError(f"it compares {' and '.join(names)}, but the reward function returned no {missing[0]}")
     values = [[None if score["reward"] is None else score[name] for name in names] for score in scores]
     return torch.tensor([[torch.nan if value is None else value for value in row] for row in values])

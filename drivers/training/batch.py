@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from beartype import beartype
@@ -15,27 +15,28 @@ from drivers.engines.protocol import Completion
 from drivers.tasks.demonstrations import Demonstration
 
 Scores = list[dict[str, float | None]]
-"""Of each response; a reward of None where it could not be scored."""
+"""The scores of each response by name; the reward is None if the response could not be scored."""
 
 
 class StepRollouts(NamedTuple):
-    """What a step trains on, and what all that was sampled for it was like."""
+    """The rollouts that a step trains on, and metrics of everything that was sampled for it."""
 
     completions: list[Completion]
     scores: Scores
     raw_rewards: Tensor
     greedy_rewards: Tensor | None
-    """Of one greedy response to each question, where advantages are taken against it."""
+    """The reward of one greedy response to each question, if it is the baseline of the advantages."""
     metrics: dict[str, float]
+    """Metrics of everything that was sampled, for the log line of the step."""
     shown: Sequence[dict[str, Any]] = ()
-    """The first of the completions, as rows of completions.jsonl."""
+    """Rows of completions.jsonl for the first completions."""
 
     @property
     def logged_completions(self) -> list[Completion]:
         return self.completions[: len(self.shown)]
 
     def to_json(self) -> dict[str, Any]:
-        """What JSON can hold, to the last bit; null for a reward that is not known."""
+        """Return values that JSON represents exactly; a missing reward is null."""
         return {
             "completions": [asdict(completion) for completion in self.completions],
             "scores": self.scores,
@@ -47,7 +48,7 @@ class StepRollouts(NamedTuple):
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> "StepRollouts":
-        """The same again."""
+        """Return the rollouts that `to_json` wrote."""
         ids = ("prompt_token_ids", "token_ids", "log_probs")
         kept: list[dict[str, Any]] = [
             {k: tuple(v) if k in ids else v for k, v in completion.items()} for completion in values["completions"]
@@ -59,7 +60,7 @@ class StepRollouts(NamedTuple):
             _from_json(values["raw_rewards"]),
             None if greedy is None else _from_json(greedy),
             values["facts"],
-            values.get("shown", ()),  # a checkpoint from before there were any
+            values.get("shown", ()),  # older checkpoints have none
         )
 
 
@@ -74,90 +75,174 @@ def _from_json(rewards: list[float | None]) -> Tensor:
 @jaxtyped(typechecker=beartype)
 @dataclass(frozen=True)
 class RolloutBatch:
-    """Responses with what training needs of them, in host memory; row i of each field is response i.
+    """Rollouts as tensors in host memory; row i of each field is response i.
 
-    What is None was not asked for. A field has a column for each token of the longest response, or one column: a value
-    for the response as a whole.
+    A field has one column per token of the longest response, or one column if each response has a single value.
+
+    Two responses to one prompt, with token ids (4, 5) and (6,):
+
+    >>> first = Completion("a", (1, 2), (4, 5), (-0.5, -0.25), "stop")
+    >>> second = Completion("b", (1, 2), (6,), (-2.0,), "stop")
+    >>> batch = make_rollout_batch([first, second], torch.tensor([1.0, 0.0]), group_size=2)
+    >>> batch.response_mask
+    tensor([[ True,  True],
+            [ True, False]])
+    >>> batch.raw_rewards.tolist(), batch.group_ids.tolist()
+    ([[1.0], [0.0]], [[0], [0]])
+    >>> batch.sampler_log_probs.tolist()
+    [[-0.5, -0.25], [-2.0, 0.0]]
     """
 
     completions: tuple[Completion, ...]
     response_mask: Bool[Tensor, "batch seq"]
-    """True on the sampled tokens, the end token included; column 0 is a response's first token."""
+    """True on the sampled tokens, including the end token; column 0 is the first token of a response."""
     raw_rewards: Float[Tensor, "batch 1"]
-    """NaN where a response could not be scored."""
+    """Reward of each response; NaN if it could not be scored."""
     group_ids: Int[Tensor, "batch 1"]
-    """Rows of one question share a number: the text of the prompt would not do, for data may hold it twice."""
+    """Number of the question. The prompt does not identify it, because a data set may contain a text twice."""
     sampler_log_probs: Float[Tensor, "batch seq"]
-    """Under the distribution that the engine sampled from; 0 past the end."""
-    advantages: Float[Tensor, "batch _"] | None = None
-    old_log_probs: Float[Tensor, "batch seq"] | None = None
-    """What a ratio is taken to, where it is not the policy of the pass itself."""
-    old_entropy: Float[Tensor, "batch seq"] | None = None
-    """Of the policy before the first update on these responses."""
-    reference_log_probs: Float[Tensor, "batch seq"] | None = None
-    policy_weights: Float[Tensor, "batch _"] | None = None
-    """Of the objective: 0 where a token or response was left out."""
-    token_weights: Float[Tensor, "batch seq"] | None = None
-    """Of divergence and entropy."""
-    importance_weights: Float[Tensor, "batch _"] | None = None
-    penalized: Bool[Tensor, "batch seq"] | None = None
+    """Log-probs under the distribution that the engine sampled from; 0 after the end of a response."""
 
     def __len__(self) -> int:
         return len(self.completions)
 
     @property
     def n_response_tokens(self) -> int:
-        return sum(len(completion.token_ids) for completion in self.completions)
+        """Return the number of sampled tokens."""
+        return sum(self.lengths.tolist())
 
     @property
     def lengths(self) -> Int[Tensor, " batch"]:
+        """Return the number of tokens of each response."""
         return torch.tensor([len(completion.token_ids) for completion in self.completions])
 
     @property
     def truncated(self) -> Bool[Tensor, " batch"]:
+        """Return whether each response ran into the length limit."""
         return torch.tensor([completion.finish_reason == "length" for completion in self.completions])
 
     @property
     def unscored(self) -> Bool[Tensor, " batch"]:
+        """Return whether each response lacks a reward."""
         return self.raw_rewards[:, 0].isnan()
 
     @property
     def group_sizes(self) -> list[int]:
-        """Of runs of rows with the same question."""
+        """Return the number of consecutive rows of each question."""
         return [len(list(rows)) for _, rows in groupby(self.group_ids[:, 0].tolist())]
 
-    def select(self, rows: Sequence[int]) -> "RolloutBatch":
-        """These rows, cut to the longest response among them."""
-        index, whole = torch.tensor(rows), self.response_mask.shape[1]
+    def select(self, rows: Sequence[int]) -> Self:
+        """Return these rows, with as many columns as the longest response among them has tokens."""
+        index, full_width = torch.tensor(rows), self.response_mask.shape[1]
         width = max(1, *(len(self.completions[row].token_ids) for row in rows))
 
         def cut(tensor: Tensor) -> Tensor:
-            return tensor[index, :width] if tensor.shape[1] == whole else tensor[index]
+            return tensor[index, :width] if tensor.shape[1] == full_width else tensor[index]
 
         parts = {name: cut(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, completions=tuple(self.completions[row] for row in rows), **parts)
 
-    def to(self, device: torch.device) -> "RolloutBatch":
-        """The same with its tensors on `device`; the host does not wait for the copies."""
-        tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
-        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in tensors.items()}
+    def to(self, device: torch.device) -> Self:
+        """Return the batch with its tensors on `device`, without waiting for the copies."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
         return replace(self, **moved)
 
-    def split(self, size: int) -> Iterator["RolloutBatch"]:
-        """Consecutive parts of `size` rows."""
+    def split(self, size: int) -> Iterator[Self]:
+        """Yield consecutive parts of `size` rows."""
         for start in range(0, len(self), size):
             yield self.select(range(start, min(start + size, len(self))))
 
-    def shuffled(self, generator: torch.Generator) -> "RolloutBatch":
-        """The groups in random order, each kept together: responses to one prompt are scored in one row."""
+    def shuffled(self, generator: torch.Generator) -> Self:
+        """Return the groups in random order. Each stays together, because one row scores responses to one prompt."""
         ids = self.group_ids[:, 0].tolist()
         groups = [list(rows) for _, rows in groupby(range(len(self)), key=lambda row: ids[row])]
         order = torch.randperm(len(groups), generator=generator).tolist()
         return self.select([row for group in order for row in groups[group]])
 
 
+@jaxtyped(typechecker=beartype)
+@dataclass(frozen=True)
+class PreparedBatch(RolloutBatch):
+    """Rollouts with what is computed once per rollout batch, before the first update."""
+
+    advantages: Float[Tensor, "batch _"]
+    """Advantage of each response, or of each token if the KL penalty is part of the reward."""
+    old_log_probs: Float[Tensor, "batch seq"]
+    """Log-probs under the policy before the first update; NaN if no setting needs them."""
+    old_entropy: Float[Tensor, "batch seq"]
+    """Entropy of the policy before the first update; NaN if no setting needs it."""
+    reference_log_probs: Float[Tensor, "batch seq"]
+    """Log-probs under the policy that the KL penalty refers to; the sampler's unless the reference is a model."""
+
+    @classmethod
+    def of(
+        cls,
+        rollouts: RolloutBatch,
+        advantages: Tensor,
+        *,
+        old_log_probs: Tensor | None = None,
+        old_entropy: Tensor | None = None,
+        reference_log_probs: Tensor | None = None,
+    ) -> Self:
+        """Return `rollouts` with `advantages`, and a default for everything that is None."""
+        unknown = torch.full(rollouts.response_mask.shape, torch.nan)
+        return cls(
+            **_rollout_fields(rollouts),
+            advantages=advantages,
+            old_log_probs=unknown if old_log_probs is None else old_log_probs,
+            old_entropy=unknown if old_entropy is None else old_entropy,
+            reference_log_probs=rollouts.sampler_log_probs if reference_log_probs is None else reference_log_probs,
+        )
+
+
+@jaxtyped(typechecker=beartype)
+@dataclass(frozen=True)
+class WeightedBatch(RolloutBatch):
+    """Rollouts of one optimizer step with the weights of their losses, ready to be split into micro-batches."""
+
+    advantages: Float[Tensor, "batch _"]
+    old_log_probs: Float[Tensor, "batch seq"] | None
+    """Log-probs that the ratio refers to; None if they are those of the loss's own forward pass, without gradient."""
+    reference_log_probs: Float[Tensor, "batch seq"]
+    policy_weights: Float[Tensor, "batch _"]
+    """Weight of each policy loss; 0 for excluded tokens and responses."""
+    token_weights: Float[Tensor, "batch seq"]
+    """Weight of each token's KL penalty and entropy bonus."""
+    importance_weights: Float[Tensor, "batch _"] | None
+    """Weights that correct for the sampler; None if there are none, or if the loss's forward pass computes them."""
+    penalized: Bool[Tensor, "batch seq"]
+    """The tokens that `kl_cov` penalizes."""
+
+
+def _rollout_fields(rollouts: RolloutBatch) -> dict[str, Any]:
+    return {field.name: getattr(rollouts, field.name) for field in fields(RolloutBatch)}
+
+
+def add_weights(
+    batch: PreparedBatch,
+    *,
+    old_log_probs: Tensor | None,
+    policy_weights: Tensor,
+    token_weights: Tensor,
+    importance_weights: Tensor | None,
+    penalized: Tensor,
+) -> WeightedBatch:
+    """Return `batch` with the weights of its optimizer step. Missing rewards become 0, because 0 times NaN is NaN."""
+    return WeightedBatch(
+        **_rollout_fields(batch) | {"raw_rewards": batch.raw_rewards.masked_fill(batch.raw_rewards.isnan(), 0.0)},
+        advantages=batch.advantages,
+        reference_log_probs=batch.reference_log_probs,
+        old_log_probs=old_log_probs,
+        policy_weights=policy_weights,
+        token_weights=token_weights,
+        importance_weights=importance_weights,
+        penalized=penalized,
+    )
+
+
 def make_rollout_batch(completions: Sequence[Completion], raw_rewards: Tensor, group_size: int = 1) -> RolloutBatch:
-    """From the token ids that were sampled; text is never tokenized again. Groups stand one after the other."""
+    """Make a batch from the sampled token ids, without tokenizing text again. The rows of a group are consecutive."""
     lengths = torch.tensor([len(completion.token_ids) for completion in completions])
     response_mask = torch.arange(max(1, int(lengths.max())))[None] < lengths[:, None]
     sampled = torch.tensor(
@@ -172,21 +257,21 @@ def make_rollout_batch(completions: Sequence[Completion], raw_rewards: Tensor, g
     )
 
 
-def as_right(demonstrations: Sequence[Demonstration]) -> RolloutBatch:
-    """As responses with a reward of 1. Nobody sampled them: 0 stands for log-probs that nothing reads."""
-    shown = [
+def demonstration_batch(demonstrations: Sequence[Demonstration]) -> PreparedBatch:
+    """Return a batch of demonstrations to imitate. No engine sampled them, so their log-probs are a placeholder."""
+    completions = [
         Completion("", one.prompt_token_ids, one.response_token_ids, (0.0,) * len(one.response_token_ids), "stop")
         for one in demonstrations
     ]
-    return imitation_batch(shown)
+    return imitation_batch(completions)
 
 
-def imitation_batch(completions: Sequence[Completion]) -> RolloutBatch:
-    """A batch of responses that are imitated: reward and advantage are 1.
+def imitation_batch(completions: Sequence[Completion]) -> PreparedBatch:
+    """Return a batch of responses to imitate, with reward and advantage 1.
 
-    Those to one prompt that stand together are a group, of any size: they are shuffled, and scored, side by side.
+    Consecutive responses to one prompt form a group of any size, which is shuffled and scored together.
     """
     batch = make_rollout_batch(completions, torch.ones(len(completions)))
     groups = enumerate(groupby(completions, key=lambda completion: completion.prompt_token_ids))
     group_ids = torch.tensor([number for number, (_, members) in groups for _ in members])[:, None]
-    return replace(batch, advantages=batch.raw_rewards, group_ids=group_ids)
+    return PreparedBatch.of(replace(batch, group_ids=group_ids), batch.raw_rewards)

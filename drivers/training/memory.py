@@ -1,4 +1,4 @@
-"""What a run will need where the policy is, told before it starts."""
+"""Plan the memory of the policy's device before a run starts."""
 
 import os
 from dataclasses import dataclass, replace
@@ -22,31 +22,32 @@ GIB = 2**30
 
 
 VLLM_ON_CPU = (512 + 512) << 20
-"""The cache of keys and values, and what the engine itself takes, beside its weights."""
+"""Bytes that vLLM takes on a CPU beside its weights: its cache of keys and values, and the engine itself."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on the policy's device, engine left out where it has a device of its own."""
+    """Bytes on the policy's device; the engine counts only if it shares that device."""
 
     states: int
-    """Weights, and in float32 masters, gradients and both moments of AdamW; and the reference, if there is one."""
+    """Weights, float32 master weights, gradients, both moments of AdamW, and the reference if there is one."""
     activations: int
-    """What one micro-batch keeps for its backward pass."""
+    """Activations that one micro-batch keeps for its backward pass."""
     logits: int
     engine: int
     available: int
     checkpointed: bool
     share: float | None = None
-    """Of a GPU that policy and engine take in turns, what the engine has while it samples; None where they do not."""
+    """Share of the GPU that the engine gets while it samples, if both take turns on one GPU; else None."""
 
     @property
     def total(self) -> int:
+        """Return the bytes that are needed in all."""
         return self.states + self.activations + self.logits + self.engine
 
     @property
     def fits(self) -> bool:
-        """With a tenth to spare for what no plan knows of."""
+        """Return whether the plan fits, with a tenth of the memory in reserve."""
         return self.available == 0 or self.total < 0.9 * self.available
 
     def __str__(self) -> str:
@@ -57,7 +58,7 @@ class MemoryPlan:
             "engine": self.engine,
         }
         listed = " + ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
-        limit = f"{self.available / GIB:.0f} GiB" if self.available else "an amount that this system does not tell"
+        limit = f"{self.available / GIB:.0f} GiB" if self.available else "an amount that this system does not report"
         plan = f"about {self.total / GIB:.1f} GiB ({listed}) of {limit}"
         if self.share is None:
             return plan
@@ -70,15 +71,15 @@ class MemoryPlan:
 def configure_memory(
     config: GrpoConfig, policy: Any, longest_prompt: int, reference_bytes: int, rollout_device: torch.device
 ) -> MemoryPlan:
-    """The plan of this run, layers checkpointed where it is asked for or would not fit without."""
+    """Return the memory plan of this run, and enable gradient checkpointing if it is requested or needed to fit."""
     here = config.engine == "vllm" and rollout_device.type == "cpu" and not config.rollout_url
-    # Its own; and for a push to another process the file, and what the file is made of.
+    # The engine's weights. To push to another process takes two more copies: the file, and the weights to write to it.
     copies = 3 if config.rollout_process == "own" or distributed.size() > 1 else 1
     size = sum(p.numel() for p in policy.parameters()) * fsdp.computing_dtype(policy).itemsize
     engine_bytes = copies * size + VLLM_ON_CPU if here else 0
     sizes: dict[str, Any] = {"reference_bytes": reference_bytes, "engine_bytes": engine_bytes}
     plan = plan_memory(config, policy, longest_prompt, **sizes)
-    all_fit = all(distributed.gather(plan.fits))  # one decision: machines may differ
+    all_fit = all(distributed.gather(plan.fits))  # all ranks must decide alike, even on different machines
     if shares_gpu(config, next(policy.parameters()).device, rollout_device):
         share = engine_memory_fraction(training_state_bytes(policy) + reference_bytes, plan.available)
         sizes["share"] = min(config.gpu_memory_utilization, share)
@@ -90,14 +91,14 @@ def configure_memory(
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Of one rank."""
+    """Return the bytes of the model's weights on one rank."""
     return sum(p.numel() * p.element_size() for p in model.parameters()) // distributed.size()
 
 
 def gathered_bytes(policy: Any) -> int:
-    """What a rank holds whole for a while: weights and gradients outside the layers and of two layers.
+    """Return the bytes that a rank gathers for a while: unsharded weights and gradients of two layers and of the rest.
 
-    And in float32 what is summed over ranks: the larger of the two.
+    The sum over ranks adds one float32 buffer, of a layer or of the rest, whichever is larger.
     """
     if distributed.size() == 1:
         return 0
@@ -118,7 +119,10 @@ def plan_memory(
     checkpointed: bool = False,
     share: float | None = None,
 ) -> MemoryPlan:
-    """Of the largest micro-batch that can come, kept by all layers, or by one at a time where they are run again."""
+    """Return the memory plan for the largest possible micro-batch.
+
+    All layers keep activations; with checkpointing, one layer does at a time, and the others keep their inputs.
+    """
     tokens = max_micro_batch_tokens(config, longest_prompt)
     longest_row = min(tokens, longest_prompt + config.group_size * config.sampling_max_tokens)
     layers = policy.config.get_text_config().num_hidden_layers
@@ -137,7 +141,7 @@ def plan_memory(
 
 
 def max_micro_batch_tokens(config: AlgorithmSettings, longest_prompt: int) -> int:
-    """Of one pass, padding counted; at most, for where a group shares a row its prompt is counted once."""
+    """Return the largest number of tokens in one forward pass, with padding and without shared prompts."""
     longest = longest_prompt + config.sampling_max_tokens
     if config.micro_batch_tokens is not None:
         return max(config.micro_batch_tokens, longest)
@@ -145,12 +149,12 @@ def max_micro_batch_tokens(config: AlgorithmSettings, longest_prompt: int) -> in
 
 
 def head_bytes(policy: Any, tokens: int) -> int:
-    """Logits of so many tokens, and all that stands while they become a gradient."""
+    """Return the bytes of the logits of `tokens` tokens, and of the buffers that turn them into a gradient."""
     weight = policy.get_output_embeddings().weight
     vocab, size = int(weight.shape[0]), fsdp.computing_dtype(policy).itemsize
-    if find_head(policy) is None:  # all of them, their gradient, and the tiles
+    if find_head(policy) is None:  # all logits, their gradient, and the tiles
         return 2 * tokens * vocab * size + _tile_bytes(weight, tokens)
-    # On CUDA logits are wide, and a narrow gradient is not formed in their place.
+    # On CUDA, logits are float32, so a narrower gradient cannot overwrite them.
     wide = 4 if weight.is_cuda else size
     logits = min(tokens * vocab * wide, MAX_LOGITS_BYTES)
     gradient = logits // wide * size if wide > size else 0
@@ -159,12 +163,12 @@ def head_bytes(policy: Any, tokens: int) -> int:
 
 
 def _tile_bytes(weight: Tensor, tokens: int) -> int:
-    """Two buffers of wide values, in which the sweep works."""
+    """Return the bytes of the two float32 buffers that the fused head works in."""
     return 2 * min(256 << 20 if weight.is_cuda else 3 << 20, 4 * tokens * int(weight.shape[0]))
 
 
 def activation_bytes(policy: Any, row: int) -> int:
-    """What a layer of the Llama kind keeps of one token: the inputs of its products, norms in float32, rotations."""
+    """Return the bytes that a Llama layer keeps per token: inputs of its products, float32 norms, rotary values."""
     config, size = policy.config.get_text_config(), fsdp.computing_dtype(policy).itemsize
     width = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * width
@@ -173,13 +177,13 @@ def activation_bytes(policy: Any, row: int) -> int:
     keys = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
     norms = 2 * (2 * 4 * width + size * width)
     attention = size * (3 * heads * head_dim + 4 * keys)
-    if config._attn_implementation == "eager":  # the weights of each head, in float32 and as they are applied
+    if config._attn_implementation == "eager":  # attention weights of each head, in float32 and in the model's type
         attention += heads * row * (4 + size) + size * 2 * heads * head_dim
     return int(norms + attention + size * (4 * inner + 2 * width))
 
 
 def available_bytes(device: torch.device) -> int:
-    """All of a GPU, or what the machine's memory limit leaves."""
+    """Return the memory of the GPU, or this rank's share of the machine's memory limit; 0 if it is unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     sizes = []
@@ -189,11 +193,11 @@ def available_bytes(device: torch.device) -> int:
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         sizes.append(1024 * int(meminfo.read_text().split("MemTotal:")[1].split()[0]))
-    return min(sizes, default=0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks share a machine
+    return min(sizes, default=0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks of one machine share it
 
 
 def pop_peak_memory() -> dict[str, float]:
-    """What torch had in use at most on the fullest GPU since it was last asked, in GiB; nothing where none is used."""
+    """Return the peak memory of the fullest GPU since the last call, in GiB; empty without a GPU."""
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return {}
     devices = range(torch.cuda.device_count())
@@ -204,7 +208,7 @@ def pop_peak_memory() -> dict[str, float]:
 
 
 def enable_checkpointing(policy: Any) -> None:
-    """Layers are run again in the backward pass. Transformers does that in training mode alone, so dropout goes."""
+    """Recompute activations in the backward pass, without dropout: transformers does so only in training mode."""
     for module in policy.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -216,8 +220,8 @@ def enable_checkpointing(policy: Any) -> None:
     policy.train()
     if not torch.equal(_probe(policy), expected):
         raise UsageError(
-            "--gradient-checkpointing: in training mode, which it needs, this model gives other values (dropout that "
-            "cannot be turned off); pass --gradient-checkpointing off, and lower --micro-batch-tokens instead"
+            "--gradient-checkpointing: this model has dropout that cannot be turned off, so it gives other values in "
+            "training mode, which checkpointing requires; pass off, and lower --micro-batch-tokens instead"
         )
 
 

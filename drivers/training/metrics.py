@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map_only
 
 from drivers.common import distributed
 from drivers.engines.protocol import Completion
-from drivers.training.batch import RolloutBatch
+from drivers.training.batch import WeightedBatch
 from drivers.training.objective import describe_correction
 from grpo_core import compute_gradient_share, masked_mean
 
@@ -40,13 +40,13 @@ class UpdateMetrics:
 
     def add_micro_batch(
         self,
-        micro: RolloutBatch,
+        micro: WeightedBatch,
         scored: Mapping[str, Tensor],
         metadata: Mapping[str, Tensor],
         correction: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Record a micro-batch after its backward pass; `metadata` has means over its response tokens."""
-        if correction is not None:
+        if correction:
             self._correction_parts.append(correction)
         log_probs, entropies = scored["log_probs"].detach(), scored["token_entropy"].detach()
         means = {**metadata, "entropy": masked_mean(entropies, micro.response_mask)}
@@ -64,7 +64,7 @@ class UpdateMetrics:
             if logged is completion
         ]
         gradients = scored["log_probs"].grad
-        if gradients is not None and micro.advantages is not None:
+        if gradients is not None:
             self._gradient_sums.append(gradients.abs().sum(dim=1, keepdim=True))
             self._is_positive.append(micro.advantages[:, 0] > 0)
             self._lengths.append(micro.response_mask.sum(dim=1))

@@ -1,4 +1,8 @@
-"""Plan micro-batches and rows."""
+"""Plan the rows and the micro-batches in which responses are scored.
+
+A *row* is a prompt followed by the responses that share it. Of one row per group and one row per response, the plan
+takes the layout that needs fewer operations.
+"""
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, groupby
@@ -13,25 +17,45 @@ from drivers.training.shortcuts import packs_rows, shares_rows
 
 
 class Row(NamedTuple):
-    """Responses to one prompt, scored side by side; `members` are their places in the batch."""
+    """One prompt and the responses to it that are scored side by side.
+
+    Two responses of 2 and 1 tokens, the first and the third of a batch, in one row of 5 tokens:
+
+    >>> row = Row(prompt=(1, 2), members=(0, 2), lengths=(2, 1))
+    >>> row.n_tokens
+    5
+    """
 
     prompt: tuple[int, ...]
+    """Token ids of the prompt."""
     members: tuple[int, ...]
-    tokens: int
-    """How long it is."""
+    """Indices of the responses in the batch."""
+    lengths: tuple[int, ...]
+    """Number of tokens of each response."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Return the length of the row."""
+        return len(self.prompt) + sum(self.lengths)
 
 
 class MicroBatch(NamedTuple):
-    """What is scored in one pass."""
+    """The responses that are scored in one forward pass.
+
+    The responses 4 and 7 of a batch, which have one prompt and one row; in the micro-batch they are 0 and 1:
+
+    >>> MicroBatch(members=[4, 7], rows=[Row(prompt=(1, 2), members=(0, 1), lengths=(2, 1))]).rows[0].n_tokens
+    5
+    """
 
     members: list[int]
-    """Places in the batch that it was planned for."""
+    """Indices of the responses in the batch that the plan is for."""
     rows: list[Row]
-    """Theirs; `Row.members` are places among `members`."""
+    """Rows of these responses; `Row.members` are indices into `members`."""
 
 
 def plan_rows(policy: Any, rollouts: RolloutBatch, wanted: Sequence[int], max_tokens: float = inf) -> list[Row]:
-    """Each of these responses in one row, in order; those without tokens are left out."""
+    """Put each wanted response into one row, in order; responses without tokens are skipped."""
     rows: list[Row] = []
     share = attention_share(policy) if shares_rows(policy) else inf
     for _, run in groupby(wanted, key=lambda i: rollouts.completions[i].prompt_token_ids):
@@ -40,56 +64,57 @@ def plan_rows(policy: Any, rollouts: RolloutBatch, wanted: Sequence[int], max_to
             prompt = rollouts.completions[members[0]].prompt_token_ids
             lengths = [len(rollouts.completions[i].token_ids) for i in members]
             count = max(1, sum(len(prompt) + length <= max_tokens for length in accumulate(lengths)))
-            rows += _one_row_or_many(prompt, members[:count], lengths[:count], share)
+            rows += _choose_layout(prompt, members[:count], lengths[:count], share)
             members = members[count:]
     return rows
 
 
-def _one_row_or_many(
+def _choose_layout(
     prompt: tuple[int, ...], members: list[int], lengths: list[int], attention_share: float
 ) -> list[Row]:
-    """What takes fewer operations.
+    """Return one row for all responses, or one row per response: the layout that needs fewer operations.
 
-    `attention_share` is the cost of attention to one token, by the cost of all else that a token takes.
+    `attention_share` is the cost of attending to one more token, relative to all other cost of a token.
     """
-    together = len(prompt) + sum(lengths)
-    # Under a mask of its own attention computes the half that it hides; the causal mask of a plain row skips it.
-    one_row = together * (1 + attention_share * together)
-    many = sum((len(prompt) + n) * (1 + attention_share * (len(prompt) + n) / 2) for n in lengths)
-    if len(members) > 1 and one_row < many:
-        return [Row(prompt, tuple(members), together)]
-    return [Row(prompt, (i,), len(prompt) + n) for i, n in zip(members, lengths, strict=True)]
+    one_row = Row(prompt, tuple(members), tuple(lengths))
+    # A shared row needs its own mask, and attention computes the half that the mask hides; the causal mask skips it.
+    one_row_cost = one_row.n_tokens * (1 + attention_share * one_row.n_tokens)
+    many_rows_cost = sum((len(prompt) + n) * (1 + attention_share * (len(prompt) + n) / 2) for n in lengths)
+    if len(members) > 1 and one_row_cost < many_rows_cost:
+        return [one_row]
+    return [Row(prompt, (i,), (n,)) for i, n in zip(members, lengths, strict=True)]
 
 
 def plan_micro_batches(
     config: UpdateSettings, policy: nn.Module, rollouts: RolloutBatch, wanted: Sequence[int]
 ) -> Iterator[MicroBatch]:
-    """Which responses are scored in one pass: the wanted ones that have tokens, each once.
+    """Yield micro-batches that contain each wanted response with tokens once.
 
-    With `micro_batch_tokens`, rows of like length, as many as fit with their padding (a response that does not stands
-    alone); else those of each `micro_train_batch_size` responses of the batch.
+    With `micro_batch_tokens`, a micro-batch is as many rows of similar length as fit into that budget with their
+    padding; a response that does not fit is alone. Otherwise it is the wanted ones among `micro_train_batch_size`
+    consecutive responses.
     """
     wanted = [i for i in wanted if rollouts.completions[i].token_ids]
     if config.micro_batch_tokens is None:
         for _, members in groupby(wanted, key=lambda i: i // config.micro_train_batch_size):
-            yield _micro_batch(plan_rows(policy, rollouts, list(members)))
+            yield _make_micro_batch(plan_rows(policy, rollouts, list(members)))
         return
     rows = plan_rows(policy, rollouts, wanted, config.micro_batch_tokens)
-    rows.sort(key=lambda row: (-row.tokens, row.members))
+    rows.sort(key=lambda row: (-row.n_tokens, row.members))
     packed, start = packs_rows(policy), 0
     while start < len(rows):
-        # Padded, each row is as long as the first; packed, as long as it is.
-        count, slots, longest = 0, 0, rows[start].tokens
+        # The first row is the longest, and others are padded to its length unless rows are packed.
+        count, slots, longest = 0, 0, rows[start].n_tokens
         while start + count < len(rows):
-            slots += rows[start + count].tokens if packed else longest
+            slots += rows[start + count].n_tokens if packed else longest
             if count and slots > config.micro_batch_tokens:
                 break
             count += 1
-        yield _micro_batch(rows[start : start + count])
+        yield _make_micro_batch(rows[start : start + count])
         start += count
 
 
-def _micro_batch(rows: list[Row]) -> MicroBatch:
+def _make_micro_batch(rows: list[Row]) -> MicroBatch:
     members = [i for row in rows for i in row.members]
     ends = list(accumulate(len(row.members) for row in rows))
     return MicroBatch(
@@ -99,12 +124,12 @@ def _micro_batch(rows: list[Row]) -> MicroBatch:
 
 
 def attention_share(policy: Any) -> float:
-    """What attention to one more token costs, by the cost of everything else that is done for a token."""
+    """Return the cost of attending to one more token, relative to all other cost of a token."""
     config = policy.config.get_text_config()
     width = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
     embedded = policy.get_input_embeddings().weight.numel()
-    others = sum(p.numel() for p in policy.base_model.parameters()) - embedded
-    # Two products, queries with keys and weights with values, against one with each weight of the model.
-    return float(2 * width * config.num_hidden_layers / max(1, others))
+    multiplied = sum(p.numel() for p in policy.base_model.parameters()) - embedded
+    # Attention multiplies queries with keys and weights with values; everything else multiplies with each parameter.
+    return float(2 * width * config.num_hidden_layers / max(1, multiplied))

@@ -1,9 +1,10 @@
-"""From settings to functions of grpo_core: rewards to advantages, a step to weights, a micro-batch to its loss."""
+"""Weigh the responses of an optimizer step, and compute the loss of each of its micro-batches."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,194 +12,246 @@ from torch import Tensor
 import grpo_core as core
 from drivers.settings.algorithm import AlgorithmSettings
 from drivers.settings.objectives import OBJECTIVES, resolve_values
-from drivers.training.batch import RolloutBatch
+from drivers.training.batch import PreparedBatch, WeightedBatch, add_weights
 
 
-def weigh_step(config: AlgorithmSettings, batch: RolloutBatch) -> tuple[RolloutBatch, dict[str, float]]:
-    """All that is a statistic of one optimizer step, before it is cut into micro-batches; and how it came out.
+class Correction(NamedTuple):
+    """The correction for a sampler whose log-probs differ from the trainer's."""
 
-    A response that could not be scored is left out like one that was cut off under --mask-truncated: a reward of 0
-    would teach that it is bad.
-    """
-    left_out = batch.unscored | batch.truncated if config.mask_truncated else batch.unscored
-    mask = core.drop_truncated_responses(batch.response_mask, left_out)
-    assert batch.advantages is not None  # `prepare_rollouts` took them
-    kept, importance = mask, None
-    facts: dict[str, float] = {}
+    weights: Tensor | None
+    """Importance weights; None if tokens are rejected instead."""
+    is_in_bounds: Tensor
+    """Tokens whose importance ratio is within the bounds."""
+    statistics: dict[str, Tensor]
+    """The tensors that `describe_correction` needs, each of one row."""
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """Inputs of the loss of a micro-batch, beside the settings."""
+
+    batch: WeightedBatch
+    log_probs: Tensor
+    """Log-probs of the response tokens under the policy, with gradient."""
+    token_entropy: Tensor
+    entropy_coef: float
+
+
+@dataclass(frozen=True)
+class LossOutputs:
+    """The share of a micro-batch in the loss of its optimizer step."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    """Means over the micro-batch's response tokens."""
+    correction_statistics: dict[str, Tensor] = field(default_factory=dict)
+    """`Correction.statistics`, if the forward pass of the loss computes importance weights; else empty."""
+
+
+class PolicyLosses(NamedTuple):
+    """Losses before aggregation."""
+
+    losses: Tensor
+    """One loss per token or per response."""
+    flags: dict[str, Tensor]
+    """Tokens or responses at which a clip bound is active, by bound."""
+
+
+def weigh_step(config: AlgorithmSettings, batch: PreparedBatch) -> tuple[WeightedBatch, dict[str, float]]:
+    """Compute the statistics of one optimizer step before it is split; return the weighted batch and its metrics."""
+    objective = OBJECTIVES[config.loss_type]
+    mask = select_trained_responses(config, batch)
+    metrics: dict[str, float] = {}
+    filters: list[Tensor] = []
+    importance_weights = None
     if config.importance != "none" and not config.computes_importance_weights_in_forward:
-        assert batch.old_log_probs is not None  # `needs_old_log_probs` says so
-        importance, inside, watched = correct_for_sampler(config, batch, batch.old_log_probs, mask)
-        facts = describe_correction([watched])
+        correction = correct_for_sampler(config, batch.old_log_probs, batch.sampler_log_probs, mask)
+        importance_weights = correction.weights
+        metrics |= describe_correction([correction.statistics])
         if config.importance != "truncate":
-            kept = kept & inside
+            filters.append(correction.is_in_bounds)
     if config.top_entropy_fraction is not None:
-        assert batch.old_entropy is not None
-        kept = kept & core.select_high_entropy(batch.old_entropy, mask, config.top_entropy_fraction)
-    penalized = None
-    high_covariance = OBJECTIVES[config.loss_type].high_covariance
-    if high_covariance != "train":
-        assert batch.old_log_probs is not None
-        low, high = config.covariance_bounds if high_covariance == "drop" else (0.0, torch.inf)
-        chosen = core.select_high_covariance(
-            batch.advantages, batch.old_log_probs, mask, config.covariance_fraction, low=low, high=high
-        )
-        kept, penalized = (kept & ~chosen, None) if high_covariance == "drop" else (kept, chosen)
-    counting: dict[str, Any] = {"rejected_tokens": config.rejected_tokens, "empty_responses": config.empty_responses}
-    sizing: dict[str, Any] = {"group_sizes": batch.group_sizes}
-    if config.aggregation == "constant":
-        sizing["normalize_constant"] = float(config.sampling_max_tokens)
-    if OBJECTIVES[config.loss_type].has_response_loss:
-        weights = core.compute_sequence_weights(mask, kept=kept, **counting)
-    else:
-        weights = core.compute_token_weights(mask, config.aggregation, kept=kept, **sizing, **counting)
-    tokens = batch.response_mask.sum().clamp(min=1)
-    if config.mask_truncated or kept is not mask:
-        facts["kept_tokens"] = (kept.sum() / tokens).item()
+        filters.append(core.select_high_entropy(batch.old_entropy, mask, config.top_entropy_fraction))
+    if objective.high_covariance == "drop":
+        filters.append(~select_high_covariance(config, batch, mask))
+    penalized = torch.zeros_like(mask)
+    if objective.high_covariance == "penalize":
+        penalized = select_high_covariance(config, batch, mask)
+    kept = reduce(torch.logical_and, filters, mask)
+    if config.mask_truncated or filters:
+        metrics["kept_tokens"] = (kept.sum() / _count_tokens(batch.response_mask)).item()
     if config.kl_coef > 0 and config.kl_in == "reward":
-        assert batch.old_log_probs is not None
-        assert batch.reference_log_probs is not None
-        difference = batch.old_log_probs - batch.reference_log_probs
-        facts["kl"] = (core.masked_sum(difference, batch.response_mask) / tokens).item()
-    return replace(
+        difference = core.masked_sum(batch.old_log_probs - batch.reference_log_probs, batch.response_mask)
+        metrics["kl"] = (difference / _count_tokens(batch.response_mask)).item()
+    weighted = add_weights(
         batch,
-        raw_rewards=batch.raw_rewards.masked_fill(batch.raw_rewards.isnan(), 0.0),  # 0 times NaN would be NaN
-        # The sampler's own log-probs in the place of the old policy's: two policies instead of three.
-        old_log_probs=batch.sampler_log_probs if config.old_policy == "sampler" else batch.old_log_probs,
-        policy_weights=weights,
+        old_log_probs=choose_old_log_probs(config, batch),
+        policy_weights=compute_policy_weights(config, batch, mask, kept),
         token_weights=core.compute_token_weights(
-            mask, config.aggregation, empty_responses=config.empty_responses, **sizing
+            mask, config.aggregation, empty_responses=config.empty_responses, **_aggregation_arguments(config, batch)
         ),
-        importance_weights=importance,
+        importance_weights=importance_weights,
         penalized=penalized,
-    ), facts
+    )
+    return weighted, metrics
+
+
+def select_trained_responses(config: AlgorithmSettings, batch: PreparedBatch) -> Tensor:
+    """Return the mask of tokens to train on: without responses that could not be scored or, if asked, truncated ones.
+
+    A response without a reward is excluded because a reward of 0 would teach that it is bad.
+    """
+    excluded = batch.unscored | batch.truncated if config.mask_truncated else batch.unscored
+    return core.drop_truncated_responses(batch.response_mask, excluded)
+
+
+def select_high_covariance(config: AlgorithmSettings, batch: PreparedBatch, mask: Tensor) -> Tensor:
+    """Return the tokens with the highest covariance of advantage and log-prob, which are dropped or penalized."""
+    drops = OBJECTIVES[config.loss_type].high_covariance == "drop"
+    bounds = config.covariance_bounds if drops else (0.0, torch.inf)
+    return core.select_high_covariance(
+        batch.advantages, batch.old_log_probs, mask, config.covariance_fraction, low=bounds[0], high=bounds[1]
+    )
+
+
+def choose_old_log_probs(config: AlgorithmSettings, batch: PreparedBatch) -> Tensor | None:
+    """Return the log-probs that the ratio refers to; None if they are those of the loss's own forward pass."""
+    if config.uses_current_policy_as_old:
+        return None
+    return batch.sampler_log_probs if config.old_policy == "sampler" else batch.old_log_probs
+
+
+def compute_policy_weights(config: AlgorithmSettings, batch: PreparedBatch, mask: Tensor, kept: Tensor) -> Tensor:
+    """Return the weight of each policy loss in the optimizer step: of a token, or of a response."""
+    counting: dict[str, Any] = {"rejected_tokens": config.rejected_tokens, "empty_responses": config.empty_responses}
+    if OBJECTIVES[config.loss_type].has_response_loss:
+        return core.compute_sequence_weights(mask, kept=kept, **counting)
+    arguments = _aggregation_arguments(config, batch)
+    return core.compute_token_weights(mask, config.aggregation, kept=kept, **arguments, **counting)
+
+
+def _aggregation_arguments(config: AlgorithmSettings, batch: PreparedBatch) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"group_sizes": batch.group_sizes}
+    if config.aggregation == "constant":
+        arguments["normalize_constant"] = float(config.sampling_max_tokens)
+    return arguments
+
+
+def _count_tokens(mask: Tensor) -> Tensor:
+    return mask.sum().clamp(min=1)
 
 
 def correct_for_sampler(
-    config: AlgorithmSettings, batch: RolloutBatch, old_log_probs: Tensor, mask: Tensor
-) -> tuple[Tensor | None, Tensor, dict[str, Tensor]]:
-    """Importance weights, if there are any; which ratios lie within the bounds; and what both are described by."""
-    sampler = batch.sampler_log_probs
-    ratios = core.compute_importance_ratios(old_log_probs, sampler, mask, config.importance_level)
+    config: AlgorithmSettings, log_probs: Tensor, sampler_log_probs: Tensor, mask: Tensor
+) -> Correction:
+    """Return the correction for the difference between the trainer's `log_probs` and the sampler's."""
+    ratios = core.compute_importance_ratios(log_probs, sampler_log_probs, mask, config.importance_level)
     bounds = {"low": config.importance_low, "high": config.importance_high}
-    inside = core.keep_within_bounds(ratios, **bounds)
+    is_in_bounds = core.keep_within_bounds(ratios, **bounds)
+    statistics = {
+        "old": log_probs,
+        "sampler": sampler_log_probs,
+        "mask": mask,
+        "is_in_bounds": (is_in_bounds & mask).float(),
+    }
     weights = None
     if config.importance != "reject":
-        cut = core.truncate_importance_weights if config.importance == "truncate" else core.mask_importance_weights
-        weights = cut(ratios, **bounds)
+        limit = core.truncate_importance_weights if config.importance == "truncate" else core.mask_importance_weights
+        weights = limit(ratios, **bounds)
         if config.self_normalize:
             weights = core.self_normalize_weights(weights, mask)
-    watched = {"old": old_log_probs, "sampler": sampler, "mask": mask, "inside": (inside & mask).float()}
-    if weights is not None:
-        per_token = weights.shape == mask.shape
-        watched |= {"weights": weights, "weighed": mask if per_token else mask.any(dim=1, keepdim=True)}
-    return weights, inside, {name: value.detach().reshape(1, -1) for name, value in watched.items()}
+        is_per_token = weights.shape == mask.shape
+        statistics |= {"weights": weights, "is_weighted": mask if is_per_token else mask.any(dim=1, keepdim=True)}
+    rows = {name: value.detach().reshape(1, -1) for name, value in statistics.items()}
+    return Correction(weights, is_in_bounds, rows)
 
 
 def describe_correction(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """The mismatch of policy and sampler before any bound, and what the bounds left of it, over all the parts."""
+    """Return metrics of the mismatch of policy and sampler, and of the bounds on it, over all `parts`."""
     whole = {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
-    facts = dict(core.describe_mismatch(whole["old"], whole["sampler"], whole["mask"]))
-    facts["importance_in_bounds"] = whole["inside"].sum() / whole["mask"].sum().clamp(min=1)
+    metrics = dict(core.describe_mismatch(whole["old"], whole["sampler"], whole["mask"]))
+    metrics["importance_in_bounds"] = whole["is_in_bounds"].sum() / _count_tokens(whole["mask"])
     if "weights" in whole:
-        facts["importance_ess"] = core.effective_sample_size(whole["weights"], whole["weighed"])
-    return dict(zip(facts, torch.stack([value.double() for value in facts.values()]).tolist(), strict=True))
+        metrics["importance_ess"] = core.effective_sample_size(whole["weights"], whole["is_weighted"])
+    return dict(zip(metrics, torch.stack([value.double() for value in metrics.values()]).tolist(), strict=True))
 
 
-def rows_with_gradient(config: AlgorithmSettings, batch: RolloutBatch, entropy_coef: float) -> list[int]:
-    """The responses of which any term has one; where the advantage is 0, the objective has none."""
-    assert batch.advantages is not None
-    assert batch.policy_weights is not None
+def rows_with_gradient(config: AlgorithmSettings, batch: WeightedBatch, entropy_coef: float) -> list[int]:
+    """Return the responses that have a gradient. With advantage 0, only other terms of the loss have one."""
     rows = range(len(batch))
     if entropy_coef > 0 or (config.kl_coef > 0 and config.kl_in == "loss"):
         return list(rows)
     signal = batch.advantages if OBJECTIVES[config.loss_type].uses_advantages else batch.raw_rewards
-    pulls = (signal * batch.policy_weights != 0).any(dim=1)
-    if batch.penalized is not None:
-        pulls |= batch.penalized.any(dim=1)
-    return [row for row in rows if pulls[row]]
+    has_gradient = (signal * batch.policy_weights != 0).any(dim=1) | batch.penalized.any(dim=1)
+    return [row for row in rows if has_gradient[row]]
 
 
-def compute_loss(
-    config: AlgorithmSettings, micro: RolloutBatch, scored: Mapping[str, Tensor], entropy_coef: float
-) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor] | None]:
-    """The share of a micro-batch in the loss of its optimizer step, and what it is watched by.
-
-    Last comes what the correction for the sampler is described by, where it is made here.
-    """
-    log_probs, mask = scored["log_probs"], micro.response_mask
-    assert micro.policy_weights is not None
-    # On-policy, pi_old is the policy of this very pass: the ratio is exactly 1, its gradient is not 0.
-    old = log_probs.detach()
-    if not config.uses_current_policy_as_old and micro.old_log_probs is not None:
-        old = micro.old_log_probs
-    losses, flags = compute_objective(config, micro, log_probs, old)
-    weights, importance = micro.policy_weights, micro.importance_weights
-    dropped, watched = None, None
+def compute_loss(config: AlgorithmSettings, inputs: LossInputs) -> LossOutputs:
+    """Return the share of a micro-batch in the loss of its optimizer step."""
+    batch, log_probs, mask = inputs.batch, inputs.log_probs, inputs.batch.response_mask
+    # The policy of this forward pass as the old one makes the ratio exactly 1, but with a gradient.
+    old = log_probs.detach() if batch.old_log_probs is None else batch.old_log_probs
+    losses, flags = compute_objective(config, batch, log_probs, old)
+    uses_ratio = OBJECTIVES[config.loss_type].uses_ratio
+    metrics = dict(core.describe_policy_update(log_probs, mask, flags, old if uses_ratio else None))
+    weights, importance_weights = batch.policy_weights, batch.importance_weights
+    statistics: dict[str, Tensor] = {}
     if config.computes_importance_weights_in_forward:
-        assert micro.token_weights is not None
-        counted = mask & (micro.token_weights > 0)
-        importance, inside, watched = correct_for_sampler(config, micro, log_probs.detach(), counted)
+        counted = mask & (batch.token_weights > 0)
+        correction = correct_for_sampler(config, log_probs.detach(), batch.sampler_log_probs, counted)
+        importance_weights, statistics = correction.weights, correction.statistics
         if config.importance != "truncate":
-            weights = weights * inside
+            weights = weights * correction.is_in_bounds
+            metrics["kept_tokens"] = statistics["is_in_bounds"].sum() / _count_tokens(mask)
     if config.off_policy_threshold is not None:
-        assert micro.advantages is not None
         kept = core.keep_on_policy_sequences(
-            micro.advantages[:, :1], log_probs, micro.sampler_log_probs, mask, config.off_policy_threshold
+            batch.advantages[:, :1], log_probs, batch.sampler_log_probs, mask, config.off_policy_threshold
         )
-        weights, dropped = weights * kept, mask & ~kept
+        weights = weights * kept
+        metrics["off_policy_dropped"] = (mask & ~kept).sum() / _count_tokens(mask)
     kl = None
     if config.kl_coef > 0 and config.kl_in == "loss":
-        assert micro.reference_log_probs is not None
         kl = core.estimate_kl(
-            log_probs, micro.reference_log_probs, config.kl_estimator, old_log_probs=old, response_mask=mask
+            log_probs, batch.reference_log_probs, config.kl_estimator, old_log_probs=old, response_mask=mask
         )
+        metrics["kl"] = core.masked_sum(kl.detach(), mask) / _count_tokens(mask)
     loss = core.compose_policy_loss(
         losses,
         weights,
-        importance_weights=importance,
+        importance_weights=importance_weights,
         kl=kl,
         kl_coef=config.kl_coef,
-        token_entropy=scored["token_entropy"],
-        entropy_coef=entropy_coef,
-        token_weights=micro.token_weights,
+        token_entropy=inputs.token_entropy,
+        entropy_coef=inputs.entropy_coef,
+        token_weights=batch.token_weights,
     )
-    uses_ratio = OBJECTIVES[config.loss_type].uses_ratio
-    described = core.describe_policy_update(log_probs, mask, flags, old if uses_ratio else None)
-    if kl is not None:
-        described["kl"] = core.masked_sum(kl.detach(), mask) / mask.sum().clamp(min=1)
-    if watched is not None and config.importance != "truncate":
-        described["kept_tokens"] = watched["inside"].sum() / mask.sum().clamp(min=1)
-    if dropped is not None:
-        described["off_policy_dropped"] = dropped.sum() / mask.sum().clamp(min=1)
-    return loss, described, watched
+    return LossOutputs(loss, metrics, statistics)
+
+
+def compute_objective(config: AlgorithmSettings, batch: WeightedBatch, log_probs: Tensor, old: Tensor) -> PolicyLosses:
+    """Return the losses of `--loss-type`, before they are weighted."""
+    objective = OBJECTIVES[config.loss_type]
+    inputs = {
+        "advantages": batch.advantages,
+        "raw_rewards": batch.raw_rewards,
+        "policy_log_probs": log_probs,
+        "old_log_probs": old,
+        "response_mask": batch.response_mask,
+        "penalized": batch.penalized,
+    }
+    result = getattr(core, objective.function)(**objective.get_arguments(inputs, resolve_values(config)))
+    return PolicyLosses(*result) if isinstance(result, tuple) else PolicyLosses(result, {})
 
 
 class EntropyBonus:
-    """The coefficient of the entropy bonus, which with a target follows the entropy of what was sampled."""
+    """The coefficient of the entropy bonus; with `--entropy-target` it adapts to the entropy of the rollouts."""
 
     def __init__(self, config: AlgorithmSettings) -> None:
         self._target, self.value = config.entropy_target, config.entropy_coef
 
-    def of_step(self, entropy: float) -> float:
-        """What a step applies whose responses, before it, have this entropy per token."""
-        if self._target is None or not math.isfinite(entropy):  # which the run is told of, or ended by
+    def adapt(self, entropy: float) -> float:
+        """Return the coefficient of a step whose responses were sampled with this entropy per token."""
+        if self._target is None or not math.isfinite(entropy):  # an entropy that is not finite is an anomaly
             return self.value
         self.value = core.adapt_entropy_coefficient(self.value, entropy, self._target)
         return self.value if entropy <= self._target else 0.0
-
-
-def compute_objective(
-    config: AlgorithmSettings, micro: RolloutBatch, log_probs: Tensor, old: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return one loss per token or response, and where a bound binds."""
-    objective = OBJECTIVES[config.loss_type]
-    inputs = {
-        "advantages": micro.advantages,
-        "raw_rewards": micro.raw_rewards,
-        "policy_log_probs": log_probs,
-        "old_log_probs": old,
-        "response_mask": micro.response_mask,
-        "penalized": micro.penalized,
-    }
-    result = getattr(core, objective.function)(**objective.get_arguments(inputs, resolve_values(config)))
-    return result if isinstance(result, tuple) else (result, {})

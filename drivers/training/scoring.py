@@ -1,13 +1,12 @@
-"""Log-probs of rollouts: how responses become rows of a forward pass, and the head that scores them.
-
-A *row* is a prompt with the responses that share it. What is cheaper by the count of operations is chosen: one row for
-a group, or one for each response.
-"""
+"""Score responses: compute the log-probs of their tokens, and the entropies, in forward passes of the policy."""
 
 import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from drivers.common import distributed
@@ -19,7 +18,18 @@ from drivers.training.shortcuts import Head, find_head, model_inputs, packs_rows
 from grpo_core import compute_entropy, fused_linear_log_probs, pack_group_rows, select_log_probs
 
 MAX_LOGITS_BYTES = 1 << 29
-"""Of one pass, kept for its gradient; where there are more, the head makes them a block at a time."""
+"""Largest logits that one pass keeps for its gradient; the head computes larger ones block by block."""
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """What to compute of each response token."""
+
+    temperature: float
+    with_entropy: bool = False
+    """Also compute `token_entropy`."""
+    detach_entropy: bool = True
+    """Compute it without a gradient."""
 
 
 def score(
@@ -31,73 +41,97 @@ def score(
     with_entropy: bool = False,
     detach_entropy: bool = True,
 ) -> dict[str, Tensor]:
-    """`log_probs` of each response token under `policy`, and on request their `token_entropy`, from one forward pass.
+    """Return `log_probs` of each response token under `policy`, and on request `token_entropy`, from one forward pass.
 
-    Both are Float "batch seq", 0 past the end of a response. `rows` are those of a `MicroBatch`; None plans them here.
+    Both are Float "batch seq" and 0 after the end of a response. `rows` are those of a `MicroBatch`; by default they
+    are planned here.
     """
     if rows is None:
         rows = plan_rows(policy, rollouts, range(len(rollouts)))
-    options = {"temperature": temperature, "with_entropy": with_entropy, "detach_entropy": detach_entropy}
-    width, device = rollouts.response_mask.shape[1], next(policy.parameters()).device
+    options = ScoreOptions(temperature, with_entropy, detach_entropy)
+    shape, device = rollouts.response_mask.shape, next(policy.parameters()).device
     if not rows:
         names = ("log_probs", "token_entropy") if with_entropy else ("log_probs",)
-        return {name: torch.zeros(len(rollouts), width, device=device) for name in names}
-    places = [
-        i * width + t for row in rows for i in row.members for t in range(len(rollouts.completions[i].token_ids))
-    ]
-    head = find_head(policy)  # its trial is a pass of its own
+        return {name: torch.zeros(shape, device=device) for name in names}
+    head = find_head(policy)  # before the pass, because its trial is a forward pass too
     scored = fsdp.with_unsharded_params(policy, lambda: _score_rows(policy, head, rollouts, rows, options))
-    index = torch.tensor(places, dtype=torch.long).to(device, non_blocking=True)
-    return {
-        name: values.new_zeros(len(rollouts) * width).index_copy(0, index, values).view(len(rollouts), width)
-        for name, values in scored.items()
-    }
+    index = torch.tensor(flat_response_index(rows, shape[1]), dtype=torch.long).to(device, non_blocking=True)
+    return {name: _scatter(values, index, shape) for name, values in scored.items()}
+
+
+def flat_response_index(rows: Sequence[Row], width: int) -> list[int]:
+    """Return the place of each response token of `rows`, row after row, in a flattened batch of `width` columns."""
+    return [
+        member * width + token
+        for row in rows
+        for member, length in zip(row.members, row.lengths, strict=True)
+        for token in range(length)
+    ]
+
+
+def _scatter(values: Tensor, index: Tensor, shape: torch.Size) -> Tensor:
+    """Return a batch of `shape` with `values` at the flat `index`, and 0 elsewhere."""
+    flat = values.new_zeros(shape.numel()).index_copy(0, index, values)
+    return rearrange(flat, "(response token) -> response token", token=shape[1])
 
 
 def _score_rows(
-    policy: Any, head: Head | None, rollouts: RolloutBatch, rows: list[Row], options: dict[str, Any]
+    policy: Any, head: Head | None, rollouts: RolloutBatch, rows: list[Row], options: ScoreOptions
 ) -> dict[str, Tensor]:
-    """Of the response tokens, row after row. All that is planned on the host goes to the device, and nothing back."""
-    responses = [[rollouts.completions[i].token_ids for i in row.members] for row in rows]
+    """Return the scores of the response tokens, row after row. Nothing is copied back from the device to the host."""
+    responses = [[rollouts.completions[member].token_ids for member in row.members] for row in rows]
     packed = pack_group_rows([row.prompt for row in rows], responses)
     if packs_rows(policy):
         packed = without_padding(packed)
     device = next(policy.parameters()).device
     inputs = model_inputs(policy, packed, shared=any(len(row.members) > 1 for row in rows), device=device)
-    sources, labels = packed["sources"], packed["labels"].to(device, non_blocking=True)
+    labels = packed["labels"].to(device, non_blocking=True)
     if head is None:
-        logits = _logits(policy, inputs, sources)
-        scored = {"log_probs": select_log_probs(logits, labels, temperature=options["temperature"])}
-        if options["with_entropy"]:
-            watched = logits.detach() if options["detach_entropy"] else logits
-            scored["token_entropy"] = compute_entropy(watched, temperature=options["temperature"])
-        return scored
-    states = head.body(**inputs).last_hidden_state.flatten(0, 1)
+        return _score_with_logits(policy, inputs, packed["sources"], labels, options)
+    return _score_with_fused_head(head, inputs, packed["sources"], labels, options)
+
+
+def _score_with_fused_head(
+    head: Head, inputs: dict[str, Any], sources: Tensor, labels: Tensor, options: ScoreOptions
+) -> dict[str, Tensor]:
+    """Score the `labels` that follow the positions `sources`, without keeping all logits."""
+    states = rearrange(head.body(**inputs).last_hidden_state, "row column hidden -> (row column) hidden")
     scored = fused_linear_log_probs(
-        states.index_select(0, sources.to(device, non_blocking=True)),
+        states.index_select(0, sources.to(states.device, non_blocking=True)),
         head.output.weight,
         labels,
         bias=head.output.bias,
-        temperature=options["temperature"],
+        temperature=options.temperature,
         logit_softcap=head.softcap,
-        return_entropy=options["with_entropy"],
+        return_entropy=options.with_entropy,
         max_logits_bytes=MAX_LOGITS_BYTES,
     )
-    return {
-        name: value.detach() if name == "token_entropy" and options["detach_entropy"] else value
-        for name, value in scored.items()
-    }
+    if options.with_entropy and options.detach_entropy:
+        scored = scored | {"token_entropy": scored["token_entropy"].detach()}
+    return scored
 
 
-def _logits(policy: nn.Module, inputs: dict[str, Any], sources: Tensor) -> Tensor:
-    """Those at `sources`, where the output layer is more than a product: of no column that none of them needs."""
+def _score_with_logits(
+    policy: nn.Module, inputs: dict[str, Any], sources: Tensor, labels: Tensor, options: ScoreOptions
+) -> dict[str, Tensor]:
+    """Score the `labels` that follow the positions `sources` with the model's own logits."""
+    logits = _compute_logits(policy, inputs, sources)
+    scored = {"log_probs": select_log_probs(logits, labels, temperature=options.temperature)}
+    if options.with_entropy:
+        source = logits.detach() if options.detach_entropy else logits
+        scored["token_entropy"] = compute_entropy(source, temperature=options.temperature)
+    return scored
+
+
+def _compute_logits(policy: nn.Module, inputs: dict[str, Any], sources: Tensor) -> Tensor:
+    """Return the logits at the positions `sources`. Columns that no position needs are skipped if the model can."""
     device, width = inputs["input_ids"].device, inputs["input_ids"].shape[1]
     rows, columns = sources // width, sources % width
     if "logits_to_keep" in inspect.signature(policy.forward).parameters:
         needed, columns = columns.unique(return_inverse=True)
         inputs, width = inputs | {"logits_to_keep": needed.to(device, non_blocking=True)}, len(needed)
     places = (rows * width + columns).to(device, non_blocking=True)
-    logits: Tensor = policy(**inputs).logits.flatten(0, 1)
+    logits: Tensor = rearrange(policy(**inputs).logits, "row column vocab -> (row column) vocab")
     return logits.index_select(0, places)
 
 
@@ -105,7 +139,7 @@ def _logits(policy: nn.Module, inputs: dict[str, Any], sources: Tensor) -> Tenso
 def score_all(
     policy: nn.Module, rollouts: RolloutBatch, config: AlgorithmSettings, *, with_entropy: bool = False
 ) -> dict[str, Tensor]:
-    """`score` of a whole rollout batch in parts, in the precision and the mode of training; in host memory."""
+    """Return `score` of a whole rollout batch in host memory, computed in micro-batches, like those of training."""
     names = ("log_probs", "token_entropy") if with_entropy else ("log_probs",)
     whole = {name: torch.zeros(rollouts.response_mask.shape) for name in names}
     parts = list(plan_micro_batches(config, policy, rollouts, range(len(rollouts))))

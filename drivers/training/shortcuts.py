@@ -1,4 +1,4 @@
-"""Shortcuts of the forward pass, each taken only if a trial shows that it gives the model's own logits."""
+"""Faster forward passes. Each is used only if a trial shows that it gives the model's own logits."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,9 +15,10 @@ _SHARING: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def shares_rows(policy: nn.Module) -> bool:
-    """Whether responses may stand side by side after one prompt: a trial shows that each is then scored as alone.
+    """Return whether responses can share a prompt in one row: in a trial, each is scored as if it were alone.
 
-    Not under flash attention, which takes no mask; nor where a model keeps a state or looks back through a window.
+    It is not possible with flash attention, which accepts no mask, or if the model has a recurrent state or a sliding
+    window.
     """
     if packs_rows(policy):
         return False
@@ -29,7 +30,7 @@ def shares_rows(policy: nn.Module) -> bool:
 def _sharing_error(policy: Any) -> Tensor:
     config = policy.config.get_text_config()
     if getattr(config, "sliding_window", None) is not None or not getattr(config, "num_attention_heads", None):
-        raise NotImplementedError("a mask of one's own replaces the window, or there is no attention")
+        raise NotImplementedError("a custom mask replaces the sliding window, or there is no attention")
     size = policy.get_input_embeddings().num_embeddings
     prompt, responses = [1 % size, 2 % size, 3 % size], [[4 % size, 5 % size], [3 % size, 1 % size, 2 % size]]
     device = policy.get_input_embeddings().weight.device
@@ -42,7 +43,7 @@ def _sharing_error(policy: Any) -> Tensor:
 
 
 class Head(NamedTuple):
-    """A model in two parts, of which the second is a matrix product."""
+    """A model in two parts: a body, and an output layer that is a matrix product."""
 
     body: nn.Module
     output: nn.Linear
@@ -53,7 +54,7 @@ _HEADS: WeakKeyDictionary[nn.Module, Head | None] = WeakKeyDictionary()
 
 
 def find_head(policy: nn.Module) -> Head | None:
-    """Body and output layer, if together they give the logits of the model itself; None if there is more to them."""
+    """Return the body and the output layer if they give the model's own logits; None if the model does more."""
     if policy not in _HEADS:
         _HEADS[policy] = _split(policy) if shortcut_matches_model(_head_error, policy) else None
     return _HEADS[policy]
@@ -62,7 +63,7 @@ def find_head(policy: nn.Module) -> Head | None:
 def _split(policy: Any) -> Head:
     output, body = policy.get_output_embeddings(), policy.base_model
     if not isinstance(output, nn.Linear) or body is policy:
-        raise NotImplementedError("no output layer of its own")
+        raise NotImplementedError("the model has no separate output layer")
     return Head(body, output, getattr(policy.config, "final_logit_softcapping", None))
 
 
@@ -83,28 +84,28 @@ def _relative_error(found: Tensor, expected: Tensor) -> Tensor:
 
 @torch.no_grad()
 def shortcut_matches_model(error_of: Callable[[nn.Module], Tensor], policy: nn.Module) -> bool:
-    """Whether a shortcut gives what the model itself does, but for rounding; any failure of the trial says no.
+    """Return whether a shortcut gives the model's own values up to rounding; False if its trial fails.
 
-    Models come in all kinds, and what one lacks (a body, an output layer, a kind of mask) may show in any way: the way
-    without the shortcut, which follows, is right for all of them, and tells what is wrong with the rest.
+    A model may lack a body, an output layer or a kind of mask, and fail with any exception. The plain forward pass
+    works for every model, and reports any other problem with it.
     """
     rounding = 8 * torch.finfo(fsdp.computing_dtype(policy)).eps
     try:
         holds = bool(fsdp.with_unsharded_params(policy, lambda: error_of(policy)) <= rounding)
-    except Exception:  # of a trial; see above
+    except Exception:
         holds = False
-    return all(distributed.gather(holds))  # also of a rank on which it failed alone: the others ask for its answer
+    return all(distributed.gather(holds))  # a rank whose trial fails gathers too, because the others wait for it
 
 
 def model_inputs(policy: Any, packed: dict[str, Tensor], *, shared: bool, device: torch.device) -> dict[str, Any]:
-    """What the model is called with, on its device."""
+    """Return the arguments of the model's forward pass, on its device."""
     ids, positions, segments = (
         packed[name].to(device, non_blocking=True) for name in ("input_ids", "position_ids", "segments")
     )
     inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if packs_rows(policy):
         inputs["position_ids"] = positions
-    elif shared:  # else the causal mask does
+    elif shared:  # otherwise the causal mask is enough
         visible, dtype = mask_group_rows(segments)[:, None], policy.get_input_embeddings().weight.dtype
         hidden = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
         inputs |= {"attention_mask": hidden, "position_ids": positions}
@@ -112,7 +113,7 @@ def model_inputs(policy: Any, packed: dict[str, Tensor], *, shared: bool, device
 
 
 def without_padding(packed: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All rows in one."""
+    """Return `packed` with all rows in one, without padding."""
     real = packed["segments"].flatten() >= 0
     place = real.cumsum(0) - 1
     rows = {name: packed[name].flatten()[real][None] for name in ("input_ids", "position_ids", "segments")}
@@ -120,8 +121,8 @@ def without_padding(packed: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def packs_rows(policy: Any) -> bool:
-    """Whether rows stand one after the other in one sequence without padding.
+    """Return whether rows are concatenated into one sequence without padding.
 
-    Flash attention keeps them apart by their positions; it takes no mask, so each response is a row of its own there.
+    Flash attention separates them by their positions. It accepts no mask, so each response then has its own row.
     """
     return str(policy.config._attn_implementation).startswith("flash")

@@ -9,10 +9,10 @@ from drivers.common import distributed
 from drivers.common.signals import defer_signals
 from drivers.settings.algorithm import AlgorithmSettings
 from drivers.training.anomalies import Anomaly, check_update
-from drivers.training.batch import RolloutBatch
+from drivers.training.batch import PreparedBatch, WeightedBatch
 from drivers.training.metrics import UpdateMetrics
 from drivers.training.micro_batches import plan_micro_batches
-from drivers.training.objective import compute_loss, rows_with_gradient, weigh_step
+from drivers.training.objective import LossInputs, compute_loss, rows_with_gradient, weigh_step
 from drivers.training.run import Run
 from drivers.training.scoring import score
 
@@ -20,7 +20,7 @@ from drivers.training.scoring import score
 def update(
     config: AlgorithmSettings,
     policy: nn.Module,
-    train_batch: RolloutBatch,
+    train_batch: PreparedBatch,
     run: Run,
     step: int,
     metrics: UpdateMetrics,
@@ -29,8 +29,8 @@ def update(
 ) -> None:
     """Make one optimizer step on a train batch, unless its own anomalies or those of the rollouts forbid it."""
     state = run.state
-    train_batch, batch_metrics = weigh_step(config, train_batch)
-    loss = accumulate_gradients(policy, train_batch, config, entropy_coef, metrics)
+    weighted_batch, batch_metrics = weigh_step(config, train_batch)
+    loss = accumulate_gradients(policy, weighted_batch, config, entropy_coef, metrics)
     norm, drift = state.optimizer.clip(config.max_grad_norm), metrics.drift()
     anomalies = [*rollout_anomalies, *check_update(loss.item(), norm.item(), state.grad_norms, drift)]
     with defer_signals():
@@ -40,7 +40,7 @@ def update(
 
 def accumulate_gradients(
     policy: nn.Module,
-    train_batch: RolloutBatch,
+    train_batch: WeightedBatch,
     config: AlgorithmSettings,
     entropy_coef: float,
     metrics: UpdateMetrics,
@@ -64,9 +64,10 @@ def accumulate_gradients(
             detach_entropy=is_entropy_only_logged,
         )
         scored["log_probs"].retain_grad()
-        loss, described, watched = compute_loss(config, micro, scored, entropy_coef)
-        (loss if counts else 0 * loss).backward()  # type: ignore[no-untyped-call]
+        inputs = LossInputs(micro, scored["log_probs"], scored["token_entropy"], entropy_coef)
+        outputs = compute_loss(config, inputs)
+        (outputs.loss if counts else 0 * outputs.loss).backward()  # type: ignore[no-untyped-call]
         if counts:
-            total += loss.detach()
-            metrics.add_micro_batch(micro, scored, described, watched)
+            total += outputs.loss.detach()
+            metrics.add_micro_batch(micro, scored, outputs.metrics, outputs.correction_statistics)
     return distributed.all_reduce_sum_(total)

@@ -1,6 +1,6 @@
 """Rollouts as tensors: every layout of scoring equals one forward pass per response, in values and gradients."""
 
-from dataclasses import replace
+import doctest
 
 import pytest
 import torch
@@ -18,11 +18,12 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from drivers.training import micro_batches, scoring, shortcuts
-from drivers.training.batch import make_rollout_batch
+from drivers.engines import protocol
+from drivers.training import batch, micro_batches, scoring, shortcuts
+from drivers.training.batch import PreparedBatch, add_weights, make_rollout_batch
 from drivers.training.memory import plan_memory
-from drivers.training.micro_batches import plan_micro_batches, plan_rows
-from drivers.training.scoring import score, score_all
+from drivers.training.micro_batches import Row, plan_micro_batches, plan_rows
+from drivers.training.scoring import flat_response_index, score, score_all
 from drivers.training.shortcuts import find_head, shares_rows
 from tests.drivers.helpers.letters import clone_policy, make_batch, make_completion, make_tiny_config
 from tests.tiny import make_tiny_policy
@@ -98,6 +99,18 @@ def test_rollout_batch_holds_sampled_tokens_and_log_probs():
     assert rollouts.n_response_tokens == 3
 
 
+@pytest.mark.parametrize("module", [batch, micro_batches, protocol], ids=lambda module: module.__name__)
+def test_docstring_examples_run(module):
+    results = doctest.testmod(module)
+    assert results.attempted > 0
+    assert results.failed == 0
+
+
+def test_flat_response_index_locates_tokens_row_after_row():
+    rows = [Row((1, 2), (2, 0), (1, 3)), Row((9,), (1,), (2,))]
+    assert flat_response_index(rows, 4) == [8, 0, 1, 2, 4, 5]
+
+
 def test_rollout_batch_select_trims_to_longest_response():
     rollouts = make_batch(([1], [4, 5, 6]), ([1], [4]), ([2], [7, 8]), ([2], []))
     widths = [part.response_mask.shape for part in rollouts.split(2)]
@@ -109,7 +122,7 @@ def test_rollout_batch_shuffled_keeps_groups_and_rows():
     prompts = [[k, k] for k in range(2, 10)]
     completions = [make_completion(prompt, [10 * prompt[0] + k]) for prompt in prompts for k in range(3)]
     marks = torch.tensor([float(item.token_ids[0]) for item in completions])
-    rollouts = replace(make_rollout_batch(completions, marks, 3), advantages=marks[:, None])
+    rollouts = PreparedBatch.of(make_rollout_batch(completions, marks, 3), marks[:, None])
     shuffled = rollouts.shuffled(torch.Generator().manual_seed(0))
     order = [item.prompt_token_ids for item in shuffled.completions]
     assert order != [item.prompt_token_ids for item in completions]
@@ -130,7 +143,14 @@ def test_rollout_batch_select_keeps_columns_and_trims_tokens():
     """The width alone separates values of a response from values of its tokens, for any number of rows."""
     rollouts = make_batch(([1], [4, 5, 6]), ([1], [4]), ([2], [7]), ([2], [8]))
     tokens = torch.arange(12.0).view(4, 3)
-    rollouts = replace(rollouts, advantages=tokens[:, :1], policy_weights=tokens[:, :1], token_weights=tokens)
+    rollouts = add_weights(
+        PreparedBatch.of(rollouts, tokens[:, :1]),
+        old_log_probs=None,
+        policy_weights=tokens[:, :1],
+        token_weights=tokens,
+        importance_weights=None,
+        penalized=rollouts.response_mask,
+    )
     part = rollouts.select([3, 1])
     assert part.advantages.tolist() == part.policy_weights.tolist() == [[9.0], [3.0]]
     assert part.token_weights.tolist() == [[9.0], [3.0]]
@@ -185,7 +205,7 @@ def test_plan_micro_batches_covers_each_response_once_within_budget(pairs, budge
             for row in rows:
                 prompts = {rollouts.completions[members[i]].prompt_token_ids for i in row.members}
                 assert prompts == {row.prompt}
-            slots = sum(r.tokens for r in rows) if packed else len(rows) * max(r.tokens for r in rows)
+            slots = sum(r.n_tokens for r in rows) if packed else len(rows) * max(r.n_tokens for r in rows)
             assert slots <= budget or len(members) == 1
 
 
@@ -201,7 +221,7 @@ def test_score_uses_planned_rows():
     for members, rows in plan_micro_batches(config, policy, rollouts, range(6)):
         found = score(policy, rollouts.select(members), 1.0, rows)["log_probs"]
         assert_close(found.detach(), expected[members, : found.shape[1]], rtol=0, atol=1e-9)
-        assert seen.pop() == (len(rows), max(row.tokens for row in rows))
+        assert seen.pop() == (len(rows), max(row.n_tokens for row in rows))
     assert not seen
     assert_close(score_all(policy, rollouts, config)["log_probs"], expected.float())
 

@@ -96,7 +96,7 @@ def test_plan_memory_prints_parts_and_fit():
     assert not MemoryPlan(2 * GIB, 5 * GIB, GIB // 2, GIB, 8 * GIB, checkpointed=False).fits
     unknown = MemoryPlan(2 * GIB, 3 * GIB, GIB // 2, GIB, 0, checkpointed=False)
     assert unknown.fits
-    assert str(unknown).endswith(" of an amount that this system does not tell")
+    assert str(unknown).endswith(" of an amount that this system does not report")
 
 
 def test_engine_memory_fraction_leaves_room_for_training():

@@ -268,12 +268,12 @@ def test_entropy_bonus_raises_entropy(tmp_path):
 
 def test_adaptive_entropy_coefficient_follows_rollout_entropy():
     bonus = EntropyBonus(make_tiny_config(entropy_coef=0.01, entropy_target=1.0))
-    assert bonus.of_step(2.0) == 0.0  # above the target it decreases and is not applied
-    assert bonus.of_step(0.5) == pytest.approx(0.01)
-    assert bonus.of_step(1.0) == pytest.approx(0.015)
-    assert [bonus.of_step(9.0) for _ in range(9)] == [0.0] * 9
-    assert bonus.of_step(0.5) == pytest.approx(0.005)  # never below 0
-    assert EntropyBonus(make_tiny_config(entropy_coef=0.02)).of_step(9.0) == 0.02
+    assert bonus.adapt(2.0) == 0.0  # above the target it decreases and is not applied
+    assert bonus.adapt(0.5) == pytest.approx(0.01)
+    assert bonus.adapt(1.0) == pytest.approx(0.015)
+    assert [bonus.adapt(9.0) for _ in range(9)] == [0.0] * 9
+    assert bonus.adapt(0.5) == pytest.approx(0.005)  # never below 0
+    assert EntropyBonus(make_tiny_config(entropy_coef=0.02)).adapt(9.0) == 0.02
 
 
 def test_adaptive_entropy_coefficient_is_logged_as_applied(tmp_path):
@@ -440,7 +440,7 @@ def test_loss_type_calls_its_function(loss_type):
         flags = {"cliprange": 0.1, "cliprange_high": 0.15, **flags}
     config, parts = make_tiny_config(loss_type=loss_type, **flags), make_tiny_parts()
     rollouts, scores = sample_rollouts(config, parts)
-    batch = prepare_rollouts(config, parts.policy, None, rollouts, scores, None)
+    batch, _ = weigh_step(config, prepare_rollouts(config, parts.policy, None, rollouts, scores, None))
     batch = replace(batch, penalized=batch.response_mask)
     generator = torch.Generator().manual_seed(0)
     shape = batch.response_mask.shape

@@ -1,20 +1,29 @@
 """The tables of objectives and advantages: their rows fit the functions, the settings, the formulas and the papers."""
 
 import inspect
+import re
 from dataclasses import fields
 from pathlib import Path
 from string import Formatter
 from typing import get_args
 
 import pytest
+import torch
 
 import grpo_core as core
 from drivers.settings.algorithm import OPTIONS_READ_BY_LOSS
+from drivers.settings.formula import formula
 from drivers.settings.grpo import GrpoConfig
-from drivers.settings.objectives import ADVANTAGES, OBJECTIVES, AdvantageName, ObjectiveName
+from drivers.settings.objectives import ADVANTAGES, OBJECTIVES, AdvantageName, Objective, ObjectiveName
+from drivers.training.advantages import prepare_rollouts
+from drivers.training.metrics import UpdateMetrics
+from drivers.training.objective import weigh_step
+from drivers.training.update import accumulate_gradients
+from tests.drivers.helpers.letters import make_tiny_config, make_tiny_parts, sample_rollouts
 
 ROWS = {**OBJECTIVES, **ADVANTAGES}
-PAPERS = (Path(__file__).resolve().parents[2] / "docs/papers.md").read_text()
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAPERS, ALGORITHM = (DOCS / "papers.md").read_text(), (DOCS / "algorithm.md").read_text()
 SYMBOLS = {"A", "old", "sum_of_parts"}
 
 # Written by hand, so that what the tables derive is checked against something else.
@@ -72,9 +81,38 @@ def test_row_names_settings_that_exist_and_shows_those_that_it_reads(name):
     assert {setting for setting, _ in row.special_formulas} <= set(row.reads)
 
 
+@pytest.mark.parametrize("name", ROWS)
+def test_algorithm_page_lists_every_name(name):
+    assert re.search(rf"^\|[^|]*`{name}`", ALGORITHM, flags=re.MULTILINE)
+
+
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.paper is not None])
 def test_paper_of_row_is_on_the_page_of_papers(name):
     assert ROWS[name].paper in PAPERS
+
+
+def test_new_objective_needs_one_function_and_one_row(monkeypatch):
+    """The example of docs/tutorials/loss.md, from its formula to the gradient of a step."""
+
+    def soft_clip_loss(advantages, policy_log_probs, old_log_probs, response_mask, cliprange, softness):
+        ratio = torch.where(response_mask, policy_log_probs - old_log_probs, 0.0).exp()
+        distance = torch.relu((ratio.detach() - 1).abs() - cliprange)
+        return -advantages * ratio * torch.exp(-distance / softness)
+
+    row = Objective(
+        function="compute_soft_clip_loss",
+        settings={"cliprange": "cliprange"},
+        fixed_arguments={"softness": 0.1},
+        formula="-rho_it {A} exp(-max(0, |rho_it - 1| - {cliprange:g}) / 0.1)",
+    )
+    monkeypatch.setattr(core, "compute_soft_clip_loss", soft_clip_loss, raising=False)
+    monkeypatch.setitem(OBJECTIVES, "soft_clip", row)
+    config, parts = make_tiny_config(loss_type="soft_clip"), make_tiny_parts()
+    assert "loss_it  = -rho_it A_i exp(-max(0, |rho_it - 1| - 0.2) / 0.1)" in formula(config)
+    rollouts, scores = sample_rollouts(config, parts)
+    batch, _ = weigh_step(config, prepare_rollouts(config, parts.policy, None, rollouts, scores, None))
+    accumulate_gradients(parts.policy, batch, config, 0.0, UpdateMetrics())
+    assert max(parameter.grad.abs().max() for parameter in parts.policy.parameters()) > 0.01
 
 
 def test_readers_of_each_setting_follow_from_the_tables():
