@@ -173,14 +173,14 @@ def test_importance_weights_are_trainer_over_sampler():
     config, parts = make_tiny_config(importance="truncate", importance_high=1.5, **TWO_UPDATES), make_tiny_parts()
     rollouts, scores = sample_rollouts(config, parts)
     rollouts = replace(rollouts, sampler_log_probs=rollouts.sampler_log_probs - 0.25)
-    batch, facts = weigh_step(config, prepare_rollouts(config, parts.policy, None, rollouts, scores, None))
+    batch, step_metrics = weigh_step(config, prepare_rollouts(config, parts.policy, None, rollouts, scores, None))
     mask = rollouts.response_mask
     assert_close(batch.importance_weights[mask], torch.full_like(batch.importance_weights[mask], 2.718281828**0.25))
-    assert facts["mismatch_mean"] == pytest.approx(0.25, abs=1e-4)
-    assert facts["importance_ess"] == pytest.approx(1.0, abs=1e-4)
+    assert step_metrics["mismatch_mean"] == pytest.approx(0.25, abs=1e-4)
+    assert step_metrics["importance_ess"] == pytest.approx(1.0, abs=1e-4)
     narrow = replace(config, importance="reject", importance_high=1.1)
-    rejected, facts = weigh_step(narrow, prepare_rollouts(narrow, parts.policy, None, rollouts, scores, None))
-    assert facts["kept_tokens"] == 0.0
+    rejected, step_metrics = weigh_step(narrow, prepare_rollouts(narrow, parts.policy, None, rollouts, scores, None))
+    assert step_metrics["kept_tokens"] == 0.0
     assert (rejected.policy_weights == 0).all()
 
 
@@ -207,12 +207,12 @@ def test_importance_correction_on_policy_needs_no_extra_pass(importance, level, 
         rollouts, scores = sample_rollouts(config, parts)
         noise = torch.rand(rollouts.response_mask.shape, generator=torch.Generator().manual_seed(0)) - 0.5
         rollouts = replace(rollouts, sampler_log_probs=rollouts.sampler_log_probs + 0.4 * noise)
-        batch, facts = weigh_step(config, prepare_rollouts(config, parts.policy, None, rollouts, scores, None))
+        batch, step_metrics = weigh_step(config, prepare_rollouts(config, parts.policy, None, rollouts, scores, None))
         metrics = UpdateMetrics()
         monkeypatch.setattr(update_step, "rows_with_gradient", lambda _, batch, __: list(range(len(batch))))
         loss = accumulate_gradients(parts.policy, batch, config, 0.0, metrics)
         weights = torch.cat([p.grad.flatten() for p in parts.policy.parameters()])
-        metrics.add_update(loss, weights.norm(), facts)
+        metrics.add_update(loss, weights.norm(), step_metrics)
         found.append((loss, weights, metrics.summary()))
     (loss, weights, summary), (other_loss, other_weights, other_summary) = found
     assert weights.abs().max() > 0.01
@@ -230,9 +230,9 @@ def test_truncated_responses_leave_loss_and_token_counts():
     rollouts = make_rollout_batch([ended, cut], torch.tensor([1.0, 0.0]))
     config = replace(config, rollout_batch_size=2, group_size=2, train_batch_size=2, gradient_accumulation_steps=1)
     scores = [{"reward": 1.0}, {"reward": 0.0}]
-    batch, facts = weigh_step(config, prepare_rollouts(config, parts.policy, None, rollouts, scores, None))
+    batch, step_metrics = weigh_step(config, prepare_rollouts(config, parts.policy, None, rollouts, scores, None))
     assert batch.policy_weights.tolist() == [[1 / 3] * 3, [0.0] * 3]
-    assert facts["kept_tokens"] == 0.5
+    assert step_metrics["kept_tokens"] == 0.5
     assert (batch.advantages != 0).all()  # still compared with the truncated response
 
 
@@ -533,8 +533,8 @@ def test_kl_in_reward_is_sum_of_future_tokens(advantage):
         kept = expected[mask]
         expected = (expected - kept.mean()) / kept.std()
     assert_close(batch.advantages[mask], expected[mask], rtol=1e-4, atol=1e-4)
-    _, facts = weigh_step(config, batch)
-    assert facts["kl"] == pytest.approx(gap[mask].mean().item(), abs=1e-4)
+    _, step_metrics = weigh_step(config, batch)
+    assert step_metrics["kl"] == pytest.approx(gap[mask].mean().item(), abs=1e-4)
 
 
 def test_rows_with_gradient_cases():
@@ -571,8 +571,10 @@ def test_rejected_tokens_leave_token_counts_if_requested():
             rollouts, scores = sample_rollouts(config, parts)
             noise = torch.rand(rollouts.response_mask.shape, generator=torch.Generator().manual_seed(0)) - 0.5
             rollouts = replace(rollouts, sampler_log_probs=rollouts.sampler_log_probs + 0.4 * noise)
-            batch, facts = weigh_step(config, prepare_rollouts(config, parts.policy, None, rollouts, scores, None))
-            assert 0.2 < facts["kept_tokens"] < 0.9
+            batch, step_metrics = weigh_step(
+                config, prepare_rollouts(config, parts.policy, None, rollouts, scores, None)
+            )
+            assert 0.2 < step_metrics["kept_tokens"] < 0.9
             sums.append(batch.policy_weights.sum().item())
         assert sums[0] < 0.9
         assert sums[1] == pytest.approx(1.0)

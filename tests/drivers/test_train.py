@@ -140,14 +140,14 @@ def test_accumulate_gradients_never_waits_for_device(cut, loss, monkeypatch):
     config, parts = make_tiny_config(**cut, **loss), make_tiny_parts()
     rollouts, scores = sample_rollouts(config, parts)
     batch = prepare_rollouts(config, parts.policy, None, rollouts, scores, None)
-    batch, facts = weigh_step(config, batch)
+    batch, step_metrics = weigh_step(config, batch)
     metrics = UpdateMetrics()
     score(parts.policy, batch.select([0, 1]), 1.0)  # the trials of head and rows precede the loop
     pulling = rows_with_gradient(config, batch, config.entropy_coef)  # read on the host before the loop
     monkeypatch.setattr(update_step, "rows_with_gradient", lambda *_: pulling)
     with NeverWaits():
         loss = update_step.accumulate_gradients(parts.policy, batch, config, config.entropy_coef, metrics)
-    metrics.add_update(loss, loss, facts)
+    metrics.add_update(loss, loss, step_metrics)
     assert metrics.summary()["micro_batches"] >= 2
 
 
