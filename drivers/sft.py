@@ -2,7 +2,7 @@
 
 One step takes the next B demonstrations, of up to T response tokens (file in drivers/training/ -> function):
 
-    1. batch    batch.demonstration_batch                       B demonstrations -> mask (B, T), advantages of 1 (B, 1)
+    1. batch    batch.demonstration_batch            B demonstrations -> mask (B, T), advantages of 1 (B, 1)
     2. update   update.update                        loss = mean of -log pi over the response tokens; one AdamW step
     3. push     engine.load_weights                  only before an evaluation, the one use of the engine
 """

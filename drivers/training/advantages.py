@@ -60,7 +60,7 @@ def prepare_rollouts(
         with nullcontext(reference) if reference is not None else without_lora(policy) as first:
             reference_log_probs = score_all(first, rollouts, config)["log_probs"]
     try:
-        batch = PreparedBatch.of(
+        batch = PreparedBatch.from_rollouts(
             rollouts,
             rearrange(estimate_advantages(config, rollouts, scores, greedy_rewards), "response -> response 1"),
             old_log_probs=before.get("log_probs"),

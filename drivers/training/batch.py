@@ -176,7 +176,7 @@ class PreparedBatch(RolloutBatch):
     """Log-probs under the policy that the KL penalty refers to; the sampler's unless the reference is a model."""
 
     @classmethod
-    def of(
+    def from_rollouts(
         cls,
         rollouts: RolloutBatch,
         advantages: Tensor,
@@ -214,31 +214,33 @@ class WeightedBatch(RolloutBatch):
     penalized: Bool[Tensor, "batch seq"]
     """The tokens that `kl_cov` penalizes."""
 
+    @classmethod
+    def from_prepared(
+        cls,
+        batch: PreparedBatch,
+        *,
+        old_log_probs: Tensor | None,
+        policy_weights: Tensor,
+        token_weights: Tensor,
+        importance_weights: Tensor | None,
+        penalized: Tensor,
+    ) -> Self:
+        """Return `batch` with the weights of its step. Missing rewards become 0, because 0 times NaN is NaN."""
+        rewards = batch.raw_rewards.masked_fill(batch.raw_rewards.isnan(), 0.0)
+        return cls(
+            **_rollout_fields(batch) | {"raw_rewards": rewards},
+            advantages=batch.advantages,
+            reference_log_probs=batch.reference_log_probs,
+            old_log_probs=old_log_probs,
+            policy_weights=policy_weights,
+            token_weights=token_weights,
+            importance_weights=importance_weights,
+            penalized=penalized,
+        )
+
 
 def _rollout_fields(rollouts: RolloutBatch) -> dict[str, Any]:
     return {field.name: getattr(rollouts, field.name) for field in fields(RolloutBatch)}
-
-
-def add_weights(
-    batch: PreparedBatch,
-    *,
-    old_log_probs: Tensor | None,
-    policy_weights: Tensor,
-    token_weights: Tensor,
-    importance_weights: Tensor | None,
-    penalized: Tensor,
-) -> WeightedBatch:
-    """Return `batch` with the weights of its optimizer step. Missing rewards become 0, because 0 times NaN is NaN."""
-    return WeightedBatch(
-        **_rollout_fields(batch) | {"raw_rewards": batch.raw_rewards.masked_fill(batch.raw_rewards.isnan(), 0.0)},
-        advantages=batch.advantages,
-        reference_log_probs=batch.reference_log_probs,
-        old_log_probs=old_log_probs,
-        policy_weights=policy_weights,
-        token_weights=token_weights,
-        importance_weights=importance_weights,
-        penalized=penalized,
-    )
 
 
 def make_rollout_batch(completions: Sequence[Completion], raw_rewards: Tensor, group_size: int = 1) -> RolloutBatch:
@@ -274,4 +276,4 @@ def imitation_batch(completions: Sequence[Completion]) -> PreparedBatch:
     batch = make_rollout_batch(completions, torch.ones(len(completions)))
     groups = enumerate(groupby(completions, key=lambda completion: completion.prompt_token_ids))
     group_ids = torch.tensor([number for number, (_, members) in groups for _ in members])[:, None]
-    return PreparedBatch.of(replace(batch, group_ids=group_ids), batch.raw_rewards)
+    return PreparedBatch.from_rollouts(replace(batch, group_ids=group_ids), batch.raw_rewards)

@@ -12,7 +12,7 @@ from torch import Tensor
 import grpo_core as core
 from drivers.settings.algorithm import AlgorithmSettings
 from drivers.settings.objectives import OBJECTIVES, resolve_values
-from drivers.training.batch import PreparedBatch, WeightedBatch, add_weights
+from drivers.training.batch import PreparedBatch, WeightedBatch
 
 
 class Correction(NamedTuple):
@@ -83,7 +83,7 @@ def weigh_step(config: AlgorithmSettings, batch: PreparedBatch) -> tuple[Weighte
     if config.kl_coef > 0 and config.kl_in == "reward":
         difference = core.masked_sum(batch.old_log_probs - batch.reference_log_probs, batch.response_mask)
         metrics["kl"] = (difference / _count_tokens(batch.response_mask)).item()
-    weighted = add_weights(
+    weighted = WeightedBatch.from_prepared(
         batch,
         old_log_probs=choose_old_log_probs(config, batch),
         policy_weights=compute_policy_weights(config, batch, mask, kept),

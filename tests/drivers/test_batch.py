@@ -20,7 +20,7 @@ from transformers import (
 
 from drivers.engines import protocol
 from drivers.training import batch, micro_batches, scoring, shortcuts
-from drivers.training.batch import PreparedBatch, add_weights, make_rollout_batch
+from drivers.training.batch import PreparedBatch, WeightedBatch, make_rollout_batch
 from drivers.training.memory import plan_memory
 from drivers.training.micro_batches import Row, plan_micro_batches, plan_rows
 from drivers.training.scoring import flat_response_index, score, score_all
@@ -122,7 +122,7 @@ def test_rollout_batch_shuffled_keeps_groups_and_rows():
     prompts = [[k, k] for k in range(2, 10)]
     completions = [make_completion(prompt, [10 * prompt[0] + k]) for prompt in prompts for k in range(3)]
     marks = torch.tensor([float(item.token_ids[0]) for item in completions])
-    rollouts = PreparedBatch.of(make_rollout_batch(completions, marks, 3), marks[:, None])
+    rollouts = PreparedBatch.from_rollouts(make_rollout_batch(completions, marks, 3), marks[:, None])
     shuffled = rollouts.shuffled(torch.Generator().manual_seed(0))
     order = [item.prompt_token_ids for item in shuffled.completions]
     assert order != [item.prompt_token_ids for item in completions]
@@ -143,8 +143,8 @@ def test_rollout_batch_select_keeps_columns_and_trims_tokens():
     """The width alone separates values of a response from values of its tokens, for any number of rows."""
     rollouts = make_batch(([1], [4, 5, 6]), ([1], [4]), ([2], [7]), ([2], [8]))
     tokens = torch.arange(12.0).view(4, 3)
-    rollouts = add_weights(
-        PreparedBatch.of(rollouts, tokens[:, :1]),
+    rollouts = WeightedBatch.from_prepared(
+        PreparedBatch.from_rollouts(rollouts, tokens[:, :1]),
         old_log_probs=None,
         policy_weights=tokens[:, :1],
         token_weights=tokens,

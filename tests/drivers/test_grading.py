@@ -862,7 +862,7 @@ def test_shape_rewards_keeps_unscored(tmp_path):
     config, parts = make_tiny_config(advantage="gdpo"), make_tiny_parts()
     rollouts, _ = sample_rollouts(config, parts)
     with pytest.raises(
-        TrainingAbortedError, match="--advantage gdpo: it compares format_reward and answer_reward, and the"
+        TrainingAbortedError, match="--advantage gdpo: it compares format_reward and answer_reward, but the"
     ):
         prepare_rollouts(config, parts.policy, None, rollouts, [{"reward": 1.0}] * 32, None)
 
