@@ -2,7 +2,7 @@
 
     .venv/bin/python docs/examples/minimal_grpo.py
 
-Two CPU cores take about 20 minutes. Accuracy on held-out questions rises from about 0.2 to 0.8.
+The reward of a step, the share of correct responses, rises from about 0.1 to 0.8 within some minutes on a CPU.
 `make train` solves the same task faster, and unpacks the model into ~/.cache/grpo_core. This file uses that copy if
 it exists. Otherwise it downloads the model from the Hugging Face hub. `--model` takes any folder or name of the hub.
 
