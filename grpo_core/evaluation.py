@@ -52,7 +52,8 @@ def estimate_mean_interval(
     middle = mean + z**2 / (2 * m)
     half = z * math.sqrt(mean * (1 - mean) / m + z**2 / (4 * m**2))
     scale = 1 + z**2 / m
-    return mean, max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+    low, high = (middle - half) / scale, (middle + half) / scale
+    return mean, max(0.0, min(low, mean)), min(1.0, max(high, mean))  # rounding must not exclude the mean
 
 
 @shape_checked
