@@ -1,7 +1,7 @@
-"""Runs as one page that needs nothing else: `python drivers/report.py runs/ONE runs/ANOTHER --output DIR`."""
+"""Show runs on one self-contained page: `python drivers/report.py runs/ONE runs/ANOTHER --output DIR`."""
 
 # isort: off
-from drivers.common import environment  # noqa: F401  before torch: OpenMP reads its settings once
+from drivers.common import environment  # noqa: F401  before torch, because OpenMP reads its settings once
 
 # isort: on
 
@@ -19,26 +19,27 @@ from drivers.reports.page import write_report
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Write report.html, one page with the numbers, curves, responses and settings of runs, and its curves as PNG.
+    """Write report.html, a page with the results, curves, responses and settings of runs, and the curves as PNG.
 
-    Runs whose settings differ in the seed alone are one series.
+    Runs that differ only in their seed are shown as one series.
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of runs."""
     output: Path | None = None
-    """Folder for the files. Left out: that of the run, if it is one."""
+    """Folder for the files. Default: the folder of the run; required for several runs."""
     title: str | None = None
-    """Of the page. Left out: the name of the run, or how many there are."""
+    """Title of the page. Default: the name of the run, or the number of runs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and write the report."""
     config = tyro.cli(ReportConfig, args=sys.argv[1:] if arguments is None else list(arguments))
     try:
         if not config.runs:
-            raise UsageError("which runs? Name their folders: report.py runs/ONE")
+            raise UsageError("no run folders given. Example: report.py runs/NAME")
         if config.output is None and len(config.runs) > 1:
-            raise UsageError(f"--output: a folder is required, for {len(config.runs)} runs have none in common")
+            raise UsageError(f"--output: a folder is required for {len(config.runs)} runs")
         title = config.title or (
             config.runs[0].resolve().name if len(config.runs) == 1 else f"{len(config.runs)} runs"
         )

@@ -1,14 +1,14 @@
-// Draws what Python has put into the page as JSON. Texts of a model are set as text, never as HTML.
+// Draw the runs that page.py has put into the page as JSON. Logged texts are set as text, never as HTML.
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const DASHES = ["", "6 4", "2 3", "8 3 2 3"];
   const HEIGHT = 230;
   const MARGIN = { left: 50, right: 18, top: 10, bottom: 34 };
-  const MOST_DOTS = 40;
-  const ROWS_OF_A_PAGE = 10;
+  const MAX_MARKED_POINTS = 40;
+  const ROWS_PER_PAGE = 10;
   const single = data.series.length === 1;
-  const hidden = new Set(); // numbers of series
+  const hidden = new Set(); // numbers of hidden series
   let byTime = false;
 
   for (const line of data.panels.flatMap((panel) => panel.lines)) {
@@ -18,9 +18,9 @@
 
   // --- elements ---
 
-  function fill(element, { colour, ...attributes }, children) {
-    if (colour === "text") element.style.setProperty("--own", "var(--text)");
-    else if (colour !== undefined) element.style.setProperty("--own", `var(--c${colour % data.colours})`);
+  function fill(element, { color, ...attributes }, children) {
+    if (color === "text") element.style.setProperty("--own-color", "var(--text)");
+    else if (color !== undefined) element.style.setProperty("--own-color", `var(--c${color % data.colors})`);
     for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
     element.append(...children);
     return element;
@@ -70,22 +70,22 @@
   const shownLines = (panel) => panel.lines.filter((line) => !hidden.has(line.series));
 
   function farthest() {
-    // The same in all panels: they are read one below the other.
+    // All panels share one horizontal axis, so that they can be compared.
     const points = data.panels.flatMap(shownLines).flatMap((line) => line.points);
-    return points.reduce((most, point) => Math.max(most, position(point)), byTime ? 1e-9 : 1);
+    return points.reduce((max, point) => Math.max(max, position(point)), byTime ? 1e-9 : 1);
   }
 
-  function ticks(low, high, count, least) {
+  function ticks(low, high, count, minStep) {
     const rough = (high - low) / count || 1;
     const power = 10 ** Math.floor(Math.log10(rough));
-    const size = Math.max(least, power * [1, 2, 5, 10].find((n) => n * power >= rough));
-    const found = [];
-    for (let k = Math.ceil(low / size - 1e-9); k * size <= high + size * 1e-9; k++) found.push(k * size);
-    return found;
+    const size = Math.max(minStep, power * [1, 2, 5, 10].find((n) => n * power >= rough));
+    const values = [];
+    for (let k = Math.ceil(low / size - 1e-9); k * size <= high + size * 1e-9; k++) values.push(k * size);
+    return values;
   }
 
   function ticksBelow(longest, width) {
-    // Places with their names, and what they are called together.
+    // Return the label of the horizontal axis and its ticks: a position and a text each.
     const [name, unit] = !byTime
       ? ["step", 1]
       : [
@@ -117,7 +117,7 @@
   }
 
   function follow(figure, picture, places, isUpright, describe) {
-    // The nearest of `places` to a pointer, or stepped through with arrow keys: a line there, and what stands there.
+    // Show a cursor and a tooltip at the place nearest to the pointer, or step through the places with arrow keys.
     const tip = figure.querySelector(".tip");
     const cursor = svg("line", { class: "cursor", visibility: "hidden" });
     const size = picture.viewBox.baseVal;
@@ -131,10 +131,10 @@
       ["x1", "y1", "x2", "y2"].forEach((name, k) => cursor.setAttribute(name, ends[k]));
       cursor.setAttribute("visibility", "visible");
       const [title, ...rows] = describe(place);
-      const mark = (colour) => (colour === null ? "▲ " : html("i", { class: "swatch", colour }));
+      const mark = (color) => (color === null ? "▲ " : html("i", { class: "swatch", color }));
       tip.replaceChildren(
         html("strong", {}, title),
-        ...rows.map(([colour, text]) => html("span", {}, mark(colour), text)),
+        ...rows.map(([color, text]) => html("span", {}, mark(color), text)),
       );
       tip.hidden = false;
       tip.classList.toggle("left", isUpright && at > size.width / 2);
@@ -174,9 +174,9 @@
 
   // --- charts ---
 
-  const colourOf = (line) => (single ? line.quantity : line.series);
+  const colorOf = (line) => (single ? line.quantity : line.series);
   const dashOf = (quantity) => DASHES[quantity % DASHES.length];
-  const lineClass = (series) => (series < data.colours ? "line" : "line thin");
+  const lineClass = (series) => (series < data.colors ? "line" : "line thin");
 
   function drawLines(figure, panel) {
     const lines = shownLines(panel);
@@ -184,12 +184,12 @@
     const box = figure.querySelector(".plot");
     if (!points.length) return box.replaceChildren(html("p", { class: "note" }, "Hidden."));
     const values = points.flatMap(({ value, low, high }) => [value, low ?? value, high ?? value]);
-    const bounds = panel.is_share ? [0, 1] : []; // a judge's accuracy may leave them
-    const [least, most] = [Math.min(...bounds, ...values), Math.max(...bounds, ...values)];
-    const room = (most - least || Math.abs(least) || 1) * 0.05;
+    const bounds = panel.is_share ? [0, 1] : []; // the accuracy of a custom reward may leave [0, 1]
+    const [min, max] = [Math.min(...bounds, ...values), Math.max(...bounds, ...values)];
+    const room = (max - min || Math.abs(min) || 1) * 0.05;
     const longest = farthest();
     const below = ticksBelow(longest, box.clientWidth);
-    const plot = frame(box, [0, longest], [least - room, most + room], below);
+    const plot = frame(box, [0, longest], [min - room, max + room], below);
     const marks = data.anomalies.filter((mark) => !hidden.has(mark.series));
     for (const line of lines) drawLine(plot, line);
     for (const mark of marks) drawMark(plot, mark);
@@ -199,19 +199,19 @@
     const places = stops.map((point) => plot.x(position(point)));
     follow(figure, plot.picture, places, true, (k) => {
       const distance = (point) => Math.abs(plot.x(position(point)) - places[k]);
-      const near = lines.map((line) => [line, line.points.reduce((a, b) => (distance(b) < distance(a) ? b : a))]);
-      const found = near.filter(([, point]) => distance(point) <= (byTime ? 8 : 0.01));
-      const texts = found.map(([line, point]) => [
-        colourOf(line),
+      const nearest = lines.map((line) => [line, line.points.reduce((a, b) => (distance(b) < distance(a) ? b : a))]);
+      const shown = nearest.filter(([, point]) => distance(point) <= (byTime ? 8 : 0.01));
+      const texts = shown.map(([line, point]) => [
+        colorOf(line),
         `${nameOf(panel, line)}: ${valueText(line, point)}`,
       ]);
-      const told = marks.filter((mark) => {
+      const nearMarks = marks.filter((mark) => {
         const [from, to] = spanOf(plot, mark);
         return from <= places[k] + 1 && places[k] <= to + 1;
       });
       const { step, seconds } = stops[k];
       const title = byTime ? clock(seconds) : `step ${step}`;
-      return [title, ...texts, ...[...new Set(told.map((mark) => mark.text))].map((text) => [null, text])];
+      return [title, ...texts, ...[...new Set(nearMarks.map((mark) => mark.text))].map((text) => [null, text])];
     });
 
     const ends = lines.map((line) => {
@@ -225,26 +225,26 @@
   }
 
   function drawLine({ picture, x, y }, line) {
-    const colour = colourOf(line);
+    const color = colorOf(line);
     const ranged = line.points.filter((point) => point.low !== null);
     const places = (points, value) =>
       points.map((point) => `${x(position(point)).toFixed(1)} ${y(value(point)).toFixed(1)}`);
     if (data.series[line.series].runs > 1 && ranged.length) {
       const upper = places(ranged, (point) => point.high);
       const lower = places(ranged, (point) => point.low).reverse();
-      picture.append(svg("path", { class: "band", d: `M${[...upper, ...lower].join("L")}Z`, colour }));
+      picture.append(svg("path", { class: "band", d: `M${[...upper, ...lower].join("L")}Z`, color }));
     } else {
       for (const point of ranged) {
         const [left, low, high] = [x(position(point)) - 3, y(point.low), y(point.high)];
         const d = `M${left} ${low}h6m-3 0V${high}m-3 0h6`;
-        picture.append(svg("path", { class: "whisker", d, colour }));
+        picture.append(svg("path", { class: "whisker", d, color }));
       }
     }
     const d = `M${places(line.points, (point) => point.value).join("L")}`;
     const style = { class: lineClass(line.series), "stroke-dasharray": dashOf(line.quantity) };
-    picture.append(svg("path", { ...style, d, colour }));
-    for (const point of line.points.length <= MOST_DOTS ? line.points : []) {
-      picture.append(svg("circle", { cx: x(position(point)), cy: y(point.value), r: 2.5, colour }));
+    picture.append(svg("path", { ...style, d, color }));
+    for (const point of line.points.length <= MAX_MARKED_POINTS ? line.points : []) {
+      picture.append(svg("circle", { cx: x(position(point)), cy: y(point.value), r: 2.5, color }));
     }
   }
 
@@ -275,7 +275,7 @@
       `${times.step_by_step ? "step " : ""}${times.labels[k]}: ${readable(totals[k])} s`,
       ...times.phases
         .filter((phase) => phase.seconds[k])
-        .map((phase) => [phase.colour, `${phase.name}: ${readable(phase.seconds[k])} s`]),
+        .map((phase) => [phase.color, `${phase.name}: ${readable(phase.seconds[k])} s`]),
     ]);
     const all = times.labels.slice(0, 30).map((label, k) => `${label} ${readable(totals[k])}`);
     picture.setAttribute("aria-label", `Time by phase, seconds: ${all.join(", ")}. Arrow keys step through it.`);
@@ -283,7 +283,7 @@
   }
 
   function drawColumns(box, times, totals) {
-    // Of one series, a column for each step.
+    // Draw a column for each step of a single series.
     const n = totals.length;
     const stride = Math.ceil(n / Math.max(2, Math.floor(box.clientWidth / 60)));
     const below = times.labels.map((label, k) => [k, label]).filter(([k]) => k % stride === 0);
@@ -291,9 +291,9 @@
     const width = Math.max(1, (x(1) - x(0)) * 0.8);
     for (let k = 0; k < n; k++) {
       let base = 0;
-      for (const { seconds, colour } of times.phases) {
+      for (const { seconds, color } of times.phases) {
         const top = y(base + seconds[k]);
-        picture.append(svg("rect", { x: x(k) - width / 2, y: top, width, height: y(base) - top, colour }));
+        picture.append(svg("rect", { x: x(k) - width / 2, y: top, width, height: y(base) - top, color }));
         base += seconds[k];
       }
     }
@@ -301,7 +301,7 @@
   }
 
   function drawBars(box, times, totals) {
-    // Of several, a bar for each.
+    // Draw a bar for each of several series.
     const width = Math.max(260, box.clientWidth);
     const row = 40;
     const viewBox = `0 0 ${width} ${row * totals.length + 4}`;
@@ -309,22 +309,22 @@
     times.labels.forEach((label, k) => {
       picture.append(svg("text", { x: 2, y: k * row + 14 }, label));
       let left = 2;
-      for (const { seconds, colour } of times.phases) {
+      for (const { seconds, color } of times.phases) {
         const long = (seconds[k] / Math.max(...totals)) * (width - 4);
-        picture.append(svg("rect", { x: left, y: k * row + 19, width: long, height: 16, colour }));
+        picture.append(svg("rect", { x: left, y: k * row + 19, width: long, height: 16, color }));
         left += long;
       }
     });
     return [picture, totals.map((_, k) => k * row + 27)];
   }
 
-  function key(colour, dash, name, series = 0) {
-    const line = svg("path", { class: lineClass(series), d: "M1 5H25", colour, "stroke-dasharray": dash });
+  function key(color, dash, name, series = 0) {
+    const line = svg("path", { class: lineClass(series), d: "M1 5H25", color, "stroke-dasharray": dash });
     return [svg("svg", { viewBox: "0 0 26 10", class: "sample", "aria-hidden": "true" }, line), name];
   }
 
   function figureOf(title, unit, keys, makeTables) {
-    // With a table of its numbers, made when it is opened.
+    // Build a figure with a table of its numbers, which is filled when it is first opened.
     const numbers = html("details", {}, html("summary", {}, "Numbers"));
     const makeOnce = () => {
       const region = { class: "scroll", tabindex: 0, role: "region", "aria-label": `${title}, numbers` };
@@ -359,7 +359,7 @@
   }
 
   function figureOfTimes(times) {
-    const keys = times.phases.map(({ name, colour }) => [html("i", { class: "swatch", colour }), name]);
+    const keys = times.phases.map(({ name, color }) => [html("i", { class: "swatch", color }), name]);
     return figureOf("Time by phase", times.step_by_step ? "seconds" : "seconds, mean step", keys, () => {
       const rows = times.labels.map((label, k) => [label, ...times.phases.map((phase) => readable(phase.seconds[k]))]);
       const what = times.step_by_step ? "step" : "series";
@@ -403,17 +403,17 @@
 
   // --- a response, token by token ---
 
-  const COLOURINGS = {
+  const COLORINGS = {
     log_probs: { name: "policy log-prob", samples: [0, -0.1, -0.5, -1, -2, -5] },
     sampler_log_probs: { name: "sampler log-prob", samples: [0, -0.1, -0.5, -1, -2, -5] },
     entropy: { name: "entropy", samples: [0, 0.1, 0.5, 1, 2, 3] },
     advantage: { name: "advantage", samples: [-2, -1, -0.5, 0, 0.5, 1, 2] },
   };
-  let colouring = "log_probs"; // what was chosen last; the next response begins with it
+  let coloring = "log_probs"; // the last choice, also used for the next response
 
   function paint(element, kind, value) {
-    // The last sample has the full colour, and so has what is beyond; the root lets small values be seen.
-    const full = COLOURINGS[kind]?.samples.at(-1);
+    // Values from the last sample on have the full color. The square root keeps small values visible.
+    const full = COLORINGS[kind]?.samples.at(-1);
     const strength = kind === "" || value === null ? 0 : Math.sqrt(Math.min(1, Math.abs(value / full)));
     const hue = kind !== "advantage" ? "--heat" : value > 0 ? "--gain" : "--loss";
     const mixed = `color-mix(in srgb, var(${hue}) ${Math.round(strength * 100)}%, transparent)`;
@@ -430,54 +430,54 @@
     const named = { class: "tokens", tabindex: 0, role: "group", "aria-label": "Response, token by token" };
     const text = html("div", named, ...spans);
     const hint = "Point at a token, or step through them with the arrow keys.";
-    const told = html("p", { class: "told", "aria-live": "polite" }, hint);
+    const readout = html("p", { class: "readout", "aria-live": "polite" }, hint);
 
-    const kinds = Object.keys(COLOURINGS).filter((kind) =>
+    const kinds = Object.keys(COLORINGS).filter((kind) =>
       row.tokens.some((_, k) => (valueAt(row, kind, k) ?? null) !== null),
     );
-    const options = kinds.map((kind) => html("option", { value: kind }, COLOURINGS[kind].name));
+    const options = kinds.map((kind) => html("option", { value: kind }, COLORINGS[kind].name));
     const choice = html("select", {}, ...options, html("option", { value: "" }, "nothing"));
-    choice.value = colouring === "" || kinds.includes(colouring) ? colouring : (kinds[0] ?? "");
+    choice.value = coloring === "" || kinds.includes(coloring) ? coloring : (kinds[0] ?? "");
     const scale = html("span", { class: "scale" });
     const paintAll = () => {
       const kind = choice.value;
       spans.forEach((span, k) => paint(span, kind, valueAt(row, kind, k)));
-      const samples = COLOURINGS[kind]?.samples ?? [];
+      const samples = COLORINGS[kind]?.samples ?? [];
       scale.replaceChildren(...samples.map((value) => paint(html("span", {}, String(value)), kind, value)));
     };
     choice.addEventListener("change", () => {
-      colouring = choice.value;
+      coloring = choice.value;
       paintAll();
     });
     paintAll();
 
     let current = -1;
-    const tell = (k) => {
+    const select = (k) => {
       spans[current]?.classList.remove("current");
       spans[k].classList.add("current");
       current = k;
-      const values = kinds.map((kind) => `${COLOURINGS[kind].name} ${valueAt(row, kind, k) ?? "none"}`);
+      const values = kinds.map((kind) => `${COLORINGS[kind].name} ${valueAt(row, kind, k) ?? "none"}`);
       const which = `token ${k + 1} of ${spans.length}, ${JSON.stringify(row.tokens[k])}`;
-      told.textContent = `${which}: ${values.join(", ") || "no values"}`;
+      readout.textContent = `${which}: ${values.join(", ") || "no values"}`;
     };
-    const point = (event) => event.target.dataset.k && tell(Number(event.target.dataset.k));
+    const point = (event) => event.target.dataset.k && select(Number(event.target.dataset.k));
     text.addEventListener("pointerover", point);
     text.addEventListener("pointerdown", point);
-    text.addEventListener("keydown", (event) => spans.length && stepBy(event, current, spans, tell));
-    return [html("p", { class: "controls" }, html("label", {}, "Colour by ", choice), scale), text, told];
+    text.addEventListener("keydown", (event) => spans.length && stepBy(event, current, spans, select));
+    return [html("p", { class: "controls" }, html("label", {}, "Color by ", choice), scale), text, readout];
   }
 
   function detailOf(row) {
     const part = (title, ...content) => [html("h3", {}, title), ...content];
     const text = (content) => html("p", { class: "text" }, content);
-    const facts = Object.entries(row.facts).map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`);
+    const details = Object.entries(row.details).map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`);
     return html(
       "div",
       {},
       ...part("Question", text(row.question)),
       ...(row.answer ? part("Expected", text(row.answer)) : []),
       ...part("Response", ...(row.tokens ? tokensOf(row) : [text(row.response)])),
-      html("p", { class: "note" }, facts.join(" · ")),
+      html("p", { class: "note" }, details.join(" · ")),
     );
   }
 
@@ -499,8 +499,8 @@
       question: (row) => row.question,
       response: (row) => row.response,
     };
-    const left = [data.runs.length < 2 && "run", !isGraded && "reward"];
-    const columns = Object.keys(texts).filter((name) => !left.includes(name));
+    const omitted = [data.runs.length < 2 && "run", !isGraded && "reward"];
+    const columns = Object.keys(texts).filter((name) => !omitted.includes(name));
     head.append(...columns.map((name) => html("th", { scope: "col", class: name }, name)));
 
     const offer = (name) => {
@@ -510,17 +510,17 @@
       form[name].closest("label").hidden = values.length < 2;
     };
     ["run", "step", "phase"].forEach(offer);
-    for (const name of ["least", "most"]) form[name].closest("label").hidden = !isGraded;
+    for (const name of ["min", "max"]) form[name].closest("label").hidden = !isGraded;
 
     function matches(row) {
       const { run, step, phase } = form;
-      const [least, most, text] = [form.least.value, form.most.value, form.text.value.toLowerCase()];
+      const [min, max, text] = [form.min.value, form.max.value, form.text.value.toLowerCase()];
       const chosen = [run, step, phase].every(({ name, value }) => value === "" || String(row[name]) === value);
       const isScored = typeof row.reward === "number";
       return (
         chosen &&
-        (least === "" || (isScored && row.reward >= Number(least))) &&
-        (most === "" || (isScored && row.reward <= Number(most))) &&
+        (min === "" || (isScored && row.reward >= Number(min))) &&
+        (max === "" || (isScored && row.reward <= Number(max))) &&
         `${row.question}\n${row.response}`.toLowerCase().includes(text)
       );
     }
@@ -541,20 +541,20 @@
     }
 
     function draw(to) {
-      const found = data.responses.filter(matches);
-      const last = Math.max(0, Math.ceil(found.length / ROWS_OF_A_PAGE) - 1);
+      const matching = data.responses.filter(matches);
+      const last = Math.max(0, Math.ceil(matching.length / ROWS_PER_PAGE) - 1);
       page = Math.min(Math.max(0, to), last);
-      const from = page * ROWS_OF_A_PAGE;
-      const shown = found.slice(from, from + ROWS_OF_A_PAGE);
+      const from = page * ROWS_PER_PAGE;
+      const shown = matching.slice(from, from + ROWS_PER_PAGE);
       body.replaceChildren(...shown.flatMap(rowsOf));
-      const count = found.length ? `${from + 1} to ${from + shown.length} of ${found.length}` : "none matches";
+      const count = matching.length ? `${from + 1} to ${from + shown.length} of ${matching.length}` : "no matches";
       section.querySelector(".count").textContent = count;
       [back.disabled, next.disabled] = [page === 0, page === last];
     }
 
     form.addEventListener("submit", (event) => event.preventDefault());
     form.addEventListener("input", () => draw(0));
-    form.addEventListener("reset", () => setTimeout(() => draw(0))); // the fields are empty only then
+    form.addEventListener("reset", () => setTimeout(() => draw(0))); // the form empties its fields after this event
     back.addEventListener("click", () => draw(page - 1));
     next.addEventListener("click", () => draw(page + 1));
     section.querySelector(".browser").hidden = false;

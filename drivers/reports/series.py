@@ -1,16 +1,107 @@
-"""What runs have logged, read back for pictures: runs that differ in their seed alone are one series."""
+"""Turn logged runs into panels: the curves and bars that every picture of runs shows."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from drivers.reports.logged_run import PHASES, Estimate, LoggedRun, Row, Series
 
+MAX_BARS = 100
+"""Bars in the picture of times; a longer run has several steps in one bar."""
 
-# --- panels: what the pictures show, whoever draws them --------------------------------------------------------------
+
+PART_PREFIX = "part_"
+"""Prefix of the metrics that hold the named numbers of a reward function."""
+
+
+# --- what a panel shows ----------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Quantity:
+    """A logged metric with its name in the legend."""
+
+    name: str
+    read: Callable[[LoggedRun], dict[int, Estimate]]
+
+
+@dataclass(frozen=True)
+class PanelSpec:
+    """A panel and the quantities that it shows if they were logged."""
+
+    title: str
+    unit: str
+    quantities: tuple[Quantity, ...]
+    is_share: bool = False
+    """Whether the values are shares of one, so that the axis spans 0 to 1."""
+
+
+def _logged(name: str, phase: str, key: str) -> Quantity:
+    """Return a metric of metrics.jsonl as a quantity."""
+    return Quantity(name, lambda run: {step: Estimate(value) for step, value in run.values(phase, key).items()})
+
+
+REWARD = PanelSpec(
+    "Reward",
+    "mean over rollouts",
+    (_logged("reward", "train", "reward"), _logged("format", "train", "format_reward")),
+)
+
+
+PANELS = (
+    PanelSpec("Demonstrations", "nats per token", (_logged("-log π", "train", "nll"),)),
+    PanelSpec(
+        "Held-out accuracy",
+        "share of questions",
+        (Quantity("accuracy", lambda run: run.accuracies), _logged("format", "eval", "format_reward")),
+        is_share=True,
+    ),
+    PanelSpec(
+        "Entropy",
+        "nats per token",
+        (_logged("sampled", "train", "rollout_entropy"), _logged("policy, trained on", "train", "entropy")),
+    ),
+    PanelSpec(
+        "Response length",
+        "tokens",
+        (_logged("rollouts", "train", "response_tokens"), _logged("held-out", "eval", "response_tokens")),
+    ),
+    PanelSpec(
+        "Excluded",
+        "share",
+        (
+            _logged("zero-signal groups", "train", "zero_std_groups"),
+            _logged("truncated", "train", "truncated"),
+            _logged("unscored", "train", "unscored"),
+        ),
+        is_share=True,
+    ),
+    PanelSpec(
+        "Distance",
+        "nats per token",
+        (
+            _logged("to the reference", "train", "kl"),
+            _logged("to the old policy", "train", "approx_kl"),
+            _logged("to the sampler", "train", "sampler_log_prob_diff"),
+        ),
+    ),
+    PanelSpec("Clip fraction", "share of tokens", (_logged("clipped", "train", "clip_fraction"),)),
+    PanelSpec("Gradient norm", "before clipping", (_logged("norm", "train", "grad_norm"),)),
+    PanelSpec(
+        "Speed",
+        "tokens per second",
+        (
+            _logged("sampled", "train", "rollout_tokens_per_s"),
+            _logged("trained", "train", "update_tokens_per_s"),
+        ),
+    ),
+)
+"""All panels after the reward and its parts, in order."""
+
+
+# --- curves ----------------------------------------------------------------------------------------------------------
 class Point(NamedTuple):
-    """A value at a step; over several runs their mean, from the least to the greatest."""
+    """The value of a quantity at a step; over several runs, the mean with the minimum and the maximum."""
 
     step: int
     seconds: float
@@ -21,7 +112,7 @@ class Point(NamedTuple):
 
 
 class Line(NamedTuple):
-    """One quantity of one series."""
+    """One quantity of one series, both as numbers in the order of the legend."""
 
     series: int
     quantity: int
@@ -29,7 +120,7 @@ class Line(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One picture: lines, what they are of, and what is about them."""
+    """The lines of one picture."""
 
     title: str
     unit: str
@@ -38,120 +129,57 @@ class Panel(NamedTuple):
     lines: list[Line]
 
 
-MAX_BARS = 100
-
-
-PART = "part_"
-"""What the numbers that a reward function returns by name are logged under."""
-
-
-Values = Callable[[LoggedRun], dict[int, Estimate]]
-
-
-def logged(phase: str, key: str) -> Values:
-    """A number of metrics.jsonl."""
-    return lambda run: {step: Estimate(value) for step, value in run.values(phase, key).items()}
-
-
-PANELS: tuple[tuple[str, str, bool, dict[str, Values]], ...] = (
-    (
-        "Reward",
-        "mean over rollouts",
-        False,
-        {"reward": logged("train", "reward"), "format": logged("train", "format_reward")},
-    ),
-    ("Demonstrations", "nats per token", False, {"-log π": logged("train", "nll")}),
-    (
-        "Held-out accuracy",
-        "share of questions",
-        True,
-        {"accuracy": lambda run: run.accuracies, "format": logged("eval", "format_reward")},
-    ),
-    (
-        "Entropy",
-        "nats per token",
-        False,
-        {"sampled": logged("train", "rollout_entropy"), "policy, trained on": logged("train", "entropy")},
-    ),
-    (
-        "Response length",
-        "tokens",
-        False,
-        {"rollouts": logged("train", "response_tokens"), "held-out": logged("eval", "response_tokens")},
-    ),
-    (
-        "Left out",
-        "share",
-        True,
-        {
-            "silent groups": logged("train", "zero_std_groups"),
-            "cut off": logged("train", "truncated"),
-            "not scored": logged("train", "unscored"),
-        },
-    ),
-    (
-        "Distance",
-        "nats per token",
-        False,
-        {
-            "to the reference": logged("train", "kl"),
-            "to the old policy": logged("train", "approx_kl"),
-            "to the sampler": logged("train", "sampler_log_prob_diff"),
-        },
-    ),
-    ("Clip fraction", "share of tokens", False, {"clipped": logged("train", "clip_fraction")}),
-    ("Gradient norm", "before clipping", False, {"norm": logged("train", "grad_norm")}),
-    (
-        "Speed",
-        "tokens per second",
-        False,
-        {"sampled": logged("train", "rollout_tokens_per_s"), "trained": logged("train", "update_tokens_per_s")},
-    ),
-)
-"""Title, unit, whether it is a share of one, and quantities by name."""
-
-
 def make_panels(groups: Sequence[Series]) -> list[Panel]:
-    """Those of which some run has logged anything, each with the quantities that there are."""
-    panels = []
+    """Return the panels for which some run has logged a quantity."""
+    panels = (_make_panel(spec, groups) for spec in (REWARD, _reward_parts(groups), *PANELS))
+    return [panel for panel in panels if panel.lines]
+
+
+def _reward_parts(groups: Sequence[Series]) -> PanelSpec:
+    """Return the panel of the numbers that the reward functions have returned by name."""
     rows = (row for series in groups for run in series.runs for row in run.rows.get("train", ()))
-    parts = {
-        name: logged("train", name) for name in sorted({name for row in rows for name in row}) if name.startswith(PART)
-    }
-    named = {name.removeprefix(PART): values for name, values in parts.items()}
-    first, *others = PANELS
-    for title, unit, is_share, quantities in (first, ("Parts of the reward", "mean", False, named), *others):
-        drawn = {
-            name: {number: points for number, series in enumerate(groups) if (points := _points(series, values))}
-            for name, values in quantities.items()
-        }
-        names = [name for name, of_series in drawn.items() if of_series]
-        lines = [
-            Line(number, place, points) for place, name in enumerate(names) for number, points in drawn[name].items()
-        ]
-        if lines:  # which of several there may be, where it is alone, no legend says
-            what = f"{names[0]}, {unit}" if len(names) == 1 < len(quantities) else unit
-            panels.append(Panel(title, what, is_share, names, lines))
-    return panels
+    keys = sorted({key for row in rows for key in row if key.startswith(PART_PREFIX)})
+    parts = tuple(_logged(key.removeprefix(PART_PREFIX), "train", key) for key in keys)
+    return PanelSpec("Parts of the reward", "mean", parts)
 
 
-def _points(series: Series, values: Values) -> list[Point]:
-    """Over the runs of a series the mean of those that have a step."""
-    of_runs = [(run, values(run)) for run in series.runs]
+def _make_panel(spec: PanelSpec, groups: Sequence[Series]) -> Panel:
+    names: list[str] = []
+    lines: list[Line] = []
+    for quantity in spec.quantities:
+        drawn = _make_lines(quantity, len(names), groups)
+        if drawn:
+            names.append(quantity.name)
+            lines += drawn
+    is_only_one_left = len(names) == 1 < len(spec.quantities)
+    unit = f"{names[0]}, {spec.unit}" if is_only_one_left else spec.unit  # a single line has no legend
+    return Panel(spec.title, unit, spec.is_share, names, lines)
+
+
+def _make_lines(quantity: Quantity, number: int, groups: Sequence[Series]) -> list[Line]:
+    """Return a line for each series that has logged the quantity."""
+    lines = [Line(place, number, _make_points(series, quantity)) for place, series in enumerate(groups)]
+    return [line for line in lines if line.points]
+
+
+def _make_points(series: Series, quantity: Quantity) -> list[Point]:
+    """Average the quantity at each step over the runs that have logged it there."""
+    estimates_of = [(run, quantity.read(run)) for run in series.runs]
     points = []
-    for step in sorted({step for _, found in of_runs for step in found}):
-        known = [(run, found[step]) for run, found in of_runs if step in found]
+    for step in sorted({step for _, estimates in estimates_of for step in estimates}):
+        known = [(run, estimates[step]) for run, estimates in estimates_of if step in estimates]
         seconds = fmean(run.clock.get(step, run.wall_clock) for run, _ in known)
-        numbers = [estimate.value for _, estimate in known]
         if len(series.runs) == 1:
-            points.append(Point(step, seconds, *known[0][1], 1))
+            points.append(Point(step, seconds, *known[0][1], n_runs=1))
         else:
-            points.append(Point(step, seconds, fmean(numbers), min(numbers), max(numbers), len(known)))
+            values = [estimate.value for _, estimate in known]
+            points.append(Point(step, seconds, fmean(values), min(values), max(values), len(known)))
     return points
 
 
+# --- times -----------------------------------------------------------------------------------------------------------
 class Times(NamedTuple):
-    """Seconds by phase: in each step of a single series, else in the mean step of each."""
+    """Seconds by phase: of each step for a single series, otherwise of the mean step of each series."""
 
     labels: list[str]
     by_phase: dict[str, list[float]]
@@ -159,35 +187,59 @@ class Times(NamedTuple):
 
 
 def make_times(groups: Sequence[Series]) -> Times | None:
-    """None if no step was made. Of very many steps, neighbours are one bar, and each is as long as their mean."""
-    spent_of: dict[str, list[dict[str, float]]] = {}
-    if len(groups) == 1:
-        steps = sorted({step for run in groups[0].runs for step in run.seconds_of})
-        width = max(1, -(-len(steps) // MAX_BARS))
-        for place, step in enumerate(steps):
-            spent = [run.seconds_of[step] for run in groups[0].runs if step in run.seconds_of]
-            spent_of.setdefault(str(steps[place - place % width]), []).extend(spent)
-    else:
-        for series in groups:
-            spent_of[series.name] = [times for run in series.runs for step, times in run.seconds_of.items() if step]
-    bars = [(label, spent) for label, spent in spent_of.items() if spent]
-    by_phase = {phase: [fmean(times.get(phase, 0.0) for times in spent) for _, spent in bars] for phase in PHASES}
-    found = {phase: seconds for phase, seconds in by_phase.items() if any(seconds)}
-    return Times([label for label, _ in bars], found, len(groups) == 1) if found else None
+    """Return the times of all bars, or None if no step has finished."""
+    bars = _bars_of_steps(groups[0]) if len(groups) == 1 else _bars_of_series(groups)
+    bars = {label: steps for label, steps in bars.items() if steps}
+    by_phase = {phase: [_mean_seconds(steps, phase) for steps in bars.values()] for phase in PHASES}
+    by_phase = {phase: seconds for phase, seconds in by_phase.items() if any(seconds)}
+    return Times(list(bars), by_phase, len(groups) == 1) if by_phase else None
 
 
-def downsample(items: Sequence[Any], most: int) -> list[Any]:
-    """Evenly spread ones and the last, if there are more than so many."""
-    stride = max(1, -(-len(items) // most))
-    return [*items[::stride], *(items[-1:] if (len(items) - 1) % stride else ())]
+def _bars_of_steps(series: Series) -> dict[str, list[dict[str, float]]]:
+    """Group steps into bars: neighbors share a bar, as their mean, if there are more steps than bars."""
+    steps = sorted({step for run in series.runs for step in run.seconds_of})
+    width = max(1, -(-len(steps) // MAX_BARS))
+    return {
+        str(steps[start]): [
+            run.seconds_of[step]
+            for step in steps[start : start + width]
+            for run in series.runs
+            if step in run.seconds_of
+        ]
+        for start in range(0, len(steps), width)
+    }
 
 
-def steps_within(rows: Iterable[Row], budget: int) -> set[int]:
-    """Evenly spread steps, the last one among them, whose rows are together no longer than that; at least two."""
+def _bars_of_series(groups: Sequence[Series]) -> dict[str, list[dict[str, float]]]:
+    """Collect the training steps of each series."""
+    return {
+        series.name: [times for run in series.runs for step, times in run.seconds_of.items() if step > 0]
+        for series in groups
+    }
+
+
+def _mean_seconds(steps: Sequence[dict[str, float]], phase: str) -> float:
+    return fmean(times.get(phase, 0.0) for times in steps)
+
+
+# --- fewer points ----------------------------------------------------------------------------------------------------
+def downsample(items: Sequence[Any], max_items: int) -> list[Any]:
+    """Return about `max_items` evenly spaced items and always the last one."""
+    stride = max(1, -(-len(items) // max_items))
+    kept = list(items[::stride])
+    if (len(items) - 1) % stride:
+        kept.append(items[-1])
+    return kept
+
+
+def steps_within(rows: Iterable[Row], max_characters: int) -> set[int]:
+    """Return evenly spaced steps, the last among them, whose rows fit; at least the first and the last step."""
     sizes: dict[int, int] = {}
     for row in rows:
         sizes[row["step"]] = sizes.get(row["step"], 0) + len(json.dumps(row, ensure_ascii=False))
-    most, steps = len(sizes), sorted(sizes)
-    while most > 1 and sum(sizes[step] for step in downsample(steps, most)) > budget:
-        most -= 1
-    return set(downsample(steps, most)) if steps else set()
+    steps = sorted(sizes)
+    for n_steps in range(len(steps), 0, -1):
+        kept = downsample(steps, n_steps)
+        if sum(sizes[step] for step in kept) <= max_characters or n_steps == 1:
+            return set(kept)
+    return set()

@@ -19,7 +19,7 @@ from drivers.common import distributed
 from drivers.common.cli import exit_with
 from drivers.common.errors import UsageError
 from drivers.policy import fsdp
-from drivers.reports.page import OF_TOKENS
+from drivers.reports.page import TOKEN_VALUES
 from drivers.runs.checkpoint import read_tensors
 from drivers.runs.folder import find_checkpoint
 from drivers.training import shortcuts
@@ -107,7 +107,7 @@ def assert_same_run(found, expected, tolerance):
     for row, other in zip(ours, theirs, strict=True):
         assert row.keys() == other.keys()  # each rank scores some of the responses, and the log has all
         for name, value in row.items():
-            assert value == (pytest.approx(other[name], abs=2e-3) if name in OF_TOKENS else other[name])
+            assert value == (pytest.approx(other[name], abs=2e-3) if name in TOKEN_VALUES else other[name])
     ours, theirs = (load_file(folder / "final_model/model.safetensors") for folder in (found, expected))
     assert ours.keys() == theirs.keys()
     for name, weight in ours.items():

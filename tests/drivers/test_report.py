@@ -83,7 +83,7 @@ def test_page_holds_logged_numbers(trained):
         "Held-out accuracy": [("eval", "accuracy"), ("eval", "format_reward")],
         "Entropy": [("train", "rollout_entropy"), ("train", "entropy")],
         "Response length": [("train", "response_tokens"), ("eval", "response_tokens")],
-        "Left out": [("train", "zero_std_groups"), ("train", "truncated"), ("train", "unscored")],
+        "Excluded": [("train", "zero_std_groups"), ("train", "truncated"), ("train", "unscored")],
         "Distance": [("train", "approx_kl"), ("train", "sampler_log_prob_diff")],
         "Clip fraction": [("train", "clip_fraction")],
         "Gradient norm": [("train", "grad_norm")],
@@ -120,7 +120,7 @@ def test_page_holds_logged_responses_and_tokens(trained):
         assert {name: ours.get(name) for name in ("advantage", "log_probs", "entropy")} == {
             name: theirs.get(name) for name in ("advantage", "log_probs", "entropy")
         }
-        assert ours["facts"]["finish_reason"] == theirs["finish_reason"]
+        assert ours["details"]["finish_reason"] == theirs["finish_reason"]
     written = [json.loads((trained / name / "config.json").read_text())["steps"] for name in ("grpo", "sft")]
     assert written == [3, 2]  # SFT has no setting for it: two batches of two
     demonstrated = [row for row in parse_page(trained / "sft").data["responses"] if row["phase"] == "train"]
@@ -146,6 +146,16 @@ def test_write_report_is_deterministic(trained, tmp_path):
     assert {line["series"] for line in panels["Held-out accuracy"]["lines"]} == {0, 1}
     assert "Clip fraction" in panels
     assert page.stat().st_size < 200_000
+
+
+def test_write_report_without_picture_warns(tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise ValueError("no font")
+
+    monkeypatch.setattr("drivers.reports.page.draw", fail)
+    run = write_run(tmp_path / "run", make_step_rows([1.0]))
+    assert "<title>x</title>" in write_report([run], tmp_path / "out", "x").read_text()
+    assert "out/curves.png could not be drawn (ValueError: no font)" in capsys.readouterr().err
 
 
 def test_page_fetches_nothing_and_has_one_script(trained):
@@ -231,7 +241,7 @@ def test_series_of_seeds_has_one_band(tmp_path):
         assert (mean, low, high, n) == (pytest.approx(fmean(column)), min(column), max(column), len(column))
         assert seconds == 2 * ours["points"].index([_, seconds, mean, low, high, n]) + 2
     assert [point[2:] for point in theirs["points"]] == [[0.0, None, None, 1]] * 2
-    assert "the band from least to greatest" in page.text
+    assert "the band spans minimum to maximum" in page.text
     assert "rate" in page.text
     headed = [text for tag, text in page.texts if tag == "th"]
     assert headed[:6] == ["run", "accuracy before", "last", "best", "rate", "steps"]
@@ -405,7 +415,7 @@ def test_page_long_run_is_downsampled_and_labeled(tmp_path, monkeypatch):
     assert len(found) <= MAX_POINTS_PER_LINE + 1
     assert (found[0], found[-1]) == (1, 1000)
     assert {b - a for a, b in pairwise(found[:-1])} == {3}
-    assert "Of 1000 steps at most 400, evenly spread, and the last are drawn." in page.text
+    assert "Of 1000 steps, at most 400 evenly spaced ones and the last are drawn." in page.text
     shown_steps = [row["step"] for row in page.data["responses"]]
     assert shown_steps[-2:] == [99, 99]
     assert all(shown_steps.count(step) == 2 for step in shown_steps)
@@ -420,8 +430,8 @@ def test_page_long_run_is_downsampled_and_labeled(tmp_path, monkeypatch):
 def test_report_invalid_folder_exits_with_one_line(tmp_path, capsys):
     run = write_run(tmp_path / "run", make_step_rows([1.0]))
     for arguments, message in (
-        ([str(tmp_path)], "is no run's folder; one with a metrics.jsonl is required"),
-        ([], "which runs?"),
+        ([str(tmp_path)], "not the folder of a run; name a folder that contains metrics.jsonl"),
+        ([], "no run folders given. Example: report.py runs/NAME"),
         ([str(run), str(tmp_path / "other")], "--output: a folder is required"),
         ([str(run), "--output", str(run / "config.json")], "cannot be written to"),
     ):
@@ -431,7 +441,7 @@ def test_report_invalid_folder_exits_with_one_line(tmp_path, capsys):
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
-    with pytest.raises(UsageError, match="no run's folder"):
+    with pytest.raises(UsageError, match="not the folder of a run"):
         read_runs([tmp_path / "nowhere"])
 
 
@@ -454,8 +464,8 @@ MACHADO = {  # Machado, Oliveira and Fernandes 2009, severity 1; rows of a matri
 }
 
 
-def linearize(colour):
-    parts = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+def linearize(color):
+    parts = [int(color[k : k + 2], 16) / 255 for k in (1, 3, 5)]
     return [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
 
 
@@ -477,11 +487,11 @@ def test_palette_is_distinguishable_with_color_blindness(palette, page):
     for kind, matrix in MACHADO.items():
         seen = [
             to_lab(
-                [min(1.0, max(0.0, sum(m * c for m, c in zip(row, linearize(colour), strict=True)))) for row in matrix]
+                [min(1.0, max(0.0, sum(m * c for m, c in zip(row, linearize(color), strict=True)))) for row in matrix]
             )
-            for colour in palette
+            for color in palette
         ]
         assert min(math.dist(a, b) for k, a in enumerate(seen) for b in seen[:k]) > 20, kind
-    for colour in palette:
-        low, high = sorted(compute_luminance(linearize(one)) for one in (colour, page))
+    for color in palette:
+        low, high = sorted(compute_luminance(linearize(shown)) for shown in (color, page))
         assert (high + 0.05) / (low + 0.05) > 3

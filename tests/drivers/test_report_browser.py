@@ -78,7 +78,7 @@ def test_page_in_browser_draws_curves_and_responses(page, tmp_path, width):
       document.querySelector('tr.response').click();
       const tokens = [...document.querySelectorAll('.tokens span')];
       seen.tokens = tokens.map((token) => token.textContent);
-      seen.coloured = tokens.filter((token) => token.style.backgroundColor).length;
+      seen.colored = tokens.filter((token) => token.style.backgroundColor).length;
       document.querySelector('#legend button').click();
       seen.fewer = document.querySelectorAll('.plot svg path.line').length;
       const radio = document.querySelector('input[value=time]');
@@ -108,7 +108,7 @@ def test_page_in_browser_draws_curves_and_responses(page, tmp_path, width):
     assert seen["alerts"] == 0
     assert seen["wide"] <= 0  # nothing overflows a narrow screen
     assert seen["tokens"] == ["abc", " ", HOSTILE_TEXT]
-    assert seen["coloured"] == 3
+    assert seen["colored"] == 3
     assert seen["fewer"] < seen["lines"]
     assert "seconds" in seen["axis"]
     assert "step" not in seen["axis"]
