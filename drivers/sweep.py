@@ -1,7 +1,7 @@
-"""Several runs and one table: `python drivers/sweep.py --list`, `python drivers/sweep.py learning-rates`."""
+"""Make several runs and compare them: `python drivers/sweep.py --list`, `python drivers/sweep.py learning-rates`."""
 
 # isort: off
-from drivers.common import environment  # noqa: F401  before torch: OpenMP reads its settings once
+from drivers.common import environment  # noqa: F401  before torch, because OpenMP reads its settings once
 
 # isort: on
 
@@ -19,26 +19,26 @@ from drivers.sweeps.results import write_results
 from drivers.sweeps.runner import Runner
 
 
-def tell_sweeps() -> None:
-    """What there is, by name."""
+def print_presets() -> None:
+    """Print the name and the purpose of each preset."""
     for name, variants in SWEEPS.items():
         print(f"{name:22} {(variants.__doc__ or '').strip()}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: plan, runs, table."""
+    """Plan the runs, make them and print the table of results."""
     try:
         config, shared = tyro.cli(
             SweepConfig, args=None if arguments is None else list(arguments), return_unknown_args=True
         )
-        # tyro 1.0 takes an empty list for the name that is not given, where there are flags that it does not know.
+        # With unknown flags, tyro 1.0 returns "[]" for the positional argument that was not given.
         config = replace(config, sweep=None if config.sweep == "[]" else config.sweep)
         if config.list and config.sweep is None and not config.grid:
-            tell_sweeps()
+            print_presets()
             return
         planned = plan(config, shared)
         if config.list:
-            print("\n".join(shlex.join(one.command[1:]) for one in planned))
+            print("\n".join(shlex.join(run.command[1:]) for run in planned))
             return
         folder = folder_of(config)
         keep_plan(folder, planned)

@@ -21,41 +21,42 @@ from drivers.settings.imitation import ExpertIterationConfig, SftConfig
 from drivers.sweeps.presets import SHORT, SWEEPS, Base, Variant
 from drivers.tasks.questions import read_jsonl
 
-OF_THE_SWEEP = ("seed", "save_dir", "resume")
-"""Settings that it gives each run itself."""
+SWEEP_SETTINGS = ("seed", "save_dir", "resume")
+"""Settings that the sweep sets for each run."""
 
 
-_GIVEN = "is given to each run by the sweep; --seeds and --save-dir are its own flags"
+_IS_SET = "is set by the sweep for each run; use --seeds and --save-dir"
 
 
 @dataclass(frozen=True)
 class SweepConfig:
     """Make several runs and compare them.
 
-    What is unknown here is a flag of every run: --model-path, say. What a sweep varies it varies around that flag.
+    Unrecognized flags are passed to every run.
     """
 
     sweep: tyro.conf.Positional[str | None] = None
-    """A ready-made sweep (--list tells them), or a .jsonl file: a line per run with `label`, `program` (train, sft or
+    """A preset (--list shows them), or a .jsonl file with a line per run: `label`, `program` (train, sft or
     expert_iteration) and `flags`, an object."""
     grid: tuple[str, ...] = ()
-    """In its place: settings of --program and their values, `learning_rate=1e-5,3e-5`; all combinations are run."""
+    """Settings of --program with their values, `learning_rate=1e-5,3e-5`, instead of a preset. All combinations are
+    run."""
     program: Literal["train", "sft", "expert_iteration"] = "train"
-    """What --grid is of."""
+    """The program that --grid runs."""
     seeds: tuple[int, ...] = (0,)
-    """Each run is made with each of these; tables and reports show their mean and range."""
+    """Repeat each run with each of these seeds. Tables and reports show the mean and the range."""
     devices: tuple[str, ...] = ()
-    """CUDA devices, as in `0 1` (two runs at once) or `0,1 2,3` (two runs at once, two GPUs each). Left out: one run
-    after the other, on whatever it finds."""
+    """CUDA devices: `0 1` makes two runs at once, `0,1 2,3` two runs at once on two GPUs each. Default: one run at a
+    time, on the devices that it finds."""
     save_dir: str | None = None
-    """Folder of the sweep. Left out: runs/sweep-NAME. The same command again goes on where it ended."""
+    """Folder of the sweep. Default: runs/sweep-NAME. The same command resumes a stopped sweep."""
     list: bool = False
-    """Tell the ready-made sweeps, or with one's name its commands, and end."""
+    """Print the presets, or the commands of the given sweep, and exit."""
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A run, as it will be started."""
+class PlannedRun:
+    """A run with the command that starts it."""
 
     variant: Variant
     seed: int
@@ -67,60 +68,66 @@ class Planned:
         return self.folder.name
 
 
-# --- what to run -----------------------------------------------------------------------------------------------------
-def plan(config: SweepConfig, shared: Sequence[str]) -> list[Planned]:
-    """Every run, its flags already understood by its own program: a mistake costs no run."""
-    for flag in OF_THE_SWEEP:
-        if flag_given(shared, _flag(flag)) is not None:
-            raise UsageError(f"{_flag(flag)}: {_GIVEN}")
+# --- planning --------------------------------------------------------------------------------------------------------
+def plan(config: SweepConfig, shared: Sequence[str]) -> list[PlannedRun]:
+    """Return all runs. Check their flags first, so that a mistake in one of them stops the sweep before any run."""
+    for flag in map(_flag, SWEEP_SETTINGS):
+        if flag_given(shared, flag) is not None:
+            raise UsageError(f"{flag}: {_IS_SET}")
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
-        raise UsageError(f"--seeds {' '.join(map(str, config.seeds))}: different seeds are required, at least one")
-    is_own = config.sweep not in SWEEPS or flag_given(shared, "--model-path") is not None
+        raise UsageError(f"--seeds {' '.join(map(str, config.seeds))}: give at least one seed, and each seed once")
+    is_short = config.sweep in SWEEPS and flag_given(shared, "--model-path") is None
 
     def flags_of(program: str, own: Mapping[str, Any]) -> list[str]:
-        """From the weakest to the strongest: the last one of a name holds."""
-        return [*as_flags({} if is_own else SHORT[program]), *shared, *as_flags(own)]
+        """Return all flags of a run. The last flag of a name wins: those of the run are the strongest."""
+        return [*as_flags(SHORT[program] if is_short else {}), *shared, *as_flags(own)]
 
     planned = []
     for variant in _variants(config, lambda program: parse_program_flags(program, flags_of(program, {}))):
-        own = [name for name in OF_THE_SWEEP if name in variant.flags]
-        if own:  # it would lose against the sweep's, and the run have a name that says otherwise
-            raise UsageError(f"{config.sweep or '--grid'}, {variant.label}: {own[0]} {_GIVEN}")
+        _check_variant(config, variant)
         for seed in config.seeds:
             flags = flags_of(variant.program, variant.flags | {"seed": seed})
             parse_program_flags(variant.program, flags)
             folder = folder_of(config) / f"{variant.label}-seed{seed}"
             program = str(Path(__file__).parents[1] / f"{variant.program}.py")
             command = (sys.executable, program, *flags, "--save-dir", str(folder), "--resume", "auto")
-            planned.append(Planned(variant, seed, folder, command))
+            planned.append(PlannedRun(variant, seed, folder, command))
     return planned
 
 
+def _check_variant(config: SweepConfig, variant: Variant) -> None:
+    """Raise UsageError if a variant has a setting of the sweep, which would override it and contradict its label."""
+    for name in SWEEP_SETTINGS:
+        if name in variant.flags:
+            raise UsageError(f"{config.sweep or '--grid'}, {variant.label}: {name} {_IS_SET}")
+
+
 def folder_of(config: SweepConfig) -> Path:
+    """Return the folder of the sweep."""
     name = Path(config.sweep).stem if config.sweep else f"{config.program}-grid"
     return Path(config.save_dir or f"runs/sweep-{name}")
 
 
 def parse_program_flags(program: str, flags: Sequence[str]) -> TrainingSettings:
-    """The settings that the program makes of these flags. What it cannot make anything of ends this program too."""
-    with redirect_stdout(StringIO()):  # what it takes for granted each run tells anew
-        match program:
-            case "sft":
-                return parse_settings(SftConfig, flags)
-            case "expert_iteration":
-                return parse_settings(ExpertIterationConfig, flags)
-            case _:
-                return parse_train_config(flags)
+    """Parse the flags as their program does. An invalid flag also ends this program."""
+    with redirect_stdout(StringIO()):  # each run prints these notes itself
+        if program == "sft":
+            return parse_settings(SftConfig, flags)
+        if program == "expert_iteration":
+            return parse_settings(ExpertIterationConfig, flags)
+        return parse_train_config(flags)
 
 
 def as_flags(settings: Mapping[str, Any]) -> list[str]:
-    """As they are written on a command line."""
+    """Return settings as flags of a command line."""
     flags = []
     for name, value in settings.items():
         if isinstance(value, bool):
             flags.append(_flag(name) if value else _flag(f"no_{name}"))
+        elif isinstance(value, list | tuple):
+            flags += [_flag(name), *map(str, value)]
         else:
-            flags += [_flag(name), *map(str, value if isinstance(value, list | tuple) else (value,))]
+            flags += [_flag(name), str(value)]
     return flags
 
 
@@ -128,79 +135,97 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+# --- variants --------------------------------------------------------------------------------------------------------
 def _variants(config: SweepConfig, base: Base) -> list[Variant]:
     if (config.sweep is None) == (not config.grid):
-        raise UsageError(
-            "the name of a sweep, a .jsonl file or --grid is required, one of them, before flags for the runs: see "
-            "--list"
-        )
+        raise UsageError("give a preset (see --list), a .jsonl file or --grid, one of them, before flags for the runs")
     if config.sweep is None:
-        variants = _of_grid(config)
+        variants = _read_grid(config)
     elif config.sweep in SWEEPS:
         variants = SWEEPS[config.sweep](base)
     elif config.sweep.endswith(".jsonl"):
-        variants = [_of_line(f"{config.sweep}:{number}", row) for number, row in read_jsonl(Path(config.sweep))]
+        variants = [_read_line(f"{config.sweep}:{number}", row) for number, row in read_jsonl(Path(config.sweep))]
     else:
-        raise UsageError(f"{config.sweep}: no ready-made sweep, and no .jsonl file; there are {', '.join(SWEEPS)}")
+        raise UsageError(f"{config.sweep}: not a preset or a .jsonl file; the presets are {', '.join(SWEEPS)}")
     labels = [variant.label for variant in variants]
     if not labels or len(set(labels)) < len(labels):
         raise UsageError(
-            f"{config.sweep or '--grid'}: runs need names of their own, and one is the least; got {labels}"
+            f"{config.sweep or '--grid'}: give at least one run, and each a different label; got {labels}"
         )
     return variants
 
 
-def _of_grid(config: SweepConfig) -> list[Variant]:
-    """All combinations. Values stay as they were written: the program reads them."""
+def _read_grid(config: SweepConfig) -> list[Variant]:
+    """Return all combinations of the values, which stay text: the program parses them."""
     axes = []
     for entry in config.grid:
-        name, is_one, values = entry.partition("=")
-        if not is_one or not all(values.split(",")):
-            raise UsageError(f"--grid {entry}: a setting and its values are required, like learning_rate=1e-5,3e-5")
+        name, has_values, values = entry.partition("=")
+        if not has_values or not all(values.split(",")):
+            raise UsageError(f"--grid {entry}: give a setting and its values, like learning_rate=1e-5,3e-5")
         axes.append([(name.replace("-", "_"), value) for value in values.split(",")])
-    return [
-        Variant("-".join(value.replace("/", ".") for _, value in point), config.program, dict(map(_switch, point)))
-        for point in product(*axes)
-    ]
+    variants = []
+    for settings in product(*axes):
+        label = "-".join(value.replace("/", ".") for _, value in settings)
+        variants.append(Variant(label, config.program, {name: _as_switch(value) for name, value in settings}))
+    return variants
 
 
-def _switch(setting: tuple[str, str]) -> tuple[str, Any]:
-    """`true` and `false` are switches, --name and --no-name."""
-    name, value = setting
-    return name, {"true": True, "false": False}.get(value.lower(), value)
+def _as_switch(value: str) -> str | bool:
+    """Turn `true` and `false` into the value of a switch."""
+    switches = {"true": True, "false": False}
+    return switches.get(value.lower(), value)
 
 
-def _of_line(where: str, row: Mapping[str, Any]) -> Variant:
+def _read_line(place: str, row: Mapping[str, Any]) -> Variant:
+    """Return the run of one line of a .jsonl file."""
     label, program, flags = row.get("label"), row.get("program", "train"), row.get("flags", {})
-    if not isinstance(label, str) or not label or "/" in label or program not in SHORT or not isinstance(flags, dict):
+    is_valid_label = isinstance(label, str) and label and "/" not in label
+    if not is_valid_label or program not in SHORT or not isinstance(flags, dict):
         raise UsageError(
-            f"{where}: `label` (a name without a slash), `program` ({', '.join(SHORT)}) and `flags` (an object) are "
+            f"{place}: `label` (a name without a slash), `program` ({', '.join(SHORT)}) and `flags` (an object) are "
             f"required, got {dict(row)}"
         )
-    return Variant(label, program, {name.replace("-", "_"): value for name, value in flags.items()})
+    return Variant(str(label), program, {name.replace("-", "_"): value for name, value in flags.items()})
 
 
-def keep_plan(folder: Path, planned: Sequence[Planned]) -> None:
-    """In sweep.json, which may grow: by seeds, by values. Runs of another sweep would be mixed up with these."""
-    new = {one.name: shlex.join(one.command[1:]) for one in planned}
-    file = folder / "sweep.json"
+# --- sweep.json ------------------------------------------------------------------------------------------------------
+def keep_plan(folder: Path, planned: Sequence[PlannedRun]) -> None:
+    """Add the runs to sweep.json. Raise UsageError if the folder holds another sweep, whose runs would be mixed in."""
+    commands = {run.name: shlex.join(run.command[1:]) for run in planned}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-        earlier = {str(entry["folder"]): str(entry["command"]) for entry in kept}
-        same = new.keys() & earlier.keys()
-        # Not where the program lies: a clone may have moved.
-        other = next((name for name in sorted(same) if _flags_of(new[name]) != _flags_of(earlier[name])), None)
-        if other or (earlier and not same):
-            what = f"{other} was made by another command" if other else f"none of these {len(new)} runs is in it"
-            raise UsageError(f"--save-dir {folder}: holds another sweep ({what}: sweep.json); name another folder")
-        write_json(file, [{"folder": name, "command": command} for name, command in (earlier | new).items()])
+        kept = _read_commands(folder / "sweep.json")
+        _check_same_sweep(folder, commands, kept)
+        rows = [{"folder": name, "command": command} for name, command in (kept | commands).items()]
+        write_json(folder / "sweep.json", rows)
     except UsageError:
         raise
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UsageError(f"--save-dir {folder}: cannot be used ({error})") from error
 
 
-def _flags_of(command: str) -> list[str]:
+def _read_commands(file: Path) -> dict[str, str]:
+    """Read the commands of an earlier call, by name of the run."""
+    rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    return {str(row["folder"]): str(row["command"]) for row in rows}
+
+
+def _check_same_sweep(folder: Path, commands: Mapping[str, str], kept: Mapping[str, str]) -> None:
+    """Raise UsageError unless the sweep is new, or shares runs with the earlier one and changes none of them."""
+    shared = commands.keys() & kept.keys()
+    for name in sorted(shared):
+        if _without_path(commands[name]) != _without_path(kept[name]):
+            raise UsageError(
+                f"--save-dir {folder}: {name} was made by another command (see sweep.json); give another folder"
+            )
+    if kept and not shared:
+        raise UsageError(
+            f"--save-dir {folder}: holds another sweep without any of these {len(commands)} runs (see sweep.json); "
+            "give another folder"
+        )
+
+
+def _without_path(command: str) -> list[str]:
+    """Return a command without the folder of its program, because the clone may have moved."""
     program, *flags = shlex.split(command)
     return [Path(program).name, *flags]

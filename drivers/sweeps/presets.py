@@ -1,6 +1,6 @@
-"""Ready-made sweeps: the questions of CS336's fifth assignment, each as the runs that answer it.
+"""Define the preset sweeps: the experiments of CS336's fifth assignment.
 
-Values follow the model and the flags at hand where they must: `base(program)` are that program's settings under these.
+Some values depend on the model and the shared flags: `base(program)` returns the settings of a program under them.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Base = Callable[[str], Any]
 
 @dataclass(frozen=True)
 class Variant:
-    """One run of a sweep: its name there, its program, and the flags that make it what it is."""
+    """One run of a sweep before its seed: a label, a program and the flags that the sweep varies."""
 
     label: str
     program: str
@@ -26,28 +26,28 @@ def _train(label: str, **flags: Any) -> Variant:
 
 
 def learning_rates(base: Base) -> list[Variant]:
-    """Which learning rate: from too low to too high."""
+    """Vary the learning rate, from too low to too high."""
     rates = [f"{base('train').learning_rate * factor:.3g}" for factor in (0.1, 0.3, 1.0, 3.0, 10.0)]
     return [_train(rate, learning_rate=float(rate)) for rate in rates]
 
 
 def baselines(base: Base) -> list[Variant]:
-    """Whether the mean reward of a group is taken off first."""
+    """Train with and without subtracting the mean reward of the group."""
     return [_train(name.replace("_", "-"), loss_type=name) for name in ("no_baseline", "reinforce_with_baseline")]
 
 
 def length_normalization(base: Base) -> list[Variant]:
-    """Over what tokens are averaged: each response, a constant, the whole batch."""
+    """Average token losses over each response, by a constant, or over the whole batch."""
     return [_train(name.replace("_", "-"), aggregation=name) for name in ("sequence_mean", "constant", "token_mean")]
 
 
 def std_normalization(base: Base) -> list[Variant]:
-    """Whether advantages are divided by the standard deviation of their group."""
+    """Train with and without dividing advantages by the standard deviation of the group."""
     return [_train("std", use_std_normalization=True), _train("no-std", use_std_normalization=False)]
 
 
 def off_policy(base: Base) -> list[Variant]:
-    """How many updates the same rollouts bear: passes over them, and batches of each pass."""
+    """Vary the number of updates per rollout batch: passes over it, and train batches per pass."""
     return [
         _train(f"{epochs}-epochs-of-{parts}", loss_type="grpo_clip", **_reuse(base, epochs, parts))
         for epochs, parts in ((1, 1), (1, 4), (2, 2), (4, 1), (4, 4))
@@ -55,13 +55,13 @@ def off_policy(base: Base) -> list[Variant]:
 
 
 def clip(base: Base) -> list[Variant]:
-    """What the clip is good for, where there are four updates on the same rollouts."""
+    """Train with and without clipping, with four updates per rollout batch."""
     forms = {"clipped": "grpo_clip", "not-clipped": "grpo_no_clip", "no-ratio": "reinforce_with_baseline"}
     return [_train(label, loss_type=name, **_reuse(base, 2, 2)) for label, name in forms.items()]
 
 
 def prompts(base: Base) -> list[Variant]:
-    """The prompt, with the reward that grades what it asks for."""
+    """Vary the prompt, with the reward that grades its format."""
     given = base("train")
     forms = {
         given.prompt_path: given.reward,
@@ -75,30 +75,30 @@ def prompts(base: Base) -> list[Variant]:
 
 
 def objectives(base: Base) -> list[Variant]:
-    """Recipes of papers, each on two updates from the same rollouts."""
+    """Compare the recipes of papers, with two updates per rollout batch."""
     names = ("dr-grpo", "dapo", "gspo", "cispo", "rloo", "maxrl")
     return [_train(name, recipe=name, **_reuse(base, 1, 2)) for name in names]
 
 
 def methods(base: Base) -> list[Variant]:
-    """Demonstrations, right responses of one's own, or rewards: SFT, expert iteration, GRPO."""
+    """Compare SFT, expert iteration and GRPO."""
     return [Variant("sft", "sft", {}), Variant("expert-iteration", "expert_iteration", {}), _train("grpo")]
 
 
 def sft_sizes(base: Base) -> list[Variant]:
-    """How many demonstrations, and whether wrong ones are left out first."""
-    sizes = (128, 256, 512, 1024, None)  # None: all that there are
+    """Vary the number of demonstrations, with and without the wrong ones."""
+    sizes = (128, 256, 512, 1024, None)  # None is all of them
     return [
         Variant(f"{n or 'all'}-{name}", "sft", {"n_examples": n, "correct_only": correct_only})
         for correct_only, name in ((False, "as-they-are"), (True, "right"))
-        # Of the embedded demonstrations 913 are right.
+        # Only 913 of the embedded demonstrations are correct, so 1,024 of them would equal all.
         for n in sizes
         if not (correct_only and n == 1024 and base("sft").model_path == EMBEDDED_MODEL)
     ]
 
 
 def expert_iterations(base: Base) -> list[Variant]:
-    """Responses to a question, passes over those that are right, and questions asked in a step."""
+    """Vary responses per question, passes over the correct ones, and questions per step."""
     n_questions = base("expert_iteration").question_batch_size
     return [
         Variant(
@@ -116,7 +116,7 @@ def expert_iterations(base: Base) -> list[Variant]:
 
 
 def _reuse(base: Base, epochs: int, parts: int) -> dict[str, Any]:
-    """Flags of `epochs` passes over rollouts in `parts` batches each, of micro-batches as they are."""
+    """Return flags for `epochs` passes over the rollouts in `parts` batches each, with unchanged micro-batches."""
     given = base("train")
     flags: dict[str, Any] = {
         "epochs_per_rollout_batch": epochs,
@@ -147,4 +147,4 @@ SHORT: dict[str, dict[str, Any]] = {
     "sft": {"n_val_examples": 128},
     "expert_iteration": {"n_val_examples": 128},
 }
-"""Without a model of one's own: enough of the quickstart to tell settings apart."""
+"""Settings without --model-path: a short quickstart that still shows differences."""

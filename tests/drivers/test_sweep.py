@@ -11,9 +11,9 @@ import pytest
 
 from drivers.common.errors import UsageError
 from drivers.sweep import main
-from drivers.sweeps.plan import Planned, SweepConfig, as_flags, keep_plan, parse_program_flags, plan
+from drivers.sweeps.plan import PlannedRun, SweepConfig, as_flags, keep_plan, parse_program_flags, plan
 from drivers.sweeps.presets import SWEEPS, Variant
-from drivers.sweeps.results import results_of, table_of
+from drivers.sweeps.results import make_table, read_result, write_results
 from tests.drivers.helpers.processes import program_command
 from tests.tiny import save_tiny
 
@@ -91,7 +91,7 @@ def test_plan_list_is_read_from_file(tmp_path):
     assert (clip.loss_type, clip.sampling_stop, sft.epochs) == ("grpo_clip", ("x", "y"), 2)
     assert clip.n_grpo_steps == 15  # a custom list is not shortened
     file.write_text('{"label": "a", "flags": {"seed": 7}}')
-    with pytest.raises(UsageError, match=r"mine.jsonl, a: seed is given to each run by the sweep"):
+    with pytest.raises(UsageError, match=r"mine.jsonl, a: seed is set by the sweep for each run"):
         make_plan(str(file))
     for bad in (
         '{"flags": {}}',
@@ -103,26 +103,26 @@ def test_plan_list_is_read_from_file(tmp_path):
         with pytest.raises(UsageError, match=r"mine.jsonl:1: `label`"):
             make_plan(str(file))
     file.write_text('{"label": "a"}\n{"label": "a"}')
-    with pytest.raises(UsageError, match="names of their own"):
+    with pytest.raises(UsageError, match="each a different label"):
         make_plan(str(file))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "the name of a sweep, a .jsonl file or --grid is required"),
+        ("", "give a preset (see --list), a .jsonl file or --grid"),
         ("baselines --grid seed=1", "one of them"),
-        ("nonsense", "no ready-made sweep, and no .jsonl file; there are learning-rates,"),
+        ("nonsense", "not a preset or a .jsonl file; the presets are learning-rates,"),
         ("none.jsonl", "none.jsonl: cannot be read"),
-        ("baselines --seed 3", "--seed: is given to each run by the sweep"),
-        ("baselines --resume auto", "--resume: is given"),
-        ("baselines --seeds 1 1", "different seeds are required"),
+        ("baselines --seed 3", "--seed: is set by the sweep for each run"),
+        ("baselines --resume auto", "--resume: is set"),
+        ("baselines --seeds 1 1", "give at least one seed, and each seed once"),
         ("baselines --n-grpo-stepz 3", "n-grpo-stepz"),
         ("baselines --group-size 7", "must be a multiple of --group-size 7"),
-        ("--grid seed=1,2", "--grid, 1: seed is given to each run by the sweep"),
-        ("--grid save-dir=a,b learning_rate=1e-5", "save_dir is given to each run"),
-        ("--grid learning_rate", "a setting and its values are required"),
-        ("--grid learning_rate=1e-5,", "a setting and its values are required"),
+        ("--grid seed=1,2", "--grid, 1: seed is set by the sweep for each run"),
+        ("--grid save-dir=a,b learning_rate=1e-5", "save_dir is set by the sweep for each run"),
+        ("--grid learning_rate", "give a setting and its values"),
+        ("--grid learning_rate=1e-5,", "give a setting and its values"),
         ("--grid learning_rate=much", "much"),
     ],
 )
@@ -168,7 +168,7 @@ def test_plan_flags_round_trip():
 
 
 def make_results(folder, label, seed, *accuracies, finished=True):
-    one = Planned(Variant(label, "train", {}), seed, folder / f"{label}-seed{seed}", ())
+    one = PlannedRun(Variant(label, "train", {}), seed, folder / f"{label}-seed{seed}", ())
     one.folder.mkdir(parents=True)
     rows = [
         {"phase": "eval", "step": step, "accuracy": accuracy, "accuracy_stderr": 0.1, "n_examples": 50}
@@ -186,12 +186,12 @@ def test_results_table_has_row_per_label(tmp_path):
         make_results(tmp_path, "a", 0, 0.1, 0.8, 0.6),
         make_results(tmp_path, "a", 1, 0.1, 0.2, 0.4),
         make_results(tmp_path, "b", 0, 0.3, finished=False),
-        Planned(Variant("c", "sft", {}), 0, tmp_path / "never", ()),
+        PlannedRun(Variant("c", "sft", {}), 0, tmp_path / "never", ()),
     ]
-    rows = [results_of(one, status) for one, status in zip(runs, (0, 0, 1, None), strict=True)]
-    assert rows[0]["accuracy"] == 0.6
-    assert (rows[0]["best_accuracy"], rows[0]["best_step"], rows[0]["minutes"]) == (0.8, 1, 1.5)
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table_of(rows).splitlines()]
+    results = [read_result(run, status) for run, status in zip(runs, (0, 0, 1, None), strict=True)]
+    assert results[0].accuracy == 0.6
+    assert (results[0].best_accuracy, results[0].best_step, results[0].minutes) == (0.8, 1, 1.5)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in make_table(results).splitlines()]
     assert cells[0] == ["run", "before", "accuracy", "best", "reward", "minutes", "state"]
     assert cells[2] == ["a", "0.100", "0.500 (0.400 to 0.600)", "0.600", "0.500", "1.5", "2 finished"]
     assert cells[3] == ["b", "0.300", "0.300 (0.191 to 0.438)", "0.300", "0.500", "1.5", "failed"]
@@ -202,16 +202,31 @@ def test_results_table_has_row_per_label(tmp_path):
 def test_results_mean_excludes_unfinished_seeds(tmp_path, others):
     """The first seed failed, so the table has the other one."""
     runs = [make_results(tmp_path, "a", 0, *others, finished=False), make_results(tmp_path, "a", 1, 0.1, 0.8)]
-    rows = [results_of(one, status) for one, status in zip(runs, (1, 0), strict=True)]
-    cells = [cell.strip() for cell in table_of(rows).splitlines()[2].split("|")[1:-1]]
+    results = [read_result(run, status) for run, status in zip(runs, (1, 0), strict=True)]
+    cells = [cell.strip() for cell in make_table(results).splitlines()[2].split("|")[1:-1]]
     assert cells == ["a", "0.100", "0.800 (0.670 to 0.888)", "0.800", "0.500", "1.5", "1 failed, 1 finished"]
+
+
+def test_results_without_report_are_written(tmp_path, monkeypatch, capsys):
+    run = make_results(tmp_path, "a", 0, 0.1, 0.8)
+
+    def fail(*_):
+        raise ValueError("no font")
+
+    monkeypatch.setattr("drivers.sweeps.results.write_report", fail)
+    table = write_results(tmp_path, [run], {"a-seed0": 0})
+    assert (tmp_path / "summary.md").read_text() == table + "\n"
+    (row,) = json.loads((tmp_path / "summary.json").read_text())
+    assert (row["accuracy"], row["state"], row["minutes"]) == (0.8, "finished", 1.5)
+    assert "rollout_entropy" not in row
+    assert "report.html could not be written (no font)" in capsys.readouterr().err
 
 
 def test_sweep_folder_of_other_sweep_is_refused(tmp_path):
     first = make_plan("baselines", save_dir=str(tmp_path))
     keep_plan(tmp_path, first)
     keep_plan(tmp_path, first)
-    with pytest.raises(UsageError, match=r"holds another sweep \(none of these 3 runs is in it"):
+    with pytest.raises(UsageError, match="holds another sweep without any of these 3 runs"):
         keep_plan(tmp_path, make_plan("clip", save_dir=str(tmp_path)))
     with pytest.raises(UsageError, match="no-baseline-seed0 was made by another command"):
         keep_plan(tmp_path, make_plan("baselines", "--group-size", "4", save_dir=str(tmp_path)))
