@@ -1,7 +1,7 @@
-"""Grade a model on held-out questions: `python drivers/evaluate.py --model-path RUN/final_model --data-path FILE`."""
+"""Evaluate a model on question files: `python drivers/evaluate.py --model-path RUN/final_model --data-path FILE`."""
 
 # isort: off
-from drivers.common import environment  # noqa: F401  before torch: OpenMP reads its settings once
+from drivers.common import environment  # noqa: F401  before torch, because OpenMP reads its settings once
 
 # isort: on
 

@@ -1,4 +1,4 @@
-"""Compare two evaluations."""
+"""Read an earlier evaluation and print the comparison with it."""
 
 import json
 import sys
@@ -19,51 +19,7 @@ Values = dict[str, dict[str, float]]
 Rows = dict[str, list[Row]]
 
 
-def read_earlier(config: EvaluateConfig, sets: Mapping[str, Sequence[Example]]) -> tuple[Values, Rows] | None:
-    """Numbers and responses of an earlier evaluation, by data set: the same questions, each asked and graded alike.
-
-    None if `compare_to` is no folder of one: then it is a model.
-    """
-    where = Path(config.compare_to or "")
-    if not (where / "results.json").exists():
-        if (where / "metrics.jsonl").exists():
-            raise UsageError(
-                f"--compare-to {where}: is the folder of a run; a model, as {where / 'final_model'}, or the folder of "
-                "an evaluation is required"
-            )
-        return None
-    try:
-        written = json.loads((where / "results.json").read_text(encoding="utf-8"))
-        before, values = written["config"], dict(written["results"])
-        asked = {name: before[name] for name in ("reward", "reward_mix", *_ASKED_ALIKE)}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"--compare-to {where}: results.json cannot be read ({type(error).__name__}: {error})"
-        ) from error
-    now: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    for name in ("reward", "reward_mix"):
-        if asked[name] != now[name]:
-            raise UsageError(
-                f"--compare-to {where}: was graded with {name}={asked[name]}, and this is {now[name]}; grade both "
-                "alike"
-            )
-    others = [f"{name}={asked[name]} (here {now[name]})" for name in _ASKED_ALIKE if asked[name] != now[name]]
-    if others:
-        print(f"warning: --compare-to {where}: was asked with {', '.join(others)}", file=sys.stderr)
-    rows = [row for _, row in read_jsonl(where / "completions.jsonl")]
-    found: Rows = {}
-    for name, examples in sets.items():
-        expected = [(one.question, one.answer) for one in examples for _ in range(config.n_samples)]
-        found[name] = [row for row in rows if row.get("dataset") == name]
-        if name not in values or [(row.get("question"), row.get("answer")) for row in found[name]] != expected:
-            raise UsageError(
-                f"--compare-to {where}: its responses are not {config.n_samples} to each of the {len(examples)} "
-                f"questions of {name}; evaluate both with the same --data-path, --n-examples and --n-samples"
-            )
-    return values, found
-
-
-_ASKED_ALIKE = (
+_SAMPLING_SETTINGS = (
     "prompt_path",
     "chat_template",
     "system_prompt_path",
@@ -73,11 +29,69 @@ _ASKED_ALIKE = (
     "sampling_max_tokens",
     "sampling_stop",
 )
-"""Settings whose difference may be what is to be measured; it is told."""
+"""Settings that may differ between two evaluations, because their effect may be the question; a warning names them."""
+
+
+def read_earlier(config: EvaluateConfig, sets: Mapping[str, Sequence[Example]]) -> tuple[Values, Rows] | None:
+    """Return the metrics and responses of an earlier evaluation, or None if `compare_to` is not the folder of one.
+
+    Raise UsageError if its questions, its number of responses or its reward differ from those of this evaluation.
+    """
+    folder = Path(config.compare_to or "")
+    if not (folder / "results.json").exists():
+        if (folder / "metrics.jsonl").exists():
+            raise UsageError(
+                f"--compare-to {folder}: is the folder of a run; give a model, such as {folder / 'final_model'}, or "
+                "the folder of an evaluation"
+            )
+        return None
+    try:
+        written = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        values = dict(written["results"])
+        before = {name: written["config"][name] for name in ("reward", "reward_mix", *_SAMPLING_SETTINGS)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"--compare-to {folder}: results.json cannot be read ({type(error).__name__}: {error})"
+        ) from error
+    _check_settings(folder, before, json.loads(json.dumps(asdict(config))))
+    return values, _read_responses(folder, config, sets, values)
+
+
+def _check_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise UsageError if the reward differs; warn if the sampling does."""
+    for name in ("reward", "reward_mix"):
+        if before[name] != now[name]:
+            raise UsageError(
+                f"--compare-to {folder}: was graded with {name}={before[name]} instead of {now[name]}; grade both "
+                "evaluations alike"
+            )
+    differing = [
+        f"{name}={before[name]} (here {now[name]})" for name in _SAMPLING_SETTINGS if before[name] != now[name]
+    ]
+    if differing:
+        print(f"warning: --compare-to {folder}: was sampled with {', '.join(differing)}", file=sys.stderr)
+
+
+def _read_responses(
+    folder: Path, config: EvaluateConfig, sets: Mapping[str, Sequence[Example]], values: Values
+) -> Rows:
+    """Read the responses of an earlier evaluation by data set."""
+    all_rows = [row for _, row in read_jsonl(folder / "completions.jsonl")]
+    rows: Rows = {}
+    for name, examples in sets.items():
+        expected = [(example.question, example.answer) for example in examples for _ in range(config.n_samples)]
+        rows[name] = [row for row in all_rows if row.get("dataset") == name]
+        if name not in values or [(row.get("question"), row.get("answer")) for row in rows[name]] != expected:
+            raise UsageError(
+                f"--compare-to {folder}: its responses are not {config.n_samples} to each of the {len(examples)} "
+                f"questions of {name}; evaluate both with the same --data-path, --n-examples and --n-samples"
+            )
+    return rows
 
 
 def flatten(rows: Mapping[str, Sequence[Row]]) -> list[Row]:
-    return [row for of_set in rows.values() for row in of_set]
+    """Return the responses to all data sets in one list."""
+    return [row for rows_of_set in rows.values() for row in rows_of_set]
 
 
 def print_results(
@@ -88,7 +102,7 @@ def print_results(
     difference: Mapping[str, float] | None,
     compared: Mapping[str, float] | None,
 ) -> None:
-    """What the terminal shows of a data set: numbers with their intervals, examples of each category, and who won."""
+    """Print the metrics of a data set, sample responses of each category, and the comparison if there is one."""
     print(f"\n{name}: {int(values['n_examples'])} questions, {config.n_samples} responses to each")
     for key, value in values.items():
         if key.endswith(("_low", "_high")) or key == "n_examples":
@@ -96,15 +110,18 @@ def print_results(
         interval = f"   {values[f'{key}_low']:.4g} to {values[f'{key}_high']:.4g}" if f"{key}_low" in values else ""
         print(f"  {key:22} {value:.4g}{interval}")
     for category in CATEGORIES:
-        of_it = [row for row in rows if row["category"] == category]
-        for row in of_it[: config.n_shown]:
+        for row in [row for row in rows if row["category"] == category][: config.n_shown]:
             print(f"  {category}: {one_line(row['question'])}")
             print(f"    {one_line(row['response'])}  (answer: {row['answer']})")
     if difference is not None and compared is not None and difference["n_compared"]:
-        low, high = difference["difference_low"], difference["difference_high"]
-        p_value = f", p = {difference['p_value']:.2g}" if "p_value" in difference else ""
-        better, worse, n = (round(difference[key]) for key in ("better_on", "worse_on", "n_compared"))
-        print(
-            f"  against {config.compare_to}, accuracy {compared['accuracy']:.4g}: {difference['difference']:+.4f} "
-            f"({low:+.4f} to {high:+.4f}{p_value}); better on {better} questions, worse on {worse}, of {n}"
-        )
+        _print_difference(config, difference, compared)
+
+
+def _print_difference(config: EvaluateConfig, difference: Mapping[str, float], compared: Mapping[str, float]) -> None:
+    low, high = difference["difference_low"], difference["difference_high"]
+    p_value = f", p = {difference['p_value']:.2g}" if "p_value" in difference else ""
+    better, worse, n_compared = (round(difference[key]) for key in ("better_on", "worse_on", "n_compared"))
+    print(
+        f"  against {config.compare_to}, accuracy {compared['accuracy']:.4g}: {difference['difference']:+.4f} "
+        f"({low:+.4f} to {high:+.4f}{p_value}); better on {better} questions, worse on {worse}, of {n_compared}"
+    )

@@ -1,7 +1,8 @@
-"""What a model's responses to a set of questions come to: categories, several tries, and two models side by side."""
+"""Summarize the graded responses to a set of questions, and compare two models on the same questions."""
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from statistics import NormalDist, fmean, stdev
 from typing import Any
@@ -22,26 +23,34 @@ Row = Mapping[str, Any]
 
 
 CATEGORIES = ("both", "format_only", "neither")
-"""Format and answer are right; the format alone; not even that."""
+"""Correct format and answer, correct format only, and neither."""
 
 
-_RIGHT = "right\n"
-"""No answer that is spelled out."""
+REWARDS_WITH_VOTES = ("r1_zero", "question_only")
+"""Rewards that know where a response has its answer."""
 
 
+_Z = NormalDist().inv_cdf(0.975)
+"""Half-width of a two-sided 95 % interval in standard errors."""
+
+
+_CORRECT = "correct\n"
+"""Vote of all correct answers. No answer contains a newline, so no wrong answer can be equal to it."""
+
+
+# --- one response ----------------------------------------------------------------------------------------------------
 def category_of(row: Row) -> str | None:
-    """None where the reward does not tell the two apart, or the response could not be scored."""
-    formatted, right = row.get("format_reward"), row.get("answer_reward")
-    if formatted is None or right is None:
+    """Return the category of a response, or None if it is unscored or the reward has no format and answer parts."""
+    format_reward, answer_reward = row.get("format_reward"), row.get("answer_reward")
+    if format_reward is None or answer_reward is None:
         return None
-    return "both" if formatted == 1 and right == 1 else "format_only" if formatted == 1 else "neither"
+    if format_reward != 1:
+        return "neither"
+    return "both" if answer_reward == 1 else "format_only"
 
 
 def vote_of(response: str, reward: str) -> str | None:
-    """The answer that a response gives, in the form in which equal ones are counted; None is no vote.
-
-    Of a reward of the user's own nobody knows where an answer stands.
-    """
+    """Return the normalized answer of a response, or None if it has no answer or the reward has no votes."""
     answer: str | None = None
     if reward == "r1_zero":
         tagged = extract_answer(response)
@@ -51,64 +60,83 @@ def vote_of(response: str, reward: str) -> str | None:
     return normalize_answer(answer) or None if answer else None
 
 
-def by_question(rows: Sequence[Row]) -> list[list[Row]]:
-    """The responses to each question, which stand together in completions.jsonl."""
-    return [list(of_question) for _, of_question in groupby(rows, key=lambda row: row["question_number"])]
-
-
-def correctness_values(of_question: Sequence[Row]) -> list[float]:
-    """1 or 0 of each response that could be scored: its answer reward, or where there is none, its reward."""
-    values = [row.get("answer_reward", row["reward"]) for row in of_question]
+def correctness_values(rows: Sequence[Row]) -> list[float]:
+    """Return the answer reward of each scored response, or its reward if there is no answer reward."""
+    values = [row.get("answer_reward", row["reward"]) for row in rows]
     return [float(value) for value in values if value is not None]
 
 
-def describe(rows: Sequence[Row], reward: str) -> dict[str, float]:
-    """What several responses to a question, and the categories, add to the rates of `evaluate_policy`.
+def by_question(rows: Sequence[Row]) -> list[list[Row]]:
+    """Split rows by question; the responses to a question are adjacent in completions.jsonl."""
+    return [list(responses) for _, responses in groupby(rows, key=lambda row: row["question_number"])]
 
-    Each with its 95 % interval over questions. `avg_at_n` is the mean, `pass_at_k` one right of k (unbiased),
-    `maj_at_k` the most frequent answer of k: of the first k responses to a question, the next k, and so on. What is
-    no rate, for the reward leaves [0, 1], is none here.
+
+# --- several responses per question ----------------------------------------------------------------------------------
+def summarize(rows: Sequence[Row], reward: str) -> dict[str, float]:
+    """Return the rates that need all responses, with their 95 % intervals over questions.
+
+    `avg_at_n` is the mean answer reward, `pass_at_k` the probability that one of k responses is correct (unbiased),
+    and `maj_at_k` the accuracy of the most frequent answer of k responses: the first k of a question, the next k, and
+    so on. Rates are omitted if a reward leaves [0, 1].
     """
     questions = by_question(rows)
-    n = max(map(len, questions))
-    values: dict[str, float] = {}
-    categories = [category for row in rows if (category := category_of(row)) is not None]
-    for name in CATEGORIES if categories else ():
-        values[f"category_{name}"] = categories.count(name) / len(categories)
-    scored = [found for of_question in questions if (found := correctness_values(of_question))]
-    if not scored or not all(0 <= value <= 1 for found in scored for value in found):
+    n_samples = max(map(len, questions))
+    values = _category_shares(rows)
+    scored = [correct for correct in map(correctness_values, questions) if correct]
+    if not scored or not all(0 <= value <= 1 for correct in scored for value in correct):
         return values
-    for name in ("accuracy", f"avg_at_{n}")[: 1 + (n > 1)]:
-        values |= _with_interval(name, [fmean(found) for found in scored])
-    for k in tries(n) if n > 1 else ():
-        enough = [found for found in scored if len(found) >= k]
-        if enough:
-            right = torch.tensor([sum(value == 1 for value in found) for found in enough])
-            of = torch.tensor([len(found) for found in enough])
-            values |= _with_interval(f"pass_at_{k}", estimate_pass_at_k(right, of, k).tolist())
-        votes = [_majorities(of_question, k, reward) for of_question in questions]
-        if k > 1 and any(row_votes is not None for row_votes in votes):
-            values |= _with_interval(f"maj_at_{k}", [vote for vote in votes if vote is not None])
+    means = [fmean(correct) for correct in scored]
+    values |= _with_interval("accuracy", means)
+    if n_samples == 1:
+        return values
+    values |= _with_interval(f"avg_at_{n_samples}", means)
+    for k in sample_counts(n_samples):
+        values |= _pass_at_k(scored, k)
+        if k > 1:
+            values |= _majority_at_k(questions, k, reward)
     return values
 
 
-def tries(n: int) -> list[int]:
-    """1, 2, 4 and so on, and n itself."""
-    return sorted({2**power for power in range(n.bit_length())} | {n})
+def sample_counts(n_samples: int) -> list[int]:
+    """Return the powers of two up to the number of samples, and that number."""
+    return sorted({2**power for power in range(n_samples.bit_length())} | {n_samples})
 
 
-def _majorities(of_question: Sequence[Row], k: int, reward: str) -> float | None:
-    """maj@k of one question: the mean over its responses taken k at a time. None without votes to count."""
-    if reward not in ("r1_zero", "question_only") or len(of_question) < k:
-        return None
-    taken = [of_question[start : start + k] for start in range(0, len(of_question) - k + 1, k)]
-    # What is right is one answer, however it is spelled: its votes are not split.
-    answers = [
-        [_RIGHT if row.get("answer_reward") == 1 else vote_of(row["response"], reward) for row in some]
-        for some in taken
+def _category_shares(rows: Sequence[Row]) -> dict[str, float]:
+    categories = [category for category in map(category_of, rows) if category is not None]
+    if not categories:
+        return {}
+    return {f"category_{name}": categories.count(name) / len(categories) for name in CATEGORIES}
+
+
+def _pass_at_k(scored: Sequence[Sequence[float]], k: int) -> dict[str, float]:
+    """Return pass@k over the questions with at least k scored responses."""
+    enough = [correct for correct in scored if len(correct) >= k]
+    if not enough:
+        return {}
+    n_correct = torch.tensor([sum(value == 1 for value in correct) for correct in enough])
+    n_scored = torch.tensor([len(correct) for correct in enough])
+    return _with_interval(f"pass_at_{k}", estimate_pass_at_k(n_correct, n_scored, k).tolist())
+
+
+def _majority_at_k(questions: Sequence[Sequence[Row]], k: int, reward: str) -> dict[str, float]:
+    """Return maj@k over the questions with at least k responses, for rewards that have votes."""
+    if reward not in REWARDS_WITH_VOTES:
+        return {}
+    accuracies = [_majority_accuracy(responses, k, reward) for responses in questions if len(responses) >= k]
+    return _with_interval(f"maj_at_{k}", accuracies) if accuracies else {}
+
+
+def _majority_accuracy(responses: Sequence[Row], k: int, reward: str) -> float:
+    """Average the majority's accuracy over the responses to a question, taken k at a time."""
+    batches = [responses[start : start + k] for start in range(0, len(responses) - k + 1, k)]
+    is_correct = [[row.get("answer_reward") == 1 for row in batch] for batch in batches]
+    # All correct answers share one vote, so that different spellings do not split it.
+    votes = [
+        [_CORRECT if row.get("answer_reward") == 1 else vote_of(row["response"], reward) for row in batch]
+        for batch in batches
     ]
-    is_correct = [[row.get("answer_reward") == 1 for row in some] for some in taken]
-    return compute_majority_accuracy(answers, is_correct).mean().item()
+    return compute_majority_accuracy(votes, is_correct).mean().item()
 
 
 def _with_interval(name: str, values: Sequence[float]) -> dict[str, float]:
@@ -116,44 +144,80 @@ def _with_interval(name: str, values: Sequence[float]) -> dict[str, float]:
     return {name: mean, f"{name}_low": low, f"{name}_high": high}
 
 
-def compare(rows: Sequence[Row], other: Sequence[Row]) -> dict[str, float]:
-    """How much more often `rows` are right than `other`: question by question, for both were asked the same ones.
+# --- two models on the same questions --------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class PairedQuestion:
+    """The correctness of both models' responses to one question."""
 
-    Questions whose responses could not all be scored, on either side, are left out; `n_compared` are the others.
-    `p_value` is that of the paired permutation test, for rewards of 0 and 1. The interval is Agresti and Min's (2005,
-    doi:10.1002/sim.1781), which does not shrink to a point where all questions agree; beyond [0, 1] that of a normal
-    mean. It holds 0 where the exact test, at 5 %, finds no difference.
+    ours: list[float]
+    theirs: list[float]
+
+    @property
+    def difference(self) -> float:
+        return (sum(self.ours) - sum(self.theirs)) / len(self.ours)
+
+    @property
+    def values(self) -> list[float]:
+        return [*self.ours, *self.theirs]
+
+
+def compare(rows: Sequence[Row], other_rows: Sequence[Row]) -> dict[str, float]:
+    """Return the difference in accuracy between two models, paired by question.
+
+    Questions with an unscored response of either model are excluded; `n_compared` counts the others. The interval and
+    the test are computed separately. The interval is approximate, so near the limit it may exclude 0 although the
+    exact test finds no difference at 5 %.
     """
-    pairs, are_binary, all_within = [], True, True
-    for ours, theirs in zip(by_question(rows), by_question(other), strict=True):
-        right, right_there = correctness_values(ours), correctness_values(theirs)
-        are_binary &= {*right, *right_there} <= {0.0, 1.0}
-        all_within &= all(0 <= value <= 1 for value in (*right, *right_there))
-        if len(right) == len(ours) and len(right_there) == len(theirs) == len(ours):
-            pairs.append((sum(right), sum(right_there), len(ours)))
+    questions = [(ours, theirs) for ours, theirs in zip(by_question(rows), by_question(other_rows), strict=True)]
+    scored = [PairedQuestion(correctness_values(ours), correctness_values(theirs)) for ours, theirs in questions]
+    pairs = [
+        pair
+        for pair, (ours, theirs) in zip(scored, questions, strict=True)
+        if len(pair.ours) == len(ours) == len(theirs) == len(pair.theirs)
+    ]
     if not pairs:
         return {"n_compared": 0.0}
-    differences = [(ours - theirs) / n for ours, theirs, n in pairs]
-    mean, z = fmean(differences), NormalDist().inv_cdf(0.975)
-    if all_within:  # two more questions, on which all that can come out does, each half a time
-        n, total, squares = len(pairs) + 2, sum(differences), sum(difference**2 for difference in differences) + 1
-        low, high = (total / n + side * z * math.sqrt((squares / n - (total / n) ** 2) / n) for side in (-1, 1))
-        low, high = max(-1.0, low), min(1.0, high)
-    else:
-        half = z * stdev(differences) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.inf
-        low, high = mean - half, mean + half
-    test = {}
-    if are_binary:
-        counts = torch.tensor([round(ours - theirs) for ours, theirs, _ in pairs])
-        test["p_value"] = compute_sign_flip_p_value(counts)
-        if test["p_value"] >= 0.05:
-            low, high = min(low, 0.0), max(high, 0.0)
-    return {
-        "difference": mean,
-        "difference_low": min(low, mean),
-        "difference_high": max(high, mean),
+    values = {value for pair in scored for value in pair.values}
+    differences = [pair.difference for pair in pairs]
+    are_rates = all(0 <= value <= 1 for value in values)
+    low, high = agresti_min_interval(differences) if are_rates else normal_interval(differences)
+    result = {
+        "difference": fmean(differences),
+        "difference_low": low,
+        "difference_high": high,
         "better_on": float(sum(difference > 0 for difference in differences)),
         "worse_on": float(sum(difference < 0 for difference in differences)),
         "n_compared": float(len(pairs)),
-        **test,
     }
+    if values <= {0.0, 1.0}:
+        result["p_value"] = sign_flip_test(pairs)
+    return result
+
+
+def agresti_min_interval(differences: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of paired differences in [-1, 1].
+
+    Agresti and Min (2005, doi:10.1002/sim.1781) add half a question to each of the four outcomes of two binary
+    responses. These two questions add 0 to the sum of the differences and 1 to the sum of their squares, and keep the
+    interval from shrinking to a point if all questions agree.
+    """
+    n = len(differences) + 2
+    mean = sum(differences) / n
+    mean_square = (sum(difference**2 for difference in differences) + 1) / n
+    half_width = _Z * math.sqrt((mean_square - mean**2) / n)
+    return max(-1.0, mean - half_width), min(1.0, mean + half_width)
+
+
+def normal_interval(differences: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of a mean with a normal distribution; a single difference has an infinite one."""
+    mean = fmean(differences)
+    if len(differences) == 1:
+        return -math.inf, math.inf
+    half_width = _Z * stdev(differences) / math.sqrt(len(differences))
+    return mean - half_width, mean + half_width
+
+
+def sign_flip_test(pairs: Sequence[PairedQuestion]) -> float:
+    """Return the p-value of the exact paired permutation test of binary rewards."""
+    counts = torch.tensor([round(sum(pair.ours) - sum(pair.theirs)) for pair in pairs])
+    return compute_sign_flip_p_value(counts)

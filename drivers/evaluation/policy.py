@@ -23,27 +23,28 @@ def evaluate_policy(
     n_shown: int = 0,
     tokenizer: Any = None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Rates over all responses that could be scored, and a row per response. The standard error is over questions.
+    """Sample and grade responses. Return the metrics and a row per response.
 
-    The first `n_shown` rows have the tokens too.
+    Metrics are over all scored responses, and the standard error of the accuracy is over questions. The first
+    `n_shown` rows include their tokens.
     """
     completions = engine.generate([question.prompt_token_ids for question in questions], sampling, seed=seed)
-    asked = [question for question in questions for _ in range(sampling.n)]
+    question_of = [question for question in questions for _ in range(sampling.n)]
     graded = grade_all(
         grade,
         [completion.text for completion in completions],
-        [question.answer for question in asked],
-        [question.example.question for question in asked],
+        [question.answer for question in question_of],
+        [question.example.question for question in question_of],
     )
-    rows = [describe_sample(*one) for one in zip(asked, completions, graded, strict=True)]
+    rows = [
+        describe_sample(question, completion, verdict)
+        for question, completion, verdict in zip(question_of, completions, graded, strict=True)
+    ]
     for row, completion in zip(rows[:n_shown], completions, strict=False):
         row |= describe_tokens(completion, tokenizer)
-    # By question. A reward function that tells no answer reward is taken at its reward.
-    parts = [graded[start : start + sampling.n] for start in range(0, len(graded), sampling.n)]
-    answered = [found for part in parts if (found := _values(part, "answer_reward", "reward"))]
     values = {
-        **_accuracy([fmean(of_question) for of_question in answered]),
-        **{name: fmean(found) for name in STANDARD if (found := _values(graded, name))},
+        **_accuracy(_mean_by_question(graded, sampling.n)),
+        **_mean_scores(graded),
         **describe_grades(graded),
         **describe_completions(completions),
         "n_examples": float(len(questions)),
@@ -51,17 +52,30 @@ def evaluate_policy(
     return values, rows
 
 
-def _values(graded: Sequence[Graded], *names: str) -> list[float]:
-    """Of the responses that could be scored: what stands under the first of these names that there is."""
+def _mean_by_question(graded: Sequence[Graded], n_samples: int) -> list[float]:
+    """Average the answer reward of each question with a scored response; without one, average the reward."""
+    groups = [graded[start : start + n_samples] for start in range(0, len(graded), n_samples)]
+    scores = [_scores(group, "answer_reward", "reward") for group in groups]
+    return [fmean(values) for values in scores if values]
+
+
+def _mean_scores(graded: Sequence[Graded]) -> dict[str, float]:
+    """Average each standard part of the reward over the responses that have it."""
+    scores = {name: _scores(graded, name) for name in STANDARD}
+    return {name: fmean(values) for name, values in scores.items() if values}
+
+
+def _scores(graded: Sequence[Graded], *names: str) -> list[float]:
+    """Return, for each scored response, its score under the first of the names that it has."""
     scored = [verdict.scores for verdict in graded if verdict.is_scored]
     values = [next((scores[name] for name in names if name in scores), None) for scores in scored]
     return [value for value in values if value is not None]
 
 
-def _accuracy(of_questions: Sequence[float]) -> dict[str, float]:
-    """And its standard error; nothing where no response could be scored."""
-    if not of_questions:
+def _accuracy(question_means: Sequence[float]) -> dict[str, float]:
+    """Return the accuracy and its standard error, or nothing if no response was scored."""
+    if not question_means:
         return {}
-    accuracy = fmean(of_questions)
-    variance = sum((value - accuracy) ** 2 for value in of_questions) / max(1, len(of_questions) - 1)
-    return {"accuracy": accuracy, "accuracy_stderr": math.sqrt(variance / len(of_questions))}
+    accuracy = fmean(question_means)
+    variance = sum((value - accuracy) ** 2 for value in question_means) / max(1, len(question_means) - 1)
+    return {"accuracy": accuracy, "accuracy_stderr": math.sqrt(variance / len(question_means))}

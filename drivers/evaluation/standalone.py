@@ -14,7 +14,7 @@ from drivers.common.errors import UsageError
 from drivers.engines.factory import make_engine
 from drivers.engines.options import EngineOptions
 from drivers.evaluation.comparison import Rows, Values, flatten, print_results, read_earlier
-from drivers.evaluation.outcomes import category_of, compare, describe
+from drivers.evaluation.outcomes import category_of, compare, summarize
 from drivers.evaluation.policy import evaluate_policy
 from drivers.grading.pool import start_grading
 from drivers.grading.verdicts import Grader
@@ -29,7 +29,7 @@ from drivers.tasks.questions import Example, Prompt, Question, load_examples, lo
 
 
 def evaluate(config: EvaluateConfig) -> Path:
-    """Everything from the flags to the files on disk. Returns the folder that holds them."""
+    """Evaluate the model, write the files and print the results. Return the folder of the files."""
     sets = load_sets(config)
     check_file(config.reward)
     prompt = load_prompt(config.prompt_path, config.chat_template, config.system_prompt_path)
@@ -37,23 +37,23 @@ def evaluate(config: EvaluateConfig) -> Path:
     earlier = None if config.compare_to is None else read_earlier(config, sets)
     with start_grading(config, lambda text: print(f"warning: {text}", file=sys.stderr)) as grade:
         models = [config.model_path] + ([] if config.compare_to is None or earlier else [config.compare_to])
-        asked = [tokenize_questions(config, sets, prompt, model) for model in models]
+        inputs = [tokenize_questions(config, sets, prompt, model) for model in models]
         folder = create_run_folder("--output-dir", config.output_dir, "evaluate", marker="results.json")
         try:
-            values, rows = sample_and_grade(config, asked[0], device, grade)
+            values, rows = sample_and_grade(config, inputs[0], device, grade)
             write_jsonl(folder / "completions.jsonl", flatten(rows))
             compared, others = earlier or ({}, None)
-            if len(asked) > 1:
-                compared, others = sample_and_grade(config, asked[1], device, grade)
+            if len(inputs) > 1:
+                compared, others = sample_and_grade(config, inputs[1], device, grade)
                 write_jsonl(folder / "completions_compared.jsonl", flatten(others))
         except BaseException:
             abandon_run_folder(folder, "results.json")
             raise
-    results = {name: values[name] | describe(rows[name], config.reward) for name in sets}
+    results = {name: values[name] | summarize(rows[name], config.reward) for name in sets}
     written: dict[str, Any] = {"results": results, "comparison": {}, "compared": {}}
     if others is not None:
         written["comparison"] = {name: compare(rows[name], others[name]) for name in sets}
-        written["compared"] = {name: compared[name] | describe(others[name], config.reward) for name in sets}
+        written["compared"] = {name: compared[name] | summarize(others[name], config.reward) for name in sets}
     written |= {"config": asdict(config), "environment": describe_environment()}
     write_json(folder / "results.json", written)
     for name in sets:
@@ -65,17 +65,17 @@ def evaluate(config: EvaluateConfig) -> Path:
 
 
 def load_sets(config: EvaluateConfig) -> dict[str, list[Example]]:
-    """The questions of each file, by a name that is short: that of the file, if no other has it."""
+    """Load the questions of each file by its name, or by its path if two files have the same name."""
     stems = [Path(path).stem for path in config.data_path]
     names = [stem if stems.count(stem) == 1 else path for stem, path in zip(stems, config.data_path, strict=True)]
     if len(set(names)) < len(names):
-        raise UsageError(f"--data-path {' '.join(config.data_path)}: the same file twice; name each once")
+        raise UsageError(f"--data-path {' '.join(config.data_path)}: a file is given twice; give each file once")
     sets = zip(names, config.data_path, strict=True)
     return {name: load_examples("--data-path", path)[: config.n_examples] for name, path in sets}
 
 
 class ModelInputs(NamedTuple):
-    """A model, and the questions in its tokens."""
+    """A model and the questions as its tokens."""
 
     model_path: str
     tokenizer: Any
@@ -85,38 +85,43 @@ class ModelInputs(NamedTuple):
 def tokenize_questions(
     config: EvaluateConfig, sets: Mapping[str, Sequence[Example]], prompt: Prompt, model: str
 ) -> ModelInputs:
+    """Tokenize the questions of all data sets with the model's tokenizer."""
     model_path = resolve_model(model)
     tokenizer = load_tokenizer(model_path, for_chat=config.chat_template)
     context = context_length(model_path)
     make = partial(make_questions, max_new_tokens=config.sampling_max_tokens, context=context)
-    return ModelInputs(model_path, tokenizer, {name: make(some, prompt, tokenizer) for name, some in sets.items()})
+    return ModelInputs(
+        model_path, tokenizer, {name: make(examples, prompt, tokenizer) for name, examples in sets.items()}
+    )
 
 
 def sample_and_grade(
-    config: EvaluateConfig, asked: ModelInputs, device: torch.device, grade: Grader
+    config: EvaluateConfig, inputs: ModelInputs, device: torch.device, grade: Grader
 ) -> tuple[Values, Rows]:
-    """`evaluate_policy` of each data set, with the model and the engine that the settings name."""
+    """Load a model, sample and grade its responses to each data set. Return metrics and rows by data set."""
     dtype = choose_dtype(config.dtype, device)
-    policy = load_policy(asked.model_path, device, dtype)
+    policy = load_policy(inputs.model_path, device, dtype)
     options = EngineOptions(
-        model_path=asked.model_path,
+        model_path=inputs.model_path,
         device=device,
         dtype=dtype,
-        max_model_len=max(q.n_tokens(config.sampling_max_tokens) for some in asked.questions.values() for q in some),
+        max_model_len=max(
+            q.n_tokens(config.sampling_max_tokens) for questions in inputs.questions.values() for q in questions
+        ),
         seed=config.seed,
         gpu_memory_utilization=config.gpu_memory_utilization,
         reserved_bytes=sum(p.numel() * p.element_size() for p in policy.parameters()),
     )
-    engine = make_engine(config.engine, options, WeightGatherer(policy, dtype), asked.tokenizer)
+    engine = make_engine(config.engine, options, WeightGatherer(policy, dtype), inputs.tokenizer)
     values: Values = {}
     rows: Rows = {}
     try:
         engine.load_weights(0)
-        for name, questions in asked.questions.items():
-            values[name], found = evaluate_policy(engine, questions, config.sampling, grade, seed=config.seed)
+        for name, questions in inputs.questions.items():
+            values[name], responses = evaluate_policy(engine, questions, config.sampling, grade, seed=config.seed)
             rows[name] = [
                 {"dataset": name, "question_number": number // config.n_samples, "category": category_of(row), **row}
-                for number, row in enumerate(found)
+                for number, row in enumerate(responses)
             ]
     finally:
         engine.close()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from drivers.common.errors import UsageError
 from drivers.evaluate import main
-from drivers.evaluation.outcomes import category_of, compare, describe, vote_of
+from drivers.evaluation.outcomes import agresti_min_interval, category_of, compare, summarize, vote_of
 from drivers.evaluation.standalone import load_sets
 from drivers.settings.evaluate import EvaluateConfig
 from grpo_core import r1_zero_reward_fn
@@ -40,7 +40,7 @@ def rows_of(*questions):
 
 @given(st.lists(st.lists(st.sampled_from([RIGHT, WRONG, FORMLESS]), min_size=4, max_size=4), min_size=1, max_size=5))
 def test_summarize_several_samples_equals_definitions(questions):
-    values = describe(rows_of(*questions), "r1_zero")
+    values = summarize(rows_of(*questions), "r1_zero")
     is_right = [[response == RIGHT for response in responses] for responses in questions]
     assert values["avg_at_4"] == pytest.approx(fmean(fmean(row) for row in is_right))
     for k in (1, 2, 4):
@@ -62,20 +62,20 @@ def test_summarize_several_samples_equals_definitions(questions):
 
 
 def test_summarize_unscored_is_excluded():
-    values = describe(rows_of([RIGHT, "unscored"], ["unscored", "unscored"]), "r1_zero")
+    values = summarize(rows_of([RIGHT, "unscored"], ["unscored", "unscored"]), "r1_zero")
     assert (values["category_both"], values["avg_at_2"], values["pass_at_1"]) == (1.0, 1.0, 1.0)
     assert "pass_at_2" not in values  # no question has two scored samples
     assert values["maj_at_2"] == 0.5
-    assert describe(rows_of(["unscored"]), "r1_zero") == {}
+    assert summarize(rows_of(["unscored"]), "r1_zero") == {}
 
 
 def test_summarize_custom_reward_has_no_votes_or_categories():
     rows = [{"question_number": 0, "question": "q", "answer": "a", "response": "x", "reward": 0.3}] * 2
-    values = describe(rows, "mine.py:reward")
+    values = summarize(rows, "mine.py:reward")
     assert values["avg_at_2"] == pytest.approx(0.3)
     assert not any(name.startswith(("maj", "category")) for name in values)
     # A reward outside [0, 1] is not a rate.
-    assert describe([rows[0] | {"reward": 3.0}] * 2, "mine.py:reward") == {}
+    assert summarize([rows[0] | {"reward": 3.0}] * 2, "mine.py:reward") == {}
 
 
 @pytest.mark.parametrize(
@@ -89,11 +89,11 @@ def test_summarize_votes_merge_spellings_of_right_answer(answers, share):
         for one in responses
         for right in [r1_zero_reward_fn(one, "0.5")["answer_reward"]]
     ]
-    assert describe(rows, "r1_zero")["maj_at_4"] == share
+    assert summarize(rows, "r1_zero")["maj_at_4"] == share
 
 
 def test_summarize_any_sample_count_has_pass_at_all():
-    values = describe(rows_of([RIGHT] * 2 + [WRONG] * 8), "r1_zero")
+    values = summarize(rows_of([RIGHT] * 2 + [WRONG] * 8), "r1_zero")
     assert [name for name in values if re.fullmatch(r"pass_at_\d+", name)] == [
         f"pass_at_{k}" for k in (1, 2, 4, 8, 10)
     ]
@@ -150,13 +150,22 @@ def test_compare_real_difference_is_significant():
 
 
 @pytest.mark.parametrize(("wins", "ties"), [(1, 0), (5, 0), (0, 3), (20, 0), (2, 100)])
-def test_compare_interval_has_width_and_agrees_with_test(wins, ties):
+def test_compare_interval_has_width(wins, ties):
     questions = [([RIGHT], [WRONG])] * wins + [([WRONG], [WRONG])] * ties
     found = compare(rows_of(*(ours for ours, _ in questions)), rows_of(*(theirs for _, theirs in questions)))
     low, high = found["difference_low"], found["difference_high"]
     assert -1 <= low < high <= 1
     assert low <= found["difference"] <= high
-    assert (low > 0) == (found["p_value"] < 0.05)
+    assert (low, high) == agresti_min_interval([1.0] * wins + [0.0] * ties)
+    assert found["p_value"] == pytest.approx(min(1.0, 2 * 0.5**wins))
+
+
+def test_compare_interval_and_test_are_separate():
+    """Five wins out of five: the exact test is not significant at 5 %, and the approximate interval excludes 0."""
+    found = compare(rows_of(*[[RIGHT]] * 5), rows_of(*[[WRONG]] * 5))
+    assert found["p_value"] == 0.0625
+    assert found["difference_low"] == pytest.approx(5 / 7 - 1.959964 * math.sqrt(6 / 7 - 25 / 49) / math.sqrt(7), abs=1e-6)
+    assert found["difference_high"] == 1.0
 
 
 @given(st.lists(st.sampled_from([(RIGHT, RIGHT), (RIGHT, WRONG), (WRONG, RIGHT), (WRONG, WRONG)]), min_size=1))
@@ -166,12 +175,9 @@ def test_compare_interval_equals_agresti_min(pairs):
     n = len(pairs) + 2
     better, worse = (pairs.count(kind) + 0.5 for kind in ((RIGHT, WRONG), (WRONG, RIGHT)))
     half = 1.959964 * math.sqrt((better + worse) - (better - worse) ** 2 / n) / n
-    low, high = max(-1, (better - worse) / n - half), min(1, (better - worse) / n + half)
-    if found["p_value"] >= 0.05:
-        low, high = min(low, 0), max(high, 0)
-    difference = found["difference"]
-    assert found["difference_low"] == pytest.approx(min(low, difference), abs=1e-6)
-    assert found["difference_high"] == pytest.approx(max(high, difference), abs=1e-6)
+    assert found["difference_low"] == pytest.approx(max(-1, (better - worse) / n - half), abs=1e-6)
+    assert found["difference_high"] == pytest.approx(min(1, (better - worse) / n + half), abs=1e-6)
+    assert found["difference_low"] <= found["difference"] <= found["difference_high"]
 
 
 def test_compare_fractional_rewards_have_no_exact_test():
@@ -213,7 +219,7 @@ def test_results_keys_are_documented():
         name for row in re.findall(r"^\| (`.*?) \|", page, flags=re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
     }
     rows = rows_of([RIGHT] * 4, [WRONG] * 4)
-    found = describe(rows, "r1_zero") | compare(rows, rows)
+    found = summarize(rows, "r1_zero") | compare(rows, rows)
     plain = {re.sub("^avg_at_4$", "avg_at_n", re.sub("_(low|high)$", "", name)) for name in found} - {"accuracy"}
     assert plain == documented
 
@@ -271,8 +277,8 @@ def test_evaluate_other_grading_is_not_compared(tmp_path, tiny_flags, capsys):
         main([*tiny_flags, *changed, "--compare-to", str(folder), "--output-dir", str(tmp_path / "next")])
 
     for folder, changed, message in (
-        ("first", ["--reward", "r1_zero"], "was graded with reward=question_only, and this is r1_zero"),
-        ("run", [], "is the folder of a run; a model, as"),
+        ("first", ["--reward", "r1_zero"], "was graded with reward=question_only instead of r1_zero"),
+        ("run", [], "is the folder of a run; give a model, such as"),
         ("damaged", [], "results.json cannot be read"),
     ):
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -284,7 +290,7 @@ def test_evaluate_other_grading_is_not_compared(tmp_path, tiny_flags, capsys):
         assert message in capsys.readouterr().err
     compare_to(tmp_path / "first", "--sampling-temperature", "0.5", "--sampling-top-p", "0.5")
     output = capsys.readouterr().err
-    assert "was asked with sampling_temperature=1.0 (here 0.5), sampling_top_p=1.0 (here 0.5)" in output
+    assert "was sampled with sampling_temperature=1.0 (here 0.5), sampling_top_p=1.0 (here 0.5)" in output
 
 
 @pytest.mark.slow
@@ -313,5 +319,5 @@ def test_evaluate_equal_file_names_get_distinct_labels(tmp_path):
         (tmp_path / folder / "test.jsonl").write_text('{"question": "q", "answer": "1"}')
     paths = tuple(str(tmp_path / folder / "test.jsonl") for folder in ("x", "y"))
     assert list(load_sets(EvaluateConfig(data_path=paths))) == list(paths)
-    with pytest.raises(UsageError, match="the same file twice"):
+    with pytest.raises(UsageError, match="a file is given twice"):
         load_sets(EvaluateConfig(data_path=(paths[0], paths[0])))
