@@ -20,8 +20,8 @@ STOPPED = 130
 """Exit status of a run that was stopped by a signal."""
 
 
-PRINTED_LINES = ("step ", "eval at", "Done", "Nothing is left", "Resum", "Going on", "warning")
-"""Beginnings of the output lines that the sweep prints; the log of a run has all lines."""
+PRINTED_STARTS = ("step ", "eval at", "Done", "Resuming", "warning")
+"""Starts of the output lines that the sweep prints; the log of a run has all lines."""
 
 
 class Runner:
@@ -110,6 +110,6 @@ def _follow(run: PlannedRun, process: "subprocess.Popen[str]") -> str:
             log.write(line)
             log.flush()
             last_line = line.strip() or last_line
-            if line.startswith(PRINTED_LINES):
+            if line.startswith(PRINTED_STARTS) or "is already complete" in line:
                 print(f"  {run.name}: {line.rstrip()}", flush=True)
     return last_line

@@ -164,7 +164,9 @@ def test_compare_interval_and_test_are_separate():
     """Five wins out of five: the exact test is not significant at 5 %, and the approximate interval excludes 0."""
     found = compare(rows_of(*[[RIGHT]] * 5), rows_of(*[[WRONG]] * 5))
     assert found["p_value"] == 0.0625
-    assert found["difference_low"] == pytest.approx(5 / 7 - 1.959964 * math.sqrt(6 / 7 - 25 / 49) / math.sqrt(7), abs=1e-6)
+    assert found["difference_low"] == pytest.approx(
+        5 / 7 - 1.959964 * math.sqrt(6 / 7 - 25 / 49) / math.sqrt(7), abs=1e-6
+    )
     assert found["difference_high"] == 1.0
 
 
