@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from drivers.common.display import one_line
 from drivers.common.errors import UsageError
@@ -17,6 +17,13 @@ Values = dict[str, dict[str, float]]
 
 
 Rows = dict[str, list[Row]]
+
+
+class Evaluation(NamedTuple):
+    """Metrics and responses by data set."""
+
+    values: Values
+    rows: Rows
 
 
 _SAMPLING_SETTINGS = (
@@ -32,8 +39,8 @@ _SAMPLING_SETTINGS = (
 """Settings that may differ between two evaluations, because their effect may be the question; a warning names them."""
 
 
-def read_earlier(config: EvaluateConfig, sets: Mapping[str, Sequence[Example]]) -> tuple[Values, Rows] | None:
-    """Return the metrics and responses of an earlier evaluation, or None if `compare_to` is not the folder of one.
+def read_earlier(config: EvaluateConfig, sets: Mapping[str, Sequence[Example]]) -> Evaluation | None:
+    """Return an earlier evaluation of the same data sets, or None if `compare_to` is not the folder of one.
 
     Raise UsageError if its questions, its number of responses or its reward differ from those of this evaluation.
     """
@@ -54,7 +61,8 @@ def read_earlier(config: EvaluateConfig, sets: Mapping[str, Sequence[Example]]) 
             f"--compare-to {folder}: results.json cannot be read ({type(error).__name__}: {error})"
         ) from error
     _check_settings(folder, before, json.loads(json.dumps(asdict(config))))
-    return values, _read_responses(folder, config, sets, values)
+    rows = _read_responses(folder, config, sets, values)
+    return Evaluation({name: values[name] for name in sets}, rows)
 
 
 def _check_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from drivers.common.atomic_files import write_json, write_jsonl
 from drivers.common.errors import UsageError
 from drivers.engines.factory import make_engine
 from drivers.engines.options import EngineOptions
-from drivers.evaluation.comparison import Rows, Values, flatten, print_results, read_earlier
+from drivers.evaluation.comparison import Evaluation, Rows, Values, flatten, print_results, read_earlier
 from drivers.evaluation.outcomes import category_of, compare, summarize
 from drivers.evaluation.policy import evaluate_policy
 from drivers.grading.pool import start_grading
@@ -35,33 +35,44 @@ def evaluate(config: EvaluateConfig) -> Path:
     prompt = load_prompt(config.prompt_path, config.chat_template, config.system_prompt_path)
     device = choose_device("--device", config.device, default_policy_device())
     earlier = None if config.compare_to is None else read_earlier(config, sets)
+    models = [config.model_path]
+    if config.compare_to is not None and earlier is None:
+        models.append(config.compare_to)
     with start_grading(config, lambda text: print(f"warning: {text}", file=sys.stderr)) as grade:
-        models = [config.model_path] + ([] if config.compare_to is None or earlier else [config.compare_to])
         inputs = [tokenize_questions(config, sets, prompt, model) for model in models]
         folder = create_run_folder("--output-dir", config.output_dir, "evaluate", marker="results.json")
         try:
-            values, rows = sample_and_grade(config, inputs[0], device, grade)
-            write_jsonl(folder / "completions.jsonl", flatten(rows))
-            compared, others = earlier or ({}, None)
+            evaluation = sample_and_grade(config, inputs[0], device, grade)
+            write_jsonl(folder / "completions.jsonl", flatten(evaluation.rows))
+            compared = earlier
             if len(inputs) > 1:
-                compared, others = sample_and_grade(config, inputs[1], device, grade)
-                write_jsonl(folder / "completions_compared.jsonl", flatten(others))
+                compared = sample_and_grade(config, inputs[1], device, grade)
+                write_jsonl(folder / "completions_compared.jsonl", flatten(compared.rows))
         except BaseException:
             abandon_run_folder(folder, "results.json")
             raise
-    results = {name: values[name] | summarize(rows[name], config.reward) for name in sets}
-    written: dict[str, Any] = {"results": results, "comparison": {}, "compared": {}}
-    if others is not None:
-        written["comparison"] = {name: compare(rows[name], others[name]) for name in sets}
-        written["compared"] = {name: compared[name] | summarize(others[name], config.reward) for name in sets}
-    written |= {"config": asdict(config), "environment": describe_environment()}
-    write_json(folder / "results.json", written)
-    for name in sets:
-        print_results(
-            name, config, results[name], rows[name], written["comparison"].get(name), written["compared"].get(name)
-        )
+    write_results(folder, config, evaluation, compared)
     print(f"Written to {folder}/: results.json, completions.jsonl")
     return folder
+
+
+def write_results(folder: Path, config: EvaluateConfig, evaluation: Evaluation, compared: Evaluation | None) -> None:
+    """Write results.json and print the results of each data set."""
+    results = summarize_sets(evaluation, config.reward)
+    compared_results = {} if compared is None else summarize_sets(compared, config.reward)
+    comparison = (
+        {} if compared is None else {name: compare(evaluation.rows[name], compared.rows[name]) for name in results}
+    )
+    written = {"results": results, "comparison": comparison, "compared": compared_results}
+    written |= {"config": asdict(config), "environment": describe_environment()}
+    write_json(folder / "results.json", written)
+    for name, values in results.items():
+        print_results(name, config, values, evaluation.rows[name], comparison.get(name), compared_results.get(name))
+
+
+def summarize_sets(evaluation: Evaluation, reward: str) -> Values:
+    """Return all metrics of each data set."""
+    return {name: evaluation.values[name] | summarize(rows, reward) for name, rows in evaluation.rows.items()}
 
 
 def load_sets(config: EvaluateConfig) -> dict[str, list[Example]]:
@@ -95,10 +106,8 @@ def tokenize_questions(
     )
 
 
-def sample_and_grade(
-    config: EvaluateConfig, inputs: ModelInputs, device: torch.device, grade: Grader
-) -> tuple[Values, Rows]:
-    """Load a model, sample and grade its responses to each data set. Return metrics and rows by data set."""
+def sample_and_grade(config: EvaluateConfig, inputs: ModelInputs, device: torch.device, grade: Grader) -> Evaluation:
+    """Load a model, and sample and grade its responses to each data set."""
     dtype = choose_dtype(config.dtype, device)
     policy = load_policy(inputs.model_path, device, dtype)
     options = EngineOptions(
@@ -125,4 +134,4 @@ def sample_and_grade(
             ]
     finally:
         engine.close()
-    return values, rows
+    return Evaluation(values, rows)

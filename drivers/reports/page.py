@@ -92,7 +92,7 @@ def make_page(runs: Sequence[LoggedRun], groups: Sequence[Series], title: str) -
         "responses": responses,
     }
     page = Template(_read_part("page.html")).substitute(
-        # The policy is a second barrier: if some text were not escaped, a browser would still run and load nothing.
+        # A second barrier: even with unescaped text, a browser runs no other script and loads nothing.
         policy=f"default-src 'none'; base-uri 'none'; form-action 'none'; script-src {_policy_hash(script)}; "
         f"style-src {_policy_hash(style)}",
         title=escape(title),
