@@ -23,8 +23,6 @@ from drivers.common.errors import UsageError
 from drivers.tasks.questions import read_jsonl
 
 QUESTION_KEYS = ("question", "problem", "prompt")
-
-
 ANSWER_KEYS = (
     "ground_truth",
     "reward_model.ground_truth",
@@ -35,14 +33,8 @@ ANSWER_KEYS = (
     "response",
     "solution",
 )
-
-
 RESPONSE_KEYS = ("response", "solution", "answer")
-
-
 Form = Literal["r1_zero", "question_only"]
-
-
 _LAST_LINE = re.compile(r"####([^\n#]+)\Z")
 """GSM8K states the answer like this; elsewhere #### is a heading."""
 

@@ -20,8 +20,6 @@ T = TypeVar("T")
 
 # vLLM 0.32 keeps waiting for an answer of an engine that was killed, so its process is polled.
 _POLL_INTERVAL_S = 0.2
-
-
 _MAX_UNWIND_S = 10.0
 """Time for the calling thread to finish after its engine was given up."""
 

@@ -16,8 +16,6 @@ from drivers.engines.supervision import in_thread
 
 CONNECT_S = 60.0
 """Longest time to connect, and longest silence of a host before it counts as lost."""
-
-
 _POLL_INTERVAL_S = 0.2
 
 

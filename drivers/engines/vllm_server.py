@@ -35,22 +35,12 @@ from drivers.policy.weights import Checksum, check_arrived
 from drivers.settings.sampling import Sampling
 
 T = TypeVar("T")
-
-
 START_S = 600.0
 """Longest wait for a server at the start, and after it died."""
-
-
 CLOSE_S = 10.0
 """Longest wait for the servers to disconnect; a dead one never does."""
-
-
 RESET_TRIES, RESET_WAIT_S = 20, 0.25
-
-
 MAX_CONNECTIONS = 512
-
-
 COMMAND = (
     "VLLM_SERVER_DEV_MODE=1 PYTHONPATH=. vllm serve MODEL --enable-scale-out --logprobs-mode processed_logprobs "
     "--load-format dummy --dtype %s --max-model-len TOKENS "

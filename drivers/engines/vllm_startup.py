@@ -24,15 +24,9 @@ from drivers.engines.placement import engine_memory_fraction
 from drivers.engines.supervision import TRAINER
 
 T = TypeVar("T")
-
-
 KV_CACHE_BYTES_ON_CPU = 512 << 20
-
-
 CPU_BLOCK_SIZE = 32
 """Prefixes are shared in whole blocks. vLLM's default on a CPU, 128, would share nothing of a short prompt."""
-
-
 _KILL_INTERVAL_S = 0.2
 
 

@@ -14,8 +14,6 @@ from drivers.settings.evaluate import EvaluateConfig
 from drivers.tasks.questions import Example, read_jsonl
 
 Values = dict[str, dict[str, float]]
-
-
 Rows = dict[str, list[Row]]
 
 

@@ -20,20 +20,12 @@ from grpo_core import (
 )
 
 Row = Mapping[str, Any]
-
-
 CATEGORIES = ("both", "format_only", "neither")
 """Correct format and answer, correct format only, and neither."""
-
-
 REWARDS_WITH_VOTES = ("r1_zero", "question_only")
 """Rewards that know where a response has its answer."""
-
-
 _Z = NormalDist().inv_cdf(0.975)
 """Half-width of a two-sided 95 % interval in standard errors."""
-
-
 _CORRECT = "correct\n"
 """Vote of all correct answers. No answer contains a newline, so no wrong answer can be equal to it."""
 

@@ -17,8 +17,6 @@ from drivers.settings.recipes import EMBEDDED_MODEL
 from drivers.tasks.chat import use_end_of_turn_as_eos
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # constants of malloc.h
-
-
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "grpo_core"
 
 

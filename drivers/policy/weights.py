@@ -12,8 +12,6 @@ from drivers.common.errors import TrainingAbortedError
 from drivers.policy import fsdp
 
 Checksum = tuple[int, int]
-
-
 _WORDS_PER_ROW = 256
 
 

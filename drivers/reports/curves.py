@@ -13,25 +13,15 @@ from drivers.reports.logged_run import PHASES, Series, group_runs, read_runs
 from drivers.reports.series import Line, Panel, Times, make_panels, make_times
 
 PALETTE = ("#0072b2", "#d55e00", "#662244", "#004400", "#6600cc", "#cc6688", "#886644", "#aa66ff")
-
-
 DARK_PALETTE = ("#56b4e9", "#ff8a3d", "#eeeeaa", "#ff00aa", "#8888ff", "#aa8866", "#aaff00", "#8844ff")
 """Colors on white and on a dark page. Any two are at least 20 apart in CIELAB with every kind of color blindness, and
 each has a contrast of at least 3 with the page. More series start again from the first color, with thin lines."""
-
-
 DASHES = ("solid", "dashed", "dotted", "dashdot")
 """Line styles of the quantities in one panel; more quantities start again from the first."""
-
-
 MAX_MARKED_POINTS = 60
 """A line with more points has no markers."""
-
-
 MAX_LISTED_ANOMALIES = 4
 """Anomalies whose text is printed under the picture."""
-
-
 N_COLUMNS = 3
 
 

@@ -10,12 +10,8 @@ from typing import Any, NamedTuple
 from drivers.common.errors import UsageError
 
 Row = dict[str, Any]
-
-
 PHASES = ("rollout", "reward", "update", "wait", "push", "check", "evaluate", "save")
 """Phases of a step, by the names of their times in metrics.jsonl."""
-
-
 IGNORED_SETTINGS = ("seed", "save_dir", "resume", "wandb_project", "wandb_run_name")
 """Settings that do not make a run a different experiment."""
 

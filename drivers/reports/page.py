@@ -31,22 +31,14 @@ from drivers.reports.series import Panel, Times, downsample, make_panels, make_t
 
 MAX_POINTS = 16_000
 """Points of all lines on a page."""
-
-
 MAX_POINTS_PER_LINE = 400
 """More points than this cannot be seen."""
-
-
 MAX_CHARACTERS = 1_500_000
 """Characters of the responses on a page."""
-
-
 SUMMARY_NOTE = (
     "Accuracies are on held-out questions, with a 95 % interval over questions; for several runs, the mean with the "
     "minimum and the maximum. Wall-clock time is the logged time and excludes loading models."
 )
-
-
 TOKEN_VALUES = ("log_probs", "sampler_log_probs", "entropy", "advantage")
 """Values of completions.jsonl that the page can color tokens by."""
 

@@ -10,8 +10,6 @@ from drivers.reports.logged_run import PHASES, Estimate, LoggedRun, Row, Series
 
 MAX_BARS = 100
 """Bars in the picture of times; a longer run has several steps in one bar."""
-
-
 PART_PREFIX = "part_"
 """Prefix of the metrics that hold the named numbers of a reward function."""
 
@@ -46,8 +44,6 @@ REWARD = PanelSpec(
     "mean over rollouts",
     (_logged("reward", "train", "reward"), _logged("format", "train", "format_reward")),
 )
-
-
 PANELS = (
     PanelSpec("Demonstrations", "nats per token", (_logged("-log π", "train", "nll"),)),
     PanelSpec(

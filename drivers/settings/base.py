@@ -32,17 +32,9 @@ class Bounds:
 
 
 PositiveInt = Annotated[int, Bounds(above=0)]
-
-
 NonNegativeInt = Annotated[int, Bounds(at_least=0)]
-
-
 PositiveFloat = Annotated[float, Bounds(above=0)]
-
-
 NonNegativeFloat = Annotated[float, Bounds(at_least=0)]
-
-
 Share = Annotated[float, Bounds(above=0, at_most=1)]
 
 

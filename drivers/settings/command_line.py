@@ -18,8 +18,6 @@ from drivers.settings.parser import parse
 from drivers.settings.recipes import QUICKSTART, RECIPES
 
 Trained = TypeVar("Trained", bound=TrainingSettings)
-
-
 Imitation = TypeVar("Imitation", bound=ImitationSettings)
 
 

@@ -100,8 +100,6 @@ _TASK = {
         "learning_rate",
     )
 }
-
-
 QUICKSTARTS: dict[type[ImitationSettings], dict[str, Any]] = {
     SftConfig: {
         **_TASK,

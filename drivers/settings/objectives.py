@@ -30,8 +30,6 @@ ObjectiveName = Literal[
     "clip_cov",
     "kl_cov",
 ]
-
-
 AdvantageName = Literal[
     "group",
     "leave_one_out",
@@ -47,23 +45,17 @@ AdvantageName = Literal[
     "pass_at_k",
     "pkpo",
 ]
-
-
 POLICY_GRADIENT_INPUTS = {
     "raw_rewards_or_advantages": "advantages",
     "policy_log_probs": "policy_log_probs",
     "response_mask": "response_mask",
 }
-
-
 RATIO_INPUTS = {
     "advantages": "advantages",
     "policy_log_probs": "policy_log_probs",
     "old_log_probs": "old_log_probs",
     "response_mask": "response_mask",
 }
-
-
 GROUP_INPUTS = {"rewards": "rewards", "group_sizes": "group_sizes"}
 
 
@@ -171,11 +163,7 @@ def resolve_values(config: Any) -> dict[str, Any]:
 
 
 CLIP_SETTINGS = {"cliprange": "cliprange", "cliprange_high": "cliprange_high"}
-
-
 CLIPPED = "min(rho_it {A}, clip(rho_it, 1 - {cliprange:g}, 1 + {cliprange_high:g}) {A})"
-
-
 OBJECTIVES: dict[ObjectiveName, Objective] = {
     "no_baseline": Objective(
         function="compute_naive_policy_gradient_loss",
@@ -300,8 +288,6 @@ OBJECTIVES: dict[ObjectiveName, Objective] = {
         paper="2505.22617",
     ),
 }
-
-
 ADVANTAGES: dict[AdvantageName, Advantage] = {
     "group": Advantage(
         function="normalize_group_rewards",

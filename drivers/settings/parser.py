@@ -14,8 +14,6 @@ import tyro
 from drivers.settings.base import Settings
 
 Config = TypeVar("Config", bound=Settings)
-
-
 MOST_USED = (
     "recipe",
     "model_path",
@@ -46,8 +44,6 @@ MOST_USED = (
     "show",
 )
 """Flags that stand first in `--help`, under a heading of their own."""
-
-
 HEADINGS = (
     "most used",
     "model",
@@ -62,8 +58,6 @@ HEADINGS = (
     "run",
     "safety",
 )
-
-
 OPTIONAL = {str | None: "STR", int | None: "INT", float | None: "FLOAT", tuple[str, ...] | None: "[STR [STR ...]]"}
 """Types whose None is a default and not worth a place in `--help`."""
 

@@ -4,8 +4,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 """Model whose weights come with the environment; --model-path accepts this name, a folder or a hub name."""
-
-
 QUICKSTART: dict[str, Any] = {
     "model_path": EMBEDDED_MODEL,
     "data_path": "data/wordadd/train.jsonl",
@@ -21,15 +19,9 @@ QUICKSTART: dict[str, Any] = {
     "n_val_examples": 256,
 }
 """A task for a laptop. It runs without a model and a recipe, and is the base of any recipe without a model."""
-
-
 CLIP = {"loss_type": "grpo_clip", "cliprange": 0.2}
-
-
 SAMPLER_IS_EXACT = {"sampling_min_tokens": 0}
 """For ratios to the sampler, which a hidden end token would bias."""
-
-
 RECIPES: dict[str, dict[str, Any]] = {
     "quickstart": {},
     # Papers: each changes what the paper changes; model, data, rates and batches stay those of the base.

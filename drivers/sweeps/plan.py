@@ -23,8 +23,6 @@ from drivers.tasks.questions import read_jsonl
 
 SWEEP_SETTINGS = ("seed", "save_dir", "resume")
 """Settings that the sweep sets for each run."""
-
-
 _IS_SET = "is set by the sweep for each run; use --seeds and --save-dir"
 
 

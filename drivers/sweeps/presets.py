@@ -140,8 +140,6 @@ SWEEPS: dict[str, Callable[[Base], list[Variant]]] = {
     "sft-sizes": sft_sizes,
     "expert-iterations": expert_iterations,
 }
-
-
 SHORT: dict[str, dict[str, Any]] = {
     "train": {"n_grpo_steps": 10, "n_val_examples": 128},
     "sft": {"n_val_examples": 128},

@@ -14,12 +14,8 @@ from drivers.sweeps.plan import PlannedRun
 
 STOP_TIMEOUT_S = 120.0
 """Seconds for a stopped run to save its checkpoint before it is killed."""
-
-
 STOPPED = 130
 """Exit status of a run that was stopped by a signal."""
-
-
 PRINTED_STARTS = ("step ", "eval at", "Done", "Resuming", "warning")
 """Starts of the output lines that the sweep prints; the log of a run has all lines."""
 

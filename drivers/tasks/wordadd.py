@@ -12,28 +12,16 @@ from drivers.common.atomic_files import write_jsonl
 from drivers.common.paths import repository_path
 
 NAMES = ("Tom", "Anna", "Ben", "Mia", "Sam", "Lily", "Max", "Ella")
-
-
 THINGS = ("apples", "books", "coins", "marbles", "shells", "cards")
-
-
 TEMPLATES = (
     "{name} has {a} {things} and gets {b} more. How many {things} does {name} have now?",
     "{name} buys {a} {things}, then {b} more. How many {things} in total?",
     "There are {a} {things} in a box and {b} in a bag. How many {things} in all?",
 )
-
-
 SHOTS = ((35, 2), (47, 2))
 """The pairs that the prompt solves; they stay in the training set."""
-
-
 HELD_OUT_SHARE = 0.2
-
-
 WORDINGS_PER_PAIR = {"train": 4, "validation": 4}
-
-
 WRONG_SHARE = 0.3
 """Share of wrong demonstrations, so that filtering them matters."""
 

@@ -19,8 +19,6 @@ from drivers.training.scoring import MAX_LOGITS_BYTES
 from drivers.training.shortcuts import find_head
 
 GIB = 2**30
-
-
 VLLM_ON_CPU = (512 + 512) << 20
 """Bytes that vLLM takes on a CPU beside its weights: its cache of keys and values, and the engine itself."""
 

@@ -34,8 +34,6 @@ _SAMPLED_WITH = (
     "overlong_buffer",
 )
 """Settings that rollouts depend on."""
-
-
 _KEPT = ("seed", "entropy_coef", "entropy_target", "advantage", *_SAMPLED_WITH)
 """Settings that the state depends on."""
 
