@@ -4,7 +4,7 @@ One step samples G responses to each of P prompts, N = P * G responses of up to 
 
     1. sample   rollouts.collect -> engine.generate     P prompts -> N token sequences and the sampler's log-probs
     2. grade    rollouts.collect -> grade               N texts and P answers -> N scores
-    3. reward   advantages.shape_rewards                N scores -> rewards (N,), with the length penalty
+    3. reward   rollouts.collect -> shape_rewards       N scores -> rewards (N,), with the length penalty
     4. batch    batch.make_rollout_batch                N completions -> mask and sampler log-probs (N, T)
     5. prepare  advantages.prepare_rollouts             old and reference log-probs (N, T), where the loss needs them;
                                                         rewards in groups of G -> advantages (N, 1) or (N, T)
@@ -15,7 +15,8 @@ One step samples G responses to each of P prompts, N = P * G responses of up to 
          step     state.optimizer                       one AdamW step
     7. push     engine.load_weights                     policy weights -> engine
 
-Files are in drivers/training/. The formulas are functions of grpo_core.
+Files are in drivers/training/. The formulas are functions of grpo_core. docs/algorithm.md follows a reward, a token id
+and a weight through the code.
 """
 
 # isort: off

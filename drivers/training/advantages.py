@@ -90,6 +90,7 @@ def estimate_advantages(
     }
     if estimator.compares_reward_parts:
         inputs["reward_parts"] = _stack_reward_parts(scores, list(config.weights_of_parts))
+    # For `--advantage group`, normalize_group_rewards; the table ADVANTAGES names the others.
     advantages: Tensor = getattr(core, estimator.function)(**estimator.get_arguments(inputs, resolve_values(config)))
     return advantages
 

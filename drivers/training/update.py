@@ -63,7 +63,7 @@ def accumulate_gradients(
             with_entropy=True,
             detach_entropy=is_entropy_only_logged,
         )
-        scored["log_probs"].retain_grad()
+        scored["log_probs"].retain_grad()  # for metrics: the share of the gradient by sign of the advantage
         inputs = LossInputs(micro, scored["log_probs"], scored["token_entropy"], entropy_coef)
         outputs = compute_loss(config, inputs)
         (outputs.loss if counts else 0 * outputs.loss).backward()  # type: ignore[no-untyped-call]
