@@ -1,7 +1,6 @@
 """`--async-steps 1`: the next batch is sampled during this update, and is exactly one update stale."""
 
 import json
-import sys
 import threading
 from dataclasses import replace
 
@@ -15,6 +14,7 @@ from drivers.train import train
 from drivers.training import update as update_step
 from drivers.training.components import Components
 from drivers.training.run import Run
+from tests.drivers.helpers import runs as run_helpers
 from tests.drivers.helpers.letters import flatten_weights, letter_grader, make_run, make_tiny_config, make_tiny_parts
 from tests.drivers.helpers.runs import OVERLAPPED, SnapshotEngine, read_rows, run_overlapped
 
@@ -125,7 +125,7 @@ def test_async_engine_death_samples_batch_again(tmp_path, monkeypatch):
             return super().generate(prompts, sampling, seed=seed)
 
     _, undisturbed, expected = run_overlapped(tmp_path / "a", n_grpo_steps=4, learning_rate=1e-12)
-    monkeypatch.setattr(sys.modules[__name__], "SnapshotEngine", MortalEngine)
+    monkeypatch.setattr(run_helpers, "SnapshotEngine", MortalEngine)
     _, engine, steps = run_overlapped(tmp_path / "b", n_grpo_steps=4, learning_rate=1e-12)
     assert deaths == [0]
     assert [row["staleness"] for row in expected] == [0.0, 1.0, 1.0, 1.0]
@@ -156,7 +156,7 @@ def test_resume_with_shared_gpu_sleeps_engine_before_first_update(tmp_path, monk
             events.append("check")
             return super().received()
 
-    monkeypatch.setattr(sys.modules[__name__], "SnapshotEngine", SleepyEngine)
+    monkeypatch.setattr(run_helpers, "SnapshotEngine", SleepyEngine)
     run_overlapped(tmp_path, n_grpo_steps=3, checkpoint_steps=2)
     parts, checkpoint = make_tiny_parts(), tmp_path / "checkpoint-2"
     assert json.loads((checkpoint / "trainer_state.json").read_text())["pending"]
