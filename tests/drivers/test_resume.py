@@ -147,7 +147,7 @@ def test_checkpoint_is_skipped_while_log_lines_wait(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(JsonlWriter, "flush", lambda lines: "no room" if "fail" in state else flush(lines))
     state = set()
 
-    class Moody(program.Run):
+    class Moody(runs.Run):
         def report(self, step, values):
             state.add("fail") if step == 2 else state.clear()
             super().report(step, values)
@@ -229,7 +229,7 @@ def test_read_tensors_missing_shard_raises(tmp_path):
     read_tensors(tmp_path, {"rows": found})
     assert torch.equal(found, whole)
     files[0].unlink()
-    with pytest.raises(ValueError, match="hold 6 of the 12 values of rows"):
+    with pytest.raises(ValueError, match="contain 6 of the 12 values of rows"):
         read_tensors(tmp_path, {"rows": torch.zeros(4, 3)})
 
 
