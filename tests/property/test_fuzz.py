@@ -132,19 +132,22 @@ def test_a_checkpoint_that_was_touched_is_refused(run_of_one_step, tmp_path, dat
 
 
 def begin(folder, checkpoint):
-    """The start of a run that goes on from there; another model's weights are no reason to try more."""
+    """Return the state of a run that is resumed from the checkpoint; another model's weights raise at once."""
     config, parts = make_tiny_config(n_grpo_steps=3), make_tiny_parts()
     run = Run(config, folder, parts.tokenizer, Display(1, quiet=True), checkpoint)
     try:
-        return run.begin(TrainingState(config, parts.policy))
+        state = TrainingState(config, parts.policy)
+        run.begin(state)
     finally:
-        run._log.close()
+        if run._log is not None:
+            run._log.close()
+    return state
 
 
 @pytest.mark.slow
 @given(st.data())
 @shared_folder
-def test_facts_of_any_kind_are_gone_on_from_or_refused(run_of_one_step, tmp_path, data):
+def test_state_values_of_any_kind_resume_or_are_refused(run_of_one_step, tmp_path, data):
     """Whole by its sums, and yet no state of a run: what another program may have written."""
     copy = tmp_path / "checkpoint-1"
     shutil.rmtree(copy, ignore_errors=True)
@@ -174,7 +177,7 @@ def test_facts_of_any_kind_are_gone_on_from_or_refused(run_of_one_step, tmp_path
 @pytest.mark.slow
 @given(st.data())
 @shared_folder
-def test_tensors_of_any_kind_are_gone_on_from_or_refused(run_of_one_step, tmp_path, data):
+def test_state_tensors_of_any_kind_resume_or_are_refused(run_of_one_step, tmp_path, data):
     copy = tmp_path / "checkpoint-1"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(run_of_one_step / "checkpoint-1", copy)
@@ -198,7 +201,7 @@ def test_tensors_of_any_kind_are_gone_on_from_or_refused(run_of_one_step, tmp_pa
 @example([b'{"step": 1}', b"\xff\xfe", b'{"step": 2}'], True)
 @example([b'{"step": null}', b"[1]", b"3", b""], True)
 @shared_folder
-def test_a_log_in_any_state_is_gone_on_with(tmp_path, lines, ends):
+def test_run_log_in_any_state_is_continued(tmp_path, lines, ends):
     """What is no line of it is dropped, and told; whole lines of earlier steps stay."""
     good = [b'{"phase": "train", "step": 1}', b'{"phase": "train", "step": 7}']
     text = b"\n".join([good[0], *lines, good[1]]) + (b"\n" if ends else b"")
