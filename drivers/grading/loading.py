@@ -65,5 +65,5 @@ def load_reward(reward: str) -> Callable[..., Any]:
 
 
 def is_async(function: Callable[..., Any]) -> bool:
-    """Whether what it returns must be awaited."""
+    """Return whether the result of `function` must be awaited."""
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)

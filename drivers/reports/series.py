@@ -31,7 +31,7 @@ class PanelSpec:
     unit: str
     quantities: tuple[Quantity, ...]
     is_share: bool = False
-    """Whether the values are shares of one, so that the axis spans 0 to 1."""
+    """True if the values are shares, so that the axis spans 0 to 1."""
 
 
 def _logged(name: str, phase: str, key: str) -> Quantity:

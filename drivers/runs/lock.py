@@ -32,7 +32,7 @@ def acquire_run_lock(flag: str, folder: Path) -> None:
         raise UsageError(
             f"{flag} {folder}: {_read_holder(path)} is training in this folder; stop it first, or wait until it ends"
         ) from error
-    except (OSError, NotImplementedError):
+    except (OSError, NotImplementedError):  # this file system has no locks; the run goes without one
         return
     with suppress(OSError):  # on a full disk the lock holds without its line
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")

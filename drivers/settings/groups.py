@@ -275,7 +275,7 @@ class RolloutEngineSettings(EngineSettings):
 # --- run and safety --------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, kw_only=True)
 class RunSettings(Settings):
-    """What a run writes, and when."""
+    """Files that a run writes, and the steps at which it writes them."""
 
     heading: ClassVar[str] = "run"
 

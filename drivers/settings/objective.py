@@ -43,10 +43,10 @@ class ObjectiveSettings(Settings):
     --sampling-max-tokens."""
 
     cliprange: NonNegativeFloat = 0.2
-    """How far below 1 the ratio is clipped. Units differ for `gmpo` (log ratio, nats), `dppo_tv` (difference of
-    probabilities) and `dppo_kl` (KL, nats)."""
+    """Distance below 1 at which the ratio is clipped. `gmpo` clips the log ratio (nats), `dppo_tv` a difference of
+    probabilities, `dppo_kl` a KL divergence (nats)."""
     cliprange_high: float | None = None
-    """How far above 1 the ratio is clipped. Default: --cliprange."""
+    """Distance above 1 at which the ratio is clipped. Default: --cliprange."""
     dual_clip: Annotated[float, Bounds(above=1)] | None = None
     """For `grpo_clip` and `clip_cov`: largest ratio of tokens with a negative advantage. Default: no limit."""
     ratio_low: NonNegativeFloat = 0.0
@@ -68,10 +68,10 @@ class ObjectiveSettings(Settings):
     top_entropy_fraction: Share | None = None
     """Train only on this share of an optimizer step's tokens, those with the highest entropy. Default: all tokens."""
     rejected_tokens: Counting = "count"
-    """Whether tokens excluded by an importance ratio, entropy or covariance count in the denominators. Tokens excluded
-    by --off-policy-threshold always count."""
+    """`count` or `drop`: include tokens excluded by an importance ratio, entropy or covariance in the denominators, or
+    not. Tokens excluded by --off-policy-threshold are always included."""
     empty_responses: Counting = "count"
-    """Whether responses without any token left count in the number of responses."""
+    """`count` or `drop`: include responses without any token left in the number of responses, or not."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

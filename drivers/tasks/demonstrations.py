@@ -16,7 +16,7 @@ class WorkedExample(Example):
 
     response: str
     has_prompt: bool
-    """Whether `question` is the whole prompt."""
+    """True if `question` is the whole prompt."""
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def shortcut_matches_model(error_of: Callable[[nn.Module], Tensor], policy: nn.M
     rounding = 8 * torch.finfo(fsdp.computing_dtype(policy)).eps
     try:
         holds = bool(fsdp.with_unsharded_params(policy, lambda: error_of(policy)) <= rounding)
-    except Exception:
+    except Exception:  # the docstring says why
         holds = False
     return all(distributed.gather(holds))  # a rank whose trial fails gathers too, because the others wait for it
 
