@@ -1,7 +1,7 @@
 """Transfer weights from the trainer to vLLM workers. vLLM imports this module in each of its processes."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, ClassVar
 
@@ -22,7 +22,7 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngin
 
 from drivers.engines.supervision import exit_when_trainer_exits
 from drivers.policy.weight_gatherer import WeightGatherer
-from drivers.policy.weights import Checksum, checksum, copy_to_host
+from drivers.policy.weights import Checksum, copy_to_host, record_checksums
 
 PACKED_BUFFER_BYTES = 256 << 20
 """Size of each of NCCL's two send buffers."""
@@ -39,12 +39,7 @@ class ChecksummingModel:
         self._model, self._sums = model, dict[str, Tensor]()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
-        return self._model.load_weights(self._with_checksums(weights))
-
-    def _with_checksums(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        for name, weight in weights:
-            self._sums[name] = checksum(weight)
-            yield name, weight
+        return self._model.load_weights(record_checksums(weights, self._sums))
 
     def checksums(self) -> dict[str, Checksum]:
         return copy_to_host(self._sums)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from drivers.common import distributed
-from drivers.policy.weights import Checksum, PolicyWeights, WeightShape, checksum, copy_to_host
+from drivers.policy.weights import Checksum, PolicyWeights, WeightShape, copy_to_host, record_checksums
 
 T = TypeVar("T")
 
@@ -92,7 +92,7 @@ class WeightGatherer:
         self._send(_Gather())
         self._current = iter(self._weights)
         self._checksums = {}
-        return _with_checksums(self._current, self._checksums)
+        return record_checksums(self._current, self._checksums)
 
     def metadata(self) -> list[WeightShape]:
         """Return what an iteration yields, without gathering. vLLM's sender calls this method by its name."""
@@ -102,9 +102,3 @@ class WeightGatherer:
         """Return the checksums of what the last iteration yielded, once: a push that never iterates has none."""
         sums, self._checksums = self._checksums, {}
         return copy_to_host(sums)
-
-
-def _with_checksums(weights: Iterator[tuple[str, Tensor]], sums: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    for name, weight in weights:
-        sums[name] = checksum(weight)
-        yield name, weight

@@ -120,6 +120,13 @@ def checksums(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Checksum]:
     return copy_to_host({name: checksum(tensor) for name, tensor in weights})
 
 
+def record_checksums(weights: Iterable[tuple[str, Tensor]], sums: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield `weights`, and store the checksum of each tensor in `sums` before it is passed on."""
+    for name, weight in weights:
+        sums[name] = checksum(weight)
+        yield name, weight
+
+
 def copy_to_host(sums: Mapping[str, Tensor]) -> dict[str, Checksum]:
     """Return checksums as Python numbers; the host waits for the device once."""
     host = torch.stack(list(sums.values())).tolist() if sums else []
