@@ -71,7 +71,7 @@ def iterate(settings: ExpertIterationConfig, components: Components, run: Run) -
         if run.is_evaluation_due(step):
             run.evaluate(components, step=step)
         run.report(step, collected.metrics | metrics.summary() | {"right_responses": float(len(correct))})
-        run.log_samples(step, collected.shown, metrics.logged_token_values())
+        run.log_samples(step, collected.logged_rows, metrics.logged_token_values())
         run.end_step(policy)
 
 

@@ -82,7 +82,7 @@ def train(config: GrpoConfig, components: Components, run: Run) -> None:
                 run.evaluate(components, step=step)
             coefficient = {"entropy_coef": entropy_coef} if config.has_entropy_bonus else {}
             run.report(step, collected.metrics | metrics.summary() | coefficient)
-            run.log_samples(step, collected.shown, metrics.logged_token_values(), rollouts.advantages)
+            run.log_samples(step, collected.logged_rows, metrics.logged_token_values(), rollouts.advantages)
             run.end_step(policy)
 
 

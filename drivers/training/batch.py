@@ -28,12 +28,12 @@ class StepRollouts(NamedTuple):
     """The reward of one greedy response to each question, if it is the baseline of the advantages."""
     metrics: dict[str, float]
     """Metrics of everything that was sampled, for the log line of the step."""
-    shown: Sequence[dict[str, Any]] = ()
+    logged_rows: Sequence[dict[str, Any]] = ()
     """Rows of completions.jsonl for the first completions."""
 
     @property
     def logged_completions(self) -> list[Completion]:
-        return self.completions[: len(self.shown)]
+        return self.completions[: len(self.logged_rows)]
 
     def to_json(self) -> dict[str, Any]:
         """Return values that JSON represents exactly; a missing reward is null."""
@@ -43,7 +43,7 @@ class StepRollouts(NamedTuple):
             "raw_rewards": _to_json(self.raw_rewards),
             "greedy_rewards": None if self.greedy_rewards is None else _to_json(self.greedy_rewards),
             "facts": self.metrics,
-            "shown": self.shown,
+            "shown": self.logged_rows,
         }
 
     @staticmethod
@@ -205,7 +205,7 @@ class WeightedBatch(RolloutBatch):
     old_log_probs: Float[Tensor, "batch seq"] | None
     """Log-probs that the ratio refers to; None if they are those of the loss's own forward pass, without gradient."""
     reference_log_probs: Float[Tensor, "batch seq"]
-    policy_weights: Float[Tensor, "batch _"]
+    objective_weights: Float[Tensor, "batch _"]
     """Weight of each policy loss; 0 for excluded tokens and responses."""
     token_weights: Float[Tensor, "batch seq"]
     """Weight of each token's KL penalty and entropy bonus."""
@@ -220,7 +220,7 @@ class WeightedBatch(RolloutBatch):
         batch: PreparedBatch,
         *,
         old_log_probs: Tensor | None,
-        policy_weights: Tensor,
+        objective_weights: Tensor,
         token_weights: Tensor,
         importance_weights: Tensor | None,
         penalized: Tensor,
@@ -232,7 +232,7 @@ class WeightedBatch(RolloutBatch):
             advantages=batch.advantages,
             reference_log_probs=batch.reference_log_probs,
             old_log_probs=old_log_probs,
-            policy_weights=policy_weights,
+            objective_weights=objective_weights,
             token_weights=token_weights,
             importance_weights=importance_weights,
             penalized=penalized,

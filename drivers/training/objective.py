@@ -86,7 +86,7 @@ def weigh_step(config: AlgorithmSettings, batch: PreparedBatch) -> tuple[Weighte
     weighted = WeightedBatch.from_prepared(
         batch,
         old_log_probs=choose_old_log_probs(config, batch),
-        policy_weights=compute_policy_weights(config, batch, mask, kept),
+        objective_weights=compute_objective_weights(config, batch, mask, kept),
         token_weights=core.compute_token_weights(
             mask, config.aggregation, empty_responses=config.empty_responses, **_aggregation_arguments(config, batch)
         ),
@@ -121,7 +121,7 @@ def choose_old_log_probs(config: AlgorithmSettings, batch: PreparedBatch) -> Ten
     return batch.sampler_log_probs if config.old_policy == "sampler" else batch.old_log_probs
 
 
-def compute_policy_weights(config: AlgorithmSettings, batch: PreparedBatch, mask: Tensor, kept: Tensor) -> Tensor:
+def compute_objective_weights(config: AlgorithmSettings, batch: PreparedBatch, mask: Tensor, kept: Tensor) -> Tensor:
     """Return the weight of each policy loss in the optimizer step: of a token, or of a response."""
     counting: dict[str, Any] = {"rejected_tokens": config.rejected_tokens, "empty_responses": config.empty_responses}
     if OBJECTIVES[config.loss_type].has_response_loss:
@@ -182,7 +182,7 @@ def rows_with_gradient(config: AlgorithmSettings, batch: WeightedBatch, entropy_
     if entropy_coef > 0 or (config.kl_coef > 0 and config.kl_in == "loss"):
         return list(rows)
     signal = batch.advantages if OBJECTIVES[config.loss_type].uses_advantages else batch.raw_rewards
-    has_gradient = (signal * batch.policy_weights != 0).any(dim=1) | batch.penalized.any(dim=1)
+    has_gradient = (signal * batch.objective_weights != 0).any(dim=1) | batch.penalized.any(dim=1)
     return [row for row in rows if has_gradient[row]]
 
 
@@ -194,7 +194,7 @@ def compute_loss(config: AlgorithmSettings, inputs: LossInputs) -> LossOutputs:
     losses, flags = compute_objective(config, batch, log_probs, old)
     uses_ratio = OBJECTIVES[config.loss_type].uses_ratio
     metrics = dict(core.describe_policy_update(log_probs, mask, flags, old if uses_ratio else None))
-    weights, importance_weights = batch.policy_weights, batch.importance_weights
+    weights, importance_weights = batch.objective_weights, batch.importance_weights
     statistics: dict[str, Tensor] = {}
     if config.computes_importance_weights_in_forward:
         counted = mask & (batch.token_weights > 0)

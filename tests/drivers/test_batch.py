@@ -146,13 +146,13 @@ def test_rollout_batch_select_keeps_columns_and_trims_tokens():
     rollouts = WeightedBatch.from_prepared(
         PreparedBatch.from_rollouts(rollouts, tokens[:, :1]),
         old_log_probs=None,
-        policy_weights=tokens[:, :1],
+        objective_weights=tokens[:, :1],
         token_weights=tokens,
         importance_weights=None,
         penalized=rollouts.response_mask,
     )
     part = rollouts.select([3, 1])
-    assert part.advantages.tolist() == part.policy_weights.tolist() == [[9.0], [3.0]]
+    assert part.advantages.tolist() == part.objective_weights.tolist() == [[9.0], [3.0]]
     assert part.token_weights.tolist() == [[9.0], [3.0]]
     assert rollouts.select([2, 0]).token_weights.tolist() == tokens[[2, 0]].tolist()
     assert rollouts.group_sizes == [1, 1, 1, 1]

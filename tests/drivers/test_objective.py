@@ -181,7 +181,7 @@ def test_importance_weights_are_trainer_over_sampler():
     narrow = replace(config, importance="reject", importance_high=1.1)
     rejected, step_metrics = weigh_step(narrow, prepare_rollouts(narrow, parts.policy, None, rollouts, scores, None))
     assert step_metrics["kept_tokens"] == 0.0
-    assert (rejected.policy_weights == 0).all()
+    assert (rejected.objective_weights == 0).all()
 
 
 @pytest.mark.parametrize("importance", ["truncate", "mask", "reject"])
@@ -231,7 +231,7 @@ def test_truncated_responses_leave_loss_and_token_counts():
     config = replace(config, rollout_batch_size=2, group_size=2, train_batch_size=2, gradient_accumulation_steps=1)
     scores = [{"reward": 1.0}, {"reward": 0.0}]
     batch, step_metrics = weigh_step(config, prepare_rollouts(config, parts.policy, None, rollouts, scores, None))
-    assert batch.policy_weights.tolist() == [[1 / 3] * 3, [0.0] * 3]
+    assert batch.objective_weights.tolist() == [[1 / 3] * 3, [0.0] * 3]
     assert step_metrics["kept_tokens"] == 0.5
     assert (batch.advantages != 0).all()  # still compared with the truncated response
 
@@ -321,7 +321,7 @@ def test_step_with_missing_group_is_mean_of_others(tmp_path, monkeypatch):
     some = rollouts.select(range(24))
     batch, _ = weigh_step(config, prepare_rollouts(config, parts.policy, None, some, scores[:24], None))
     lengths = some.lengths[:, None].double()
-    assert_close(batch.policy_weights.sum(1, keepdim=True), (lengths > 0).double() / 24)
+    assert_close(batch.objective_weights.sum(1, keepdim=True), (lengths > 0).double() / 24)
 
 
 def test_prepare_rollouts_without_reference_raises():
@@ -575,7 +575,7 @@ def test_rejected_tokens_leave_token_counts_if_requested():
                 config, prepare_rollouts(config, parts.policy, None, rollouts, scores, None)
             )
             assert 0.2 < step_metrics["kept_tokens"] < 0.9
-            sums.append(batch.policy_weights.sum().item())
+            sums.append(batch.objective_weights.sum().item())
         assert sums[0] < 0.9
         assert sums[1] == pytest.approx(1.0)
 

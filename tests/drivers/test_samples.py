@@ -153,7 +153,7 @@ def test_step_rollouts_json_keeps_logged_rows():
     one = Completion("a", (1,), (2,), (-0.5,), "stop")
     collected = StepRollouts([one, make_completion([1], [3])], [{"reward": 1.0}] * 2, torch.ones(2), None, {}, rows)
     again = StepRollouts.from_json(json.loads(json.dumps(collected.to_json())))
-    assert again.shown == rows
+    assert again.logged_rows == rows
     assert again.logged_completions == [one]
     older = collected.to_json()
     del older["shown"]
