@@ -145,3 +145,14 @@ def test_page_make_targets_exist():
     for page in PAGES:
         blocks = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL))
         assert set(re.findall(r"^make ([a-z]+)", blocks, flags=re.MULTILINE)) <= verbs
+
+
+def test_troubleshooting_quotes_messages_of_the_programs():
+    page = (
+        (ROOT / "docs/troubleshooting.md").read_text().partition("## The run does not start")[2].partition("\n## ")[0]
+    )
+    symptoms = [line.split("|")[1] for line in page.splitlines() if line.startswith("| ") and "symptom" not in line]
+    quoted = [part for text in symptoms for quote in re.findall(r"`([^`]+)`", text) for part in quote.split(" ... ")]
+    source = "".join(path.read_text() for path in (ROOT / "drivers").rglob("*.py"))
+    assert len(quoted) >= 5
+    assert [part for part in quoted if part not in source] == []
