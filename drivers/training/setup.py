@@ -78,8 +78,9 @@ def setup_run(
     assert config.model_path is not None  # the command line refuses that
     model_path = distributed.run_on_rank_zero(partial(resolve_model, config.model_path))
     tokenizer = load_tokenizer(model_path, for_chat=config.chat_template)
+    context = context_length(model_path)
     train_set, val_set = (
-        make(tokenizer, max_new_tokens=config.sampling_max_tokens, context=context_length(model_path))
+        make(tokenizer, max_new_tokens=config.sampling_max_tokens, context=context)
         for make in (make_train_set, partial(make_questions, val_examples, prompt))
     )
     with ExitStack() as on_failure:
