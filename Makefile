@@ -59,6 +59,7 @@ mutants: $(INSTALLED)  ## Break the core by hand; every break must turn a test r
 nightly: $(INSTALLED)  ## Kill runs, fuzz readers and graders, train by all methods: an hour; ARGS is the number of kills
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.nightly.kills $(or $(ARGS),200)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.nightly.fuzz
+	.ci/test -m nightly --nightly
 	$(BIN)/python -m tests.nightly.methods
 
 .venv-parity/.installed: .ci/requirements-parity.txt .ci/install-parity $(INSTALLED)

