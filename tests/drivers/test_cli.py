@@ -23,7 +23,7 @@ from drivers.settings.objective import ImportanceSettings, ObjectiveSettings
 from drivers.settings.parser import read_help, sort_by_heading
 from drivers.settings.recipes import QUICKSTART
 from tests.drivers.helpers.letters import make_tiny_config
-from tests.drivers.helpers.processes import run_program
+from tests.drivers.helpers.processes import call_program, run_program
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -296,8 +296,9 @@ def test_train_without_vllm_names_the_extra(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_train_from_any_folder_writes_run_and_resumes(tmp_path):
+def test_train_from_any_folder_writes_run_and_resumes(tmp_path, monkeypatch, capsys):
     """A subprocess checks the script's own imports and paths, and all files that a run leaves."""
+    monkeypatch.chdir(tmp_path)
     save_tiny(tmp_path / "tiny")
     flags = (
         "--recipe quickstart --model-path tiny --engine hf --dtype float32 --n-grpo-steps 2 --rollout-batch-size 8 "
@@ -319,14 +320,9 @@ def test_train_from_any_folder_writes_run_and_resumes(tmp_path):
     assert "self-check at step 0" in done.stdout
     assert json.loads((tmp_path / "out/checkpoint-2/trainer_state.json").read_text())["step"] == 2
     # A resume continues the run with its saved settings, not with this command line's defaults.
-    more = ["--resume", "out", "--n-grpo-steps", "3", "--checkpoint-steps", "10"]
-    for _ in range(2):
-        done = run_program("train", more, cwd=tmp_path)
-        if "is already complete" not in done.stdout:
-            shown = done.stdout
-    assert "out/final_model/ is already complete (3/3 steps)" in done.stdout
-    done.stdout = shown
-    assert "Resuming after step 2 from out/checkpoint-2/" in done.stdout
+    more = "--resume out --n-grpo-steps 3 --checkpoint-steps 10"
+    assert "Resuming after step 2 from out/checkpoint-2/" in call_program("train", more, capsys)
+    assert "out/final_model/ is already complete (3/3 steps)" in call_program("train", more, capsys)
     steps = [
         row["step"]
         for row in map(json.loads, (tmp_path / "out/metrics.jsonl").read_text().splitlines())

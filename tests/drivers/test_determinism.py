@@ -39,8 +39,9 @@ def test_deterministic_same_command_gives_same_bytes(tmp_path, monkeypatch, engi
         found.append(read_without_times(tmp_path / name))
     assert found[0] == found[1]
     assert found[0]["metrics"].count(b'"phase": "train"') == 2
-    program.main([*FLAGS.split(), "--model-path", "tiny", "--engine", "hf", "--save-dir", "other", "--seed", "1"])
-    assert read_without_times(tmp_path / "other") != found[0]
+    if engine == "hf":
+        program.main([*FLAGS.split(), "--model-path", "tiny", "--engine", "hf", "--save-dir", "other", "--seed", "1"])
+        assert read_without_times(tmp_path / "other") != found[0]
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from drivers.settings.imitation import QUICKSTARTS, ExpertIterationConfig
 from drivers.training import update as update_step
 from drivers.training.batch import imitation_batch
 from tests.drivers.helpers.letters import flatten_weights, make_tiny_parts
-from tests.drivers.helpers.processes import run_program
+from tests.drivers.helpers.processes import call_program, run_program
 from tests.drivers.helpers.runs import (
     IMITATION_FLAGS,
     TINY_EXPERT_ITERATION,
@@ -198,8 +198,9 @@ def test_expert_iteration_invalid_flags_exit_with_one_line(arguments, message, t
 
 
 @pytest.mark.slow
-def test_expert_iteration_program_runs_and_resumes(tmp_path):
-    """A subprocess, on the tiny model, which is never right."""
+def test_expert_iteration_program_runs_and_resumes(tmp_path, monkeypatch, capsys):
+    """On the tiny model, which is never right; the first run is a subprocess."""
+    monkeypatch.chdir(tmp_path)
     save_tiny(tmp_path / "tiny")
     flags = (
         "--model-path tiny --data-path data/wordadd/train.jsonl --val-data-path data/wordadd/validation.jsonl "
@@ -207,8 +208,9 @@ def test_expert_iteration_program_runs_and_resumes(tmp_path):
         "--sampling-min-tokens 0 --sampling-max-tokens 4 --n-val-examples 4 --n-ei-steps 1 --save-dir out "
         "--wandb-project None"
     )
-    for arguments in (flags.split(), ["--resume", "out", "--n-ei-steps", "2"], ["--resume", "out"]):
-        done = run_program("expert_iteration", arguments, cwd=tmp_path)
-    assert "out/final_model/ is already complete (2/2 steps). Increase --n-ei-steps to continue." in done.stdout
+    run_program("expert_iteration", flags)
+    call_program("expert_iteration", "--resume out --n-ei-steps 2", capsys)
+    said = call_program("expert_iteration", "--resume out", capsys)
+    assert "out/final_model/ is already complete (2/2 steps). Increase --n-ei-steps to continue." in said
     assert [row["step"] for row in read_rows(tmp_path / "out", "train")] == [1, 2]
     assert json.loads((tmp_path / "out/config.json").read_text())["program"] == "expert_iteration.py"

@@ -46,7 +46,7 @@ from tests.drivers.helpers.letters import (
     make_tiny_parts,
     sample_rollouts,
 )
-from tests.drivers.helpers.processes import restore_interrupt, run_program
+from tests.drivers.helpers.processes import call_program, restore_interrupt
 from tests.drivers.helpers.runs import read_rows, run_training
 from tests.tiny import save_tiny
 
@@ -654,7 +654,8 @@ def test_config_stop_strings_follow_reward():
 
 
 @pytest.mark.slow
-def test_run_with_failing_custom_reward_continues(tmp_path):
+def test_run_with_failing_custom_reward_continues(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     save_tiny(tmp_path / "tiny")
     (tmp_path / "mine.py").write_text(Path(FILE).read_text())
     flags = (
@@ -663,7 +664,7 @@ def test_run_with_failing_custom_reward_continues(tmp_path):
         "--n-val-examples 8 --save-dir out --wandb-project None --reward mine:hanging_sometimes "
         "--reward-mix letters=1 length=-0.01 --grader-deadline-s 0.2 --grader-workers 2"
     )
-    done = run_program("train", flags, cwd=tmp_path)
+    said = call_program("train", flags, capsys)
     steps = read_rows(tmp_path / "out", "train")
     assert sum(row["grader_timeouts"] for row in steps) > 0
     assert sum(row["grader_errors"] for row in steps) > 0
@@ -672,13 +673,13 @@ def test_run_with_failing_custom_reward_continues(tmp_path):
         assert row["unscored"] * 32 >= row["grader_timeouts"] + row["grader_errors"]
         assert row["part_length"] <= 4
         assert "format_reward" not in row
-    assert "warning: --reward mine:hanging_sometimes: " in " ".join(done.stdout.split())
+    assert "warning: --reward mine:hanging_sometimes: " in " ".join(said.split())
     shown = [json.loads(line) for line in (tmp_path / "out/completions.jsonl").read_text().splitlines()]
     assert {row["why"] for row in shown} <= {"parsed", "unparsable", "timeout", "error"}
     assert all((row["reward"] is None) == (row["why"] != "parsed") for row in shown)
     flags = "--model-path out/final_model --engine hf --n-examples 8 --sampling-max-tokens 4 --reward mine.py:parts "
     flags += "--reward-mix right=1 short=0.5 --output-dir eval --dtype float32"
-    run_program("evaluate", flags, cwd=tmp_path)
+    call_program("evaluate", flags, capsys)
     results = json.loads((tmp_path / "eval/results.json").read_text())["results"]["validation"]
     assert results["accuracy"] == results["reward"] == results["part_right"] + 0.5 * results["part_short"]
 

@@ -319,6 +319,7 @@ def test_wandb_without_login_is_offline(tmp_path, monkeypatch):
     assert seen["mode"] == "online"
 
 
+@pytest.mark.curves
 def test_draw_curves_any_log_is_drawn(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     assert draw_curves(tmp_path).read_bytes().startswith(b"\x89PNG")

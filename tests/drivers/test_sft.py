@@ -21,7 +21,7 @@ from drivers.tasks.wordadd import WRONG_SHARE
 from drivers.tasks.wordadd import make_demonstrations as make_wordadd_demonstrations
 from drivers.training import update as update_step
 from grpo_core import tokenize_prompt_and_output
-from tests.drivers.helpers.processes import run_program
+from tests.drivers.helpers.processes import call_program, run_program
 from tests.drivers.helpers.runs import (
     IMITATION_FLAGS,
     LETTER_RESPONSES,
@@ -290,8 +290,10 @@ def test_sft_resume_uses_saved_settings_and_own_program(tmp_path):
 
 
 @pytest.mark.slow
-def test_sft_program_runs_and_resumes(tmp_path):
-    """A subprocess, on the tiny model: the files it leaves, and its resume."""
+@pytest.mark.curves
+def test_sft_program_runs_and_resumes(tmp_path, monkeypatch, capsys):
+    """On the tiny model: the files it leaves, and its resume; the first run is a subprocess."""
+    monkeypatch.chdir(tmp_path)
     save_tiny(tmp_path / "tiny")
     rows = [{"prompt": f"{k} ", "response": f"{k} </answer>"} for k in range(10)]
     flags = (
@@ -300,9 +302,10 @@ def test_sft_program_runs_and_resumes(tmp_path):
         "--sampling-min-tokens 0 --sampling-max-tokens 4 --n-val-examples 4 --checkpoint-steps 1 --save-dir out "
         "--wandb-project None"
     )
-    for arguments in (flags.split(), ["--resume", "out", "--epochs", "2"], ["--resume", "out"]):
-        done = run_program("sft", arguments, cwd=tmp_path)
-    assert "out/final_model/ is already complete (6/6 steps). Increase --epochs to continue." in done.stdout
+    run_program("sft", flags)
+    call_program("sft", "--resume out --epochs 2", capsys)
+    said = call_program("sft", "--resume out", capsys)
+    assert "out/final_model/ is already complete (6/6 steps). Increase --epochs to continue." in said
     assert [row["step"] for row in read_rows(tmp_path / "out", "train")] == [1, 2, 3, 4, 5, 6]
     written = json.loads((tmp_path / "out/config.json").read_text())
     assert (written["program"], written["config"]["epochs"]) == ("sft.py", 2)

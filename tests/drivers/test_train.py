@@ -248,6 +248,7 @@ def test_train_interrupted_inside_step_keeps_checkpoints(tmp_path, monkeypatch):
     assert not torch.equal(flatten_weights(kept), flatten_weights(stopped))
 
 
+@pytest.mark.curves
 def test_train_full_disk_exits_with_one_line_and_keeps_log(tmp_path, monkeypatch, capsys):
     import drivers.training.checkpointer
     from drivers import train as program
