@@ -1,6 +1,7 @@
 """Rules of the test suite itself."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,11 @@ def test_list_imports_finds_every_form():
 def test_no_test_module_is_imported(file):
     """What several test modules share is in a helper module, so that each of them can be read and moved alone."""
     assert not sorted(filter(imports_test_module, list_imports(file.read_text(encoding="utf-8"))))
+
+
+def test_readme_names_every_test_module_and_no_other():
+    named = set(re.findall(r"`([a-z]+/test_\w+\.py)`", (TESTS / "README.md").read_text(encoding="utf-8")))
+    assert named == {str(file.relative_to(TESTS)) for file in TESTS.rglob("test_*.py")}
 
 
 class Item:
