@@ -23,6 +23,7 @@ from drivers.common.errors import TrainingAbortedError, UsageError
 from drivers.evaluation.policy import evaluate_policy
 from drivers.grading import pool as pool_module
 from drivers.grading import verdicts
+from drivers.grading.loading import load_reward
 from drivers.grading.pool import GradingPool
 from drivers.grading.summary import describe_grades
 from drivers.grading.verdicts import Graded, make_inline_grader
@@ -614,13 +615,26 @@ def test_load_reward_invalid_spelling_raises_usage_error(program, arguments, mes
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
+        ("{file}:not_callable", "has no function not_callable"),
+        ("{file}:one_argument", "one_argument(response) must take (response, ground_truth), and may take question"),
+        ("{file}:another", "another(response, ground_truth, prompt) must take (response, ground_truth), and may"),
+        ("no_such_module:f", "cannot be imported (ModuleNotFoundError: No module named 'no_such_module')"),
+    ],
+)
+def test_load_reward_unusable_function_raises_usage_error(reward, message, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "hostile_rewards", raising=False)
+    reward = reward.format(file=FILE)
+    with pytest.raises(UsageError) as raised:
+        load_reward(reward)
+    assert str(raised.value).startswith(f"--reward {reward}: ")
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
         ("{file}:nothing", "hostile_rewards.py has no function nothing"),
-        slow("{file}:not_callable", "has no function not_callable"),
-        slow(
-            "{file}:one_argument", "one_argument(response) must take (response, ground_truth), and may take question"
-        ),
-        slow("{file}:another", "another(response, ground_truth, prompt) must take (response, ground_truth), and may"),
-        slow("no_such_module:f", "cannot be imported (ModuleNotFoundError: No module named 'no_such_module')"),
         slow("{dying}:f", "its process ended with exit code 5 during its import"),
     ],
 )
