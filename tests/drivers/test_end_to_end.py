@@ -9,7 +9,7 @@ from drivers.train import train
 from drivers.training.components import Components
 from tests.drivers.helpers.engines import start_vllm
 from tests.drivers.helpers.letters import letter_grader, make_run, make_tiny_config, make_tiny_parts
-from tests.drivers.helpers.processes import run_program
+from tests.drivers.helpers.processes import call_program, run_program
 from tests.drivers.helpers.runs import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,17 +67,17 @@ def test_train_uses_vllm_log_probs_and_greedy_samples(tmp_path):
 
 
 @pytest.mark.vllm
-def test_quickstart_learns_and_its_model_evaluates(tmp_path):
+def test_quickstart_learns_and_its_model_evaluates(tmp_path, capsys):
     """A few long steps of the default run on the real SmolLM2; then evaluate.py reads its final model."""
-    flags = f"--n-grpo-steps 3 --eval-steps 5 --n-val-examples 48 --save-dir {tmp_path}/run --wandb-project None"
-    flags += " --learning-rate 6e-5"
+    flags = f"--n-grpo-steps 3 --eval-steps 5 --n-val-examples 32 --save-dir {tmp_path}/run --wandb-project None"
+    flags += " --rollout-batch-size 32 --train-batch-size 32 --learning-rate 1e-4"
     run_program("train", flags)
     rows = read_rows(tmp_path / "run")
     before, after = (row["accuracy"] for row in rows if row["phase"] == "eval")
     assert before < 0.35
     assert after > before + 0.15
-    flags = f"--model-path {tmp_path}/run/final_model --n-examples 48 --sampling-max-tokens 32"
-    run_program("evaluate", f"{flags} --output-dir {tmp_path}/eval")
+    flags = f"--model-path {tmp_path}/run/final_model --n-examples 32 --sampling-max-tokens 32"
+    call_program("evaluate", f"{flags} --output-dir {tmp_path}/eval", capsys)
     results = json.loads((tmp_path / "eval/results.json").read_text())["results"]["validation"]
     assert results["accuracy"] == pytest.approx(after, abs=0.2)
-    assert len((tmp_path / "eval/completions.jsonl").read_text().splitlines()) == 48
+    assert len((tmp_path / "eval/completions.jsonl").read_text().splitlines()) == 32
