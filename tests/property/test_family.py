@@ -5,6 +5,7 @@ tests/oracle/objectives.py, turns these tests red.
 """
 
 from dataclasses import replace
+from itertools import product
 from typing import get_args
 
 import pytest
@@ -227,35 +228,33 @@ def test_gradient_reaches_policy_only(name, aggregation, data):
 
 
 @EACH
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("gap", [1e4, -1e4, 1e9, -1e9])
-@pytest.mark.parametrize("advantage", [1.0, -1.0, 0.0])
-def test_wild_ratios_give_finite_loss_and_gradient(name, aggregation, dtype, gap, advantage):
+def test_wild_ratios_give_finite_loss_and_gradient(name, aggregation):
     """A ratio of exp(10000) either way, alone and beside an ordinary token; and a batch of nothing but padding."""
-    old = torch.tensor([[-1.0 - abs(gap), -1.0], [-1.0, -1.0], [-1.0, -1.0]], dtype=dtype)
-    moved = torch.tensor([[gap, 0.0], [0.0, 0.5], [0.0, 0.0]], dtype=dtype)
-    mask = torch.tensor([[True, True], [True, True], [False, False]])
     hyper = {
         key: {"cliprange_high": None, "dual_clip": None, "ratio_low": 0.0, "ratio_high": 5.0}.get(key, 0.2)
         for key in PARAMETERS[name] - TENSORS
     }
     hyper |= {key: (2.0, 3.0) for key in ("positive", "negative") if key in hyper}
-    case = Case(
-        policy=torch.minimum(old + moved, torch.tensor(-1e-3, dtype=dtype)),
-        old=old,
-        advantages=torch.full((3, 1), advantage, dtype=dtype),
-        mask=mask,
-        penalized=mask,
-        sizes=[3],
-        hyper=hyper,
-    )
-    for batch in (case, replace(case, mask=torch.zeros_like(mask))):
-        loss, gradient, _ = run(name, batch, weights_of(aggregation, batch))
-        assert loss.dtype == dtype
-        assert loss.isfinite()
-        assert gradient.isfinite().all()
-        if not batch.mask.any():
-            assert loss == 0
+    mask = torch.tensor([[True, True], [True, True], [False, False]])
+    for wild in product([torch.float32, torch.float64], [1e4, -1e4, 1e9, -1e9], [1.0, -1.0, 0.0]):
+        dtype, gap, advantage = wild
+        old = torch.tensor([[-1.0 - abs(gap), -1.0], [-1.0, -1.0], [-1.0, -1.0]], dtype=dtype)
+        moved = torch.tensor([[gap, 0.0], [0.0, 0.5], [0.0, 0.0]], dtype=dtype)
+        case = Case(
+            policy=torch.minimum(old + moved, torch.tensor(-1e-3, dtype=dtype)),
+            old=old,
+            advantages=torch.full((3, 1), advantage, dtype=dtype),
+            mask=mask,
+            penalized=mask,
+            sizes=[3],
+            hyper=hyper,
+        )
+        for batch in (case, replace(case, mask=torch.zeros_like(mask))):
+            loss, gradient, _ = run(name, batch, weights_of(aggregation, batch))
+            assert loss.dtype == dtype, wild
+            assert loss.isfinite(), wild
+            assert gradient.isfinite().all(), wild
+            assert batch.mask.any() or loss == 0, wild
 
 
 WAYS_TO_COUNT = st.sampled_from(["count", "drop"])
