@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -13,21 +13,24 @@ def terminate_as_interrupt() -> Iterator[None]:
 
     A signal that is ignored stays ignored: under nohup, a lost connection does not end the run.
     """
-
-    def interrupt(_signal: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in _handled_signals(signal.SIGTERM, signal.SIGHUP)}
-    try:
+    with _handling(_handled_signals(signal.SIGTERM, signal.SIGHUP), signal.default_int_handler):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _handled_signals(*numbers: int) -> list[int]:
     """Return the signals among `numbers` that are not ignored and have a handler that Python can restore."""
     return [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+
+
+@contextmanager
+def _handling(numbers: list[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle the signals by `handler` during the block."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier_handler in before.items():
+            signal.signal(number, earlier_handler)
 
 
 class _DeferringHandler:
@@ -54,12 +57,8 @@ def defer_signals() -> Iterator[None]:
     if any(isinstance(signal.getsignal(number), _DeferringHandler) for number in numbers):
         yield  # an outer block defers them already
         return
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
+    with _handling(numbers, handler):
         yield
-    finally:
-        for number, earlier_handler in before.items():
-            signal.signal(number, earlier_handler)
     if handler.pending:
         raise KeyboardInterrupt
 
