@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -42,7 +43,7 @@ class Display:
         self._n_steps = n_steps
         self._step_begin = time.monotonic()
         self._step_seconds: list[float] = []
-        self._panel_values: dict[str, str] = {}
+        self._panel_text = Text("no step is finished yet", style="dim")
         self._progress = Progress(
             TextColumn("[bold]{task.description:<9}"),
             BarColumn(bar_width=None),
@@ -51,9 +52,7 @@ class Display:
             TimeElapsedColumn(),
         )
         self._task = self._progress.add_task("starting", total=n_steps)
-        self._live = Live(
-            console=self.console, auto_refresh=True, refresh_per_second=4, transient=True, get_renderable=self._panel
-        )
+        self._live = Live(console=self.console, transient=True, get_renderable=self._panel)
 
     def __enter__(self) -> "Display":
         if self.console.is_terminal and not self.console.quiet:
@@ -87,18 +86,14 @@ class Display:
     def end_step(self, step: int, values: Mapping[str, float]) -> None:
         """Print the step's line and update the panel."""
         self._step_seconds.append(time.monotonic() - self._step_begin)
-        recent = self._step_seconds[-5:]
-        left = (self._n_steps - step) * sum(recent) / len(recent)
+        left = clock((self._n_steps - step) * fmean(self._step_seconds[-5:]))
         self._progress.update(self._task, completed=step)
-        self._panel_values = {
-            "reward": _number(values, "reward"),
-            "tokens/s": f"{values.get('rollout_tokens_per_s', 0):.0f}",
-            "time left": clock(left),
-        }
+        speed = values.get("rollout_tokens_per_s", 0)
+        self._panel_text = Text(f"reward {_number(values, 'reward')}   tokens/s {speed:.0f}   time left {left}")
         shown = "  ".join(form.format(values[name]) for name, form in COLUMNS.items() if name in values)
         self.say(
             f"step {step:>{len(str(self._n_steps))}}/{self._n_steps}  {shown}  "
-            f"{self._step_seconds[-1]:.1f} s, {clock(left)} left"
+            f"{self._step_seconds[-1]:.1f} s, {left} left"
         )
 
     def show_evaluation(self, step: int, values: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -114,10 +109,9 @@ class Display:
             self.say(f"     {one_line(str(row['response']))}  (answer: {row['answer']})")
 
     def _panel(self) -> Panel:
-        text = "   ".join(f"{name} {value}" for name, value in self._panel_values.items())
         grid = Table.grid(expand=True)
         grid.add_row(self._progress)
-        grid.add_row(Text(text or "no step is finished yet", style="" if text else "dim"))
+        grid.add_row(self._panel_text)
         return Panel(grid, title=self._title, title_align="left")
 
 
