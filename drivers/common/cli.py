@@ -1,6 +1,5 @@
 """Report the errors of a program in one line."""
 
-import math
 import os
 import sys
 import time
@@ -40,9 +39,7 @@ def exit_on_user_error(program: str) -> Iterator[None]:
         raise SystemExit(130) from None
 
 
-def check_number(
-    name: str, value: float, required: str, *, above: float = -math.inf, least: float = -math.inf
-) -> None:
-    """Raise a UsageError unless the value is finite and within its bounds."""
-    if not (math.isfinite(value) and value > above and value >= least):
+def check_number(name: str, value: int, least: int, required: str) -> None:
+    """Raise a UsageError if the value of a flag is below `least`."""
+    if value < least:
         raise UsageError(f"--{name.replace('_', '-')} {value}: {required}")

@@ -34,7 +34,7 @@ class CountdownConfig:
 
     def __post_init__(self) -> None:
         for name in ("n_train", "n_validation", "largest_number", "largest_target"):
-            check_number(name, getattr(self, name), "must be greater than 0", above=0)
+            check_number(name, getattr(self, name), 1, "must be greater than 0")
         if not self.sizes or not all(2 <= size <= 8 for size in self.sizes):
             raise UsageError(
                 f"--sizes {' '.join(map(str, self.sizes))}: each size must be from 2 to 8; pass `--sizes 3 4`"

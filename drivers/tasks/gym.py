@@ -40,8 +40,8 @@ class GymConfig:
 
     def __post_init__(self) -> None:
         for name in ("n_train", "n_validation"):
-            check_number(name, getattr(self, name), "must be greater than 0", above=0)
-        check_number("seed", self.seed, "must not be negative", least=0)
+            check_number(name, getattr(self, name), 1, "must be greater than 0")
+        check_number("seed", self.seed, 0, "must not be negative")
 
 
 def make_gym(config: GymConfig, reward: Reward) -> dict[str, list[dict[str, str]]]:
