@@ -99,29 +99,21 @@ def sft_sizes(base: Base) -> list[Variant]:
 
 def expert_iterations(base: Base) -> list[Variant]:
     """Vary responses per question, passes over the correct ones, and questions per step."""
-    n_questions = base("expert_iteration").question_batch_size
+    n = base("expert_iteration").question_batch_size
     return [
         Variant(
             f"{size}-of-{questions}-{epochs}-epochs",
             "expert_iteration",
             {"group_size": size, "question_batch_size": questions, "epochs": epochs},
         )
-        for size, questions, epochs in (
-            (4, n_questions, 1),
-            (8, n_questions, 1),
-            (8, n_questions, 2),
-            (8, n_questions // 2, 2),
-        )
+        for size, questions, epochs in ((4, n, 1), (8, n, 1), (8, n, 2), (8, n // 2, 2))
     ]
 
 
 def _reuse(base: Base, epochs: int, parts: int) -> dict[str, Any]:
     """Return flags for `epochs` passes over the rollouts in `parts` batches each, with unchanged micro-batches."""
     given = base("train")
-    flags: dict[str, Any] = {
-        "epochs_per_rollout_batch": epochs,
-        "train_batch_size": given.rollout_batch_size // parts,
-    }
+    flags: dict[str, Any] = {"epochs_per_rollout_batch": epochs, "train_batch_size": given.rollout_batch_size // parts}
     if given.micro_batch_tokens is None:
         flags["gradient_accumulation_steps"] = max(1, given.gradient_accumulation_steps // parts)
     return flags

@@ -39,9 +39,8 @@ def use_end_of_turn_as_eos(tokenizer: Any, model_path: str) -> None:
     before, _, after = answered.rpartition(_CONTENT)
     prompt = render(tokenizer, [question], to_answer=True)
     opening = before[len(prompt) :].strip() if before.startswith(prompt) else ""
-    if opening and prompt == render(
-        tokenizer, [question], to_answer=False
-    ):  # some templates open the turn with the end of the question, like `[/INST]`
+    # Some templates open the turn with the end of the question, like `[/INST]`.
+    if opening and prompt == render(tokenizer, [question], to_answer=False):
         raise UsageError(
             f"--chat-template: the template of {model_path} does not open the model's turn: answers follow "
             f"{opening!r}, which it omits with add_generation_prompt; add it to the template"

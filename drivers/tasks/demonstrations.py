@@ -46,9 +46,8 @@ def _read_worked_example(path: Path, number: int, row: dict[str, Any]) -> Worked
     if not isinstance(response, str) or not response.strip() or not is_text(response):
         raise UsageError(f"{where}: `response` must be a non-empty string, got {response!r}; keys here: {sorted(row)}")
     known = row.get("answer", row.get("ground_truth"))  # the name in files of the CS336 assignment
-    example = read_example(
-        path, number, {"question": row.get(question_key), "answer": "none" if known is None else known}
-    )
+    asked = {"question": row.get(question_key), "answer": "none" if known is None else known}
+    example = read_example(path, number, asked)
     answer = "" if known is None else example.answer
     return WorkedExample(example.question, answer, where, response, has_prompt=question_key == "prompt")
 

@@ -48,9 +48,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 text (byte {error.start}); expected a jsonl file") from error
-    for number, line in enumerate(
-        text.split("\n"), start=1
-    ):  # splitlines would also split at U+2028 inside a question
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would also split at U+2028 in a question
         if not line.strip():
             continue
         try:
@@ -80,17 +78,15 @@ def read_example(path: Path, number: int, row: dict[str, Any]) -> Example:
     question, answer = row.get("question"), row.get("answer")
     if not isinstance(question, str) or not question.strip():
         raise UsageError(f"{where}: `question` must be a non-empty string, got {question!r}; keys here: {sorted(row)}")
-    if not all(is_text(value) for value in (question, *(answer if isinstance(answer, list) else [answer]))):
-        raise UsageError(
-            f"{where}: contains an unpaired surrogate, which is not a character: {question!r}, {answer!r}"
-        )
     alternatives = answer if isinstance(answer, list) else [answer]
+    if not all(map(is_text, (question, *alternatives))):
+        raise UsageError(f"{where}: contains an unpaired surrogate, not a character: {question!r}, {answer!r}")
     if not alternatives or not all(_is_answer(alternative) for alternative in alternatives):
         raise UsageError(
             f"{where}: `answer` must be a string, a number or a list of these, and not empty; got {answer!r}; "
             f"keys here: {sorted(row)}"
         )
-    texts = [str(alternative) for alternative in alternatives]
+    texts = list(map(str, alternatives))
     rate = row.get("pass_rate")
     if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 <= rate <= 1:
         rate = None

@@ -6,7 +6,6 @@ The split is by operand pair: no sum of the held-out set occurs in training, in 
 import random
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from drivers.common.atomic_files import write_jsonl
 from drivers.common.paths import repository_path
@@ -21,7 +20,7 @@ TEMPLATES = (
 SHOTS = ((35, 2), (47, 2))
 """The pairs that the prompt solves; they stay in the training set."""
 HELD_OUT_SHARE = 0.2
-WORDINGS_PER_PAIR = {"train": 4, "validation": 4}
+WORDINGS_PER_PAIR = 4
 WRONG_SHARE = 0.3
 """Share of wrong demonstrations, so that filtering them matters."""
 
@@ -33,7 +32,7 @@ def make_wordadd(seed: int = 0) -> dict[str, list[dict[str, str]]]:
     candidates = [pair for pair in pairs if pair not in SHOTS]
     held_out = set(rng.sample(candidates, round(HELD_OUT_SHARE * len(pairs))))
     splits: dict[str, list[dict[str, str]]] = {}
-    for split, wordings in WORDINGS_PER_PAIR.items():
+    for split in ("train", "validation"):
         rows = []
         for a, b in (pair for pair in pairs if (pair in held_out) == (split == "validation")):
             texts = [
@@ -42,7 +41,7 @@ def make_wordadd(seed: int = 0) -> dict[str, list[dict[str, str]]]:
                 for name in (NAMES if "{name}" in template else NAMES[:1])
                 for things in THINGS
             ]
-            rows += [{"question": text, "answer": str(a + b)} for text in rng.sample(texts, wordings)]
+            rows += [{"question": text, "answer": str(a + b)} for text in rng.sample(texts, WORDINGS_PER_PAIR)]
         rng.shuffle(rows)
         splits[split] = rows
     return splits
@@ -67,7 +66,7 @@ def main() -> None:
     folder = repository_path("data") / "wordadd"
     splits = make_wordadd()
     for split, rows in {**splits, "sft": make_demonstrations(splits["train"])}.items():
-        path = Path(folder) / f"{split}.jsonl"
+        path = folder / f"{split}.jsonl"
         write_jsonl(path, rows)
         print(f"{path}: {len(rows)} questions")
 
