@@ -5,36 +5,31 @@ with a `Grade` for each. A worker may be corrupted by a hostile response, so eve
 """
 
 import json
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from drivers.grading.verdicts import MAX_REWARD, Graded, GradeStatus, GradingRequest
 
 
-@dataclass(frozen=True)
-class Ready:
+class Ready(NamedTuple):
     """The reward function is loaded."""
 
     pid: int
     is_async: bool
 
 
-@dataclass(frozen=True)
-class Refused:
+class Refused(NamedTuple):
     """The reward function cannot be loaded."""
 
     text: str
 
 
-@dataclass(frozen=True)
-class Invalid:
+class Invalid(NamedTuple):
     """The reward function returned something that is not a reward."""
 
     text: str
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Requests that one worker grades."""
 
     number: int
@@ -42,8 +37,7 @@ class Chunk:
     requests: list[GradingRequest]
 
 
-@dataclass(frozen=True)
-class Grade:
+class Grade(NamedTuple):
     """The verdict on one request of a chunk."""
 
     chunk: int
@@ -59,16 +53,7 @@ Message = Ready | Refused | Invalid | Grade
 
 def encode_message(message: Message) -> bytes:
     """Return a message of a worker as JSON."""
-    match message:
-        case Ready(pid, is_async):
-            parts: list[Any] = ["ready", pid, is_async]
-        case Refused(text):
-            parts = ["refused", text]
-        case Invalid(text):
-            parts = ["invalid", text]
-        case Grade(chunk, place, graded, is_last):
-            parts = ["grade", chunk, place, is_last, *graded]
-    return json.dumps(parts).encode()
+    return json.dumps([type(message).__name__, *message]).encode()
 
 
 def decode_message(data: bytes) -> Message | None:
@@ -78,22 +63,21 @@ def decode_message(data: bytes) -> Message | None:
     except (ValueError, RecursionError):
         return None
     match parts:
-        case ["ready", int(pid), bool(is_async)]:
+        case ["Ready", int(pid), bool(is_async)]:
             return Ready(pid, is_async)
-        case ["refused", str(text)]:
+        case ["Refused", str(text)]:
             return Refused(text)
-        case ["invalid", str(text)]:
+        case ["Invalid", str(text)]:
             return Invalid(text)
-        case ["grade", int(chunk), int(place), bool(is_last), dict(scores), str(status), str(detail)] if status in set(
-            GradeStatus
-        ) and _are_scores(scores):
-            return Grade(chunk, place, Graded(scores, GradeStatus(status), detail), is_last)
+        case ["Grade", int(chunk), int(place), [dict(scores), str(status), str(detail)], bool(is_last)]:
+            if status in set(GradeStatus) and _are_scores(scores):
+                return Grade(chunk, place, Graded(scores, GradeStatus(status), detail), is_last)
     return None
 
 
 def encode_chunk(chunk: Chunk) -> bytes:
     """Return a chunk as JSON."""
-    return json.dumps([chunk.number, chunk.requests]).encode()
+    return json.dumps(chunk).encode()
 
 
 def decode_chunk(data: bytes) -> Chunk:

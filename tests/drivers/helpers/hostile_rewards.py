@@ -20,7 +20,7 @@ def fill_memory():
         kept.append(bytearray(b"x") * (64 << 20))
 
 
-def scribble(message=b'["grade",1,0,false,{},"parsed",""]'):
+def scribble(message=b'["Grade",1,0,[{},"parsed",""],false]'):
     """Write to all descriptors, as hostile code in a response might do to speak for the worker."""
     for descriptor in range(3, 64):
         try:
@@ -62,8 +62,8 @@ DEEDS = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "close": lambda: (os.closerange(3, 64), time.sleep(1000)),
     "scribble": scribble,
-    "pretend": lambda: scribble(b'["ready",1,true]'),
-    "refuse": lambda: scribble(b'["refused","no reason"]'),
+    "pretend": lambda: scribble(b'["Ready",1,true]'),
+    "refuse": lambda: scribble(b'["Refused","no reason"]'),
     "allocate": lambda: bytearray(8 << 30),
     "fill": fill_memory,
     "raise": lambda: int("no number"),
