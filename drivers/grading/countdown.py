@@ -57,44 +57,29 @@ def extract_answer(response: str) -> str | None:
 
 def solves(expression: str, numbers: list[int], target: int) -> bool:
     """Return whether the expression contains each number exactly once and equals the target."""
-    tree = parse(expression)
-    if tree is None or sorted(_integers_of(tree)) != sorted(numbers):
-        return False
-    try:
-        return evaluate(tree) == target
-    except ZeroDivisionError:
-        return False
-
-
-def parse(expression: str) -> ast.expr | None:
-    """Return the tree of an expression of integers, the four operations and parentheses; None for anything else.
-
-    Signs before numbers (`-3`) and implicit products (`2(3)`) are not allowed.
-    """
     if len(expression) > MAX_CHARACTERS or not _ALLOWED.fullmatch(expression):
-        return None
+        return False
     # Python rejects 007, and a line break outside parentheses; both mean what they say here.
     text = _LEADING_ZEROS.sub("", " ".join(expression.split()))
+    used: list[int] = []
     try:
-        tree = ast.parse(text, mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-    for node in ast.walk(tree):
-        is_operation = isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS
-        is_integer = isinstance(node, ast.Constant) and type(node.value) is int
-        if not (is_operation or is_integer or isinstance(node, ast.operator)):
-            return None
-    return tree
+        value = _evaluate(ast.parse(text, mode="eval").body, used)
+    except (SyntaxError, ValueError, RecursionError, MemoryError, ZeroDivisionError):
+        return False
+    return value == target and sorted(used) == sorted(numbers)
 
 
-def evaluate(tree: ast.expr) -> Fraction:
-    """Return the exact value of a tree of `parse`."""
-    if isinstance(tree, ast.BinOp):
-        value: Fraction = _OPERATIONS[type(tree.op)](evaluate(tree.left), evaluate(tree.right))
-        return value
-    (number,) = _integers_of(tree)
-    return Fraction(number)
+def _evaluate(tree: ast.expr, used: list[int]) -> Fraction:
+    """Return the exact value and append the integers to `used`.
 
-
-def _integers_of(tree: ast.expr) -> list[int]:
-    return [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, int)]
+    Raise a ValueError for anything but integers, the four operations and parentheses: signs before numbers (`-3`) and
+    implicit products (`2(3)`) are not allowed.
+    """
+    match tree:
+        case ast.BinOp(left, operation, right) if type(operation) in _OPERATIONS:
+            value: Fraction = _OPERATIONS[type(operation)](_evaluate(left, used), _evaluate(right, used))
+            return value
+        case ast.Constant(int(number)):
+            used.append(number)
+            return Fraction(number)
+    raise ValueError
