@@ -105,7 +105,5 @@ def _kill_strays(workers: Collection[int]) -> None:
 
 
 def _list_children() -> set[int]:
-    pids = set[int]()
-    for file in Path("/proc/self/task").glob("*/children"):
-        pids |= set(map(int, file.read_text().split()))
-    return pids
+    files = Path("/proc/self/task").glob("*/children")
+    return {int(pid) for file in files for pid in file.read_text().split()}

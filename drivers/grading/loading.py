@@ -21,10 +21,7 @@ BUILT_IN: dict[str, RewardFn] = {
 
 
 def load_reward(reward: str) -> Callable[..., Any]:
-    """Return the function that `--reward` names.
-
-    Raise a UsageError if the function cannot be imported or does not take `(response, ground_truth)`.
-    """
+    """Return the function that `--reward` names, or raise a UsageError if it cannot be imported or called."""
     if reward in BUILT_IN:
         return BUILT_IN[reward]
     if reward == "gym":  # its package is optional

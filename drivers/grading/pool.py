@@ -7,7 +7,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from types import TracebackType
 
 from drivers.common.errors import TrainingAbortedError, UsageError
 from drivers.grading.loading import BUILT_IN
@@ -70,7 +69,7 @@ class GradingPool:
     def __enter__(self) -> "GradingPool":
         return self
 
-    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def load(self) -> None:

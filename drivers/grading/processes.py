@@ -70,11 +70,9 @@ class ForkServer:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         _limit_waits(self._control, LOADING_S)  # it does not answer while it imports
         with theirs:
+            arguments = (str(theirs.fileno()), json.dumps(asdict(options)), str(os.getpid()), *sys.path)
             self.process = subprocess.Popen(
-                [
-                    *(sys.executable, "-u", "-c", _PROGRAM, str(theirs.fileno())),
-                    *(json.dumps(asdict(options)), str(os.getpid()), *sys.path),
-                ],
+                [sys.executable, "-u", "-c", _PROGRAM, *arguments],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 process_group=0,  # on Ctrl-C, the trainer decides what happens
