@@ -7,12 +7,10 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -44,7 +42,7 @@ WRITE_ERRORS = (OSError, SafetensorError)
 
 
 def save_checkpoint(
-    policy: nn.Module,
+    policy: Any,
     tokenizer: Any,
     folder: Path,
     *,
@@ -53,19 +51,38 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint that transformers and vLLM load; with `tensors`, training can resume from it.
 
-    The folder is written under a name that begins with a dot and renamed at the end, so a checkpoint is complete or
-    absent no matter when the program ends. A finished checkpoint is never replaced: FileExistsError. It contains
-    only safetensors and JSON, so nothing in it can execute. All ranks take part; each writes its own shards.
+    A checkpoint appears whole or not at all, and is never replaced: FileExistsError. It contains only safetensors and
+    JSON, so nothing in it can execute. All ranks take part; each writes its own shards.
     """
-    unfinished = folder.parent / f"{UNFINISHED}{folder.name}"
-    distributed.run_on_rank_zero(partial(_begin, folder, unfinished))
+    unfinished = folder.with_name(f"{UNFINISHED}{folder.name}")
+
+    def begin() -> None:
+        if folder.exists():
+            raise FileExistsError(f"{folder}: already exists, and a checkpoint is never replaced")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+
+    def finish() -> None:
+        policy.save_pretrained(unfinished, state_dict=weights)
+        if adapter:
+            save_adapter(policy, adapter, unfinished / "adapter")
+        try:
+            tokenizer.save_pretrained(unfinished)
+        except Exception as error:  # tokenizers raises a plain Exception if the disk is full
+            raise error if isinstance(error, OSError) else OSError(str(error)) from error
+        model_config = json.loads((unfinished / "config.json").read_text(encoding="utf-8"))
+        # FSDP shards are float32, so transformers would write float32 for a bfloat16 model.
+        write_json(unfinished / "config.json", model_config | {"dtype": dtype})
+        write_text(unfinished / STATE_VALUES, json.dumps(values) + "\n")
+        write_manifest(unfinished)
+        commit_directory(unfinished, folder)
+
+    distributed.run_on_rank_zero(begin)
     if tensors is not None:
         write_tensors(unfinished / STATE_TENSORS, tensors)
     weights, adapter = _whole_weights(policy), adapter_weights(policy)
-    dtype = fsdp.computing_dtype(policy)
-    distributed.run_on_rank_zero(
-        partial(_finish, policy, tokenizer, folder, unfinished, weights, adapter, dtype, values)
-    )
+    dtype = str(fsdp.computing_dtype(policy)).removeprefix("torch.")
+    distributed.run_on_rank_zero(finish)
     return folder
 
 
@@ -80,38 +97,6 @@ def _whole_weights(policy: nn.Module) -> dict[str, Tensor]:
     return weights | {name: buffer for name, buffer in policy.named_buffers() if name in persistent}
 
 
-def _begin(folder: Path, unfinished: Path) -> None:
-    if folder.exists():
-        raise FileExistsError(f"{folder}: already exists, and a checkpoint is never replaced")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-
-
-def _finish(
-    policy: Any,
-    tokenizer: Any,
-    folder: Path,
-    unfinished: Path,
-    weights: dict[str, Tensor],
-    adapter: dict[str, Tensor],
-    dtype: torch.dtype,
-    values: Mapping[str, Any],
-) -> None:
-    policy.save_pretrained(unfinished, state_dict=weights)
-    if adapter:
-        save_adapter(policy, adapter, unfinished / "adapter")
-    try:
-        tokenizer.save_pretrained(unfinished)
-    except Exception as error:  # tokenizers raises a plain Exception if the disk is full
-        raise error if isinstance(error, OSError) else OSError(str(error)) from error
-    model_config = json.loads((unfinished / "config.json").read_text(encoding="utf-8"))
-    # FSDP shards are float32, so transformers would write float32 for a bfloat16 model.
-    write_json(unfinished / "config.json", model_config | {"dtype": str(dtype).removeprefix("torch.")})
-    write_text(unfinished / STATE_VALUES, json.dumps(values) + "\n")
-    write_manifest(unfinished)
-    commit_directory(unfinished, folder)
-
-
 def read_dtype(checkpoint: Path) -> str | None:
     """Return the dtype in which the run of this checkpoint computes, or None if it is unknown."""
     try:
@@ -123,7 +108,7 @@ def read_dtype(checkpoint: Path) -> str | None:
 
 def publish_model(checkpoint: Path, folder: Path) -> None:
     """Copy the model of `checkpoint` to `folder`, without the training state. Weights are hard links."""
-    unfinished = folder.parent / f"{UNFINISHED}{folder.name}"
+    unfinished = folder.with_name(f"{UNFINISHED}{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     shutil.copytree(checkpoint, unfinished, copy_function=_link, ignore=lambda *_: {STATE_TENSORS})
     write_text(unfinished / STATE_VALUES, json.dumps({"step": read_state_values(checkpoint)["step"]}) + "\n")
@@ -134,12 +119,11 @@ def publish_model(checkpoint: Path, folder: Path) -> None:
 
 
 def _link(source: str, target: str) -> None:
-    try:
-        if not source.endswith(".safetensors"):
-            raise OSError("copy small files: a user may edit them")
-        os.link(source, target)
-    except OSError:  # also raised by file systems without links
-        shutil.copy2(source, target)
+    if source.endswith(".safetensors"):  # small files are copied: a user may edit them
+        with suppress(OSError):  # file systems without links
+            os.link(source, target)
+            return
+    shutil.copy2(source, target)
 
 
 # --- verification ----------------------------------------------------------------------------------------------------
@@ -154,9 +138,7 @@ def write_manifest(folder: Path, known: Mapping[str, Mapping[str, Any]] | None =
 def find_damage(folder: Path) -> str | None:
     """Return why `folder` differs from what `save_checkpoint` wrote, or None if every file is unchanged."""
     try:
-        entries = _read_manifest(folder)
-        sizes = {name: entry["bytes"] for name, entry in entries.items()}
-        sums = {name: entry["sha256"] for name, entry in entries.items()}
+        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in _read_manifest(folder).items()}
         values = read_state_values(folder)
     except FileNotFoundError as error:
         return f"it has no {Path(error.filename).name}: it is incomplete, or was not written by this program"
@@ -165,24 +147,24 @@ def find_damage(folder: Path) -> str | None:
     if not isinstance(values, dict) or not isinstance(values.get("step"), int):
         return f"{STATE_VALUES} contains no step"
     try:
-        return _find_difference(folder, sizes, sums)
+        return _find_difference(folder, entries)
     except OSError as error:
         return f"it cannot be read ({error})"
 
 
-def _find_difference(folder: Path, sizes: Mapping[str, Any], sums: Mapping[str, Any]) -> str | None:
+def _find_difference(folder: Path, entries: Mapping[str, tuple[Any, Any]]) -> str | None:
     names = _files(folder)
-    for name in sizes:
+    for name, (n_bytes, _) in entries.items():
         if name not in names:
             return f"{name} is missing"
         size = (folder / name).stat().st_size
-        if size != sizes[name]:
-            return f"{name} has {size} bytes instead of {sizes[name]}"
-    foreign = [name for name in names if name.startswith(f"{STATE_TENSORS}/") and name not in sizes]
+        if size != n_bytes:
+            return f"{name} has {size} bytes instead of {n_bytes}"
+    foreign = [name for name in names if name.startswith(f"{STATE_TENSORS}/") and name not in entries]
     if foreign:  # the reader of the folder would read this file too
         return f"{foreign[0]} does not belong to this checkpoint"
-    for name, entry in zip(sizes, _fingerprints([folder / name for name in sizes]), strict=True):
-        if entry["sha256"] != sums[name]:
+    for name, entry in zip(entries, _fingerprints([folder / name for name in entries]), strict=True):
+        if entry["sha256"] != entries[name][1]:
             return f"{name} has changed since it was written: its SHA-256 differs"
     return None
 
@@ -198,8 +180,7 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     if manifest["format"] != FORMAT:
         raise ValueError(f"its format is {manifest['format']!r}; this version reads format {FORMAT}")
-    files: dict[str, dict[str, Any]] = manifest["files"]
-    return files
+    return manifest["files"]  # type: ignore[no-any-return]
 
 
 def _files(folder: Path) -> list[str]:
@@ -221,8 +202,7 @@ def _fingerprints(files: Sequence[Path]) -> list[dict[str, Any]]:
 
 def read_state_values(folder: Path) -> dict[str, Any]:
     """Return the content of trainer_state.json."""
-    values: dict[str, Any] = json.loads((folder / STATE_VALUES).read_text(encoding="utf-8"))
-    return values
+    return json.loads((folder / STATE_VALUES).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -235,16 +215,16 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 def read_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Fill `tensors` from files of any number of ranks; raise a ValueError if names or shapes differ."""
     reader = HuggingFaceStorageReader(str(folder))
-    written = reader.read_metadata().state_dict_metadata
-    stored = {name: tuple(value.size) for name, value in written.items() if isinstance(value, TensorStorageMetadata)}
-    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    metadata = reader.read_metadata().state_dict_metadata
+    written = {name: value for name, value in metadata.items() if isinstance(value, TensorStorageMetadata)}
     for name, value in written.items():
-        if isinstance(value, TensorStorageMetadata):
-            n_values = sum(chunk.sizes.numel() for chunk in value.chunks)
-            if n_values != value.size.numel():
-                raise ValueError(
-                    f"its files contain {n_values} of the {value.size.numel()} values of {name}: a file is missing"
-                )
+        n_values = sum(chunk.sizes.numel() for chunk in value.chunks)
+        if n_values != value.size.numel():
+            raise ValueError(
+                f"its files contain {n_values} of the {value.size.numel()} values of {name}: a file is missing"
+            )
+    stored = {name: tuple(value.size) for name, value in written.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if stored != expected:
         names = sorted(name for name in stored.keys() | expected.keys() if stored.get(name) != expected.get(name))
         raise ValueError(
