@@ -83,9 +83,9 @@ def find_checkpoint(path: Path, say: Callable[[str], None] = print) -> Path | No
     checkpoint that cannot be used, the error is a UsageError.
     """
     if (path / STATE_VALUES).exists():
-        reason: str | None = f"it has no folder {STATE_TENSORS}: only its model was kept"
-        if is_resumable(path):
-            reason = find_damage(path)
+        reason = (
+            find_damage(path) if is_resumable(path) else f"it has no folder {STATE_TENSORS}: only its model was kept"
+        )
         if reason is not None:
             raise UsageError(f"--resume {path}: cannot resume from this checkpoint: {reason}")
         return path

@@ -28,10 +28,8 @@ def describe_environment() -> dict[str, Any]:
     """Return package versions, the machine, and the commit of the code."""
     versions = {}
     for package in VERSIONED:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     commit = ""
     with suppress(OSError):  # without git
@@ -110,10 +108,8 @@ class RunLog:
         self.folder = folder
         for name in ("metrics.jsonl", "completions.jsonl"):
             _keep_until(folder / name, after)
-        self._metrics, self._completions = (
-            JsonlWriter(folder / "metrics.jsonl"),
-            JsonlWriter(folder / "completions.jsonl"),
-        )
+        self._metrics = JsonlWriter(folder / "metrics.jsonl")
+        self._completions = JsonlWriter(folder / "completions.jsonl")
         self._has_warned = False
         program, values = (settings or config).program, asdict(settings or config)
         header = {"program": program, "steps": config.n_grpo_steps, "config": values}
@@ -143,8 +139,8 @@ class RunLog:
 
     def sync(self) -> None:
         """Flush both files to disk before a checkpoint, which must not exist without the lines of its steps."""
-        for lines in (self._metrics, self._completions):
-            lines.sync()
+        self._metrics.sync()
+        self._completions.sync()
 
     def close(self) -> None:
         """Close the files and the services."""

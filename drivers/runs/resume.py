@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from drivers.common.atomic_files import rename_superseded
 from drivers.common.errors import UsageError
@@ -16,28 +15,20 @@ RUN_MARKER = "metrics.jsonl"
 FINAL = "final_model"
 
 
-class OpenedRun(NamedTuple):
-    """A run folder that this process has locked."""
-
-    folder: Path
-    checkpoint: Path | None
-    """The checkpoint to resume from; None for a new run."""
-
-
-def open_run_folder(config: GrpoConfig, say: Callable[[str], None]) -> OpenedRun:
-    """Create or find the folder of the run, lock it, and find the checkpoint to resume from."""
+def open_run_folder(config: GrpoConfig, say: Callable[[str], None]) -> tuple[Path, Path | None]:
+    """Create or find the folder of the run and lock it; return it with the checkpoint to resume from, if any."""
     if config.resume is None:
-        return OpenedRun(_create_locked_folder(config), None)
+        return _create_locked_folder(config), None
     if config.resume != "auto":
         checkpoint = _find_named_checkpoint(config.resume, say)
-        return OpenedRun(checkpoint.parent, checkpoint)
+        return checkpoint.parent, checkpoint
     folder = Path(str(config.save_dir))  # the settings require it with `--resume auto`
     acquire_run_lock("--save-dir", folder)
     latest = find_checkpoint(folder, say)
     if latest is None:
         _restart_run(folder, say)
         _create_locked_folder(config)
-    return OpenedRun(folder, latest)
+    return folder, latest
 
 
 def _create_locked_folder(config: GrpoConfig) -> Path:
