@@ -82,7 +82,9 @@ def plan(config: SweepConfig, shared: Sequence[str]) -> list[PlannedRun]:
 
     planned = []
     for variant in _variants(config, lambda program: parse_program_flags(program, flags_of(program, {}))):
-        _check_variant(config, variant)
+        for name in SWEEP_SETTINGS:  # the flag of the sweep would override it and contradict the label
+            if name in variant.flags:
+                raise UsageError(f"{config.sweep or '--grid'}, {variant.label}: {name} {_IS_SET}")
         for seed in config.seeds:
             flags = flags_of(variant.program, variant.flags | {"seed": seed})
             parse_program_flags(variant.program, flags)
@@ -93,13 +95,6 @@ def plan(config: SweepConfig, shared: Sequence[str]) -> list[PlannedRun]:
     return planned
 
 
-def _check_variant(config: SweepConfig, variant: Variant) -> None:
-    """Raise UsageError if a variant has a setting of the sweep, which would override it and contradict its label."""
-    for name in SWEEP_SETTINGS:
-        if name in variant.flags:
-            raise UsageError(f"{config.sweep or '--grid'}, {variant.label}: {name} {_IS_SET}")
-
-
 def folder_of(config: SweepConfig) -> Path:
     """Return the folder of the sweep."""
     name = Path(config.sweep).stem if config.sweep else f"{config.program}-grid"
@@ -108,12 +103,9 @@ def folder_of(config: SweepConfig) -> Path:
 
 def parse_program_flags(program: str, flags: Sequence[str]) -> TrainingSettings:
     """Parse the flags as their program does. An invalid flag also ends this program."""
+    kinds = {"sft": SftConfig, "expert_iteration": ExpertIterationConfig}
     with redirect_stdout(StringIO()):  # each run prints these notes itself
-        if program == "sft":
-            return parse_settings(SftConfig, flags)
-        if program == "expert_iteration":
-            return parse_settings(ExpertIterationConfig, flags)
-        return parse_train_config(flags)
+        return parse_settings(kinds[program], flags) if program in kinds else parse_train_config(flags)
 
 
 def as_flags(settings: Mapping[str, Any]) -> list[str]:
@@ -161,17 +153,13 @@ def _read_grid(config: SweepConfig) -> list[Variant]:
         if not has_values or not all(values.split(",")):
             raise UsageError(f"--grid {entry}: give a setting and its values, like learning_rate=1e-5,3e-5")
         axes.append([(name.replace("-", "_"), value) for value in values.split(",")])
+    switches = {"true": True, "false": False}
     variants = []
     for settings in product(*axes):
         label = "-".join(value.replace("/", ".") for _, value in settings)
-        variants.append(Variant(label, config.program, {name: _as_switch(value) for name, value in settings}))
+        flags = {name: switches.get(value.lower(), value) for name, value in settings}
+        variants.append(Variant(label, config.program, flags))
     return variants
-
-
-def _as_switch(value: str) -> str | bool:
-    """Turn `true` and `false` into the value of a switch."""
-    switches = {"true": True, "false": False}
-    return switches.get(value.lower(), value)
 
 
 def _read_line(place: str, row: Mapping[str, Any]) -> Variant:
@@ -190,37 +178,27 @@ def _read_line(place: str, row: Mapping[str, Any]) -> Variant:
 def keep_plan(folder: Path, planned: Sequence[PlannedRun]) -> None:
     """Add the runs to sweep.json. Raise UsageError if the folder holds another sweep, whose runs would be mixed in."""
     commands = {run.name: shlex.join(run.command[1:]) for run in planned}
+    file = folder / "sweep.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        kept = _read_commands(folder / "sweep.json")
-        _check_same_sweep(folder, commands, kept)
-        rows = [{"folder": name, "command": command} for name, command in (kept | commands).items()]
-        write_json(folder / "sweep.json", rows)
+        rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        kept = {str(row["folder"]): str(row["command"]) for row in rows}
+        shared = commands.keys() & kept.keys()
+        for name in sorted(shared):
+            if _without_path(commands[name]) != _without_path(kept[name]):
+                raise UsageError(
+                    f"--save-dir {folder}: {name} was made by another command (see sweep.json); give another folder"
+                )
+        if kept and not shared:
+            raise UsageError(
+                f"--save-dir {folder}: holds another sweep without any of these {len(commands)} runs (see "
+                "sweep.json); give another folder"
+            )
+        write_json(file, [{"folder": name, "command": command} for name, command in (kept | commands).items()])
     except UsageError:
         raise
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UsageError(f"--save-dir {folder}: cannot be used ({error})") from error
-
-
-def _read_commands(file: Path) -> dict[str, str]:
-    """Read the commands of an earlier call, by name of the run."""
-    rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    return {str(row["folder"]): str(row["command"]) for row in rows}
-
-
-def _check_same_sweep(folder: Path, commands: Mapping[str, str], kept: Mapping[str, str]) -> None:
-    """Raise UsageError unless the sweep is new, or shares runs with the earlier one and changes none of them."""
-    shared = commands.keys() & kept.keys()
-    for name in sorted(shared):
-        if _without_path(commands[name]) != _without_path(kept[name]):
-            raise UsageError(
-                f"--save-dir {folder}: {name} was made by another command (see sweep.json); give another folder"
-            )
-    if kept and not shared:
-        raise UsageError(
-            f"--save-dir {folder}: holds another sweep without any of these {len(commands)} runs (see sweep.json); "
-            "give another folder"
-        )
 
 
 def _without_path(command: str) -> list[str]:

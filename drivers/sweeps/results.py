@@ -1,7 +1,7 @@
 """Collect the results of a sweep."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -53,24 +53,22 @@ class Result:
 
 def read_result(run: PlannedRun, status: int | None) -> Result:
     """Read the results of a run from its folder; `status` is its exit status, None if it did not start."""
-    flags = run.variant.flags
     result: dict[str, Any] = {
         "label": run.variant.label,
         "seed": run.seed,
         "folder": run.name,
         "program": run.variant.program,
+        "flags": run.variant.flags,
+        "state": _state(run.folder, status),
     }
-    state = _state(run.folder, status)
     if not (run.folder / "metrics.jsonl").is_file():
-        return Result(**result, flags=flags, state=state)
+        return Result(**result)
     logged = LoggedRun(run.folder, run.name)
-    last_values: dict[str, Any] = {}
     for name in ("reward", "rollout_entropy", "response_tokens"):
         values = logged.values("train", name)
-        if values:
-            last_values[name] = values[max(values)]
+        result[name] = values[max(values)] if values else None
     minutes = logged.wall_clock / 60 if logged.steps[0] else None
-    return Result(**result, flags=flags, state=state, **_accuracies(logged), **last_values, minutes=minutes)
+    return Result(**result, **_accuracies(logged), minutes=minutes)
 
 
 def _state(folder: Path, status: int | None) -> str:
@@ -97,35 +95,26 @@ def _accuracies(run: LoggedRun) -> dict[str, Any]:
 
 
 # --- table -----------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Column:
-    """A column of the table: the mean of a number over the compared seeds."""
-
-    title: str
-    format: str
-    read: Callable[[Result], float | None]
-
-
-COLUMNS = (
-    Column("before", "{:.3f}", lambda result: result.accuracy_before),
-    Column("accuracy", "{:.3f}", lambda result: result.accuracy),
-    Column("best", "{:.3f}", lambda result: result.best_accuracy),
-    Column("reward", "{:.3f}", lambda result: result.reward),
-    Column("entropy", "{:.3f}", lambda result: result.rollout_entropy),
-    Column("tokens", "{:.0f}", lambda result: result.response_tokens),
-    Column("minutes", "{:.1f}", lambda result: result.minutes),
-)
+COLUMNS = {
+    "before": ("accuracy_before", ".3f"),
+    "accuracy": ("accuracy", ".3f"),
+    "best": ("best_accuracy", ".3f"),
+    "reward": ("reward", ".3f"),
+    "entropy": ("rollout_entropy", ".3f"),
+    "tokens": ("response_tokens", ".0f"),
+    "minutes": ("minutes", ".1f"),
+}
+"""Columns of the table: title -> the field of which it shows the mean over the compared seeds, and its format."""
 
 
 def make_table(results: Sequence[Result]) -> str:
     """Return a Markdown table with a row per label and a column per number that some run has."""
-    columns = [column for column in COLUMNS if any(column.read(result) is not None for result in results)]
-    rows = [["run", *(column.title for column in columns), "state"]]
+    titles = [title for title, (name, _) in COLUMNS.items() if _known(results, name)]
+    rows = [["run", *titles, "state"]]
     for label in dict.fromkeys(result.label for result in results):
         seeds = [result for result in results if result.label == label]
         compared = _farthest(seeds)
-        cells = [_cell(column, compared) for column in columns]
-        rows.append([label, *cells, _count_states(seeds)])
+        rows.append([label, *(_cell(title, compared) for title in titles), _count_states(seeds)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
@@ -138,22 +127,21 @@ def _farthest(seeds: Sequence[Result]) -> list[Result]:
     return [result for result in seeds if result.step == last_step]
 
 
-def _cell(column: Column, compared: Sequence[Result]) -> str:
-    values = [value for value in map(column.read, compared) if value is not None]
+def _known(results: Sequence[Result], *fields: str) -> list[float]:
+    """Return the values of these fields that are known."""
+    values = (getattr(result, name) for result in results for name in fields)
+    return [value for value in values if value is not None]
+
+
+def _cell(title: str, compared: Sequence[Result]) -> str:
+    field, form = COLUMNS[title]
+    values = _known(compared, field)
     if not values:
         return ""
-    mean = column.format.format(fmean(values))
-    return f"{mean}{_accuracy_range(compared)}" if column.title == "accuracy" else mean
-
-
-def _accuracy_range(compared: Sequence[Result]) -> str:
-    """Return the range of the accuracy over seeds, or the 95 % interval of a single seed."""
-    if len(compared) > 1:
-        ends = [result.accuracy for result in compared]
-    else:
-        ends = [compared[0].accuracy_low, compared[0].accuracy_high]
-    known = [end for end in ends if end is not None]
-    return f" ({min(known):.3f} to {max(known):.3f})" if known else ""
+    # The range of the accuracy over seeds, or the 95 % interval of a single seed.
+    ends = values if len(compared) > 1 else _known(compared, "accuracy_low", "accuracy_high")
+    accuracy_range = f" ({min(ends):.3f} to {max(ends):.3f})" if title == "accuracy" and ends else ""
+    return f"{fmean(values):{form}}{accuracy_range}"
 
 
 def _count_states(seeds: Sequence[Result]) -> str:
@@ -172,13 +160,8 @@ def write_results(folder: Path, planned: Sequence[PlannedRun], status: Mapping[s
     write_text(folder / "summary.md", table + "\n")
     logged = [run.folder for run, result in zip(planned, results, strict=True) if result.minutes is not None]
     if logged:
-        _write_report_or_warn(logged, folder)
+        try:
+            write_report(logged, folder, folder.name)
+        except Exception as error:  # the summary is complete without the report
+            print(f"warning: {folder}/report.html could not be written ({first_line(error)})", file=sys.stderr)
     return table
-
-
-def _write_report_or_warn(runs: Sequence[Path], folder: Path) -> None:
-    """Write the report; warn if that fails, because the summary is complete without it."""
-    try:
-        write_report(runs, folder, folder.name)
-    except Exception as error:
-        print(f"warning: {folder}/report.html could not be written ({first_line(error)})", file=sys.stderr)
