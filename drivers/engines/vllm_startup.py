@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.process import BaseProcess
-from types import TracebackType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from vllm import LLM
@@ -47,15 +46,13 @@ def place(options: EngineOptions, policy_device: torch.device) -> Placement:
     return Placement(has_own_gpu, on_gpu and same_device, has_own_gpu or options.own_process)
 
 
-class StartedLLM(NamedTuple):
-    """A vLLM `LLM` and the processes that it has started."""
+def start_llm(
+    options: EngineOptions, placement: Placement, policy_device: torch.device
+) -> tuple[LLM, set[BaseProcess]]:
+    """Return a vLLM with dummy weights and the processes that it has started.
 
-    llm: LLM
-    processes: set[BaseProcess]
-
-
-def start_llm(options: EngineOptions, placement: Placement, policy_device: torch.device) -> StartedLLM:
-    """Start vLLM with dummy weights; in a separate process, raise EngineDiedError if that exceeds the deadline."""
+    In a separate process, raise EngineDiedError if the start exceeds the deadline.
+    """
     _check_build(options.device)
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(placement.has_own_process)), TRAINER: str(os.getpid())}
     if placement.has_own_process:  # trainer and engine take turns: each may use all cores
@@ -64,7 +61,7 @@ def start_llm(options: EngineOptions, placement: Placement, policy_device: torch
     earlier = set(multiprocessing.active_children())
     with _preserved_torch_state(policy_device):
         llm = start_before_deadline(start, options.deadline_s) if placement.has_own_process else start()
-    return StartedLLM(llm, set(multiprocessing.active_children()) - earlier)
+    return llm, set(multiprocessing.active_children()) - earlier
 
 
 def _check_build(device: torch.device) -> None:
@@ -140,18 +137,38 @@ def device_arguments(device: torch.device, *, shares_gpu: bool, gpu_memory_utili
 
 
 def start_before_deadline(start: Callable[[], T], deadline_s: float) -> T:
-    """Return `start()`, or raise EngineDiedError if its child processes had to be killed after `deadline_s`."""
-    late = EngineDiedError(f"vLLM did not start within {deadline_s:g} s (--engine-deadline-s) and was killed")
-    killer = _LateChildKiller(deadline_s)
-    try:
-        with _sigint_blocked(), killer:
+    """Return `start()`, or raise EngineDiedError if its child processes had to be killed after `deadline_s`.
+
+    vLLM waits for a child process for as long as it lives, so only killing it ends the wait.
+    """
+    earlier = set(multiprocessing.active_children())
+    has_ended, is_late = threading.Event(), threading.Event()
+
+    def kill_late_children() -> None:
+        wait_s = deadline_s
+        while not has_ended.wait(wait_s):
+            is_late.set()
+            for process in set(multiprocessing.active_children()) - earlier:
+                process.kill()
+            wait_s = _KILL_INTERVAL_S  # vLLM may start more of them
+
+    killer = threading.Thread(target=kill_late_children, daemon=True)
+    failure: Exception | None = None
+    with _sigint_blocked():
+        killer.start()
+        try:
             result = start()
-    except Exception as error:
-        if killer.has_fired:
-            raise late from error
-        raise
-    if killer.has_fired:
-        raise late
+        except Exception as error:
+            if not is_late.is_set():
+                raise
+            failure = error
+        finally:
+            has_ended.set()
+            killer.join()
+    if is_late.is_set():
+        raise EngineDiedError(
+            f"vLLM did not start within {deadline_s:g} s (--engine-deadline-s) and was killed"
+        ) from failure
     return result
 
 
@@ -163,35 +180,3 @@ def _sigint_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-class _LateChildKiller:
-    """Kills the child processes that a `with` block starts, once the block takes longer than `deadline_s`.
-
-    vLLM waits for a child process for as long as it lives, so only killing it ends the wait.
-    """
-
-    def __init__(self, deadline_s: float) -> None:
-        self._deadline_s = deadline_s
-        self._earlier = set(multiprocessing.active_children())
-        self._is_block_done, self._fired = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    @property
-    def has_fired(self) -> bool:
-        return self._fired.is_set()
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
-        self._is_block_done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        wait_s = self._deadline_s
-        while not self._is_block_done.wait(wait_s):
-            self._fired.set()
-            for process in set(multiprocessing.active_children()) - self._earlier:
-                process.kill()
-            wait_s = _KILL_INTERVAL_S  # the block may start more of them
