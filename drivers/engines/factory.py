@@ -50,8 +50,8 @@ def _start_vllm(
         say(f"Waiting for {', '.join(options.urls)} ...")
         return SupervisedEngine(partial(ServerEngine, options, weights, end_token_id), say)
     from drivers.engines.vllm import VLLMEngine
+    from drivers.engines.vllm_startup import place
 
     start = partial(VLLMEngine, options, weights, end_token_id)
-    has_own_gpu = options.device.type == "cuda" and options.device != weights.device
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of torch, about how vLLM uses it
-        return SupervisedEngine(start, say) if options.own_process or has_own_gpu else start()
+        return SupervisedEngine(start, say) if place(options, weights.device).has_own_process else start()

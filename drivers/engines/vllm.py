@@ -17,8 +17,6 @@ from typing import Any, TypeVar
 import torch
 from vllm import SamplingParams
 from vllm.distributed.weight_transfer.base import TrainerInitInfo
-from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
-from vllm.utils.network_utils import get_open_port
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from drivers.common.errors import EngineDiedError
@@ -27,10 +25,10 @@ from drivers.engines.protocol import Completion, check_weight_version
 from drivers.engines.supervision import call_with_timeout, is_running
 from drivers.engines.vllm_startup import place, start_llm
 from drivers.engines.vllm_transfer import (
-    PACKED_BUFFER_BYTES,
     HostTrainerInit,
     LocalClient,
     WeightSender,
+    nccl_init,
     read_checksums,
     synchronize_before_send,
     version_of,
@@ -54,21 +52,15 @@ class VLLMEngine:
         self._busy = threading.Lock()
         self._llm, self._processes = start_llm(options, self._placement, weights.device)
         self._sender: WeightSender | None = None
-        self._sender = self._call("the setup of the weight transfer", lambda: self._connect(weights))
-
-    def _connect(self, weights: WeightGatherer) -> WeightSender:
-        return WeightSender(weights, self._transfer_init(), LocalClient(self._llm))
+        self._sender = self._call(
+            "the setup of the weight transfer",
+            lambda: WeightSender(weights, self._transfer_init(), LocalClient(self._llm)),
+        )
 
     def _transfer_init(self) -> TrainerInitInfo:
         if not self._placement.has_own_gpu:
             return HostTrainerInit(rank=0, by_file=self._placement.has_own_process)
-        return NCCLTrainerInitInfo(
-            master_address="127.0.0.1",
-            master_port=get_open_port(),
-            world_size=1 + self._llm.get_world_size(),
-            rank=0,
-            packed_buffer_size_bytes=PACKED_BUFFER_BYTES,
-        )
+        return nccl_init("127.0.0.1", self._llm.get_world_size())
 
     def load_weights(self, version: int) -> None:
         """Push the policy's weights and check that they arrived; later samples carry `version`."""

@@ -8,12 +8,11 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import starmap
 from typing import Any, TypeVar
 
 import httpx
 from vllm.distributed.weight_transfer.base import TrainerInitInfo
-from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
-from vllm.utils.network_utils import get_open_port
 
 from drivers.common.errors import EngineDiedError, UsageError
 from drivers.engines import vllm_http
@@ -23,9 +22,9 @@ from drivers.engines.supervision import call_with_timeout
 from drivers.engines.vllm import sampling_parameters
 from drivers.engines.vllm_http import CONNECT_S, Servers
 from drivers.engines.vllm_transfer import (
-    PACKED_BUFFER_BYTES,
     HostTrainerInit,
     WeightSender,
+    nccl_init,
     read_checksums,
     synchronize_before_send,
     version_of,
@@ -109,14 +108,8 @@ class ServerEngine:
         if self._device.type == "cpu":
             return HostTrainerInit(rank=0, by_file=True)
         addresses = {vllm_http.local_address_towards(url) for url in self._servers.urls}
-        return NCCLTrainerInitInfo(
-            # Servers on different networks reach this machine at different addresses: then listen on all.
-            master_address=addresses.pop() if len(addresses) == 1 else "0.0.0.0",
-            master_port=get_open_port(),
-            world_size=1 + sum(self._servers.n_workers),
-            rank=0,
-            packed_buffer_size_bytes=PACKED_BUFFER_BYTES,
-        )
+        # Servers on different networks reach this machine at different addresses: then listen on all.
+        return nccl_init(addresses.pop() if len(addresses) == 1 else "0.0.0.0", sum(self._servers.n_workers))
 
     def load_weights(self, version: int) -> None:
         """Push the policy's weights and check that they arrived; later samples carry `version`."""
@@ -149,31 +142,24 @@ class ServerEngine:
         )
 
     async def _generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[Completion]:
-        urls = self._servers.urls
+        async def sample_group(index: int, prompt: Sequence[int]) -> list[Completion]:
+            url = self._servers.urls[index % len(self._servers.urls)]
+            body = {
+                "token_ids": list(prompt),
+                "sampling_params": sampling_parameters(sampling, seed + index * sampling.n, self._end_token_id),
+                "output_mode": "text",
+            }
+            answer = await client.post(f"{url}/inference/v1/generate", json=body)
+            answer.raise_for_status()
+            choices = sorted(answer.json()["choices"], key=lambda choice: choice["index"])
+            return check_weight_version(self._version, url, [_completion(prompt, choice) for choice in choices])
+
         limits = httpx.Limits(max_connections=MAX_CONNECTIONS)
         timeout = httpx.Timeout(self._deadline_s, connect=min(self._deadline_s, CONNECT_S), pool=None)
         transport = httpx.AsyncHTTPTransport(limits=limits, socket_options=vllm_http.keepalive_options())
         async with httpx.AsyncClient(timeout=timeout, transport=transport, trust_env=False) as client:
-            groups = await asyncio.gather(
-                *(
-                    self._sample_group(client, urls[i % len(urls)], prompt, sampling, seed + i * sampling.n)
-                    for i, prompt in enumerate(prompts)
-                )
-            )
+            groups = await asyncio.gather(*starmap(sample_group, enumerate(prompts)))
         return [completion for group in groups for completion in group]
-
-    async def _sample_group(
-        self, client: httpx.AsyncClient, url: str, prompt: Sequence[int], sampling: Sampling, seed: int
-    ) -> list[Completion]:
-        body = {
-            "token_ids": list(prompt),
-            "sampling_params": sampling_parameters(sampling, seed, self._end_token_id),
-            "output_mode": "text",
-        }
-        answer = await client.post(f"{url}/inference/v1/generate", json=body)
-        answer.raise_for_status()
-        choices = sorted(answer.json()["choices"], key=lambda choice: choice["index"])
-        return check_weight_version(self._version, url, [_completion(prompt, choice) for choice in choices])
 
     def sleep(self) -> None:
         """Do nothing: servers share no GPU with the policy."""

@@ -18,7 +18,8 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
-from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLWeightTransferEngine
+from vllm.utils.network_utils import get_open_port
 
 from drivers.engines.supervision import exit_when_trainer_exits
 from drivers.policy.weight_gatherer import WeightGatherer
@@ -188,6 +189,17 @@ class LocalClient:
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self.llm.finish_weight_update(weight_version)
+
+
+def nccl_init(address: str, n_workers: int) -> NCCLTrainerInitInfo:
+    """Return the settings of a sender to GPUs, which listens at `address` of this machine."""
+    return NCCLTrainerInitInfo(
+        master_address=address,
+        master_port=get_open_port(),
+        world_size=1 + n_workers,
+        rank=0,
+        packed_buffer_size_bytes=PACKED_BUFFER_BYTES,
+    )
 
 
 class WeightSender:
