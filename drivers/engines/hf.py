@@ -10,12 +10,14 @@ from drivers.engines.protocol import Completion
 from drivers.policy.weights import Checksum, checksums
 from drivers.settings.sampling import Sampling
 
+BATCH_SIZE = 64
+
 
 class HFEngine:
     """Samples with `policy.generate`: slow, but it shares the policy's device and weights, so it is never stale."""
 
-    def __init__(self, policy: Any, tokenizer: Any, *, batch_size: int = 64) -> None:
-        self._policy, self._tokenizer, self._batch_size = policy, tokenizer, batch_size
+    def __init__(self, policy: Any, tokenizer: Any) -> None:
+        self._policy, self._tokenizer = policy, tokenizer
         self._version: int | None = None
         self._end_ids = end_token_ids(policy, tokenizer)
 
@@ -41,8 +43,8 @@ class HFEngine:
         try:
             with torch.random.fork_rng(devices=devices), torch.no_grad():
                 torch.manual_seed(seed)
-                for start in range(0, len(repeated), self._batch_size):
-                    completions += self._generate_batch(repeated[start : start + self._batch_size], sampling)
+                for start in range(0, len(repeated), BATCH_SIZE):
+                    completions += self._generate_batch(repeated[start : start + BATCH_SIZE], sampling)
         finally:
             self._policy.train(training)
         return completions

@@ -52,23 +52,18 @@ class RolloutEngine(Protocol):
 
     def load_weights(self, version: int) -> None:
         """Take the policy's current weights as `version`."""
-        ...
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[Completion]:
         """Sample `sampling.n` completions of each prompt, in the order of the prompts."""
-        ...
 
     def sleep(self) -> None:
         """Give the memory of a shared GPU to the trainer until the next `load_weights`."""
-        ...
 
     def received(self) -> list[dict[str, Checksum]]:
         """Return each worker's checksums of the last push; an engine that shares the weights has none."""
-        ...
 
     def close(self) -> None:
         """Shut the engine down; an engine in this process first waits for a `generate` in another thread."""
-        ...
 
 
 def describe_completions(completions: Sequence[Completion]) -> dict[str, float]:

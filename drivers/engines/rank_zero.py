@@ -12,10 +12,7 @@ T = TypeVar("T")
 
 
 class EngineOnRankZero:
-    """The engine of a run with several ranks.
-
-    Rank 0 holds the engine and calls it inside `run_with_engine`. The other ranks only help to gather weights.
-    """
+    """The engine of a run with several ranks: rank 0 holds it, and the other ranks only help to gather weights."""
 
     def __init__(self, engine: RolloutEngine | None, gatherer: WeightGatherer) -> None:
         self._engine, self.gatherer = engine, gatherer
@@ -46,7 +43,6 @@ class EngineOnRankZero:
 def run_with_engine(engine: RolloutEngine, call: Callable[[], T]) -> T:
     """Return the result of `call()`, which uses `engine` on rank 0, on every rank.
 
-    The engine may need the policy's weights during the call: at a push, and when it died and was started again. The
-    other ranks help to gather them.
+    The other ranks help to gather weights during the call: for a push, or for an engine that died and was restarted.
     """
     return engine.gatherer.run_on_rank_zero(call) if isinstance(engine, EngineOnRankZero) else call()

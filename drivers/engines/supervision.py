@@ -46,10 +46,9 @@ def call_with_timeout(
 ) -> T:
     """Return `call()`; raise TimeoutError after `timeout_s`, or EngineDiedError once the engine is not `is_alive`.
 
-    A second Ctrl-C or SIGTERM ends the wait, although a push defers signals.
-
     Before either error, `give_up` must end what the calling thread waits for, and the thread gets some seconds to
-    finish: it may be gathering weights, which must end before the next engine gets its push.
+    finish: it may be gathering weights, which must end before the next engine gets its push. A second Ctrl-C or
+    SIGTERM ends the wait, although a push defers signals.
     """
     if not is_alive():
         raise EngineDiedError("its process has exited")
@@ -69,8 +68,7 @@ def call_with_timeout(
 class SupervisedEngine:
     """A `RolloutEngine` that is started again when it dies, with the current weights, and asked again.
 
-    Requests carry their seeds, so a lost sample is drawn again as it would have been. If the same request
-    kills the engine twice, the run ends.
+    Requests carry seeds, so the samples are the same. If one request kills the engine twice, the run ends.
     """
 
     def __init__(self, start: Callable[[], RolloutEngine], say: Callable[[str], None]) -> None:
