@@ -95,15 +95,11 @@ def _end_worker(pid: int) -> int:
 def _kill_strays(workers: Collection[int]) -> None:
     """Kill the children of this process that are not workers; killing one may hand its children to this process."""
     for _ in range(MAX_GENERATIONS):
-        strays = _list_children() - set(workers)
+        files = Path("/proc/self/task").glob("*/children")
+        strays = {int(pid) for file in files for pid in file.read_text().split()} - set(workers)
         if not strays:
             return
         for pid in strays:
             with suppress(ProcessLookupError, ChildProcessError):
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
-
-
-def _list_children() -> set[int]:
-    files = Path("/proc/self/task").glob("*/children")
-    return {int(pid) for file in files for pid in file.read_text().split()}

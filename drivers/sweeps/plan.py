@@ -113,11 +113,9 @@ def as_flags(settings: Mapping[str, Any]) -> list[str]:
     flags = []
     for name, value in settings.items():
         if isinstance(value, bool):
-            flags.append(_flag(name) if value else _flag(f"no_{name}"))
-        elif isinstance(value, list | tuple):
-            flags += [_flag(name), *map(str, value)]
+            flags.append(_flag(name if value else f"no_{name}"))
         else:
-            flags += [_flag(name), str(value)]
+            flags += [_flag(name), *map(str, value if isinstance(value, list | tuple) else [value])]
     return flags
 
 

@@ -113,18 +113,14 @@ def make_table(results: Sequence[Result]) -> str:
     rows = [["run", *titles, "state"]]
     for label in dict.fromkeys(result.label for result in results):
         seeds = [result for result in results if result.label == label]
-        compared = _farthest(seeds)
+        # Of the seeds, those with the latest evaluation: numbers of different steps cannot be averaged.
+        last_step = max((result.step for result in seeds if result.step is not None), default=None)
+        compared = [result for result in seeds if result.step == last_step]
         rows.append([label, *(_cell(title, compared) for title in titles), _count_states(seeds)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in padded)
-
-
-def _farthest(seeds: Sequence[Result]) -> list[Result]:
-    """Return the seeds with the latest evaluation, because numbers of different steps cannot be averaged."""
-    last_step = max((result.step for result in seeds if result.step is not None), default=None)
-    return [result for result in seeds if result.step == last_step]
 
 
 def _known(results: Sequence[Result], *fields: str) -> list[float]:

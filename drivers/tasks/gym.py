@@ -101,7 +101,6 @@ def _make_rows(
 
 
 def _create_dataset(task: str, parameters: Mapping[str, Any]) -> Any:
-    """Create the generator of a task."""
     names = task_names()
     if task not in names:
         near = ", ".join(get_close_matches(task, names)) or "no similar name"
