@@ -37,7 +37,7 @@ class LoggedRun:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
-        written = read_json(folder / "config.json")
+        written = parse_object(_read_bytes(folder / "config.json"))
         self.program = str(written.get("program") or "")
         self.planned = written.get("steps")
         self.settings: Row = _as_object(written.get("config"))
@@ -46,20 +46,23 @@ class LoggedRun:
 
     @cached_property
     def completions(self) -> list[Row]:
-        return [row for row in read_lines(self.folder / "completions.jsonl") if _has_step(row)]
+        return [row for row in read_lines(self.folder / "completions.jsonl") if has_step(row)]
 
     def values(self, phase: str, key: str) -> dict[int, float]:
         """Return a metric by step, without the steps that did not log it."""
         logged = {row["step"]: _number(row.get(key)) for row in self.rows.get(phase, ())}
         return {step: value for step, value in sorted(logged.items()) if value is not None}
 
-    def total(self, key: str) -> float:
-        """Sum a metric over all training steps."""
-        return sum(self.values("train", key).values())
+    def estimates(self, metric: str) -> dict[int, Estimate]:
+        """Return the metric `phase/name` by step; the held-out accuracy has its interval."""
+        if metric == "eval/accuracy":
+            return self.accuracies
+        phase, _, name = metric.partition("/")
+        return {step: Estimate(value) for step, value in self.values(phase, name).items()}
 
     def speed(self, tokens: str, phase: str) -> float | None:
         """Return tokens per second over all steps, or None if either was not logged."""
-        n_tokens, seconds = self.total(tokens), self.total(f"time_{phase}_s")
+        n_tokens, seconds = (sum(self.values("train", key).values()) for key in (tokens, f"time_{phase}_s"))
         return n_tokens / seconds if n_tokens and seconds else None
 
     @cached_property
@@ -150,29 +153,27 @@ def read_metrics(folder: Path) -> dict[str, list[Row]]:
     """Read the lines of metrics.jsonl by phase."""
     rows: dict[str, list[Row]] = {}
     for row in read_lines(folder / "metrics.jsonl"):
-        if _has_step(row):
+        if has_step(row):
             rows.setdefault(str(row.get("phase")), []).append(row)
     return rows
 
 
 def read_lines(path: Path) -> list[Row]:
     """Read the objects of a jsonl file. Skip invalid lines: a running program may be writing the last one."""
+    lines = _read_bytes(path).split(b"\n")  # splitlines would also split at characters that JSON leaves in strings
+    return [row for row in map(parse_object, lines) if row]
+
+
+def _read_bytes(path: Path) -> bytes:
+    """Read a file; return nothing if it cannot be read."""
     try:
-        lines = path.read_bytes().split(b"\n")  # splitlines would also split at characters that JSON leaves in strings
+        return path.read_bytes()
     except OSError:
-        return []
-    return [row for row in map(_parse, lines) if row]
+        return b""
 
 
-def read_json(path: Path) -> Row:
-    """Read the object in a file; return an empty one if the file is missing or invalid."""
-    try:
-        return _parse(path.read_bytes())
-    except OSError:
-        return {}
-
-
-def _parse(text: bytes) -> Row:
+def parse_object(text: bytes) -> Row:
+    """Return the JSON object in a text; return an empty one if the text is invalid."""
     try:
         return _as_object(json.loads(text.decode("utf-8")))
     except (ValueError, RecursionError):
@@ -183,7 +184,8 @@ def _as_object(value: Any) -> Row:
     return value if isinstance(value, dict) else {}
 
 
-def _has_step(row: Row) -> bool:
+def has_step(row: Row) -> bool:
+    """Return whether a row of a log says to which step it belongs."""
     return isinstance(row.get("step"), int) and not isinstance(row["step"], bool)
 
 
@@ -201,20 +203,16 @@ def _estimate_accuracy(value: float, row: Row) -> Estimate:
     n_questions, unscored = _number(row.get("n_examples")) or 0.0, _number(row.get("unscored")) or 0.0
     n_scored, standard_error = round(n_questions * (1 - unscored)), _number(row.get("accuracy_stderr"))
     if 0 <= value <= 1 and n_scored > 0:
-        return Estimate(*_wilson_interval(value, n_scored))
+        import torch  # here, because a program must show its help without loading torch
+
+        from grpo_core import estimate_mean_interval
+
+        # The interval depends only on the mean and the number of values.
+        _, low, high = estimate_mean_interval(torch.full((n_scored,), value, dtype=torch.float64))
+        return Estimate(value, min(low, value), max(high, value))  # the mean over equal values can differ by rounding
     if standard_error is None:
         return Estimate(value)
     return Estimate(value, value - 1.96 * standard_error, value + 1.96 * standard_error)
-
-
-def _wilson_interval(mean: float, n_questions: int) -> tuple[float, float, float]:
-    """Return the mean and its interval, which depends only on the mean and the number of values."""
-    import torch  # here, because a program must show its help without loading torch
-
-    from grpo_core import estimate_mean_interval
-
-    _, low, high = estimate_mean_interval(torch.full((n_questions,), mean, dtype=torch.float64))
-    return mean, min(low, mean), max(high, mean)  # the mean over equal values can differ from them by rounding
 
 
 # --- comparison ------------------------------------------------------------------------------------------------------

@@ -1,12 +1,12 @@
 """Turn logged runs into panels: the curves and bars that every picture of runs shows."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from drivers.reports.logged_run import PHASES, Estimate, LoggedRun, Row, Series
+from drivers.reports.logged_run import PHASES, Row, Series
 
 MAX_BARS = 100
 """Bars in the picture of times; a longer run has several steps in one bar."""
@@ -16,80 +16,49 @@ PART_PREFIX = "part_"
 
 # --- what a panel shows ----------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Quantity:
-    """A logged metric with its name in the legend."""
-
-    name: str
-    read: Callable[[LoggedRun], dict[int, Estimate]]
-
-
-@dataclass(frozen=True)
 class PanelSpec:
-    """A panel and the quantities that it shows if they were logged."""
+    """A panel and the logged metrics that it shows."""
 
     title: str
     unit: str
-    quantities: tuple[Quantity, ...]
+    quantities: dict[str, str]
+    """Name in the legend -> `phase/name` of the metric. Metrics that were not logged are omitted."""
     is_share: bool = False
     """True if the values are shares, so that the axis spans 0 to 1."""
 
 
-def _logged(name: str, phase: str, key: str) -> Quantity:
-    """Return a metric of metrics.jsonl as a quantity."""
-    return Quantity(name, lambda run: {step: Estimate(value) for step, value in run.values(phase, key).items()})
-
-
-REWARD = PanelSpec(
-    "Reward",
-    "mean over rollouts",
-    (_logged("reward", "train", "reward"), _logged("format", "train", "format_reward")),
-)
+REWARD = PanelSpec("Reward", "mean over rollouts", {"reward": "train/reward", "format": "train/format_reward"})
 PANELS = (
-    PanelSpec("Demonstrations", "nats per token", (_logged("-log π", "train", "nll"),)),
+    PanelSpec("Demonstrations", "nats per token", {"-log π": "train/nll"}),
     PanelSpec(
         "Held-out accuracy",
         "share of questions",
-        (Quantity("accuracy", lambda run: run.accuracies), _logged("format", "eval", "format_reward")),
+        {"accuracy": "eval/accuracy", "format": "eval/format_reward"},
         is_share=True,
     ),
     PanelSpec(
-        "Entropy",
-        "nats per token",
-        (_logged("sampled", "train", "rollout_entropy"), _logged("policy, trained on", "train", "entropy")),
+        "Entropy", "nats per token", {"sampled": "train/rollout_entropy", "policy, trained on": "train/entropy"}
     ),
-    PanelSpec(
-        "Response length",
-        "tokens",
-        (_logged("rollouts", "train", "response_tokens"), _logged("held-out", "eval", "response_tokens")),
-    ),
+    PanelSpec("Response length", "tokens", {"rollouts": "train/response_tokens", "held-out": "eval/response_tokens"}),
     PanelSpec(
         "Excluded",
         "share",
-        (
-            _logged("zero-signal groups", "train", "zero_std_groups"),
-            _logged("truncated", "train", "truncated"),
-            _logged("unscored", "train", "unscored"),
-        ),
+        {"zero-signal groups": "train/zero_std_groups", "truncated": "train/truncated", "unscored": "train/unscored"},
         is_share=True,
     ),
     PanelSpec(
         "Distance",
         "nats per token",
-        (
-            _logged("to the reference", "train", "kl"),
-            _logged("to the old policy", "train", "approx_kl"),
-            _logged("to the sampler", "train", "sampler_log_prob_diff"),
-        ),
+        {
+            "to the reference": "train/kl",
+            "to the old policy": "train/approx_kl",
+            "to the sampler": "train/sampler_log_prob_diff",
+        },
     ),
-    PanelSpec("Clip fraction", "share of tokens", (_logged("clipped", "train", "clip_fraction"),)),
-    PanelSpec("Gradient norm", "before clipping", (_logged("norm", "train", "grad_norm"),)),
+    PanelSpec("Clip fraction", "share of tokens", {"clipped": "train/clip_fraction"}),
+    PanelSpec("Gradient norm", "before clipping", {"norm": "train/grad_norm"}),
     PanelSpec(
-        "Speed",
-        "tokens per second",
-        (
-            _logged("sampled", "train", "rollout_tokens_per_s"),
-            _logged("trained", "train", "update_tokens_per_s"),
-        ),
+        "Speed", "tokens per second", {"sampled": "train/rollout_tokens_per_s", "trained": "train/update_tokens_per_s"}
     ),
 )
 """All panels after the reward and its parts, in order."""
@@ -135,32 +104,25 @@ def _reward_parts(groups: Sequence[Series]) -> PanelSpec:
     """Return the panel of the numbers that the reward functions have returned by name."""
     rows = (row for series in groups for run in series.runs for row in run.rows.get("train", ()))
     keys = sorted({key for row in rows for key in row if key.startswith(PART_PREFIX)})
-    parts = tuple(_logged(key.removeprefix(PART_PREFIX), "train", key) for key in keys)
-    return PanelSpec("Parts of the reward", "mean", parts)
+    return PanelSpec("Parts of the reward", "mean", {key.removeprefix(PART_PREFIX): f"train/{key}" for key in keys})
 
 
 def _make_panel(spec: PanelSpec, groups: Sequence[Series]) -> Panel:
     names: list[str] = []
     lines: list[Line] = []
-    for quantity in spec.quantities:
-        drawn = _make_lines(quantity, len(names), groups)
-        if drawn:
-            names.append(quantity.name)
-            lines += drawn
+    for name, metric in spec.quantities.items():
+        points = [_make_points(series, metric) for series in groups]
+        if any(points):
+            lines += [Line(place, len(names), drawn) for place, drawn in enumerate(points) if drawn]
+            names.append(name)
     is_only_one_left = len(names) == 1 < len(spec.quantities)
     unit = f"{names[0]}, {spec.unit}" if is_only_one_left else spec.unit  # a single line has no legend
     return Panel(spec.title, unit, spec.is_share, names, lines)
 
 
-def _make_lines(quantity: Quantity, number: int, groups: Sequence[Series]) -> list[Line]:
-    """Return a line for each series that has logged the quantity."""
-    lines = [Line(place, number, _make_points(series, quantity)) for place, series in enumerate(groups)]
-    return [line for line in lines if line.points]
-
-
-def _make_points(series: Series, quantity: Quantity) -> list[Point]:
-    """Average the quantity at each step over the runs that have logged it there."""
-    estimates_of = [(run, quantity.read(run)) for run in series.runs]
+def _make_points(series: Series, metric: str) -> list[Point]:
+    """Average the metric at each step over the runs that have logged it there."""
+    estimates_of = [(run, run.estimates(metric)) for run in series.runs]
     points = []
     for step in sorted({step for _, estimates in estimates_of for step in estimates}):
         known = [(run, estimates[step]) for run, estimates in estimates_of if step in estimates]
@@ -186,8 +148,11 @@ def make_times(groups: Sequence[Series]) -> Times | None:
     """Return the times of all bars, or None if no step has finished."""
     bars = _bars_of_steps(groups[0]) if len(groups) == 1 else _bars_of_series(groups)
     bars = {label: steps for label, steps in bars.items() if steps}
-    by_phase = {phase: [_mean_seconds(steps, phase) for steps in bars.values()] for phase in PHASES}
-    by_phase = {phase: seconds for phase, seconds in by_phase.items() if any(seconds)}
+    by_phase = {}
+    for phase in PHASES:
+        seconds = [fmean(times.get(phase, 0.0) for times in steps) for steps in bars.values()]
+        if any(seconds):
+            by_phase[phase] = seconds
     return Times(list(bars), by_phase, len(groups) == 1) if by_phase else None
 
 
@@ -212,10 +177,6 @@ def _bars_of_series(groups: Sequence[Series]) -> dict[str, list[dict[str, float]
         series.name: [times for run in series.runs for step, times in run.seconds_of.items() if step > 0]
         for series in groups
     }
-
-
-def _mean_seconds(steps: Sequence[dict[str, float]], phase: str) -> float:
-    return fmean(times.get(phase, 0.0) for times in steps)
 
 
 # --- fewer points ----------------------------------------------------------------------------------------------------

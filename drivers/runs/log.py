@@ -18,6 +18,7 @@ from typing import Any
 
 from drivers.common.atomic_files import write_json, write_text
 from drivers.common.signals import defer_signals
+from drivers.reports.logged_run import has_step, parse_object
 from drivers.settings.groups import RunSettings, TrainingSettings
 from drivers.settings.grpo import GrpoConfig
 
@@ -177,22 +178,12 @@ def _keep_until(path: Path, step: int) -> None:
         return
     # str.splitlines would also split at characters that JSON strings may contain.
     *lines, torn = path.read_bytes().split(b"\n")
-    steps = [_step_of(line) for line in lines]
-    kept = [line for line, line_step in zip(lines, steps, strict=True) if line_step is not None and line_step <= step]
-    if None in steps:
-        print_warning(f"{path}: {steps.count(None)} unreadable lines are dropped")
+    rows = [(line, row) for line in lines if has_step(row := parse_object(line))]
+    kept = [line for line, row in rows if row["step"] <= step]
+    if len(rows) < len(lines):
+        print_warning(f"{path}: {len(lines) - len(rows)} unreadable lines are dropped")
     if torn or kept != lines:
         write_text(path, b"".join(line + b"\n" for line in kept).decode())
-
-
-def _step_of(line: bytes) -> int | None:
-    """Return the step of a log line, or None if the line is unreadable."""
-    try:
-        row = json.loads(line.decode())
-    except (ValueError, RecursionError):
-        return None
-    step = row.get("step") if isinstance(row, dict) else None
-    return step if isinstance(step, int) else None
 
 
 def _open_tensorboard(folder: Path, after: int) -> Any:
