@@ -27,24 +27,18 @@ N_COLUMNS = 3
 
 @dataclass(frozen=True)
 class Axis:
-    """The horizontal axis: steps, or wall-clock time in a suitable unit."""
+    """The horizontal axis: steps, or wall-clock time in a unit."""
 
-    label: str
-    is_time: bool = False
-    unit_s: int = 1
-    """Seconds per unit of time."""
-
-    @classmethod
-    def of_time(cls, longest_s: float) -> "Axis":
-        """Return a time axis with less than 180 units, if hours are enough for that."""
-        if longest_s < 180:
-            return cls("seconds", is_time=True)
-        if longest_s < 180 * 60:
-            return cls("minutes", is_time=True, unit_s=60)
-        return cls("hours", is_time=True, unit_s=3600)
+    label: str = "step"
+    unit_s: int = 0
+    """Seconds per unit of time; 0 for steps."""
 
     def position(self, step: int, seconds: float) -> float:
-        return seconds / self.unit_s if self.is_time else step
+        return seconds / self.unit_s if self.unit_s else step
+
+
+TIME_AXES = (Axis("seconds", 1), Axis("minutes", 60), Axis("hours", 3600))
+"""The first with less than 180 units is used, otherwise hours."""
 
 
 def draw_curves(folder: Path) -> Path:
@@ -59,7 +53,9 @@ def draw(groups: Sequence[Series], target: Path, title: str, *, by_time: bool = 
 
     panels, times = make_panels(groups), make_times(groups)
     points = [point for panel in panels for line in panel.lines for point in line.points]
-    axis = Axis.of_time(max((point.seconds for point in points), default=0.0)) if by_time else Axis("step")
+    longest_s = max((point.seconds for point in points), default=0.0)
+    time_axis = next((axis for axis in TIME_AXES if longest_s < 180 * axis.unit_s), TIME_AXES[-1])
+    axis = time_axis if by_time else Axis()
     farthest = max((axis.position(point.step, point.seconds) for point in points), default=0) or 1
 
     n_pictures = len(panels) + (times is not None)
@@ -120,7 +116,7 @@ def _draw_panel(plot: Any, panel: Panel, groups: Sequence[Series], axis: Axis) -
     _draw_anomalies(plot, groups, axis)
     plot.set(title=panel.title, xlabel=axis.label, ylabel=panel.unit)
     plot.grid(alpha=0.3)
-    if not axis.is_time:
+    if not axis.unit_s:
         plot.xaxis.set_major_locator(MaxNLocator(integer=True))
     if panel.is_share:  # the accuracy of a custom reward may leave [0, 1]
         low, high = plot.get_ylim()
@@ -152,24 +148,17 @@ def _draw_anomalies(plot: Any, groups: Sequence[Series], axis: Axis) -> None:
     for number, series in enumerate(groups):
         steps = [(run, anomaly.first_step) for run in series.runs for anomaly in run.anomalies]
         positions = [axis.position(step, run.clock.get(step, 0.0)) for run, step in steps]
-        plot.plot(
-            positions,
-            [0.03] * len(positions),
-            color="black" if len(groups) == 1 else series_color(number),
-            marker="^",
-            markersize=5,
-            linestyle="none",
-            transform=plot.get_xaxis_transform(),
-        )
+        color = "black" if len(groups) == 1 else series_color(number)
+        style = {"marker": "^", "markersize": 5, "linestyle": "none", "transform": plot.get_xaxis_transform()}
+        plot.plot(positions, [0.03] * len(positions), color=color, **style)
 
 
 def _draw_legend(plot: Any, panel: Panel, is_single: bool) -> None:
     from matplotlib.lines import Line2D
 
-    numbers = range(len(panel.quantities))
     handles = [
         Line2D([], [], color=series_color(number) if is_single else "dimgrey", linestyle=_dash(number))
-        for number in numbers
+        for number in range(len(panel.quantities))
     ]
     plot.legend(handles, panel.quantities, frameon=False)
 

@@ -71,8 +71,8 @@ def _draw_or_warn(groups: Sequence[Series], target: Path, title: str, *, by_time
 def make_page(runs: Sequence[LoggedRun], groups: Sequence[Series], title: str) -> str:
     """Fill the template. Escape all logged text: as HTML here, and in the data as JSON without tags."""
     script, style = (_read_part(f"page.{kind}") for kind in ("js", "css"))
-    style = f"{_palette_css()}{style}"
-    responses, panels = collect_responses(runs), make_panels(groups)
+    style = _palette_css() + style
+    responses, panels, anomalies = collect_responses(runs), make_panels(groups), _anomaly_data(groups)
     max_points = min(MAX_POINTS_PER_LINE, MAX_POINTS // max(1, sum(len(panel.lines) for panel in panels)))
     data = {
         "colors": len(PALETTE),
@@ -80,7 +80,7 @@ def make_page(runs: Sequence[LoggedRun], groups: Sequence[Series], title: str) -
         "runs": [run.name for run in runs],
         "panels": [_panel_data(panel, max_points) for panel in panels],
         "times": _times_data(make_times(groups)),
-        "anomalies": _anomaly_data(groups),
+        "anomalies": anomalies,
         "responses": responses,
     }
     page = Template(_read_part("page.html")).substitute(
@@ -93,7 +93,7 @@ def make_page(runs: Sequence[LoggedRun], groups: Sequence[Series], title: str) -
         summary=summary_table(groups),
         summary_note=SUMMARY_NOTE,
         curves_note=escape(_curves_note(groups, max_points)),
-        anomalies=_anomaly_list(groups),
+        anomalies=_anomaly_list(anomalies),
         responses_note=escape(_responses_note(runs, len(responses))),
         settings=_settings_tables(runs),
         data=json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
@@ -236,12 +236,10 @@ def _settings_tables(runs: Sequence[LoggedRun]) -> str:
     return "\n".join(tables)
 
 
-def _anomaly_list(groups: Sequence[Series]) -> str:
+def _anomaly_list(anomalies: Sequence[Row]) -> str:
     lines = [
-        f"<li>{escape(run.name)}, {format_steps(anomaly.first_step, anomaly.last_step)}: {escape(anomaly.text)}</li>"
-        for series in groups
-        for run in series.runs
-        for anomaly in run.anomalies
+        f"<li>{escape(row['run'])}, {format_steps(row['first'], row['last'])}: {escape(row['text'])}</li>"
+        for row in anomalies
     ]
     if not lines:
         return ""
@@ -250,13 +248,10 @@ def _anomaly_list(groups: Sequence[Series]) -> str:
 
 # --- data for the script ---------------------------------------------------------------------------------------------
 def _panel_data(panel: Panel, max_points: int) -> Row:
-    lines = [
-        {
-            **line._asdict(),
-            "points": [p._replace(seconds=round(p.seconds, 2)) for p in downsample(line.points, max_points)],
-        }
-        for line in panel.lines
-    ]
+    lines = []
+    for line in panel.lines:
+        points = [p._replace(seconds=round(p.seconds, 2)) for p in downsample(line.points, max_points)]
+        lines.append(line._replace(points=points)._asdict())
     return {**panel._asdict(), "lines": lines}
 
 
