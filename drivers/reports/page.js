@@ -7,6 +7,7 @@
   const MARGIN = { left: 50, right: 18, top: 10, bottom: 34 };
   const MAX_MARKED_POINTS = 40;
   const ROWS_PER_PAGE = 10;
+  const TIME_UNITS = { seconds: 1, minutes: 60, hours: 3600 };
   const single = data.series.length === 1;
   const hidden = new Set(); // numbers of hidden series
   let byTime = false;
@@ -31,13 +32,9 @@
 
   function tableOf(caption, head, rows) {
     const cells = (kind, row, more) => html("tr", {}, ...row.map((value) => html(kind, more, value)));
-    return html(
-      "table",
-      {},
-      html("caption", {}, caption),
-      html("thead", {}, cells("th", head, { scope: "col" })),
-      html("tbody", {}, ...rows.map((row) => cells("td", row, {}))),
-    );
+    const top = html("thead", {}, cells("th", head, { scope: "col" }));
+    const body = html("tbody", {}, ...rows.map((row) => cells("td", row, {})));
+    return html("table", {}, html("caption", {}, caption), top, body);
   }
 
   // --- words ---
@@ -86,13 +83,8 @@
 
   function ticksBelow(longest, width) {
     // Return the label of the horizontal axis and its ticks: a position and a text each.
-    const [name, unit] = !byTime
-      ? ["step", 1]
-      : [
-          ["seconds", 1],
-          ["minutes", 60],
-          ["hours", 3600],
-        ].find(([, size]) => longest < 180 * size || size === 3600);
+    const fits = ([, size]) => longest < 180 * size || size === 3600;
+    const [name, unit] = byTime ? Object.entries(TIME_UNITS).find(fits) : ["step", 1];
     const count = Math.max(3, Math.floor(width / 70));
     return [name, ticks(0, longest / unit, count, byTime ? 0 : 1).map((value) => [value * unit, readable(value)])];
   }
@@ -120,24 +112,21 @@
     // Show a cursor and a tooltip at the place nearest to the pointer, or step through the places with arrow keys.
     const tip = figure.querySelector(".tip");
     const cursor = svg("line", { class: "cursor", visibility: "hidden" });
-    const size = picture.viewBox.baseVal;
+    const { width } = picture.viewBox.baseVal;
     picture.append(cursor);
     let current = -1;
 
     function show(place) {
       current = place;
       const at = places[place];
-      const ends = isUpright ? [at, MARGIN.top, at, HEIGHT - MARGIN.bottom] : [0, at, size.width, at];
-      ["x1", "y1", "x2", "y2"].forEach((name, k) => cursor.setAttribute(name, ends[k]));
-      cursor.setAttribute("visibility", "visible");
+      const [x1, y1, x2, y2] = isUpright ? [at, MARGIN.top, at, HEIGHT - MARGIN.bottom] : [0, at, width, at];
+      fill(cursor, { x1, y1, x2, y2, visibility: "visible" }, []);
       const [title, ...rows] = describe(place);
       const mark = (color) => (color === null ? "▲ " : html("i", { class: "swatch", color }));
-      tip.replaceChildren(
-        html("strong", {}, title),
-        ...rows.map(([color, text]) => html("span", {}, mark(color), text)),
-      );
+      const lines = rows.map(([color, text]) => html("span", {}, mark(color), text));
+      tip.replaceChildren(html("strong", {}, title), ...lines);
       tip.hidden = false;
-      tip.classList.toggle("left", isUpright && at > size.width / 2);
+      tip.classList.toggle("left", isUpright && at > width / 2);
     }
 
     function hide() {
@@ -147,11 +136,8 @@
     }
 
     function point(event) {
-      const box = picture.getBoundingClientRect();
-      const at = isUpright
-        ? ((event.clientX - box.left) / box.width) * size.width
-        : ((event.clientY - box.top) / box.height) * size.height;
-      const distances = places.map((place) => Math.abs(place - at));
+      const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(picture.getScreenCTM().inverse());
+      const distances = places.map((place) => Math.abs(place - (isUpright ? at.x : at.y)));
       show(distances.indexOf(Math.min(...distances)));
     }
 
@@ -331,19 +317,11 @@
       numbers.append(html("div", region, ...makeTables()));
     };
     numbers.addEventListener("toggle", makeOnce, { once: true });
-    return html(
-      "figure",
-      {},
-      html("figcaption", {}, html("strong", {}, title), html("span", {}, unit)),
-      html(
-        "div",
-        { class: "stage" },
-        html("div", { class: "plot" }),
-        html("div", { class: "tip", "aria-live": "polite", hidden: "" }),
-      ),
-      html("ul", { class: "keys" }, ...keys.map((parts) => html("li", {}, ...parts))),
-      numbers,
-    );
+    const caption = html("figcaption", {}, html("strong", {}, title), html("span", {}, unit));
+    const tip = html("div", { class: "tip", "aria-live": "polite", hidden: "" });
+    const stage = html("div", { class: "stage" }, html("div", { class: "plot" }), tip);
+    const legend = html("ul", { class: "keys" }, ...keys.map((parts) => html("li", {}, ...parts)));
+    return html("figure", {}, caption, stage, legend, numbers);
   }
 
   function figureOfLines(panel) {
@@ -471,14 +449,10 @@
     const part = (title, ...content) => [html("h3", {}, title), ...content];
     const text = (content) => html("p", { class: "text" }, content);
     const details = Object.entries(row.details).map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`);
-    return html(
-      "div",
-      {},
-      ...part("Question", text(row.question)),
-      ...(row.answer ? part("Expected", text(row.answer)) : []),
-      ...part("Response", ...(row.tokens ? tokensOf(row) : [text(row.response)])),
-      html("p", { class: "note" }, details.join(" · ")),
-    );
+    const expected = row.answer ? part("Expected", text(row.answer)) : [];
+    const response = part("Response", ...(row.tokens ? tokensOf(row) : [text(row.response)]));
+    const note = html("p", { class: "note" }, details.join(" · "));
+    return html("div", {}, ...part("Question", text(row.question)), ...expected, ...response, note);
   }
 
   // --- all responses ---
