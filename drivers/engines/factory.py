@@ -27,31 +27,23 @@ def make_engine(
     """
     if kind == "hf":
         return HFEngine(weights.policy, tokenizer)
-    try:
-        import drivers.engines.vllm  # noqa: F401  imports vLLM, which only this function does
+    try:  # vLLM is optional, and only this function imports it
+        from drivers.engines.vllm import VLLMEngine
+        from drivers.engines.vllm_server import ServerEngine
+        from drivers.engines.vllm_startup import place
     except ImportError as error:
         raise UsageError(
             f"--engine vllm: vLLM cannot be imported ({error}); install the extra 'cpu' or 'gpu', or pass --engine hf"
         ) from error
+    arguments = (options, weights, tokenizer.eos_token_id)
     try:
-        return _start_vllm(options, weights, tokenizer.eos_token_id, say)
+        if options.urls:
+            say(f"Waiting for {', '.join(options.urls)} ...")
+            return SupervisedEngine(partial(ServerEngine, *arguments), say)
+        start = partial(VLLMEngine, *arguments)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of torch, about how vLLM uses it
+            return SupervisedEngine(start, say) if place(options, weights.device).has_own_process else start()
     except UsageError:
         raise
     except (ValueError, RuntimeError, OSError) as error:  # an unknown architecture, too little memory, a full disk
         raise UsageError(f"--engine vllm: vLLM cannot start: {' '.join(str(error).split())[:600]}") from error
-
-
-def _start_vllm(
-    options: EngineOptions, weights: WeightGatherer, end_token_id: int, say: Callable[[str], None]
-) -> RolloutEngine:
-    if options.urls:
-        from drivers.engines.vllm_server import ServerEngine
-
-        say(f"Waiting for {', '.join(options.urls)} ...")
-        return SupervisedEngine(partial(ServerEngine, options, weights, end_token_id), say)
-    from drivers.engines.vllm import VLLMEngine
-    from drivers.engines.vllm_startup import place
-
-    start = partial(VLLMEngine, options, weights, end_token_id)
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of torch, about how vLLM uses it
-        return SupervisedEngine(start, say) if place(options, weights.device).has_own_process else start()

@@ -50,7 +50,6 @@ class Servers:
         self._client = httpx.Client(transport=transport, trust_env=False)  # no proxy
         self._is_closed = False
         self.n_workers = [1] * len(self.urls)
-        """Workers of each server."""
         self.failure: Exception | None = None
         """The error after which nothing may be sent."""
 

@@ -91,6 +91,10 @@ def _preserved_torch_state(policy_device: torch.device) -> Iterator[None]:
 
 
 def _llm_arguments(options: EngineOptions, placement: Placement) -> dict[str, Any]:
+    utilization = options.gpu_memory_utilization
+    if placement.shares_gpu:  # vLLM gets at most what training leaves
+        total_bytes = torch.cuda.get_device_properties(options.device).total_memory
+        utilization = min(utilization, engine_memory_fraction(options.reserved_bytes, total_bytes))
     return {
         "model": options.model_path,
         "dtype": str(options.dtype).removeprefix("torch."),
@@ -100,20 +104,8 @@ def _llm_arguments(options: EngineOptions, placement: Placement) -> dict[str, An
         "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from, temperature included
         "weight_transfer_config": WeightTransferConfig(backend="checked_nccl" if placement.has_own_gpu else "host"),
         "worker_extension_cls": "drivers.engines.vllm_transfer.WorkerExtension",
-        **device_arguments(
-            options.device,
-            shares_gpu=placement.shares_gpu,
-            gpu_memory_utilization=_memory_utilization(options, placement),
-        ),
+        **device_arguments(options.device, shares_gpu=placement.shares_gpu, gpu_memory_utilization=utilization),
     }
-
-
-def _memory_utilization(options: EngineOptions, placement: Placement) -> float:
-    """Return the share of a GPU's memory that vLLM takes: on a shared GPU, what training leaves."""
-    if not placement.shares_gpu:
-        return options.gpu_memory_utilization
-    total_bytes = torch.cuda.get_device_properties(options.device).total_memory
-    return min(options.gpu_memory_utilization, engine_memory_fraction(options.reserved_bytes, total_bytes))
 
 
 def device_arguments(device: torch.device, *, shares_gpu: bool, gpu_memory_utilization: float) -> dict[str, Any]:
