@@ -18,7 +18,7 @@ from typing import Any, Literal
 import tyro
 
 from drivers.common.atomic_files import write_jsonl
-from drivers.common.cli import exit_with
+from drivers.common.cli import exit_on_user_error
 from drivers.common.errors import UsageError
 from drivers.tasks.questions import read_jsonl
 
@@ -282,14 +282,9 @@ def restore(config: ConvertConfig) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and convert or restore."""
-    config = tyro.cli(ConvertConfig, args=None if arguments is None else list(arguments))
-    try:
-        if config.restore:
-            restore(config)
-        else:
-            convert(config)
-    except UsageError as error:
-        exit_with("convert_dataset.py", error, status=2)
+    config = tyro.cli(ConvertConfig, args=arguments)
+    with exit_on_user_error("convert_dataset.py"):
+        (restore if config.restore else convert)(config)
 
 
 if __name__ == "__main__":

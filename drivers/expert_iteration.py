@@ -8,15 +8,12 @@ One step samples G responses to each of P questions and fine-tunes on the correc
     4. push     engine.load_weights                  policy weights -> engine
 """
 
-# isort: off
-from drivers.common import environment  # noqa: F401  before torch: OpenMP reads its settings once
+import drivers.common.environment  # noqa: F401  before torch: OpenMP reads its settings once
 from drivers.settings.command_line import answer_early, parse_settings
 from drivers.settings.imitation import ExpertIterationConfig
 
 if __name__ == "__main__":  # before the imports below, which load torch and take seconds
     answer_early(ExpertIterationConfig.program, lambda arguments: parse_settings(ExpertIterationConfig, arguments))
-
-# isort: on
 
 import sys
 from collections.abc import Sequence

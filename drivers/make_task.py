@@ -1,6 +1,5 @@
 """Write a generated task as data files: `drivers/make_task.py countdown` or `drivers/make_task.py gym TASK`."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from drivers.common.atomic_files import write_jsonl
-from drivers.common.cli import exit_with
+from drivers.common.cli import exit_on_user_error
 from drivers.common.errors import UsageError
 from drivers.tasks.countdown import CountdownConfig, make_countdown
 from drivers.tasks.gym import GymConfig, make_gym, task_names
@@ -43,16 +42,12 @@ def write_splits(splits: Mapping[str, Sequence[Mapping[str, str]]], output_dir: 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and write the files."""
-    try:
-        config: CountdownConfig | GymConfig = tyro.cli(
-            Task, args=sys.argv[1:] if arguments is None else list(arguments), description=__doc__
-        )
+    with exit_on_user_error("make_task.py"):
+        config: CountdownConfig | GymConfig = tyro.cli(Task, args=arguments, description=__doc__)
         if isinstance(config, GymConfig) and config.list:
             print("\n".join(task_names()))
         else:
             write_splits(make_splits(config), config.output_dir)
-    except UsageError as error:
-        exit_with("make_task.py", error, status=2)
 
 
 if __name__ == "__main__":

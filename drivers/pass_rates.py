@@ -14,7 +14,7 @@ from typing import Any
 import tyro
 
 from drivers.common.atomic_files import write_jsonl
-from drivers.common.cli import exit_with
+from drivers.common.cli import exit_on_user_error
 from drivers.common.errors import UsageError
 from drivers.tasks.questions import read_jsonl
 
@@ -97,10 +97,8 @@ def write_pass_rates(config: PassRatesConfig) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and write the file."""
-    try:
-        write_pass_rates(tyro.cli(PassRatesConfig, args=None if arguments is None else list(arguments)))
-    except UsageError as error:
-        exit_with("pass_rates.py", error, status=2)
+    with exit_on_user_error("pass_rates.py"):
+        write_pass_rates(tyro.cli(PassRatesConfig, args=arguments))
 
 
 if __name__ == "__main__":

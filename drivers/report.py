@@ -1,18 +1,13 @@
 """Show runs on one self-contained page: `python drivers/report.py runs/ONE runs/ANOTHER --output DIR`."""
 
-# isort: off
-from drivers.common import environment  # noqa: F401  before torch, because OpenMP reads its settings once
-
-# isort: on
-
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from drivers.common.cli import exit_with
+import drivers.common.environment  # noqa: F401  before torch: OpenMP reads its settings once
+from drivers.common.cli import exit_on_user_error
 from drivers.common.errors import UsageError
 from drivers.reports.page import write_report
 
@@ -34,18 +29,15 @@ class ReportConfig:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and write the report."""
-    config = tyro.cli(ReportConfig, args=sys.argv[1:] if arguments is None else list(arguments))
-    try:
+    config = tyro.cli(ReportConfig, args=arguments)
+    with exit_on_user_error("report.py"):
         if not config.runs:
             raise UsageError("no run folders given. Example: report.py runs/NAME")
         if config.output is None and len(config.runs) > 1:
             raise UsageError(f"--output: a folder is required for {len(config.runs)} runs")
-        title = config.title or (
-            config.runs[0].resolve().name if len(config.runs) == 1 else f"{len(config.runs)} runs"
-        )
-        print(f"Written to {write_report(config.runs, config.output or config.runs[0], title)}")
-    except UsageError as error:
-        exit_with("report.py", error, status=2)
+        default = config.runs[0].resolve().name if len(config.runs) == 1 else f"{len(config.runs)} runs"
+        page = write_report(config.runs, config.output or config.runs[0], config.title or default)
+        print(f"Written to {page}")
 
 
 if __name__ == "__main__":

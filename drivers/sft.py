@@ -7,15 +7,12 @@ One step takes the next B demonstrations, of up to T response tokens (file in dr
     3. push     engine.load_weights                  only before an evaluation, the one use of the engine
 """
 
-# isort: off
-from drivers.common import environment  # noqa: F401  before torch: OpenMP reads its settings once
+import drivers.common.environment  # noqa: F401  before torch: OpenMP reads its settings once
 from drivers.settings.command_line import answer_early, parse_settings
 from drivers.settings.imitation import SftConfig
 
 if __name__ == "__main__":  # before the imports below, which load torch and take seconds
     answer_early(SftConfig.program, lambda arguments: parse_settings(SftConfig, arguments))
-
-# isort: on
 
 import random
 import sys

@@ -1,40 +1,27 @@
 """Make several runs and compare them: `python drivers/sweep.py --list`, `python drivers/sweep.py learning-rates`."""
 
-# isort: off
-from drivers.common import environment  # noqa: F401  before torch, because OpenMP reads its settings once
-
-# isort: on
-
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 
 import tyro
 
-from drivers.common.cli import exit_with
-from drivers.common.errors import UsageError
+import drivers.common.environment  # noqa: F401  before torch: OpenMP reads its settings once
+from drivers.common.cli import exit_on_user_error
 from drivers.sweeps.plan import SweepConfig, folder_of, keep_plan, plan
 from drivers.sweeps.presets import SWEEPS
 from drivers.sweeps.results import write_results
 from drivers.sweeps.runner import Runner
 
 
-def print_presets() -> None:
-    """Print the name and the purpose of each preset."""
-    for name, variants in SWEEPS.items():
-        print(f"{name:22} {(variants.__doc__ or '').strip()}")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Plan the runs, make them and print the table of results."""
-    try:
-        config, shared = tyro.cli(
-            SweepConfig, args=None if arguments is None else list(arguments), return_unknown_args=True
-        )
+    with exit_on_user_error("sweep.py"):
+        config, shared = tyro.cli(SweepConfig, args=arguments, return_unknown_args=True)
         # With unknown flags, tyro 1.0 returns "[]" for the positional argument that was not given.
         config = replace(config, sweep=None if config.sweep == "[]" else config.sweep)
         if config.list and config.sweep is None and not config.grid:
-            print_presets()
+            print("\n".join(f"{name:22} {(variants.__doc__ or '').strip()}" for name, variants in SWEEPS.items()))
             return
         planned = plan(config, shared)
         if config.list:
@@ -50,10 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"Written to {folder}/: summary.md, summary.json, report.html")
         if any(runner.status.values()):
             raise SystemExit(1)
-    except UsageError as error:
-        exit_with("sweep.py", error, status=2)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

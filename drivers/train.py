@@ -19,15 +19,12 @@ Files are in drivers/training/. The formulas are functions of grpo_core. docs/al
 and a weight through the code.
 """
 
-# isort: off
-from drivers.common import environment  # noqa: F401  before torch: OpenMP reads its settings once
+import drivers.common.environment  # noqa: F401  before torch: OpenMP reads its settings once
 from drivers.settings.command_line import answer_early, parse_train_config
 from drivers.settings.grpo import GrpoConfig
 
 if __name__ == "__main__":  # before the imports below, which load torch and take seconds
     answer_early(GrpoConfig.program, parse_train_config)
-
-# isort: on
 
 import sys
 from collections.abc import Sequence
