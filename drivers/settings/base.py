@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 
 from drivers.common.errors import UsageError
@@ -84,7 +83,7 @@ def read_bounds(kind: type) -> Mapping[str, Bounds]:
         bounds = next((extra for extra in extras if isinstance(extra, Bounds)), None)
         if bounds is not None:
             found[name] = bounds
-    return MappingProxyType(found)
+    return found
 
 
 def check_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:

@@ -16,11 +16,11 @@ def show(config: GrpoConfig) -> str:
 def formula(config: GrpoConfig) -> list[str]:
     """Return the formulas of the loss, one line per part."""
     objective = OBJECTIVES[config.loss_type]
-    unit, kappa = "i" if objective.has_response_loss else "it", config.importance in ("truncate", "mask")
+    unit, kappa = "i" if objective.has_response_loss else "it", config.has_importance_weights
     lines = [f"r_i      = {_format_reward(config)}"]
     if objective.uses_advantages:
         lines += _format_advantages(config, ADVANTAGES[config.advantage])
-    if objective.uses_ratio or (config.kl_coef > 0 and config.kl_estimator == "ratio_k3"):
+    if config.uses_ratio:
         lines.append(f"rho_it   = pi(o_it) / {_format_old_policy(config)}(o_it)")
     lines.append(f"{'loss_' + unit:8} = {_format_objective(config, objective)}")
     if kappa:
@@ -30,7 +30,7 @@ def formula(config: GrpoConfig) -> list[str]:
     terms = [f"{weights} {'kappa ' if kappa else ''}loss_{unit}"]
     if config.kl_coef > 0 and config.kl_in == "loss":
         terms.append(f"+ {config.kl_coef:g} {token_weights} KL_it,  KL = {_format_kl(config)}")
-    if config.entropy_coef > 0 or config.entropy_target is not None:
+    if config.has_entropy_bonus:
         adaptive = "" if config.entropy_target is None else f" (adapted to {config.entropy_target:g} nats)"
         terms.append(f"- {config.entropy_coef:g}{adaptive} {token_weights} H_it")
     lines += [f"L        = {terms[0]}", *(f"           {term}" for term in terms[1:])]
@@ -61,14 +61,14 @@ def _format_advantages(config: GrpoConfig, advantage: Advantage) -> list[str]:
     parts = {name.removesuffix("_reward"): weight for name, weight in config.weights_of_parts.items()}
     sum_of_parts = " + ".join(f"{weight:g} A_i^{name}" for name, weight in parts.items()).replace("+ -", "- ")
     estimate = advantage.format_formula(resolve_values(config) | {"sum_of_parts": sum_of_parts})
-    whitened, penalized = advantage.whitens_over_tokens, _has_token_advantages(config)
+    whitened, penalized = advantage.whitens_over_tokens, config.has_kl_in_reward
     if not (whitened or penalized):
         return [f"A_i      = {estimate}"]
     lines, last = [f"B_i      = {estimate}"], "B_i"
     if penalized:
         last = "C_it" if whitened else "A_it"
-        reference = "mu" if config.kl_reference == "sampler" else "pi_ref"
-        lines.append(f"{last}     = B_i - {config.kl_coef:g} sum_(s >= t) [log pi_old(o_is) - log {reference}(o_is)]")
+        kl = f"[log pi_old(o_is) - log {_format_reference(config)}(o_is)]"
+        lines.append(f"{last}     = B_i - {config.kl_coef:g} sum_(s >= t) {kl}")
     if whitened:
         name = "A_it" if penalized else "A_i "
         lines.append(
@@ -78,12 +78,8 @@ def _format_advantages(config: GrpoConfig, advantage: Advantage) -> list[str]:
 
 
 def _format_objective(config: GrpoConfig, objective: Objective) -> str:
-    symbols = {"A": "A_it" if _has_token_advantages(config) else "A_i", "old": _format_old_policy(config)}
+    symbols = {"A": "A_it" if config.has_kl_in_reward else "A_i", "old": _format_old_policy(config)}
     return objective.format_formula(resolve_values(config) | symbols)
-
-
-def _has_token_advantages(config: GrpoConfig) -> bool:
-    return config.kl_coef > 0 and config.kl_in == "reward"
 
 
 def _format_old_policy(config: GrpoConfig) -> str:
@@ -107,8 +103,11 @@ def _format_importance(config: GrpoConfig) -> str:
     return f"({weight}) / its mean over the optimizer step" if config.self_normalize else weight
 
 
+def _format_reference(config: GrpoConfig) -> str:
+    return "mu" if config.kl_reference == "sampler" else "pi_ref"
+
+
 def _format_kl(config: GrpoConfig) -> str:
-    reference = "mu" if config.kl_reference == "sampler" else "pi_ref"
     form = {
         "k1": "-x",
         "k2": "x^2 / 2",
@@ -116,7 +115,7 @@ def _format_kl(config: GrpoConfig) -> str:
         "abs": "|x|",
         "ratio_k3": "rho (exp(x) - x - 1)",
     }[config.kl_estimator]
-    return f"{form},  x = log {reference} - log pi"
+    return f"{form},  x = log {_format_reference(config)} - log pi"
 
 
 def _format_token_weights(config: GrpoConfig) -> str:

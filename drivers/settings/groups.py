@@ -5,14 +5,7 @@ from typing import ClassVar, Literal
 from urllib.parse import urlsplit
 
 from drivers.common.errors import UsageError
-from drivers.settings.base import (
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    Settings,
-    Share,
-    check_multiple,
-)
+from drivers.settings.base import NonNegativeInt, PositiveFloat, PositiveInt, Settings, Share, check_multiple
 from drivers.settings.reward_spec import check_reward
 from drivers.settings.sampling import Sampling, stop_strings
 

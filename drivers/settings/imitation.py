@@ -87,19 +87,7 @@ class ExpertIterationConfig(ImitationSettings):
         return self._as_grpo(n_grpo_steps=self.n_ei_steps, rollout_batch_size=sampled, train_batch_size=sampled)
 
 
-_TASK = {
-    name: QUICKSTART[name]
-    for name in (
-        "model_path",
-        "val_data_path",
-        "prompt_path",
-        "sampling_min_tokens",
-        "sampling_max_tokens",
-        "micro_batch_tokens",
-        "n_val_examples",
-        "learning_rate",
-    )
-}
+_TASK = {k: v for k, v in QUICKSTART.items() if k not in ("n_grpo_steps", "rollout_batch_size", "train_batch_size")}
 QUICKSTARTS: dict[type[ImitationSettings], dict[str, Any]] = {
     SftConfig: {
         **_TASK,
@@ -110,7 +98,6 @@ QUICKSTARTS: dict[type[ImitationSettings], dict[str, Any]] = {
     },
     ExpertIterationConfig: {
         **_TASK,
-        "data_path": QUICKSTART["data_path"],
         "n_ei_steps": 3,
         "question_batch_size": 32,
         "train_batch_size": 32,

@@ -1,7 +1,6 @@
 """The table of objectives and the table of advantages. Everything that depends on their names reads these tables.
 
-To add an objective, write its function in `grpo_core`, then add its name to `ObjectiveName` and its row to
-`OBJECTIVES`. To add an advantage, do the same with `AdvantageName` and `ADVANTAGES`.
+To add an objective or an advantage, write its function in `grpo_core`, then add its row to the table.
 
 A row names its function, because settings do not import torch. It gives the function's parameters in two mappings:
 `inputs` takes them from the rollouts, `settings` from the settings. In `settings` and in formulas, a name may have an
@@ -11,52 +10,16 @@ index, as in `str.format`: `sapo_temperatures[0]`.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from string import Formatter
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-ObjectiveName = Literal[
-    "no_baseline",
-    "reinforce_with_baseline",
-    "grpo_clip",
-    "grpo_no_clip",
-    "gspo",
-    "gspo_token",
-    "gmpo",
-    "luspo",
-    "cispo",
-    "sapo",
-    "vespo",
-    "dppo_tv",
-    "dppo_kl",
-    "clip_cov",
-    "kl_cov",
-]
-AdvantageName = Literal[
-    "group",
-    "leave_one_out",
-    "batch_std",
-    "reinforce_plus_plus",
-    "reinforce_plus_plus_baseline",
-    "gdpo",
-    "opo",
-    "gpg",
-    "maxrl",
-    "remax",
-    "best_of",
-    "pass_at_k",
-    "pkpo",
-]
-POLICY_GRADIENT_INPUTS = {
-    "raw_rewards_or_advantages": "advantages",
-    "policy_log_probs": "policy_log_probs",
-    "response_mask": "response_mask",
-}
-RATIO_INPUTS = {
-    "advantages": "advantages",
-    "policy_log_probs": "policy_log_probs",
-    "old_log_probs": "old_log_probs",
-    "response_mask": "response_mask",
-}
-GROUP_INPUTS = {"rewards": "rewards", "group_sizes": "group_sizes"}
+
+def _same(*names: str) -> dict[str, str]:
+    """Return the names by themselves: the parameters of a function are often called like their values."""
+    return dict(zip(names, names, strict=True))
+
+
+RATIO_INPUTS = _same("advantages", "policy_log_probs", "old_log_probs", "response_mask")
+GROUP_INPUTS = _same("rewards", "group_sizes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,46 +125,43 @@ def resolve_values(config: Any) -> dict[str, Any]:
     return {**vars(config), "cliprange_high": high, "reward_weights": list(config.weights_of_parts.values())}
 
 
-CLIP_SETTINGS = {"cliprange": "cliprange", "cliprange_high": "cliprange_high"}
+CLIP = _same("cliprange", "cliprange_high")
 CLIPPED = "min(rho_it {A}, clip(rho_it, 1 - {cliprange:g}, 1 + {cliprange_high:g}) {A})"
-OBJECTIVES: dict[ObjectiveName, Objective] = {
+CLIPPED_RESPONSE = (
+    "min(s_i A_i, clip(s_i, 1 - {cliprange:g}, 1 + {cliprange_high:g}) A_i),  s_i = exp(mean_t log rho_it)"
+)
+PER_RESPONSE: dict[str, Any] = {
+    "has_response_loss": True,
+    "has_response_ratio": True,
+    "accepts_token_advantages": False,
+    "settings": CLIP,
+}
+DUAL_CLIP: dict[str, Any] = {
+    "function": "compute_grpo_clip_loss",
+    "settings": CLIP | _same("dual_clip"),
+    "formula": f"-{CLIPPED},  or -max({CLIPPED}, {{dual_clip:g}} {{A}}) where {{A}} < 0",
+    "special_formulas": {("dual_clip", None): f"-{CLIPPED}"},
+}
+OBJECTIVES: dict[str, Objective] = {
     "no_baseline": Objective(
         function="compute_naive_policy_gradient_loss",
-        inputs=POLICY_GRADIENT_INPUTS | {"raw_rewards_or_advantages": "raw_rewards"},
+        inputs={"raw_rewards_or_advantages": "raw_rewards"} | _same("policy_log_probs", "response_mask"),
         accepts_token_advantages=False,
         formula="-r_i log pi(o_it)",
     ),
     "reinforce_with_baseline": Objective(
         function="compute_naive_policy_gradient_loss",
-        inputs=POLICY_GRADIENT_INPUTS,
+        inputs={"raw_rewards_or_advantages": "advantages"} | _same("policy_log_probs", "response_mask"),
         formula="-{A} log pi(o_it)",
     ),
-    "grpo_clip": Objective(
-        function="compute_grpo_clip_loss",
-        settings=CLIP_SETTINGS | {"dual_clip": "dual_clip"},
-        formula=f"-{CLIPPED},  or -max({CLIPPED}, {{dual_clip:g}} {{A}}) where {{A}} < 0",
-        special_formulas={("dual_clip", None): f"-{CLIPPED}"},
-        paper="2402.03300",
-    ),
-    "grpo_no_clip": Objective(
-        function="compute_grpo_no_clip_loss",
-        formula="-rho_it {A}",
-        paper="1707.06347",
-    ),
+    "grpo_clip": Objective(**DUAL_CLIP, paper="2402.03300"),
+    "grpo_no_clip": Objective(function="compute_grpo_no_clip_loss", formula="-rho_it {A}", paper="1707.06347"),
     "gspo": Objective(
-        function="compute_gspo_loss",
-        settings=CLIP_SETTINGS,
-        has_response_loss=True,
-        has_response_ratio=True,
-        accepts_token_advantages=False,
-        formula=(
-            "-min(s_i A_i, clip(s_i, 1 - {cliprange:g}, 1 + {cliprange_high:g}) A_i),  s_i = exp(mean_t log rho_it)"
-        ),
-        paper="2507.18071",
+        function="compute_gspo_loss", **PER_RESPONSE, formula=f"-{CLIPPED_RESPONSE}", paper="2507.18071"
     ),
     "gspo_token": Objective(
         function="compute_gspo_token_loss",
-        settings=CLIP_SETTINGS,
+        settings=CLIP,
         has_response_ratio=True,
         formula=(
             "-min(s_it {A}, clip(s_it, 1 - {cliprange:g}, 1 + {cliprange_high:g}) {A}),  s_it = sg[s_i] pi / sg[pi]"
@@ -210,10 +170,7 @@ OBJECTIVES: dict[ObjectiveName, Objective] = {
     ),
     "gmpo": Objective(
         function="compute_gmpo_loss",
-        settings=CLIP_SETTINGS,
-        has_response_loss=True,
-        has_response_ratio=True,
-        accepts_token_advantages=False,
+        **PER_RESPONSE,
         formula=(
             "-A_i exp(mean_t z_it),  z = min(log rho, {cliprange_high:g}) if A_i > 0, "
             "max(log rho, -{cliprange:g}) if A_i < 0"
@@ -221,20 +178,11 @@ OBJECTIVES: dict[ObjectiveName, Objective] = {
         paper="2507.20673",
     ),
     "luspo": Objective(
-        function="compute_luspo_loss",
-        settings=CLIP_SETTINGS,
-        has_response_loss=True,
-        has_response_ratio=True,
-        accepts_token_advantages=False,
-        formula=(
-            "-|o_i| min(s_i A_i, clip(s_i, 1 - {cliprange:g}, 1 + {cliprange_high:g}) A_i),  "
-            "s_i = exp(mean_t log rho_it)"
-        ),
-        paper="2602.05261",
+        function="compute_luspo_loss", **PER_RESPONSE, formula=f"-|o_i| {CLIPPED_RESPONSE}", paper="2602.05261"
     ),
     "cispo": Objective(
         function="compute_cispo_loss",
-        settings={"ratio_low": "ratio_low", "ratio_high": "ratio_high"},
+        settings=_same("ratio_low", "ratio_high"),
         formula="-sg[clip(rho_it, {ratio_low:g}, {ratio_high:g})] {A} log pi(o_it)",
         paper="2506.13585",
     ),
@@ -270,17 +218,14 @@ OBJECTIVES: dict[ObjectiveName, Objective] = {
         paper="2602.04879",
     ),
     "clip_cov": Objective(
-        function="compute_grpo_clip_loss",
-        settings=CLIP_SETTINGS | {"dual_clip": "dual_clip"},
+        **DUAL_CLIP,
         other_settings=("covariance_fraction", "covariance_bounds"),
         high_covariance="drop",
-        formula=f"-{CLIPPED},  or -max({CLIPPED}, {{dual_clip:g}} {{A}}) where {{A}} < 0",
-        special_formulas={("dual_clip", None): f"-{CLIPPED}"},
         paper="2505.22617",
     ),
     "kl_cov": Objective(
         function="compute_kl_cov_loss",
-        inputs=RATIO_INPUTS | {"penalized": "penalized"},
+        inputs=RATIO_INPUTS | _same("penalized"),
         settings={"kl_coef": "kl_cov_coef"},
         other_settings=("covariance_fraction",),
         high_covariance="penalize",
@@ -288,14 +233,11 @@ OBJECTIVES: dict[ObjectiveName, Objective] = {
         paper="2505.22617",
     ),
 }
-ADVANTAGES: dict[AdvantageName, Advantage] = {
+ADVANTAGES: dict[str, Advantage] = {
     "group": Advantage(
         function="normalize_group_rewards",
-        settings={
-            "advantage_eps": "advantage_eps",
-            "normalize_by_std": "use_std_normalization",
-            "correction": "std_correction",
-        },
+        settings=_same("advantage_eps")
+        | {"normalize_by_std": "use_std_normalization", "correction": "std_correction"},
         formula="(r_i - mean_group(r)) / (std_group(r) + {advantage_eps:g}),  std over G - {std_correction}",
         special_formulas={("use_std_normalization", False): "r_i - mean_group(r)"},
         paper="2402.03300",
@@ -307,7 +249,7 @@ ADVANTAGES: dict[AdvantageName, Advantage] = {
     ),
     "batch_std": Advantage(
         function="compute_batch_std_advantages",
-        settings={"advantage_eps": "advantage_eps"},
+        settings=_same("advantage_eps"),
         formula="(r_i - mean_group(r)) / (std_batch(r) + {advantage_eps:g})",
         paper="2508.08221",
     ),
@@ -329,7 +271,7 @@ ADVANTAGES: dict[AdvantageName, Advantage] = {
     "gdpo": Advantage(
         function="compute_gdpo_advantages",
         inputs={"rewards": "reward_parts", "group_sizes": "group_sizes"},
-        settings={"reward_weights": "reward_weights", "advantage_eps": "advantage_eps"},
+        settings=_same("reward_weights", "advantage_eps"),
         formula=(
             "S_i / (std_batch(S) + {advantage_eps:g}),  S_i = {sum_of_parts}, "
             "each (r_i - mean_group(r)) / (std_group(r) + {advantage_eps:g})"
@@ -338,7 +280,7 @@ ADVANTAGES: dict[AdvantageName, Advantage] = {
     ),
     "opo": Advantage(
         function="compute_opo_advantages",
-        inputs=GROUP_INPUTS | {"lengths": "lengths"},
+        inputs=GROUP_INPUTS | _same("lengths"),
         formula="r_i - sum_group(|o| r) / sum_group(|o|)",
         paper="2505.23585",
     ),
@@ -355,7 +297,7 @@ ADVANTAGES: dict[AdvantageName, Advantage] = {
     ),
     "remax": Advantage(
         function="compute_remax_advantages",
-        inputs=GROUP_INPUTS | {"greedy_rewards": "greedy_rewards"},
+        inputs=GROUP_INPUTS | _same("greedy_rewards"),
         compares_within_group=False,
         formula="r_i - r(greedy response)",
         paper="2310.10505",
@@ -380,3 +322,10 @@ ADVANTAGES: dict[AdvantageName, Advantage] = {
         paper="2505.15201",
     ),
 }
+
+if TYPE_CHECKING:
+    ObjectiveName = str
+    AdvantageName = str
+else:
+    ObjectiveName, AdvantageName = Literal[tuple(OBJECTIVES)], Literal[tuple(ADVANTAGES)]
+"""The choices of --loss-type and of --advantage."""

@@ -15,49 +15,16 @@ from drivers.settings.base import Settings
 
 Config = TypeVar("Config", bound=Settings)
 MOST_USED = (
-    "recipe",
-    "model_path",
-    "data_path",
-    "val_data_path",
-    "prompt_path",
-    "reward",
-    "n_grpo_steps",
-    "n_ei_steps",
-    "epochs",
-    "learning_rate",
-    "rollout_batch_size",
-    "question_batch_size",
-    "group_size",
-    "train_batch_size",
-    "n_examples",
-    "n_samples",
-    "loss_type",
-    "advantage",
-    "kl_coef",
-    "sampling_max_tokens",
-    "engine",
-    "seed",
-    "save_dir",
-    "output_dir",
-    "resume",
-    "compare_to",
-    "show",
-)
+    "recipe", "model_path", "data_path", "val_data_path", "prompt_path", "reward", "n_grpo_steps", "n_ei_steps",
+    "epochs", "learning_rate", "rollout_batch_size", "question_batch_size", "group_size", "train_batch_size",
+    "n_examples", "n_samples", "loss_type", "advantage", "kl_coef", "sampling_max_tokens", "engine", "seed",
+    "save_dir", "output_dir", "resume", "compare_to", "show",
+)  # fmt: skip
 """Flags that stand first in `--help`, under a heading of their own."""
 HEADINGS = (
-    "most used",
-    "model",
-    "data",
-    "grading",
-    "sampling",
-    "objective",
-    "importance correction",
-    "KL and entropy",
-    "optimizer",
-    "engine",
-    "run",
-    "safety",
-)
+    "most used", "model", "data", "grading", "sampling", "objective", "importance correction", "KL and entropy",
+    "optimizer", "engine", "run", "safety",
+)  # fmt: skip
 OPTIONAL = {str | None: "STR", int | None: "INT", float | None: "FLOAT", tuple[str, ...] | None: "[STR [STR ...]]"}
 """Types whose None is a default and not worth a place in `--help`."""
 
@@ -81,12 +48,11 @@ def _nest_by_heading(kind: type[Config], defaults: Config) -> type[Any]:
     hints, texts = get_type_hints(kind), read_help(kind)
     nested: list[tuple[str, Any, Any]] = []
     for heading, names in sort_by_heading(kind).items():
-        flags: list[tuple[str, Any, Any]] = []
-        for name in names:
-            value = getattr(defaults, name)
-            flags.append(
-                (name, _annotate(hints[name], _describe(texts[name], hints[name], value)), field(default=value))
-            )
+        values = {name: getattr(defaults, name) for name in names}
+        flags: list[tuple[str, Any, Any]] = [
+            (name, _annotate(hints[name], _describe(texts[name], hints[name], value)), field(default=value))
+            for name, value in values.items()
+        ]
         group = make_dataclass("Group", flags, frozen=True)
         named = _annotate(group, tyro.conf.arg(name=heading, help=""))
         nested.append((heading.replace(" ", "_"), named, field(default=group())))
