@@ -50,23 +50,19 @@ def prepare_rollouts(
     greedy_rewards: Tensor | None,
 ) -> PreparedBatch:
     """Compute everything that has one value per rollout batch: log-probs before the first update, then advantages."""
-    before: dict[str, Tensor] = {}
+    known: dict[str, Tensor] = {}
     if config.needs_old_log_probs:
-        before = score_all(policy, rollouts, config, with_entropy=config.top_entropy_fraction is not None)
-    reference_log_probs = None
+        scored = score_all(policy, rollouts, config, with_entropy=config.top_entropy_fraction is not None)
+        names = {"log_probs": "old_log_probs", "token_entropy": "old_entropy"}
+        known |= {names[name]: values for name, values in scored.items()}
     if config.needs_reference:
         if reference is None and config.lora_rank == 0:
             raise ValueError(f"kl_coef={config.kl_coef} needs reference; got None: a frozen copy of the first policy")
         with nullcontext(reference) if reference is not None else without_lora(policy) as first:
-            reference_log_probs = score_all(first, rollouts, config)["log_probs"]
+            known["reference_log_probs"] = score_all(first, rollouts, config)["log_probs"]
     try:
-        batch = PreparedBatch.from_rollouts(
-            rollouts,
-            rearrange(estimate_advantages(config, rollouts, scores, greedy_rewards), "response -> response 1"),
-            old_log_probs=before.get("log_probs"),
-            old_entropy=before.get("token_entropy"),
-            reference_log_probs=reference_log_probs,
-        )
+        advantages = rearrange(estimate_advantages(config, rollouts, scores, greedy_rewards), "response -> response 1")
+        batch = PreparedBatch.from_rollouts(rollouts, advantages, **known)
         return replace(batch, advantages=shape_advantages(config, batch))
     except ValueError as error:  # the estimator does not accept these rewards
         raise TrainingAbortedError(f"--advantage {config.advantage}: {error}") from error
@@ -100,12 +96,11 @@ def shape_advantages(config: AlgorithmSettings, batch: PreparedBatch) -> Tensor:
     advantages = batch.advantages
     # A response without a reward is excluded from statistics over tokens too.
     mask = core.drop_truncated_responses(batch.response_mask, batch.unscored)
-    if config.kl_coef > 0 and config.kl_in == "reward":
+    if config.has_kl_in_reward:
         kl = core.estimate_kl(batch.old_log_probs, batch.reference_log_probs, "k1", response_mask=mask)
         advantages = advantages - config.kl_coef * core.compute_reward_to_go(kl, mask)
-    return (
-        core.whiten_over_tokens(advantages, mask) if ADVANTAGES[config.advantage].whitens_over_tokens else advantages
-    )
+    whitens = ADVANTAGES[config.advantage].whitens_over_tokens
+    return core.whiten_over_tokens(advantages, mask) if whitens else advantages
 
 
 def _stack_reward_parts(scores: Sequence[Mapping[str, float | None]], names: Sequence[str]) -> Tensor:

@@ -1,7 +1,7 @@
 """The rollouts of one step as tensors."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby
 from typing import Any, NamedTuple, Self
@@ -53,12 +53,11 @@ class StepRollouts(NamedTuple):
         kept: list[dict[str, Any]] = [
             {k: tuple(v) if k in ids else v for k, v in completion.items()} for completion in values["completions"]
         ]
-        greedy = values["greedy_rewards"]
         return StepRollouts(
-            [Completion(**fields) for fields in kept],
+            [Completion(**completion) for completion in kept],
             values["scores"],
             _from_json(values["raw_rewards"]),
-            None if greedy is None else _from_json(greedy),
+            None if values["greedy_rewards"] is None else _from_json(values["greedy_rewards"]),
             values["facts"],
             values.get("shown", ()),  # older checkpoints have none
         )
@@ -106,6 +105,12 @@ class RolloutBatch:
     def __len__(self) -> int:
         return len(self.completions)
 
+    @classmethod
+    def extending(cls, batch: "RolloutBatch", **values: Any) -> Self:
+        """Return a batch of this class with `values`, and the other fields of `batch`."""
+        shared = {field.name: getattr(batch, field.name) for field in fields(cls) if field.name not in values}
+        return cls(**shared, **values)
+
     @property
     def n_response_tokens(self) -> int:
         """Return the number of sampled tokens."""
@@ -139,14 +144,15 @@ class RolloutBatch:
         def cut(tensor: Tensor) -> Tensor:
             return tensor[index, :width] if tensor.shape[1] == full_width else tensor[index]
 
-        parts = {name: cut(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, completions=tuple(self.completions[row] for row in rows), **parts)
+        return self._map(cut, completions=tuple(self.completions[row] for row in rows))
 
     def to(self, device: torch.device) -> Self:
         """Return the batch with its tensors on `device`, without waiting for the copies."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
-        return replace(self, **moved)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _map(self, change: Callable[[Tensor], Tensor], **others: Any) -> Self:
+        tensors = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **(tensors | others))
 
     def split(self, size: int) -> Iterator[Self]:
         """Yield consecutive parts of `size` rows."""
@@ -176,24 +182,15 @@ class PreparedBatch(RolloutBatch):
     """Log-probs under the policy that the KL penalty refers to; the sampler's unless the reference is a model."""
 
     @classmethod
-    def from_rollouts(
-        cls,
-        rollouts: RolloutBatch,
-        advantages: Tensor,
-        *,
-        old_log_probs: Tensor | None = None,
-        old_entropy: Tensor | None = None,
-        reference_log_probs: Tensor | None = None,
-    ) -> Self:
-        """Return `rollouts` with `advantages`, and a default for everything that is None."""
+    def from_rollouts(cls, rollouts: RolloutBatch, advantages: Tensor, **log_probs: Tensor) -> Self:
+        """Return `rollouts` with `advantages`, and a default for each other field that is not given."""
         unknown = torch.full(rollouts.response_mask.shape, torch.nan)
-        return cls(
-            **_rollout_fields(rollouts),
-            advantages=advantages,
-            old_log_probs=unknown if old_log_probs is None else old_log_probs,
-            old_entropy=unknown if old_entropy is None else old_entropy,
-            reference_log_probs=rollouts.sampler_log_probs if reference_log_probs is None else reference_log_probs,
-        )
+        defaults = {
+            "old_log_probs": unknown,
+            "old_entropy": unknown,
+            "reference_log_probs": rollouts.sampler_log_probs,
+        }
+        return cls.extending(rollouts, advantages=advantages, **(defaults | log_probs))
 
 
 @jaxtyped(typechecker=beartype)
@@ -215,32 +212,11 @@ class WeightedBatch(RolloutBatch):
     """The tokens that `kl_cov` penalizes."""
 
     @classmethod
-    def from_prepared(
-        cls,
-        batch: PreparedBatch,
-        *,
-        old_log_probs: Tensor | None,
-        objective_weights: Tensor,
-        token_weights: Tensor,
-        importance_weights: Tensor | None,
-        penalized: Tensor,
-    ) -> Self:
+    def from_prepared(cls, batch: PreparedBatch, **weights: Tensor | None) -> Self:
         """Return `batch` with the weights of its step. Missing rewards become 0, because 0 times NaN is NaN."""
-        rewards = batch.raw_rewards.masked_fill(batch.raw_rewards.isnan(), 0.0)
-        return cls(
-            **_rollout_fields(batch) | {"raw_rewards": rewards},
-            advantages=batch.advantages,
-            reference_log_probs=batch.reference_log_probs,
-            old_log_probs=old_log_probs,
-            objective_weights=objective_weights,
-            token_weights=token_weights,
-            importance_weights=importance_weights,
-            penalized=penalized,
+        return cls.extending(
+            batch, raw_rewards=batch.raw_rewards.masked_fill(batch.raw_rewards.isnan(), 0.0), **weights
         )
-
-
-def _rollout_fields(rollouts: RolloutBatch) -> dict[str, Any]:
-    return {field.name: getattr(rollouts, field.name) for field in fields(RolloutBatch)}
 
 
 def make_rollout_batch(completions: Sequence[Completion], raw_rewards: Tensor, group_size: int = 1) -> RolloutBatch:
