@@ -1,8 +1,8 @@
 """Detect anomalies of a step before they reach the weights, and decide what follows."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from enum import StrEnum
 from statistics import median
 from typing import Any, Literal, NamedTuple
 
@@ -24,28 +24,11 @@ MAX_LOG_RATIO = 10.0
 """Nats on any single token: a mean hides one token that is 20,000 times as likely as when it was sampled."""
 
 
-class AnomalyKind(StrEnum):
-    """Kinds of anomalies; docs/reliability.md defines them."""
-
-    REWARD = "reward"
-    ALL_SILENT = "all_silent"
-    ALL_UNSCORED = "all_unscored"
-    ALL_TRUNCATED = "all_truncated"
-    ENTROPY_COLLAPSE = "entropy_collapse"
-    NONE_RIGHT = "none_right"
-    LOSS = "loss"
-    GRAD_NORM = "grad_norm"
-    NO_GRADIENT = "no_gradient"
-    GRAD_NORM_SPIKE = "grad_norm_spike"
-    SAMPLER_LOG_PROB_DIFF = "sampler_log_prob_diff"
-    APPROX_KL = "approx_kl"
-    MAX_LOG_RATIO = "max_log_ratio"
-
-
 class Anomaly(NamedTuple):
     """A value beyond its limit."""
 
-    kind: AnomalyKind
+    kind: str
+    """One of the kinds that docs/reliability.md defines."""
     value: float
     limit: float
     text: str
@@ -58,7 +41,7 @@ class Anomaly(NamedTuple):
     @property
     def is_unusable(self) -> bool:
         """Return whether no update can be made; after a reward that is not finite, the other responses are usable."""
-        return self.is_fatal and self.kind != AnomalyKind.REWARD
+        return self.is_fatal and self.kind != "reward"
 
 
 def check_rollouts(metrics: Mapping[str, float], *, has_regularization_gradient: bool = False) -> list[Anomaly]:
@@ -66,30 +49,24 @@ def check_rollouts(metrics: Mapping[str, float], *, has_regularization_gradient:
 
     With `has_regularization_gradient`, a KL penalty or entropy bonus has a gradient even if no group has a signal.
     """
-    anomalies = []
-    n_not_finite = metrics.get("grader_not_finite", 0.0)
-    if n_not_finite:
-        text = (
-            f"the reward of {n_not_finite:g} responses is not a finite number; they are not scored. Check the reward "
-            "function"
-        )
-        anomalies.append(Anomaly(AnomalyKind.REWARD, math.nan, math.inf, text))
-    if has_regularization_gradient and metrics.get("zero_std_groups", 0.0) >= 1 > metrics.get("unscored", 0.0):
+    anomalies, counts, entropy = [], defaultdict(float, metrics), metrics["rollout_entropy"]
+    if counts["grader_not_finite"]:
+        text = f"the reward of {counts['grader_not_finite']:g} responses is not a finite number; they are not scored. "
+        anomalies.append(Anomaly("reward", math.nan, math.inf, text + "Check the reward function"))
+    if has_regularization_gradient and counts["zero_std_groups"] >= 1 > counts["unscored"]:
         text = "every group has identical rewards: only the KL/entropy term has a gradient"
-        anomalies.append(Anomaly(AnomalyKind.ALL_SILENT, 1.0, 1.0, text))
-    if metrics.get("unscored", 0.0) >= 1:
+        anomalies.append(Anomaly("all_silent", 1.0, 1.0, text))
+    if counts["unscored"] >= 1:
         text = "no response could be scored. Check the reward function"
-        anomalies.append(Anomaly(AnomalyKind.ALL_UNSCORED, metrics["unscored"], 1.0, text))
-    if metrics.get("truncated", 0.0) >= 1:
+        anomalies.append(Anomaly("all_unscored", counts["unscored"], 1.0, text))
+    if counts["truncated"] >= 1:
         text = "every response was truncated. Raise --sampling-max-tokens, or read some completions"
-        anomalies.append(Anomaly(AnomalyKind.ALL_TRUNCATED, metrics["truncated"], 1.0, text))
-    entropy = metrics["rollout_entropy"]
-    if not math.isfinite(entropy):
-        text = f"the sampler's log-probs are not finite (mean {-entropy})"
-        anomalies.append(Anomaly(AnomalyKind.ENTROPY_COLLAPSE, entropy, MIN_ENTROPY, text))
-    elif entropy < MIN_ENTROPY:
+        anomalies.append(Anomaly("all_truncated", counts["truncated"], 1.0, text))
+    if not MIN_ENTROPY <= entropy < math.inf:
         text = f"the sampler's entropy is {entropy:.3g} nats per token, below {MIN_ENTROPY}: the policy collapsed"
-        anomalies.append(Anomaly(AnomalyKind.ENTROPY_COLLAPSE, entropy, MIN_ENTROPY, text))
+        if not math.isfinite(entropy):
+            text = f"the sampler's log-probs are not finite (mean {-entropy})"
+        anomalies.append(Anomaly("entropy_collapse", entropy, MIN_ENTROPY, text))
     return anomalies
 
 
@@ -98,7 +75,7 @@ def check_right_responses(n_right: int) -> list[Anomaly]:
     if n_right > 0:
         return []
     text = "no response is correct, so this step has no gradient; try easier or more questions"
-    return [Anomaly(AnomalyKind.NONE_RIGHT, 0.0, 1.0, text)]
+    return [Anomaly("none_right", 0.0, 1.0, text)]
 
 
 def check_update(
@@ -110,26 +87,21 @@ def check_update(
     """
     anomalies = []
     if not math.isfinite(loss):
-        anomalies.append(Anomaly(AnomalyKind.LOSS, loss, math.inf, f"the loss is {loss}"))
+        anomalies.append(Anomaly("loss", loss, math.inf, f"the loss is {loss}"))
     if not math.isfinite(grad_norm):
-        text = f"the gradient norm is {grad_norm}"
-        anomalies.append(Anomaly(AnomalyKind.GRAD_NORM, grad_norm, math.inf, text))
+        anomalies.append(Anomaly("grad_norm", grad_norm, math.inf, f"the gradient norm is {grad_norm}"))
     if grad_norm == 0:
         text = "no response has a gradient: every group has identical rewards, or filters exclude all other groups"
-        anomalies.append(Anomaly(AnomalyKind.NO_GRADIENT, grad_norm, 0.0, text))
-    if len(earlier_norms) >= N_NORMS // 2 and math.isfinite(grad_norm):
-        limit = SPIKE * median(earlier_norms)
-        if grad_norm > limit > 0:
-            text = (
-                f"the gradient norm is {grad_norm:.3g}, above {limit:.3g}: {SPIKE:g} times the median of recent steps"
-            )
-            anomalies.append(Anomaly(AnomalyKind.GRAD_NORM_SPIKE, grad_norm, limit, text))
+        anomalies.append(Anomaly("no_gradient", grad_norm, 0.0, text))
+    limit = SPIKE * median(earlier_norms) if len(earlier_norms) >= N_NORMS // 2 else math.inf
+    if math.inf > grad_norm > limit > 0:
+        text = f"the gradient norm is {grad_norm:.3g}, above {limit:.3g}: {SPIKE:g} times the median of recent steps"
+        anomalies.append(Anomaly("grad_norm_spike", grad_norm, limit, text))
     for name, value in drift.items():
-        kind = AnomalyKind(name)
-        limit = MAX_LOG_RATIO if kind == AnomalyKind.MAX_LOG_RATIO else MAX_DRIFT
+        limit = MAX_LOG_RATIO if name == "max_log_ratio" else MAX_DRIFT
         if not value <= limit:
             text = f"{name} is {value:.3g} nats per token, above {limit:g}: the policy is far from the sampler"
-            anomalies.append(Anomaly(kind, value, limit, text))
+            anomalies.append(Anomaly(name, value, limit, text))
     return anomalies
 
 
@@ -143,7 +115,7 @@ class AnomalyPolicy:
         warn: Callable[[str], None],
     ) -> None:
         self._choice, self._log, self._warn = on_anomaly, log, warn
-        self._seen: set[tuple[int, AnomalyKind]] = set()
+        self._seen: set[tuple[int, str]] = set()
 
     def should_apply_update(self, step: int, anomalies: Sequence[Anomaly]) -> bool:
         """Return whether to make the update, or raise a TrainingAbortedError."""
