@@ -33,9 +33,7 @@ class UpdateMetrics:
         self._grad_norms: list[Tensor] = []
         self._batch_metrics: list[Mapping[str, float]] = []
         self._correction_parts: list[Mapping[str, Tensor]] = []
-        self._gradient_sums: list[Tensor] = []
-        self._is_positive: list[Tensor] = []
-        self._lengths: list[Tensor] = []
+        self._gradients: list[tuple[Tensor, Tensor, Tensor]] = []
         self._logged_values: list[tuple[int, int, dict[str, Tensor]]] = []
 
     def add_micro_batch(
@@ -65,9 +63,8 @@ class UpdateMetrics:
         ]
         gradients = scored["log_probs"].grad
         if gradients is not None:
-            self._gradient_sums.append(gradients.abs().sum(dim=1, keepdim=True))
-            self._is_positive.append(micro.advantages[:, 0] > 0)
-            self._lengths.append(micro.response_mask.sum(dim=1))
+            sums, lengths = gradients.abs().sum(dim=1, keepdim=True), micro.response_mask.sum(dim=1)
+            self._gradients.append((sums, micro.advantages[:, 0] > 0, lengths))
 
     def drift(self) -> dict[str, float]:
         """Return distances between the policy and the sampler over the micro-batches since the last `add_update`."""
@@ -82,9 +79,7 @@ class UpdateMetrics:
             summed, count = distributed.all_reduce_sum_(sums).tolist()
             if count:
                 means[name] = summed / count
-        largest: list[float] = (
-            torch.stack(self._max_log_ratios).tolist() if self._max_log_ratios else []
-        )  # one wait for the device
+        largest = torch.stack(self._max_log_ratios).tolist() if self._max_log_ratios else []  # one wait for the device
         self._max_log_ratios = []
         all_ranks = [value for values in distributed.gather(largest) for value in values]
         if all_ranks:
@@ -113,18 +108,14 @@ class UpdateMetrics:
         }
         if not self._losses:
             return counts
-        means = self._update_means() | self._token_means() | self._gradient_shares()
+        updates = {"loss": torch.stack(self._losses).mean(), "grad_norm": torch.stack(self._grad_norms).mean()}
+        means = updates | self._token_means() | self._gradient_shares()
         numbers = torch.stack([value.float() for value in means.values()]).tolist()  # one wait for the device
         correction = describe_correction(self._correction_parts) if self._correction_parts else {}
-        metrics = self._batch_metric_means() | correction | dict(zip(means, numbers, strict=True))
+        n_updates = len(self._batch_metrics)
+        batches = {k: sum(metrics[k] for metrics in self._batch_metrics) / n_updates for k in self._batch_metrics[0]}
+        metrics = batches | correction | dict(zip(means, numbers, strict=True))
         return dict(sorted(metrics.items())) | counts
-
-    def _update_means(self) -> dict[str, Tensor]:
-        return {"loss": torch.stack(self._losses).mean(), "grad_norm": torch.stack(self._grad_norms).mean()}
-
-    def _batch_metric_means(self) -> dict[str, float]:
-        names, n_updates = self._batch_metrics[0], len(self._batch_metrics)
-        return {name: sum(metrics[name] for metrics in self._batch_metrics) / n_updates for name in names}
 
     def _token_means(self) -> dict[str, Tensor]:
         """Return means over the response tokens of all micro-batches."""
@@ -139,11 +130,11 @@ class UpdateMetrics:
 
     def _gradient_shares(self) -> dict[str, Tensor]:
         """Return the shares of the gradient from positive advantages and from long responses."""
-        if not self._gradient_sums:
+        if not self._gradients:
             return {}
-        sums, lengths = torch.cat(self._gradient_sums), torch.cat(self._lengths)
+        sums, is_positive, lengths = map(torch.cat, zip(*self._gradients, strict=True))
         return {
-            "gradient_share_positive": compute_gradient_share(sums, torch.cat(self._is_positive)),
+            "gradient_share_positive": compute_gradient_share(sums, is_positive),
             "gradient_share_long": compute_gradient_share(sums, lengths > lengths.float().median()),
         }
 
@@ -161,14 +152,7 @@ class UpdateMetrics:
         """Gather the records of all ranks on each of them."""
         if distributed.size() == 1:
             return
-        names = (
-            "_micro_batches",
-            "_correction_parts",
-            "_gradient_sums",
-            "_is_positive",
-            "_lengths",
-            "_logged_values",
-        )
+        names = ("_micro_batches", "_correction_parts", "_gradients", "_logged_values")
         parts = distributed.gather({name: tree_map_only(Tensor, Tensor.cpu, getattr(self, name)) for name in names})
         device = self._losses[0].device
         for name in names:
