@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,17 +20,6 @@ MAX_LOGITS_BYTES = 1 << 29
 """Largest logits that one pass keeps for its gradient; the head computes larger ones block by block."""
 
 
-@dataclass(frozen=True)
-class ScoreOptions:
-    """What to compute of each response token."""
-
-    temperature: float
-    with_entropy: bool = False
-    """Also compute `token_entropy`."""
-    detach_entropy: bool = True
-    """Compute it without a gradient."""
-
-
 def score(
     policy: nn.Module,
     rollouts: RolloutBatch,
@@ -48,15 +36,17 @@ def score(
     """
     if rows is None:
         rows = plan_rows(policy, rollouts, range(len(rollouts)))
-    options = ScoreOptions(temperature, with_entropy, detach_entropy)
     shape, device = rollouts.response_mask.shape, next(policy.parameters()).device
     if not rows:
         names = ("log_probs", "token_entropy") if with_entropy else ("log_probs",)
         return {name: torch.zeros(shape, device=device) for name in names}
     head = find_head(policy)  # before the pass, because its trial is a forward pass too
-    scored = fsdp.with_unsharded_params(policy, lambda: _score_rows(policy, head, rollouts, rows, options))
+    scored = fsdp.with_unsharded_params(
+        policy, lambda: _score_rows(policy, head, rollouts, rows, temperature, with_entropy, detach_entropy)
+    )
     index = torch.tensor(flat_response_index(rows, shape[1]), dtype=torch.long).to(device, non_blocking=True)
-    return {name: _scatter(values, index, shape) for name, values in scored.items()}
+    flat = {name: values.new_zeros(shape.numel()).index_copy(0, index, values) for name, values in scored.items()}
+    return {name: rearrange(x, "(response token) -> response token", token=shape[1]) for name, x in flat.items()}
 
 
 def flat_response_index(rows: Sequence[Row], width: int) -> list[int]:
@@ -69,14 +59,14 @@ def flat_response_index(rows: Sequence[Row], width: int) -> list[int]:
     ]
 
 
-def _scatter(values: Tensor, index: Tensor, shape: torch.Size) -> Tensor:
-    """Return a batch of `shape` with `values` at the flat `index`, and 0 elsewhere."""
-    flat = values.new_zeros(shape.numel()).index_copy(0, index, values)
-    return rearrange(flat, "(response token) -> response token", token=shape[1])
-
-
 def _score_rows(
-    policy: Any, head: Head | None, rollouts: RolloutBatch, rows: list[Row], options: ScoreOptions
+    policy: Any,
+    head: Head | None,
+    rollouts: RolloutBatch,
+    rows: list[Row],
+    temperature: float,
+    with_entropy: bool,
+    detach_entropy: bool,
 ) -> dict[str, Tensor]:
     """Return the scores of the response tokens, row after row. Nothing is copied back from the device to the host."""
     responses = [[rollouts.completions[member].token_ids for member in row.members] for row in rows]
@@ -87,40 +77,24 @@ def _score_rows(
     inputs = model_inputs(policy, packed, shared=any(len(row.members) > 1 for row in rows), device=device)
     labels = packed["labels"].to(device, non_blocking=True)
     if head is None:
-        return _score_with_logits(policy, inputs, packed["sources"], labels, options)
-    return _score_with_fused_head(head, inputs, packed["sources"], labels, options)
-
-
-def _score_with_fused_head(
-    head: Head, inputs: dict[str, Any], sources: Tensor, labels: Tensor, options: ScoreOptions
-) -> dict[str, Tensor]:
-    """Score the `labels` that follow the positions `sources`, without keeping all logits."""
+        logits = _compute_logits(policy, inputs, packed["sources"])
+        scored = {"log_probs": select_log_probs(logits, labels, temperature=temperature)}
+        if with_entropy:
+            source = logits.detach() if detach_entropy else logits
+            scored["token_entropy"] = compute_entropy(source, temperature=temperature)
+        return scored
     states = rearrange(head.body(**inputs).last_hidden_state, "row column hidden -> (row column) hidden")
-    scored = fused_linear_log_probs(
-        states.index_select(0, sources.to(states.device, non_blocking=True)),
+    scored = fused_linear_log_probs(  # it does not keep all logits
+        states.index_select(0, packed["sources"].to(device, non_blocking=True)),
         head.output.weight,
         labels,
         bias=head.output.bias,
-        temperature=options.temperature,
+        temperature=temperature,
         logit_softcap=head.softcap,
-        return_entropy=options.with_entropy,
+        return_entropy=with_entropy,
         max_logits_bytes=MAX_LOGITS_BYTES,
     )
-    if options.with_entropy and options.detach_entropy:
-        scored = scored | {"token_entropy": scored["token_entropy"].detach()}
-    return scored
-
-
-def _score_with_logits(
-    policy: nn.Module, inputs: dict[str, Any], sources: Tensor, labels: Tensor, options: ScoreOptions
-) -> dict[str, Tensor]:
-    """Score the `labels` that follow the positions `sources` with the model's own logits."""
-    logits = _compute_logits(policy, inputs, sources)
-    scored = {"log_probs": select_log_probs(logits, labels, temperature=options.temperature)}
-    if options.with_entropy:
-        source = logits.detach() if options.detach_entropy else logits
-        scored["token_entropy"] = compute_entropy(source, temperature=options.temperature)
-    return scored
+    return scored | ({"token_entropy": scored["token_entropy"].detach()} if with_entropy and detach_entropy else {})
 
 
 def _compute_logits(policy: nn.Module, inputs: dict[str, Any], sources: Tensor) -> Tensor:
