@@ -5,7 +5,7 @@ takes the layout that needs fewer operations.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, groupby
+from itertools import accumulate, count, groupby
 from math import inf
 from typing import Any, NamedTuple
 
@@ -63,9 +63,9 @@ def plan_rows(policy: Any, rollouts: RolloutBatch, wanted: Sequence[int], max_to
         while members:
             prompt = rollouts.completions[members[0]].prompt_token_ids
             lengths = [len(rollouts.completions[i].token_ids) for i in members]
-            count = max(1, sum(len(prompt) + length <= max_tokens for length in accumulate(lengths)))
-            rows += _choose_layout(prompt, members[:count], lengths[:count], share)
-            members = members[count:]
+            n_fitting = max(1, sum(len(prompt) + length <= max_tokens for length in accumulate(lengths)))
+            rows += _choose_layout(prompt, members[:n_fitting], lengths[:n_fitting], share)
+            members = members[n_fitting:]
     return rows
 
 
@@ -101,34 +101,30 @@ def plan_micro_batches(
         return
     rows = plan_rows(policy, rollouts, wanted, config.micro_batch_tokens)
     rows.sort(key=lambda row: (-row.n_tokens, row.members))
-    packed, start = packs_rows(policy), 0
-    while start < len(rows):
+    packed, taken, slots = packs_rows(policy), list[Row](), 0
+    for row in rows:
         # The first row is the longest, and others are padded to its length unless rows are packed.
-        count, slots, longest = 0, 0, rows[start].n_tokens
-        while start + count < len(rows):
-            slots += rows[start + count].n_tokens if packed else longest
-            if count and slots > config.micro_batch_tokens:
-                break
-            count += 1
-        yield _make_micro_batch(rows[start : start + count])
-        start += count
+        width = row.n_tokens if packed or not taken else taken[0].n_tokens
+        if taken and slots + width > config.micro_batch_tokens:
+            yield _make_micro_batch(taken)
+            taken, slots, width = [], 0, row.n_tokens
+        taken.append(row)
+        slots += width
+    if taken:
+        yield _make_micro_batch(taken)
 
 
 def _make_micro_batch(rows: list[Row]) -> MicroBatch:
-    members = [i for row in rows for i in row.members]
-    ends = list(accumulate(len(row.members) for row in rows))
-    return MicroBatch(
-        members,
-        [row._replace(members=tuple(range(end - len(row.members), end))) for row, end in zip(rows, ends, strict=True)],
-    )
+    places = count()  # of the responses in the micro-batch
+    placed = [row._replace(members=tuple(next(places) for _ in row.members)) for row in rows]
+    return MicroBatch([i for row in rows for i in row.members], placed)
 
 
 def attention_share(policy: Any) -> float:
     """Return the cost of attending to one more token, relative to all other cost of a token."""
     config = policy.config.get_text_config()
-    width = config.num_attention_heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     embedded = policy.get_input_embeddings().weight.numel()
     multiplied = sum(p.numel() for p in policy.base_model.parameters()) - embedded
     # Attention multiplies queries with keys and weights with values; everything else multiplies with each parameter.
