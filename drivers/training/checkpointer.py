@@ -10,7 +10,6 @@ from torch import nn
 
 from drivers.common import distributed
 from drivers.common.atomic_files import free_path, remove_unfinished
-from drivers.common.display import Display
 from drivers.common.errors import TrainingAbortedError, first_line
 from drivers.runs.checkpoint import WRITE_ERRORS, publish_model, read_state_values, save_checkpoint
 from drivers.runs.folder import find_newest_checkpoint, prune_checkpoints
@@ -26,16 +25,16 @@ class Checkpointer:
         config: GrpoConfig,
         folder: Path,
         tokenizer: Any,
-        display: Display,
+        warn: Callable[[str], None],
         sync_log: Callable[[], None],
-        data: str | None = None,
+        data: str | None,
     ) -> None:
         """Flush the log with `sync_log` before each checkpoint, which must not exist without its log lines.
 
         `data`, the fingerprint of the run's prompts and answers, is kept in every resumable checkpoint.
         """
-        self._config, self._folder, self._tokenizer, self._display = config, folder, tokenizer, display
-        self._sync_log, self._data = sync_log, data
+        self._config, self._folder, self._tokenizer = config, folder, tokenizer
+        self._warn, self._sync_log, self._data = warn, sync_log, data
 
     def save(self, policy: nn.Module, state: TrainingState, name: str) -> Path | None:
         """Write a checkpoint and prune older ones. It is resumable unless the state is inside a step.
@@ -46,7 +45,10 @@ class Checkpointer:
         folder = self._folder / name
         try:
             self._sync_log()
-            self._write(policy, state, folder)
+            values, tensors = {"step": state.step}, None
+            if state.is_at_snapshot:
+                values, tensors = state.values() | ({"data": self._data} if self._data else {}), state.tensors()
+            save_checkpoint(policy, self._tokenizer, folder, values=values, tensors=tensors)
         except WRITE_ERRORS as error:
             reason = f"{folder}: the checkpoint cannot be written ({first_line(error)})"
             if distributed.size() > 1 or state.step == self._config.n_grpo_steps:
@@ -62,13 +64,6 @@ class Checkpointer:
             except (OSError, ValueError, KeyError) as error:  # a checkpoint that cannot be pruned must not end the run
                 self._warn(f"{self._folder}: earlier checkpoints cannot be pruned ({first_line(error)})")
         return folder
-
-    def _write(self, policy: nn.Module, state: TrainingState, folder: Path) -> None:
-        if state.is_at_snapshot:
-            values = state.values() | ({"data": self._data} if self._data else {})
-            save_checkpoint(policy, self._tokenizer, folder, values=values, tensors=state.tensors())
-        else:
-            save_checkpoint(policy, self._tokenizer, folder, values={"step": state.step})
 
     def latest(self, state: TrainingState) -> Path | None:
         """Return the newest checkpoint if it contains all updates so far, and None otherwise."""
@@ -93,6 +88,3 @@ class Checkpointer:
     def free_name(self, name: str) -> str:
         """Return `name`, or if an earlier process of this run has used it, `name-2` and so on."""
         return free_path(self._folder / name).name
-
-    def _warn(self, text: str) -> None:
-        self._display.say(f"warning: {text}")

@@ -1,7 +1,7 @@
 """One training run: what its loop restores, checks, logs and saves."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Run:
         self.config, self.folder, self.tokenizer, self.display = config, folder, tokenizer, display
         self.timer = StepTimer(display)
         self.anomalies = AnomalyPolicy(config.on_anomaly, self.log, self.warn)
-        self.checkpointer = Checkpointer(config, folder, tokenizer, display, self._sync_log, data)
+        self.checkpointer = Checkpointer(config, folder, tokenizer, self.warn, self._sync_log, data)
         self._checkpoint, self._settings = checkpoint, settings
         self._resumed_step = 0 if checkpoint is None else int(read_state_values(checkpoint)["step"])
         self._state: TrainingState | None = None
@@ -94,10 +94,9 @@ class Run:
             try:
                 read_tensors(self._checkpoint / STATE_TENSORS, state.tensors())
                 state.restore(read_state_values(self._checkpoint))
-            except UsageError:
-                raise
             except Exception as error:  # a state that another program wrote can fail in any way
-                if isinstance(error, RuntimeError) and distributed.is_peer_failure(error):
+                is_peer_failure = isinstance(error, RuntimeError) and distributed.is_peer_failure(error)
+                if is_peer_failure or isinstance(error, UsageError):
                     raise
                 raise UsageError(
                     f"--resume {self._checkpoint}: cannot resume from it ({type(error).__name__}: {first_line(error)})"
@@ -183,18 +182,17 @@ class Run:
         """Measure, log and show the held-out accuracy."""
         n_shown = self.config.n_logged_completions
         with self.timer.phase("evaluate"):
-            metrics, rows = run_with_engine(
+            call = partial(
+                evaluate_policy,
                 components.engine,
-                lambda: evaluate_policy(
-                    components.engine,
-                    components.val_set,
-                    self.config.sampling.alone(),
-                    components.grade,
-                    seed=EVALUATION_SEED,
-                    n_shown=n_shown,
-                    tokenizer=self.tokenizer,
-                ),
+                components.val_set,
+                replace(self.config.sampling, n=1),
+                components.grade,
+                seed=EVALUATION_SEED,
+                n_shown=n_shown,
+                tokenizer=self.tokenizer,
             )
+            metrics, rows = run_with_engine(components.engine, call)
         if "accuracy" in metrics:
             self.state.accuracies[step] = metrics["accuracy"]
         self.log("eval", step, metrics | {"time_evaluate_s": self.timer.seconds["evaluate"]})
