@@ -22,10 +22,8 @@ from functools import partial
 
 from drivers.common.cli import exit_on_user_error
 from drivers.common.display import Display
-from drivers.common.errors import UsageError
 from drivers.engines.rank_zero import run_with_engine
 from drivers.settings.grpo import GrpoConfig
-from drivers.tasks.questions import load_examples, make_questions
 from drivers.training.anomalies import check_right_responses, check_rollouts
 from drivers.training.batch import imitation_batch
 from drivers.training.components import Components
@@ -33,7 +31,7 @@ from drivers.training.launch import run_training
 from drivers.training.metrics import UpdateMetrics
 from drivers.training.rollouts import collect
 from drivers.training.run import Run
-from drivers.training.setup import load_prompt_from_settings, setup_run
+from drivers.training.setup import load_train_set, setup_run
 from drivers.training.state import TrainingState
 from drivers.training.update import update
 
@@ -78,15 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = parse_settings(ExpertIterationConfig, sys.argv[1:] if arguments is None else arguments)
 
         def setup(config: GrpoConfig, display: Display) -> tuple[Run, Components]:
-            examples = load_examples("--data-path", config.data_path)
-            if len(examples) < settings.question_batch_size:
-                raise UsageError(
-                    f"--data-path {config.data_path}: has {len(examples)} questions, but a step needs "
-                    f"{settings.question_batch_size} different ones; lower --question-batch-size"
-                )
-            return setup_run(
-                config, display, partial(make_questions, examples, load_prompt_from_settings(config)), settings
-            )
+            make_train_set = load_train_set(config, "; lower --question-batch-size")
+            return setup_run(config, display, make_train_set, settings)
 
         run_training(settings, settings.as_grpo(), setup, partial(iterate, settings))
 

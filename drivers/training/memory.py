@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,22 +76,18 @@ def configure_memory(
     copies = 3 if config.rollout_process == "own" or distributed.size() > 1 else 1
     size = sum(p.numel() for p in policy.parameters()) * fsdp.computing_dtype(policy).itemsize
     engine_bytes = copies * size + VLLM_ON_CPU if here else 0
-    sizes: dict[str, Any] = {"reference_bytes": reference_bytes, "engine_bytes": engine_bytes}
-    plan = plan_memory(config, policy, longest_prompt, **sizes)
+    make_plan = partial(
+        plan_memory, config, policy, longest_prompt, reference_bytes=reference_bytes, engine_bytes=engine_bytes
+    )
+    plan, share = make_plan(), None
     all_fit = all(distributed.gather(plan.fits))  # all ranks must decide alike, even on different machines
     if shares_gpu(config, next(policy.parameters()).device, rollout_device):
-        share = engine_memory_fraction(training_state_bytes(policy) + reference_bytes, plan.available)
-        sizes["share"] = min(config.gpu_memory_utilization, share)
-        plan = replace(plan, share=sizes["share"])
+        left = engine_memory_fraction(training_state_bytes(policy) + reference_bytes, plan.available)
+        share = min(config.gpu_memory_utilization, left)
     if config.gradient_checkpointing == "on" or (config.gradient_checkpointing == "auto" and not all_fit):
         enable_checkpointing(policy)
-        plan = plan_memory(config, policy, longest_prompt, **sizes, checkpointed=True)
-    return plan
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Return the bytes of the model's weights on one rank."""
-    return sum(p.numel() * p.element_size() for p in model.parameters()) // distributed.size()
+        plan = make_plan(checkpointed=True)
+    return replace(plan, share=share)
 
 
 def gathered_bytes(policy: Any) -> int:
@@ -115,7 +112,6 @@ def plan_memory(
     reference_bytes: int = 0,
     engine_bytes: int = 0,
     checkpointed: bool = False,
-    share: float | None = None,
 ) -> MemoryPlan:
     """Return the memory plan for the largest possible micro-batch.
 
@@ -134,7 +130,6 @@ def plan_memory(
         engine=engine_bytes,
         available=available_bytes(next(policy.parameters()).device),
         checkpointed=checkpointed,
-        share=share,
     )
 
 
@@ -188,9 +183,8 @@ def available_bytes(device: torch.device) -> int:
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         text = Path(file).read_text().strip() if Path(file).exists() else ""
         sizes += [int(text)] if text.isdigit() else []
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        sizes.append(1024 * int(meminfo.read_text().split("MemTotal:")[1].split()[0]))
+    if hasattr(os, "sysconf"):
+        sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return min(sizes, default=0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks of one machine share it
 
 

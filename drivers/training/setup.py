@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -36,23 +35,28 @@ from drivers.settings.grpo import GrpoConfig
 from drivers.settings.reward_spec import check_file
 from drivers.tasks.questions import Prompt, Question, easiest_first, load_examples, load_prompt, make_questions
 from drivers.training.components import Components
-from drivers.training.memory import MemoryPlan, configure_memory, weight_bytes
+from drivers.training.memory import MemoryPlan, configure_memory
 from drivers.training.run import Run
 from drivers.training.state import fingerprint, validate_resume
 
 
 def setup_grpo_run(config: GrpoConfig, display: Display) -> tuple[Run, Components]:
     """Build the run and the components of train.py."""
-    examples = load_examples("--data-path", config.data_path)
-    if len(examples) < config.n_prompts_per_rollout_batch:
+    remedy = " (rollout_batch_size / group_size); lower --rollout-batch-size or raise --group-size"
+    return setup_run(config, display, load_train_set(config, remedy))
+
+
+def load_train_set(config: GrpoConfig, remedy: str) -> Callable[..., Sequence[Question]]:
+    """Load the questions to train on, which suffice for a step, and return how to make them of a tokenizer."""
+    examples, n_needed = load_examples("--data-path", config.data_path), config.n_prompts_per_rollout_batch
+    if len(examples) < n_needed:
         raise UsageError(
-            f"--data-path {config.data_path}: has {len(examples)} questions, but a step needs "
-            f"{config.n_prompts_per_rollout_batch} different ones (rollout_batch_size / group_size); "
-            "lower --rollout-batch-size or raise --group-size"
+            f"--data-path {config.data_path}: has {len(examples)} questions, but a step needs {n_needed} different "
+            f"ones{remedy}"
         )
     if config.curriculum_steps:
         examples = easiest_first("--curriculum-steps", examples)
-    return setup_run(config, display, partial(make_questions, examples, load_prompt_from_settings(config)))
+    return partial(make_questions, examples, load_prompt_from_settings(config))
 
 
 def load_prompt_from_settings(config: PromptSettings) -> Prompt:
@@ -94,7 +98,7 @@ def setup_run(
                 validate_resume(config, read_state_values(checkpoint), data)
             # A prompt with a response of sampling_max_tokens is at least as long as any demonstration.
             longest = max(question.n_tokens(config.sampling_max_tokens) for question in (*train_set, *val_set))
-            models = load_models(
+            policy, reference, engine = load_models(
                 config,
                 display,
                 model_path,
@@ -113,16 +117,7 @@ def setup_run(
         on_failure.pop_all()
     for warning in config.warnings:
         run.warn(warning)
-    return run, Components(models.policy, models.engine, grade, train_set, val_set, models.reference)
-
-
-@dataclass(frozen=True)
-class Models:
-    """What takes long to load."""
-
-    policy: nn.Module
-    reference: nn.Module | None
-    engine: RolloutEngine
+    return run, Components(policy, engine, grade, train_set, val_set, reference)
 
 
 def load_models(
@@ -134,8 +129,8 @@ def load_models(
     *,
     longest_prompt: int,
     checkpoint_dtype: str | None,
-) -> Models:
-    """Load the policy, the reference if one is needed, and the engine; print what they are."""
+) -> tuple[nn.Module, nn.Module | None, RolloutEngine]:
+    """Load the policy, the reference if one is needed, and the engine, and return them; print what they are."""
     display.say("Loading the model ...")
     policy_device, rollout_device = devices
     dtype = resolve_dtype(config, policy_device, checkpoint_dtype)
@@ -143,7 +138,7 @@ def load_models(
     longest_row = longest_prompt + config.group_size * config.sampling_max_tokens
     loader = partial(load_sharded, config, model_path, policy_device, dtype, longest_row)
     policy, reference = load_policy_and_reference(config, tokenizer, loader)
-    reference_bytes = 0 if reference is None else weight_bytes(reference)
+    reference_bytes = 0 if reference is None else training_state_bytes(reference)
     plan = configure_memory(config, policy, longest_prompt, reference_bytes, rollout_device)
     options = EngineOptions(
         model_path=model_path,
@@ -161,14 +156,13 @@ def load_models(
     engine = make_engine_for_rank(config, options, WeightGatherer(policy, dtype), tokenizer, load_copy, display.say)
     for line in describe_setup(config, policy, dtype, devices, plan):
         display.say(line)
-    return Models(policy, reference, engine)
+    return policy, reference, engine
 
 
 def resolve_dtype(config: GrpoConfig, device: torch.device, checkpoint_dtype: str | None) -> torch.dtype:
     """Return the dtype of `--dtype`. For `auto`, a resumed run keeps its dtype; a new one may measure the faster."""
-    name: str = config.dtype
-    if name == "auto":
-        name = checkpoint_dtype or ("float32" if config.deterministic else "auto")
+    default = checkpoint_dtype or ("float32" if config.deterministic else "auto")
+    name = default if config.dtype == "auto" else config.dtype
     return distributed.run_on_rank_zero(partial(choose_dtype, name, device))
 
 
@@ -221,8 +215,8 @@ def describe_setup(
 ) -> list[str]:
     """Return lines on the model, its memory, and warnings about the memory."""
     policy_device, rollout_device = devices
-    n_parameters = sum(parameter.numel() for parameter in policy.parameters())
-    n_trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
+    n_parameters = sum(p.numel() for p in policy.parameters())
+    n_trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     trained = "" if n_trained == n_parameters else f" ({n_trained / 1e6:.1f} M trained)"
     ranks = f"{distributed.size()} x " if distributed.size() > 1 else ""
     lines = [
@@ -246,10 +240,9 @@ def load_sharded(
     config: GrpoConfig, model_path: str, device: torch.device, dtype: torch.dtype, longest_row: int, *, lora: bool
 ) -> nn.Module:
     """Load the model in `dtype`. With several ranks, each keeps a float32 shard, which the optimizer updates."""
-    if distributed.size() == 1:
-        policy = load_policy(model_path, device, dtype, longest_row, config.attention, on=device)
-    else:  # load into host memory, then move to the device shard by shard
-        policy = load_policy(model_path, torch.device("cpu"), dtype, longest_row, config.attention, on=device)
+    # Several ranks load into host memory, and move the weights to the device shard by shard.
+    first = device if distributed.size() == 1 else torch.device("cpu")
+    policy = load_policy(model_path, first, dtype, longest_row, config.attention, on=device)
     if lora:
         add_lora(policy, config.lora_rank, config.lora_alpha, seed=config.seed, base=str(config.model_path))
-    return policy if distributed.size() == 1 else fsdp.shard(policy, dtype, device)
+    return fsdp.shard(policy, dtype, device)
