@@ -61,25 +61,30 @@ def embedded_model(cache: Path = CACHE) -> Path:
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
-    transformers = _quiet_transformers()
-    quantized = transformers.AutoModelForCausalLM.from_pretrained(
-        str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
-    )
-    settings = {
-        k: v for k, v in quantized.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")
-    }
+    source = str(gguf.parent)
+    quantized = _load("AutoModelForCausalLM", "model", source, gguf_file=gguf.name, dtype=torch.float32)
+    dropped = ("quantization_config", "_name_or_path")
+    settings = {name: value for name, value in quantized.config.to_dict().items() if name not in dropped}
     plain = type(quantized)(type(quantized.config)(**settings))
     plain.load_state_dict(quantized.state_dict())
     plain.bfloat16().save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(folder)
+    _load("AutoTokenizer", "tokenizer", source, gguf_file=gguf.name).save_pretrained(folder)
+
+
+def _load(kind: str, what: str, model_path: str, **options: Any) -> Any:
+    """Return what a class of transformers loads, without progress bars."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        return getattr(transformers, kind).from_pretrained(model_path, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(f"--model-path {model_path}: the {what} cannot be loaded ({first_line(error)})") from error
 
 
 def load_tokenizer(model_path: str, *, for_chat: bool = False) -> Any:
     """Return a model's tokenizer. With `for_chat`, its end token is the one that ends a turn of the chat template."""
-    try:
-        tokenizer = _quiet_transformers().AutoTokenizer.from_pretrained(model_path)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--model-path {model_path}: the tokenizer cannot be loaded ({first_line(error)})") from error
+    tokenizer = _load("AutoTokenizer", "tokenizer", model_path)
     if tokenizer.eos_token_id is None:
         raise UsageError(
             f"--model-path {model_path}: its tokenizer has no end-of-sequence token; pass a model that has one"
@@ -91,13 +96,7 @@ def load_tokenizer(model_path: str, *, for_chat: bool = False) -> Any:
 
 def context_length(model_path: str) -> int | None:
     """Return the longest sequence that the model supports, or None if its configuration does not say."""
-    try:
-        config = _quiet_transformers().AutoConfig.from_pretrained(model_path)
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"--model-path {model_path}: the model configuration cannot be read ({first_line(error)})"
-        ) from error
-    return getattr(config, "max_position_embeddings", None)
+    return getattr(_load("AutoConfig", "model configuration", model_path), "max_position_embeddings", None)
 
 
 SHORT_ROW = 512
@@ -122,14 +121,9 @@ def load_policy(
     if attention == "auto":
         is_short = (on or device).type == "cpu" and longest_row is not None and longest_row <= SHORT_ROW
         attention = "eager" if is_short else "sdpa"
-    load = _quiet_transformers().AutoModelForCausalLM.from_pretrained
-    try:
-        policy: Any = load(model_path, dtype=dtype, attn_implementation=attention)
-    except (OSError, ValueError, ImportError) as error:
-        raise UsageError(f"--model-path {model_path}: the model cannot be loaded ({first_line(error)})") from error
-    policy = policy.to(device).eval()
+    policy = _load("AutoModelForCausalLM", "model", model_path, dtype=dtype, attn_implementation=attention)
     assert isinstance(policy, nn.Module)
-    return policy
+    return policy.to(device).eval()
 
 
 def tune_malloc() -> None:
@@ -144,11 +138,3 @@ def tune_malloc() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_MAX, 0)
         library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def _quiet_transformers() -> Any:
-    """Return the module transformers with its progress bars off."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    return transformers
