@@ -25,8 +25,7 @@ def add_lora(policy: Any, rank: int, alpha: int, *, seed: int, base: str) -> Non
     settings = LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=_linear_layers(policy),
-        lora_dropout=0.0,
+        target_modules="all-linear",  # but not the output layer, which keeps its fast path
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
     )
@@ -35,15 +34,6 @@ def add_lora(policy: Any, rank: int, alpha: int, *, seed: int, base: str) -> Non
         inject_adapter_in_model(settings, policy, ADAPTER)
     policy.lora_settings = settings  # for `save_adapter`
     policy.eval()
-
-
-def _linear_layers(policy: Any) -> list[str]:
-    """Return the names of all linear layers except the output layer, which keeps its fast path."""
-    output = policy.get_output_embeddings()
-    kinds = ("Linear", "Conv1D")  # the second is GPT-2's
-    return sorted(
-        name for name, module in policy.named_modules() if type(module).__name__ in kinds and module is not output
-    )
 
 
 @contextmanager

@@ -23,14 +23,6 @@ class WeightShape(NamedTuple):
     shape: tuple[int, ...]
 
 
-class _Entry(NamedTuple):
-    """A weight of the policy, and the LoRA layer that changes it, if any."""
-
-    name: str
-    parameter: nn.Parameter
-    lora_layer: Any = None
-
-
 class PolicyWeights:
     """(name, tensor) pairs of the policy's current weights. If they are sharded, all ranks iterate together.
 
@@ -42,7 +34,7 @@ class PolicyWeights:
 
     def metadata(self) -> list[WeightShape]:
         """Return what an iteration yields, without gathering."""
-        return [WeightShape(entry.name, self._dtype, tuple(entry.parameter.shape)) for entry in self._entries()]
+        return [WeightShape(name, self._dtype, tuple(parameter.shape)) for name, parameter, _ in self._entries()]
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -62,7 +54,8 @@ class PolicyWeights:
         """Return the checksum of each tensor on rank 0; the other ranks help to gather and return none."""
         return copy_to_host({name: checksum(weight) for name, weight in self if distributed.is_rank_zero()})
 
-    def _entries(self) -> Iterator[_Entry]:
+    def _entries(self) -> Iterator[tuple[str, nn.Parameter, Any]]:
+        """Yield each weight's name in the model's files, the weight, and the LoRA layer that changes it, if any."""
         modules = dict(self._policy.named_modules())
         for name, parameter in fsdp.resharded(self._policy).named_parameters():
             module_name, _, last = name.rpartition(".")
@@ -70,9 +63,9 @@ class PolicyWeights:
             if ".lora_" in name:
                 continue
             if child == "base_layer":
-                yield _Entry(f"{parent_name}.{last}", parameter, modules[parent_name] if last == "weight" else None)
+                yield f"{parent_name}.{last}", parameter, modules[parent_name] if last == "weight" else None
             else:
-                yield _Entry(name, parameter)
+                yield name, parameter, None
 
 
 def _lora_update(layer: Any) -> Tensor:
