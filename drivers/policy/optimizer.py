@@ -30,7 +30,8 @@ class PolicyOptimizer:
         self._adamw = torch.optim.AdamW(
             self._masters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
-        self.zero_grad()
+        for master in self._masters:
+            master.grad = torch.zeros_like(master)
 
     def _master_of(self, parameter: nn.Parameter) -> nn.Parameter:
         if parameter.dtype == torch.float32:
@@ -38,7 +39,7 @@ class PolicyOptimizer:
         master = nn.Parameter(parameter.detach().float())
 
         def move_gradient(p: Tensor) -> None:
-            assert master.grad is not None  # zero_grad made it
+            assert master.grad is not None  # the constructor made it
             assert p.grad is not None  # torch calls this hook after it has set the gradient
             master.grad.add_(p.grad)
             p.grad = None
@@ -48,11 +49,7 @@ class PolicyOptimizer:
 
     def zero_grad(self) -> None:
         """Set gradients to zero, not to None: a batch without signal is an update with gradient zero."""
-        for master in self._masters:
-            if master.grad is None:
-                master.grad = torch.zeros_like(master)
-            else:
-                master.grad.zero_()
+        self._adamw.zero_grad(set_to_none=False)
 
     def clip(self, max_grad_norm: float) -> Tensor:
         """Scale the gradient down to a norm of at most `max_grad_norm`, and return the norm before."""
