@@ -20,19 +20,9 @@ from drivers.training.batch import StepRollouts
 from drivers.training.objective import EntropyBonus
 
 _SAMPLED_WITH = (
-    "rollout_batch_size",
-    "group_size",
-    "sampling_temperature",
-    "sampling_min_tokens",
-    "sampling_max_tokens",
-    "sampling_top_p",
-    "sampling_stop",
-    "max_refills",
-    "reward",
-    "reward_mix",
-    "length_penalty",
-    "overlong_buffer",
-)
+    "rollout_batch_size", "group_size", "sampling_temperature", "sampling_min_tokens", "sampling_max_tokens",
+    "sampling_top_p", "sampling_stop", "max_refills", "reward", "reward_mix", "length_penalty", "overlong_buffer",
+)  # fmt: skip
 """Settings that rollouts depend on."""
 _KEPT = ("seed", "entropy_coef", "entropy_target", "advantage", *_SAMPLED_WITH)
 """Settings that the state depends on."""
@@ -50,23 +40,19 @@ def validate_resume(config: GrpoConfig, saved: Mapping[str, Any], data: str | No
             "those of the run; restore them, or start a new run with --model-path CHECKPOINT"
         )
     now, before = _settings(config), _saved_settings(saved)
-    changed = [name for name in _KEPT if name in before and before[name] != now[name]]
-    if "seed" in changed:
-        raise _cannot_change("seed", now, before, "the random state is restored")
-    if "entropy_coef" in changed and None not in (now["entropy_target"], before.get("entropy_target")):
-        raise _cannot_change("entropy_coef", now, before, "the coefficient has been adapted since")
+    reasons = {"seed": "the random state is restored"}
+    if None not in (now["entropy_target"], before.get("entropy_target")):
+        reasons["entropy_coef"] = "the coefficient has been adapted since"
     if saved.get("pending") is not None:
         uses_greedy = "remax" in (now["advantage"], before.get("advantage"))  # greedy responses are sampled too
-        for name in changed:
-            if name in _SAMPLED_WITH or (name == "advantage" and uses_greedy):
-                raise _cannot_change(name, now, before, "the next rollouts have been sampled with it")
-
-
-def _cannot_change(name: str, now: Mapping[str, Any], before: Mapping[str, Any], reason: str) -> UsageError:
-    return UsageError(
-        f"--{name.replace('_', '-')} {now[name]}: cannot be changed when resuming (the checkpoint has "
-        f"{before[name]}): {reason}. Omit it, or start a new run with --model-path CHECKPOINT"
-    )
+        sampled_with = (*_SAMPLED_WITH, "advantage") if uses_greedy else _SAMPLED_WITH
+        reasons |= dict.fromkeys(sampled_with, "the next rollouts have been sampled with it")
+    for name, reason in reasons.items():
+        if name in before and before[name] != now[name]:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {now[name]}: cannot be changed when resuming (the checkpoint has "
+                f"{before[name]}): {reason}. Omit it, or start a new run with --model-path CHECKPOINT"
+            )
 
 
 def _settings(config: GrpoConfig) -> dict[str, Any]:
