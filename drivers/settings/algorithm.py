@@ -126,8 +126,7 @@ def _check_unread_options(settings: AlgorithmSettings) -> None:
 
 
 def _check_advantage(settings: AlgorithmSettings) -> None:
-    divides_by_std = settings.use_std_normalization and settings.advantage == "group"
-    if settings.group_size == 1 and divides_by_std:
+    if settings.group_size == 1 and settings.use_std_normalization and settings.advantage == "group":
         raise UsageError(
             "--group-size 1: one response has no standard deviation; pass at least 2, or --no-use-std-normalization "
             "with --loss-type no_baseline"
@@ -216,11 +215,10 @@ def _find_use_of_sampler(settings: AlgorithmSettings) -> str | None:
 
 def _check_refills(settings: AlgorithmSettings) -> None:
     if settings.max_refills and (settings.has_signal_in_equal_groups or settings.group_size == 1):
+        cause = "advantage" if OBJECTIVES[settings.loss_type].uses_advantages else "loss_type"
+        reason = f"with {settings.flag(cause)} they have a gradient too"
         if settings.group_size == 1:
             reason = "with --group-size 1 every group has equal rewards"
-        else:
-            cause = "advantage" if OBJECTIVES[settings.loss_type].uses_advantages else "loss_type"
-            reason = f"with {settings.flag(cause)} they have a gradient too"
         raise UsageError(
             f"{settings.flag('max_refills')}: replaces groups with equal rewards, but {reason}; pass --max-refills 0"
         )

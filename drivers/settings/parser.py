@@ -30,16 +30,9 @@ OPTIONAL = {str | None: "STR", int | None: "INT", float | None: "FLOAT", tuple[s
 
 
 def parse(kind: type[Config], arguments: Sequence[str], defaults: Config) -> Config:
-    """Return the settings that the arguments give over `defaults`.
-
-    A flag that cannot be parsed is printed as an error and exits with status 2.
-    """
-    parsed = tyro.cli(
-        _nest_by_heading(kind, defaults),
-        args=list(arguments),
-        description=inspect.getdoc(kind),
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    """Return the settings that the arguments give over `defaults`; exit with status 2 if they cannot be parsed."""
+    nested, description = _nest_by_heading(kind, defaults), inspect.getdoc(kind)
+    parsed = tyro.cli(nested, args=arguments, description=description, config=(tyro.conf.OmitArgPrefixes,))
     return kind(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
 
 

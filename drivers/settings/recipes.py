@@ -20,8 +20,8 @@ QUICKSTART: dict[str, Any] = {
 }
 """A task for a laptop. It runs without a model and a recipe, and is the base of any recipe without a model."""
 CLIP = {"loss_type": "grpo_clip", "cliprange": 0.2}
-SAMPLER_IS_EXACT = {"sampling_min_tokens": 0}
-"""For ratios to the sampler, which a hidden end token would bias."""
+RATIO_TO_SAMPLER = {"aggregation": "token_mean", "old_policy": "sampler", "sampling_min_tokens": 0}
+"""A minimum length would bias ratios to the sampler, because it hides the end token there."""
 RECIPES: dict[str, dict[str, Any]] = {
     "quickstart": {},
     # Papers: each changes what the paper changes; model, data, rates and batches stay those of the base.
@@ -40,15 +40,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "luspo": {"loss_type": "luspo", "cliprange": 2e-3, "cliprange_high": 2.5e-3},
     "cispo": {"loss_type": "cispo", "aggregation": "token_mean"},
     "sapo": {"loss_type": "sapo"},
-    "vespo": {"loss_type": "vespo", "aggregation": "token_mean", "old_policy": "sampler", **SAMPLER_IS_EXACT},
-    "dppo-tv": {"loss_type": "dppo_tv", "aggregation": "token_mean", "old_policy": "sampler", **SAMPLER_IS_EXACT},
-    "dppo-kl": {
-        "loss_type": "dppo_kl",
-        "cliprange": 0.05,
-        "aggregation": "token_mean",
-        "old_policy": "sampler",
-        **SAMPLER_IS_EXACT,
-    },
+    "vespo": {"loss_type": "vespo", **RATIO_TO_SAMPLER},
+    "dppo-tv": {"loss_type": "dppo_tv", **RATIO_TO_SAMPLER},
+    "dppo-kl": {"loss_type": "dppo_kl", "cliprange": 0.05, **RATIO_TO_SAMPLER},
     "clip-cov": {"loss_type": "clip_cov", "cliprange": 0.2, "aggregation": "token_mean"},
     "kl-cov": {"loss_type": "kl_cov", "aggregation": "token_mean"},
     "rloo": {"advantage": "leave_one_out", "aggregation": "sequence_sum"},
@@ -75,7 +69,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "cs336": {"learning_rate": 1e-5, "loss_type": "reinforce_with_baseline", "aggregation": "sequence_mean"},
     "trl-default": {
         **CLIP,
-        **SAMPLER_IS_EXACT,
+        "sampling_min_tokens": 0,
         "learning_rate": 1e-6,
         "advantage_eps": 1e-4,
         "aggregation": "token_mean",
