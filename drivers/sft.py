@@ -99,12 +99,8 @@ def select_correct(
         if not example.answer:
             raise UsageError(f"--correct-only: {example.source} has no `answer` to grade its response against")
     with start_grading(settings, lambda text: say(f"warning: {text}")) as grade:
-        verdicts = grade_all(
-            grade,
-            [example.response for example in examples],
-            [example.answer for example in examples],
-            [example.question for example in examples],
-        )
+        responses, answers = [one.response for one in examples], [one.answer for one in examples]
+        verdicts = grade_all(grade, responses, answers, [one.question for one in examples])
     correct = [example for example, verdict in zip(examples, verdicts, strict=True) if verdict.scores["reward"] == 1]
     say(f"--correct-only: {len(correct)} of {len(examples)} demonstrations are correct")
     if not correct:
