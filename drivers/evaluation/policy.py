@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from drivers.engines.protocol import RolloutEngine, describe_completions
+from drivers.engines.protocol import Completion, RolloutEngine, describe_completions
 from drivers.grading.summary import STANDARD, describe_grades
 from drivers.grading.verdicts import Graded, Grader, grade_all
 from drivers.runs.completions import describe_sample, describe_tokens
@@ -30,12 +30,7 @@ def evaluate_policy(
     """
     completions = engine.generate([question.prompt_token_ids for question in questions], sampling, seed=seed)
     question_of = [question for question in questions for _ in range(sampling.n)]
-    graded = grade_all(
-        grade,
-        [completion.text for completion in completions],
-        [question.answer for question in question_of],
-        [question.example.question for question in question_of],
-    )
+    graded = grade_completions(grade, completions, question_of)
     rows = [
         describe_sample(question, completion, verdict)
         for question, completion, verdict in zip(question_of, completions, graded, strict=True)
@@ -43,8 +38,8 @@ def evaluate_policy(
     for row, completion in zip(rows[:n_shown], completions, strict=False):
         row |= describe_tokens(completion, tokenizer)
     values = {
-        **_accuracy(_mean_by_question(graded, sampling.n)),
-        **_mean_scores(graded),
+        **_accuracy(graded, sampling.n),
+        **{name: fmean(scores) for name in STANDARD if (scores := _scores(graded, name))},
         **describe_grades(graded),
         **describe_completions(completions),
         "n_examples": float(len(questions)),
@@ -52,17 +47,26 @@ def evaluate_policy(
     return values, rows
 
 
-def _mean_by_question(graded: Sequence[Graded], n_samples: int) -> list[float]:
-    """Average the answer reward of each question with a scored response; without one, average the reward."""
+def grade_completions(grade: Grader, completions: Sequence[Completion], questions: Sequence[Question]) -> list[Graded]:
+    """Grade each completion against the question at the same place."""
+    texts = [completion.text for completion in completions]
+    answers = [question.answer for question in questions]
+    return grade_all(grade, texts, answers, [question.example.question for question in questions])
+
+
+def _accuracy(graded: Sequence[Graded], n_samples: int) -> dict[str, float]:
+    """Return the accuracy and its standard error over questions, or nothing if no response was scored.
+
+    The value of a question is its mean answer reward, or its mean reward if there is no answer reward.
+    """
     groups = [graded[start : start + n_samples] for start in range(0, len(graded), n_samples)]
     scores = [_scores(group, "answer_reward", "reward") for group in groups]
-    return [fmean(values) for values in scores if values]
-
-
-def _mean_scores(graded: Sequence[Graded]) -> dict[str, float]:
-    """Average each standard part of the reward over the responses that have it."""
-    scores = {name: _scores(graded, name) for name in STANDARD}
-    return {name: fmean(values) for name, values in scores.items() if values}
+    means = [fmean(values) for values in scores if values]
+    if not means:
+        return {}
+    accuracy = fmean(means)
+    variance = sum((value - accuracy) ** 2 for value in means) / max(1, len(means) - 1)
+    return {"accuracy": accuracy, "accuracy_stderr": math.sqrt(variance / len(means))}
 
 
 def _scores(graded: Sequence[Graded], *names: str) -> list[float]:
@@ -70,12 +74,3 @@ def _scores(graded: Sequence[Graded], *names: str) -> list[float]:
     scored = [verdict.scores for verdict in graded if verdict.is_scored]
     values = [next((scores[name] for name in names if name in scores), None) for scores in scored]
     return [value for value in values if value is not None]
-
-
-def _accuracy(question_means: Sequence[float]) -> dict[str, float]:
-    """Return the accuracy and its standard error, or nothing if no response was scored."""
-    if not question_means:
-        return {}
-    accuracy = fmean(question_means)
-    variance = sum((value - accuracy) ** 2 for value in question_means) / max(1, len(question_means) - 1)
-    return {"accuracy": accuracy, "accuracy_stderr": math.sqrt(variance / len(question_means))}

@@ -1,6 +1,6 @@
 """Sampling parameters."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -14,14 +14,6 @@ class Sampling:
     stop: tuple[str, ...] = ("</answer>",)
     top_p: float = 1.0
     """Below 1, the log-probs are renormalized over the tokens that were kept, so they differ from the policy's."""
-
-    def alone(self) -> "Sampling":
-        """Return the same parameters with one completion per prompt."""
-        return replace(self, n=1)
-
-    def greedy(self) -> "Sampling":
-        """Return parameters that take the most probable token each time, with one completion per prompt."""
-        return replace(self, n=1, temperature=0.0, top_p=1.0)
 
 
 def stop_strings(reward: str) -> tuple[str, ...]:

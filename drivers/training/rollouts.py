@@ -4,10 +4,11 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import replace
+from itertools import compress
+from statistics import fmean
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -15,8 +16,9 @@ from drivers.common import distributed
 from drivers.common.errors import EngineDiedError, TrainingAbortedError
 from drivers.engines.protocol import Completion, RolloutEngine, describe_completions
 from drivers.engines.rank_zero import run_with_engine
+from drivers.evaluation.policy import grade_completions
 from drivers.grading.summary import describe_grades
-from drivers.grading.verdicts import Graded, Grader, grade_all
+from drivers.grading.verdicts import Graded
 from drivers.runs.completions import describe_sample, describe_tokens
 from drivers.settings.groups import RolloutSettings
 from drivers.settings.grpo import GrpoConfig
@@ -31,8 +33,7 @@ from drivers.training.step_timer import StepTimer
 from grpo_core import describe_rewards, describe_silent_groups, find_signal_groups, read_rewards
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """The G responses to one question, with their verdicts."""
 
     question: Question
@@ -40,8 +41,7 @@ class Group:
     verdicts: list[Graded]
 
 
-@dataclass(frozen=True)
-class SampledGroups:
+class SampledGroups(NamedTuple):
     """Groups that were sampled for one step."""
 
     kept: list[Group]
@@ -50,16 +50,6 @@ class SampledGroups:
     """All groups, in the order in which they were sampled."""
     n_refills: int
     n_missing: int
-
-    @property
-    def all_completions(self) -> list[Completion]:
-        """Return the completions of all groups, kept or not."""
-        return [completion for group in self.sampled for completion in group.completions]
-
-    @property
-    def all_verdicts(self) -> list[Graded]:
-        """Return the verdicts of all groups, kept or not."""
-        return [verdict for group in self.sampled for verdict in group.verdicts]
 
 
 def collect(
@@ -73,17 +63,34 @@ def collect(
             f"{groups.n_refills} refills, because all other groups have zero signal. Use easier or harder questions, "
             "or raise --max-refills"
         )
+    questions = [group.question for group in groups.kept]
+    greedy: list[Completion] = []
     with timer.phase("rollout"):
-        greedy = sample_greedy(config, components.engine, groups.kept, sampling_seed(config, step))
+        if ADVANTAGES[config.advantage].uses_greedy_response:
+            prompts = [question.prompt_token_ids for question in questions]
+            sampling = replace(config.sampling, n=1, temperature=0.0, top_p=1.0)
+            greedy = components.engine.generate(prompts, sampling, seed=sampling_seed(config, step))
         components.engine.sleep()
     with timer.phase("reward"):
-        completions = [completion for group in groups.kept for completion in group.completions]
-        scores: Scores = [verdict.scores for group in groups.kept for verdict in group.verdicts]
-        raw_rewards = shape_rewards(config, completions, scores)
-        greedy_rewards = grade_greedy(config, components.grade, groups.kept, greedy)
+        completions, verdicts = flatten(groups.kept)
+        scores: Scores = [verdict.scores for verdict in verdicts]
+        raw_rewards, greedy_rewards = shape_rewards(config, completions, scores), None
+        if greedy:
+            greedy_verdicts = grade_completions(components.grade, greedy, questions)
+            greedy_rewards = shape_rewards(config, greedy, [verdict.scores for verdict in greedy_verdicts])
         metrics = rollout_metrics(config, step, groups, greedy, raw_rewards, greedy_rewards)
-    rows = logged_rows(groups.kept, config.n_logged_completions, run.tokenizer)
+    n_rows, asked = config.n_logged_completions, [item for item in questions for _ in range(config.group_size)]
+    rows = [
+        describe_sample(question, completion, verdict) | describe_tokens(completion, run.tokenizer)
+        for question, completion, verdict in zip(asked[:n_rows], completions[:n_rows], verdicts[:n_rows], strict=True)
+    ]
     return StepRollouts(completions, scores, raw_rewards, greedy_rewards, metrics, rows)
+
+
+def flatten(groups: Sequence[Group]) -> tuple[list[Completion], list[Graded]]:
+    """Return the completions of all groups, and their verdicts."""
+    completions = [completion for group in groups for completion in group.completions]
+    return completions, [verdict for group in groups for verdict in group.verdicts]
 
 
 def sample_groups(
@@ -99,9 +106,10 @@ def sample_groups(
     sampled: list[Group] = []
     for refill in range(config.max_refills + 1):
         questions = draw.sample(candidates, min(n_wanted, len(candidates)))
-        groups = sample_round(config, components, questions, step, refill, timer)
+        groups, rewards = sample_round(config, components, questions, step, refill, timer)
         sampled += groups
-        kept += select_signal_groups(groups, config.group_size) if config.max_refills else groups
+        has_signal = find_signal_groups(rewards, config.group_size).tolist()
+        kept += compress(groups, has_signal) if config.max_refills else groups
         # No question twice in one step. A question without signal may be drawn again, with other random seeds.
         kept_ids = {id(group.question) for group in kept}
         candidates = [question for question in train_set if id(question) not in kept_ids]
@@ -111,14 +119,9 @@ def sample_groups(
 
 
 def sample_round(
-    config: GrpoConfig,
-    components: Components,
-    questions: Sequence[Question],
-    step: int,
-    refill: int,
-    timer: StepTimer,
-) -> list[Group]:
-    """Sample and grade G responses to each question."""
+    config: GrpoConfig, components: Components, questions: Sequence[Question], step: int, refill: int, timer: StepTimer
+) -> tuple[list[Group], Tensor]:
+    """Sample and grade G responses to each question, and return the groups and the reward of each response."""
     size = config.group_size
     with timer.phase("rollout"):
         prompts = [question.prompt_token_ids for question in questions]
@@ -127,20 +130,12 @@ def sample_round(
         repeated = [question for question in questions for _ in range(size)]
         verdicts = grade_completions(components.grade, completions, repeated)
         try:
-            read_rewards([verdict.scores for verdict in verdicts])
+            rewards = read_rewards([verdict.scores for verdict in verdicts])
         except ValueError as error:
             raise TrainingAbortedError(f"step {step}: {error}") from error
-    return [
-        Group(question, completions[start : start + size], verdicts[start : start + size])
-        for question, start in zip(questions, range(0, len(completions), size), strict=True)
-    ]
-
-
-def select_signal_groups(groups: Sequence[Group], size: int) -> list[Group]:
-    """Return the groups in which not all rewards are equal."""
-    rewards = read_rewards([verdict.scores for group in groups for verdict in group.verdicts])
-    has_signal = find_signal_groups(rewards, size).tolist()
-    return [group for group, is_kept in zip(groups, has_signal, strict=True) if is_kept]
+    starts = range(0, len(completions), size)
+    parts = [(completions[start : start + size], verdicts[start : start + size]) for start in starts]
+    return [Group(question, *part) for question, part in zip(questions, parts, strict=True)], rewards
 
 
 def sampling_seed(config: GrpoConfig, step: int, refill: int = 0) -> int:
@@ -149,55 +144,28 @@ def sampling_seed(config: GrpoConfig, step: int, refill: int = 0) -> int:
     return ((config.seed << 32) + n_rounds * config.rollout_batch_size) % 2**62
 
 
-def grade_completions(grade: Grader, completions: Sequence[Completion], questions: Sequence[Question]) -> list[Graded]:
-    """Grade each completion against the question at the same place."""
-    texts = [completion.text for completion in completions]
-    answers = [question.answer for question in questions]
-    return grade_all(grade, texts, answers, [question.example.question for question in questions])
-
-
-def sample_greedy(
-    config: GrpoConfig, engine: RolloutEngine, groups: Sequence[Group], seed: int
-) -> list[Completion] | None:
-    """Sample one greedy response per group if the advantage compares with it (ReMax)."""
-    if not ADVANTAGES[config.advantage].uses_greedy_response:
-        return None
-    prompts = [group.question.prompt_token_ids for group in groups]
-    return engine.generate(prompts, config.sampling.greedy(), seed=seed)
-
-
-def grade_greedy(
-    config: GrpoConfig, grade: Grader, groups: Sequence[Group], greedy: Sequence[Completion] | None
-) -> Tensor | None:
-    """Return the rewards of the greedy responses."""
-    if greedy is None:
-        return None
-    verdicts = grade_completions(grade, greedy, [group.question for group in groups])
-    return shape_rewards(config, greedy, [verdict.scores for verdict in verdicts])
-
-
 def rollout_metrics(
     config: GrpoConfig,
     step: int,
     groups: SampledGroups,
-    greedy: Sequence[Completion] | None,
+    greedy: Sequence[Completion],
     raw_rewards: Tensor,
     greedy_rewards: Tensor | None,
 ) -> dict[str, float]:
     """Return the metrics of a step's rollouts; docs/metrics.md defines them."""
-    completions, verdicts = groups.all_completions, groups.all_verdicts
+    completions, verdicts = flatten(groups.sampled)
     scores: Scores = [verdict.scores for verdict in verdicts]
     metrics = {
         **drop_nan(describe_rewards(scores, config.group_size)),
         **describe_grades(verdicts),
         **describe_silent_groups(read_rewards(scores), config.group_size),
         **describe_completions(completions),
-        "sampled_tokens": float(sum(len(completion.token_ids) for completion in (*completions, *(greedy or ())))),
+        "sampled_tokens": float(sum(len(completion.token_ids) for completion in (*completions, *greedy))),
     }
     versions = [completion.weight_version for group in groups.kept for completion in group.completions]
     known_versions = [version for version in versions if version is not None]
     if known_versions:
-        metrics["staleness"] = step - 1 - sum(known_versions) / len(known_versions)
+        metrics["staleness"] = step - 1 - fmean(known_versions)
     if config.max_refills:
         metrics |= {"refills": float(groups.n_refills), "missing_groups": float(groups.n_missing)}
     if config.length_penalty != "none":
@@ -205,19 +173,6 @@ def rollout_metrics(
     if greedy_rewards is not None:
         metrics |= drop_nan({"greedy_reward": greedy_rewards.nanmean().item()})
     return metrics
-
-
-def logged_rows(groups: Sequence[Group], n_rows: int, tokenizer: Any) -> list[dict[str, Any]]:
-    """Return the first responses as rows of completions.jsonl."""
-    samples = (
-        (group.question, completion, verdict)
-        for group in groups
-        for completion, verdict in zip(group.completions, group.verdicts, strict=True)
-    )
-    return [
-        describe_sample(question, completion, verdict) | describe_tokens(completion, tokenizer)
-        for question, completion, verdict in islice(samples, n_rows)
-    ]
 
 
 def curriculum_subset(config: RolloutSettings, train_set: Sequence[Question], step: int) -> Sequence[Question]:
@@ -236,8 +191,7 @@ def drop_nan(metrics: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
-@dataclass(frozen=True)
-class _Prefetch:
+class _Prefetch(NamedTuple):
     """Rollouts that a background thread is sampling."""
 
     step: int
