@@ -25,15 +25,9 @@ class Evaluation(NamedTuple):
 
 
 _SAMPLING_SETTINGS = (
-    "prompt_path",
-    "chat_template",
-    "system_prompt_path",
-    "sampling_temperature",
-    "sampling_top_p",
-    "sampling_min_tokens",
-    "sampling_max_tokens",
-    "sampling_stop",
-)
+    "prompt_path", "chat_template", "system_prompt_path", "sampling_temperature", "sampling_top_p",
+    "sampling_min_tokens", "sampling_max_tokens", "sampling_stop",
+)  # fmt: skip
 """Settings that may differ between two evaluations, because their effect may be the question; a warning names them."""
 
 
@@ -55,9 +49,8 @@ def read_earlier(config: EvaluateConfig, sets: Mapping[str, Sequence[Example]]) 
         values = dict(written["results"])
         before = {name: written["config"][name] for name in ("reward", "reward_mix", *_SAMPLING_SETTINGS)}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"--compare-to {folder}: results.json cannot be read ({type(error).__name__}: {error})"
-        ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise UsageError(f"--compare-to {folder}: results.json cannot be read ({reason})") from error
     _check_settings(folder, before, json.loads(json.dumps(asdict(config))))
     rows = _read_responses(folder, config, sets, values)
     return Evaluation({name: values[name] for name in sets}, rows)
@@ -71,11 +64,10 @@ def _check_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, A
                 f"--compare-to {folder}: was graded with {name}={before[name]} instead of {now[name]}; grade both "
                 "evaluations alike"
             )
-    differing = [
-        f"{name}={before[name]} (here {now[name]})" for name in _SAMPLING_SETTINGS if before[name] != now[name]
-    ]
+    differing = [name for name in _SAMPLING_SETTINGS if before[name] != now[name]]
     if differing:
-        print(f"warning: --compare-to {folder}: was sampled with {', '.join(differing)}", file=sys.stderr)
+        listed = ", ".join(f"{name}={before[name]} (here {now[name]})" for name in differing)
+        print(f"warning: --compare-to {folder}: was sampled with {listed}", file=sys.stderr)
 
 
 def _read_responses(
@@ -93,11 +85,6 @@ def _read_responses(
                 f"questions of {name}; evaluate both with the same --data-path, --n-examples and --n-samples"
             )
     return rows
-
-
-def flatten(rows: Mapping[str, Sequence[Row]]) -> list[Row]:
-    """Return the responses to all data sets in one list."""
-    return [row for rows_of_set in rows.values() for row in rows_of_set]
 
 
 def print_results(

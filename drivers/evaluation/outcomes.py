@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from statistics import NormalDist, fmean, stdev
 from typing import Any
@@ -73,7 +72,8 @@ def summarize(rows: Sequence[Row], reward: str) -> dict[str, float]:
     """
     questions = by_question(rows)
     n_samples = max(map(len, questions))
-    values = _category_shares(rows)
+    categories = [category for category in map(category_of, rows) if category is not None]
+    values = {f"category_{name}": categories.count(name) / len(categories) for name in CATEGORIES if categories}
     scored = [correct for correct in map(correctness_values, questions) if correct]
     if not scored or not all(0 <= value <= 1 for correct in scored for value in correct):
         return values
@@ -82,23 +82,11 @@ def summarize(rows: Sequence[Row], reward: str) -> dict[str, float]:
     if n_samples == 1:
         return values
     values |= _with_interval(f"avg_at_{n_samples}", means)
-    for k in sample_counts(n_samples):
+    for k in sorted({2**power for power in range(n_samples.bit_length())} | {n_samples}):
         values |= _pass_at_k(scored, k)
-        if k > 1:
+        if k > 1 and reward in REWARDS_WITH_VOTES:
             values |= _majority_at_k(questions, k, reward)
     return values
-
-
-def sample_counts(n_samples: int) -> list[int]:
-    """Return the powers of two up to the number of samples, and that number."""
-    return sorted({2**power for power in range(n_samples.bit_length())} | {n_samples})
-
-
-def _category_shares(rows: Sequence[Row]) -> dict[str, float]:
-    categories = [category for category in map(category_of, rows) if category is not None]
-    if not categories:
-        return {}
-    return {f"category_{name}": categories.count(name) / len(categories) for name in CATEGORIES}
 
 
 def _pass_at_k(scored: Sequence[Sequence[float]], k: int) -> dict[str, float]:
@@ -112,9 +100,7 @@ def _pass_at_k(scored: Sequence[Sequence[float]], k: int) -> dict[str, float]:
 
 
 def _majority_at_k(questions: Sequence[Sequence[Row]], k: int, reward: str) -> dict[str, float]:
-    """Return maj@k over the questions with at least k responses, for rewards that have votes."""
-    if reward not in REWARDS_WITH_VOTES:
-        return {}
+    """Return maj@k over the questions with at least k responses."""
     accuracies = [_majority_accuracy(responses, k, reward) for responses in questions if len(responses) >= k]
     return _with_interval(f"maj_at_{k}", accuracies) if accuracies else {}
 
@@ -137,22 +123,6 @@ def _with_interval(name: str, values: Sequence[float]) -> dict[str, float]:
 
 
 # --- two models on the same questions --------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class PairedQuestion:
-    """The correctness of both models' responses to one question."""
-
-    ours: list[float]
-    theirs: list[float]
-
-    @property
-    def difference(self) -> float:
-        return (sum(self.ours) - sum(self.theirs)) / len(self.ours)
-
-    @property
-    def values(self) -> list[float]:
-        return [*self.ours, *self.theirs]
-
-
 def compare(rows: Sequence[Row], other_rows: Sequence[Row]) -> dict[str, float]:
     """Return the difference in accuracy between two models, paired by question.
 
@@ -160,17 +130,17 @@ def compare(rows: Sequence[Row], other_rows: Sequence[Row]) -> dict[str, float]:
     the test are computed separately. The interval is approximate, so near the limit it may exclude 0 although the
     exact test finds no difference at 5 %.
     """
-    questions = [(ours, theirs) for ours, theirs in zip(by_question(rows), by_question(other_rows), strict=True)]
-    scored = [PairedQuestion(correctness_values(ours), correctness_values(theirs)) for ours, theirs in questions]
+    questions = list(zip(by_question(rows), by_question(other_rows), strict=True))
+    scored = [(correctness_values(ours), correctness_values(theirs)) for ours, theirs in questions]
     pairs = [
-        pair
-        for pair, (ours, theirs) in zip(scored, questions, strict=True)
-        if len(pair.ours) == len(ours) == len(theirs) == len(pair.theirs)
+        (ours, theirs)
+        for (ours, theirs), asked in zip(scored, questions, strict=True)
+        if len(ours) == len(theirs) == len(asked[0]) == len(asked[1])
     ]
     if not pairs:
         return {"n_compared": 0.0}
-    values = {value for pair in scored for value in pair.values}
-    differences = [pair.difference for pair in pairs]
+    values = {value for pair in scored for side in pair for value in side}
+    differences = [(sum(ours) - sum(theirs)) / len(ours) for ours, theirs in pairs]
     are_rates = all(0 <= value <= 1 for value in values)
     low, high = agresti_min_interval(differences) if are_rates else normal_interval(differences)
     result = {
@@ -182,7 +152,8 @@ def compare(rows: Sequence[Row], other_rows: Sequence[Row]) -> dict[str, float]:
         "n_compared": float(len(pairs)),
     }
     if values <= {0.0, 1.0}:
-        result["p_value"] = sign_flip_test(pairs)
+        counts = torch.tensor([round(sum(ours) - sum(theirs)) for ours, theirs in pairs])
+        result["p_value"] = compute_sign_flip_p_value(counts)
     return result
 
 
@@ -207,9 +178,3 @@ def normal_interval(differences: Sequence[float]) -> tuple[float, float]:
         return -math.inf, math.inf
     half_width = _Z * stdev(differences) / math.sqrt(len(differences))
     return mean - half_width, mean + half_width
-
-
-def sign_flip_test(pairs: Sequence[PairedQuestion]) -> float:
-    """Return the p-value of the exact paired permutation test of binary rewards."""
-    counts = torch.tensor([round(sum(pair.ours) - sum(pair.theirs)) for pair in pairs])
-    return compute_sign_flip_p_value(counts)

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from drivers.common.atomic_files import write_json, write_jsonl
 from drivers.common.errors import UsageError
 from drivers.engines.factory import make_engine
 from drivers.engines.options import EngineOptions
-from drivers.evaluation.comparison import Evaluation, Rows, Values, flatten, print_results, read_earlier
+from drivers.evaluation.comparison import Evaluation, Rows, Values, print_results, read_earlier
 from drivers.evaluation.outcomes import category_of, compare, summarize
 from drivers.evaluation.policy import evaluate_policy
 from drivers.grading.pool import start_grading
@@ -43,11 +44,11 @@ def evaluate(config: EvaluateConfig) -> Path:
         folder = create_run_folder("--output-dir", config.output_dir, "evaluate", marker="results.json")
         try:
             evaluation = sample_and_grade(config, inputs[0], device, grade)
-            write_jsonl(folder / "completions.jsonl", flatten(evaluation.rows))
+            write_jsonl(folder / "completions.jsonl", chain(*evaluation.rows.values()))
             compared = earlier
             if len(inputs) > 1:
                 compared = sample_and_grade(config, inputs[1], device, grade)
-                write_jsonl(folder / "completions_compared.jsonl", flatten(compared.rows))
+                write_jsonl(folder / "completions_compared.jsonl", chain(*compared.rows.values()))
         except BaseException:
             abandon_run_folder(folder, "results.json")
             raise
@@ -60,9 +61,8 @@ def write_results(folder: Path, config: EvaluateConfig, evaluation: Evaluation, 
     """Write results.json and print the results of each data set."""
     results = summarize_sets(evaluation, config.reward)
     compared_results = {} if compared is None else summarize_sets(compared, config.reward)
-    comparison = (
-        {} if compared is None else {name: compare(evaluation.rows[name], compared.rows[name]) for name in results}
-    )
+    others = {} if compared is None else compared.rows
+    comparison = {name: compare(evaluation.rows[name], rows) for name, rows in others.items()}
     written = {"results": results, "comparison": comparison, "compared": compared_results}
     written |= {"config": asdict(config), "environment": describe_environment()}
     write_json(folder / "results.json", written)
