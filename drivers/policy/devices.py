@@ -1,14 +1,15 @@
 """Choose devices and data types."""
 
 import os
-import time
+from collections.abc import Iterator
+from functools import partial
+from timeit import repeat
 from typing import NamedTuple
 
 import torch
 
 from drivers.common import distributed
 from drivers.common.errors import UsageError
-from drivers.settings.groups import PolicySettings, RolloutEngineSettings
 from drivers.settings.grpo import GrpoConfig
 
 
@@ -39,137 +40,82 @@ def default_policy_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.device_count() else torch.device("cpu")
 
 
-def default_rollout_device(policy_device: torch.device) -> torch.device:
-    """Return the first GPU that the policy does not use, or the policy's device without one."""
-    if policy_device.type == "cpu":
-        return policy_device
-    others = [torch.device("cuda", k) for k in range(torch.cuda.device_count()) if k != policy_device.index]
-    return others[0] if others else policy_device
-
-
 def choose_devices(config: GrpoConfig) -> Devices:
-    """Return the devices that the flags ask for; raise UsageError if they cannot work."""
-    devices = pick_devices(config)
-    check_devices(config, devices)
-    return devices
+    """Return the devices that the flags ask for; raise UsageError if they cannot work.
 
-
-def pick_devices(config: GrpoConfig) -> Devices:
-    """Return the devices that the flags ask for. Without a local engine in this process, both are the policy's."""
+    Without a local engine in this process, both are the policy's.
+    """
     policy = choose_device("--policy-device", config.policy_device, default_policy_device())
     is_one_of_several = distributed.size() > 1
     if is_one_of_several and policy.type == "cuda":
         policy = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if config.rollout_url or not distributed.is_rank_zero():
-        return Devices(policy, policy)
-    if config.engine == "hf":
-        default = policy
-    elif is_one_of_several and policy.type == "cuda":
-        default = torch.device("cuda", _n_local_ranks())  # the first GPU that no rank uses
+        devices = Devices(policy, policy)
     else:
-        default = default_rollout_device(policy)
-    return Devices(policy, choose_device("--rollout-device", config.rollout_device, default))
+        if config.engine == "hf":
+            default = policy
+        elif is_one_of_several and policy.type == "cuda":
+            default = torch.device("cuda", _n_local_ranks())  # the first GPU that no rank uses
+        else:  # the first GPU that the policy does not use, or the device of the policy
+            gpus = range(torch.cuda.device_count()) if policy.type == "cuda" else ()
+            default = next((torch.device("cuda", gpu) for gpu in gpus if gpu != policy.index), policy)
+        devices = Devices(policy, choose_device("--rollout-device", config.rollout_device, default))
+    for conflict in _find_conflicts(config, *devices):
+        raise UsageError(conflict)
+    return devices
 
 
-def check_devices(config: GrpoConfig, devices: Devices) -> None:
-    """Raise UsageError if the flags for devices and processes contradict each other."""
-    checks = _policy_checks(config, devices)
-    if not distributed.is_rank_zero():
-        pass  # the engine is on rank 0
-    elif config.rollout_url:
-        checks += _server_checks(config)
-    else:
-        checks += _engine_checks(config, devices)
-        checks += _ranks_checks(config, devices) if distributed.size() > 1 else _single_process_checks(config, devices)
-    for is_wrong, message in checks:
-        if is_wrong:
-            raise UsageError(message)
-
-
-Check = tuple[bool, str]
-"""A condition that must not hold, and the message if it does."""
-
-
-def _policy_checks(config: PolicySettings, devices: Devices) -> list[Check]:
-    return [
-        (
-            distributed.size() > 1 and devices.policy.type == "cuda" and config.policy_device != "auto",
+def _find_conflicts(config: GrpoConfig, policy: torch.device, rollout: torch.device) -> Iterator[str]:
+    """Yield what is wrong with the flags for devices and processes."""
+    is_one_of_several, on_gpu, is_same_device = distributed.size() > 1, policy.type == "cuda", policy == rollout
+    if is_one_of_several and on_gpu and config.policy_device != "auto":
+        yield (
             f"--policy-device {config.policy_device}: each rank takes the GPU with its number; pass auto, and choose "
-            "GPUs with CUDA_VISIBLE_DEVICES",
+            "GPUs with CUDA_VISIBLE_DEVICES"
         )
-    ]
-
-
-def _server_checks(config: RolloutEngineSettings) -> list[Check]:
-    return [
-        (
-            config.engine == "hf" or config.rollout_process != "auto" or config.rollout_device != "auto",
-            f"--rollout-url {' '.join(config.rollout_url)}: the servers are the engine; pass --engine vllm and leave "
-            "out --rollout-device and --rollout-process",
+    if not distributed.is_rank_zero():
+        return  # the engine is on rank 0
+    if config.rollout_url:
+        if config.engine == "hf" or config.rollout_process != "auto" or config.rollout_device != "auto":
+            yield (
+                f"--rollout-url {' '.join(config.rollout_url)}: the servers are the engine; pass --engine vllm and "
+                "leave out --rollout-device and --rollout-process"
+            )
+        return
+    if rollout.type != policy.type:
+        yield f"--rollout-device {rollout}: the policy is on {policy}; put both on the CPU or both on GPUs"
+    if config.engine == "hf" and not is_same_device:
+        yield f"--rollout-device {rollout}: --engine hf samples on the policy's {policy}; pass auto"
+    if config.engine == "hf" and config.rollout_process == "own":
+        yield "--rollout-process own: --engine hf shares the policy's weights; pass auto, or --engine vllm"
+    if is_one_of_several:
+        n_ranks = _n_local_ranks()
+        if config.rollout_process == "shared":
+            yield "--rollout-process shared: several ranks need vLLM in a separate process; pass auto"
+        is_free = rollout.index in range(n_ranks, torch.cuda.device_count())
+        if config.engine == "vllm" and rollout.type == "cuda" and not is_free:
+            yield (
+                f"--rollout-device {rollout}: the {n_ranks} ranks use GPUs 0 to {n_ranks - 1}, and vLLM needs "
+                "another; lower --nproc-per-node, or pass --rollout-url"
+            )
+        return
+    if config.rollout_process == "own" and is_same_device and on_gpu:
+        yield (
+            f"--rollout-process own: policy and vLLM take turns on {policy} in one process; pass auto, or use a "
+            "second GPU (--rollout-device)"
         )
-    ]
-
-
-def _engine_checks(config: RolloutEngineSettings, devices: Devices) -> list[Check]:
-    return [
-        (
-            devices.rollout.type != devices.policy.type,
-            f"--rollout-device {devices.rollout}: the policy is on {devices.policy}; put both on the CPU or both on "
-            "GPUs",
-        ),
-        (
-            config.engine == "hf" and devices.rollout != devices.policy,
-            f"--rollout-device {devices.rollout}: --engine hf samples on the policy's {devices.policy}; pass auto",
-        ),
-        (
-            config.engine == "hf" and config.rollout_process == "own",
-            "--rollout-process own: --engine hf shares the policy's weights; pass auto, or --engine vllm",
-        ),
-    ]
-
-
-def _ranks_checks(config: RolloutEngineSettings, devices: Devices) -> list[Check]:
-    n_ranks, rollout = _n_local_ranks(), devices.rollout
-    free = range(n_ranks, torch.cuda.device_count())
-    return [
-        (
-            config.rollout_process == "shared",
-            "--rollout-process shared: several ranks need vLLM in a separate process; pass auto",
-        ),
-        (
-            config.engine == "vllm" and rollout.type == "cuda" and rollout.index not in free,
-            f"--rollout-device {rollout}: the {n_ranks} ranks use GPUs 0 to {n_ranks - 1}, and vLLM needs another; "
-            "lower --nproc-per-node, or pass --rollout-url",
-        ),
-    ]
-
-
-def _single_process_checks(config: GrpoConfig, devices: Devices) -> list[Check]:
-    is_same_device = devices.rollout == devices.policy
-    is_same_gpu = is_same_device and devices.policy.type == "cuda"
-    default_deadline_s = type(config).engine_deadline_s
-    return [
-        (
-            config.rollout_process == "own" and is_same_gpu,
-            f"--rollout-process own: policy and vLLM take turns on {devices.policy} in one process; pass auto, or use "
-            "a second GPU (--rollout-device)",
-        ),
-        (
-            config.rollout_process == "shared" and not is_same_device,
-            f"--rollout-process shared: vLLM on {devices.rollout} and the policy on {devices.policy} need two "
-            "processes; pass auto",
-        ),
-        (
-            is_same_device and config.rollout_process != "own" and config.engine_deadline_s != default_deadline_s,
+    if config.rollout_process == "shared" and not is_same_device:
+        yield (f"--rollout-process shared: vLLM on {rollout} and the policy on {policy} need two processes; pass auto")
+    if is_same_device and config.rollout_process != "own" and config.is_changed("engine_deadline_s"):
+        yield (
             f"--engine-deadline-s {config.engine_deadline_s:g}: has no effect on an engine in the trainer's process; "
-            f"pass --rollout-process own, or leave it at {default_deadline_s:g}",
-        ),
-        (
-            bool(config.async_steps) and is_same_gpu,
-            f"--async-steps {config.async_steps}: policy and vLLM take turns on {devices.policy}; pass 0, or use a "
-            "second GPU (--rollout-device)",
-        ),
-    ]
+            f"pass --rollout-process own, or leave it at {type(config).engine_deadline_s:g}"
+        )
+    if config.async_steps and is_same_device and on_gpu:
+        yield (
+            f"--async-steps {config.async_steps}: policy and vLLM take turns on {policy}; pass 0, or use a second "
+            "GPU (--rollout-device)"
+        )
 
 
 def _n_local_ranks() -> int:
@@ -184,15 +130,10 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if is_fast else torch.float32
 
 
-def cpu_bfloat16_is_fast(min_speedup: float = 1.5) -> bool:
-    """Measure whether a matrix product of a small model's size is `min_speedup` times as fast in bfloat16."""
+def cpu_bfloat16_is_fast() -> bool:
+    """Measure whether a matrix product of a small model's size is 1.5 times as fast in bfloat16."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         left, right = torch.randn(512, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
-        times = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            left @ right
-            times.append(time.perf_counter() - begin)
-        seconds[dtype] = min(times)
-    return seconds[torch.float32] >= min_speedup * seconds[torch.bfloat16]
+        seconds[dtype] = min(repeat(partial(torch.matmul, left, right), repeat=5, number=1))
+    return seconds[torch.float32] >= 1.5 * seconds[torch.bfloat16]
