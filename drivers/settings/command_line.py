@@ -19,13 +19,11 @@ from drivers.settings.recipes import QUICKSTART, RECIPES
 
 Trained = TypeVar("Trained", bound=TrainingSettings)
 Imitation = TypeVar("Imitation", bound=ImitationSettings)
+HELP = {"-h", "--help"}
 
 
 def flag_given(arguments: Sequence[str], flag: str) -> str | None:
-    """Return the value of a flag among raw arguments, in any spelling that tyro accepts, or None.
-
-    The last value counts, as for tyro.
-    """
+    """Return the last value of a flag among raw arguments, in any spelling that tyro accepts, or None."""
     given = None
     for index, argument in enumerate(arguments):
         name, has_value, value = argument.partition("=")
@@ -37,16 +35,9 @@ def flag_given(arguments: Sequence[str], flag: str) -> str | None:
 def answer_early(program: str, parse_arguments: Callable[[Sequence[str]], object]) -> None:
     """Answer --help and mistakes in flags, and return if there are none."""
     arguments = sys.argv[1:]
-    with exit_on_user_error(program):
-        if asks_for_help(arguments):
-            parse_arguments(arguments)
-        with redirect_stdout(StringIO()):  # the program prints its notices when it parses again
-            parse_arguments(arguments)
-
-
-def asks_for_help(arguments: Sequence[str]) -> bool:
-    """Return whether the arguments contain -h or --help."""
-    return bool({"-h", "--help"} & set(arguments))
+    out = sys.stdout if HELP & set(arguments) else StringIO()  # the program prints its notices when it parses again
+    with exit_on_user_error(program), redirect_stdout(out):
+        parse_arguments(arguments)
 
 
 def parse_train_config(arguments: Sequence[str]) -> GrpoConfig:
@@ -64,7 +55,7 @@ def parse_train_config(arguments: Sequence[str]) -> GrpoConfig:
             )
         return resolve_micro_batching(arguments, parse(GrpoConfig, arguments, earlier))
     has_model = flag_given(arguments, "--model-path") is not None
-    if recipe is None and not has_model and not asks_for_help(arguments):
+    if recipe is None and not has_model and not HELP & set(arguments):
         print("No --model-path and no --recipe: this is the embedded quickstart (--recipe quickstart).", flush=True)
         recipe = "quickstart"
     settings: dict[str, Any] = {}
@@ -125,14 +116,10 @@ def _read_settings(kind: type[Trained], saved: dict[str, Any]) -> Trained:
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known}
     hints = get_type_hints(kind)
     for name, value in settings.items():
-        if not any(is_bearable(one, hints[name]) for one in (value, _as_float(value))):
+        as_float = float(value) if type(value) is int else value  # JSON has one kind of number
+        if not (is_bearable(value, hints[name]) or is_bearable(as_float, hints[name])):
             raise ValueError(f"{name}={value!r} is not of type {hints[name]}")
     return kind(**settings)
-
-
-def _as_float(value: Any) -> Any:
-    """Return an int as a float, because JSON has one kind of number."""
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _is_run(folder: Path) -> bool:
@@ -145,7 +132,7 @@ def parse_settings(kind: type[Imitation], arguments: Sequence[str]) -> Imitation
     earlier = earlier_settings(kind, arguments)
     if earlier is not None:
         return parse(kind, arguments, earlier)
-    is_quickstart = flag_given(arguments, "--model-path") is None and not asks_for_help(arguments)
+    is_quickstart = flag_given(arguments, "--model-path") is None and not HELP & set(arguments)
     if is_quickstart:
         print("No --model-path: this is the embedded quickstart.", flush=True)
     settings = parse(kind, arguments, kind(**(QUICKSTARTS[kind] if is_quickstart else {})))

@@ -22,7 +22,8 @@ def formula(config: GrpoConfig) -> list[str]:
         lines += _format_advantages(config, ADVANTAGES[config.advantage])
     if config.uses_ratio:
         lines.append(f"rho_it   = pi(o_it) / {_format_old_policy(config)}(o_it)")
-    lines.append(f"{'loss_' + unit:8} = {_format_objective(config, objective)}")
+    symbols = {"A": "A_it" if config.has_kl_in_reward else "A_i", "old": _format_old_policy(config)}
+    lines.append(f"{'loss_' + unit:8} = {objective.format_formula(resolve_values(config) | symbols)}")
     if kappa:
         lines.append(f"kappa    = {_format_importance(config)}")
     token_weights = _format_token_weights(config)
@@ -75,11 +76,6 @@ def _format_advantages(config: GrpoConfig, advantage: Advantage) -> list[str]:
             f"{name}     = ({last} - mean) / (std + 1e-08),  both over all response tokens of the rollout batch"
         )
     return lines
-
-
-def _format_objective(config: GrpoConfig, objective: Objective) -> str:
-    symbols = {"A": "A_it" if config.has_kl_in_reward else "A_i", "old": _format_old_policy(config)}
-    return objective.format_formula(resolve_values(config) | symbols)
 
 
 def _format_old_policy(config: GrpoConfig) -> str:
