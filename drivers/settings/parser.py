@@ -43,11 +43,11 @@ def _nest_by_heading(kind: type[Config], defaults: Config) -> type[Any]:
     for heading, names in sort_by_heading(kind).items():
         values = {name: getattr(defaults, name) for name in names}
         flags: list[tuple[str, Any, Any]] = [
-            (name, _annotate(hints[name], _describe(texts[name], hints[name], value)), field(default=value))
+            (name, Annotated[hints[name], _describe(texts[name], hints[name], value)], field(default=value))
             for name, value in values.items()
         ]
         group = make_dataclass("Group", flags, frozen=True)
-        named = _annotate(group, tyro.conf.arg(name=heading, help=""))
+        named = Annotated[group, tyro.conf.arg(name=heading, help="")]  # type: ignore[valid-type]
         nested.append((heading.replace(" ", "_"), named, field(default=group())))
     return make_dataclass("Parsed", nested, frozen=True)
 
@@ -86,12 +86,6 @@ def _read_docstrings(file: str) -> Mapping[str, Mapping[str, str]]:
                 if isinstance(below.value.value, str)
             }
     return found
-
-
-def _annotate(hint: Any, extra: object) -> Any:
-    """Return `Annotated[hint, extra]`, which a type checker does not accept of variables."""
-    annotated: Any = Annotated
-    return annotated[hint, extra]
 
 
 def _describe(text: str, hint: Any, value: Any) -> object:
