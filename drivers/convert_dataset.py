@@ -96,7 +96,8 @@ def convert_demonstration(
     _, value = _find_first(row, "worked solution", response_key, RESPONSE_KEYS)
     text = _to_text(value, "assistant").strip()
     thoughts, tag, rest = text.removeprefix("<think>").partition("</think>")
-    final = _tagged_answer(rest) or _stated_answer(rest if tag else text)
+    tagged = re.search(r"<answer>(.*?)</answer>", rest, flags=re.DOTALL)
+    final = (tagged and tagged.group(1).strip()) or _stated_answer(rest if tag else text)
     if final is None:
         raise ValueError("the worked solution states no final answer: none after ####, none in \\boxed{}")
     # Drop GSM8K's calculator annotations and its final #### line.
@@ -169,19 +170,15 @@ def _boxed_answer(text: str) -> str | None:
     return extract_boxed_answer(text)
 
 
-def _tagged_answer(text: str) -> str | None:
-    """Return the text between <answer> and </answer>, or None."""
-    found = re.search(r"<answer>(.*?)</answer>", text, flags=re.DOTALL)
-    return (found.group(1).strip() or None) if found else None
-
-
 def read_rows(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
     """Yield `file:line` and the row for each row of a file or of every file of a folder."""
     if path.is_dir():
         for file in sorted(p for p in path.rglob("*") if p.suffix in (".json", ".jsonl")):
             yield from read_rows(file)
-        return
-    if path.suffix == ".json":
+    elif path.suffix != ".json":
+        for number, row in read_jsonl(path):
+            yield f"{path}:{number}", row
+    else:
         try:
             loaded = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -191,9 +188,6 @@ def read_rows(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
             if not isinstance(row, dict):
                 raise UsageError(f"{path}: entry {number} is {type(row).__name__}; expected an object")
             yield (f"{path}[{number}]" if isinstance(loaded, list) else str(path)), row
-        return
-    for number, row in read_jsonl(path):
-        yield f"{path}:{number}", row
 
 
 def read_hub(name: str, subsets: Sequence[str], split: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
@@ -233,13 +227,11 @@ def convert(config: ConvertConfig) -> Path:
     for where, row in rows:
         try:
             if config.demonstrations is None:
-                converted_row = convert_row(row, *keys)
+                result = convert_row(row, *keys)
             else:
-                converted_row = convert_demonstration(row, config.demonstrations, *keys, config.response_key)
-            json.dumps(
-                converted_row, ensure_ascii=False
-            ).encode()  # raises for unpaired surrogates, which JSON can escape
-            converted.append(converted_row)
+                result = convert_demonstration(row, config.demonstrations, *keys, config.response_key)
+            json.dumps(result, ensure_ascii=False).encode()  # raises for unpaired surrogates, which JSON can escape
+            converted.append(result)
         except ValueError as error:
             problems.append(f"{where}: {error}")
     for problem in problems:
