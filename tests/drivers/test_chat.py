@@ -108,6 +108,8 @@ def test_vllm_engine_gets_end_of_turn_token(urls, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "drivers.engines.vllm", SimpleNamespace(VLLMEngine=start))
     monkeypatch.setitem(sys.modules, "drivers.engines.vllm_server", SimpleNamespace(ServerEngine=start))
+    here = SimpleNamespace(place=lambda *_: SimpleNamespace(has_own_process=False))
+    monkeypatch.setitem(sys.modules, "drivers.engines.vllm_startup", here)
     tokenizer = make_chat_tokenizer(CHATML)
     use_end_of_turn_as_eos(tokenizer, "tiny")
     make_vllm_engine(make_tiny_policy(), tokenizer=tokenizer, urls=urls)
