@@ -16,7 +16,7 @@ from drivers.settings.imitation import QUICKSTARTS, ExpertIterationConfig
 from drivers.training import update as update_step
 from drivers.training.batch import imitation_batch
 from tests.drivers.helpers.letters import flatten_weights, make_tiny_parts
-from tests.drivers.helpers.processes import call_program, run_program
+from tests.drivers.helpers.processes import call_program
 from tests.drivers.helpers.runs import (
     IMITATION_FLAGS,
     TINY_EXPERT_ITERATION,
@@ -199,7 +199,7 @@ def test_expert_iteration_invalid_flags_exit_with_one_line(arguments, message, t
 
 @pytest.mark.slow
 def test_expert_iteration_program_runs_and_resumes(tmp_path, monkeypatch, capsys):
-    """On the tiny model, which is never right; the first run is a subprocess."""
+    """On the tiny model, which is never right."""
     monkeypatch.chdir(tmp_path)
     save_tiny(tmp_path / "tiny")
     flags = (
@@ -208,7 +208,7 @@ def test_expert_iteration_program_runs_and_resumes(tmp_path, monkeypatch, capsys
         "--sampling-min-tokens 0 --sampling-max-tokens 4 --n-val-examples 4 --n-ei-steps 1 --save-dir out "
         "--wandb-project None"
     )
-    run_program("expert_iteration", flags)
+    call_program("expert_iteration", flags, capsys)
     call_program("expert_iteration", "--resume out --n-ei-steps 2", capsys)
     said = call_program("expert_iteration", "--resume out", capsys)
     assert "out/final_model/ is already complete (2/2 steps). Increase --n-ei-steps to continue." in said

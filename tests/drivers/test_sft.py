@@ -292,7 +292,7 @@ def test_sft_resume_uses_saved_settings_and_own_program(tmp_path):
 @pytest.mark.slow
 @pytest.mark.curves
 def test_sft_program_runs_and_resumes(tmp_path, monkeypatch, capsys):
-    """On the tiny model: the files it leaves, and its resume; the first run is a subprocess."""
+    """On the tiny model: the files it leaves, and its resume."""
     monkeypatch.chdir(tmp_path)
     save_tiny(tmp_path / "tiny")
     rows = [{"prompt": f"{k} ", "response": f"{k} </answer>"} for k in range(10)]
@@ -302,7 +302,7 @@ def test_sft_program_runs_and_resumes(tmp_path, monkeypatch, capsys):
         "--sampling-min-tokens 0 --sampling-max-tokens 4 --n-val-examples 4 --checkpoint-steps 1 --save-dir out "
         "--wandb-project None"
     )
-    run_program("sft", flags)
+    call_program("sft", flags, capsys)
     call_program("sft", "--resume out --epochs 2", capsys)
     said = call_program("sft", "--resume out", capsys)
     assert "out/final_model/ is already complete (6/6 steps). Increase --epochs to continue." in said

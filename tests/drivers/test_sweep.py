@@ -257,7 +257,7 @@ def test_sweep_may_grow_and_move(tmp_path):
 
 
 def write_list(folder):
-    """Write a list of two runs that learn nothing and one that cannot begin. Return the command."""
+    """Write a list of two runs that learn nothing and one that cannot begin. Return the arguments of the sweep."""
     save_tiny(folder / "tiny")
     batch = {"n_grpo_steps": 2, "rollout_batch_size": 8, "train_batch_size": 8}
     data = {"val_data_path": "data/wordadd/validation.jsonl"}
@@ -276,15 +276,16 @@ def write_list(folder):
         "--engine hf --dtype float32 --group-size 2 --sampling-min-tokens 0 --sampling-max-tokens 4 --n-val-examples 4"
         " --wandb-project None --micro-batch-tokens 512"
     )
-    return program_command("sweep", f"{folder}/mine.jsonl --save-dir {folder}/sweep {shared}")
+    return f"{folder}/mine.jsonl --save-dir {folder}/sweep {shared}"
 
 
 @pytest.mark.slow
-def test_sweep_runs_reports_and_skips_finished_runs(tmp_path):
-    command = write_list(tmp_path)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stderr
-    assert "broken-seed0: failed with exit status 2: train.py: --val-data-path none.jsonl" in done.stdout
+def test_sweep_runs_reports_and_skips_finished_runs(tmp_path, capsys):
+    arguments = write_list(tmp_path).split()
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 1
+    assert "broken-seed0: failed with exit status 2: train.py: --val-data-path none.jsonl" in capsys.readouterr().out
     sweep = tmp_path / "sweep"
     states = {row["label"]: row["state"] for row in json.loads((sweep / "summary.json").read_text())}
     assert states == {"baseline": "finished", "broken": "failed", "imitation": "finished"}
@@ -292,14 +293,15 @@ def test_sweep_runs_reports_and_skips_finished_runs(tmp_path):
     assert "baseline-seed0" in (sweep / "report.html").read_text()
     assert "step 2/2" in (sweep / "baseline-seed0.log").read_text()
     weights = (sweep / "baseline-seed0/final_model/model.safetensors").stat().st_mtime_ns
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert again.stdout.count("is already complete") == 2
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert capsys.readouterr().out.count("is already complete") == 2
     assert (sweep / "baseline-seed0/final_model/model.safetensors").stat().st_mtime_ns == weights
 
 
 @pytest.mark.slow
 def test_sweep_stopped_leaves_no_process_and_resumes(tmp_path):
-    command = write_list(tmp_path)
+    command = program_command("sweep", write_list(tmp_path))
     row = json.loads((tmp_path / "mine.jsonl").read_text().splitlines()[0])
     row["flags"]["n_grpo_steps"] = 2000
     (tmp_path / "mine.jsonl").write_text(json.dumps(row))

@@ -1,5 +1,6 @@
 """The loop on a tiny model: it learns with every loss, and equivalent settings give one trajectory."""
 
+from itertools import product
 from typing import get_args
 
 import pytest
@@ -17,6 +18,7 @@ from drivers.training.components import Components
 from drivers.training.metrics import UpdateMetrics
 from drivers.training.objective import rows_with_gradient, weigh_step
 from drivers.training.scoring import score
+from drivers.training.update import accumulate_gradients
 from grpo_core.types import Aggregation, LossType
 from tests.drivers.helpers.letters import (
     flatten_weights,
@@ -28,15 +30,21 @@ from tests.drivers.helpers.letters import (
 )
 from tests.drivers.helpers.runs import ON_POLICY, TWO_EPOCHS, TWO_UPDATES, run_training
 
+# Every loss in one schedule, and every schedule with one loss; `make nightly` trains with all pairs.
+SCHEDULES = {"on-policy": ON_POLICY, "two-updates": TWO_UPDATES, "two-epochs": TWO_EPOCHS}
+LEARNERS = {("reinforce_with_baseline", "on-policy"), ("grpo_clip", "two-epochs")}
+LEARNERS |= {(loss_type, "two-updates") for loss_type in get_args(LossType)}
 
-@pytest.mark.parametrize("loss_type", get_args(LossType))
+
 @pytest.mark.parametrize(
-    "schedule",
-    [pytest.param(ON_POLICY, marks=pytest.mark.slow), TWO_UPDATES, pytest.param(TWO_EPOCHS, marks=pytest.mark.slow)],
-    ids=["on-policy", "two-updates", "two-epochs"],
+    ("loss_type", "schedule"),
+    [
+        pair if pair in LEARNERS else pytest.param(*pair, marks=pytest.mark.nightly)
+        for pair in product(get_args(LossType), SCHEDULES)
+    ],
 )
 def test_loss_type_learns_the_letter(tmp_path, loss_type, schedule):
-    _, steps, evaluations = run_training(tmp_path, loss_type=loss_type, **schedule)
+    _, steps, evaluations = run_training(tmp_path, loss_type=loss_type, **SCHEDULES[schedule])
     assert steps[0]["reward"] < 0.15
     assert sum(row["reward"] for row in steps[-3:]) / 3 > 0.9
     assert evaluations[-1]["reward"] > 0.9
@@ -49,18 +57,26 @@ def train_weights(folder, **changes):
     return flatten_weights(run_training(folder, **(SHORT | changes))[0])
 
 
-@pytest.mark.parametrize(
-    ("aggregation", "steps"),
-    [
-        pytest.param(name, steps, marks=[] if (name, steps) == ("token_mean", 32) else pytest.mark.slow)
-        for name in get_args(Aggregation)
-        for steps in (1, 32)
-    ],
-)
-def test_accumulation_steps_do_not_change_the_trajectory(tmp_path, aggregation, steps):
+@pytest.mark.parametrize("aggregation", get_args(Aggregation))
+def test_accumulation_steps_do_not_change_the_gradient(aggregation):
     """One micro-batch, whole groups and single responses split the same gradient."""
-    reference = train_weights(tmp_path / "a", aggregation=aggregation, gradient_accumulation_steps=4)
-    other = train_weights(tmp_path / "b", aggregation=aggregation, gradient_accumulation_steps=steps)
+    gradients = []
+    for steps in (1, 4, 32):
+        config, parts = make_tiny_config(aggregation=aggregation, gradient_accumulation_steps=steps), make_tiny_parts()
+        rollouts, scores = sample_rollouts(config, parts)
+        batch = prepare_rollouts(config, parts.policy, None, rollouts, scores, None)
+        weighted, _ = weigh_step(config, batch)
+        accumulate_gradients(parts.policy, weighted, config, 0.0, UpdateMetrics())
+        gradients.append(torch.cat([p.grad.flatten() for p in parts.policy.parameters()]))
+    assert gradients[0].abs().max() > 1e-3
+    for gradient in gradients[1:]:
+        assert_close(gradient, gradients[0], rtol=1e-4, atol=1e-6 * gradients[0].abs().max().item())
+
+
+def test_accumulation_steps_do_not_change_the_trajectory(tmp_path):
+    settings = {"aggregation": "token_mean"}
+    reference = train_weights(tmp_path / "a", gradient_accumulation_steps=4, **settings)
+    other = train_weights(tmp_path / "b", gradient_accumulation_steps=32, **settings)
     assert_close(other, reference, rtol=0, atol=2e-5)
 
 
