@@ -2,16 +2,18 @@
 
 import json
 import os
+import re
 import signal
-import subprocess
 import threading
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
+from drivers import train
 from drivers.common.signals import defer_signals, terminate_as_interrupt
-from tests.drivers.helpers.processes import program_command, restore_interrupt
+from tests.drivers.helpers.forked import ForkedProgram
+from tests.drivers.helpers.processes import wait_until
 from tests.drivers.helpers.runs import read_rows
 from tests.tiny import save_tiny
 
@@ -90,30 +92,19 @@ def test_train_interrupted_saves_checkpoint_of_last_step(tmp_path, number):
         "--sampling-max-tokens 4 --n-val-examples 4 --eval-steps 100000 --checkpoint-steps 100000 "
         "--save-dir out --wandb-project None"
     )
-    with subprocess.Popen(
-        program_command("train", flags),
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=restore_interrupt,
-    ) as process:
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith("step") and " 3/100000" in line:
-                    break
-            process.send_signal(number)
-            rest, errors = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
+    program = ForkedProgram(train.main, flags.split(), output=tmp_path / "said", folder=tmp_path)
+    try:
+        wait_until(lambda: re.search(r"^step +3/100000", program.output, flags=re.MULTILINE), 120)
+        os.kill(program.process.pid, number)
+        assert program.wait(60) == 130, program.output
+    finally:
+        program.process.kill()
+    assert "Traceback" not in program.output
     (folder,) = (tmp_path / "out").glob("checkpoint-*")
     step = json.loads((folder / "trainer_state.json").read_text())["step"]
     assert step >= 3
     assert folder.name == f"checkpoint-{step}-stopped"
-    assert f"Stopped after step {step}" in " ".join(rest.split())
+    assert f"Stopped after step {step}" in " ".join(program.output.split())
     AutoModelForCausalLM.from_pretrained(folder)
     rows = read_rows(tmp_path / "out")
     assert max(row["step"] for row in rows if row["phase"] == "train") in (step - 1, step)

@@ -1,12 +1,12 @@
 """Several processes train one policy: they follow the trajectory of one process, and all end when one dies."""
 
 import json
-import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,8 @@ from drivers.runs.checkpoint import read_tensors
 from drivers.runs.folder import find_checkpoint
 from drivers.training import shortcuts
 from drivers.training.shortcuts import find_head
-from tests.drivers.helpers import preloaded, rank_process
+from tests.drivers.helpers import rank_process
+from tests.drivers.helpers.forked import ForkedProgram
 from tests.drivers.helpers.letters import make_tiny_parts
 from tests.drivers.helpers.processes import TORCHRUN, find_free_port, is_gone, list_descendants, wait_until
 from tests.drivers.helpers.runs import drop_times, read_rows
@@ -57,37 +58,21 @@ def clean_environment():
     return {k: v for k, v in os.environ.items() if not k.startswith(named)} | {"OMP_NUM_THREADS": "1"}
 
 
-# Ranks are forked from a process that has imported everything, because a start by torchrun takes long.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([rank_process.__name__, preloaded.__name__])
-
-
-def run_rank(variables, output, arguments):
-    """Do what torchrun does, set the variables and redirect the output, and train as a rank."""
-    os.environ.update(variables)
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(file, stream)
-    rank_process.main(**arguments)
-
-
 def run_ranks(n, folder, settings, **more):
+    """Train as `n` ranks, with the variables that torchrun sets."""
     folder.mkdir(exist_ok=True)
-    arguments, output = {"folder": str(folder), "settings": settings, **more}, folder / "said.txt"
     group = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": find_free_port()}
     group |= {"TORCHELASTIC_RUN_ID": "forked"} if n > 1 else {}
-    processes = []
+    train = partial(rank_process.main, folder=str(folder), settings=settings, **more)
+    ranks = []
     for rank in range(n):
         variables = {name: str(value) for name, value in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-        processes.append(FORKS.Process(target=run_rank, args=(variables, str(output), arguments)))
-        processes[-1].start()
+        ranks.append(ForkedProgram(train, output=folder / "said.txt", variables=variables))
     try:
-        for process in processes:
-            process.join(300)
-        assert [process.exitcode for process in processes] == [0] * n, output.read_text()[-4000:]
+        assert [rank.wait(300) for rank in ranks] == [0] * n, ranks[0].output[-4000:]
     finally:
-        for process in processes:
-            process.kill()
+        for rank in ranks:
+            rank.process.kill()
     return folder / "run"
 
 

@@ -5,11 +5,8 @@ import multiprocessing
 import os
 import signal
 import subprocess
-import sys
-import textwrap
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -24,14 +21,16 @@ from drivers.policy.devices import choose_devices
 from drivers.runs.folder import find_checkpoint
 from drivers.settings.sampling import Sampling
 from drivers.training.components import Components
+from tests.drivers.helpers import struck_program
 from tests.drivers.helpers.engines import PROMPTS, make_vllm_engine
+from tests.drivers.helpers.forked import ForkedProgram
 from tests.drivers.helpers.letters import flatten_weights, letter_grader, make_run, make_tiny_config, make_tiny_parts
-from tests.drivers.helpers.processes import list_engine_processes, list_engine_threads, restore_interrupt, wait_until
+from tests.drivers.helpers.processes import list_engine_processes, list_engine_threads, wait_until
 from tests.drivers.helpers.runs import read_rows
 from tests.tiny import make_tiny_policy, save_tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
-LONG = Sampling(n=32, max_tokens=400, stop=())
+LONG = Sampling(n=8, max_tokens=400, stop=())
 
 
 def start_tiny(folder, policy, **options):
@@ -339,50 +338,10 @@ def test_vllm_killed_or_hanging_restarts_with_same_samples(tmp_path):
     wait_until(lambda: not list_engine_processes())
 
 
-PROGRAM = """
-    import os, sys, threading, time
-    sys.path.insert(0, {root!r})
-    from drivers.common import environment
-    import tests.conftest
-    if __name__ == "__main__":
-        from drivers import train
-        from drivers.engines.vllm_transfer import LLM, LocalClient
-        from tests.drivers.helpers.processes import list_engine_processes, list_shared_memory
-
-        where, number, *flags = sys.argv[1:]
-        owner, name = (LocalClient, "update_weights") if where == "push" else (LLM, "generate")
-        call, calls = getattr(owner, name), []
-
-        def strike():
-            pids = [one.pid for one in list_engine_processes()]
-            print("pids", *pids, flush=True)
-            print("shared", *list_shared_memory([os.getpid(), *pids]), flush=True)
-            os.kill(os.getpid(), int(number))
-
-        def struck(*arguments, **named):
-            calls.append(1)
-            if len(calls) == 4:
-                strike()
-            return call(*arguments, **named)
-
-        def watch():
-            while not any(one.name() == "VLLM::EngineCore" for one in list_engine_processes()):
-                time.sleep(0.05)
-            strike()
-
-        if where == "start":
-            threading.Thread(target=watch, daemon=True).start()
-        else:
-            setattr(owner, name, struck)
-        train.main(flags)
-"""
-
-
 @pytest.mark.vllm
 def test_train_killed_leaves_no_process_and_a_good_checkpoint(tmp_path):
     """train.py is ended during a push, a generation and the start of its engine, and resumed each time."""
-    script, out = tmp_path / "program.py", tmp_path / "out"
-    script.write_text(textwrap.dedent(PROGRAM).format(root=str(Path(__file__).resolve().parents[2])))
+    out = tmp_path / "out"
     save_tiny(tmp_path / "tiny")
     flags = (
         "--recipe quickstart --model-path tiny --engine vllm --rollout-process own --dtype float32 "
@@ -393,17 +352,10 @@ def test_train_killed_leaves_no_process_and_a_good_checkpoint(tmp_path):
     ends = [("push", signal.SIGKILL), ("generation", signal.SIGTERM), ("push", signal.SIGINT)]
     last = 0
     for where, number in [*ends, ("start", signal.SIGKILL)]:
-        done = subprocess.run(
-            [sys.executable, str(script), where, str(int(number)), *flags.split()],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-            preexec_fn=restore_interrupt,
-        )
-        assert done.returncode == (-9 if number == signal.SIGKILL else 130), done.stderr[-4000:]
-        found = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.strip()}
+        said = tmp_path / f"said-{where}-{number.name}"
+        program = ForkedProgram(struck_program.main, where, int(number), flags.split(), output=said, folder=tmp_path)
+        assert program.wait(300) == (-9 if number == signal.SIGKILL else 130), program.output[-4000:]
+        found = {line.split()[0]: line.split()[1:] for line in program.output.splitlines() if line.strip()}
         assert found["pids"]
         wait_until(lambda found=found: not any(psutil.pid_exists(int(pid)) for pid in found["pids"]), 90)
         wait_until(lambda found=found: not any(os.path.exists(name) for name in found["shared"]))

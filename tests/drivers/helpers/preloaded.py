@@ -1,9 +1,7 @@
-"""Import what a run imports late, for a process that ranks are forked from."""
+"""Import what programs import, early or late, for a process that they are forked from."""
 
-import matplotlib.backends.backend_agg
-import matplotlib.figure  # noqa: F401
-import torch.distributed.checkpoint.hf_storage
-import torch.distributed.tensor
-import torch.utils.tensorboard  # noqa: F401
 import transformers.generation.utils
 import transformers.models.llama.modeling_llama  # noqa: F401
+
+import tests.drivers.helpers.rank_process
+import tests.drivers.helpers.struck_program  # noqa: F401
