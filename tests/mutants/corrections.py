@@ -562,7 +562,7 @@ DIAGNOSTICS = [
             "groups.mean >= 1 - 1e-6",
         ),
         ("decided by equality", "groups.mean >= best_reward - 1e-6 * abs(best_reward)", "groups.mean == best_reward"),
-        ("shares of the silent groups", "n = max(1, len(groups.rewards))", "n = max(1, int(silent.sum()))"),
+        ("shares of the silent groups", "n = max(1, len(groups.rewards))", "n = max(1, int(no_signal.sum()))"),
         ("all others", '"other": no_signal & ~right & ~wrong', '"other": ~right & ~wrong'),
         ("negative is something else", "(groups.mean <= 0) & ~right", "(groups.mean == 0) & ~right"),
         ("shares of responses", "n = max(1, len(groups.rewards))", "n = max(1, len(rewards))"),
