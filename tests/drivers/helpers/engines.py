@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
@@ -117,7 +117,9 @@ def run_server(folder, port, *flags, development="1"):
     finally:
         children = list_descendants(process.pid)
         process.terminate()
-        process.wait(60)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        process.kill()
         for child in children:
             if child.is_running():
                 child.kill()
