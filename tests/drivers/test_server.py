@@ -157,20 +157,30 @@ def check_program(folder, urls):
 
 
 @pytest.mark.vllm
-def test_server_engine_unfit_server_raises_usage_error(tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "development"),
+    [
+        pytest.param(("--enable-prefix-caching",), "1", id="without the weight transfer"),
+        pytest.param(TRANSFER_FLAGS, "0", id="without the development mode", marks=pytest.mark.nightly),
+    ],
+)
+def test_server_engine_unfit_server_raises_usage_error(tmp_path, flags, development):
+    """The stub below refuses each request; these are the two ways in which a real server lacks something."""
     save_tiny(tmp_path)
-    ports, policy = (find_free_port(), find_free_port()), make_tiny_policy(3)
-    urls = [(f"http://127.0.0.1:{port}",) for port in ports]
-    without_weights = run_server(tmp_path, ports[0], "--enable-prefix-caching")
-    with without_weights, run_server(tmp_path, ports[1], *TRANSFER_FLAGS, development="0"):
-        for url in urls:
-            wait_until(lambda url=url: is_up(url[0]), 120)
-            with pytest.raises(UsageError, match="start it with: VLLM_SERVER_DEV_MODE=1"):
-                make_vllm_engine(policy, urls=url, deadline_s=60.0)
+    port = find_free_port()
+    url = f"http://127.0.0.1:{port}"
+    with run_server(tmp_path, port, *flags, development=development):
+        wait_until(lambda: is_up(url), 120)
+        with pytest.raises(UsageError, match="start it with: VLLM_SERVER_DEV_MODE=1"):
+            make_vllm_engine(make_tiny_policy(3), urls=(url,), deadline_s=60.0)
+
+
+def test_server_engine_without_server_raises():
     from drivers.engines.vllm_server import ServerEngine
 
+    options = make_options(urls=(f"http://127.0.0.1:{find_free_port()}",))
     with pytest.raises(EngineDiedError, match="did not respond within 1 s"):
-        ServerEngine(make_options(urls=urls[0]), WeightGatherer(policy, torch.float32), start_s=1.0)
+        ServerEngine(options, WeightGatherer(make_tiny_policy(3), torch.float32), start_s=1.0)
 
 
 # With a stub of vLLM's server
