@@ -28,7 +28,8 @@ def read_without_times(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=pytest.mark.vllm)])
+# test_resume_with_vllm_is_bit_identical also starts one command twice.
+@pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.nightly])])
 def test_deterministic_same_command_gives_same_bytes(tmp_path, monkeypatch, engine):
     monkeypatch.chdir(tmp_path)
     save_tiny(tmp_path / "tiny")

@@ -3,9 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -32,9 +29,11 @@ from tests.drivers.helpers.engines import (
     is_up,
     make_options,
     make_vllm_engine,
+    push_to_hanging_server,
     run_server,
     run_stub_server,
 )
+from tests.drivers.helpers.forked import ForkedProgram
 from tests.drivers.helpers.letters import flatten_weights, letter_grader, make_run, make_tiny_config, make_tiny_parts
 from tests.drivers.helpers.processes import find_free_port, list_descendants, wait_until
 from tests.drivers.helpers.runs import read_rows
@@ -347,42 +346,21 @@ def test_server_engine_close_does_not_wait(stub, monkeypatch):
         engine.load_weights(0)
 
 
-ENDING = """
-    import sys
-    from concurrent.futures import ThreadPoolExecutor
-    from types import SimpleNamespace
-    from drivers.common import environment
-    from drivers.common.errors import EngineDiedError
-    from tests.drivers.helpers.engines import connect_to_stubs
-    engine = connect_to_stubs(*(SimpleNamespace(url=url) for url in sys.argv[1:]), deadline_s=3600.0)
-    threads = ThreadPoolExecutor(1)  # as nccl's sender asks
-    engine._sender.transfer.send_weights = lambda: threads.submit(engine._servers.update_weights, {}).result()
-    try:
-        engine.load_weights(0)
-    except EngineDiedError:
-        print("raised", flush=True)
-    engine.close()
-"""
-
-
 def test_server_engine_hanging_server_lets_process_exit(stub, tmp_path):
     """Another server has failed, which ends the run; the thread that waits for the first must not keep the process."""
-    script, end, other = tmp_path / "ending.py", threading.Event(), StubServer()
-    script.write_text(textwrap.dedent(ENDING))
+    end, other = threading.Event(), StubServer()
     threading.Thread(target=other.serve_forever, args=(0.05,), daemon=True).start()
     stub.answers["update_weights"] = lambda: end.wait(120) and {}
     other.answers["update_weights"] = 500
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(script), stub.url, other.url]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        try:
-            assert any(line == "raised\n" for line in process.stdout)
-            assert process.wait(30) == 0
-        finally:
-            process.kill()
-            end.set()
-            other.shutdown()
-            other.server_close()
+    program = ForkedProgram(push_to_hanging_server, [stub.url, other.url], output=tmp_path / "said")
+    try:
+        wait_until(lambda: "raised\n" in program.output, 60)
+        assert program.wait(30) == 0
+    finally:
+        program.process.kill()
+        end.set()
+        other.shutdown()
+        other.server_close()
 
 
 def test_server_engine_close_releases_waiting_threads(stub):

@@ -313,7 +313,9 @@ def test_sft_program_runs_and_resumes(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.vllm
+@pytest.mark.nightly
 def test_sft_quickstart_learns(tmp_path):
+    """The real model learns like the tiny one."""
     flags = "--n-examples 32 --train-batch-size 8 --n-val-examples 32 --eval-steps 100 --wandb-project None"
     flags += f" --learning-rate 5e-5 --save-dir {tmp_path}/run"
     run_program("sft", flags)

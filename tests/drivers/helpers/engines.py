@@ -6,13 +6,16 @@ import subprocess
 import sys
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import httpx
 import torch
 from safetensors.torch import load_file
 
+from drivers.common.errors import EngineDiedError
 from drivers.engines.factory import make_engine
 from drivers.engines.options import EngineOptions
 from drivers.policy.weight_gatherer import WeightGatherer
@@ -193,3 +196,15 @@ def connect_to_stubs(*stubs, policy=None, **options):
 
     settings = make_options(urls=[stub.url for stub in stubs], **{"deadline_s": 60.0} | options)
     return ServerEngine(settings, WeightGatherer(policy or make_tiny_policy(3), settings.dtype))
+
+
+def push_to_hanging_server(urls):
+    """Push from a thread of its own, as NCCL's sender does, and print when the push has failed."""
+    engine = connect_to_stubs(*(SimpleNamespace(url=url) for url in urls), deadline_s=3600.0)
+    threads = ThreadPoolExecutor(1)
+    engine._sender.transfer.send_weights = lambda: threads.submit(engine._servers.update_weights, {}).result()
+    try:
+        engine.load_weights(0)
+    except EngineDiedError:
+        print("raised", flush=True)
+    engine.close()
