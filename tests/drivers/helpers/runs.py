@@ -2,18 +2,24 @@
 
 import json
 import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
 
+import pytest
 import torch
 
 from drivers.common.display import Display
 from drivers.engines.hf import HFEngine, HFReplica
+from drivers.engines.protocol import Completion
 from drivers.expert_iteration import iterate
 from drivers.grading.verdicts import make_inline_grader
 from drivers.policy.weights import PolicyWeights
 from drivers.settings.imitation import ExpertIterationConfig, SftConfig
+from drivers.settings.sampling import Sampling
 from drivers.sft import fine_tune
 from drivers.tasks.demonstrations import WorkedExample, make_demonstrations
-from drivers.tasks.questions import Prompt
+from drivers.tasks.questions import Example, Prompt, Question
 from drivers.train import train
 from drivers.training.components import Components
 from drivers.training.launch import save_on_abort
@@ -23,6 +29,7 @@ from tests.drivers.helpers.letters import (
     flatten_weights,
     letter_grader,
     letter_reward,
+    make_letter_questions,
     make_run,
     make_tiny_config,
     make_tiny_parts,
@@ -171,6 +178,76 @@ def run_overlapped(folder, **changes):
     finally:
         run.finish()
     return parts.policy, engine, read_rows(folder, "train")
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A call of `generate` and its answer."""
+
+    prompts: Sequence[Sequence[int]]
+    sampling: Sampling
+    seed: int
+    version: int | None
+    completions: list[Completion]
+
+
+class RecordingEngine(HFEngine):
+    """An engine that records its calls in order: "push 1", "sleep", or `Sampled`."""
+
+    def __init__(self, policy, tokenizer):
+        super().__init__(policy, tokenizer)
+        self.calls = []
+
+    def load_weights(self, version):
+        self.calls.append(f"push {version}")
+        super().load_weights(version)
+
+    def sleep(self):
+        self.calls.append("sleep")
+
+    def generate(self, prompts, sampling, *, seed):
+        completions = super().generate(prompts, sampling, seed=seed)
+        self.calls.append(Sampled(prompts, sampling, seed, self._version, completions))
+        return completions
+
+    @property
+    def sampled(self):
+        """Return the calls of `generate`."""
+        return [call for call in self.calls if isinstance(call, Sampled)]
+
+
+def make_held_out_questions(tokenizer, n=5):
+    """Return questions that differ from those to train on in prompt and answer."""
+    return [
+        Question(Example(f"spell {k}", "b", f"held-out:{k}"), tuple(tokenizer.encode(f"spell {'?' * k} ")))
+        for k in range(1, n + 1)
+    ]
+
+
+def run_recorded(folder, loop, config, settings=None, reward_fn=letter_reward):
+    """Call `loop(components, run)` on 6 training and 5 held-out questions. Return what it used, called and logged."""
+    parts = make_tiny_parts()
+    engine = RecordingEngine(parts.policy, parts.tokenizer)
+    train_set, val_set = make_letter_questions(parts.tokenizer, n=6), make_held_out_questions(parts.tokenizer)
+    reference = clone_policy(parts.policy) if config.needs_reference else None
+    components = Components(parts.policy, engine, make_inline_grader(reward_fn), train_set, val_set, reference)
+    folder.mkdir(exist_ok=True)
+    run = Run(config, folder, parts.tokenizer, Display(config.n_grpo_steps, quiet=True), settings=settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("drivers.training.run.draw_curves", lambda _: None)  # a second of each run
+        try:
+            loop(components, run)
+        finally:
+            run.finish()
+    return SimpleNamespace(
+        config=config, components=components, engine=engine, run=run, folder=folder, rows=read_rows(folder)
+    )
+
+
+def run_recorded_training(folder, reward_fn=letter_reward, **changes):
+    """Train with GRPO. Return what `run_recorded` returns."""
+    config = make_tiny_config(**changes)
+    return run_recorded(folder, lambda components, run: train(config, components, run), config, reward_fn=reward_fn)
 
 
 class StopRun(Exception):
