@@ -4,21 +4,29 @@ import json
 import math
 import random
 import re
-from itertools import combinations
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from itertools import chain, combinations
 from pathlib import Path
 from statistics import fmean
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from drivers.common.errors import UsageError
 from drivers.evaluate import main
+from drivers.evaluation import standalone
+from drivers.evaluation.comparison import Evaluation, read_earlier
 from drivers.evaluation.outcomes import agresti_min_interval, category_of, compare, summarize, vote_of
 from drivers.evaluation.standalone import load_sets
+from drivers.grading.verdicts import make_inline_grader
 from drivers.settings.evaluate import EvaluateConfig
+from drivers.tasks.questions import Example, Question
 from grpo_core import r1_zero_reward_fn
-from tests.tiny import save_tiny
+from tests.drivers.helpers.letters import make_completion
+from tests.tiny import make_tiny_policy, save_tiny
 
 RIGHT, WRONG, FORMLESS = "4 </think> <answer> 4 </answer>", "5 </think> <answer> 5 </answer>", "4"
 SCORES = {RIGHT: (1.0, 1.0), WRONG: (1.0, 0.0), FORMLESS: (0.0, 0.0)}
@@ -138,6 +146,13 @@ def test_compare_pairs_by_question():
     left_out = compare(rows_of([RIGHT], ["unscored"]), rows_of([WRONG], [WRONG]))
     assert left_out["n_compared"] == 1
     assert compare(rows_of(["unscored"]), rows_of([RIGHT])) == {"n_compared": 0.0}
+
+
+def test_compare_question_with_an_unscored_response_is_excluded():
+    """The mean over its other responses would compare different numbers of them."""
+    ours, theirs = rows_of([RIGHT, "?"], [RIGHT, RIGHT]), rows_of([RIGHT, RIGHT], [WRONG, RIGHT])
+    for found, difference in ((compare(ours, theirs), 0.5), (compare(theirs, ours), -0.5)):
+        assert (found["n_compared"], found["difference"]) == (1, difference)
 
 
 def test_compare_real_difference_is_significant():
@@ -323,3 +338,102 @@ def test_evaluate_equal_file_names_get_distinct_labels(tmp_path):
     assert list(load_sets(EvaluateConfig(data_path=paths))) == list(paths)
     with pytest.raises(UsageError, match="a file is given twice"):
         load_sets(EvaluateConfig(data_path=(paths[0], paths[0])))
+
+
+def write_evaluation(folder, config, rows):
+    """Write the files of an evaluation as far as a later one reads them."""
+    folder.mkdir(exist_ok=True)
+    written = {"results": {"sums": {"accuracy": 0.5}}, "config": asdict(config)}
+    (folder / "results.json").write_text(json.dumps(written))
+    (folder / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_read_earlier_returns_rows_of_the_same_questions_only(tmp_path, capsys):
+    """Another reward or other questions raise a UsageError; other sampling is named in a warning."""
+    before = EvaluateConfig(reward="question_only", sampling_temperature=0.5)
+    rows = [{"dataset": name, "question": "1 + 1", "answer": "2", "reward": 1.0} for name in ("other", "sums")]
+    folder = write_evaluation(tmp_path / "earlier", before, rows)
+    now = replace(before, compare_to=str(folder))
+    sets = {"sums": [Example("1 + 1", "2", "sums:1")]}
+    found = read_earlier(now, sets)
+    assert found is not None
+    assert (found.values, found.rows) == ({"sums": {"accuracy": 0.5}}, {"sums": [rows[1]]})
+    assert capsys.readouterr().err == ""
+    assert read_earlier(replace(now, sampling_temperature=1.0), sets) is not None
+    assert "was sampled with sampling_temperature=0.5 (here 1.0)" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="graded with reward=question_only instead of r1_zero"):
+        read_earlier(replace(now, reward="r1_zero"), sets)
+    for example in (Example("1 + 2", "2", "sums:1"), Example("1 + 1", "3", "sums:1")):
+        with pytest.raises(UsageError, match="its responses are not 1 to each of the 1 questions of sums"):
+            read_earlier(now, {"sums": [example]})
+    with pytest.raises(UsageError, match="its responses are not 2 to each"):
+        read_earlier(replace(now, n_samples=2), sets)
+    assert read_earlier(replace(now, compare_to=str(tmp_path)), sets) is None
+
+
+class CountingEngine:
+    """An engine whose responses are numbered, and that records prompts and seeds."""
+
+    def __init__(self):
+        self.calls = []
+
+    def load_weights(self, version):
+        self.calls.append(version)
+
+    def generate(self, prompts, sampling, *, seed):
+        self.calls.append(([*prompts], seed))
+        n_responses = len(prompts) * sampling.n
+        return [make_completion(prompts[k // sampling.n], [3], text=str(k)) for k in range(n_responses)]
+
+    def close(self):
+        self.calls.append("closed")
+
+
+def test_sample_and_grade_numbers_questions_and_asks_every_set(monkeypatch):
+    engine, sets = CountingEngine(), {}
+    for name, numbers in (("sums", (1, 2)), ("products", (3,))):
+        sets[name] = [Question(Example(f"{name} {n}", "1", f"{name}:{n}"), (n, n)) for n in numbers]
+    monkeypatch.setattr(standalone, "load_policy", lambda *_: make_tiny_policy())
+    monkeypatch.setattr(standalone, "make_engine", lambda *_: engine)
+    grade = make_inline_grader(lambda response, ground_truth: float(response == ground_truth))
+    config = EvaluateConfig(n_samples=2, seed=7, dtype="float32")
+    inputs = standalone.ModelInputs("model", None, sets)
+    found = standalone.sample_and_grade(config, inputs, torch.device("cpu"), grade)
+    assert engine.calls == [0, ([(1, 1), (2, 2)], 7), ([(3, 3)], 7), "closed"]
+    numbered = [(row["dataset"], row["question_number"], row["reward"]) for row in chain(*found.rows.values())]
+    assert numbered == [
+        *(("sums", k // 2, float(k == 1)) for k in range(4)),
+        *(("products", 0, r) for r in (0.0, 1.0)),
+    ]
+    assert {name: values["accuracy"] for name, values in found.values.items()} == {"sums": 0.25, "products": 0.5}
+
+
+def test_evaluate_compares_the_model_with_the_other(tmp_path, monkeypatch):
+    """The difference is that of the model minus that of the other one."""
+    rows = {"ours": [], "theirs": []}
+    for number, rewards in enumerate(((1.0, 0.0), (1.0, 1.0), (0.0, 0.0))):
+        for path, reward in zip(rows, rewards, strict=True):
+            question = {"question_number": number, "question": str(number), "answer": "1", "response": "1"}
+            rows[path].append(question | {"reward": reward, "category": None})
+    monkeypatch.setattr(standalone, "load_sets", lambda _: {"sums": [Example("1", "1", "sums:1")]})
+    monkeypatch.setattr(standalone, "start_grading", lambda *_: nullcontext())
+    monkeypatch.setattr(standalone, "tokenize_questions", lambda *a: standalone.ModelInputs(a[-1], None, {}))
+    monkeypatch.setattr(standalone, "describe_environment", dict)
+    monkeypatch.setattr(
+        standalone,
+        "sample_and_grade",
+        lambda _, inputs, *__: Evaluation(
+            {"sums": {"n_examples": 3.0, "accuracy": 0.0}}, {"sums": rows[inputs.model_path]}
+        ),
+    )
+    config = EvaluateConfig(model_path="ours", compare_to="theirs", output_dir=str(tmp_path / "out"), device="cpu")
+    folder = standalone.evaluate(config)
+    written = json.loads((folder / "results.json").read_text())
+    assert written["comparison"]["sums"]["difference"] == pytest.approx(1 / 3)
+    assert (written["results"]["sums"]["accuracy"], written["compared"]["sums"]["accuracy"]) == pytest.approx(
+        (2 / 3, 1 / 3)
+    )
+    for name, path in (("completions", "ours"), ("completions_compared", "theirs")):
+        lines = (folder / f"{name}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["reward"] for line in lines] == [row["reward"] for row in rows[path]]

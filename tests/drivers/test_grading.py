@@ -27,6 +27,7 @@ from drivers.grading.loading import load_reward
 from drivers.grading.pool import GradingPool
 from drivers.grading.summary import describe_grades
 from drivers.grading.verdicts import Graded, make_inline_grader
+from drivers.grading.worker import WorkerOptions
 from drivers.settings.formula import formula
 from drivers.settings.reward_spec import parse_mix
 from drivers.settings.sampling import Sampling
@@ -655,6 +656,19 @@ def test_train_unusable_reward_exits_before_model_is_loaded(tmp_path, capsys, mo
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("mix", "message"),
+    [
+        *((one, f"--reward-mix {one}: must be a name and a finite weight") for one in ("a=inf", "a=nan", "a", "=1")),
+        ("a=1 a=2", "--reward-mix a=2: each name must be unique"),
+        ("reward=1", "--reward-mix reward=1: each name must be unique, and not 'reward'"),
+    ],
+)
+def test_parse_mix_invalid_entry_raises_usage_error(mix, message):
+    with pytest.raises(UsageError, match=message):
+        parse_mix(mix.split())
+
+
 def test_config_stop_strings_follow_reward():
     assert make_tiny_config().sampling.stop == ("</answer>",)
     assert make_tiny_config(reward="question_only").sampling.stop == ()
@@ -825,11 +839,11 @@ def test_describe_grades_counts_verdicts():
     graded = [
         Graded({"reward": 1.0, "b": 2.0, "a": 1.0}, "parsed"),
         Graded({"reward": None, "b": 4.0, "a": None}, "unparsable"),
-        Graded({"reward": None}, "timeout"),
-        Graded({"reward": None}, "error"),
-        Graded({"reward": None}, "not_finite"),
+        *[Graded({"reward": None}, "timeout")] * 2,
+        *[Graded({"reward": None}, "error")] * 3,
+        *[Graded({"reward": None}, "not_finite")] * 4,
     ]
-    facts = {"unscored": 0.8, "grader_timeouts": 1.0, "grader_errors": 1.0, "grader_not_finite": 1.0}
+    facts = {"unscored": 10 / 11, "grader_timeouts": 2.0, "grader_errors": 3.0, "grader_not_finite": 4.0}
     assert describe_grades(graded) == facts | {"part_a": 1.0, "part_b": 3.0}
 
 
@@ -899,6 +913,21 @@ def test_step_rollouts_json_keeps_unscored(tmp_path):
     assert (again.scores, again.metrics) == (collected.scores, collected.metrics)
     for name in ("raw_rewards", "greedy_rewards"):
         assert_close(getattr(again, name), getattr(collected, name), rtol=0, atol=0, equal_nan=True)
+
+
+def test_grading_pool_workers_get_its_options(monkeypatch):
+    started = []
+
+    class Server:
+        def __init__(self, options):
+            started.append(options)
+
+        def start_worker(self):
+            started.append("worker")
+
+    monkeypatch.setattr(pool_module, "ForkServer", Server)
+    GradingPool("math:floor", ("a=0.5", "b=2"), n_workers=3, deadline_s=4.0)
+    assert started == [WorkerOptions("math:floor", {"a": 0.5, "b": 2.0}, 4.0), *["worker"] * 3]
 
 
 def test_grading_pool_invalid_usage_raises_before_start():

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,14 @@ from drivers.reports.curves import draw_curves
 from drivers.runs.folder import abandon_run_folder, create_run_folder
 from drivers.runs.log import JsonlWriter, RunLog, describe_environment
 from drivers.settings.sampling import Sampling
+from drivers.training.batch import PreparedBatch
 from drivers.training.metrics import UpdateMetrics
 from grpo_core import r1_zero_reward_fn
 from tests.drivers.helpers.engines import ScriptedEngine
 from tests.drivers.helpers.letters import make_batch, make_completion, make_letter_questions, make_tiny_config
 from tests.drivers.helpers.processes import limit_file_size
 from tests.drivers.helpers.runs import (
+    make_held_out_questions,
     make_letter_demonstrations,
     run_expert_iteration,
     run_overlapped,
@@ -61,6 +64,24 @@ def test_update_metrics_weigh_micro_batches_by_tokens():
     assert (summary["micro_batches"], summary["skipped_responses"]) == (2, 3)
 
 
+def test_update_metrics_shares_of_the_gradient_are_of_positive_and_of_long_responses():
+    """An advantage of 0 is not positive, and a response of median length is not long."""
+    metrics = UpdateMetrics()
+    for advantages, lengths, slopes in (((1.0, 0.0, -2.0), (3, 2, 2), (1.0, 2.0, 4.0)), ((0.5,), (1,), (8.0,))):
+        rollouts = make_batch(*[([1], [4] * n) for n in lengths])
+        log_probs = torch.zeros(rollouts.response_mask.shape, requires_grad=True)
+        signs = torch.tensor([1.0, -1.0, 1.0])[: log_probs.shape[1]]  # a gradient's sign does not matter
+        (log_probs * torch.tensor(slopes)[:, None] * signs * rollouts.response_mask).sum().backward()
+        micro = PreparedBatch.from_rollouts(rollouts, torch.tensor(advantages)[:, None])
+        scored = {"log_probs": log_probs, "token_entropy": torch.zeros(log_probs.shape)}
+        metrics.add_micro_batch(micro, scored, {"response_tokens": rollouts.response_mask.sum().float()})
+    metrics.add_update(torch.tensor(0.0), torch.tensor(0.0), {})
+    summary = metrics.summary()
+    total = 3 * 1.0 + 2 * 2.0 + 2 * 4.0 + 8.0
+    assert summary["gradient_share_positive"] == pytest.approx((3 * 1.0 + 8.0) / total)
+    assert summary["gradient_share_long"] == pytest.approx(3 * 1.0 / total)
+
+
 def test_describe_completions_averages_over_tokens():
     described = describe_completions(
         [
@@ -89,6 +110,26 @@ def test_evaluate_policy_grades_each_response_with_its_question():
     engine = ScriptedEngine(right, right, wrong, plain)
     values, _ = evaluate_policy(engine, questions, Sampling(n=2), GRADE, seed=0)
     assert values["accuracy_stderr"] == pytest.approx(0.5)
+
+
+def test_evaluate_policy_passes_question_and_answer_of_each_response():
+    questions, seen = make_held_out_questions(make_tiny_tokenizer(), n=2), []
+    questions[1] = replace(questions[1], example=replace(questions[1].example, answer="c"))
+
+    def reward(response, ground_truth, question):
+        seen.append((response, ground_truth, question))
+        return float(response == ground_truth)
+
+    engine = ScriptedEngine("b", "c", "b", "c")
+    values, rows = evaluate_policy(engine, questions, Sampling(n=2), make_inline_grader(reward), seed=0)
+    assert seen == [("b", "b", "spell 1"), ("c", "b", "spell 1"), ("b", "c", "spell 2"), ("c", "c", "spell 2")]
+    assert [(row["question"], row["answer"], row["reward"]) for row in rows] == [
+        ("spell 1", "b", 1.0),
+        ("spell 1", "b", 0.0),
+        ("spell 2", "c", 0.0),
+        ("spell 2", "c", 1.0),
+    ]
+    assert values["accuracy"] == 0.5
 
 
 @pytest.mark.slow
