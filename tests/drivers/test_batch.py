@@ -130,6 +130,33 @@ def test_rollout_batch_shuffled_keeps_groups_and_rows():
     assert shuffled.advantages[:, 0].tolist() == [float(item.token_ids[0]) for item in shuffled.completions]
 
 
+@pytest.mark.parametrize("has_head", [True, False])
+def test_score_divides_logits_by_the_temperature(has_head, monkeypatch):
+    """This holds for log-probs and entropies, with the fused head and with the model's own logits."""
+    policy = make_tiny_policy(1)
+    if not has_head:
+        monkeypatch.setattr(scoring, "find_head", lambda _: None)
+    rollouts = make_batch((LONG_PROMPT, [4, 9, 5]), (LONG_PROMPT, [8]), (SHORT_PROMPT, [6, 6]))
+    for attached in (True, False):
+        scored = score(policy, rollouts, 0.5, with_entropy=True, detach_entropy=not attached)
+        assert scored["token_entropy"].requires_grad is attached
+        for name, rows in zip(("log_probs", "token_entropy"), score_one_by_one(policy, rollouts, 0.5), strict=True):
+            assert_close(scored[name][rollouts.response_mask], torch.cat(rows), rtol=1e-4, atol=1e-4)
+        assert not scored["log_probs"][~rollouts.response_mask].any()
+
+
+def test_score_all_in_micro_batches_sorted_by_length_keeps_rows():
+    """The order of the batch, the temperature of the sampler and the last token of each response are kept."""
+    config = make_tiny_config(micro_batch_tokens=20, sampling_temperature=0.5)
+    policy, lengths = make_tiny_policy(1), (1, 5, 2, 6, 3, 4)
+    rollouts = make_batch(*[([7, 8 + k], [4 + k] * n) for k, n in enumerate(lengths)])
+    members = [part.members for part in plan_micro_batches(config, policy, rollouts, range(6))]
+    assert sorted(members[0]) != members[0]
+    whole = score_all(policy, rollouts, config, with_entropy=True)
+    for name, rows in zip(("log_probs", "token_entropy"), score_one_by_one(policy, rollouts, 0.5), strict=True):
+        assert_close(whole[name][rollouts.response_mask], torch.cat(rows), rtol=1e-4, atol=1e-4)
+
+
 def test_score_all_equals_policy_without_gradient():
     config = make_tiny_config(rollout_batch_size=8, group_size=4, train_batch_size=8, gradient_accumulation_steps=4)
     policy = make_tiny_policy(2)

@@ -157,6 +157,31 @@ def run_self_check(subject, version=None, sampling=None):
     )
 
 
+def test_self_check_tolerates_one_token_and_no_mean():
+    """A single token may differ by more than the mean may."""
+    policy = make_tiny_policy()
+    engine = HFEngine(policy, make_tiny_tokenizer())
+    engine.load_weights(0)
+    generate = engine.generate
+
+    def generate_shifted(prompts, sampling, *, seed):
+        first, *others = generate(prompts, sampling, seed=seed)
+        return [replace(first, log_probs=(first.log_probs[0] - 0.5, *first.log_probs[1:])), *others]
+
+    engine.generate = generate_shifted
+
+    def check(tolerance):
+        return check_engine(
+            engine, policy, PROMPTS, Sampling(n=4, max_tokens=8), version=0, tolerance=tolerance, seed=1
+        )
+
+    agreement = check(0.1)
+    assert agreement.largest == pytest.approx(0.5, abs=1e-4)
+    assert agreement.mean == pytest.approx(0.5 / agreement.n_tokens, abs=1e-4)
+    with pytest.raises(TrainingAbortedError, match="disagree on the log-probs"):
+        check(agreement.mean / 2)
+
+
 def test_self_check_after_push_passes(subject):
     agreement = run_self_check(subject)
     assert agreement.largest < TOLERANCE

@@ -160,6 +160,12 @@ def test_check_update_spike_is_relative_to_median_norm(norms, norm):
     assert found == (["grad_norm_spike"] if len(norms) >= 10 and norm > SPIKE * middle else [])
 
 
+def test_check_update_earlier_spikes_do_not_hide_a_spike():
+    """They would raise the mean."""
+    assert list_kinds(check_update(0.1, 50.0, [1.0] * 10 + [1000.0], NEAR)) == ["grad_norm_spike"]
+    assert check_update(0.1, 50.0, [1.0] * 9, NEAR) == []  # too few to compare with
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_check_update_not_finite_is_unusable(value):
     for found in (check_update(value, 1.0, [1.0] * 20, NEAR), check_update(0.0, value, [1.0] * 20, NEAR)):

@@ -17,6 +17,7 @@ from drivers.settings.formula import formula, show
 from drivers.settings.grpo import GrpoConfig
 from drivers.settings.objectives import ADVANTAGES, OBJECTIVES
 from drivers.settings.recipes import QUICKSTART, RECIPES
+from drivers.settings.sampling import Sampling
 from drivers.training import update as update_step
 from drivers.training.advantages import prepare_rollouts, shape_rewards
 from drivers.training.batch import make_rollout_batch
@@ -133,6 +134,30 @@ def test_old_policy_sampler_uses_sampler_log_probs():
     assert not config.needs_old_log_probs
 
 
+def test_old_policy_trainer_uses_log_probs_before_the_first_update():
+    """Sampler, old policy and reference are three different ones."""
+    config, parts = make_tiny_config(loss_type="grpo_clip", kl_coef=0.1, **TWO_UPDATES), make_tiny_parts()
+    rollouts, scores = sample_rollouts(config, parts)
+    before, first = make_tiny_policy(1), make_tiny_policy(5)
+    batch, _ = weigh_step(config, prepare_rollouts(config, before, first, rollouts, scores, None))
+    mask = rollouts.response_mask
+    for found, model in ((batch.old_log_probs, before), (batch.reference_log_probs, first)):
+        assert_close(found[mask], score(model, rollouts, 1.0)["log_probs"].detach()[mask], rtol=1e-4, atol=1e-5)
+
+
+def test_rejected_responses_have_no_weight_in_losses_of_responses():
+    settings = {"loss_type": "gspo", "importance": "reject", "importance_level": "sequence", "importance_high": 1.5}
+    config, parts = make_tiny_config(**settings, **TWO_UPDATES), make_tiny_parts()
+    rollouts, scores = sample_rollouts(config, parts)
+    sampled = rollouts.sampler_log_probs.clone()
+    sampled[3:8, 0] -= 1.0
+    rollouts = replace(rollouts, sampler_log_probs=sampled)
+    batch, step_metrics = weigh_step(config, prepare_rollouts(config, parts.policy, None, rollouts, scores, None))
+    assert [row for row in range(32) if batch.objective_weights[row] == 0] == [3, 4, 5, 6, 7]
+    lengths = rollouts.lengths
+    assert step_metrics["kept_tokens"] == pytest.approx(1 - (lengths[3:8].sum() / lengths.sum()).item())
+
+
 def test_importance_weights_are_trainer_over_sampler():
     config, parts = make_tiny_config(importance="truncate", importance_high=1.5, **TWO_UPDATES), make_tiny_parts()
     rollouts, scores = sample_rollouts(config, parts)
@@ -141,7 +166,13 @@ def test_importance_weights_are_trainer_over_sampler():
     mask = rollouts.response_mask
     assert_close(batch.importance_weights[mask], torch.full_like(batch.importance_weights[mask], 2.718281828**0.25))
     assert step_metrics["mismatch_mean"] == pytest.approx(0.25, abs=1e-4)
+    assert step_metrics["mismatch_kl"] == pytest.approx(2.718281828**0.25 - 1.25, abs=1e-4)
     assert step_metrics["importance_ess"] == pytest.approx(1.0, abs=1e-4)
+    assert step_metrics["importance_in_bounds"] == 1.0
+    bound = replace(config, importance_high=1.1)
+    clipped, _ = weigh_step(bound, prepare_rollouts(bound, parts.policy, None, rollouts, scores, None))
+    assert_close(clipped.importance_weights[mask], torch.full_like(clipped.importance_weights[mask], 1.1))
+    assert (clipped.objective_weights[mask] > 0).all()
     narrow = replace(config, importance="reject", importance_high=1.1)
     rejected, step_metrics = weigh_step(narrow, prepare_rollouts(narrow, parts.policy, None, rollouts, scores, None))
     assert step_metrics["kept_tokens"] == 0.0
@@ -198,6 +229,16 @@ def test_truncated_responses_leave_loss_and_token_counts():
     assert batch.objective_weights.tolist() == [[1 / 3] * 3, [0.0] * 3]
     assert step_metrics["kept_tokens"] == 0.5
     assert (batch.advantages != 0).all()  # still compared with the truncated response
+
+
+def test_aggregation_constant_divides_by_the_longest_allowed_response():
+    sizes = {"rollout_batch_size": 2, "group_size": 2, "train_batch_size": 2, "gradient_accumulation_steps": 1}
+    config = make_tiny_config(aggregation="constant", sampling_max_tokens=10, **sizes)
+    rollouts = make_rollout_batch([make_completion([1], [4] * n) for n in (3, 2)], torch.tensor([1.0, 0.0]), 2)
+    scores = [{"reward": 1.0}, {"reward": 0.0}]
+    batch, _ = weigh_step(config, prepare_rollouts(config, make_tiny_policy(), None, rollouts, scores, None))
+    assert_close(batch.objective_weights.float(), torch.tensor([[0.05] * 3, [0.05, 0.05, 0.0]]))
+    assert_close(batch.token_weights, batch.objective_weights)
 
 
 def test_length_penalty_values():
@@ -524,6 +565,17 @@ def test_rows_with_gradient_cases():
     assert not answer(rewards=torch.arange(32.0), importance="reject", importance_high=1e-9, **TWO_UPDATES)
 
 
+def test_rows_with_gradient_of_penalized_tokens_have_one():
+    """`kl_cov` penalizes them whatever their advantage is."""
+    config, parts = make_tiny_config(loss_type="kl_cov", covariance_fraction=0.1), make_tiny_parts()
+    rollouts, scores = sample_rollouts(config, parts)
+    batch, _ = weigh_step(config, prepare_rollouts(config, parts.policy, None, rollouts, scores, None))
+    penalized = torch.zeros_like(batch.penalized)
+    penalized[[2, 9], 0] = True
+    batch = replace(batch, advantages=torch.zeros_like(batch.advantages), penalized=penalized)
+    assert rows_with_gradient(config, batch, 0.0) == [2, 9]
+
+
 def test_rejected_tokens_leave_token_counts_if_requested():
     """This holds for a mask of weights as well as for rejection."""
     parts = make_tiny_parts()
@@ -542,6 +594,19 @@ def test_rejected_tokens_leave_token_counts_if_requested():
             sums.append(batch.objective_weights.sum().item())
         assert sums[0] < 0.9
         assert sums[1] == pytest.approx(1.0)
+
+
+def test_top_entropy_fraction_trains_on_the_tokens_of_highest_entropy():
+    config, parts = make_tiny_config(top_entropy_fraction=0.25), make_tiny_parts()
+    rollouts, scores = sample_rollouts(config, parts)
+    prepared = prepare_rollouts(config, parts.policy, None, rollouts, scores, None)
+    entropy = score(parts.policy, rollouts, 1.0, with_entropy=True)["token_entropy"].detach()
+    mask = rollouts.response_mask
+    assert_close(prepared.old_entropy[mask], entropy[mask], rtol=1e-5, atol=1e-5)
+    weighed, step_metrics = weigh_step(config, prepared)
+    kept = weighed.objective_weights > 0
+    assert step_metrics["kept_tokens"] == pytest.approx(0.25, abs=0.01)
+    assert entropy[kept].min() >= entropy[mask & ~kept].max()
 
 
 def test_rejection_changes_no_advantage():
@@ -595,6 +660,12 @@ def test_reward_not_a_number_raises_usage_error(tmp_path):
 
 
 ILLEGAL = [
+    ({"rollout_batch_size": 36}, "--rollout-batch-size 36: must be a multiple of --group-size 8; pass 32 or 40"),
+    ({"rollout_batch_size": 48}, "--rollout-batch-size 48: must be a multiple of --train-batch-size 32"),
+    ({"sampling_min_tokens": 7}, "--sampling-min-tokens 7: must not exceed --sampling-max-tokens 6"),
+    ({"lora_alpha": 5}, "--lora-alpha 5: has no effect without LoRA"),
+    ({"learning_rate": float("inf")}, "--learning-rate inf: must be a finite number"),
+    ({"learning_rate": 0.0}, "--learning-rate 0.0: must be greater than 0"),
     ({"max_refills": 2, "advantage": "remax"}, "with --advantage remax they have a gradient too"),
     ({"max_refills": 2, "advantage": "gdpo"}, "with --advantage gdpo they have a gradient too"),
     ({"entropy_coef": -0.1}, "--entropy-coef -0.1: must be at least 0"),
@@ -662,6 +733,17 @@ def test_config_illegal_combination_raises_usage_error(settings, message):
         make_tiny_config(**settings)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_config_sampling_is_that_of_the_flags():
+    drawn = {"temperature": 0.5, "top_p": 0.9, "min_tokens": 2, "max_tokens": 5, "stop": ("x",)}
+    config = make_tiny_config(group_size=4, **{f"sampling_{name}": value for name, value in drawn.items()})
+    assert config.sampling == Sampling(n=4, **drawn)
+
+
+def test_config_derives_questions_and_micro_batches():
+    config = make_tiny_config(rollout_batch_size=64, group_size=8, train_batch_size=32, gradient_accumulation_steps=2)
+    assert (config.n_prompts_per_rollout_batch, config.micro_train_batch_size) == (8, 16)
 
 
 def test_top_p_samples_likeliest_tokens_only():

@@ -12,8 +12,11 @@ from drivers.common.errors import EngineDiedError, UsageError
 from drivers.policy.devices import choose_devices
 from drivers.train import train
 from drivers.training import update as update_step
+from drivers.training.batch import StepRollouts
 from drivers.training.components import Components
+from drivers.training.rollouts import RolloutPrefetcher
 from drivers.training.run import Run
+from drivers.training.state import TrainingState
 from tests.drivers.helpers import runs as run_helpers
 from tests.drivers.helpers.letters import flatten_weights, letter_grader, make_run, make_tiny_config, make_tiny_parts
 from tests.drivers.helpers.runs import OVERLAPPED, SnapshotEngine, read_rows, run_overlapped
@@ -182,3 +185,58 @@ def test_async_on_one_gpu_raises_usage_error(monkeypatch):
     config = replace(make_tiny_config(**OVERLAPPED), policy_device="cuda", rollout_device="cuda")
     with pytest.raises(UsageError, match="use a second GPU"):
         choose_devices(config)
+
+
+class Recorder:
+    """A run, its state and its engine as a prefetcher sees them, and a collector that records its steps."""
+
+    def __init__(self, folder, n_steps=3, pending=None):
+        parts = make_tiny_parts()
+        config = make_tiny_config(**OVERLAPPED, n_grpo_steps=n_steps)
+        self.run, self.state = make_run(config, folder, parts.tokenizer), TrainingState(config, parts.policy)
+        self.state.pending, self.steps, self.n_sleeps, self.error = pending, [], 0, None
+        self.prefetcher = RolloutPrefetcher(self.collect, self, self.state, self.run)
+
+    def collect(self, step, timer):
+        self.steps.append(step)
+        with timer.phase("rollout"):
+            self.state.draw.random()
+        if self.error:
+            raise self.error
+        return StepRollouts([], [], torch.zeros(0), None, {"step": float(step)})
+
+    def sleep(self):
+        self.n_sleeps += 1
+
+
+def test_prefetcher_returns_each_batch_once(tmp_path):
+    restored = StepRollouts([], [], torch.zeros(0), None, {"step": 1.0})
+    seen = Recorder(tmp_path, pending=restored)
+    with seen.prefetcher as prefetcher:
+        assert prefetcher.get(1) is restored
+        assert (seen.state.pending, seen.n_sleeps, seen.steps) == (None, 1, [])
+        prefetcher.prefetch(2)
+        prefetcher.drain()
+        assert seen.state.pending.metrics["step"] == 2  # a checkpoint of step 1 holds it
+        assert prefetcher.get(2).metrics["step"] == 2
+        assert (seen.state.pending, seen.steps) == (None, [2])
+        assert seen.run.timer.seconds["rollout"] > 0
+        assert prefetcher.get(3).metrics["step"] == 3
+        prefetcher.prefetch(4)  # there is no such step
+        prefetcher.drain()
+    assert seen.steps == [2, 3]
+    assert seen.state.pending is None
+
+
+def test_prefetcher_dead_engine_draws_the_same_questions_again(tmp_path, capsys):
+    seen = Recorder(tmp_path)
+    before = seen.state.draw.getstate()
+    seen.error = EngineDiedError("it died")
+    with seen.prefetcher as prefetcher:
+        prefetcher.prefetch(1)
+        prefetcher.drain()
+        assert seen.state.draw.getstate() == before
+        assert "it died: the rollouts of step 1 are sampled when it begins" in capsys.readouterr().out
+        seen.error = None
+        assert prefetcher.get(1).metrics["step"] == 1
+    assert seen.steps == [1, 1]

@@ -1,6 +1,7 @@
 """A stopped and resumed run equals a run without interruption."""
 
 import json
+import math
 import os
 import random
 import re
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from transformers import AutoModelForCausalLM
 
 from drivers import train as program
+from drivers.common.display import Display
 from drivers.common.errors import TrainingAbortedError, UsageError
 from drivers.common.signals import terminate_as_interrupt
 from drivers.reports.logged_run import read_metrics
@@ -38,6 +40,7 @@ from tests.drivers.helpers import runs
 from tests.drivers.helpers.letters import (
     flatten_weights,
     letter_grader,
+    make_completion,
     make_letter_questions,
     make_tiny_config,
     make_tiny_parts,
@@ -369,6 +372,61 @@ def test_resume_changed_setting_takes_effect():
     restore_state(make_tiny_config(group_size=4, advantage="remax"), save_state(make_tiny_config()))
     values = save_state(make_tiny_config()) | {"pending": make_pending_rollouts(make_tiny_config())}
     restore_state(make_tiny_config(advantage="leave_one_out"), values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_training_state_restored_from_json_goes_on_alike(dtype):
+    """The next questions, the next order of groups, the next update and everything that is remembered are the same."""
+    config = make_tiny_config(entropy_target=2.0, entropy_coef=0.01)
+    policies = [make_tiny_parts(seed).policy.to(dtype) for seed in (0, 3)]
+    one, other = states = [TrainingState(config, policy) for policy in policies]
+    for state, n_updates in ((one, 2), (other, 1)):
+        for number in range(n_updates):
+            for parameter in state.optimizer._masters:
+                parameter.grad.fill_(0.25 + number)
+            state.update(5.0 + number, made=True)
+    one.step, one.accuracies = 7, {0: 0.25, 5: 0.5}
+    one.bonus.adapt(1.0)
+    one.draw.random()
+    torch.randperm(9, generator=one.shuffle)
+    completion = make_completion([1, 2], [3], [-0.5])
+    one.pending = StepRollouts([completion], [{"reward": None}], torch.tensor([math.nan]), None, {"reward": 1.0})
+    one.snapshot()
+    values = json.loads(json.dumps(one.values()))
+    for name, tensor in other.tensors().items():
+        tensor.copy_(one.tensors()[name])
+    other.restore(values)
+    assert torch.equal(*map(flatten_weights, policies))
+    assert (other.step, other.accuracies, list(other.grad_norms)) == (7, {0: 0.25, 5: 0.5}, [5.0, 6.0])
+    assert other.bonus.value == one.bonus.value == pytest.approx(0.015)
+    assert (other.optimizer.n_updates, other.is_at_snapshot) == (2, True)
+    assert other.pending.completions == [completion]
+    assert other.pending.raw_rewards.isnan().all()
+    assert other.draw.random() == one.draw.random()
+    assert torch.equal(*(torch.randperm(9, generator=state.shuffle) for state in states))
+    for state in states:
+        for parameter in state.optimizer._masters:
+            parameter.grad.fill_(-0.5)
+        state.update(1.0, made=True)
+    assert not one.is_at_snapshot
+    for name, tensor in one.tensors().items():
+        assert torch.equal(tensor, other.tensors()[name]), name
+    assert torch.equal(*map(flatten_weights, policies))
+
+
+@pytest.mark.parametrize("is_resumed", [True, False])
+def test_run_begin_keeps_log_lines_up_to_the_checkpoint(tmp_path, monkeypatch, is_resumed):
+    config, opened = make_tiny_config(), []
+    state = TrainingState(config, make_tiny_parts().policy)
+    monkeypatch.setattr("drivers.training.run.read_state_values", lambda _: state.values() | {"step": 7})
+    monkeypatch.setattr("drivers.training.run.read_tensors", lambda *_: None)
+    monkeypatch.setattr("drivers.training.run.RunLog", lambda *_, after, settings: opened.append(after))
+    run = Run(config, tmp_path, None, Display(1, quiet=True), tmp_path / "checkpoint-7" if is_resumed else None)
+    run.begin(state)
+    assert opened == [7 if is_resumed else -1]
+    assert run.step == (7 if is_resumed else 0)
+    assert next(run.steps()) == run.step + 1
+    assert run.is_first_step(run.step + 1)
 
 
 @pytest.mark.parametrize(
