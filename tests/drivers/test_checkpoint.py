@@ -17,6 +17,7 @@ from drivers.runs.checkpoint import MANIFEST, STATE_TENSORS, STATE_VALUES, find_
 from drivers.runs.folder import (
     BEST,
     find_checkpoint,
+    find_later_checkpoints,
     find_newest_checkpoint,
     list_checkpoints,
     prune_checkpoints,
@@ -273,6 +274,30 @@ def test_open_run_folder_all_damaged_starts_over_and_warns(tmp_path):
     assert names == {
         f"superseded-{name}" for name in ("checkpoint-5", "checkpoint-6", "metrics.jsonl", "completions.jsonl")
     }
+
+
+def test_list_checkpoints_is_in_order_of_steps(tmp_path):
+    names = ("checkpoint-10", "checkpoint-2", "checkpoint-9-stopped")
+    for name in names:
+        (tmp_path / name).mkdir()
+        step = int(name.split("-")[1])
+        (tmp_path / name / STATE_VALUES).write_text(json.dumps({"step": step}))
+    listed = [(2, "checkpoint-2"), (9, "checkpoint-9-stopped"), (10, "checkpoint-10")]
+    assert [(step, path.name) for step, path in list_checkpoints(tmp_path)] == listed
+    assert [path.name for path in find_later_checkpoints(tmp_path, 9)] == ["checkpoint-10"]
+
+
+def test_find_finished_model_has_all_steps(tmp_path):
+    final = tmp_path / "run" / "final_model"
+    for resume, save_dir in ((str(final.parent), None), ("auto", str(final.parent))):
+        config = make_tiny_config(n_grpo_steps=5, resume=resume, save_dir=save_dir)
+        assert find_finished_model(config) is None
+        final.mkdir(parents=True, exist_ok=True)
+        for step, found in ((4, None), (5, final), (6, final)):
+            (final / STATE_VALUES).write_text(json.dumps({"step": step}))
+            assert find_finished_model(config) == found
+        shutil.rmtree(final)
+    assert find_finished_model(make_tiny_config(n_grpo_steps=5)) is None
 
 
 def test_find_finished_model_unreadable_raises_usage_error(tmp_path):

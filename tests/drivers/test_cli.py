@@ -181,7 +181,15 @@ def test_flags_override_recipe():
 
 @pytest.mark.parametrize(
     ("arguments", "value"),
-    [(["--recipe", "x"], "x"), (["--recipe=x"], "x"), (["--seed", "1"], None), (["--recipe"], ""), ([], None)],
+    [
+        (["--recipe", "x"], "x"),
+        (["--recipe=x"], "x"),
+        (["--seed", "1"], None),
+        (["--recipe"], ""),
+        ([], None),
+        (["--recipe", "x", "--recipe=y"], "y"),
+        (["--recipe=x", "--recipe", "y"], "y"),
+    ],
 )
 def test_flag_given_any_spelling_is_found(arguments, value):
     assert flag_given(arguments, "--recipe") == value

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from drivers import sft as sft_program
 from drivers import train as train_program
 from drivers.common.errors import UsageError
+from drivers.grading.verdicts import Graded
 from drivers.runs.folder import find_checkpoint
 from drivers.settings.command_line import parse_settings
 from drivers.settings.imitation import QUICKSTARTS, SftConfig
@@ -193,6 +196,23 @@ def test_choose_demonstrations_correct_only_keeps_right_demonstrations(capsys):
         a, b = map(int, re.findall(r"\d+", one.question))
         assert one.response == f" {a} + {b} = {a + b} </think> <answer> {a + b} </answer>"
     assert choose_demonstrations(replace(settings, n_examples=128)) == right[:128]
+
+
+def test_choose_demonstrations_correct_only_takes_rewards_of_one(tmp_path, monkeypatch):
+    """A partial reward and a response that could not be scored are not correct."""
+    path = write_lines(tmp_path, *({"question": f"{n}?", "response": f"{n}", "answer": n} for n in range(1, 5)))
+    rewards = {"1": 1.0, "2": 0.5, "3": None, "4": 1.0}
+
+    def grade(responses, ground_truths, questions):
+        assert [*zip(responses, ground_truths, questions, strict=True)] == [(n, n, f"{n}?") for n in rewards]
+        return [Graded({"reward": rewards[response]}, "parsed") for response in responses]
+
+    monkeypatch.setattr(sft_program, "start_grading", lambda *_: nullcontext(grade))
+    settings, said = SftConfig(model_path="m", data_path=str(path), correct_only=True), []
+    assert sorted(one.response for one in choose_demonstrations(settings, said.append)) == ["1", "4"]
+    assert said == ["--correct-only: 2 of 4 demonstrations are correct"]
+    everything = replace(settings, correct_only=False)
+    assert sorted(one.response for one in choose_demonstrations(everything, said.append)) == ["1", "2", "3", "4"]
 
 
 def test_shipped_demonstrations_equal_script_output():

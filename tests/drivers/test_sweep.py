@@ -15,6 +15,7 @@ from drivers.sweeps.plan import PlannedRun, SweepConfig, as_flags, keep_plan, pa
 from drivers.sweeps.presets import SWEEPS, Variant
 from drivers.sweeps.results import make_table, read_result, write_results
 from tests.drivers.helpers.processes import program_command
+from tests.drivers.helpers.reports import make_step_rows, write_run
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,6 +159,13 @@ def test_plan_last_recipe_wins():
     assert {read_settings(one).loss_type for one in runs} > {"gspo", "cispo"}
 
 
+def test_plan_run_has_its_seed_and_folder_and_is_resumed(tmp_path):
+    planned = make_plan("baselines", save_dir=str(tmp_path), seeds=(3, 4))
+    for run, seed in zip(planned, (3, 4, 3, 4), strict=True):
+        assert run.folder == tmp_path / f"{run.variant.label}-seed{seed}"
+        assert run.command[-6:] == ("--seed", str(seed), "--save-dir", str(run.folder), "--resume", "auto")
+
+
 def test_plan_flags_round_trip():
     flags = {"use_std_normalization": False, "deterministic": True, "sampling_stop": ("a", "b"), "learning_rate": 1e-6}
     settings = parse_program_flags("train", as_flags(flags))
@@ -196,6 +204,15 @@ def test_results_table_has_row_per_label(tmp_path):
     assert cells[2] == ["a", "0.100", "0.500 (0.400 to 0.600)", "0.600", "0.500", "1.5", "2 finished"]
     assert cells[3] == ["b", "0.300", "0.300 (0.191 to 0.438)", "0.300", "0.500", "1.5", "failed"]
     assert cells[4] == ["c", "", "", "", "", "", "not finished"]
+
+
+def test_results_hold_the_values_of_the_last_step(tmp_path):
+    rows = make_step_rows([0.1, 0.9], response_tokens=7.0)
+    rows[1] |= {"response_tokens": 5.0, "rollout_entropy": 1.5}
+    run = PlannedRun(Variant("a", "train", {}), 0, write_run(tmp_path / "a", rows), ())
+    result = read_result(run, 1)
+    assert (result.reward, result.response_tokens, result.rollout_entropy) == (0.9, 5.0, 1.5)
+    assert (result.state, result.accuracy, result.minutes) == ("failed", None, pytest.approx(4 / 60))
 
 
 @pytest.mark.parametrize("others", [(), (0.2,)], ids=["before any evaluation", "after the first"])
