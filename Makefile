@@ -53,7 +53,7 @@ bench: $(INSTALLED)  ## Speed and memory, as ratios within one run; beside TRL, 
 	if [ -e .venv-parity/.installed ]; then python=.venv-parity/bin/python; else python=$(BIN)/python; fi; \
 	$$python -m tests.benchmarks $(ARGS)
 
-mutants: $(INSTALLED)  ## Break the core by hand; every break must turn a test red
+mutants: $(INSTALLED)  ## Break library and programs by hand; every break must turn a test red
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.mutants $(ARGS)
 
 nightly: $(INSTALLED)  ## Kill runs, fuzz readers and graders, train by all methods: an hour; ARGS is the number of kills

@@ -1,0 +1,104 @@
+"""Engines: drivers/engines/, without what starts vLLM."""
+
+from tests.mutants.table import breaks
+
+ENGINES, RUN_FILES = "tests/drivers/test_engines.py", "tests/drivers/test_run_files.py"
+SUPERVISION, MEMORY, OBJECTIVE, RESUME = (
+    f"tests/drivers/test_{name}.py" for name in ("supervision", "memory", "objective", "resume")
+)
+HF = "drivers/engines/hf.py"
+
+MUTANTS = [
+    *breaks(
+        "HFEngine.generate",
+        HF,
+        f"{ENGINES} {OBJECTIVE} {MEMORY} -k 'generate or top_p or self_check or hf_engine'",
+        ("the seed is ignored", "torch.manual_seed(seed)", "torch.manual_seed(0)"),
+        (
+            "the temperature is ignored",
+            "temperature=None if greedy else sampling.temperature,",
+            "temperature=None if greedy else 1.0,",
+        ),
+        ("top-p is ignored", "top_p=1.0 if greedy else sampling.top_p,", "top_p=1.0,"),
+        ("never greedy", "greedy = sampling.temperature == 0", "greedy = False"),
+    ),
+    *breaks(
+        "HFReplica",
+        HF,
+        f"{RESUME} -k 'resume_after_stop'",
+        ("weights are not taken", "            own[name].copy_(weight)\n", "            pass\n"),
+    ),
+    *breaks(
+        "describe_completions",
+        "drivers/engines/protocol.py",
+        f"{RUN_FILES} -k describe_completions",
+        (
+            "a mean of the means of responses",
+            '"rollout_entropy": -log_probs.mean().item()',
+            '"rollout_entropy": -sum(sum(o.log_probs) / len(o.log_probs) for o in completions) / len(completions)',
+        ),
+        (
+            "the mean log-prob",
+            '"rollout_entropy": -log_probs.mean().item()',
+            '"rollout_entropy": log_probs.mean().item()',
+        ),
+        (
+            "the number of truncated responses",
+            "for completion in completions) / len(completions)",
+            "for completion in completions) / 1.0",
+        ),
+        (
+            "the shortest response",
+            '"response_tokens_max": lengths.max().item()',
+            '"response_tokens_max": lengths.min().item()',
+        ),
+    ),
+    *breaks(
+        "engine_memory_fraction",
+        "drivers/engines/placement.py",
+        f"{MEMORY} -k 'shares_gpu or shared_gpu or memory_fraction'",
+        (
+            "all that is left",
+            "share = 0.9 - reserved_bytes / total_bytes",
+            "share = 1.0 - reserved_bytes / total_bytes",
+        ),
+        ("nothing is reserved", "share = 0.9 - reserved_bytes / total_bytes", "share = 0.9"),
+        ("shared by several ranks", "distributed.size() == 1 and config.engine", "config.engine"),
+        ("servers share the GPU", " and not config.rollout_url\n", "\n"),
+    ),
+    *breaks(
+        "SupervisedEngine",
+        "drivers/engines/supervision.py",
+        f"{SUPERVISION} -k 'supervised or async_engine or call_with_timeout or is_running'",
+        (
+            "restarted without weights",
+            "        if self._version is not None:\n            self._engine.load_weights(self._version)\n",
+            "",
+        ),
+        (
+            "the version of the first push",
+            "        self._version = version\n        try:",
+            "        self._version = self._version or version\n        try:",
+        ),
+        (
+            "restarted in the background",
+            "            if threading.current_thread() is not threading.main_thread():\n                raise\n",
+            "",
+        ),
+        (
+            "the dead engine is not closed",
+            "            self._engine.close()\n        try:",
+            "            pass\n        try:",
+        ),
+    ),
+    *breaks(
+        "check_weight_version",
+        "drivers/engines/protocol.py",
+        "tests/drivers/test_server.py -k other_weight_version",
+        (
+            "any version",
+            "- {version}:\n        raise EngineDiedError",
+            "- {version} - {completions[0].weight_version}:\n        raise EngineDiedError",
+        ),
+    ),
+]

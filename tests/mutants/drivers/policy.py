@@ -1,0 +1,86 @@
+"""The model that learns: drivers/policy/."""
+
+from tests.mutants.table import breaks
+
+OPTIM, WEIGHTS, MEMORY, FLAGS, SUPERVISION, OVERLAP = (
+    f"tests/drivers/test_{name}.py" for name in ("optim", "weights", "memory", "flags", "supervision", "overlap")
+)
+OPTIMIZER, PUSHED, LORA = (f"drivers/policy/{name}.py" for name in ("optimizer", "weights", "lora"))
+
+MUTANTS = [
+    *breaks(
+        "PolicyOptimizer",
+        OPTIMIZER,
+        f"{OPTIM} {MEMORY} -k 'optimizer or training_state'",
+        ("other betas", "betas=(0.9, 0.95)", "betas=(0.9, 0.999)"),
+        ("weight decay", "weight_decay=0.0", "weight_decay=0.1"),
+        ("a fixed rate", "lr=learning_rate,", "lr=1e-3,"),
+        (
+            "gradients are kept after the step",
+            "        self._copy_to_policy()\n        self.zero_grad()\n\n    @torch.no_grad()",
+            "        self._copy_to_policy()\n\n    @torch.no_grad()",
+        ),
+    ),
+    *breaks(
+        "PolicyOptimizer.tensors",
+        OPTIMIZER,
+        "tests/drivers/test_resume.py -k goes_on_alike",
+        (
+            "moments are not saved",
+            'tensors |= {f"{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq")}',
+            'tensors |= {f"{key}.{name}": moments[key] for key in ("exp_avg",)}',
+        ),
+        (
+            "moments are not restored",
+            'tensors |= {f"{key}.{name}": moments[key] for',
+            'tensors |= {f"{key}.{name}": moments[key].clone() for',
+        ),
+        (
+            "the count of updates is not restored",
+            '            self._adamw.state[master]["step"].fill_(n_updates)\n',
+            "            pass\n",
+        ),
+        (
+            "weights are not restored",
+            'tensors[f"weight.{name}"] = master.detach()',
+            'tensors[f"weight.{name}"] = master.detach().clone()',
+        ),
+    ),
+    *breaks(
+        "PolicyWeights",
+        PUSHED,
+        f"{WEIGHTS} -k 'checksum or check_arrived or policy_weights or lora_starts or stochastic or bfloat16_push'",
+        ("LoRA is left out", "update = None if lora_layer is None else _lora_update(lora_layer)", "update = None"),
+        ("LoRA without its scale", "product = layer.scaling[name] * (up @ down)", "product = up @ down"),
+        ("LoRA twice", "merged = weight.float() + update", "merged = weight.float() + 2 * update"),
+        (
+            "rounded to nearest",
+            "return stochastic_round(merged, name) if self._dtype == torch.bfloat16 else merged.to(self._dtype)",
+            "return merged.to(self._dtype)",
+        ),
+    ),
+    *breaks(
+        "add_lora",
+        LORA,
+        f"{WEIGHTS} {FLAGS} -k lora",
+        ("the rank is ignored", "        r=rank,\n", "        r=8,\n"),
+        ("the scale is ignored", "        lora_alpha=alpha,\n", "        lora_alpha=32,\n"),
+        ("the seed is ignored", "        torch.manual_seed(seed)\n", "        torch.manual_seed(0)\n"),
+        ("global noise", "        torch.manual_seed(seed)\n", ""),
+    ),
+    *breaks(
+        "choose_device",
+        "drivers/policy/devices.py",
+        f"{FLAGS} {SUPERVISION} {OVERLAP} {MEMORY} -k 'policy_device or choose_devices or one_gpu or shares_gpu'",
+        ("any device", 'if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():', "if False:"),
+        ("sampling ahead on one GPU", "    if config.async_steps and is_same_device and on_gpu:", "    if False:"),
+    ),
+    *breaks(
+        "load_policy",
+        "drivers/policy/loading.py",
+        f"{FLAGS} -k 'attention or type_that or end_of_a_turn'",
+        ("attention is always automatic", '    if attention == "auto":\n', "    if True:\n"),
+        ("always float32", "model_path, dtype=dtype, attn", "model_path, dtype=torch.float32, attn"),
+        ("the end of a turn is ignored", "    if for_chat:\n", "    if False:\n"),
+    ),
+]

@@ -1,0 +1,40 @@
+"""Reports: drivers/reports/."""
+
+from tests.mutants.table import breaks
+
+REPORT = "tests/drivers/test_report.py"
+SERIES, LOGGED = "drivers/reports/series.py", "drivers/reports/logged_run.py"
+WORDS = "'series or panel or times or anomalies or downsampled or page_table or incomplete or logged_numbers'"
+
+MUTANTS = [
+    *breaks(
+        "make_panels",
+        SERIES,
+        f"{REPORT} -k {WORDS}",
+        (
+            "the sum over seeds",
+            "fmean(values), min(values), max(values), len(known))",
+            "sum(values), min(values), max(values), len(known))",
+        ),
+        (
+            "bounds exchanged",
+            "fmean(values), min(values), max(values), len(known))",
+            "fmean(values), max(values), min(values), len(known))",
+        ),
+        (
+            "steps of all runs only",
+            "(run, estimates[step]) for run, estimates in estimates_of if step in estimates]",
+            "(run, estimates.get(step, [*estimates.values()][0])) for run, estimates in estimates_of if estimates]",
+        ),
+        ("the last point is lost", "    if (len(items) - 1) % stride:\n        kept.append(items[-1])\n", ""),
+    ),
+    *breaks(
+        "LoggedRun",
+        LOGGED,
+        f"{REPORT} -k {WORDS}",
+        ("seeds are experiments", 'IGNORED_SETTINGS = ("seed", "save_dir"', 'IGNORED_SETTINGS = ("save_dir"'),
+        ("background sampling takes time", 'times |= {"rollout": 0.0, "reward": 0.0}', "pass"),
+        ("saving is free", '            times["save"] = saving.get(step, 0.0)\n', ""),
+        ("every anomaly alone", "if spans and spans[-1].last_step >= step - 1:", "if False:"),
+    ),
+]

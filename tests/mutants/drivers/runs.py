@@ -1,0 +1,101 @@
+"""Files of a run: drivers/runs/."""
+
+from tests.mutants.table import breaks
+
+CHECKPOINT, RESUME, RUN_FILES, SAMPLES, FLAGS = (
+    f"tests/drivers/test_{name}.py" for name in ("checkpoint", "resume", "run_files", "samples", "flags")
+)
+FOLDER, SAVED, LOG = (f"drivers/runs/{name}.py" for name in ("folder", "checkpoint", "log"))
+
+MUTANTS = [
+    *breaks(
+        "prune_checkpoints",
+        FOLDER,
+        f"{CHECKPOINT} {RESUME} -k 'prune or newest_two'",
+        (
+            "the worst is the best",
+            "best = max(evaluated, key=lambda pair: accuracies[pair[0]], default=(0, None))[1]",
+            "best = min(evaluated, key=lambda pair: accuracies[pair[0]], default=(0, None))[1]",
+        ),
+        (
+            "the newest is the best",
+            "best = max(evaluated, key=lambda pair: accuracies[pair[0]], default=(0, None))[1]",
+            "best = max(evaluated, key=lambda pair: pair[0], default=(0, None))[1]",
+        ),
+        (
+            "one too many",
+            "dated[:-keep] if keep is not None else ()",
+            "dated[: -keep - 1] if keep is not None else ()",
+        ),
+        ("the best is deleted", "if path != best and path not in resumable[-1:]:", "if path not in resumable[-1:]:"),
+    ),
+    *breaks(
+        "find_checkpoint",
+        FOLDER,
+        f"{CHECKPOINT} {RESUME} -k 'list_checkpoints or find_checkpoint or older_checkpoint'",
+        (
+            "the oldest first",
+            "for _, checkpoint in reversed(list_checkpoints(path)):",
+            "for _, checkpoint in list_checkpoints(path):",
+        ),
+        ("damage is not looked for", "reason = find_damage(checkpoint)\n", "reason = None\n"),
+        (
+            "in the order of names",
+            "    return sorted(dated)\n",
+            "    return sorted(dated, key=lambda pair: pair[1].name)\n",
+        ),
+        ("later ones stay", "if saved_step > step]", "if saved_step > step + 1]"),
+    ),
+    *breaks(
+        "save_checkpoint",
+        SAVED,
+        f"{CHECKPOINT} {RESUME} -k 'checkpoint or damage or read_dtype or finished'",
+        (
+            "an existing one is replaced",
+            "        if folder.exists():\n            raise FileExistsError",
+            "        if False:\n            raise FileExistsError",
+        ),
+        ("always float32 in the file", 'model_config | {"dtype": dtype}', 'model_config | {"dtype": "float32"}'),
+        ("sizes are not compared", "        if size != n_bytes:\n", "        if False:\n"),
+        ("sums are not compared", 'if entry["sha256"] != entries[name][1]:', "if False:"),
+    ),
+    *breaks(
+        "RunLog",
+        LOG,
+        f"{RUN_FILES} {RESUME} {FLAGS} tests/drivers/test_loop.py -k 'run_log or jsonl or wandb or logged'",
+        ("numbers that are not finite stay", "None if isinstance(v, float) and not math.isfinite(v) else v", "v"),
+        (
+            "no phase",
+            '{"phase": phase, "step": step, **values})\n        named',
+            '{"phase": "train", "step": step, **values})\n        named',
+        ),
+        ("the line of the checkpoint is dropped", 'if row["step"] <= step]', 'if row["step"] < step]'),
+        ("later lines stay", 'for line, row in rows if row["step"] <= step]', "for line, row in rows]"),
+    ),
+    *breaks(
+        "completions",
+        "drivers/runs/completions.py",
+        f"{SAMPLES} tests/drivers/test_loop.py -k 'round or token_texts or logged or log_has'",
+        ("two decimals", "DIGITS = 4", "DIGITS = 2"),
+        ("NaN stays", "round(value, DIGITS) if math.isfinite(value) else None", "round(value, DIGITS)"),
+        ("tokens one by one", "context_start, text_end = text_end, end", "context_start, text_end = end, end"),
+        (
+            "the advantage is a list",
+            'row["advantage"] = rounded[0] if len(advantages) == 1 else rounded',
+            'row["advantage"] = rounded',
+        ),
+    ),
+    *breaks(
+        "open_run_folder",
+        "drivers/runs/resume.py",
+        f"{CHECKPOINT} {RESUME} {FLAGS} -k 'all_damaged or finished or save_dir or recipe or lock'",
+        ("damaged ones stay", "        rename_superseded(damaged)\n", ""),
+        (
+            "a finished run goes on",
+            '["step"] >= config.n_grpo_steps else None',
+            '["step"] > config.n_grpo_steps else None',
+        ),
+        ("every final model is finished", '["step"] >= config.n_grpo_steps else None', '["step"] >= 0 else None'),
+        ("the folder has the model's name", "config.recipe or Path", "Path"),
+    ),
+]

@@ -1,0 +1,147 @@
+"""Flags: drivers/settings/."""
+
+from tests.mutants.table import breaks
+
+FLAGS, CLI, OBJECTIVE, LOOP = (f"tests/drivers/test_{name}.py" for name in ("flags", "cli", "objective", "loop"))
+GROUPS, ALGORITHM = "drivers/settings/groups.py", "drivers/settings/algorithm.py"
+
+MUTANTS = [
+    *breaks(
+        "make_sampling",
+        GROUPS,
+        f"{OBJECTIVE} -k config_sampling",
+        ("the temperature is ignored", "        temperature=settings.sampling_temperature,\n", ""),
+        ("top-p is ignored", "        top_p=settings.sampling_top_p,\n", ""),
+        ("no minimum", "        min_tokens=settings.sampling_min_tokens,\n", ""),
+        ("a fixed maximum", "        max_tokens=settings.sampling_max_tokens,\n", "        max_tokens=6,\n"),
+    ),
+    *breaks(
+        "Sampling",
+        "drivers/settings/sampling.py",
+        f"{LOOP} tests/drivers/test_grading.py -k 'remax or evaluations or stop_strings'",
+    ),
+    *breaks(
+        "GrpoConfig",
+        GROUPS,
+        f"{OBJECTIVE} -k 'illegal or derives'",
+        (
+            "any group size",
+            '        check_multiple("rollout_batch_size", self.rollout_batch_size, "group_size", self.group_size)\n',
+            "",
+        ),
+        (
+            "responses, not questions",
+            "return self.rollout_batch_size // self.group_size",
+            "return self.rollout_batch_size",
+        ),
+        (
+            "the number of micro-batches is their size",
+            "return self.train_batch_size // self.gradient_accumulation_steps",
+            "return self.gradient_accumulation_steps",
+        ),
+        ("a minimum above the maximum", "if self.sampling_min_tokens > self.sampling_max_tokens:", "if False:"),
+    ),
+    *breaks(
+        "AlgorithmSettings",
+        ALGORITHM,
+        (
+            f"{OBJECTIVE} tests/drivers/test_train.py tests/drivers/test_guards.py"
+            " -k 'illegal or old_log_probs or ratio_off or ratio_on or overlong or length_penalty or gdpo or silent'"
+        ),
+        (
+            "epochs are on-policy",
+            "return self.epochs_per_rollout_batch > 1 or self.train_batch_size < self.rollout_batch_size",
+            "return self.train_batch_size < self.rollout_batch_size",
+        ),
+        (
+            "several updates are on-policy",
+            "return self.epochs_per_rollout_batch > 1 or self.train_batch_size < self.rollout_batch_size",
+            "return self.epochs_per_rollout_batch > 1",
+        ),
+        ("always off-policy", "return not self.is_off_policy and self.old_policy", "return False and self.old_policy"),
+        (
+            "old log-probs without need",
+            "return corrects_before or needs_old_ratio or self.selects_by_old_policy",
+            "return True",
+        ),
+    ),
+    *breaks(
+        "resolve_values",
+        "drivers/settings/objectives.py",
+        f"{OBJECTIVE} {FLAGS} tests/drivers/test_recipes.py -k 'calls_its_function or cliprange'",
+        (
+            "one bound for both sides",
+            "config.cliprange if config.cliprange_high is None else config.cliprange_high",
+            "config.cliprange",
+        ),
+        (
+            "one bound for both sides of the clip",
+            'CLIP = _same("cliprange", "cliprange_high")',
+            'CLIP = {"cliprange": "cliprange", "cliprange_high": "cliprange"}',
+        ),
+        (
+            "SAPO's temperatures exchanged",
+            '"temperature_positive": "sapo_temperatures[0]", "temperature_negative": "sapo_temperatures[1]"',
+            '"temperature_positive": "sapo_temperatures[1]", "temperature_negative": "sapo_temperatures[0]"',
+        ),
+        (
+            "CISPO's bounds exchanged",
+            'settings=_same("ratio_low", "ratio_high"),',
+            'settings={"ratio_low": "ratio_high", "ratio_high": "ratio_low"},',
+        ),
+    ),
+    *breaks(
+        "ImitationSettings",
+        "drivers/settings/imitation.py",
+        f"{FLAGS} {LOOP} -k 'imitation or sft_flag or expert_iteration_flag or sft_updates'",
+        (
+            "the rest of an epoch is dropped",
+            "self.epochs * -(-n_examples // size)",
+            "self.epochs * (n_examples // size)",
+        ),
+        ("a single epoch", "self.epochs * -(-n_examples // size)", "-(-n_examples // size)"),
+        ("fixed settings lose", "(shared | fixed | own)", "(fixed | own)"),
+        (
+            "questions, not responses",
+            "sampled = self.question_batch_size * self.group_size",
+            "sampled = self.question_batch_size",
+        ),
+    ),
+    *breaks(
+        "Bounds",
+        "drivers/settings/base.py",
+        f"{OBJECTIVE} -k illegal",
+        ("the limit is allowed", "if value <= self.above or", "if value < self.above or"),
+        ("no upper limit", " or value > self.at_most:", ":"),
+        ("infinity is allowed", "        if not math.isfinite(value):\n", "        if math.isnan(value):\n"),
+        ("no bounds", "            if problem:\n", "            if False:\n"),
+    ),
+    *breaks(
+        "parse_train_config",
+        "drivers/settings/command_line.py",
+        f"{CLI} {OBJECTIVE} -k 'flag_given or gradient_accumulation or recipes_are or recipe_without'",
+        (
+            "the first value counts",
+            '        if name.replace("_", "-") == flag:\n',
+            '        if name.replace("_", "-") == flag and given is None:\n',
+        ),
+        (
+            "the quickstart overrides the recipe",
+            '{"recipe": recipe, **base, **RECIPES[recipe]}',
+            '{"recipe": recipe, **RECIPES[recipe], **base}',
+        ),
+        ("the recipe's budget stays", "return replace(config, micro_batch_tokens=None)", "return config"),
+        (
+            "recipes without the quickstart",
+            'base = QUICKSTART if recipe == "quickstart" or not has_model else {}',
+            "base = {}",
+        ),
+    ),
+    *breaks(
+        "parse_mix",
+        "drivers/settings/reward_spec.py",
+        "tests/drivers/test_grading.py -k mix",
+        ("infinite weights", "and math.isfinite(value)):", "and value == value):"),
+        ("names may repeat", 'if name in weights or name == "reward":', 'if name == "reward":'),
+    ),
+]
