@@ -26,9 +26,11 @@ from drivers.common.display import Display
 from drivers.common.errors import UsageError
 from drivers.grading.pool import start_grading
 from drivers.grading.verdicts import grade_all
+from drivers.policy.loading import context_length, load_tokenizer, resolve_model
 from drivers.runs.completions import describe_demonstration
 from drivers.settings.grpo import GrpoConfig
 from drivers.tasks.demonstrations import Demonstration, WorkedExample, load_demonstrations, make_demonstrations
+from drivers.tasks.questions import fit_context
 from drivers.training.batch import demonstration_batch
 from drivers.training.components import Components
 from drivers.training.launch import run_training
@@ -108,12 +110,30 @@ def select_correct(
     return correct
 
 
+def leave_out_long(config: GrpoConfig, examples: Sequence[WorkedExample]) -> list[WorkedExample]:
+    """Return the demonstrations that fit into the model's context, because their number decides the steps."""
+    assert config.model_path is not None  # the command line refuses that
+    model_path = resolve_model(config.model_path)
+    prompt, tokenizer = load_prompt_from_settings(config), load_tokenizer(model_path, for_chat=config.chat_template)
+    demonstrations = fit_context(
+        make_demonstrations(examples, prompt, config.sampling.stop, tokenizer),
+        max_new_tokens=config.sampling_max_tokens,
+        context=context_length(model_path),
+        long_prompts=config.long_prompts,
+    )
+    kept = {id(demonstration.example) for demonstration in demonstrations}
+    return [example for example in examples if id(example) in kept]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, choose the demonstrations, then train."""
     with exit_on_user_error(SftConfig.program):
         settings = parse_settings(SftConfig, sys.argv[1:] if arguments is None else arguments)
         examples = choose_demonstrations(settings, print if distributed.is_rank_zero() else lambda _: None)
         config = settings.as_grpo(len(examples))
+        if config.long_prompts == "drop":
+            examples = leave_out_long(config, examples)
+            config = settings.as_grpo(len(examples))
 
         def setup(config: GrpoConfig, display: Display) -> tuple[Run, Components]:
             if any(of_rank != examples for of_rank in distributed.gather(examples)):

@@ -39,13 +39,17 @@ class HFEngine:
         devices = [self._policy.device] if self._policy.device.type == "cuda" else []
         completions: list[Completion] = []
         training = self._policy.training  # on while gradient checkpointing is
+        own = self._policy.generation_config
         self._policy.eval()
+        # `generate` fills what a request leaves open from the model's config, such as a repetition penalty.
+        self._policy.generation_config = type(own)()
         try:
             with torch.random.fork_rng(devices=devices), torch.no_grad():
                 torch.manual_seed(seed)
                 for start in range(0, len(repeated), BATCH_SIZE):
                     completions += self._generate_batch(repeated[start : start + BATCH_SIZE], sampling)
         finally:
+            self._policy.generation_config = own
             self._policy.train(training)
         return completions
 
@@ -57,7 +61,6 @@ class HFEngine:
         input_ids = torch.tensor([(pad,) * (width - len(p)) + p for p in prompts], device=self._policy.device)
         attended = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self._policy.device)
         greedy = sampling.temperature == 0
-        # A new configuration: the model's may have top-p, top-k or a repetition penalty.
         config = GenerationConfig(  # type: ignore[no-untyped-call]
             do_sample=not greedy,
             temperature=None if greedy else sampling.temperature,

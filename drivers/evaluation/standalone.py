@@ -20,13 +20,13 @@ from drivers.evaluation.policy import evaluate_policy
 from drivers.grading.pool import start_grading
 from drivers.grading.verdicts import Grader
 from drivers.policy.devices import choose_device, choose_dtype, default_policy_device
-from drivers.policy.loading import context_length, load_policy, load_tokenizer, resolve_model
+from drivers.policy.loading import check_token_ids, context_length, load_policy, load_tokenizer, resolve_model
 from drivers.policy.weight_gatherer import WeightGatherer
 from drivers.runs.folder import abandon_run_folder, create_run_folder
 from drivers.runs.log import describe_environment
 from drivers.settings.evaluate import EvaluateConfig
 from drivers.settings.reward_spec import check_file
-from drivers.tasks.questions import Example, Prompt, Question, load_examples, load_prompt, make_questions
+from drivers.tasks.questions import Example, Prompt, Question, fit_context, load_examples, load_prompt, make_questions
 
 
 def evaluate(config: EvaluateConfig) -> Path:
@@ -99,11 +99,15 @@ def tokenize_questions(
     """Tokenize the questions of all data sets with the model's tokenizer."""
     model_path = resolve_model(model)
     tokenizer = load_tokenizer(model_path, for_chat=config.chat_template)
-    context = context_length(model_path)
-    make = partial(make_questions, max_new_tokens=config.sampling_max_tokens, context=context)
-    return ModelInputs(
-        model_path, tokenizer, {name: make(examples, prompt, tokenizer) for name, examples in sets.items()}
+    fit = partial(
+        fit_context,
+        max_new_tokens=config.sampling_max_tokens,
+        context=context_length(model_path),
+        long_prompts=config.long_prompts,
     )
+    questions = {name: fit(make_questions(examples, prompt, tokenizer)) for name, examples in sets.items()}
+    check_token_ids(model_path, tokenizer, chain(*questions.values()))
+    return ModelInputs(model_path, tokenizer, questions)
 
 
 def sample_and_grade(config: EvaluateConfig, inputs: ModelInputs, device: torch.device, grade: Grader) -> Evaluation:

@@ -3,18 +3,23 @@
 import contextlib
 import ctypes
 import importlib.util
+import math
 import os
 import sys
 import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from drivers.common import distributed
 from drivers.common.errors import UsageError, first_line
 from drivers.settings.recipes import EMBEDDED_MODEL
 from drivers.tasks.chat import use_end_of_turn_as_eos
+from drivers.tasks.questions import Question
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # constants of malloc.h
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "grpo_core"
@@ -78,7 +83,7 @@ def _load(kind: str, what: str, model_path: str, **options: Any) -> Any:
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         return getattr(transformers, kind).from_pretrained(model_path, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:  # RuntimeError: weights of other shapes
         raise UsageError(f"--model-path {model_path}: the {what} cannot be loaded ({first_line(error)})") from error
 
 
@@ -97,6 +102,20 @@ def load_tokenizer(model_path: str, *, for_chat: bool = False) -> Any:
 def context_length(model_path: str) -> int | None:
     """Return the longest sequence that the model supports, or None if its configuration does not say."""
     return getattr(_load("AutoConfig", "model configuration", model_path), "max_position_embeddings", None)
+
+
+def check_token_ids(model_path: str, tokenizer: Any, questions: Iterable[Question]) -> None:
+    """Raise a UsageError if the model has no embedding for a token of the questions."""
+    config = _load("AutoConfig", "model configuration", model_path).get_text_config()
+    largest = max((max(question.token_ids) for question in questions), default=0)
+    largest = max(largest, tokenizer.eos_token_id)
+    if largest >= (getattr(config, "vocab_size", None) or math.inf):
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise UsageError(
+            f"--model-path {model_path}: the tokenizer's {token!r} has id {largest}, but the model has "
+            f"{config.vocab_size} embeddings; use the tokenizer that belongs to the model, or resize the model's "
+            "embeddings and train them"
+        )
 
 
 SHORT_ROW = 512
@@ -121,9 +140,63 @@ def load_policy(
     if attention == "auto":
         is_short = (on or device).type == "cpu" and longest_row is not None and longest_row <= SHORT_ROW
         attention = "eager" if is_short else "sdpa"
-    policy = _load("AutoModelForCausalLM", "model", model_path, dtype=dtype, attn_implementation=attention)
+    options = {"dtype": dtype, "attn_implementation": attention, "output_loading_info": True}
+    policy, report = _load("AutoModelForCausalLM", "model", model_path, **options)
     assert isinstance(policy, nn.Module)
+    check_weights(model_path, report)
+    repair_generation_config(model_path, policy)
     return policy.to(device).eval()
+
+
+def check_weights(model_path: str, report: Mapping[str, Any]) -> None:
+    """Refuse a model whose files lack weights, which would be random, and warn of weights that nothing reads.
+
+    `report` is the loading info of transformers, for which weights that are tied to a loaded one are not missing.
+    """
+    missing = sorted({*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])})
+    unexpected = sorted(report["unexpected_keys"])
+    if missing:
+        hint = f"; they hold others instead: {_shorten(unexpected)}" if unexpected else ""
+        raise UsageError(
+            f"--model-path {model_path}: its files lack {len(missing)} of the model's tensors, which would be random: "
+            f"{_shorten(missing)}{hint}; pass complete files of this architecture"
+        )
+    if unexpected:
+        _warn_once(f"--model-path {model_path}: the model has no place for {_shorten(unexpected)}")
+
+
+def _shorten(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def repair_generation_config(model_path: str, policy: Any) -> None:
+    """Make the model's generation config one that transformers saves, because each checkpoint contains it.
+
+    It refuses sampling parameters without `do_sample`, which some models have.
+    """
+    config = policy.generation_config
+    if _is_valid(config):
+        return
+    sampling = type(config)(**config.to_dict() | {"do_sample": True})
+    tokens = {name: value for name, value in config.to_dict().items() if name.endswith("_token_id")}
+    policy.generation_config = sampling if _is_valid(sampling) else type(config)(**tokens)
+    change = "do_sample is set to true" if policy.generation_config is sampling else "only its special tokens are kept"
+    _warn_once(f"--model-path {model_path}: its generation config is invalid and could not be saved; {change}")
+
+
+def _is_valid(generation_config: Any) -> bool:
+    try:
+        generation_config.validate(strict=True)
+    except ValueError:
+        return False
+    return True
+
+
+@cache
+def _warn_once(text: str) -> None:
+    """Print a warning on rank 0; a run may load a model several times."""
+    if distributed.is_rank_zero():
+        print(f"warning: {text}", flush=True)
 
 
 def tune_malloc() -> None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -28,6 +30,7 @@ from drivers.common.atomic_files import (
     write_json,
     write_text,
 )
+from drivers.common.errors import UsageError, first_line
 from drivers.policy import fsdp
 from drivers.policy.lora import adapter_weights, save_adapter
 from drivers.policy.weights import PolicyWeights
@@ -84,6 +87,20 @@ def save_checkpoint(
     dtype = str(fsdp.computing_dtype(policy)).removeprefix("torch.")
     distributed.run_on_rank_zero(finish)
     return folder
+
+
+def check_saving(model_path: str, policy: Any, tokenizer: Any) -> None:
+    """Save configurations, tokenizer and one tensor; raise a UsageError if a checkpoint could not be written."""
+    name, smallest = min(policy.named_parameters(), key=lambda item: item[1].numel())
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            policy.save_pretrained(folder, state_dict={name: torch.zeros(smallest.shape)})
+            tokenizer.save_pretrained(folder)
+    except Exception as error:  # the libraries raise errors of every kind for settings that they do not accept
+        raise UsageError(
+            f"--model-path {model_path}: the trained model could not be saved ({type(error).__name__}: "
+            f"{first_line(error)}); correct the files of the model"
+        ) from error
 
 
 def _whole_weights(policy: nn.Module) -> dict[str, Tensor]:

@@ -63,6 +63,9 @@ class PromptSettings(Settings):
     system_prompt_path: str | None = None
     """Text file with the system message for --chat-template. Default: the message of the chat template, if it has
     one."""
+    long_prompts: Literal["refuse", "drop"] = "refuse"
+    """For questions whose prompt leaves no room for --sampling-max-tokens in the model's context: end the program, or
+    leave them out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,6 +25,10 @@ class Demonstration(Question):
 
     response_token_ids: tuple[int, ...]
 
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.prompt_token_ids + self.response_token_ids
+
     def n_tokens(self, max_new_tokens: int) -> int:
         return len(self.prompt_token_ids) + max(max_new_tokens, len(self.response_token_ids))
 
@@ -57,9 +61,6 @@ def make_demonstrations(
     prompt: Prompt,
     stop: Sequence[str],
     tokenizer: Any,
-    *,
-    max_new_tokens: int,
-    context: int | None,
 ) -> list[Demonstration]:
     """Tokenize prompts and responses separately, so that prompts have the ids that an engine gets.
 
@@ -73,11 +74,4 @@ def make_demonstrations(
         if not example.response.endswith(tuple(stop)) and tokenizer.eos_token_id is not None:
             response.append(tokenizer.eos_token_id)
         demonstrations.append(Demonstration(example, prompt_ids, tuple(response)))
-        n_tokens = demonstrations[-1].n_tokens(max_new_tokens)
-        if context is not None and n_tokens > context:
-            raise UsageError(
-                f"{example.source}: its prompt is {len(prompt_ids)} tokens and its response {len(response)}; with "
-                f"--sampling-max-tokens {max_new_tokens} that exceeds the model's context of {context}: lower "
-                "--sampling-max-tokens or remove the demonstration"
-            )
     return demonstrations

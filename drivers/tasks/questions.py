@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from drivers.common.errors import UsageError
 from drivers.common.paths import repository_path
@@ -35,9 +35,17 @@ class Question:
     def answer(self) -> str | list[str]:
         return self.example.answer
 
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Return all known tokens: those of the prompt."""
+        return self.prompt_token_ids
+
     def n_tokens(self, max_new_tokens: int) -> int:
         """Return the length of the prompt and the longest response."""
         return len(self.prompt_token_ids) + max_new_tokens
+
+
+Q = TypeVar("Q", bound=Question)
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -129,7 +137,7 @@ class Prompt:
         """Return the prompt of a question as token ids."""
         text = self.template.replace("{question}", question)
         if not self.is_message:
-            return tuple(tokenizer.encode(text))
+            return tuple(encode_prompt(tokenizer, text))
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         whole = render(tokenizer, [*messages, {"role": "user", "content": text}], to_answer=True)
         return tuple(tokenizer.encode(whole, add_special_tokens=False))  # the template contains them
@@ -156,18 +164,39 @@ def _read_prompt_file(flag: str, path: str) -> str:
         raise UsageError(f"{flag} {path}: cannot be read ({error})") from error
 
 
-def make_questions(
-    examples: Sequence[Example], prompt: Prompt, tokenizer: Any, *, max_new_tokens: int, context: int | None
-) -> list[Question]:
-    """Tokenize prompts. Raise a UsageError if a prompt leaves no room for a response in the model's context."""
-    questions = []
-    for example in examples:
-        token_ids = prompt.token_ids(example.question, tokenizer)
-        if context is not None and len(token_ids) + max_new_tokens > context:
-            raise UsageError(
-                f"{example.source}: its prompt is {len(token_ids)} tokens; with --sampling-max-tokens "
-                f"{max_new_tokens} it exceeds the model's context of {context}: lower --sampling-max-tokens or "
-                "remove the question"
-            )
-        questions.append(Question(example, token_ids))
-    return questions
+def encode_prompt(tokenizer: Any, text: str) -> list[int]:
+    """Return the tokens of a prompt, without the end token that some tokenizers append to every text."""
+    token_ids: list[int] = tokenizer.encode(text)
+    if token_ids[-1:] == [tokenizer.eos_token_id]:
+        of_text = tokenizer.encode(text, add_special_tokens=False)
+        return token_ids if token_ids[-len(of_text) :] == of_text else token_ids[:-1]
+    return token_ids
+
+
+def make_questions(examples: Sequence[Example], prompt: Prompt, tokenizer: Any) -> list[Question]:
+    """Tokenize the prompts of examples."""
+    return [Question(example, prompt.token_ids(example.question, tokenizer)) for example in examples]
+
+
+def fit_context(
+    questions: Sequence[Q], *, max_new_tokens: int, context: int | None, long_prompts: Literal["refuse", "drop"]
+) -> list[Q]:
+    """Return the questions that leave room for a response in the model's context.
+
+    If others exist, raise a UsageError that counts them; with `long_prompts="drop"`, print their number instead.
+    """
+    lengths = [question.n_tokens(max_new_tokens) for question in questions]
+    kept = [q for q, length in zip(questions, lengths, strict=True) if context is None or length <= context]
+    if len(kept) == len(questions):
+        return kept
+    longest = max(range(len(questions)), key=lengths.__getitem__)
+    problem = (
+        f"{len(questions) - len(kept)} of {len(questions)} questions do not fit into the model's context of {context} "
+        f"tokens with --sampling-max-tokens {max_new_tokens}; the longest, {questions[longest].example.source}, needs "
+        f"{lengths[longest]}"
+    )
+    if long_prompts == "refuse" or not kept:
+        remedy = "lower --sampling-max-tokens or remove them" + ", or pass --long-prompts drop" * bool(kept)
+        raise UsageError(f"--long-prompts {long_prompts}: {problem}; {remedy}")
+    print(f"warning: --long-prompts drop: {problem}; they are left out", flush=True)
+    return kept

@@ -22,18 +22,33 @@ from drivers.grading.pool import start_grading
 from drivers.grading.verdicts import Grader, make_inline_grader
 from drivers.policy import fsdp
 from drivers.policy.devices import choose_devices, choose_dtype
-from drivers.policy.loading import context_length, load_policy, load_tokenizer, resolve_model, tune_malloc
+from drivers.policy.loading import (
+    check_token_ids,
+    context_length,
+    load_policy,
+    load_tokenizer,
+    resolve_model,
+    tune_malloc,
+)
 from drivers.policy.lora import add_lora
 from drivers.policy.optimizer import training_state_bytes
 from drivers.policy.weight_gatherer import WeightGatherer
-from drivers.runs.checkpoint import read_dtype, read_state_values
+from drivers.runs.checkpoint import check_saving, read_dtype, read_state_values
 from drivers.runs.folder import abandon_run_folder
 from drivers.runs.lock import release_run_lock
 from drivers.runs.resume import RUN_MARKER, open_run_folder
 from drivers.settings.groups import EngineSettings, PromptSettings, TrainingSettings
 from drivers.settings.grpo import GrpoConfig
 from drivers.settings.reward_spec import check_file
-from drivers.tasks.questions import Prompt, Question, easiest_first, load_examples, load_prompt, make_questions
+from drivers.tasks.questions import (
+    Prompt,
+    Question,
+    easiest_first,
+    fit_context,
+    load_examples,
+    load_prompt,
+    make_questions,
+)
 from drivers.training.components import Components
 from drivers.training.memory import MemoryPlan, configure_memory
 from drivers.training.run import Run
@@ -72,7 +87,7 @@ def setup_run(
 ) -> tuple[Run, Components]:
     """Build the run and its components. Cheap checks come first: a bad file is reported before a model is loaded.
 
-    `make_train_set` is called like `make_questions`, without its examples and prompt. `settings` are those of the
+    `make_train_set` makes the questions or demonstrations to train on with a tokenizer. `settings` are those of the
     program; default: `config`.
     """
     val_examples = load_examples("--val-data-path", config.val_data_path)[: config.n_val_examples]
@@ -82,11 +97,14 @@ def setup_run(
     assert config.model_path is not None  # the command line refuses that
     model_path = distributed.run_on_rank_zero(partial(resolve_model, config.model_path))
     tokenizer = load_tokenizer(model_path, for_chat=config.chat_template)
-    context = context_length(model_path)
-    train_set, val_set = (
-        make(tokenizer, max_new_tokens=config.sampling_max_tokens, context=context)
-        for make in (make_train_set, partial(make_questions, val_examples, prompt))
+    fit = partial(
+        fit_context,
+        max_new_tokens=config.sampling_max_tokens,
+        context=context_length(model_path),
+        long_prompts=config.long_prompts,
     )
+    train_set, val_set = fit(make_train_set(tokenizer)), fit(make_questions(val_examples, prompt, tokenizer))
+    check_token_ids(model_path, tokenizer, (*train_set, *val_set))
     with ExitStack() as on_failure:
         grade: Grader = make_inline_grader(BUILT_IN["r1_zero"])  # a placeholder: only rank 0 grades
         if distributed.is_rank_zero():
@@ -138,6 +156,7 @@ def load_models(
     longest_row = longest_prompt + config.group_size * config.sampling_max_tokens
     loader = partial(load_sharded, config, model_path, policy_device, dtype, longest_row)
     policy, reference = load_policy_and_reference(config, tokenizer, loader)
+    distributed.run_on_rank_zero(partial(check_saving, model_path, policy, tokenizer))
     reference_bytes = 0 if reference is None else training_state_bytes(reference)
     plan = configure_memory(config, policy, longest_prompt, reference_bytes, rollout_device)
     options = EngineOptions(

@@ -19,7 +19,8 @@ def tokenize_prompt_and_output(
     padding token stays in the response. The mask of an empty output is all False.
 
     Args:
-        prompt_strs: prompts, encoded with the special tokens that the tokenizer adds by default, such as a BOS token.
+        prompt_strs: prompts, encoded with the special tokens that the tokenizer adds by default, such as a BOS token,
+            but without an end token that it appends.
         output_strs: the output for each prompt, encoded without special tokens.
         tokenizer: a Hugging Face tokenizer, or an object with the same `encode`.
 
@@ -79,4 +80,8 @@ def _encode_prompt(tokenizer: Tokenizer, prompt: str, index: int) -> list[int]:
             f"prompt_strs[{index}]={prompt!r} has no token, so no logits predict the first token of the output: give a"
             " prompt of at least one token"
         )
+    if token_ids[-1] == tokenizer.eos_token_id and len(token_ids) > 1:
+        # Some tokenizers end every text with it; a prompt that ends there would have no output.
+        of_text = tokenizer.encode(prompt, add_special_tokens=False)
+        return token_ids if token_ids[-len(of_text) :] == of_text else token_ids[:-1]
     return token_ids

@@ -65,7 +65,7 @@ def encode(tokenizer, *pieces):
 def test_chat_prompt_question_is_user_message():
     tokenizer = make_chat_tokenizer(CHATML)
     prompt = Prompt("Solve: {question}!", is_message=True)
-    (question,) = make_questions([Example("1+1", "2", "a:1")], prompt, tokenizer, max_new_tokens=1, context=None)
+    (question,) = make_questions([Example("1+1", "2", "a:1")], prompt, tokenizer)
     expected = encode(tokenizer, START, "user\nSolve: 1+1!", END, "\n", START, "assistant\n")
     assert question.prompt_token_ids == expected
     with_system = Prompt("{question}", is_message=True, system="Be short.")
@@ -91,9 +91,7 @@ def test_end_of_turn_ends_samples_and_demonstrations():
     engine = HFEngine(make_tiny_policy(), tokenizer)
     assert set(engine._end_ids) == set(tokenizer.convert_tokens_to_ids([END, "<eos>"]))
     shown = [WorkedExample("1+1", "2", "a:1", "It is 2", has_prompt=False)]
-    (one,) = make_demonstrations(
-        shown, Prompt("{question}", is_message=True), (), tokenizer, max_new_tokens=1, context=None
-    )
+    (one,) = make_demonstrations(shown, Prompt("{question}", is_message=True), (), tokenizer)
     assert one.prompt_token_ids == encode(tokenizer, START, "user\n1+1", END, "\n", START, "assistant\n")
     assert one.response_token_ids == encode(tokenizer, "It is 2", END)
 
@@ -119,7 +117,7 @@ def test_vllm_engine_gets_end_of_turn_token(urls, monkeypatch):
 def test_chat_demonstration_with_prompt_is_unchanged():
     tokenizer = make_chat_tokenizer(CHATML)
     shown = [WorkedExample("Q: ", "2", "a:1", "2", has_prompt=True)]
-    (one,) = make_demonstrations(shown, Prompt("{question}", True), (), tokenizer, max_new_tokens=1, context=None)
+    (one,) = make_demonstrations(shown, Prompt("{question}", True), (), tokenizer)
     assert one.prompt_token_ids == encode(tokenizer, "Q: ")
 
 

@@ -137,6 +137,7 @@ FLAGS = [
     "deterministic",
     "chat_template",
     "system_prompt_path",
+    "long_prompts",
     "curriculum_steps",
     "resume",
     "show",
@@ -255,7 +256,10 @@ def test_train_help_names_every_flag_and_default(capsys):
         ("--recipe None", "--model-path: is missing"),
         ("--recipe quickstart --model-path ./nowhere", "--model-path ./nowhere: no such folder"),
         ("--model-path {old_run} --recipe quickstart", "has no config.json"),
-        ("--model-path {tiny} --recipe quickstart --sampling-max-tokens 500", "exceeds the model's context of 512"),
+        (
+            "--model-path {tiny} --recipe quickstart --sampling-max-tokens 500",
+            "questions do not fit into the model's context of 512",
+        ),
     ],
 )
 def test_train_invalid_flags_exit_with_one_line(arguments, message, tmp_path, capsys, monkeypatch):

@@ -5,10 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from drivers.common.errors import UsageError
-from drivers.tasks.questions import Prompt, load_examples, load_prompt_template, make_questions
+from drivers.tasks.questions import Prompt, fit_context, load_examples, load_prompt_template, make_questions
 from drivers.tasks.wordadd import SHOTS, make_wordadd
+from grpo_core import tokenize_prompt_and_output
 from tests.tiny import make_tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,7 +74,7 @@ def test_prompt_replaces_question_only():
     tokenizer = make_tiny_tokenizer()
     example = load_examples("--data-path", "data/wordadd/validation.jsonl")[0]
     prompt = Prompt("{x} {question} {question}")
-    (question,) = make_questions([example], prompt, tokenizer, max_new_tokens=1, context=None)
+    (question,) = make_questions([example], prompt, tokenizer)
     assert tokenizer.decode(question.prompt_token_ids) == f"{{x}} {example.question} {example.question}"
 
 
@@ -80,16 +82,46 @@ def test_prompt_question_may_hold_braces(tmp_path):
     path = write_lines(tmp_path / "d.jsonl", json.dumps({"question": r"$\frac{1}{2}$ {question}", "answer": "1"}))
     tokenizer = make_tiny_tokenizer()
     examples, prompt = load_examples("-", path), Prompt("Q: {question}")
-    (question,) = make_questions(examples, prompt, tokenizer, max_new_tokens=1, context=99)
+    (question,) = make_questions(examples, prompt, tokenizer)
     assert tokenizer.decode(question.prompt_token_ids) == r"Q: $\frac{1}{2}$ {question}"
 
 
-def test_encode_questions_beyond_context_raises_usage_error(tmp_path):
-    examples = load_examples("-", write_lines(tmp_path / "e.jsonl", '{"question": "12345", "answer": "1"}'))
+def test_fit_context_counts_long_prompts_or_leaves_them_out(tmp_path, capsys):
+    lines = [json.dumps({"question": "1" * n, "answer": "1"}) for n in (5, 7, 2, 6)]
+    examples = load_examples("-", write_lines(tmp_path / "e.jsonl", *lines))
+    questions = make_questions(examples, Prompt("{question}"), make_tiny_tokenizer())
+    for context in (10, None):
+        assert fit_context(questions, max_new_tokens=3, context=context, long_prompts="refuse") == questions
+    problem = (
+        "2 of 4 questions do not fit into the model's context of 8 tokens with --sampling-max-tokens 3; the longest, "
+        f"{tmp_path}/e.jsonl:2, needs 10"
+    )
+    with pytest.raises(UsageError) as raised:
+        fit_context(questions, max_new_tokens=3, context=8, long_prompts="refuse")
+    assert str(raised.value) == (
+        f"--long-prompts refuse: {problem}; lower --sampling-max-tokens or remove them, or pass --long-prompts drop"
+    )
+    kept = fit_context(questions, max_new_tokens=3, context=8, long_prompts="drop")
+    assert kept == [questions[0], questions[2]]
+    assert capsys.readouterr().out == f"warning: --long-prompts drop: {problem}; they are left out\n"
+    with pytest.raises(UsageError, match=r"4 of 4 questions do not fit .* or remove them$"):
+        fit_context(questions, max_new_tokens=3, context=4, long_prompts="drop")
+
+
+def test_encode_prompt_leaves_out_an_appended_end_token():
+    """The model would see an ended text; an end token that the prompt itself contains stays."""
     tokenizer = make_tiny_tokenizer()
-    assert make_questions(examples, Prompt("{question}"), tokenizer, max_new_tokens=3, context=8)
-    with pytest.raises(UsageError, match=r"e\.jsonl:1: its prompt is 5 tokens"):
-        make_questions(examples, Prompt("{question}"), tokenizer, max_new_tokens=4, context=8)
+    plain, end = tokenizer.encode("ab"), tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {tokenizer.eos_token}", special_tokens=[(tokenizer.eos_token, end)]
+    )
+    assert tokenizer.encode("ab") == [*plain, end]
+    assert Prompt("{question}").token_ids("ab", tokenizer) == tuple(plain)
+    assert Prompt("{question}").token_ids(f"ab{tokenizer.eos_token}", tokenizer) == (*plain, end)
+    assert tokenize_prompt_and_output(["ab"], ["c"], tokenizer)["input_ids"].tolist() == [plain]
+    ended = tokenize_prompt_and_output([f"ab{tokenizer.eos_token}"], ["c"], tokenizer)
+    assert ended["input_ids"].tolist() == [[*plain, end]]
+    assert Prompt("{question}").token_ids(f"ab{tokenizer.eos_token}", make_tiny_tokenizer()) == (*plain, end)
 
 
 def test_r1_zero_prompt_opens_the_thought():

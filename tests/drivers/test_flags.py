@@ -216,6 +216,8 @@ def probes(shared, tmp_path, monkeypatch):
         for name, numbers in (("train", range(9)), ("other", range(9, 0, -1)), ("held-out", range(20, 24))):
             rows = [{"question": f"{n}?", "answer": str(n), "pass_rate": n / 30} for n in numbers]
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        long = [{"question": "1" * n, "answer": "1"} for n in (600, *range(1, 9))]
+        (folder / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
         for name, text in (("plain", "{question} "), ("polite", "please {question} "), ("system", "be brief")):
             (folder / f"{name}.prompt").write_text(text)
 
@@ -377,6 +379,7 @@ TRAIN_ROWS = {
     "prompt_path": Row("setup", "polite.prompt"),
     "chat_template": Row("setup", True),
     "system_prompt_path": Row("setup", "system.prompt", {"chat_template": True}),
+    "long_prompts": Row("setup", "refuse", {"long_prompts": "drop", "data_path": "long.jsonl"}),
     "data_path": Row("setup", "other.jsonl"),
     "val_data_path": Row("setup", "other.jsonl"),
     "n_val_examples": Row("setup", 2),
@@ -483,6 +486,7 @@ EVALUATE_ROWS = {
     "prompt_path": Row("evaluate", "polite.prompt"),
     "chat_template": Row("evaluate", True),
     "system_prompt_path": Row("evaluate", "system.prompt", {"chat_template": True}),
+    "long_prompts": Row("evaluate", "refuse", {"long_prompts": "drop", "data_path": ("long.jsonl",)}),
     "reward": Row("evaluate", "question_only"),
     "reward_mix": Row("evaluate", ("a=1",), {"reward": "math:floor"}),
     "grader_workers": Row("evaluate", 3),
@@ -505,7 +509,9 @@ EVALUATE_ROWS = {
 }
 
 
-SEEN_BY_AN_ERROR = ("policy_device", "rollout_device", "device", "resume", "on_anomaly", "self_check_tolerance")
+SEEN_BY_AN_ERROR = (
+    *("policy_device", "rollout_device", "device", "resume", "on_anomaly", "self_check_tolerance", "long_prompts"),
+)
 """Settings whose changed value ends the run with an error, on any machine."""
 
 

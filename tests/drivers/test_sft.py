@@ -19,7 +19,7 @@ from drivers.settings.command_line import parse_settings
 from drivers.settings.imitation import QUICKSTARTS, SftConfig
 from drivers.sft import choose_demonstrations, main, select_batch
 from drivers.tasks.demonstrations import load_demonstrations, make_demonstrations
-from drivers.tasks.questions import Prompt
+from drivers.tasks.questions import Prompt, fit_context
 from drivers.tasks.wordadd import WRONG_SHARE
 from drivers.tasks.wordadd import make_demonstrations as make_wordadd_demonstrations
 from drivers.training import update as update_step
@@ -142,14 +142,24 @@ def test_demonstration_question_is_formatted_and_prompt_is_not(tmp_path):
     )
     asked, whole = load_demonstrations("--data-path", path)
     assert (asked.answer, whole.answer, whole.source) == ("1", "", f"{path}:2")
-    made = make_demonstrations(
-        [asked, whole], Prompt("Q: {question}"), (), make_tiny_tokenizer(), max_new_tokens=1, context=99
-    )
+    made = make_demonstrations([asked, whole], Prompt("Q: {question}"), (), make_tiny_tokenizer())
     assert [make_tiny_tokenizer().decode(one.prompt_token_ids) for one in made] == ["Q: 1?", "{question} 1"]
-    with pytest.raises(UsageError, match=r"sft.jsonl:2: its prompt is 12 tokens and its response 2; .* context of 13"):
-        make_demonstrations(
-            [asked, whole], Prompt("Q: {question}"), (), make_tiny_tokenizer(), max_new_tokens=1, context=13
-        )
+    with pytest.raises(UsageError, match=r"1 of 2 questions do not fit .* context of 13 .*/sft.jsonl:2, needs 14"):
+        fit_context(made, max_new_tokens=1, context=13, long_prompts="refuse")
+
+
+def test_sft_leaves_out_long_demonstrations_before_it_counts_steps(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "tiny")
+    rows = [{"prompt": f"{k} ", "response": "1" * (600 if k % 3 else 2)} for k in range(9)]
+    main(
+        f"--model-path tiny --data-path {write_lines(tmp_path, *rows)} --val-data-path data/wordadd/validation.jsonl "
+        "--prompt-path data/prompts/wordadd.prompt --engine hf --dtype float32 --train-batch-size 2 --epochs 2 "
+        "--sampling-min-tokens 0 --sampling-max-tokens 4 --n-val-examples 2 --long-prompts drop --save-dir out "
+        "--wandb-project None".split()
+    )
+    assert "--long-prompts drop: 6 of 9 questions do not fit" in " ".join(capsys.readouterr().out.split())
+    assert [row["step"] for row in read_rows(tmp_path / "out", "train")] == [1, 2, 3, 4]
 
 
 def write_lines(folder, *rows):
@@ -265,7 +275,10 @@ def test_sft_help_names_every_flag(capsys):
         ("--data-path {wrong}", "--correct-only: no demonstration of wrong.jsonl is correct"),
         ("--group-size 4", "group-size"),
         ("--model-path ./nowhere {data}", "--model-path ./nowhere: no such folder"),
-        ("--model-path {tiny} --n-examples 4 --sampling-max-tokens 500", "exceeds the model's context of 512"),
+        (
+            "--model-path {tiny} --n-examples 4 --sampling-max-tokens 500",
+            "4 of 4 questions do not fit",
+        ),
         ("--resume {grpo}", "--resume grpo: is a run of train.py"),
     ],
 )

@@ -114,6 +114,7 @@ IMITATION_FLAGS = [
     "deterministic",
     "chat_template",
     "system_prompt_path",
+    "long_prompts",
     "seed",
     "resume",
 ]
@@ -308,9 +309,7 @@ def make_letter_demonstrations(*responses, stop=("</answer>",)):
         WorkedExample(f"say it {'!' * (1 + k % 3)} ", "a", f"shown:{k}", response, has_prompt=True)
         for k, response in enumerate(responses)
     ]
-    return make_demonstrations(
-        examples, Prompt("{question}"), stop, make_tiny_tokenizer(), max_new_tokens=6, context=None
-    )
+    return make_demonstrations(examples, Prompt("{question}"), stop, make_tiny_tokenizer())
 
 
 def run_sft(folder, demonstrations, checkpoint=None, stop_at=None, **changes):

@@ -23,6 +23,13 @@ MUTANTS = [
         ("never greedy", "greedy = sampling.temperature == 0", "greedy = False"),
     ),
     *breaks(
+        "HFEngine.generate",
+        HF,
+        "tests/drivers/test_loading.py -k hf_engine",
+        ("the model's own generation config", "generation_config = type(own)()", "generation_config = own"),
+        ("the own config is lost", "            self._policy.generation_config = own\n", "            pass\n"),
+    ),
+    *breaks(
         "HFReplica",
         HF,
         f"{RESUME} -k 'resume_after_stop'",

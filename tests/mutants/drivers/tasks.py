@@ -18,6 +18,30 @@ MUTANTS = [
         ("blank answers", "        return bool(value.strip())\n", "        return True\n"),
     ),
     *breaks(
+        "fit_context",
+        QUESTIONS,
+        f"{DATA} {SFT} -k 'fit_context or long_demonstrations or formatted'",
+        ("one token too many", "length <= context]", "length < context]"),
+        ("the shortest is named", "longest = max(range", "longest = min(range"),
+        ("always refused", 'if long_prompts == "refuse" or not kept:', "if True:"),
+        ("never refused", 'if long_prompts == "refuse" or not kept:', "if not kept:"),
+    ),
+    *breaks(
+        "encode_prompt",
+        QUESTIONS,
+        f"{DATA} -k encode_prompt",
+        (
+            "the appended token stays",
+            "return token_ids if token_ids[-len(of_text) :] == of_text else token_ids[:-1]",
+            "return token_ids",
+        ),
+        (
+            "any end token is dropped",
+            "return token_ids if token_ids[-len(of_text) :] == of_text else token_ids[:-1]",
+            "return token_ids[:-1]",
+        ),
+    ),
+    *breaks(
         "Prompt",
         QUESTIONS,
         f"{DATA} {CHAT} -k 'prompt or encode'",
