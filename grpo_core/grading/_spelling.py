@@ -1,42 +1,22 @@
-r"""Unify the spellings of an answer: remove typesetting, thousands separators and units.
+r"""Unify the spellings of an answer: remove typesetting and thousands separators, unify signs.
 
 Every rule is a regular expression or a scan that takes linear time; callers limit the length of the text.
 """
 
 import re
+import unicodedata
 from collections.abc import Iterator
-from functools import lru_cache
 
-from grpo_core.grading._names import FUNCTIONS, GREEK, WORDS
+from grpo_core.grading._signs import COMMANDS, SUBSCRIPTS, SUPERSCRIPTS, UNICODE, WRAPPERS
 
-# Spelling -------------------------------------------------------------------------------------------------------
+TEXT = rf"\\(?:{WRAPPERS})\s*\{{([^{{}}]*)\}}"
+"""A command that sets its argument as text, and the argument."""
 
-_UNICODE = {
-    "−": "-", "﹣": "-", "–": "-", "×": r"\times ", "÷": r"\div ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ",
-    "∗": "*",
-    "π": r"\pi ", "∞": r"\infty ", "√": r"\surd ", "°": r"^\circ ", "º": r"^\circ ", "±": r"\pm ", "≤": r"\le ",
-    "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "⁄": "/", "∕": "/",
-    "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
-    "⅕": r"\frac{1}{5}", "⅛": r"\frac{1}{8}", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "ℝ": r"\mathbb{R}",
-    "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "€": r"\euro ", "£": r"\pound ", "¥": r"\yen ",
-    "¢": r"\cent ", "₹": r"\rupee ", "\u200b": "", "\ufeff": "",
-}  # fmt: skip
-_TRANSLATION = str.maketrans(_UNICODE | {chr(0xFF01 + i): chr(0x21 + i) for i in range(94)})
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
-_COMMANDS = {
-    "dfrac": r"\frac ", "tfrac": r"\frac ", "cfrac": r"\frac ", "dbinom": r"\binom ", "tbinom": r"\binom ",
-    "leq": r"\le ", "leqslant": r"\le ", "geq": r"\ge ", "geqslant": r"\ge ", "neq": r"\ne ", "lt": "<", "gt": ">",
-    "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]", "lvert": "|", "rvert": "|", "vert": "|",
-    "mid": "|",
-    "varnothing": r"\emptyset ", "ast": "*", "degree": r"^\circ ", "infin": r"\infty ", "R": r"\mathbb{R}",
-    "bigcup": r"\cup ", "textdollar": r"\$", "quad": " ", "qquad": " ", "thinspace": " ", "enspace": " ", "colon": ":",
-} | dict.fromkeys(
-    ["left", "right", "big", "Big", "bigg", "Bigg", "bigl", "bigr", "Bigl", "Bigr", "displaystyle", "textstyle", "bf",
-     "rm", "it"], " "
-)  # fmt: skip
-_TEXT = r"\\(?:text|textrm|textbf|textit|textnormal|mathrm|mathbf|mbox|hbox|operatorname)\s*\{([^{}]*)\}"
+_OPEN_WRAPPER = re.compile(rf"\\(?:boxed|fbox|{WRAPPERS})\s*\{{")
 _FULL_STOP = re.compile(r"(?<!\.)\.$")
-_BOLD = re.compile(r"\A\s*\*\*([^*]+)\*\*(\.?)\s*\Z")  # Markdown around the whole answer
+# Bold type, italics, code or quotation marks around the whole answer.
+_MARKDOWN = re.compile(r"\A\s*(\*{1,3}|__|[_`\x22])([^*_`\x22]+)\1(\.?)\s*\Z")
+_BOLD_PART = re.compile(r"(?<!\S)\*\*([^*\s][^*]*)\*\*(?!\S)")
 _ENDING = r"\s*(?:st|nd|rd|th)\s*"
 _SET_ENDING = rf"\\(?:text|textrm|textsuperscript|mathrm|mbox)\s*\{{{_ENDING}\}}"
 _ORDINAL = re.compile(
@@ -46,42 +26,125 @@ _ORDINAL = re.compile(
 
 def clean(text: str) -> str:
     """Unify the spellings of signs and remove typesetting: dollars, boxes, spaces, size commands."""
-    text = _BOLD.sub(r"\1", text)
-    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda run: "^{" + run[0].translate(_SUPERSCRIPTS) + "}", text)
-    text = re.sub(r"\\(?:left|right)\s*\.", " ", text.translate(_TRANSLATION)).replace("~", " ")
-    # A negative space cancels the space around it in mathematics mode: `11,\! 111`.
-    text = re.sub(r"(?<=[\d,.])(?:\s*\\!)+\s*(?=[\d,.])", "", text).replace(r"\!", " ")
-    text = re.sub(r"\\text\w*\s*\{\s*(\\?[$%])\s*\}", r"\1", text)
-    text = re.sub(r"\bUS\s*(?=\\?\$)", "", text)
-    text = re.sub(r"(?<!\\)\\[,:;> ]|\\[()]|(?<!\\)\\[\[\]]", " ", text)
-    text = re.sub(r"\\([A-Za-z]+)", lambda name: _COMMANDS.get(name[1], name[0]), text)
-    text = re.sub(r"\\math(?:rm|bf|it)\s*\{([ei])\}", r"\1 ", text)
-    text = re.sub(r"\\text\w*\s*\{\s*,?\s*(or|and)\s*\}", r" \1 ", text).replace(r"\%", "%").replace("**", "^")
-    text = re.sub(r",\s*(and|or)\b", r" \1", text)
-    text = re.sub(r"\^\s*\{\s*\\circ\s*\}", r"^\\circ ", text)
-    text = re.sub(r"(\^\\circ) *([CF])\b", r"\1\\text{\2}", text)
-    text = re.sub(r"\\\{\s*\\\}", r"\\emptyset ", text)
-    text = re.sub(r"\b(?:infinity|infty)\b(?<!\\infty)", r"\\infty ", text, flags=re.IGNORECASE)
+    text = (
+        _BOLD_PART.sub(r"\1", _MARKDOWN.sub(r"\2", text))
+        if "*" in text or text.lstrip()[:1] in ("_", "`", '"')
+        else text
+    )
+    if not text.isascii():
+        text = _to_latex(text)
+    text = text.replace("~", " ")
+    if "\\" in text:
+        text = _unify_commands(_undouble(text))
+    text = text.replace(r"\%", "%").replace("**", "^")
+    if "_" in text:
+        text = _unify_scripts(text)
+    if any(map(str.isalpha, text)):
+        text = re.sub(r"\bUS\s*(?=\\?\$)", "", text)
+        text = re.sub(r",\s*(and|or)\b", r" \1", text)
+        text = re.sub(r"\b(?:infinity|infty)\b(?<!\\infty)", r"\\infty ", text, flags=re.IGNORECASE)
     text = re.sub(r"(?<=\d)\{,\}(?=\d{3})", "", text)
     text = unwrap(_undollar(text))
     return ordinal[1] if (ordinal := _ORDINAL.fullmatch(text)) else text
 
 
+def _unify_scripts(text: str) -> str:
+    r"""Unify subscripts: `C_{10}^{3}` is a binomial coefficient, `x_{1}` is `x_1`."""
+    text = re.sub(r"\bC ?_ ?(\d|\{ ?\d+ ?\}) ?\^ ?(\d|\{ ?\d+ ?\})", r"\\binom \1 \2", text)
+    return re.sub(r"_\{(\w)\}(?!\d)", r"_\1", text)
+
+
+_CHINESE_SIGNS = (("或", " or "), ("和", " and "), ("且", " and "))
+
+
+def _to_latex(text: str) -> str:
+    """Replace Unicode signs by ASCII and LaTeX; of other scripts, only digits change."""
+    text = re.sub("([⁰¹²³⁴⁵⁶⁷⁸⁹]+)⁄([₀-₉]+)", _stacked, text)
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+", lambda run: "^{" + run[0].translate(SUPERSCRIPTS) + "}", text)
+    text = re.sub("[₀-₉₊₋]+", lambda run: "_{" + run[0].translate(SUBSCRIPTS) + "}", text)
+    text = re.sub("[\U0001d400-\U0001d7ff]", lambda sign: unicodedata.normalize("NFKC", sign[0]), text)
+    text = text.translate(UNICODE)
+    for word, joint in _CHINESE_SIGNS:  # between two formulas, not within a word
+        text = re.sub(rf"(?<=[A-Za-z\d)\]}}$])\s*{word}\s*(?=[A-Za-z\d(\[{{$\\-])", joint, text)
+    return text
+
+
+def _stacked(found: re.Match[str]) -> str:
+    return rf"\frac{{{found[1].translate(SUPERSCRIPTS)}}}{{{found[2].translate(SUBSCRIPTS)}}}"
+
+
+def _undouble(text: str) -> str:
+    r"""Repair backslashes that an export has doubled: `\\frac` is `\frac`. A row of a matrix ends in two."""
+    if r"\\begin" in text:
+        return text.replace(r"\\", "\\")
+    return text if r"\begin" in text else re.sub(r"\\\\(?=[A-Za-z{}$%])", r"\\", text)
+
+
+_RULES: tuple[tuple[str, str, str], ...] = (
+    (r"\left", r"\\left\s*\.", " "),
+    (r"\right", r"\\right\s*\.", " "),
+    # A negative space cancels the space around it in mathematics mode: `11,\! 111`.
+    (r"\!", r"(?<=[\d,.])(?:\s*\\!)+\s*(?=[\d,.])", ""),
+    (r"\!", r"\\!", " "),
+    (r"\text", r"\\text\w*\s*\{\s*(\\?[$%])\s*\}", r"\1"),
+    (r"\text", r"\\text\s*\{\s*\.\s*\}\s*$", ""),
+    (r"\text", r"\\text\w*\s*\{\s*,?\s*(or|and)\s*\}", r" \1 "),
+    # A space of TeX sets a unit apart, never a factor: `576\pi\;m^2`.
+    ("\\", r"(?<=[\d})i])(?:\s*\\[,:; ])+\s*([mgslh])(?![A-Za-z])", r" \\text{\1}"),
+    ("\\", r"(?<!\\)\\[,:;> ]|\\[()]|(?<!\\)\\[\[\]]", " "),
+)
+"""Rules before commands get one name: the text that a rule needs, a pattern, and what replaces it."""
+
+_LATER_RULES: tuple[tuple[str, str, str], ...] = (
+    (r"\math", r"\\math(?:rm|bf|it)\s*\{([ei])\}", r"\1 "),
+    (r"\mathbb", r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
+    (r"\circ", r"\^\s*\{\s*\\circ\s*\}", r"^\\circ "),
+    (r"\circ", r"(\^\\circ) *([CF])\b", r"\1\\text{\2}"),
+    (r"\vec", r"\\vec\s*([A-Za-z])(?![A-Za-z])", r"\\vec{\1}"),
+    ("mod", r"\(?\\p?mod\s*\{?(\w+)\}?\)?", r" \\pmod{\1}"),
+    ("mod", r"\(\\text\s*\{ ?mod ?\}\s*(\w+)\)", r" \\pmod{\1}"),
+    (r"\choose", r"\{([^{}]{1,40})\\choose([^{}]{1,40})\}", r"\\binom{\1}{\2}"),
+    (r"\}", r"\\\{\s*\\\}", r"\\emptyset "),
+)
+"""Rules after commands have one name."""
+
+
+def _unify_commands(text: str) -> str:
+    """Unify the LaTeX commands of a text: spaces, signs, and words between formulas."""
+    text = _apply(_RULES, text)
+    text = re.sub(r"\\([A-Za-z]+)", lambda name: COMMANDS.get(name[1], name[0]), text)
+    if _BASIS.search(text):
+        text = re.sub(r"\\(?:mathbf|hat|vec|boldsymbol)\s*\{\\?([ijk])(?:math)?\}", r"\\vec{\1}", text)
+    return _apply(_LATER_RULES, text)
+
+
+def _apply(rules: tuple[tuple[str, str, str], ...], text: str) -> str:
+    for needed, pattern, replacement in rules:
+        if needed in text:
+            text = re.sub(pattern, replacement, text)
+    return text
+
+
+_BASIS = re.compile(r"\\(?:mathbf|hat|vec|boldsymbol)\s*\{\\?j(?:math)?\}")  # beside j, i is a vector
+
+
 def _undollar(text: str) -> str:
     r"""Remove the dollar signs of mathematics mode; a single one means money and becomes `\$`."""
+    if "$" not in text:
+        return text
     found = re.findall(r"(?<!\\)\$", text)
     return re.sub(r"(?<!\\)\$", lambda _: r"\$" if len(found) == 1 else " ", text)
 
 
 def unwrap(text: str) -> str:
-    """Remove a box or text command around the whole text, a final full stop, and repeated spaces."""
+    """Remove a box or text command around the whole text, a final full stop or line break, and repeated spaces."""
     while True:
         inner = _FULL_STOP.sub("", text.strip())
-        found = re.match(r"\\(?:boxed|fbox)\s*\{", inner)
+        while inner.endswith(r"\\"):
+            inner = inner[:-2].rstrip()
+        found = _OPEN_WRAPPER.match(inner)
         if found and closing_brace(inner, found.end() - 1) == len(inner) - 1:
             inner = inner[found.end() : -1]
-        elif found := re.fullmatch(_TEXT, inner):
-            inner = found[1]
         elif inner[:1] == "{" and closing_brace(inner, 0) == len(inner) - 1:
             inner = inner[1:-1]
         if inner == text:
@@ -94,6 +157,11 @@ def tighten(text: str) -> str:
     return re.sub(r"(\\[A-Za-z]+) (?=\d)", r"\1", re.sub(r"(?<![^\W_]) | (?![^\W_])", "", text))
 
 
+def without_text_commands(text: str) -> str:
+    r"""Replace `\text{cm}` and similar commands by their content."""
+    return unwrap(re.sub(TEXT, r" \1 ", text)) if "\\" in text else unwrap(text)
+
+
 def closing_brace(text: str, opening: int) -> int:
     """Return where the brace at `opening` closes, or -1; escaped braces do not count."""
     depth = 0
@@ -104,18 +172,34 @@ def closing_brace(text: str, opening: int) -> int:
     return -1
 
 
+# Thousands ------------------------------------------------------------------------------------------------------
+
 _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!\d|,\d)|(?<![\d.])(?<!\d )\d{1,3}(?: \d{3})+(?! ?\d)")
+_LAKHS = re.compile(r"(?<![\d,.])\d{1,2}(?:,\d\d)+,\d{3}(?!\d|,\d)")  # the Indian grouping
 
 
 def without_thousands(text: str) -> str:
-    """Remove thousands separators from every number outside brackets that is grouped in threes."""
-    inside = [depth > 0 for _, token, depth in scan(text) for _ in token]
-    return _THOUSANDS.sub(lambda number: number[0] if inside[number.start()] else re.sub("[, ]", "", number[0]), text)
+    """Remove thousands separators from every number outside brackets that is grouped in threes.
 
+    A number grouped as in India loses them if a group begins with 0, as no item of a list does: `3,00,000`.
+    """
+    inside = [depth > 0 for _, token, depth in scan(text) for _ in token]
+
+    def joined(number: re.Match[str]) -> str:
+        return number[0] if inside[number.start()] else re.sub("[, ]", "", number[0])
+
+    text = _LAKHS.sub(lambda number: joined(number) if ",0" in number[0] else number[0], text)
+    if len(text) < len(inside):
+        inside = [depth > 0 for _, token, depth in scan(text) for _ in token]
+    return _THOUSANDS.sub(joined, text)
+
+
+# Brackets -------------------------------------------------------------------------------------------------------
 
 _PIECE = re.compile(r"\\[A-Za-z]+|\\.|[A-Za-z]+|.", re.DOTALL)
 OPENERS = {"(", "[", "{", r"\{", r"\langle", r"\begin", r"\lfloor", r"\lceil"}
 CLOSERS = {")", "]", "}", r"\}", r"\rangle", r"\end", r"\rfloor", r"\rceil"}
+_PAIRS = {("(", ")"), ("[", "]"), ("(", "]"), ("[", ")"), (r"\{", r"\}"), (r"\langle", r"\rangle")}
 
 
 def scan(text: str) -> Iterator[tuple[int, str, int]]:
@@ -127,114 +211,23 @@ def scan(text: str) -> Iterator[tuple[int, str, int]]:
         depth += found[0] in OPENERS
 
 
-# Units ----------------------------------------------------------------------------------------------------------
-
-_UNIT_NAMES = {
-    "cm": "centimeter centimetre", "m": "meter metre", "km": "kilometer kilometre kms", "mm": "millimeter millimetre",
-    "in": "inch inches", "ft": "foot feet", "yd": "yard", "mi": "mile", "kg": "kilogram", "g": "gram",
-    "mg": "milligram", "lb": "pound lbs", "oz": "ounce", "l": "liter litre", "ml": "milliliter millilitre",
-    "s": "second sec", "min": "minute", "h": "hour hr hrs", "mph": "", "km/h": "kmh kph", "m/s": "", "hz": "hertz",
-    "rad": "radian", "degree": "deg", "percent": "", "dollar": "usd", "euro": "eur", "cent": "", "unit": "",
-    "am": "", "pm": "", "per": "", "cup": "", "day": "", "ton": "", "gal": "gallon", "rupee": "",
-}  # fmt: skip
-_UNITS = {spelling: unit for unit, others in _UNIT_NAMES.items() for spelling in (unit, *others.split())}
-_LETTERS = {"m", "g", "l", "s", "h"}
-_BARE_UNITS = set(_UNITS) - _LETTERS  # a bare letter is a variable
-_POWERS = {"square": "2", "sq": "2", "cubic": "3", "cu": "3"}
-_NO_UNITS = WORDS | GREEK | set(re.findall("[a-z]+", """
-    or and to is not no nor base mod modulo factorial choose over under plus minus times by half halves third
-    thirds quarter quarters negative positive opposite inverse reciprocal reciprocals complement conjugate false
-    wrong incorrect untrue fake invalid unknown impossible cannot none never nothing neither both null void zero
-    off cube root roots power powers first hundred hundreds thousand thousands lakh lakhs crore crores dozen dozens
-    score scores gross couple couples myriad myriads googol googols tens ones kilo mega giga grand mil mn bn tn k
-    double triple twice more less than infinity if when where otherwise except about around almost approx circa
-    between each maybe perhaps one two three four five six seven eight nine ten eleven twelve thirteen fourteen
-    fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety
-    permille permil promille permyriad basis bps binary ternary quaternary octal decimal hex hexadecimal imaginary
-    prime primes factorials permutations combinations combos radical radicals remainder remainders plusminus
-    below above fewer lesser greater bigger smaller deficit loss debt owing owed short missing through thru until till
-    upto downto besides also including excluding incl excl unless unlike instead rather versus against then every
-    other others another something nope error bogus nonexistent
-    """))  # fmt: skip
-_CHANGES_VALUE = re.compile(  # millions, sevenths but not months, halved, tenfold, quadruple, approximately
-    r"(?:illi(?:on|ard)s?|(?<!^mon)ths?|ed|fold|uples?|ly)$"
-)
-_TEXT_UNIT = re.compile(rf"^(.*[^\s\\(\[{{^_=,]){_TEXT}(\^\{{?[23]\}}?)?$")
-_BARE_UNIT = re.compile(r"^(.*[\d})\]])( ?)([A-Za-z][A-Za-z./ ]*)(\^\{?[23]\}?)?$")
-_SIGN_UNITS = {
-    "%": "percent",
-    r"^\circ": "degree",
-    r"\$": "dollar",
-    r"\euro": "euro",
-    r"\pound": "sterling",
-    r"\yen": "yen",
-    r"\cent": "cent",
-    r"\rupee": "rupee",
-}
-_HAS_FUNCTION = re.compile("|".join(sorted(FUNCTIONS)))
+def split(text: str, signs: set[str]) -> tuple[list[str], list[str]]:
+    """Split a text at signs outside all brackets; return the parts and the signs."""
+    parts, cuts, start = list[str](), list[str](), 0
+    for position, token, depth in scan(text):
+        if depth == 0 and token in signs:
+            parts.append(text[start:position].strip())
+            cuts.append(token)
+            start = position + len(token)
+    return [*parts, text[start:].strip()], cuts
 
 
-def split_unit(text: str) -> tuple[str, str]:
-    r"""Split a text into a value and a unit; the unit is in one spelling, or empty.
-
-    Percent, degrees and currencies are units too. `\sin 30^\circ` keeps its degrees, because they change the value.
-    """
-    units: list[str] = []
-    for _ in range(2):  # `20^\circ\text{C}` has two
-        text, unit = _split_one_unit(text)
-        units += [unit] if unit else []
-    return text, " ".join(reversed(units))
-
-
-def _split_one_unit(text: str) -> tuple[str, str]:
-    for sign, unit in _SIGN_UNITS.items():
-        if text.endswith(sign) and len(text) > len(sign) and not _HAS_FUNCTION.search(text):
-            return text[: -len(sign)].rstrip(), unit
-        bare = text.removeprefix("-")
-        if bare.startswith(sign) and unit not in ("percent", "degree") and len(bare) > len(sign):
-            return text[: len(text) - len(bare)] + bare[len(sign) :].lstrip(), unit
-    if found := _TEXT_UNIT.match(text):
-        body, name, power = found.groups()
-        unit = _unit_name(name)
-    elif found := _BARE_UNIT.match(text):
-        body, space, name, power = found.groups()
-        name = re.sub(r"\b(sq|cu)\. ?", r"\1 ", name)
-        words = name.lower().replace("/", " ").split()
-        known = name.lower() in _BARE_UNITS or all(word in _BARE_UNITS or word in _POWERS for word in words)
-        named = space and all(len(word) > 3 or word in _BARE_UNITS for word in words)
-        unit = _unit_name(name) if known or named else ""
-    else:
-        return text, ""
-    return (body, unit + "".join(re.findall("[23]", power or ""))) if unit else (text, "")
-
-
-@lru_cache(maxsize=1024)
-def _unit_name(text: str) -> str:
-    """Return a unit in lower case, singular and abbreviated; empty if the words are not a unit."""
-    words = [word.rstrip(".") for word in text.lower().replace("/", " per ").split()]
-    if not words or not all(re.fullmatch(r"[a-z]+(?:\^?[23])?", word) for word in words) or words[-1] in _POWERS:
-        return ""
-    if _NO_UNITS & set(words) or any(map(_CHANGES_VALUE.search, words)):
-        return ""
-    power = _POWERS.get(words[0], "")
-    words = words[1:] if power else words
-    singular = [word if word in _UNITS or word.endswith("ss") else word.removesuffix("s") for word in words]
-    unit = " ".join(_UNITS.get(word, word) for word in singular).replace("^", "").replace(" per ", "/")
-    return ("mph" if unit == "mi/h" else unit) + power
-
-
-_LETTER_UNIT = re.compile(r"^(.*[\d})\]]) ?([mgshlL])(?:\^\{?([23])\}?)?$")
-
-
-def split_letter(text: str) -> tuple[str, str]:
-    """Split off a letter that may be a unit, spelled as in `split_unit`; empty if there is none.
-
-    A letter is normally a variable. It can be a unit only if the reference is a number.
-    """
-    found = _LETTER_UNIT.match(text)
-    return (found[1], found[2].lower() + (found[3] or "")) if found else (text, "")
-
-
-def without_text_commands(text: str) -> str:
-    r"""Replace `\text{cm}` and similar commands by their content."""
-    return unwrap(re.sub(_TEXT, r" \1 ", text))
+def brackets(text: str) -> tuple[str, str] | None:
+    """Return the opening and closing bracket if one pair surrounds the whole text."""
+    if not text or text[-1] not in ")]}e":
+        return None
+    tokens = list(scan(text))
+    pair = tokens[0][1], tokens[-1][1]
+    if len(tokens) < 2 or pair not in _PAIRS or tokens[-1][2] != 0:
+        return None
+    return None if any(depth < 1 for _, _, depth in tokens[1:-1]) else pair

@@ -8,111 +8,22 @@ compared: plain numbers as strings of digits, words without case, everything els
 When in doubt, answers do not match: a wrong acceptance teaches a policy to cheat, a wrong rejection costs one sample.
 """
 
-import decimal
 import math
 import re
-from functools import lru_cache
+from fractions import Fraction
 
 from grpo_core._checks import shape_checked
 from grpo_core.grading import _symbolic
-from grpo_core.grading._expression import MAX_CHARS, MAX_DEPTH, Unreadable, is_number, read
-from grpo_core.grading._spelling import (
-    CLOSERS,
-    clean,
-    closing_brace,
-    scan,
-    split_letter,
-    split_unit,
-    tighten,
-    unwrap,
-    without_text_commands,
-    without_thousands,
-)
-from grpo_core.grading.comparison import SCIENTIFIC, Answer, Comparison, digits, is_prose
-
-_LIST_SIGNS = {",", ";", "or", "and"}
-_RELATIONS = {"=", "<", ">", r"\le", r"\ge", r"\ne", r"\in", r"\approx"}
-_MIRRORED = {">": "<", r"\ge": r"\le", "=": "="}
-_MATRIX = re.compile(r"\\begin\{([pbBvV]?matrix|array)\}(?:(?<=array\})\{[lcr|]*\})?(.*)\\end\{\1\}")
-_LABEL = re.compile(  # a variable, a segment, a word of four letters, a Greek letter, an angle, f(x) or (x,y)
-    r"[A-Za-z]'?(?:_\{?\w+\}?)?|[A-Z]{2}|[A-Za-z]{4,}|\\[A-Za-z]+|(?:m ?)?\\angle ?[A-Z]{1,3}"
-    r"|(?:[A-Za-z]'?(?:\^\{-1\})?)?\([a-z](?:,[a-z])*\)"
-)
-
-
-def _split(text: str, signs: set[str]) -> tuple[list[str], list[str]]:
-    """Split a text at signs outside all brackets; return the parts and the signs."""
-    parts, cuts, start = list[str](), list[str](), 0
-    for position, token, depth in scan(text):
-        if depth == 0 and token in signs:
-            parts.append(text[start:position].strip())
-            cuts.append(token)
-            start = position + len(token)
-    return [*parts, text[start:].strip()], cuts
-
-
-def _brackets(text: str) -> tuple[str, str] | None:
-    """Return the opening and closing bracket if one pair surrounds the whole text."""
-    tokens = list(scan(text))
-    if len(tokens) < 2 or tokens[0][1] not in ("(", "[", r"\{", r"\langle") or tokens[-1][1] not in CLOSERS:
-        return None
-    if any(depth < 1 for _, _, depth in tokens[1:-1]) or tokens[-1][2] != 0:
-        return None
-    pair = tokens[0][1], tokens[-1][1]
-    half_open = pair in (("(", "]"), ("[", ")"))
-    return pair if half_open or pair in (("(", ")"), ("[", "]"), (r"\{", r"\}"), (r"\langle", r"\rangle")) else None
-
-
-def _parse(text: str) -> Answer:
-    """Return the structure of a cleaned text; a single expression is a leaf."""
-    if (matrix := _MATRIX.fullmatch(text)) and r"\begin" not in matrix[2]:
-        rows = [row.split("&") for row in re.split(r"\\\\", matrix[2].strip().removesuffix(r"\\"))]
-        parts = tuple(Answer("row", tuple(_parse(unwrap(entry)) for entry in row)) for row in rows)
-        return Answer("determinant" if matrix[1][0] in "vV" else "matrix", parts)
-    for kind, signs in (("list", _LIST_SIGNS), ("relation", _RELATIONS), ("union", {r"\cup"})):
-        items, cuts = _split(text, signs)
-        if cuts and all(items):
-            joint = "or" if set(cuts) == {"or"} else ""
-            return _relation(items, cuts) if kind == "relation" else Answer(kind, tuple(map(_parse, items)), joint)
-    if (pair := _brackets(text)) is not None:
-        items, cuts = _split(text[len(pair[0]) : -len(pair[1])].strip(), {",", ";"})
-        if all(items) and pair[0] == r"\{":
-            return Answer("set", tuple(map(_parse, items)))
-        if all(items) and (cuts or pair[0] != "("):
-            return Answer("".join(pair), tuple(map(_parse, items)))
-        if pair == ("(", ")") and not cuts and items[0]:
-            return _parse(items[0])
-    if text.count(r"\pm") == 1 and r"\mp" not in text:
-        return Answer("list", tuple(_parse(text.replace(r"\pm", sign).lstrip("+ ")) for sign in "+-"))
-    return _leaf(text)
-
-
-def _relation(items: list[str], signs: list[str]) -> Answer:
-    """Return an equation or inequality with its signs turned to less-than."""
-    if len(items) == 2 and signs[0] in ("=", r"\in") and _LABEL.fullmatch(without_text_commands(items[0])):
-        return Answer("label", (_parse(items[1]),), items[0] + signs[0])
-    if all(sign in _MIRRORED for sign in signs) and set(signs) != {"="}:
-        items, signs = items[::-1], [_MIRRORED[sign] for sign in signs[::-1]]
-    return Answer("relation", tuple(map(_parse, items)), " ".join(signs))
-
-
-def _leaf(text: str) -> Answer:
-    value, unit = split_unit(text)
-    if SCIENTIFIC.fullmatch(value):
-        value = format(decimal.Decimal(value), "f")
-    choice = re.fullmatch(r"\(?([A-Z])\)", value)
-    return Answer("leaf", (), choice[1] if choice else without_text_commands(value), unit)
-
-
-@lru_cache(maxsize=4096)
-def _readings(text: str) -> tuple[Answer, ...]:
-    """Return the possible meanings of an answer: `1,234` is a number or a list of two."""
-    cleaned = clean(text)
-    if not cleaned or max((depth for _, _, depth in scan(cleaned)), default=0) > MAX_DEPTH:
-        return ()
-    spellings = tighten(without_thousands(cleaned)), tighten(cleaned)
-    return tuple(_parse(spelling) for spelling in dict.fromkeys(spellings))
-
+from grpo_core.grading._answer import Answer, digits
+from grpo_core.grading._evaluation import Budget
+from grpo_core.grading._expression import MAX_CHARS, Unreadable, read
+from grpo_core.grading._numbers import is_number
+from grpo_core.grading._references import float_digits, is_mark, meanings, own_words
+from grpo_core.grading._spelling import clean, closing_brace, tighten, without_thousands
+from grpo_core.grading._structure import readings
+from grpo_core.grading._units import split_letter, split_unit
+from grpo_core.grading._wording import is_prose
+from grpo_core.grading.comparison import Comparison
 
 # Public functions ----------------------------------------------------------------------------------------------------
 
@@ -266,15 +177,17 @@ def texts_match(first: str, second: str) -> bool:
         return False
     comparison = Comparison()
     first, second = sorted((first, second))  # symmetric by construction
-    return any(comparison.same(a, b) for a in _readings(first) for b in _readings(second))
+    return any(comparison.same(a, b) for a in readings(first) for b in readings(second))
 
 
 def is_right(answer: str, reference: str) -> bool:
-    r"""Return whether an answer is correct for a reference: `texts_match`, and two more cases.
+    r"""Return whether an answer is correct for a reference, which decides what the answer may add or leave out.
 
-    First, if the reference is a number or has the same unit, a letter after the number is a unit: `5 m` is correct for
-    `5`, but not for `5x`. Second, if the reference is unfinished arithmetic, its value is correct: `40320` for `8!`.
-    The reverse stays wrong.
+    Beyond `answers_match`, a letter after the number is a unit if the reference is a number or has the same unit:
+    `5 m` is correct for `5`, and not for `5x`. If the reference is unfinished arithmetic, its value is correct:
+    `40320` for `8!`, never the reverse. Words behind the number of the reference are a unit. A reference may be a
+    chain of equal terms, an approximation, or an option with its text. Semicolons in a reference fix the order. The
+    mark of a data set for a missing answer, such as `proof`, is correct for nothing.
 
     Args:
         answer: an answer, stripped.
@@ -283,18 +196,73 @@ def is_right(answer: str, reference: str) -> bool:
     Returns:
         True if the answer is certainly correct.
     """
-    if texts_match(answer, reference):
-        return True
+    numbers = digits(answer), digits(reference)
+    if numbers[0] and numbers[1]:
+        return numbers[0] == numbers[1] or (len(reference) > 16 and _is_same_float(answer, reference))
+    if is_mark(reference):
+        return False
+    if answer == reference:
+        return bool(answer)
     if max(len(answer), len(reference)) > MAX_CHARS:
         return False
+    comparison = Comparison(directed=True)
+    if any(comparison.same(a, b) for a in readings(answer) for b in readings(reference)):
+        return True
+    wanted, own = meanings(reference), own_words(reference)
+    given = readings(answer, own) if own else readings(answer)
+    if any(comparison.same(a, b) or _is_chain_of(a, b, comparison) for a in given for b in wanted):
+        return True
+    return _is_right_by_value(answer, reference) or (len(reference) > 16 and _is_same_float(answer, reference))
+
+
+def _is_right_by_value(answer: str, reference: str) -> bool:
+    """Return whether a number with a letter as its unit is right, or the value of a reference that is arithmetic."""
     (given, unit), (value, wanted) = (split_unit(tighten(without_thousands(clean(t)))) for t in (answer, reference))
     if not unit:
         given, unit = split_letter(given)
     if unit and wanted and unit != wanted:
         return False
     if _spells_number(value):
-        return texts_match(given, value)
-    return _symbolic.comes_to(given, value, _symbolic.Budget())
+        return bool(unit) and texts_match(given, value)
+    if any(structure.kind == "statements" for structure in meanings(reference)):
+        return False
+    return _symbolic.comes_to(given, value, Budget())
+
+
+def _is_chain_of(answer: Answer, reference: Answer, comparison: Comparison) -> bool:
+    r"""Return whether all terms of a chain equal the reference, as in `x = 2/4 = 1/2` and `\sqrt{2} \approx 1.41`.
+
+    A term after an approximation sign must round the term before it. Work before the result is no such term.
+    """
+    if answer.kind == "label":
+        answer = answer.parts[0]
+    if answer.kind != "relation" or not set(answer.text.split()) <= {"=", r"\approx"}:
+        return False
+    first, *rest = answer.parts
+    signs = answer.text.split()
+    if len(rest) > 1 and first.kind == "leaf" and re.fullmatch(r"[A-Za-z](?:_\{?\w+\}?)?", first.text):
+        first, rest, signs = rest[0], rest[1:], signs[1:]
+    texts = [term.text for term in (first, *rest)]
+    if len(set(texts)) < len(texts) or not comparison.same(first, reference):
+        return False
+    exact = [term for term, sign in zip(rest, signs, strict=True) if sign == "="]
+    rounded = [term for term, sign in zip(rest, signs, strict=True) if sign != "="]
+    return all(comparison.same(term, reference) for term in exact) and all(
+        _symbolic.rounds_to(first.text, term.text, comparison.budget) for term in rounded
+    )
+
+
+def _is_same_float(answer: str, reference: str) -> bool:
+    """Return whether an answer spells a number within the precision of a reference that a program printed."""
+    value = float_digits(reference)
+    if value is None:
+        return False
+    try:
+        tree = read(tighten(clean(answer)))
+        exact = _symbolic.exact_value(tree) if is_number(tree) else None
+    except Unreadable:
+        return False
+    return exact is not None and abs(exact - Fraction(value)) <= abs(Fraction(value)) * Fraction(1, 2**51)
 
 
 def _spells_number(text: str) -> bool:

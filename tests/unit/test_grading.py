@@ -6,11 +6,13 @@ import sys
 import threading
 import time
 from math import isqrt
+from pathlib import Path
 
 import pytest
 
-from grpo_core.grading import _symbolic, answers
+from grpo_core.grading import _evaluation, _structure
 from grpo_core.grading.answers import answers_match, extract_boxed_answer, is_right, normalize_answer
+from grpo_core.grading.rewards import question_only_reward_fn, r1_zero_reward_fn
 
 EQUAL = {
     "integers": [
@@ -59,6 +61,7 @@ EQUAL = {
         ("2/3 pounds", "2/3"), ("1/2 cup", "0.5"), ("37°C", "37"), ("8:30 AM", "8:30"),
         (r"10 \text{ cubic centimeters}", "10 cm^3"),
         (r"5 \text{ cm}", "5"), ("5 cm", "5"), ("5cm", r"5\text{ centimeters}"), (r"5\,\mathrm{cm}^2", "5"),
+        (r"5\,m", "5"),
         (r"10 \text{ square inches}", "10"), ("10 square inches", r"10 \text{ in}^2"), ("60 miles per hour", "60"),
         (r"3\text{ m/s}", "3"), ("37 apples", "37"), (r"\frac{1}{2}\text{ hour}", "0.5"), (r"\text{5 cm}", "5"),
         (r"12 \mbox{ feet}", "12 ft"), (r"2\pi \text{ cm}", r"2\pi"), ("x = 5 meters", "5"), ("1,200 km", "1200"),
@@ -159,6 +162,8 @@ EQUAL = {
          r"\left(\begin{array}{cc} 0 & 1 \\ -1 & 0\end{array}\right)"),
         (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
         (r"\begin{pmatrix} \frac12 \\ 0 \end{pmatrix}", r"\begin{bmatrix} 0.5 \\ 0 \end{bmatrix}"),
+        (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", "(1,2)"),
+        (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\langle 1,2\rangle"),
     ],
     "words": [
         (r"\text{Yes}", "yes"), ("YES", "Yes."), ("True", r"\text{true}"), (r"\text{Evelyn}", "Evelyn"), ("(A)", "A"),
@@ -328,12 +333,11 @@ DIFFERENT = {
     ],
     "matrices": [
         (r"\begin{pmatrix} 1 & 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
-        (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", "(1,2)"),
         (r"\begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix}", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"),
     ],
     "words": [
         ("yes", "no"), ("no", "on"), ("Monday", "Tuesday"), ("A", "B"), ("(A)", "a"), ("yes", "y"), ("eat", "tea"),
-        ("The answer is 37", "37"), ("I think 5", "5"), ("yes", "0"),
+        ("The answer is not 37", "37"), ("I think 5", "5"), ("yes", "0"),
     ],
     "bases": [("101_2", "101"), ("101_2", "5"), ("101_2", "101_3"), ("101_2", "1012")],
     "hedges": [
@@ -379,7 +383,7 @@ def test_different(kind):
 RIGHT = {
     "letters that are units": [
         ("5 m", "5"), ("5m", "5"), ("5 g", "5"), ("10 h", "10"), ("10 s", "10"), ("2 L", "2"), ("100 m^2", "100"),
-        ("100 m²", "100"), ("1.5 m", r"\frac{3}{2}"), (r"\frac{1}{2} h", "0.5"), ("1,200 m", "1200"), (r"5\,m", "5"),
+        ("100 m²", "100"), ("1.5 m", r"\frac{3}{2}"), (r"\frac{1}{2} h", "0.5"), ("1,200 m", "1200"),
         (r"\boxed{5 m}", "5"), ("x = 5 m", "5"), (r"\text{5 m}", "5"), ("5 m", r"5\text{ m}"), ("5 m", "5 meters"),
         ("5 m^2", "5 square meters"),
     ],
@@ -431,6 +435,26 @@ def test_what_is_different_is_not_right(kind):
 @pytest.mark.parametrize("kind", EQUAL)
 def test_what_is_equal_is_right(kind):
     assert failing(EQUAL[kind], is_right_as_text) == []
+
+
+DATA = Path(__file__).resolve().parents[1] / "data_grading"
+
+
+@pytest.mark.parametrize("kind", sorted(file.stem for file in DATA.glob("*.txt")))
+def test_answers_in_the_style_of_public_data_sets(kind):
+    """A line is `= reference  ::  answer` for a right answer, `!` for a wrong one, for both rewards."""
+    lines = (DATA / f"{kind}.txt").read_text(encoding="utf-8").splitlines()
+    wrong = []
+    for line in lines:
+        if not line.startswith("#"):
+            reference, answer = line[2:].split("  ::  ")
+            verdicts = {
+                r1_zero_reward_fn(f"So. </think> <answer> {answer} </answer>", reference)["reward"],
+                question_only_reward_fn(rf"\boxed{{{answer}}}", reference)["reward"],
+            }
+            wrong += [line] if verdicts != {float(line[0] == "=")} else []
+    assert wrong == []
+    assert {line[0] for line in lines} >= {"=", "!"}
 
 
 def test_the_table_is_large():
@@ -597,11 +621,11 @@ def test_threads_agree_with_the_main_thread():
 
 
 def test_each_thread_has_its_own_arithmetic():
-    contexts = [_symbolic._arithmetic()]
-    thread = threading.Thread(target=lambda: contexts.append(_symbolic._arithmetic()))
+    contexts = [_evaluation.arithmetic()]
+    thread = threading.Thread(target=lambda: contexts.append(_evaluation.arithmetic()))
     thread.start()
     thread.join()
-    assert contexts[0] is _symbolic._arithmetic()
+    assert contexts[0] is _evaluation.arithmetic()
     assert contexts[1] is not contexts[0]
 
 
@@ -631,7 +655,7 @@ def test_a_text_over_the_limit_equals_itself_only():
 
 
 def test_the_reading_of_an_answer_is_kept():
-    answers._readings.cache_clear()
+    _structure.readings.cache_clear()
     for answer in ("x+1", "x+2", "x+3"):
         answers_match(answer, "y+1")
-    assert answers._readings.cache_info().hits == 2
+    assert _structure.readings.cache_info().hits == 2

@@ -131,7 +131,10 @@ HACKS = [
     }),
     ("a word after the number", "right", "right", {
         BOTH.format("37 apples"): "37", BOTH.format(r"37\%"): "37", BOTH.format(r"\$37"): "37",
-        BOTH.format("37 else"): "37",
+    }),
+    ("an unknown word after the number", "wrong", "wrong", {
+        BOTH.format("37 else"): "37", BOTH.format("37 blargs"): "37", BOTH.format("37 squareroot"): "37",
+        BOTH.format("37 backwards"): "37", BOTH.format(r"37\text{ overdrawn}"): "37",
     }),
     ("a word after the number that changes it", "wrong", "wrong", {
         BOTH.format("37 million"): "37", BOTH.format("37 thirty eight"): "37", BOTH.format("37 false"): "37",
@@ -145,8 +148,30 @@ HACKS = [
     ("any other letter after the number", "wrong", "wrong", {
         BOTH.format("37x"): "37", BOTH.format("37 n"): "37", BOTH.format("2a"): "2", BOTH.format("37 m"): "37x",
     }),
-    ("the number in words", "wrong", "wrong", {BOTH.format("thirty-seven"): "37", BOTH.format("XXXVII"): "37"}),
-    ("a difference too small to detect", "right", "right", {BOTH.format(r"\pi + 10^{-150}"): r"\pi"}),
+    ("the number in words", "right", "right", {
+        BOTH.format("thirty-seven"): "37", BOTH.format("thirty-seven apples"): "37", BOTH.format("三十七"): "37",
+    }),
+    ("the number in Roman numerals", "wrong", "wrong", {BOTH.format("XXXVII"): "37"}),
+    ("a sentence around the answer", "right", "right", {
+        BOTH.format("The answer is 37."): "37", BOTH.format("So the final answer is 37"): "37",
+    }),
+    ("a sentence that hedges", "wrong", "wrong", {
+        BOTH.format("The answer is not 37"): "37", BOTH.format("I think 37"): "37",
+        BOTH.format("It is about 37"): "37",
+        BOTH.format("The answer is 37 or so"): "37",
+    }),
+    ("a label without sense", "right", "right", {BOTH.format("a + b = 37"): "37", BOTH.format("f(2) = 37"): "37"}),
+    ("an equation left unsolved", "wrong", "wrong", {
+        BOTH.format("x + 1 = 37"): "37", BOTH.format("2x = 37"): "37", BOTH.format("x^2 = 37"): "37",
+        BOTH.format("x(x+1) = 37"): "37", BOTH.format("37 = 37"): "37",
+    }),
+    ("named values exchanged", "wrong", "wrong", {
+        BOTH.format("x = 2, y = 1"): "x = 1, y = 2", BOTH.format("2, 1"): "x = 1, y = 2",
+        BOTH.format("b = 1, a = 2"): "(1, 2)",
+    }),
+    ("the mark of a data set for a missing answer", "wrong", "wrong", {
+        BOTH.format("proof"): "proof", BOTH.format("notfound"): "notfound",
+    }),    ("a difference too small to detect", "right", "right", {BOTH.format(r"\pi + 10^{-150}"): r"\pi"}),
     ("an endless answer", "wrong", "wrong", {
         BOTH.format("9" * 10**6): "37", BOTH.format("37, " * 10**5): "37", BOTH.format("0" * 10**6 + "38"): "37",
         BOTH.format("9^{9^{9^{9}}}"): "37", BOTH.format("(" * 10**5 + "37" + ")" * 10**5): "37",

@@ -26,7 +26,7 @@ def scores(format_reward, answer_reward):
         ("<think> a </answer> b </think> <answer> 37 </answer>", "37"), (BLOCK.format(r"$\boxed{(1, 2)}$"), "(1,2)"),
         (BLOCK.format(r"\boxed{\{1,2\}}"), r"\{2,1\}"), (BLOCK.format("1,234"), 1234),
         (BLOCK.format("**37**"), "37"), (BLOCK.format("74/2"), "37"), (BLOCK.format(r"x \ge 5"), r"[5, \infty)"),
-        (BLOCK.format(r"\text{Yes}"), "yes"),
+        (BLOCK.format(r"\text{Yes}"), "yes"), (BLOCK.format("The answer is 37."), "37"),
     ],
 )  # fmt: skip
 def test_r1_zero_right(response, gold):
@@ -37,7 +37,7 @@ def test_r1_zero_right(response, gold):
     ("response", "gold"),
     [
         (BLOCK.format("38"), "37"), (BLOCK.format(""), "37"), (BLOCK.format("37 or 38"), "37"),
-        (BLOCK.format("37, 38"), "37"), (BLOCK.format("The answer is 37"), "37"),
+        (BLOCK.format("37, 38"), "37"), (BLOCK.format("The answer is not 37"), "37"),
         (BLOCK.format(r"\boxed{37} or \boxed{38}"), "37"), (BLOCK.format(r"\boxed{38} or \boxed{37}"), "37"),
         (BLOCK.format(r"37 \boxed{38}"), "37"), (BLOCK.format(r"\boxed{38} 37"), "37"),
         (BLOCK.format("38") + "<answer> 37 </answer>", "37"), (BLOCK.format("37") + "<answer> 38 </answer>", "37"),
