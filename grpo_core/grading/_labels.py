@@ -40,7 +40,7 @@ def is_expression_of_names(text: str) -> bool:
     if not _EXPRESSION.fullmatch(text):
         return False
     plain = re.sub(r"\\(?:frac|cdot|times|overline|vec|triangle)", " ", text)
-    return len(set(_NAMES.findall(plain))) > 1
+    return len(set(_NAMES.findall(plain)) - {"e", "i"}) > 1
 
 
 def base_of(label: str) -> str:

@@ -39,7 +39,7 @@ marble token coin penny nickel dime bill ticket coupon voucher prize medal troph
 necklace ring earring watch clock key lock bell candle lamp light bulb lightbulb battery phone cellphone telephone
 computer laptop printer screen camera television movie film video song album disc disk record channel episode show
 concert performance program download file app device machine engine tool hammer nail screw shirt tshirt pant trouser
-short dress skirt blouse jacket coat sweater hat cap scarf glove mitten sock shoe boot sandal sneaker uniform costume
+dress skirt blouse jacket coat sweater hat cap scarf glove mitten sock shoe boot sandal sneaker uniform costume
 suit tie belt purse wallet backpack suitcase luggage umbrella pillow blanket towel curtain rug carpet mat house home
 apartment building room bedroom bathroom floor wall window door gate fence roof stair step table chair desk bench
 couch sofa bed shelf bookshelf bookcase drawer cabinet closet locker seat row column aisle station stop school
@@ -65,7 +65,7 @@ seal walrus hippo rhino cheetah kiwi fig apricot nectarine cantaloupe avocado ra
 spinach zucchini eggplant squash garlic ginger kernel pod stem pinecone trunk calorie person-hour inch foot pound
 light-year yo-yo bolt washer gear spring hinge lever pulley magnet wrench saw drill gnome elf fairy witch wizard
 ghost monster alien zombie mermaid unicorn giant dwarf ogre superhero villain grandmother grandfather grandma grandpa
-niece nephew husband wife twin toddler infant senior junior freshman sophomore graduate classmate roommate coworker
+niece nephew husband wife toddler infant senior junior freshman sophomore graduate classmate roommate coworker
 colleague boss chef cook waiter waitress baker butcher barber tailor carpenter plumber painter electrician mechanic
 pilot astronaut scientist lawyer judge police policeman firefighter detective thief clown magician acrobat drummer
 guitarist pianist violinist cheerleader referee umpire goalie pitcher batter striker defender athlete gymnast skater
@@ -115,7 +115,7 @@ _IRREGULAR = {
     "shelf", "bookshelves": "bookshelf", "calves": "calf", "wolves": "wolf", "scarves": "scarf", "vertices":
     "vertex", "matrices": "matrix", "axes": "axis", "dice": "die", "die": "die", "pence": "penny", "grandchildren":
     "grandchild", "squares": "square", "cubes": "cube", "sheep": "sheep", "fish": "fish", "deer": "deer", "scissors":
-    "scissor", "glasses": "glass", "times": "time", "ways": "way", "minutes": "minute", "polyhedra": "polyhedron",
+    "scissor", "glasses": "glass", "times": "times", "ways": "way", "minutes": "minute", "polyhedra": "polyhedron",
     "cacti": "cactus", "series": "series", "points": "point",
 }  # fmt: skip
 _UNSAFE = _words("""

@@ -23,14 +23,14 @@ _MEASURES = {
     "decade": "", "century": "centuries", "hz": "hertz", "khz": "", "mhz": "", "rad": "radian",
     "degree": "deg degs 度", "percent": "pct percentage", "dollar": "usd buck", "euro": "eur", "cent": "",
     "sterling": "gbp", "rupee": "inr", "yuan": "rmb cny 元", "yen": "jpy", "peso": "", "franc": "", "unit": "",
-    "am": "", "pm": "", "cup": "", "ton": "tonne metric-ton 吨", "gal": "gallon", "qt": "quart", "pt": "pint",
+    "cup": "", "ton": "tonne metric-ton 吨", "gal": "gallon", "qt": "quart", "pt": "pint",
     "tsp": "teaspoon", "tbsp": "tablespoon", "acre": "", "hectare": "ha 公顷", "mu-of-land": "亩", "newton": "",
     "joule": "", "kj": "kilojoule", "watt": "", "kw": "kilowatt", "kwh": "", "volt": "", "amp": "ampere", "ohm": "",
     "kelvin": "", "mol": "mole", "cal": "calorie", "kcal": "", "pa": "pascal", "kpa": "", "psi": "", "atm": "",
     "bit": "", "byte": "", "kb": "kilobyte", "mb": "megabyte", "gb": "gigabyte gig", "tb": "terabyte", "knot": "",
     "rpm": "", "celsius": "", "fahrenheit": "", "ev": "", "bar": "", "block": "", "u": "", "lightyear": "",
     "parsec": "", "au": "", "radian": "", "steradian": "", "person": "人 名 位", "piece": "个 只 块 件 张 条 根",
-    "kind": "种", "time": "次 倍", "page": "页", "copy": "本", "vehicle": "辆", "tree": "棵", "minute-of-arc": "",
+    "kind": "种", "times": "次 倍", "page": "页", "copy": "本", "vehicle": "辆", "tree": "棵", "minute-of-arc": "",
     "group": "组", "bottle": "瓶", "box": "盒 箱", "bag": "袋", "question": "题 道", "point": "分", "pair": "对 双",
 }  # fmt: skip
 _COMPOUNDS = {"mph": "mi h-1", "kmh": "km h-1", "kph": "km h-1", "mps": "m s-1", "fps": "ft s-1", "mpg": "mi gal-1"}
@@ -39,7 +39,7 @@ _UNITS |= {name + "s": unit for name, unit in _UNITS.items() if name.isascii() a
 _LETTERS = set("mglshnjwvacfdt")  # units in a text command; a bare letter is a variable
 _PARTS = {("h", "min"), ("min", "s"), ("day", "h"), ("ft", "in"), ("yd", "ft"), ("lb", "oz"), ("m", "cm"), ("kg", "g"),
           ("year", "month"), ("week", "day"), ("dollar", "cent")}  # fmt: skip
-_POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
+_POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _CLASSIFIED = re.compile(r"([个只名位件本张条棵辆])[\u4e00-\u9fff]{1,4}(?<![万亿千百十半分])")  # `名学生`
 _CHINESE_POWERS = {"平方": 2, "立方": 3}
 _SIGN_UNITS = {
@@ -148,7 +148,7 @@ def _starts(text: str) -> list[tuple[int, bool]]:
 @lru_cache(maxsize=2048)
 def _unit_name(phrase: str, own: frozenset[str]) -> str:
     """Return a unit as sorted words with exponents, such as `m s-2`; empty if the words are not a unit."""
-    has_text = "\\" in phrase or phrase.startswith("(")
+    has_text = phrase.startswith(("\\", "("))
     phrase = re.sub(r"(?<=\})-(?=\\)", " ", phrase)
     phrase = re.sub(_SET, lambda found: f" {found[0][found[0].index('{') + 1 : -1]} ", phrase).strip()
     if phrase.startswith("(") and phrase.endswith(")"):
@@ -195,7 +195,7 @@ def _part_name(part: str, own: frozenset[str], *, letters: bool) -> list[str] | 
     if known and words[-1] in NOUNS:
         return [*words[:-1], NOUNS[words[-1]]]
     if own == {"*"}:  # three bare letters are a product
-        known = letters or all(len(word) > 3 or not word.isascii() for word in words)
+        known = all(len(word) > (1 if letters else 3) or not word.isascii() for word in words)
     if known and (own == {"*"} or words[-1] in own):
         return None if _NO_UNITS & set(words) or any(map(_CHANGES_VALUE.search, words)) else words
     return None

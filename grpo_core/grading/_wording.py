@@ -29,11 +29,18 @@ _LEAD = re.compile(
 )
 
 
+_FOR_ALL = re.compile(
+    r"[,\s]*(?:\\text\s*\{\s*)?\bfor (?:all|any|every)(?: reals?(?: numbers?)?)?\s*\}?\s*"
+    r"\$?[a-z]\$?(?:\s*\\in\s*\\mathbb\{R\})?\}?\.?\s*$"
+)
+
+
 def without_sentence(text: str) -> str:
-    r"""Remove a fixed phrase before an answer, such as `The answer is`; any other word stays.
+    r"""Remove fixed words around an answer, `The answer is` and `for all x`; any other word stays.
 
     A phrase that opens `\text{` and does not close it leaves the command to the rest.
     """
+    text = _FOR_ALL.sub("", text) if "for " in text else text
     start = text.lstrip()[:5]
     if not (start[:1].isalpha() or start[:1] == "#" or start == "\\text"):
         return text

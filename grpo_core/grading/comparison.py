@@ -84,7 +84,9 @@ class Comparison:
             return self.in_order(_by_name(first), _by_name(second))
         if "leaf" in kinds:
             return _same_letters(*((first, second) if second.kind == "leaf" else (second, first)))
-        if not kinds <= {"list", "set"} or len(first.parts) != len(second.parts):
+        if not kinds <= {"list", "set"} or len(first.parts) != len(second.parts) or ("set" in kinds and any(named)):
+            return False
+        if (first.text == "or") != (second.text == "or") and all(map(_is_letter, first.parts)):
             return False
         fixed = "fixed" in (first.text, second.text) or (second.text == ";" and (self.directed or first.text == ";"))
         if (fixed and not all(named)) or named[0] != named[1] or (all(named) and _repeats(first)):
@@ -101,6 +103,8 @@ class Comparison:
             named = zip(names, label.parts[0].parts, strict=True)
             return self.same(Answer("list", tuple(Answer("label", (v,), n + "=") for n, v in named)), other)
         value = label.parts[0]
+        if label.text.endswith(r"\in") and other.kind == "leaf" and other.text != r"\mathbb{R}":
+            return False
         return self.same(value, other) if first is label else self.same(other, value)
 
     def same_named(self, first: Answer, second: Answer) -> bool:
@@ -259,6 +263,10 @@ def _same_letters(list_: Answer, leaf: Answer) -> bool:
     letters = "".join(part.text for part in list_.parts if re.fullmatch("[A-H]", part.text))
     complete = len(letters) == len(list_.parts) == len(set(letters)) and list_.text != "or"
     return complete and re.fullmatch("[A-H]+", leaf.text) is not None and sorted(letters) == sorted(leaf.text)
+
+
+def _is_letter(answer: Answer) -> bool:
+    return re.fullmatch("[A-J]", answer.text) is not None
 
 
 def _fraction(text: str) -> Fraction | None:
