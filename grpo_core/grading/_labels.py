@@ -11,17 +11,20 @@ _LABEL = re.compile(
             _NAME,
             r"\\[A-Za-z]+" + _SUBSCRIPT,  # a Greek letter
             r"[A-Z]{2,4}|\[[A-Z]{3,4}\]",  # a segment, an area
+            r"(?!.*\b(?:not|wrong|incorrect|false|except|minus|negative|opposite)\b)"
             r"(?=.*[A-Za-z]{4})[A-Za-z]{3,}(?: [A-Za-z]+){0,7}",  # words
             rf"(?:{_NAME}(?:\^\{{-1\}})?)?\([a-z](?:,[a-z])*\)",  # f(x), (x,y)
             rf"(?:[A-HL-TVWfgh]'{{0,2}}{_SUBSCRIPT}|[A-Z][a-z]+)(?:\^\{{-1\}})?{_INSIDE}",  # f(2), P(A); not x(x+1)
             r"(?:m ?)?\\(?:angle|triangle|overline|vec|bar|hat|overleftrightarrow)(?: ?\w{1,4}|\{\w{1,4}\})",
+            r"\\?(?:gcd|lcm|det|deg|dim|max|min)\(?[^()=\d]*\)?|\\mathbb\{[EP]\}[(\[][^()\[\]]*[)\]]",
+            rf"(?:\\lfloor ?{_NAME} ?\\rfloor|\\lceil ?{_NAME} ?\\rceil)",
             rf"\|(?:{_NAME}|[A-Z]{{2}}|\\(?:vec|overline)\{{\w+\}})\|",  # a length, an absolute value
             r"\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{?2\}?)? ?\(?(?:[A-Za-z]|\\(?:angle ?)?[A-Za-z]+)\)?",
             r"\\frac\{d\w?\}\{d\w\}|\\frac\{[A-Z]{2}\}\{[A-Z]{2}\}|[A-Z]{2}[:/][A-Z]{2}",
         ]
     )
 )
-_NAMES = re.compile(rf"\\(?:alpha|beta|gamma|theta|phi|angle ?[A-Z]+)|(?<!\\)(?<![a-z\\]){_NAME}")
+_NAMES = re.compile(rf"\\(?:alpha|beta|gamma|theta|phi|angle ?[A-Z]+)|[fgP]\(\w+\)|{_NAME}")
 _EXPRESSION = re.compile(
     r"(?:[\w+\-*/^|:'(){}\[\], ]|\\(?:frac|cdot|times|overline|vec|triangle|angle|alpha|beta|gamma)|\\theta|\\phi)*"
 )

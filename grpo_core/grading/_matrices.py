@@ -35,7 +35,8 @@ def read_matrix(text: str, parse: Callable[[str], Answer]) -> Answer | None:
             break
     if (after and not _TRANSPOSED.fullmatch(after)) or not _is_factor(before):
         return None
-    lines = [line.replace(r"\hline", "") for line in found[4].strip().removesuffix(r"\\").split(r"\\")]
+    body = re.sub(r"\\\\\[-?[\d.]+(?:pt|em|ex|mm|cm)\]", r"\\\\", found[4])
+    lines = [line.replace(r"\hline", "") for line in body.strip().removesuffix(r"\\").split(r"\\")]
     cells = [[parse(unwrap(entry)) for entry in line.split("&")] for line in lines]
     if after and len({len(row) for row in cells}) == 1:
         cells = [list(column) for column in zip(*cells, strict=True)]

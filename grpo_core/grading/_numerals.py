@@ -1,6 +1,7 @@
 """Read numbers that are not written in digits alone: number words, Chinese numerals, repeating decimals."""
 
 import re
+from decimal import Decimal
 
 _SMALL = {
     "zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
@@ -28,6 +29,8 @@ def read_number_words(text: str) -> str | None:
     Returns:
         The digits, a fraction for `two-thirds`, or None if the text does not begin with a number in words.
     """
+    if scaled := _SCALED.fullmatch(text):
+        return _scale(scaled)
     if part := _ONE_PART.fullmatch(text):
         return f"1/{_PARTS[(part[1] or part[2]).casefold()]}"
     if not _FIRST.match(text):
@@ -40,6 +43,17 @@ def read_number_words(text: str) -> str | None:
     if rest and rest[0] in _PARTS:
         return f"{value}/{_PARTS[rest[0]]}" if len(rest) == 1 else None
     return " ".join([str(value), *rest])
+
+
+_SCALED = re.compile(
+    r"(-?[\d,]{1,20}(?:\.\d{1,20})?) ?(thousand|million|billion|trillion|万|亿)(| .*|[\u4e00-\u9fff]{1,3})"
+)
+
+
+def _scale(found: re.Match[str]) -> str:
+    """Return `2.5 million dollars` as `2500000 dollars`."""
+    scale = _GROUPS.get(found[2]) or {"万": 10**4, "亿": 10**8}[found[2]]
+    return f"{(Decimal(found[1].replace(',', '')) * scale).normalize():f}{found[3]}"
 
 
 def _count(words: list[str]) -> int | None:

@@ -31,6 +31,10 @@ class Region(NamedTuple):
     pieces: tuple[Piece, ...]
 
 
+_ZERO = Answer("leaf", (), "0")
+_SIGNED = {r"\mathbb{R}^+": Piece(_ZERO, _HIGH, "()"), r"\mathbb{R}^-": Piece(_LOW, _ZERO, "()")}
+
+
 def is_set(answer: Answer) -> bool:
     """Return whether the notation can only mean a set of real numbers; brackets alone may be a point."""
     if answer.kind in ("union", "intersection", "difference", "builder"):
@@ -41,7 +45,7 @@ def is_set(answer: Answer) -> bool:
         return answer.text.endswith(r"\in")
     if answer.kind == "list":
         return any(map(is_set, answer.parts)) and all(part.kind in ("label", "relation") for part in answer.parts)
-    return answer.kind == "leaf" and answer.text in (r"\mathbb{R}", r"\emptyset")
+    return answer.kind == "leaf" and (answer.text.startswith(r"\mathbb{R}") or answer.text == r"\emptyset")
 
 
 def region(answer: Answer, value: Value) -> Region | None:
@@ -70,6 +74,8 @@ def region(answer: Answer, value: Value) -> Region | None:
         return _joined(answer, value)
     if answer.kind == "leaf" and answer.text == r"\emptyset":
         return Region("", ())
+    if answer.kind == "leaf" and answer.text.replace("{+}", "+") in _SIGNED:
+        return Region("", (_SIGNED[answer.text.replace("{+}", "+")],))
     return _reals(answer) if answer.text == r"\mathbb{R}" else None
 
 

@@ -97,6 +97,7 @@ _RULES: tuple[tuple[str, str, str], ...] = (
 
 _LATER_RULES: tuple[tuple[str, str, str], ...] = (
     (r"\math", r"\\math(?:rm|bf|it)\s*\{([ei])\}", r"\1 "),
+    (r"\math", r"\\math(?:bf|rm)\s*\{R\}|\\mathbb\s*R(?![A-Za-z])", r"\\mathbb{R}"),
     (r"\mathbb", r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
     (r"\circ", r"\^\s*\{\s*\\circ\s*\}", r"^\\circ "),
     (r"\circ", r"(\^\\circ) *([CF])\b", r"\1\\text{\2}"),

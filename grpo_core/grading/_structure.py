@@ -34,6 +34,7 @@ _SIGNS = {
 
 _MIRRORED = {">": "<", r"\ge": r"\le", "=": "="}
 _FORMULA = re.compile(r"[\d\s.,;:+\-*/^()\[\]{}\\$%=<>|!]*")  # without any letter
+_POINT = re.compile(r"([ABD-Z]'?)(\([^()]*,[^()]*\))")
 _OPTION_STARTS = tuple("(ABCDEFGHIJ")
 _NOTHING: frozenset[str] = frozenset()
 
@@ -88,6 +89,8 @@ def parse(text: str, own: frozenset[str] = _NOTHING) -> Answer:
             return _relation(items, cuts, own) if kind == "relation" else Answer(kind, tuple(map(within, items)))
     if (pair := brackets(text)) is not None and (found := _bracketed(text, pair, own)) is not None:
         return found
+    if point := _POINT.fullmatch(text):
+        return Answer("label", (within(point[2]),), point[1] + "=")
     if text.count(r"\pm") == 1 or (text.count(r"\mp") == 1 and r"\pm" not in text):
         return Answer("list", tuple(within(spelled) for spelled in _both_signs(text)), "pm")
     if ":" in text and (found := _ratio(text)) is not None:
@@ -137,6 +140,8 @@ def _bracketed(text: str, pair: tuple[str, str], own: frozenset[str]) -> Answer 
         if len(parts) == 1 and parts[0].text == "pm":
             parts = parts[0].parts
         return Answer("set", parts)
+    if items[0].startswith(r"\$"):
+        return None  # in accounts, `(\$12)` is negative
     if cuts or pair[0] != "(":
         return Answer("".join(pair), tuple(parse(item, own) for item in items))
     return parse(items[0], own)

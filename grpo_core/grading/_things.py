@@ -128,11 +128,12 @@ quarters roots combinations multiples couples orders strings negatives
 
 ADJECTIVES = set(
     _words("""
-red blue green yellow orange purple pink white black brown gray grey gold silver golden big small large little tiny
-tall long new old full whole fresh ripe ordered distinct different possible real rational integral total valid good
-lucky hot cold sweet paper plastic wooden metal glass chocolate vanilla soccer birthday tennis baseball basketball
-football ice cream school adult math science history fiction comic trading playing bowling toy bus train movie
-concert
+red blue green yellow orange purple pink white black brown gray grey gold silver golden big small large little
+tiny tall long new old full whole fresh ripe ordered distinct different possible real rational positive natural
+even odd prime complex unique correct equal congruent isosceles right acute square integral total valid good
+lucky hot cold sweet paper plastic wooden metal glass chocolate vanilla soccer birthday tennis baseball
+basketball football ice cream school adult math science history fiction comic trading playing bowling toy bus
+train movie concert
 """)
 )
 """Words before a noun."""

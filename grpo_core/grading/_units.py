@@ -28,7 +28,7 @@ _MEASURES = {
     "joule": "", "kj": "kilojoule", "watt": "", "kw": "kilowatt", "kwh": "", "volt": "", "amp": "ampere", "ohm": "",
     "kelvin": "", "mol": "mole", "cal": "calorie", "kcal": "", "pa": "pascal", "kpa": "", "psi": "", "atm": "",
     "bit": "", "byte": "", "kb": "kilobyte", "mb": "megabyte", "gb": "gigabyte gig", "tb": "terabyte", "knot": "",
-    "rpm": "", "celsius": "", "fahrenheit": "", "ev": "", "bar": "", "block": "", "u": "", "lightyear": "",
+    "rpm": "", "c": "celsius", "f": "fahrenheit", "ev": "", "bar": "", "block": "", "lightyear": "",
     "parsec": "", "au": "", "radian": "", "steradian": "", "person": "人 名 位", "piece": "个 只 块 件 张 条 根",
     "kind": "种", "times": "次 倍", "page": "页", "copy": "本", "vehicle": "辆", "tree": "棵", "minute-of-arc": "",
     "group": "组", "bottle": "瓶", "box": "盒 箱", "bag": "袋", "question": "题 道", "point": "分", "pair": "对 双",
@@ -39,12 +39,13 @@ _UNITS |= {name + "s": unit for name, unit in _UNITS.items() if name.isascii() a
 _LETTERS = set("mglshnjwvacfdt")  # units in a text command; a bare letter is a variable
 _PARTS = {("h", "min"), ("min", "s"), ("day", "h"), ("ft", "in"), ("yd", "ft"), ("lb", "oz"), ("m", "cm"), ("kg", "g"),
           ("year", "month"), ("week", "day"), ("dollar", "cent")}  # fmt: skip
+_FACTORS = {"n", "newton", "kw", "w", "watt", "ft", "lb", "j", "pa", "a", "v", "kg", "g", "m", "mol", "cm"}
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _CLASSIFIED = re.compile(r"([个只名位件本张条棵辆])[\u4e00-\u9fff]{1,4}(?<![万亿千百十半分])")  # `名学生`
 _CHINESE_POWERS = {"平方": 2, "立方": 3}
 _SIGN_UNITS = {
     "%": "percent", r"^\circ": "degree", r"\$": "dollar", r"\euro": "euro", r"\pound": "sterling", r"\yen": "yen",
-    r"\cent": "cent", r"\rupee": "rupee",
+    r"\cent": "cent", r"\rupee": "rupee", r"\Omega": "ohm",
 }  # fmt: skip
 _CODES = {
     "usd": "dollar",
@@ -113,7 +114,7 @@ def _split_one_unit(text: str, own: frozenset[str]) -> tuple[str, str]:
         if text.endswith(sign) and len(text) > len(sign) and not _HAS_FUNCTION.search(text):
             return text[: -len(sign)].rstrip(), unit
         bare = text.removeprefix("-")
-        if bare.startswith(sign) and unit not in ("percent", "degree") and len(bare) > len(sign):
+        if bare.startswith(sign) and unit not in ("percent", "degree", "ohm") and len(bare) > len(sign):
             return text[: len(text) - len(bare)] + bare[len(sign) :].lstrip(), unit
     if code := _CODE.match(text):
         return code[1] + text[code.end() :], _CODES[code[2].lower()]
@@ -233,7 +234,15 @@ def _measures(words: list[str], *, letters: bool) -> list[str] | None:
             power = 1
         else:
             return None
-    return units if units and power == 1 else None
+    return units if units and power == 1 and _is_product(units) else None
+
+
+def _is_product(units: list[str]) -> bool:
+    """Return whether measures side by side are one unit: newton meters, and no degrees and minutes."""
+    first, *rest = (re.sub(r"-?\d", "", unit) for unit in units)
+    if not rest or any("-" in unit for unit in units):
+        return True
+    return rest[0] in ("c", "f") if first == "degree" else first in _FACTORS
 
 
 def units_agree(first: str, second: str) -> bool:
@@ -261,7 +270,7 @@ def read_compound(text: str) -> list[tuple[str, str]]:
     return [(found[1], units[0][0]), (found[3], units[1][0])]
 
 
-_LETTER_UNIT = re.compile(r"^(.*[\d})\]]) ?([mgshlL])(?:\^\{?([23])\}?)?$")
+_LETTER_UNIT = re.compile(r"^(.*[\d})\]])(?: ?([mgshlL])| ([NJVW]))(?:\^\{?([23])\}?)?$")
 
 
 def split_letter(text: str) -> tuple[str, str]:
@@ -270,4 +279,4 @@ def split_letter(text: str) -> tuple[str, str]:
     A letter is normally a variable. It can be a unit only if the reference is a number.
     """
     found = _LETTER_UNIT.match(text)
-    return (found[1], found[2].lower() + (found[3] or "")) if found else (text, "")
+    return (found[1], (found[2] or found[3]).lower() + (found[4] or "")) if found else (text, "")

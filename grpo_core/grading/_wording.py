@@ -3,6 +3,7 @@ r"""Read words: sentences around an answer, phrases with a meaning, options, sta
 import re
 
 from grpo_core.grading._clock import read_date
+from grpo_core.grading._labels import is_label
 from grpo_core.grading._names import WORDS
 
 # Sentences around an answer -------------------------------------------------------------------------------------
@@ -22,13 +23,16 @@ _LEAD = re.compile(
     r"\s*(?:\\text\s*\{\s*)?"
     r"(?:(?:so|thus|hence|therefore|finally),? )?"
     rf"(?:(?:the |my |our )?{_WHAT}{_OF} ?(?:is|are|equals|=|:)|(?:it|this|that) is|it's|they are|there (?:is|are)"
-    r"|a total of|in total,?|we (?:find|obtain)|#{2,4}|答案(?:是|为|[:：])|答[:：]|故选[:：]?|选[:：]?(?=\s*[A-D])"
+    r"|a total of|in total,?|ans(?:wer)?\.?:|we (?:find|obtain)|#{2,4}"
+    r"|(?:the )?(?:points?|vector|ordered pair|interval|set) ?(?=[(\[{\\}])"
+    r"|答案(?:是|为|[:：])|答[:：]|故选[:：]?|选[:：]?(?=\s*[A-D])"
     rf"|(?:{_SAYS})(?= \\?\$?\d))"
     r"\s*:?\s*(?P<close>\})?\s*",
     re.IGNORECASE,
 )
 
 
+_NAMED = re.compile(r"\s*(?:\\text\s*\{\s*)?([A-Za-z][A-Za-z ]{3,40}) ?: ?\}?\s*(?=[-\\$\d])")  # `Speed: 12`
 _FOR_ALL = re.compile(
     r"[,\s]*(?:\\text\s*\{\s*)?\bfor (?:all|any|every)(?: reals?(?: numbers?)?)?\s*\}?\s*"
     r"\$?[a-z]\$?(?:\s*\\in\s*\\mathbb\{R\})?\}?\.?\s*$"
@@ -42,8 +46,12 @@ def without_sentence(text: str) -> str:
     """
     text = _FOR_ALL.sub("", text) if "for " in text else text
     start = text.lstrip()[:5]
-    if not (start[:1].isalpha() or start[:1] == "#" or start == "\\text"):
+    if start[:1] == "=":
+        text = text.lstrip()[1:].lstrip()
+    elif not (start[:1].isalpha() or start[:1] == "#" or start == "\\text"):
         return text
+    if (named := _NAMED.match(text)) and is_label(named[1]):
+        return text[named.end() :]
     if not (found := _LEAD.match(text)) or found.end() == len(text):
         return text
     opened = found[0].lstrip().startswith("\\text")
@@ -60,6 +68,7 @@ _PHRASES = [
     for pattern, meaning in (
         (rf"{_REALS}|(?:全体|一切|任意|所有)实数|实数集", r"\\mathbb{R}"),
         (rf"{_REALS},? (?:except|other than|excluding)(?: for)? (?:x ?= ?)?([^,]+)", r"\\mathbb{R}\\setminus\\{\1\\}"),
+        (r"(?:the )?(?:set of )?all (?:the )?integers", r"\\mathbb{Z}"),
         (r"no solutions?|(?:the )?(?:empty|null) set|无解|空集", r"\\emptyset"),
         (r"dne|it does not exist", "does not exist"),
         (rf"yes,? {_SUBJECT} (?:is|are|does|do|can|will|has|have|was)", "yes"),

@@ -111,14 +111,15 @@ class Comparison:
         """Return whether an expression of names stands before the number of the reference: `a + b = 10` for `10`."""
         left = first.parts[0]
         is_name = left.kind in ("leaf", "ratio", "list") and is_expression_of_names(left.text)
-        if first.text != "=" or not is_name or re.search(r"[A-Za-z]", second.text):
+        if first.text != "=" or not is_name or re.search(r"[A-Za-z]", re.sub(r"\\(?:frac|sqrt|pi)", "", second.text)):
             return False
         return second.text.strip("-0.") != "" and self.same(first.parts[1], second)
 
     def same_relation(self, first: Answer, second: Answer) -> bool:
         """Return whether two equations or inequalities are equivalent."""
         if first.kind == second.kind == "label":
-            return first.text == second.text and self.same(first.parts[0], second.parts[0])
+            names = {"y=" if label.text == "f(x)=" else label.text for label in (first, second)}
+            return len(names) == 1 and self.same(first.parts[0], second.parts[0])
         sides = _sides(first), _sides(second)
         if sides[0] and sides[1] and sides[0][0] == sides[1][0]:
             sign, one, other = sides[0][0], sides[0][1:], sides[1][1:]
