@@ -1,12 +1,13 @@
 """Laws of grading, with fractions and sympy as the oracles."""
 
+import re
 from fractions import Fraction
 
 import sympy
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from grpo_core.grading.answers import answers_match, extract_boxed_answer, normalize_answer
+from grpo_core.grading.answers import answers_match, extract_boxed_answer, is_right, normalize_answer
 from grpo_core.grading.rewards import question_only_reward_fn, r1_zero_reward_fn
 
 PIECES = [
@@ -240,3 +241,105 @@ def test_an_inequality_matches_the_interval_of_its_strictness_only(low, high, cl
         interval = f"{brackets[0]}{low}, {high}{brackets[1]}"
         assert answers_match(chain, interval) == (brackets == "(["[closed[0]] + ")]"[closed[1]])
         assert not answers_match(chain, f"{brackets[0]}{low}, {high + 1}{brackets[1]}")
+
+
+ENDS = st.tuples(RATIONALS, RATIONALS).filter(lambda pair: pair[0] < pair[1])
+
+
+@given(ENDS, st.booleans(), st.booleans())
+def test_a_complement_is_the_inequalities_outside(ends, left_closed, right_closed):
+    low, high = ends
+    inside = f"{'[' if left_closed else '('}{low}, {high}{']' if right_closed else ')'}"
+    outside = rf"\mathbb{{R}} \setminus {inside}"
+    for left in ("<", r"\le "):
+        for right in (">", r"\ge "):
+            same = (left == "<") == left_closed and (right == ">") == right_closed
+            assert answers_match(f"x {left} {low} or x {right} {high}", outside) == same
+    assert answers_match(f"x > {low} and x < {high}", inside) == (not left_closed and not right_closed)
+    assert not answers_match(inside, outside)
+
+
+MEASURES = ["cm", "m/s", "square feet", "kg", "hours", "cubic inches", "miles per hour", "gallons", "dollars", "km"]
+
+
+@given(
+    RATIONALS, st.sampled_from(MEASURES), st.sampled_from(MEASURES), st.sampled_from([r"{}\text{{ {}}}", "{} ({})"])
+)
+def test_a_unit_may_be_missing_and_must_not_differ(value, first, second, form):
+    assert is_right(f"{value} {first}", str(value))
+    assert is_right(str(value), form.format(value, first))
+    assert is_right(f"{value} {first}", form.format(value, second)) == (first == second)
+    assert not is_right(f"{value + 1} {first}", form.format(value, first))
+
+
+@given(st.integers(2, 999), st.text(alphabet="bcdfghjklmnpqrstvwxz", min_size=4, max_size=9))
+def test_an_unknown_word_is_a_unit_only_if_the_reference_has_it(value, word):
+    """Words without a vowel are in no list."""
+    assert not is_right(f"{value} {word}", str(value))
+    assert not answers_match(f"{value} {word}", value)
+    if not re.search("(?:lls|ths)$|mth|bps|ppm", word):
+        assert is_right(f"{value} {word}", f"{value} {word}")
+        assert is_right(f"{value} {word}", f"{value} ({word})")
+    assert not is_right(f"{value} {word}", f"{value} q{word}")
+
+
+SMALL = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+)
+TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety"
+
+
+def in_words(value):
+    """The oracle: spell an integer below a million."""
+    if value < 20:
+        return SMALL.split(" ")[value]
+    if value < 100:
+        return TENS.split(" ")[value // 10] + (f"-{in_words(value % 10)}" if value % 10 else "")
+    scale, name = (100, "hundred") if value < 1000 else (1000, "thousand")
+    rest = f" {in_words(value % scale)}" if value % scale else ""
+    return f"{in_words(value // scale)} {name}{rest}"
+
+
+@given(st.integers(0, 999_999), st.integers(0, 999_999))
+def test_a_number_in_words_matches_its_digits_only(first, second):
+    assert answers_match(in_words(first), first)
+    assert answers_match(in_words(first), second) == (first == second)
+    assert answers_match(in_words(first).replace("hundred ", "hundred and ").upper(), first)
+
+
+@given(
+    st.lists(st.lists(RATIONALS, min_size=2, max_size=2), min_size=2, max_size=3), RATIONALS.filter(bool), st.data()
+)
+def test_a_factor_multiplies_every_entry(rows, factor, data):
+    def matrix(entries):
+        return r"\begin{pmatrix}" + r"\\".join(" & ".join(map(str, row)) for row in entries) + r"\end{pmatrix}"
+
+    product = [[factor * entry for entry in row] for row in rows]
+    assert answers_match(f"{factor}{matrix(rows)}", matrix(product))
+    i, j = data.draw(st.integers(0, len(rows) - 1)), data.draw(st.integers(0, 1))
+    product[i][j] += 1
+    assert not answers_match(f"{factor}{matrix(rows)}", matrix(product))
+
+
+@given(st.dictionaries(st.sampled_from("abcmnpqxyz"), st.integers(-50, 50), min_size=2, max_size=4), st.data())
+def test_named_values_match_in_any_order_with_their_names_only(values, data):
+    def named(pairs):
+        return ", ".join(f"{name} = {value}" for name, value in pairs)
+
+    shuffled = data.draw(st.permutations(list(values.items())))
+    exchanged = dict(zip(values, [value for _, value in shuffled], strict=True))
+    assert is_right(named(shuffled), named(values.items()))
+    assert is_right(named(exchanged.items()), named(values.items())) == (exchanged == values)
+    in_order = [value for _, value in sorted(values.items())]
+    assert is_right(named(shuffled), f"({', '.join(map(str, in_order))})")
+    other = data.draw(st.permutations(in_order))
+    assert is_right(f"({', '.join(map(str, other))})", named(shuffled)) == (list(other) == in_order)
+
+
+@given(st.integers(100, 160), st.integers(100, 160), st.integers(1, 9), st.integers(100, 160))
+def test_a_ratio_reduces(first, second, factor, other):
+    """No such ratio may be a time of the day."""
+    assert answers_match(f"{first}:{second}", f"{factor * first} : {factor * second}")
+    assert answers_match(f"{first}:{second}", f"{first}:{other}") == (second == other)
+    assert answers_match(f"{first}:{second}", f"{second}:{first}") == (first == second)

@@ -1,4 +1,4 @@
-"""What policies have been seen to try, and what the built-in rewards make of it: the table of docs/grading.md."""
+"""What policies have been seen to try, and what the built-in rewards make of it: the tables of docs/grading.md."""
 
 import re
 import time
@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_core import question_only_reward_fn, r1_zero_reward_fn
+from grpo_core.grading.answers import is_right
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/grading.md"
 TAGS = "Thinking. </think> <answer> {} </answer>"
@@ -202,6 +203,20 @@ def test_the_page_has_these_verdicts_and_no_others():
     )
     assert {name: verdicts for name, _, *verdicts, _ in rows} == {name: verdicts for name, *verdicts, _ in HACKS}
     assert len(rows) == len(HACKS)
+
+
+def test_the_page_states_each_rule_with_its_verdicts():
+    section = PAGE.read_text(encoding="utf-8").partition("## What is equal")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| ([^|`]+) \|(.*)\|(.*)\|$", section, flags=re.MULTILINE)
+    wrong = [
+        (answer, reference)
+        for _, *cells in rows
+        for cell, verdict in zip(cells, (True, False), strict=True)
+        for answer, reference in re.findall("`([^`]+)` for `([^`]+)`", cell)
+        if is_right(answer, reference) != verdict
+    ]
+    assert wrong == []
+    assert len(rows) > 25
 
 
 PARTS = st.sampled_from(
