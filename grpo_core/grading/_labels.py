@@ -43,7 +43,11 @@ def is_expression_of_names(text: str) -> bool:
     if not _EXPRESSION.fullmatch(text):
         return False
     plain = re.sub(r"\\(?:frac|cdot|times|overline|vec|triangle)", " ", text)
-    return len(set(_NAMES.findall(plain)) - {"e", "i"}) > 1
+    names = set(_NAMES.findall(plain)) - {"e", "i"}
+    bare = re.sub(r"_(?:\w|\{[^{}]*\})|\(\d+\)", "", plain)
+    if names <= set("xyz") and "^" in bare:
+        return False  # a curve
+    return len(names) > 1 and not re.search(r"\d", re.sub(r"\^(?:\d|\{\d+\})", "", bare))
 
 
 def base_of(label: str) -> str:

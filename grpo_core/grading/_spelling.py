@@ -17,6 +17,9 @@ _FULL_STOP = re.compile(r"(?<!\.)\.$")
 # Bold type, italics, code or quotation marks around the whole answer.
 _MARKDOWN = re.compile(r"\A\s*(\*{1,3}|__|[_`\x22])([^*_`\x22]+)\1(\.?)\s*\Z")
 _BOLD_PART = re.compile(r"(?<!\S)\*\*([^*\s][^*]*)\*\*(?!\S)")
+_BUILDER = re.compile(
+    r"\A\s*\{(\s*[a-z]\s*(?:\\in[^|:{}]*)?[|:].*)(?<!\\)\}\s*\Z", re.DOTALL
+)  # braces without backslashes
 _ENDING = r"\s*(?:st|nd|rd|th)\s*"
 _SET_ENDING = rf"\\(?:text|textrm|textsuperscript|mathrm|mbox)\s*\{{{_ENDING}\}}"
 _ORDINAL = re.compile(
@@ -44,7 +47,7 @@ def clean(text: str) -> str:
         text = re.sub(r",\s*(and|or)\b", r" \1", text)
         text = re.sub(r"\b(?:infinity|infty)\b(?<!\\infty)", r"\\infty ", text, flags=re.IGNORECASE)
     text = re.sub(r"(?<=\d)\{,\}(?=\d{3})", "", text)
-    text = unwrap(_undollar(text))
+    text = unwrap(_BUILDER.sub(r"\\{\1\\}", _undollar(text)))
     return ordinal[1] if (ordinal := _ORDINAL.fullmatch(text)) else text
 
 

@@ -58,7 +58,7 @@ trapezoid pentagon hexagon octagon polygon circle ellipse sphere cube prism pyra
 tetrahedron segment ray arc chord diagonal edge side vertex corner angle face region area axis intercept asymptote
 parabola curve graph grid cell number integer digit value solution element subset group function term factor divisor
 multiple polynomial equation inequality variable coefficient matrix pair triple triplet quadruple tuple lattice
-toothpick matchstick dot dash flag bundle stack pile heap bunch dozenth kilometer meter gallon liter vote dollar cent
+toothpick matchstick dot dash flag bundle stack pile heap bunch kilometer meter gallon liter vote dollar cent
 share stock bond ounce spoonful teaspoonful tablespoonful cupful handful bagful basketful signature ad advertisement
 subscriber follower like view comment click patch square quilt yarn thread needle bobbin stitch petunia beaver otter
 seal walrus hippo rhino cheetah kiwi fig apricot nectarine cantaloupe avocado radish turnip beet celery lettuce
@@ -119,7 +119,7 @@ _IRREGULAR = {
     "cacti": "cactus", "series": "series", "points": "point",
 }  # fmt: skip
 _UNSAFE = _words("""
-act bill call check combination cost couple cube discount dozenth draw exit expense fee flip good hit level light
+act bill call check combination cost couple cube discount draw exit expense fee flip good hit level light
 like loan lock mark match mortgage multiple negative order point power price quadruple quarter root run score set
 square string tax term text tick toll triple turn withdrawal
 quarters roots combinations multiples couples orders strings negatives
@@ -133,7 +133,7 @@ tiny tall long new old full whole fresh ripe ordered distinct different possible
 even odd prime complex unique correct equal congruent isosceles right acute square integral total valid good
 lucky hot cold sweet paper plastic wooden metal glass chocolate vanilla soccer birthday tennis baseball
 basketball football ice cream school adult math science history fiction comic trading playing bowling toy bus
-train movie concert
+train movie concert more additional extra baby dvd pokemon beach
 """)
 )
 """Words before a noun."""
@@ -143,8 +143,8 @@ ALONE = set(_words("left leftover remaining total altogether overall profit"))
 
 FILLERS = ALONE | set(
     _words("""
-old tall high wide long deep thick away apart sold bought eaten read used saved earned spent made needed required
-collected heavier taller longer older faster farther higher wider deeper
+each more later ago old tall high wide long deep thick away apart sold bought eaten read used saved earned spent
+made needed required collected heavier taller longer older faster farther higher wider deeper
 """)
 )
 """Words after a unit that say what was counted."""

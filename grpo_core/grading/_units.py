@@ -29,7 +29,7 @@ _MEASURES = {
     "kelvin": "", "mol": "mole", "cal": "calorie", "kcal": "", "pa": "pascal", "kpa": "", "psi": "", "atm": "",
     "bit": "", "byte": "", "kb": "kilobyte", "mb": "megabyte", "gb": "gigabyte gig", "tb": "terabyte", "knot": "",
     "rpm": "", "c": "celsius", "f": "fahrenheit", "ev": "", "bar": "", "block": "", "lightyear": "",
-    "parsec": "", "au": "", "radian": "", "steradian": "", "person": "人 名 位", "piece": "个 只 块 件 张 条 根",
+    "parsec": "", "au": "", "steradian": "", "person": "人 名 位", "piece": "个 只 块 件 张 条 根",
     "kind": "种", "times": "次 倍", "page": "页", "copy": "本", "vehicle": "辆", "tree": "棵", "minute-of-arc": "",
     "group": "组", "bottle": "瓶", "box": "盒 箱", "bag": "袋", "question": "题 道", "point": "分", "pair": "对 双",
 }  # fmt: skip
@@ -63,7 +63,7 @@ _NO_UNITS = WORDS | GREEK | set(re.findall("[a-z]+", """
     wrong incorrect untrue fake invalid unknown impossible cannot none never nothing neither both null void zero
     off root power powers first hundred hundreds thousand thousands lakh lakhs crore crores dozen dozens
     gross couples myriad myriads googol googols tens ones kilo mega giga grand mil mn bn tn k mille
-    double triple twice more less than infinity if when where otherwise except about around almost approx circa
+    double triple twice less than infinity if when where otherwise except about around almost approx circa
     between maybe perhaps one two three four five six seven eight nine ten eleven twelve thirteen fourteen
     fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety
     permille permil promille permyriad basis bps ppm binary ternary quaternary octal decimal hex hexadecimal imaginary

@@ -19,6 +19,8 @@ _SAYS = (
     r" (?:take|make|have|need|get|earn|pay|cost|sell|buy|spend|save|eat|use|weigh|be|read|run|walk|bake|score)s?"
     rf"|{_SUBJECT} (?:has|had|got|ate|made|sold|bought|spent|saved|took|paid|used)|(?-i:[A-Z])[a-z]+ (?:has|had)"
 )
+_NEVER = r"(?:not|never|wrong|incorrect|false|minus|negative|opposite|twice|half|double|least|most|less|fewer)"
+_THE = rf"the (?:(?!{_NEVER}\b)[a-z]+ ){{1,7}}(?:is|are|was|were|equals)"  # the number of apples is
 _LEAD = re.compile(
     r"\s*(?:\\text\s*\{\s*)?"
     r"(?:(?:so|thus|hence|therefore|finally),? )?"
@@ -26,7 +28,7 @@ _LEAD = re.compile(
     r"|a total of|in total,?|ans(?:wer)?\.?:|we (?:find|obtain)|#{2,4}"
     r"|(?:the )?(?:points?|vector|ordered pair|interval|set) ?(?=[(\[{\\}])"
     r"|答案(?:是|为|[:：])|答[:：]|故选[:：]?|选[:：]?(?=\s*[A-D])"
-    rf"|(?:{_SAYS})(?= \\?\$?\d))"
+    rf"|(?:{_SAYS}|{_THE})(?= \\?\$?\d)|(?:so|thus|hence|therefore),?(?= \\?\$?\d))"
     r"\s*:?\s*(?P<close>\})?\s*",
     re.IGNORECASE,
 )
@@ -40,11 +42,12 @@ _FOR_ALL = re.compile(
 
 
 def without_sentence(text: str) -> str:
-    r"""Remove fixed words around an answer, `The answer is` and `for all x`; any other word stays.
+    r"""Remove fixed words around an answer, such as `The answer is` and `for all x`; any other word stays.
 
     A phrase that opens `\text{` and does not close it leaves the command to the rest.
     """
     text = _FOR_ALL.sub("", text) if "for " in text else text
+    text = re.sub(r" is (?:the|my|our) (?:final |correct )?answer\.?\s*$", "", text)
     start = text.lstrip()[:5]
     if start[:1] == "=":
         text = text.lstrip()[1:].lstrip()

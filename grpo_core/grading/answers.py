@@ -1,9 +1,10 @@
 r"""Compare final answers as mathematics.
 
 The comparison has three steps, and the time of each is bounded by the length of its input. First, string rules unify
-spellings: wrappers, thousands separators, units, Unicode. Second, a splitter finds the structure: lists, sets, tuples
-and intervals with their brackets, unions, matrices, equations and inequalities. Third, single expressions are
-compared: plain numbers as strings of digits, words without case, everything else by value (`_symbolic`).
+spellings (`_spelling`, `_signs`, `_wording`, `_numerals`). Second, a splitter finds the structure (`_structure`, with
+`_units`, `_labels`, `_matrices`, `_clock`). Third, structures are compared part by part (`comparison`, `_sets`): plain
+numbers as strings of digits, words without case, everything else by value (`_symbolic`). What a reference leaves open
+is in `_references`.
 
 When in doubt, answers do not match: a wrong acceptance teaches a policy to cheat, a wrong rejection costs one sample.
 """
@@ -106,7 +107,7 @@ def answers_match(first: str | int | float, second: str | int | float) -> bool:
 
     The relation is symmetric, and a non-empty answer matches itself. Values are exact: `0.5` is `1/2`, `0.333` is not
     `1/3`, `3.14` is not `\pi`. Brackets count: `(1, 2)` is neither `[1, 2]` nor `1, 2`. The order of sets, unions and
-    unbracketed lists does not matter; the order of tuples does. A unit (including percent, degree and currency signs)
+    unbracketed lists does not matter; the order of tuples does. A known unit (percent, degree and currency signs too)
     may be missing on one side but must not differ: `50\%` is `50`, and not `0.5`. The same holds for a label: `x = 5`
     is `5`, and not `y = 5`. An inequality is the interval of its one variable: `x \ge 5` is `[5, \infty)`. Case is
     ignored. A numeral of another base, `101_2`, equals only itself. Irrational values, and expressions with variables
