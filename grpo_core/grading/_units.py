@@ -40,6 +40,22 @@ _LETTERS = set("mglshnjwvacfdt")  # units in a text command; a bare letter is a 
 _PARTS = {("h", "min"), ("min", "s"), ("day", "h"), ("ft", "in"), ("yd", "ft"), ("lb", "oz"), ("m", "cm"), ("kg", "g"),
           ("year", "month"), ("week", "day"), ("dollar", "cent")}  # fmt: skip
 _FACTORS = {"n", "newton", "kw", "w", "watt", "ft", "lb", "j", "pa", "a", "v", "kg", "g", "m", "mol", "cm"}
+_PRODUCTS = {
+    "pa",
+    "au",
+    "ev",
+    "pt",
+    "kb",
+    "mb",
+    "tb",
+    "gb",
+    "qt",
+    "ha",
+    "kw",
+    "kj",
+    "dm",
+    "nm",
+}  # of letters, in `3nm`
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _CLASSIFIED = re.compile(r"([个只名位件本张条棵辆])[\u4e00-\u9fff]{1,4}(?<![万亿千百十半分])")  # `名学生`
 _CHINESE_POWERS = {"平方": 2, "立方": 3}
@@ -120,6 +136,8 @@ def _split_one_unit(text: str, own: frozenset[str]) -> tuple[str, str]:
         return code[1] + text[code.end() :], _CODES[code[2].lower()]
     for start, is_text in _starts(text):
         body = text[:start].rstrip()
+        if text[start:] in _PRODUCTS and len(body) == start:
+            continue
         if body and (_VALUE_END.search(body) or (is_text and body[-1] not in "\\([{^_=,")):
             unit = _unit_name(text[start:], own)
             if unit:

@@ -197,13 +197,13 @@ def is_right(answer: str, reference: str) -> bool:
     Returns:
         True if the answer is certainly correct.
     """
+    if answer == reference:
+        return bool(answer) and not is_mark(reference)
     numbers = digits(answer), digits(reference)
     if numbers[0] and numbers[1]:
         return numbers[0] == numbers[1] or (len(reference) > 16 and _is_same_float(answer, reference))
     if is_mark(reference):
         return False
-    if answer == reference:
-        return bool(answer)
     if max(len(answer), len(reference)) > MAX_CHARS:
         return False
     comparison = Comparison(directed=True)
