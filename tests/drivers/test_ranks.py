@@ -27,7 +27,14 @@ from drivers.training.shortcuts import find_head
 from tests.drivers.helpers import rank_process
 from tests.drivers.helpers.forked import ForkedProgram
 from tests.drivers.helpers.letters import make_tiny_parts
-from tests.drivers.helpers.processes import TORCHRUN, find_free_port, is_gone, list_descendants, wait_until
+from tests.drivers.helpers.processes import (
+    TORCHRUN,
+    call_program,
+    find_free_port,
+    is_gone,
+    list_descendants,
+    wait_until,
+)
 from tests.drivers.helpers.runs import drop_times, read_rows
 from tests.tiny import save_tiny
 
@@ -169,32 +176,31 @@ def test_ranks_with_checkpointing_or_lora_equals_one_rank(change, tmp_path):
 
 
 @pytest.mark.vllm
-def test_train_under_torchrun_runs_and_resumes(tmp_path):
-    """One engine begins the run, the other resumes it."""
+def test_train_under_torchrun_runs_and_resumes(tmp_path, monkeypatch, capsys):
+    """One process and Hugging Face begin the run; two ranks and vLLM resume it."""
+    monkeypatch.chdir(tmp_path)
     save_tiny(tmp_path / "tiny")
     flags = (
         "--recipe quickstart --model-path tiny --engine hf --dtype bfloat16 --n-grpo-steps 2 --rollout-batch-size 8 "
         "--group-size 4 --train-batch-size 8 --gradient-accumulation-steps 2 --sampling-max-tokens 4 "
         "--n-val-examples 4 --save-dir out --wandb-project None --self-check-tolerance 1"
     )
-    several = [*TORCHRUN, str(ROOT / "drivers/train.py")]
-    for engine, more in [("hf", flags), ("vllm", "--resume out --n-grpo-steps 3 --engine vllm")]:
-        done = subprocess.run(
-            [*several, *more.split()],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            env=clean_environment(),
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        assert f"policy on 2 x cpu, {engine} on cpu" in done.stdout
-        assert done.stdout.count("Done: held-out accuracy") == 1
-        shards = sorted(file.name for file in (tmp_path / "out/checkpoint-2/trainer_state").iterdir())
-        assert len(shards) == 2
+    call_program("train", flags, capsys)
+    more = "--resume out --n-grpo-steps 3 --engine vllm"
+    done = subprocess.run(
+        [*TORCHRUN, str(ROOT / "drivers/train.py"), *more.split()],
+        capture_output=True,
+        text=True,
+        env=clean_environment(),
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "policy on 2 x cpu, vllm on cpu" in done.stdout
+    assert done.stdout.count("Done: held-out accuracy") == 1
     assert "Resuming after step 2 from out/checkpoint-2/" in done.stdout
+    shards = {step: len(list((tmp_path / f"out/checkpoint-{step}/trainer_state").iterdir())) for step in (2, 3)}
+    assert shards == {2: 1, 3: 2}
     assert [row["step"] for row in read_rows(tmp_path / "out", "train")] == [1, 2, 3]
-    assert [row["n_weights"] for row in read_rows(tmp_path / "out", "check")] == [20, 20]
     for step in (2, 3):  # vLLM's, before and after its first step
         assert re.search(rf"self-check at step {step}: .*; 20 tensors arrived intact", " ".join(done.stdout.split()))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out/final_model").dtype == torch.bfloat16

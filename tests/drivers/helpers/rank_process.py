@@ -119,7 +119,8 @@ def main(
         engine = None
     elif config.engine == "vllm":
         model = save_tiny(Path(folder) / "model")
-        engine = make_vllm_engine(policy, model, weights=weights, dtype=precision, own_process=True)
+        own_process = distributed.size() > 1
+        engine = make_vllm_engine(policy, model, weights=weights, dtype=precision, own_process=own_process)
         if kill_engine_at is not None:
             kill_before_answer(engine, kill_engine_at)
         if break_push is not None:
