@@ -561,7 +561,7 @@ def test_inline_grader_equals_grading_pool():
 def test_async_reward_awaits_concurrently(async_pool):
     begin = time.monotonic()
     graded = async_pool([f"{k}" for k in range(60)], ["7"] * 60)
-    assert time.monotonic() - begin < 2.0  # sequentially it would be 6 s
+    assert time.monotonic() - begin < 4.0  # sequentially it would be 6 s
     assert [verdict.scores for verdict in graded] == [
         {"reward": float(k == 7), "length": float(len(str(k)))} for k in range(60)
     ]
