@@ -143,12 +143,12 @@ def load_policy(
     options = {"dtype": dtype, "attn_implementation": attention, "output_loading_info": True}
     policy, report = _load("AutoModelForCausalLM", "model", model_path, **options)
     assert isinstance(policy, nn.Module)
-    check_weights(model_path, report)
+    check_loaded_weights(model_path, report)
     repair_generation_config(model_path, policy)
     return policy.to(device).eval()
 
 
-def check_weights(model_path: str, report: Mapping[str, Any]) -> None:
+def check_loaded_weights(model_path: str, report: Mapping[str, Any]) -> None:
     """Refuse a model whose files lack weights, which would be random, and warn of weights that nothing reads.
 
     `report` is the loading info of transformers, for which weights that are tied to a loaded one are not missing.

@@ -84,7 +84,7 @@ MUTANTS = [
         ("the end of a turn is ignored", "    if for_chat:\n", "    if False:\n"),
     ),
     *breaks(
-        "check_weights",
+        "check_loaded_weights",
         "drivers/policy/loading.py",
         "tests/drivers/test_loading.py -k 'load_policy'",
         ("nothing is missing", "    if missing:\n", "    if False:\n"),
