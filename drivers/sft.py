@@ -110,7 +110,9 @@ def select_correct(
     return correct
 
 
-def leave_out_long(config: GrpoConfig, examples: Sequence[WorkedExample]) -> list[WorkedExample]:
+def leave_out_long(
+    config: GrpoConfig, examples: Sequence[WorkedExample], say: Callable[[str], None]
+) -> list[WorkedExample]:
     """Return the demonstrations that fit into the model's context, because their number decides the steps."""
     assert config.model_path is not None  # the command line refuses that
     model_path = resolve_model(config.model_path)
@@ -120,6 +122,7 @@ def leave_out_long(config: GrpoConfig, examples: Sequence[WorkedExample]) -> lis
         max_new_tokens=config.sampling_max_tokens,
         context=context_length(model_path),
         long_prompts=config.long_prompts,
+        say=say,
     )
     kept = {id(demonstration.example) for demonstration in demonstrations}
     return [example for example in examples if id(example) in kept]
@@ -129,10 +132,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, choose the demonstrations, then train."""
     with exit_on_user_error(SftConfig.program):
         settings = parse_settings(SftConfig, sys.argv[1:] if arguments is None else arguments)
-        examples = choose_demonstrations(settings, print if distributed.is_rank_zero() else lambda _: None)
+        say = print if distributed.is_rank_zero() else lambda _: None
+        examples = choose_demonstrations(settings, say)
         config = settings.as_grpo(len(examples))
         if config.long_prompts == "drop":
-            examples = leave_out_long(config, examples)
+            examples = leave_out_long(config, examples, say)
             config = settings.as_grpo(len(examples))
 
         def setup(config: GrpoConfig, display: Display) -> tuple[Run, Components]:

@@ -13,7 +13,7 @@ Aggregation = Literal["sequence_mean", "token_mean", "prompt_mean", "sequence_su
 """Ways in which `compute_token_weights` and `aggregate_token_losses` reduce token losses to a scalar."""
 
 Counting = Literal["count", "drop"]
-"""Whether tokens or responses that add nothing to a loss still count in the denominator of its mean."""
+"""Treatment of tokens or responses that add nothing to a loss: in the denominator of its mean, or not."""
 
 KLEstimator = Literal["k1", "k2", "k3", "abs", "ratio_k3"]
 """Estimators of the KL divergence in `estimate_kl`."""

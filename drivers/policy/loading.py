@@ -107,7 +107,7 @@ def context_length(model_path: str) -> int | None:
 def check_token_ids(model_path: str, tokenizer: Any, questions: Iterable[Question]) -> None:
     """Raise a UsageError if the model has no embedding for a token of the questions."""
     config = _load("AutoConfig", "model configuration", model_path).get_text_config()
-    largest = max((max(question.token_ids) for question in questions), default=0)
+    largest = max((max(question.token_ids, default=0) for question in questions), default=0)
     largest = max(largest, tokenizer.eos_token_id)
     if largest >= (getattr(config, "vocab_size", None) or math.inf):
         token = tokenizer.convert_ids_to_tokens(largest)

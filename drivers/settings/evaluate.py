@@ -48,6 +48,11 @@ class EvaluateConfig(EngineSettings, NucleusSettings, GradingSettings, PromptSet
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.compare_to is not None and self.long_prompts == "drop":
+            raise UsageError(
+                f"{self.flag('compare_to')}: both models must get the same questions, but --long-prompts drop may "
+                "leave out others for each tokenizer; pass --long-prompts refuse"
+            )
         if not self.data_path:
             raise UsageError("--data-path: is empty; pass at least one file of questions")
         if self.sampling_temperature == 0 and self.n_samples > 1:

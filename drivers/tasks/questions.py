@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -129,7 +129,7 @@ class Prompt:
     template: str
     """Text that contains `{question}`."""
     is_message: bool = False
-    """Whether the text is a user message for the tokenizer's chat template; otherwise it is the whole prompt."""
+    """True if the text is a user message for the tokenizer's chat template; otherwise it is the whole prompt."""
     system: str | None = None
     """System message."""
 
@@ -179,11 +179,16 @@ def make_questions(examples: Sequence[Example], prompt: Prompt, tokenizer: Any) 
 
 
 def fit_context(
-    questions: Sequence[Q], *, max_new_tokens: int, context: int | None, long_prompts: Literal["refuse", "drop"]
+    questions: Sequence[Q],
+    *,
+    max_new_tokens: int,
+    context: int | None,
+    long_prompts: Literal["refuse", "drop"],
+    say: Callable[[str], None] = print,
 ) -> list[Q]:
     """Return the questions that leave room for a response in the model's context.
 
-    If others exist, raise a UsageError that counts them; with `long_prompts="drop"`, print their number instead.
+    If others exist, raise a UsageError that counts them; with `long_prompts="drop"`, `say` their number instead.
     """
     lengths = [question.n_tokens(max_new_tokens) for question in questions]
     kept = [q for q, length in zip(questions, lengths, strict=True) if context is None or length <= context]
@@ -198,5 +203,5 @@ def fit_context(
     if long_prompts == "refuse" or not kept:
         remedy = "lower --sampling-max-tokens or remove them" + ", or pass --long-prompts drop" * bool(kept)
         raise UsageError(f"--long-prompts {long_prompts}: {problem}; {remedy}")
-    print(f"warning: --long-prompts drop: {problem}; they are left out", flush=True)
+    say(f"warning: --long-prompts drop: {problem}; they are left out")
     return kept

@@ -102,6 +102,7 @@ def setup_run(
         max_new_tokens=config.sampling_max_tokens,
         context=context_length(model_path),
         long_prompts=config.long_prompts,
+        say=display.say,
     )
     train_set, val_set = fit(make_train_set(tokenizer)), fit(make_questions(val_examples, prompt, tokenizer))
     check_token_ids(model_path, tokenizer, (*train_set, *val_set))

@@ -37,7 +37,7 @@ MIB = 1 << 20
 
 @dataclass
 class Result:
-    """What one way took for one case; memory is in bytes, above what its process held before the first call."""
+    """Time and memory of one way for one case; memory is in bytes above those before the first call."""
 
     first: float  # seconds of the first call: compilation, imports at call time, new pages
     seconds: list[float] = field(default_factory=list)
@@ -203,7 +203,7 @@ class _CudaMemory:
 
 
 class _ProcessMemory:
-    """What the kernel counts as resident; where there is no /proc, only the peak of the whole life of the process."""
+    """Resident memory as the kernel reports it; without /proc, only the peak since the process began."""
 
     STATUS = Path("/proc/self/status")
 

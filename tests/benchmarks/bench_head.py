@@ -68,7 +68,7 @@ class Way:
 
 
 def products():
-    """What no way can save: the logits and the two gradients, as bare matrix products. It has no results to check."""
+    """Compute what no way can save: the logits and the two gradients, as matrix products without results to check."""
 
     @torch.no_grad()
     def way(inputs):
@@ -258,7 +258,7 @@ WAYS = {
 
 
 def write_inputs(path: Path, size: tuple[int, ...], dtype: str, device: str, entropy_coef: float) -> int:
-    """What all ways get, and float64 textbook results on it; returns the number of counted tokens.
+    """Write the inputs of all ways with textbook results in float64, and return the number of counted tokens.
 
     Labels are drawn from the model's own distribution, as sampled tokens are. No ratio comes close to the clip range,
     where the rounding of a logit would decide whether a token has a gradient.

@@ -66,7 +66,7 @@ def make_inputs(batch: int, seq: int, narrow: int, wide: int) -> Inputs:
 
 
 def torch_cases(given: Inputs) -> dict:
-    """What one would write who needs nothing but the result."""
+    """Return the cases written in plain torch, for the result alone."""
     mask, count, seq = given.mask, given.mask.sum(), given.mask.shape[1]
 
     def loss():
@@ -279,7 +279,7 @@ def main(arguments: list[str]) -> dict[str, str]:
 
 
 def _require_agreement(facts: dict[str, dict[str, float]]) -> None:
-    """Whoever computes something else is no peer."""
+    """Raise a ValueError if a peer computes something else."""
     for column, numbers in facts.items():
         for case, number in numbers.items():
             expected = facts[PLAIN][case]

@@ -396,6 +396,10 @@ def test_evaluate_invalid_flags_exit_with_one_line(capsys):
 
     for arguments, message in [
         (["--n-samples", "0"], "--n-samples 0: must be greater than 0"),
+        (
+            ["--compare-to", "m", "--long-prompts", "drop"],
+            "--compare-to m: both models must get the same questions",
+        ),
         (["--data-path", "nowhere.jsonl"], "--data-path nowhere.jsonl: no such file"),
     ]:
         with pytest.raises(SystemExit) as ended:

@@ -104,6 +104,6 @@ MUTANTS = [
         "drivers/policy/loading.py",
         "tests/drivers/test_loading.py -k 'check_token_ids'",
         ("one id too many", "if largest >= (", "if largest > ("),
-        ("the smallest id", "max((max(question.token_ids)", "max((min(question.token_ids)"),
+        ("the smallest id", "(max(question.token_ids", "(min(question.token_ids"),
     ),
 ]
