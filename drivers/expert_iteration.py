@@ -47,7 +47,7 @@ def iterate(settings: ExpertIterationConfig, components: Components, run: Run) -
     for step in run.steps():
         # Sample o_1 .. o_G ~ pi(. | q) for each question q of a batch, grade them, and keep those with r_i = 1.
         collected = run_with_engine(engine, partial(collect, config, components, state.draw, run, step, run.timer))
-        graded = zip(collected.completions, collected.raw_rewards.tolist(), strict=True)
+        graded = zip(collected.completions, collected.rewards.tolist(), strict=True)
         correct = [completion for completion, reward in graded if reward == 1]
         anomalies = [*check_rollouts(collected.metrics), *check_right_responses(len(correct))]
 

@@ -63,7 +63,7 @@ def train(config: GrpoConfig, components: Components, run: Run) -> None:
             # Compare each r_i with its group, which gives A_i, and maximize the objective in one or more updates.
             metrics = UpdateMetrics(collected.logged_completions)
             with run.timer.phase("update"):
-                rollouts = make_rollout_batch(collected.completions, collected.raw_rewards, config.group_size)
+                rollouts = make_rollout_batch(collected.completions, collected.rewards, config.group_size)
                 rollouts = prepare_rollouts(
                     config, policy, reference, rollouts, collected.scores, collected.greedy_rewards
                 )

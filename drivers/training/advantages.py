@@ -75,7 +75,7 @@ def estimate_advantages(
     greedy_rewards: Tensor | None,
 ) -> Tensor:
     """Return the advantage of each response by the estimator of `--advantage`."""
-    estimator, rewards = ADVANTAGES[config.advantage], rollouts.raw_rewards[:, 0]
+    estimator, rewards = ADVANTAGES[config.advantage], rollouts.rewards[:, 0]
     if estimator.function is None:
         return rewards
     inputs = {

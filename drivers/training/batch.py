@@ -23,7 +23,7 @@ class StepRollouts(NamedTuple):
 
     completions: list[Completion]
     scores: Scores
-    raw_rewards: Tensor
+    rewards: Tensor
     greedy_rewards: Tensor | None
     """The reward of one greedy response to each question, if it is the baseline of the advantages."""
     metrics: dict[str, float]
@@ -40,7 +40,7 @@ class StepRollouts(NamedTuple):
         return {
             "completions": [asdict(completion) for completion in self.completions],
             "scores": self.scores,
-            "raw_rewards": _to_json(self.raw_rewards),
+            "raw_rewards": _to_json(self.rewards),
             "greedy_rewards": None if self.greedy_rewards is None else _to_json(self.greedy_rewards),
             "facts": self.metrics,
             "shown": self.logged_rows,
@@ -86,7 +86,7 @@ class RolloutBatch:
     >>> batch.response_mask
     tensor([[ True,  True],
             [ True, False]])
-    >>> batch.raw_rewards.tolist(), batch.group_ids.tolist()
+    >>> batch.rewards.tolist(), batch.group_ids.tolist()
     ([[1.0], [0.0]], [[0], [0]])
     >>> batch.sampler_log_probs.tolist()
     [[-0.5, -0.25], [-2.0, 0.0]]
@@ -95,7 +95,7 @@ class RolloutBatch:
     completions: tuple[Completion, ...]
     response_mask: Bool[Tensor, "batch seq"]
     """True on the sampled tokens, including the end token; column 0 is the first token of a response."""
-    raw_rewards: Float[Tensor, "batch 1"]
+    rewards: Float[Tensor, "batch 1"]
     """Reward of each response; NaN if it could not be scored."""
     group_ids: Int[Tensor, "batch 1"]
     """Number of the question. The prompt does not identify it, because a data set may contain a text twice."""
@@ -129,7 +129,7 @@ class RolloutBatch:
     @property
     def unscored(self) -> Bool[Tensor, " batch"]:
         """Return whether each response lacks a reward."""
-        return self.raw_rewards[:, 0].isnan()
+        return self.rewards[:, 0].isnan()
 
     @property
     def group_sizes(self) -> list[int]:
@@ -214,12 +214,10 @@ class WeightedBatch(RolloutBatch):
     @classmethod
     def from_prepared(cls, batch: PreparedBatch, **weights: Tensor | None) -> Self:
         """Return `batch` with the weights of its step. Missing rewards become 0, because 0 times NaN is NaN."""
-        return cls.extending(
-            batch, raw_rewards=batch.raw_rewards.masked_fill(batch.raw_rewards.isnan(), 0.0), **weights
-        )
+        return cls.extending(batch, rewards=batch.rewards.masked_fill(batch.rewards.isnan(), 0.0), **weights)
 
 
-def make_rollout_batch(completions: Sequence[Completion], raw_rewards: Tensor, group_size: int = 1) -> RolloutBatch:
+def make_rollout_batch(completions: Sequence[Completion], rewards: Tensor, group_size: int = 1) -> RolloutBatch:
     """Make a batch from the sampled token ids, without tokenizing text again. The rows of a group are consecutive."""
     lengths = torch.tensor([len(completion.token_ids) for completion in completions])
     response_mask = torch.arange(max(1, int(lengths.max())))[None] < lengths[:, None]
@@ -229,7 +227,7 @@ def make_rollout_batch(completions: Sequence[Completion], raw_rewards: Tensor, g
     return RolloutBatch(
         completions=tuple(completions),
         response_mask=response_mask,
-        raw_rewards=raw_rewards[:, None],
+        rewards=rewards[:, None],
         group_ids=torch.arange(len(completions))[:, None] // group_size,
         sampler_log_probs=torch.zeros(response_mask.shape).masked_scatter(response_mask, sampled),
     )
@@ -252,4 +250,4 @@ def imitation_batch(completions: Sequence[Completion]) -> PreparedBatch:
     batch = make_rollout_batch(completions, torch.ones(len(completions)))
     groups = enumerate(groupby(completions, key=lambda completion: completion.prompt_token_ids))
     group_ids = torch.tensor([number for number, (_, members) in groups for _ in members])[:, None]
-    return PreparedBatch.from_rollouts(replace(batch, group_ids=group_ids), batch.raw_rewards)
+    return PreparedBatch.from_rollouts(replace(batch, group_ids=group_ids), batch.rewards)

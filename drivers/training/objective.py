@@ -181,7 +181,7 @@ def rows_with_gradient(config: AlgorithmSettings, batch: WeightedBatch, entropy_
     rows = range(len(batch))
     if entropy_coef > 0 or (config.kl_coef > 0 and config.kl_in == "loss"):
         return list(rows)
-    signal = batch.advantages if OBJECTIVES[config.loss_type].uses_advantages else batch.raw_rewards
+    signal = batch.advantages if OBJECTIVES[config.loss_type].uses_advantages else batch.rewards
     has_gradient = (signal * batch.objective_weights != 0).any(dim=1) | batch.penalized.any(dim=1)
     return [row for row in rows if has_gradient[row]]
 
@@ -233,7 +233,7 @@ def compute_objective(config: AlgorithmSettings, batch: WeightedBatch, log_probs
     objective = OBJECTIVES[config.loss_type]
     inputs = {
         "advantages": batch.advantages,
-        "raw_rewards": batch.raw_rewards,
+        "raw_rewards": batch.rewards,
         "policy_log_probs": log_probs,
         "old_log_probs": old,
         "response_mask": batch.response_mask,

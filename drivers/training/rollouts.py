@@ -74,17 +74,17 @@ def collect(
     with timer.phase("reward"):
         completions, verdicts = flatten(groups.kept)
         scores: Scores = [verdict.scores for verdict in verdicts]
-        raw_rewards, greedy_rewards = shape_rewards(config, completions, scores), None
+        rewards, greedy_rewards = shape_rewards(config, completions, scores), None
         if greedy:
             greedy_verdicts = grade_completions(components.grade, greedy, questions)
             greedy_rewards = shape_rewards(config, greedy, [verdict.scores for verdict in greedy_verdicts])
-        metrics = rollout_metrics(config, step, groups, greedy, raw_rewards, greedy_rewards)
+        metrics = rollout_metrics(config, step, groups, greedy, rewards, greedy_rewards)
     n_rows, asked = config.n_logged_completions, [item for item in questions for _ in range(config.group_size)]
     rows = [
         describe_sample(question, completion, verdict) | describe_tokens(completion, run.tokenizer)
         for question, completion, verdict in zip(asked[:n_rows], completions[:n_rows], verdicts[:n_rows], strict=True)
     ]
-    return StepRollouts(completions, scores, raw_rewards, greedy_rewards, metrics, rows)
+    return StepRollouts(completions, scores, rewards, greedy_rewards, metrics, rows)
 
 
 def flatten(groups: Sequence[Group]) -> tuple[list[Completion], list[Graded]]:
@@ -149,7 +149,7 @@ def rollout_metrics(
     step: int,
     groups: SampledGroups,
     greedy: Sequence[Completion],
-    raw_rewards: Tensor,
+    rewards: Tensor,
     greedy_rewards: Tensor | None,
 ) -> dict[str, float]:
     """Return the metrics of a step's rollouts; docs/metrics.md defines them."""
@@ -169,7 +169,7 @@ def rollout_metrics(
     if config.max_refills:
         metrics |= {"refills": float(groups.n_refills), "missing_groups": float(groups.n_missing)}
     if config.length_penalty != "none":
-        metrics |= drop_nan({"shaped_reward": raw_rewards.nanmean().item()})
+        metrics |= drop_nan({"shaped_reward": rewards.nanmean().item()})
     if greedy_rewards is not None:
         metrics |= drop_nan({"greedy_reward": greedy_rewards.nanmean().item()})
     return metrics

@@ -95,7 +95,7 @@ def test_rollout_batch_holds_sampled_tokens_and_log_probs():
     )
     assert rollouts.response_mask.tolist() == [[True, True], [True, False]]
     assert rollouts.sampler_log_probs.tolist() == [[-0.5, -0.25], [-2.0, 0.0]]
-    assert rollouts.raw_rewards.tolist() == [[1.0], [0.0]]
+    assert rollouts.rewards.tolist() == [[1.0], [0.0]]
     assert rollouts.n_response_tokens == 3
 
 

@@ -906,12 +906,12 @@ def test_step_rollouts_json_keeps_unscored(tmp_path):
     components = Components(parts.policy, parts.engine, grade, parts.questions, parts.questions)
     collected = collect(config, components, random.Random(0), run, 1, run.timer)
     run.finish()
-    assert collected.raw_rewards.isnan().sum() == 21
+    assert collected.rewards.isnan().sum() == 21
     assert collected.greedy_rewards.isnan().sum() == 2
     text = json.dumps(collected.to_json(), allow_nan=False)
     again = StepRollouts.from_json(json.loads(text))
     assert (again.scores, again.metrics) == (collected.scores, collected.metrics)
-    for name in ("raw_rewards", "greedy_rewards"):
+    for name in ("rewards", "greedy_rewards"):
         assert_close(getattr(again, name), getattr(collected, name), rtol=0, atol=0, equal_nan=True)
 
 

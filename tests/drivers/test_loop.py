@@ -235,7 +235,7 @@ def test_collect_refills_have_other_noise_and_skip_kept_questions(grpo):
         found |= questions & signal
     assert found == signal
     assert {prompts[one.prompt_token_ids] for one in collected.completions} == signal
-    assert len(collected.completions) == len(collected.scores) == len(collected.raw_rewards) == 16
+    assert len(collected.completions) == len(collected.scores) == len(collected.rewards) == 16
     assert (collected.metrics["refills"], collected.metrics["missing_groups"]) == (3, 2)
     sampled = [one for call in calls for one in call.completions]
     assert collected.metrics["sampled_tokens"] == sum(len(one.token_ids) for one in sampled)
@@ -250,9 +250,9 @@ def test_collect_rewards_have_the_length_penalty(grpo):
     lengths = torch.tensor([len(one.token_ids) for one in collected.completions])
     scores = torch.tensor([one["reward"] for one in collected.scores])
     assert (lengths > 2).any()
-    assert torch.allclose(collected.raw_rewards, scores - (lengths - 2).clamp(0, 4) / 4)
+    assert torch.allclose(collected.rewards, scores - (lengths - 2).clamp(0, 4) / 4)
     assert collected.metrics["reward"] == pytest.approx(scores.mean().item(), abs=1e-6)
-    assert collected.metrics["shaped_reward"] == pytest.approx(collected.raw_rewards.mean().item(), abs=1e-6)
+    assert collected.metrics["shaped_reward"] == pytest.approx(collected.rewards.mean().item(), abs=1e-6)
 
 
 def test_collect_enough_groups_asks_no_more(grpo):
@@ -277,7 +277,7 @@ def test_collect_remax_baseline_is_sampled_greedily(grpo):
     texts = [one.text for one in greedy.completions]
     expected = [100.0 * int(prompts[tuple(p)][-1]) + len(set(t)) for p, t in zip(greedy.prompts, texts, strict=True)]
     assert collected.greedy_rewards.tolist() == expected
-    assert collected.raw_rewards.tolist() == [
+    assert collected.rewards.tolist() == [
         reward(one.text, "a", prompts[one.prompt_token_ids]) for one in collected.completions
     ]
     assert collected.metrics["greedy_reward"] == pytest.approx(fmean(expected))
@@ -381,7 +381,7 @@ def test_train_update_gets_the_prepared_rollouts(tmp_path, monkeypatch):
         assert (config.loss_type, step, list(anomalies), entropy_coef) == ("grpo_clip", 1, [], 0.03)
         rows = [row_of[id(one)] for one in batch.completions]
         width = batch.response_mask.shape[1]
-        for name in ("advantages", "raw_rewards"):
+        for name in ("advantages", "rewards"):
             assert torch.equal(getattr(batch, name), getattr(whole, name)[rows])
         for name in ("response_mask", "sampler_log_probs", "old_log_probs", "reference_log_probs"):
             assert torch.equal(getattr(batch, name), getattr(whole, name)[rows, :width])

@@ -107,14 +107,14 @@ def test_gradient_equals_grpo_microbatch_train_step(loss_type, aggregation):
     weighed, _ = weigh_step(config, batch)
     loss = accumulate_gradients(parts.policy, weighed, config, 0.0, UpdateMetrics())
     log_probs = score(twin, rollouts, 1.0)["log_probs"]
-    advantages = normalize_group_rewards(rollouts.raw_rewards[:, 0], 8)[:, None]
+    advantages = normalize_group_rewards(rollouts.rewards[:, 0], 8)[:, None]
     constant = {"token_mean": float(rollouts.n_response_tokens), "constant": float(config.sampling_max_tokens)}
     expected, _ = grpo_microbatch_train_step(
         log_probs,
         rollouts.response_mask,
         1,
         loss_type,
-        rollouts.raw_rewards,
+        rollouts.rewards,
         advantages,
         log_probs.detach(),
         config.cliprange,
@@ -451,7 +451,7 @@ def test_loss_type_calls_its_function(loss_type):
     shape = batch.response_mask.shape
     policy, old = (-4 * torch.rand(shape, generator=generator) for _ in range(2))
     losses, metadata = compute_objective(config, batch, policy, old)
-    expected = BY_HAND[loss_type](batch.advantages, policy, old, batch.response_mask, batch.raw_rewards)
+    expected = BY_HAND[loss_type](batch.advantages, policy, old, batch.response_mask, batch.rewards)
     expected, flags = expected if isinstance(expected, tuple) else (expected, {})
     assert torch.equal(losses, expected)
     assert metadata.keys() == flags.keys()
@@ -530,7 +530,7 @@ def test_kl_in_reward_is_sum_of_future_tokens(advantage):
     mask = rollouts.response_mask
     gap = (score(parts.policy, rollouts, 1.0)["log_probs"] - score(reference, rollouts, 1.0)["log_probs"]).detach()
     ahead = torch.stack([torch.where(mask, gap, 0.0)[:, t:].sum(1) for t in range(mask.shape[1])], dim=1)
-    base = rollouts.raw_rewards
+    base = rollouts.rewards
     if advantage == "group":
         base = normalize_group_rewards(base[:, 0], 8)[:, None]
     expected = base - 0.5 * ahead
@@ -766,8 +766,8 @@ def test_remax_baseline_is_greedy_response(tmp_path):
     components = Components(parts.policy, parts.engine, letter_grader, parts.questions, parts.questions)
     collected = collect(config, components, random.Random(0), run, 1, run.timer)
     assert collected.greedy_rewards.shape == (4,)
-    batch = make_rollout_batch(collected.completions, collected.raw_rewards)
+    batch = make_rollout_batch(collected.completions, collected.rewards)
     batch = prepare_rollouts(config, parts.policy, None, batch, collected.scores, collected.greedy_rewards)
-    expected = collected.raw_rewards - collected.greedy_rewards.repeat_interleave(8)
+    expected = collected.rewards - collected.greedy_rewards.repeat_interleave(8)
     assert_close(batch.advantages[:, 0], expected)
     run.finish()

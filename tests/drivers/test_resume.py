@@ -401,7 +401,7 @@ def test_training_state_restored_from_json_goes_on_alike(dtype):
     assert other.bonus.value == one.bonus.value == pytest.approx(0.015)
     assert (other.optimizer.n_updates, other.is_at_snapshot) == (2, True)
     assert other.pending.completions == [completion]
-    assert other.pending.raw_rewards.isnan().all()
+    assert other.pending.rewards.isnan().all()
     assert other.draw.random() == one.draw.random()
     assert torch.equal(*(torch.randperm(9, generator=state.shuffle) for state in states))
     for state in states:

@@ -210,8 +210,8 @@ MUTANTS = [
         GRPO,
         (
             "the length penalty is left out",
-            "raw_rewards, greedy_rewards = shape_rewards(config, completions, scores), None",
-            "raw_rewards, greedy_rewards = read_rewards(scores), None",
+            "rewards, greedy_rewards = shape_rewards(config, completions, scores), None",
+            "rewards, greedy_rewards = read_rewards(scores), None",
         ),
         (
             "all responses are logged",
@@ -417,8 +417,8 @@ MUTANTS = [
         f"{OBJECTIVE} -k 'calls_its_function or gdpo'",
         (
             "the rewards of other rows",
-            "estimator, rewards = ADVANTAGES[config.advantage], rollouts.raw_rewards[:, 0]",
-            "estimator, rewards = ADVANTAGES[config.advantage], rollouts.raw_rewards[:, 0].roll(1)",
+            "estimator, rewards = ADVANTAGES[config.advantage], rollouts.rewards[:, 0]",
+            "estimator, rewards = ADVANTAGES[config.advantage], rollouts.rewards[:, 0].roll(1)",
         ),
         ("one group", '"group_sizes": config.group_size,', '"group_sizes": len(rewards),'),
         ("groups of two", '"group_sizes": config.group_size,', '"group_sizes": 2,'),
@@ -572,8 +572,8 @@ MUTANTS = [
         ("penalized tokens have none", " | batch.penalized.any(dim=1)", ""),
         (
             "the reward decides",
-            "batch.advantages if OBJECTIVES[config.loss_type].uses_advantages else batch.raw_rewards",
-            "batch.raw_rewards",
+            "batch.advantages if OBJECTIVES[config.loss_type].uses_advantages else batch.rewards",
+            "batch.rewards",
         ),
     ),
     *breaks(
@@ -730,8 +730,8 @@ MUTANTS = [
         f"{GRADING} {OBJECTIVE} -k 'old_policy or unscored or step_with or step_rollouts'",
         (
             "a missing reward stays NaN",
-            "batch.raw_rewards.masked_fill(batch.raw_rewards.isnan(), 0.0)",
-            "batch.raw_rewards",
+            "batch.rewards.masked_fill(batch.rewards.isnan(), 0.0)",
+            "batch.rewards",
         ),
         (
             "a missing reward becomes 0 in JSON",
@@ -740,8 +740,8 @@ MUTANTS = [
         ),
         (
             "the reference is the old policy",
-            "        return cls.extending(\n            batch, raw_rewards=",
-            "        return cls.extending(\n            batch, reference_log_probs=batch.old_log_probs, raw_rewards=",
+            "        return cls.extending(\n            batch, rewards=",
+            "        return cls.extending(\n            batch, reference_log_probs=batch.old_log_probs, rewards=",
         ),
     ),
     *breaks(
