@@ -1,10 +1,12 @@
-"""GRPO (Algorithm 3): `python drivers/train.py --help`.
+"""Train with GRPO or a relative of it: `python drivers/train.py --help`.
+
+The default is GRPO's advantage with the loss of REINFORCE; `--loss-type grpo_clip` adds ratio and clip.
 
 One step samples G responses to each of P prompts, N = P * G responses of up to T tokens from a vocabulary of V:
 
     1. sample   rollouts.collect -> engine.generate     P prompts -> N token sequences and the sampler's log-probs
-    2. grade    rollouts.collect -> grade               N texts and P answers -> N scores
-    3. reward   rollouts.collect -> shape_rewards       N scores -> rewards (N,), with the length penalty
+    2. grade    rollouts.collect -> grade_completions   N texts and P answers -> N verdicts
+    3. reward   rollouts.collect -> compute_rewards     N verdicts -> rewards (N,), with the length penalty
     4. batch    batch.make_rollout_batch                N completions -> mask and sampler log-probs (N, T)
     5. prepare  advantages.prepare_rollouts             old and reference log-probs (N, T), where the loss needs them;
                                                         rewards in groups of G -> advantages (N, 1) or (N, T)
@@ -12,7 +14,7 @@ One step samples G responses to each of P prompts, N = P * G responses of up to 
          weigh    objective.weigh_step                  weights of its tokens in the loss (B, T)
          score    scoring.score, per micro-batch of b   logits (b, T, V), in pieces -> log-probs, entropies (b, T)
          loss     objective.compute_loss                log-probs, advantages, weights -> a number, and its gradient
-         step     state.optimizer                       one AdamW step
+         step     state.update                          one AdamW step
     7. push     engine.load_weights                     policy weights -> engine
 
 Files are in drivers/training/. The formulas are functions of grpo_core. docs/algorithm.md follows a reward, a token id

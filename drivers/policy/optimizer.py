@@ -26,14 +26,14 @@ class PolicyOptimizer:
         named = {name: p for name, p in fsdp.resharded(policy).named_parameters() if p.requires_grad}
         self._names, self._parameters = list(named), list(named.values())
         self.n_updates = 0
-        self._masters = [self._master_of(p) for p in self._parameters]
+        self._masters = [self._make_master(p) for p in self._parameters]
         self._adamw = torch.optim.AdamW(
             self._masters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
         for master in self._masters:
             master.grad = torch.zeros_like(master)
 
-    def _master_of(self, parameter: nn.Parameter) -> nn.Parameter:
+    def _make_master(self, parameter: nn.Parameter) -> nn.Parameter:
         if parameter.dtype == torch.float32:
             return parameter
         master = nn.Parameter(parameter.detach().float())

@@ -19,7 +19,7 @@ from drivers.training.batch import PreparedBatch, RolloutBatch
 from drivers.training.scoring import score_all
 
 
-def shape_rewards(
+def compute_rewards(
     config: AlgorithmSettings, completions: Sequence[Completion], scores: Sequence[Mapping[str, float | None]]
 ) -> Tensor:
     """Return the reward of each response, with its length penalty; NaN for a response that could not be scored."""
@@ -63,7 +63,7 @@ def prepare_rollouts(
     try:
         advantages = rearrange(estimate_advantages(config, rollouts, scores, greedy_rewards), "response -> response 1")
         batch = PreparedBatch.from_rollouts(rollouts, advantages, **known)
-        return replace(batch, advantages=shape_advantages(config, batch))
+        return replace(batch, advantages=finish_advantages(config, batch))
     except ValueError as error:  # the estimator does not accept these rewards
         raise TrainingAbortedError(f"--advantage {config.advantage}: {error}") from error
 
@@ -91,7 +91,7 @@ def estimate_advantages(
     return advantages
 
 
-def shape_advantages(config: AlgorithmSettings, batch: PreparedBatch) -> Tensor:
+def finish_advantages(config: AlgorithmSettings, batch: PreparedBatch) -> Tensor:
     """Return the advantages, minus the KL penalty if it is part of the reward, and whitened if the estimator asks."""
     advantages = batch.advantages
     # A response without a reward is excluded from statistics over tokens too.

@@ -196,7 +196,10 @@ class PreparedBatch(RolloutBatch):
 @jaxtyped(typechecker=beartype)
 @dataclass(frozen=True)
 class WeightedBatch(RolloutBatch):
-    """Rollouts of one optimizer step with the weights of their losses, ready to be split into micro-batches."""
+    """Rollouts of one optimizer step with the weights of their losses, ready to be split into micro-batches.
+
+    A missing reward is 0 here, and its weight is 0.
+    """
 
     advantages: Float[Tensor, "batch _"]
     old_log_probs: Float[Tensor, "batch seq"] | None

@@ -57,7 +57,7 @@ class MicroBatch(NamedTuple):
 def plan_rows(policy: Any, rollouts: RolloutBatch, wanted: Sequence[int], max_tokens: float = inf) -> list[Row]:
     """Put each wanted response into one row, in order; responses without tokens are skipped."""
     rows: list[Row] = []
-    share = attention_share(policy) if shares_rows(policy) else inf
+    share = attention_cost(policy) if shares_rows(policy) else inf
     for _, run in groupby(wanted, key=lambda i: rollouts.completions[i].prompt_token_ids):
         members = [i for i in run if rollouts.completions[i].token_ids]
         while members:
@@ -70,16 +70,16 @@ def plan_rows(policy: Any, rollouts: RolloutBatch, wanted: Sequence[int], max_to
 
 
 def _choose_layout(
-    prompt: tuple[int, ...], members: list[int], lengths: list[int], attention_share: float
+    prompt: tuple[int, ...], members: list[int], lengths: list[int], attention_cost: float
 ) -> list[Row]:
     """Return one row for all responses, or one row per response: the layout that needs fewer operations.
 
-    `attention_share` is the cost of attending to one more token, relative to all other cost of a token.
+    `attention_cost` is the cost of attending to one more token, relative to all other cost of a token.
     """
     one_row = Row(prompt, tuple(members), tuple(lengths))
     # A shared row needs its own mask, and attention computes the half that the mask hides; the causal mask skips it.
-    one_row_cost = one_row.n_tokens * (1 + attention_share * one_row.n_tokens)
-    many_rows_cost = sum((len(prompt) + n) * (1 + attention_share * (len(prompt) + n) / 2) for n in lengths)
+    one_row_cost = one_row.n_tokens * (1 + attention_cost * one_row.n_tokens)
+    many_rows_cost = sum((len(prompt) + n) * (1 + attention_cost * (len(prompt) + n) / 2) for n in lengths)
     if len(members) > 1 and one_row_cost < many_rows_cost:
         return [one_row]
     return [Row(prompt, (i,), (n,)) for i, n in zip(members, lengths, strict=True)]
@@ -120,7 +120,7 @@ def _make_micro_batch(rows: list[Row]) -> MicroBatch:
     return MicroBatch([i for row in rows for i in row.members], placed)
 
 
-def attention_share(policy: Any) -> float:
+def attention_cost(policy: Any) -> float:
     """Return the cost of attending to one more token, relative to all other cost of a token."""
     config = policy.config.get_text_config()
     heads = config.num_attention_heads

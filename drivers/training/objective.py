@@ -58,7 +58,7 @@ class PolicyLosses(NamedTuple):
 
 
 def weigh_step(config: AlgorithmSettings, batch: PreparedBatch) -> tuple[WeightedBatch, dict[str, float]]:
-    """Compute the statistics of one optimizer step before it is split; return the weighted batch and its metrics."""
+    """Weigh the losses of an optimizer step before it is split into micro-batches; return batch and metrics."""
     objective = OBJECTIVES[config.loss_type]
     mask = select_trained_responses(config, batch)
     metrics: dict[str, float] = {}
@@ -101,6 +101,7 @@ def select_trained_responses(config: AlgorithmSettings, batch: PreparedBatch) ->
 
     A response without a reward is excluded because a reward of 0 would teach that it is bad.
     """
+    # The core's function drops any responses, whatever the reason.
     excluded = batch.unscored | batch.truncated if config.mask_truncated else batch.unscored
     return core.drop_truncated_responses(batch.response_mask, excluded)
 
@@ -176,7 +177,7 @@ def describe_correction(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, floa
     return dict(zip(metrics, torch.stack([value.double() for value in metrics.values()]).tolist(), strict=True))
 
 
-def rows_with_gradient(config: AlgorithmSettings, batch: WeightedBatch, entropy_coef: float) -> list[int]:
+def find_responses_with_gradient(config: AlgorithmSettings, batch: WeightedBatch, entropy_coef: float) -> list[int]:
     """Return the responses that have a gradient. With advantage 0, only other terms of the loss have one."""
     rows = range(len(batch))
     if entropy_coef > 0 or (config.kl_coef > 0 and config.kl_in == "loss"):

@@ -24,7 +24,7 @@ from drivers.settings.groups import RolloutSettings
 from drivers.settings.grpo import GrpoConfig
 from drivers.settings.objectives import ADVANTAGES
 from drivers.tasks.questions import Question
-from drivers.training.advantages import shape_rewards
+from drivers.training.advantages import compute_rewards
 from drivers.training.batch import Scores, StepRollouts
 from drivers.training.components import Components
 from drivers.training.run import Run
@@ -55,7 +55,7 @@ class SampledGroups(NamedTuple):
 def collect(
     config: GrpoConfig, components: Components, draw: random.Random, run: Run, step: int, timer: StepTimer
 ) -> StepRollouts:
-    """Sample, grade and summarize the rollouts of one step."""
+    """Sample, grade and summarize the rollouts of one step. The engine sleeps afterwards."""
     groups = sample_groups(config, components, draw, step, timer)
     if groups.n_missing:
         run.warn(
@@ -70,14 +70,14 @@ def collect(
             prompts = [question.prompt_token_ids for question in questions]
             sampling = replace(config.sampling, n=1, temperature=0.0, top_p=1.0)
             greedy = components.engine.generate(prompts, sampling, seed=sampling_seed(config, step))
-        components.engine.sleep()
+        components.engine.sleep()  # until the next push: everything is sampled
     with timer.phase("reward"):
         completions, verdicts = flatten(groups.kept)
         scores: Scores = [verdict.scores for verdict in verdicts]
-        rewards, greedy_rewards = shape_rewards(config, completions, scores), None
+        rewards, greedy_rewards = compute_rewards(config, completions, scores), None
         if greedy:
             greedy_verdicts = grade_completions(components.grade, greedy, questions)
-            greedy_rewards = shape_rewards(config, greedy, [verdict.scores for verdict in greedy_verdicts])
+            greedy_rewards = compute_rewards(config, greedy, [verdict.scores for verdict in greedy_verdicts])
         metrics = rollout_metrics(config, step, groups, greedy, rewards, greedy_rewards)
     n_rows, asked = config.n_logged_completions, [item for item in questions for _ in range(config.group_size)]
     rows = [

@@ -70,7 +70,7 @@ class Run:
     def state(self) -> TrainingState:
         """The training state; an error before `begin`."""
         if self._state is None:
-            raise RuntimeError("Run.begin must be called first")
+            raise RuntimeError("call Run.start first")
         return self._state
 
     @property

@@ -117,8 +117,8 @@ def score_all(
     names = ("log_probs", "token_entropy") if with_entropy else ("log_probs",)
     whole = {name: torch.zeros(rollouts.response_mask.shape) for name in names}
     parts = list(plan_micro_batches(config, policy, rollouts, range(len(rollouts))))
-    for (members, rows), counts in distributed.shard_across_ranks(parts):
+    for (members, rows), is_counted in distributed.shard_across_ranks(parts):
         part = score(policy, rollouts.select(members), config.sampling_temperature, rows, with_entropy=with_entropy)
-        for name, values in part.items() if counts else ():
+        for name, values in part.items() if is_counted else ():
             whole[name][members, : values.shape[1]] = values.to("cpu", torch.float32)
     return {name: distributed.all_reduce_sum_(values) for name, values in whole.items()}

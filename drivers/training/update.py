@@ -12,7 +12,7 @@ from drivers.training.anomalies import Anomaly, check_update
 from drivers.training.batch import PreparedBatch, WeightedBatch
 from drivers.training.metrics import UpdateMetrics
 from drivers.training.micro_batches import plan_micro_batches
-from drivers.training.objective import LossInputs, compute_loss, rows_with_gradient, weigh_step
+from drivers.training.objective import LossInputs, compute_loss, find_responses_with_gradient, weigh_step
 from drivers.training.run import Run
 from drivers.training.scoring import score
 
@@ -40,7 +40,7 @@ def update(
 
 def accumulate_gradients(
     policy: nn.Module,
-    train_batch: WeightedBatch,
+    weighted_batch: WeightedBatch,
     config: AlgorithmSettings,
     entropy_coef: float,
     metrics: UpdateMetrics,
@@ -48,26 +48,26 @@ def accumulate_gradients(
     """Add up the gradient over micro-batches of any size, and return the loss of the train batch."""
     device = next(policy.parameters()).device
     total = torch.zeros((), device=device)
-    metrics.trained_tokens += train_batch.n_response_tokens
-    rows = rows_with_gradient(config, train_batch, entropy_coef)
-    metrics.skipped_responses += len(train_batch) - len(rows)  # their gradient is exactly 0
+    metrics.trained_tokens += weighted_batch.n_response_tokens
+    responses = find_responses_with_gradient(config, weighted_batch, entropy_coef)
+    metrics.skipped_responses += len(weighted_batch) - len(responses)  # their gradient is exactly 0
     is_entropy_only_logged = entropy_coef == 0
-    plan = list(plan_micro_batches(config, policy, train_batch, rows))
-    for (members, packed_rows), counts in distributed.shard_across_ranks(plan):
-        micro = train_batch.select(members).to(device)
+    plan = list(plan_micro_batches(config, policy, weighted_batch, responses))
+    for (members, rows), is_counted in distributed.shard_across_ranks(plan):
+        micro = weighted_batch.select(members).to(device)
         scored = score(
             policy,
             micro,
             config.sampling_temperature,
-            packed_rows,
+            rows,
             with_entropy=True,
             detach_entropy=is_entropy_only_logged,
         )
         scored["log_probs"].retain_grad()  # for metrics: the share of the gradient by sign of the advantage
         inputs = LossInputs(micro, scored["log_probs"], scored["token_entropy"], entropy_coef)
         outputs = compute_loss(config, inputs)
-        (outputs.loss if counts else 0 * outputs.loss).backward()  # type: ignore[no-untyped-call]
-        if counts:
+        (outputs.loss if is_counted else 0 * outputs.loss).backward()  # type: ignore[no-untyped-call]
+        if is_counted:
             total += outputs.loss.detach()
             metrics.add_micro_batch(micro, scored, outputs.metrics, outputs.correction_statistics)
     return distributed.all_reduce_sum_(total)

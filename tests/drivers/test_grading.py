@@ -31,7 +31,7 @@ from drivers.grading.worker import WorkerOptions
 from drivers.settings.formula import formula
 from drivers.settings.reward_spec import parse_mix
 from drivers.settings.sampling import Sampling
-from drivers.training.advantages import prepare_rollouts, shape_rewards
+from drivers.training.advantages import compute_rewards, prepare_rollouts
 from drivers.training.batch import StepRollouts, make_rollout_batch
 from drivers.training.components import Components
 from drivers.training.metrics import UpdateMetrics
@@ -885,7 +885,7 @@ def test_shape_rewards_keeps_unscored(tmp_path):
     ]
     scores = [{"reward": 1.0}, {"reward": None}, {"reward": None}]
     for penalty in ("none", "soft_overlong", "cosine"):
-        shaped = shape_rewards(make_tiny_config(length_penalty=penalty, sampling_max_tokens=8), completions, scores)
+        shaped = compute_rewards(make_tiny_config(length_penalty=penalty, sampling_max_tokens=8), completions, scores)
         assert shaped.isnan().tolist() == [False, True, True]
     assert shaped[0] > 1.0  # right, because there is no answer reward and the reward is above 0
     config, parts = make_tiny_config(advantage="gdpo"), make_tiny_parts()

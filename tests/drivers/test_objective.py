@@ -19,11 +19,11 @@ from drivers.settings.objectives import ADVANTAGES, OBJECTIVES
 from drivers.settings.recipes import QUICKSTART, RECIPES
 from drivers.settings.sampling import Sampling
 from drivers.training import update as update_step
-from drivers.training.advantages import prepare_rollouts, shape_rewards
+from drivers.training.advantages import compute_rewards, prepare_rollouts
 from drivers.training.batch import make_rollout_batch
 from drivers.training.components import Components
 from drivers.training.metrics import UpdateMetrics
-from drivers.training.objective import EntropyBonus, compute_objective, rows_with_gradient, weigh_step
+from drivers.training.objective import EntropyBonus, compute_objective, find_responses_with_gradient, weigh_step
 from drivers.training.rollouts import collect
 from drivers.training.scoring import score
 from drivers.training.update import accumulate_gradients
@@ -73,7 +73,7 @@ def test_gradient_is_independent_of_micro_batches(settings, monkeypatch):
     Statistics are those of the optimizer step. The current policy, the old policy and the reference are three
     different models. No row is skipped here, because means are over the trained tokens.
     """
-    monkeypatch.setattr(update_step, "rows_with_gradient", lambda _, batch, __: list(range(len(batch))))
+    monkeypatch.setattr(update_step, "find_responses_with_gradient", lambda _, batch, __: list(range(len(batch))))
     gradients = []
     cuts = [{"gradient_accumulation_steps": steps} for steps in (1, 4, 16)]
     cuts += [{"micro_batch_tokens": tokens} for tokens in (1, 40, 60, 1000)]
@@ -204,7 +204,7 @@ def test_importance_correction_on_policy_needs_no_extra_pass(importance, level, 
         rollouts = replace(rollouts, sampler_log_probs=rollouts.sampler_log_probs + 0.4 * noise)
         batch, step_metrics = weigh_step(config, prepare_rollouts(config, parts.policy, None, rollouts, scores, None))
         metrics = UpdateMetrics()
-        monkeypatch.setattr(update_step, "rows_with_gradient", lambda _, batch, __: list(range(len(batch))))
+        monkeypatch.setattr(update_step, "find_responses_with_gradient", lambda _, batch, __: list(range(len(batch))))
         loss = accumulate_gradients(parts.policy, batch, config, 0.0, metrics)
         weights = torch.cat([p.grad.flatten() for p in parts.policy.parameters()])
         metrics.add_update(loss, weights.norm(), step_metrics)
@@ -245,12 +245,14 @@ def test_length_penalty_values():
     config = make_tiny_config(length_penalty="soft_overlong", overlong_buffer=4, sampling_max_tokens=8)
     completions = [make_completion([1], [4] * n) for n in (2, 6, 8)]
     scores = [{"reward": 1.0, "answer_reward": a} for a in (1.0, 1.0, 0.0)]
-    assert shape_rewards(config, completions, scores).tolist() == [1.0, 0.5, 0.0]
+    assert compute_rewards(config, completions, scores).tolist() == [1.0, 0.5, 0.0]
     cosine = make_tiny_config(length_penalty="cosine", sampling_max_tokens=8)
-    assert_close(shape_rewards(cosine, completions, scores)[2].item(), 0.0, rtol=0, atol=1e-6)
-    assert 1.0 < shape_rewards(cosine, completions, scores)[1] < shape_rewards(cosine, completions, scores)[0] < 2.0
+    assert_close(compute_rewards(cosine, completions, scores)[2].item(), 0.0, rtol=0, atol=1e-6)
+    assert (
+        1.0 < compute_rewards(cosine, completions, scores)[1] < compute_rewards(cosine, completions, scores)[0] < 2.0
+    )
     cut = [replace(one, finish_reason="length") for one in completions]
-    assert shape_rewards(cosine, cut, scores).tolist() == [-10.0] * 3  # reaching the limit never pays
+    assert compute_rewards(cosine, cut, scores).tolist() == [-10.0] * 3  # reaching the limit never pays
 
 
 @pytest.mark.slow
@@ -552,7 +554,7 @@ def test_rows_with_gradient_cases():
         rollouts, scores = sample_rollouts(config, parts, rewards)
         reference = make_tiny_policy(5) if config.needs_reference else None
         batch, _ = weigh_step(config, prepare_rollouts(config, parts.policy, reference, rollouts, scores, None))
-        return bool(rows_with_gradient(config, batch, entropy_coef))
+        return bool(find_responses_with_gradient(config, batch, entropy_coef))
 
     assert not answer()
     assert answer(rewards=torch.arange(32.0))
@@ -573,7 +575,7 @@ def test_rows_with_gradient_of_penalized_tokens_have_one():
     penalized = torch.zeros_like(batch.penalized)
     penalized[[2, 9], 0] = True
     batch = replace(batch, advantages=torch.zeros_like(batch.advantages), penalized=penalized)
-    assert rows_with_gradient(config, batch, 0.0) == [2, 9]
+    assert find_responses_with_gradient(config, batch, 0.0) == [2, 9]
 
 
 def test_rejected_tokens_leave_token_counts_if_requested():

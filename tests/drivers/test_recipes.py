@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from drivers.settings.objectives import OBJECTIVES
 from drivers.settings.recipes import RECIPES
-from drivers.training.advantages import prepare_rollouts, shape_rewards
+from drivers.training.advantages import compute_rewards, prepare_rollouts
 from drivers.training.batch import make_rollout_batch
 from drivers.training.metrics import UpdateMetrics
 from drivers.training.objective import weigh_step
@@ -243,7 +243,7 @@ def recorded():
 def gradients_of_updates(recorded, **settings):
     """Return loss and gradient of both updates that the loop makes on the recorded batch."""
     config = make_tiny_config(**TWO_UPDATES | settings, sampling_max_tokens=LONGEST)
-    rewards = shape_rewards(config, recorded.completions, recorded.scores)
+    rewards = compute_rewards(config, recorded.completions, recorded.scores)
     rollouts = make_rollout_batch(recorded.completions, rewards, GROUP_SIZE)
     greedy = torch.tensor(recorded.greedy) if config.advantage == "remax" else None
     batch = prepare_rollouts(config, recorded.old, recorded.reference, rollouts, recorded.scores, greedy)

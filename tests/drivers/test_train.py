@@ -16,7 +16,7 @@ from drivers.training import update as update_step
 from drivers.training.advantages import prepare_rollouts
 from drivers.training.components import Components
 from drivers.training.metrics import UpdateMetrics
-from drivers.training.objective import rows_with_gradient, weigh_step
+from drivers.training.objective import find_responses_with_gradient, weigh_step
 from drivers.training.scoring import score
 from drivers.training.update import accumulate_gradients
 from grpo_core.types import Aggregation, LossType
@@ -159,8 +159,8 @@ def test_accumulate_gradients_never_waits_for_device(cut, loss, monkeypatch):
     batch, step_metrics = weigh_step(config, batch)
     metrics = UpdateMetrics()
     score(parts.policy, batch.select([0, 1]), 1.0)  # the trials of head and rows precede the loop
-    pulling = rows_with_gradient(config, batch, config.entropy_coef)  # read on the host before the loop
-    monkeypatch.setattr(update_step, "rows_with_gradient", lambda *_: pulling)
+    pulling = find_responses_with_gradient(config, batch, config.entropy_coef)  # read on the host before the loop
+    monkeypatch.setattr(update_step, "find_responses_with_gradient", lambda *_: pulling)
     with NeverWaits():
         loss = update_step.accumulate_gradients(parts.policy, batch, config, config.entropy_coef, metrics)
     metrics.add_update(loss, loss, step_metrics)
@@ -178,7 +178,7 @@ def test_skipping_zero_signal_groups_is_exact(tmp_path, monkeypatch):
 
     skipping, steps, _ = run_training(tmp_path / "a", **SHORT)
     assert sum(row["skipped_responses"] for row in steps) > 0
-    monkeypatch.setattr(update_step, "rows_with_gradient", lambda _, batch, __: list(range(len(batch))))
+    monkeypatch.setattr(update_step, "find_responses_with_gradient", lambda _, batch, __: list(range(len(batch))))
     running, steps, _ = run_training(tmp_path / "b", **SHORT)
     assert sum(row["skipped_responses"] for row in steps) == 0
     assert_close(flatten_weights(skipping), flatten_weights(running), rtol=0, atol=1e-7)

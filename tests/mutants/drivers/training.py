@@ -195,8 +195,8 @@ MUTANTS = [
         ),
         (
             "the engine stays awake",
-            '        components.engine.sleep()\n    with timer.phase("reward"):',
-            '    with timer.phase("reward"):',
+            "        components.engine.sleep()  # until",
+            "        # until",
         ),
         (
             "sampling counts as grading",
@@ -210,7 +210,7 @@ MUTANTS = [
         GRPO,
         (
             "the length penalty is left out",
-            "rewards, greedy_rewards = shape_rewards(config, completions, scores), None",
+            "rewards, greedy_rewards = compute_rewards(config, completions, scores), None",
             "rewards, greedy_rewards = read_rewards(scores), None",
         ),
         (
@@ -353,9 +353,9 @@ MUTANTS = [
         ),
     ),
     *breaks(
-        "shape_rewards",
+        "compute_rewards",
         "drivers/training/advantages.py",
-        f"{OBJECTIVE} {GRADING} -k 'length_penalty or shape_rewards'",
+        f"{OBJECTIVE} {GRADING} -k 'length_penalty or compute_rewards'",
         (
             "the penalty is added twice",
             "return rewards + core.compute_soft_overlong_penalty(",
@@ -401,7 +401,7 @@ MUTANTS = [
         ),
         (
             "advantages before shaping",
-            "return replace(batch, advantages=shape_advantages(config, batch))",
+            "return replace(batch, advantages=finish_advantages(config, batch))",
             "return batch",
         ),
     ),
@@ -425,7 +425,7 @@ MUTANTS = [
         ("no lengths", '"lengths": rollouts.lengths,', '"lengths": torch.ones_like(rollouts.lengths),'),
     ),
     *breaks(
-        "shape_advantages",
+        "finish_advantages",
         "drivers/training/advantages.py",
         f"{OBJECTIVE} {GRADING} -k 'kl_in_reward or calls_its_function or unscored_response_tokens'",
         ("the penalty is a bonus", "advantages - config.kl_coef * core", "advantages + config.kl_coef * core"),
@@ -560,9 +560,9 @@ MUTANTS = [
         ),
     ),
     *breaks(
-        "rows_with_gradient",
+        "find_responses_with_gradient",
         "drivers/training/objective.py",
-        f"{OBJECTIVE} {DRIVERS}/test_train.py -k 'rows_with_gradient or skipping'",
+        f"{OBJECTIVE} {DRIVERS}/test_train.py -k 'find_responses_with_gradient or skipping'",
         ("the entropy bonus has none", "if entropy_coef > 0 or (config.kl_coef", "if (config.kl_coef"),
         (
             "the KL penalty has none",
@@ -665,7 +665,7 @@ MUTANTS = [
         ),
         (
             "no response counts as skipped",
-            "metrics.skipped_responses += len(train_batch) - len(rows)",
+            "metrics.skipped_responses += len(weighted_batch) - len(responses)",
             "metrics.skipped_responses += 0",
         ),
     ),
@@ -740,8 +740,8 @@ MUTANTS = [
         ),
         (
             "the reference is the old policy",
-            "        return cls.extending(\n            batch, rewards=",
-            "        return cls.extending(\n            batch, reference_log_probs=batch.old_log_probs, rewards=",
+            "        return cls.extending(batch, rewards=",
+            "        return cls.extending(batch, reference_log_probs=batch.old_log_probs, rewards=",
         ),
     ),
     *breaks(
