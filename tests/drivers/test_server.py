@@ -156,12 +156,11 @@ def check_program(folder, urls):
 
 
 @pytest.mark.vllm
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("flags", "development"),
-    [
-        pytest.param(("--enable-prefix-caching",), "1", id="without the weight transfer"),
-        pytest.param(TRANSFER_FLAGS, "0", id="without the development mode", marks=pytest.mark.nightly),
-    ],
+    [(("--enable-prefix-caching",), "1"), (TRANSFER_FLAGS, "0")],
+    ids=["without the weight transfer", "without the development mode"],
 )
 def test_server_engine_unfit_server_raises_usage_error(tmp_path, flags, development):
     """The stub below refuses each request; these are the two ways in which a real server lacks something."""

@@ -296,48 +296,76 @@ def test_vllm_slow_start_is_ended_at_deadline(tmp_path):
     wait_until(lambda: not list_engine_processes())
 
 
-@pytest.mark.vllm
-def test_vllm_killed_or_hanging_restarts_with_same_samples(tmp_path):
-    """It is killed during an answer and then suspended: the samples stay the same, and no process is left.
-
-    test_ranks.py kills it during a push.
-    """
-    policy, messages = make_tiny_policy(3), []
-    engine = start_tiny(tmp_path, policy, say=messages.append, deadline_s=60.0)
-    try:
-        engine.load_weights(0)
-        expected = engine.generate(PROMPTS, LONG, seed=1)
-        first = list_engine_processes()
-        assert [process.name() for process in first] == ["VLLM::EngineCore"]  # the process that is killed below
-        killer = threading.Timer(0.5, lambda: os.kill(first[0].pid, signal.SIGKILL))
-        killer.start()
-        begin = time.monotonic()
-        found = engine.generate(PROMPTS, LONG, seed=1)
-        while killer.is_alive() or not messages:  # the answer came before the kill
-            found = engine.generate(PROMPTS, LONG, seed=1)
-        assert found == expected
-        assert time.monotonic() - begin < 120
-        assert "exited during sampling from 3 prompts: killed by SIGKILL" in messages[0]
-        assert not list_engine_threads()
-        wait_until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in first))
-
-        second = list_engine_processes()
-        engine._engine._deadline_s = 3.0
-        for one in second:
-            one.suspend()
-        assert engine.generate(PROMPTS, LONG, seed=1) == expected
-        assert "did not finish sampling from 3 prompts within 3 s" in messages[1]
-        assert not list_engine_threads()
-        wait_until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in second))
-
-    finally:
-        engine.close()
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """Return a policy, a supervised vLLM in its own process, and the list of what the supervisor says."""
+    parts, messages = make_tiny_parts(), []
+    engine = start_tiny(tmp_path_factory.mktemp("tiny"), parts.policy, say=messages.append, deadline_s=60.0)
+    yield SimpleNamespace(parts=parts, engine=engine, messages=messages)
+    engine.close()
     wait_until(lambda: not list_engine_processes())
 
 
 @pytest.mark.vllm
+def test_vllm_in_own_process_equals_shared_process(own, tmp_path):
+    """The same seed and data give the same samples and weights."""
+    from drivers.train import train
+
+    shared = make_tiny_parts()
+    start = flatten_weights(shared.policy)
+    own.parts.policy.load_state_dict(shared.policy.state_dict())
+    alone = start_tiny(tmp_path / "model", shared.policy, own_process=False)
+    for name, parts, engine in (("shared", shared, alone), ("own", own.parts, own.engine)):
+        config = make_tiny_config(engine="vllm", n_grpo_steps=3, learning_rate=1e-3, eval_steps=2)
+        run = make_run(config, tmp_path / name, parts.tokenizer)
+        try:
+            train(config, Components(parts.policy, engine, letter_grader, parts.questions, parts.questions), run)
+        finally:
+            run.finish()
+    alone.close()
+    assert torch.equal(flatten_weights(shared.policy), flatten_weights(own.parts.policy))
+    assert not torch.equal(start, flatten_weights(shared.policy))
+
+
+@pytest.mark.vllm
+def test_vllm_killed_or_hanging_restarts_with_same_samples(own):
+    """It is killed during an answer and then suspended: the samples stay the same, and no process is left.
+
+    test_ranks.py kills it during a push.
+    """
+    engine, messages = own.engine, own.messages
+    engine.load_weights(0)
+    expected = engine.generate(PROMPTS, LONG, seed=1)
+    first = list_engine_processes()
+    assert [process.name() for process in first] == ["VLLM::EngineCore"]  # the process that is killed below
+    killer = threading.Timer(0.5, lambda: os.kill(first[0].pid, signal.SIGKILL))
+    killer.start()
+    begin = time.monotonic()
+    found = engine.generate(PROMPTS, LONG, seed=1)
+    while killer.is_alive() or not messages:  # the answer came before the kill
+        found = engine.generate(PROMPTS, LONG, seed=1)
+    assert found == expected
+    assert time.monotonic() - begin < 120
+    assert "exited during sampling from 3 prompts: killed by SIGKILL" in messages[0]
+    assert not list_engine_threads()
+    wait_until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in first))
+
+    second = list_engine_processes()
+    engine._engine._deadline_s = 3.0
+    for one in second:
+        one.suspend()
+    assert engine.generate(PROMPTS, LONG, seed=1) == expected
+    assert "did not finish sampling from 3 prompts within 3 s" in messages[1]
+    assert not list_engine_threads()
+    wait_until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in second))
+
+
+@pytest.mark.vllm
 def test_train_killed_leaves_no_process_and_a_good_checkpoint(tmp_path):
-    """train.py is ended during a push, a generation and the start of its engine, and resumed each time."""
+    """train.py is ended during a push, a generation and the start of its engine, and resumed each time.
+
+    A Ctrl-C during a push waits for its end, as SIGTERM does: test_hanging_push_second_signal_interrupts.
+    """
     out = tmp_path / "out"
     save_tiny(tmp_path / "tiny")
     flags = (
@@ -346,9 +374,8 @@ def test_train_killed_leaves_no_process_and_a_good_checkpoint(tmp_path):
         "--gradient-accumulation-steps 2 --sampling-max-tokens 4 --n-val-examples 4 --eval-steps 100000 "
         "--checkpoint-steps 1 --save-dir out --resume auto --wandb-project None"
     )
-    ends = [("push", signal.SIGKILL), ("generation", signal.SIGTERM), ("push", signal.SIGINT)]
     last = 0
-    for where, number in [*ends, ("start", signal.SIGKILL)]:
+    for where, number in [("push", signal.SIGKILL), ("generation", signal.SIGTERM), ("start", signal.SIGKILL)]:
         said = tmp_path / f"said-{where}-{number.name}"
         program = ForkedProgram(struck_program.main, where, int(number), flags.split(), output=said, folder=tmp_path)
         assert program.wait(300) == (-9 if number == signal.SIGKILL else 130), program.output[-4000:]
@@ -362,25 +389,3 @@ def test_train_killed_leaves_no_process_and_a_good_checkpoint(tmp_path):
         last = step
     rows = read_rows(out)
     assert sorted(row["step"] for row in rows if row["phase"] == "train") == list(range(1, last + 1))
-
-
-@pytest.mark.vllm
-def test_vllm_in_own_process_equals_shared_process(tmp_path):
-    """The same seed and data give the same samples and weights."""
-    from drivers.train import train
-
-    ends = []
-    for own_process in (False, True):
-        config = make_tiny_config(engine="vllm", n_grpo_steps=3, learning_rate=1e-3, eval_steps=2)
-        parts = make_tiny_parts()
-        folder = tmp_path / str(own_process)
-        engine = start_tiny(folder / "model", parts.policy, own_process=own_process)
-        run = make_run(config, folder / "run", parts.tokenizer)
-        try:
-            train(config, Components(parts.policy, engine, letter_grader, parts.questions, parts.questions), run)
-        finally:
-            run.finish()
-            engine.close()
-        ends.append(flatten_weights(parts.policy))
-    assert torch.equal(*ends)
-    assert not torch.equal(ends[0], flatten_weights(make_tiny_parts().policy))
