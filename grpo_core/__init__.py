@@ -1,5 +1,7 @@
 """Pure, shape-typed PyTorch functions for GRPO and its family."""
 
+__version__ = "0.1.0"
+
 from grpo_core.advantages import (
     compute_batch_std_advantages,
     compute_best_of_advantages,

@@ -14,7 +14,9 @@ from grpo_core import GroundTruth
 try:
     import reasoning_gym
 except ImportError as error:
-    raise ImportError("the package reasoning-gym is not installed: pip install 'grpo_core[gym]'") from error
+    raise ImportError(
+        "the package reasoning-gym is not installed; in this clone, run: .venv/bin/pip install -e '.[gym]'"
+    ) from error
 
 
 def reward(response: str, ground_truth: GroundTruth) -> dict[str, float]:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import secrets
 import subprocess
 import sys
 import warnings
@@ -113,12 +114,13 @@ class RunLog:
         self._completions = JsonlWriter(folder / "completions.jsonl")
         self._has_warned = False
         program, values = (settings or config).program, asdict(settings or config)
-        header = {"program": program, "steps": config.n_grpo_steps, "config": values}
+        wandb_id = (_read_wandb_id(folder) if after >= 0 else None) or secrets.token_hex(4)
+        header = {"program": program, "steps": config.n_grpo_steps, "config": values, "wandb_id": wandb_id}
         write_json(folder / "config.json", header | {"environment": describe_environment()})
         self._tensorboard = self._attempt("TensorBoard", lambda: _open_tensorboard(folder, after))
         self._wandb = None
         if config.wandb_project:
-            self._wandb = self._attempt("wandb", lambda: _open_wandb(folder, config, values))
+            self._wandb = self._attempt("wandb", lambda: _open_wandb(folder, config, values, wandb_id))
 
     def log(self, phase: str, step: int, values: Mapping[str, Any]) -> None:
         """Write one line of metrics.jsonl, and its numbers as `phase/name` to the services."""
@@ -192,7 +194,17 @@ def _open_tensorboard(folder: Path, after: int) -> Any:
     return SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1)
 
 
-def _open_wandb(folder: Path, config: RunSettings, settings: dict[str, Any]) -> Any:
+def _read_wandb_id(folder: Path) -> str | None:
+    """Return the id of the run at Weights & Biases that an earlier process has written."""
+    try:
+        value = parse_object((folder / "config.json").read_bytes()).get("wandb_id")
+    except OSError:  # it was removed
+        return None
+    return value if isinstance(value, str) else None
+
+
+def _open_wandb(folder: Path, config: RunSettings, settings: dict[str, Any], run_id: str) -> Any:
+    """Open the run at Weights & Biases, or go on with it: a resumed run keeps its id."""
     import wandb
 
     mode: Any = os.environ.get("WANDB_MODE") or ("online" if _logged_in_to_wandb() else "offline")
@@ -202,11 +214,15 @@ def _open_wandb(folder: Path, config: RunSettings, settings: dict[str, Any]) -> 
         dir=str(folder),
         config=settings,
         mode=mode,
+        id=run_id,
+        resume="allow",
         settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
     )
     for phase in ("train", "eval"):
         run.define_metric(f"{phase}_step")
         run.define_metric(f"{phase}/*", step_metric=f"{phase}_step")
+    if mode == "offline":
+        print(f"Weights & Biases is offline; to upload the run: wandb sync {folder}/wandb/offline-*")
     return run
 
 

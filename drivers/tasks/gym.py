@@ -120,7 +120,9 @@ def task_names() -> list[str]:
     try:
         import reasoning_gym
     except ImportError as error:
-        raise UsageError("the package reasoning-gym is not installed: pip install 'grpo_core[gym]'") from error
+        raise UsageError(
+            "the package reasoning-gym is not installed; in this clone, run: .venv/bin/pip install -e '.[gym]'"
+        ) from error
     return sorted(reasoning_gym.factory.DATASETS)
 
 

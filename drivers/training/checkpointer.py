@@ -70,7 +70,7 @@ class Checkpointer:
         newest = find_newest_checkpoint(self._folder)
         if newest is None or not state.is_at_snapshot:
             return None
-        return newest if read_state_values(newest)["step"] == state.step else None
+        return newest if read_state_values(newest)["step"] == state.saved_step else None
 
     def publish(self, state: TrainingState, name: str) -> Path:
         """Copy the model of the latest checkpoint, which must contain all updates, to the folder `name`."""

@@ -8,6 +8,8 @@ from drivers.common import distributed
 from drivers.common.display import Display
 from drivers.common.errors import TrainingAbortedError
 from drivers.common.signals import defer_signals, terminate_as_interrupt
+from drivers.runs.checkpoint import read_state_values
+from drivers.runs.folder import find_newest_checkpoint
 from drivers.runs.resume import FINAL, find_finished_model
 from drivers.settings.groups import TrainingSettings
 from drivers.settings.grpo import GrpoConfig
@@ -38,7 +40,7 @@ def run_training(
             loop(components, run)
             final = run.checkpointer.publish(run.state, FINAL)
         except BaseException:  # also after Ctrl-C, the steps so far are saved
-            save_on_abort(run, components.policy)
+            save_on_abort(run, components.policy, f"python drivers/{settings.program} --resume {run.folder}")
             raise
         finally:
             try:
@@ -49,22 +51,29 @@ def run_training(
     distributed.end()
 
 
-def save_on_abort(run: Run, policy: nn.Module) -> None:
-    """Save a checkpoint of a run that was stopped, unless the last one contains all its updates.
+def save_on_abort(run: Run, policy: nn.Module, resume_command: str) -> None:
+    """Save a checkpoint of a run that was stopped, unless one has its last step, and say how to resume it.
 
-    With several ranks, none knows where the others stopped, so the last checkpoint stands.
+    An error or a second signal can end a run between two updates of a step. Then only the weights are saved, and the
+    run resumes from an earlier checkpoint. With several ranks, none knows where the others stopped.
     """
     if run.step == 0:
         return
-    if distributed.size() > 1:
-        run.display.say(f"Stopped after step {run.step}; the last checkpoint in {run.folder}/ is kept")
-        return
-    saved = run.checkpointer.latest(run.state)
-    if saved is None:
+    weights = None
+    if distributed.size() == 1 and run.checkpointer.latest(run.state) is None:
+        step = run.state.saved_step if run.state.is_at_snapshot else run.step
         try:
             with defer_signals():
-                saved = run.save(policy, run.checkpointer.free_name(f"checkpoint-{run.step}-stopped"))
+                weights = run.save(policy, run.checkpointer.free_name(f"checkpoint-{step}-stopped"))
         except TrainingAbortedError as error:  # a warning, so that the error that ended the run is printed last
             run.warn(str(error))
-    result = f"the weights of the last update are in {saved}/" if saved else "its weights could not be saved"
-    run.display.say(f"Stopped after step {run.step}; {result}")
+    if not distributed.is_rank_zero():
+        return
+    checkpoint = find_newest_checkpoint(run.folder)
+    if weights is not None and weights != checkpoint:
+        run.display.say(f"Stopped between two updates of a step; {weights}/ has their weights and cannot be resumed")
+    if checkpoint is None:
+        run.display.say("Stopped before the first checkpoint: the run cannot be resumed")
+    else:
+        step = read_state_values(checkpoint)["step"]
+        run.display.say(f"Stopped after step {step}. To resume: {resume_command}")

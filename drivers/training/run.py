@@ -13,7 +13,7 @@ from drivers.common import distributed
 from drivers.common.atomic_files import remove_unfinished, rename_superseded
 from drivers.common.display import Display
 from drivers.common.errors import UsageError, first_line
-from drivers.common.signals import defer_signals
+from drivers.common.signals import StepSignals, defer_signals
 from drivers.engines.rank_zero import run_with_engine
 from drivers.evaluation.policy import evaluate_policy
 from drivers.policy import fsdp
@@ -64,6 +64,7 @@ class Run:
         self._checkpoint, self._settings = checkpoint, settings
         self._resumed_step = 0 if checkpoint is None else int(read_state_values(checkpoint)["step"])
         self._state: TrainingState | None = None
+        self._signals = StepSignals(lambda: display.say("Stopping after this step; a second signal stops at once"))
         self._log: RunLog | None = None  # open on rank 0 from `begin` to `finish`
 
     @property
@@ -119,6 +120,7 @@ class Run:
 
     def finish(self) -> None:
         """Close the log, release the lock and draw curves.png."""
+        self._signals.discard()
         if self._log is not None:
             self._log.close()
             self._log = None
@@ -199,11 +201,20 @@ class Run:
         self._log_completions("eval", step, rows[:n_shown])
         self.display.show_evaluation(step, metrics, rows[:n_shown])
 
+    def hold_signals(self) -> None:
+        """Let Ctrl-C wait for the end of the step, because from here on its weights are between two steps.
+
+        Several ranks would each stop in another step, so there a signal interrupts and the last checkpoint stands.
+        """
+        if distributed.size() == 1:
+            self._signals.hold()
+
     def end_step(self, policy: nn.Module) -> None:
-        """Mark the end of the current step in the state, and save a checkpoint if one is due."""
+        """Mark the end of the current step in the state, save a checkpoint if one is due, and stop if asked to."""
         self.state.snapshot()
         if self.step % self.config.checkpoint_steps == 0 or self.step == self.config.n_grpo_steps:
             self.save(policy, f"checkpoint-{self.step}")
+        self._signals.release()
 
     def save(self, policy: nn.Module, name: str) -> Path | None:
         """Save a checkpoint and log its time; a signal waits until it is written."""

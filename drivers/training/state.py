@@ -126,6 +126,11 @@ class TrainingState:
         """Return whether no update was made since `snapshot`; otherwise the weights are newer than the snapshot."""
         return self.optimizer.n_updates == self._snapshot[0]
 
+    @property
+    def saved_step(self) -> int:
+        """Return the step of the last `snapshot`."""
+        return int(self._snapshot[1]["step"])
+
     def values(self) -> dict[str, Any]:
         """Return the values other than tensors at the last `snapshot`, as JSON stores them."""
         _, values, pending = self._snapshot

@@ -33,6 +33,7 @@ def update(
     loss = accumulate_gradients(policy, weighted_batch, config, entropy_coef, metrics)
     norm, drift = state.optimizer.clip(config.max_grad_norm), metrics.drift()
     anomalies = [*rollout_anomalies, *check_update(loss.item(), norm.item(), state.grad_norms, drift)]
+    run.hold_signals()
     with defer_signals():
         is_made = state.update(norm.item(), made=run.anomalies.should_apply_update(step, anomalies))
         metrics.add_update(loss, norm, batch_metrics, made=is_made)

@@ -203,12 +203,13 @@ def test_make_gym_writes_data_files(gym, tmp_path, capsys):
 def test_gym_without_package_names_the_extra(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     monkeypatch.delitem(sys.modules, MODULE, raising=False)
-    with pytest.raises(UsageError, match=r"--reward gym: .*pip install 'grpo_core\[gym\]'"):
+    with pytest.raises(UsageError, match=r"--reward gym: .*pip install -e '\.\[gym\]'"):
         load_reward("gym")
     with pytest.raises(SystemExit):
         main(["gym", "plus"])
     assert capsys.readouterr().err == (
-        "make_task.py: the package reasoning-gym is not installed: pip install 'grpo_core[gym]'\n"
+        "make_task.py: the package reasoning-gym is not installed; in this clone, run: "
+        ".venv/bin/pip install -e '.[gym]'\n"
     )
 
 

@@ -11,10 +11,12 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from drivers import train
-from drivers.common.signals import defer_signals, terminate_as_interrupt
+from drivers.common.signals import StepSignals, allow_second_signal, defer_signals, terminate_as_interrupt
+from drivers.runs.folder import find_checkpoint
+from drivers.training import update as update_step
 from tests.drivers.helpers.forked import ForkedProgram
 from tests.drivers.helpers.processes import wait_until
-from tests.drivers.helpers.runs import read_rows
+from tests.drivers.helpers.runs import assert_same_state, read_logged_numbers, read_rows, run_grpo
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +71,80 @@ def test_defer_signals_restores_handlers():
     assert [signal.getsignal(number) for number in numbers] == before
 
 
+def test_step_signals_first_waits_for_release_and_second_interrupts():
+    said, done = [], []
+    held = StepSignals(lambda: said.append("stopping"))
+    before = signal.getsignal(signal.SIGINT)
+    held.release()  # nothing is held, and nothing has arrived
+    held.hold()
+    held.hold()
+    os.kill(os.getpid(), signal.SIGINT)
+    done.append("the rest of the step")
+    with pytest.raises(KeyboardInterrupt):
+        held.release()
+    assert (said, done) == (["stopping"], ["the rest of the step"])
+    assert signal.getsignal(signal.SIGINT) is before
+
+    held.hold()
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert held.discard()
+    assert not held.discard()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_step_signals_second_waits_for_inner_block():
+    """A push or a save inside the step is not interrupted, unless it waits for an engine that does not answer."""
+    done = []
+    held = StepSignals(lambda: None)
+    held.hold()
+
+    def save():
+        with defer_signals():
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+            done.append("the rest of the save")
+
+    def push():
+        with defer_signals(), allow_second_signal():
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("never")
+
+    try:
+        for call in (save, push):
+            with pytest.raises(KeyboardInterrupt):
+                call()
+    finally:
+        held.discard()
+    assert done == ["the rest of the save"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_between_updates_finishes_step_and_run_resumes(tmp_path, monkeypatch, number):
+    """No update is lost, and the resumed run equals one without interruption."""
+    settings = {"train_batch_size": 16, "n_grpo_steps": 3, "eval_steps": 100}
+    *whole, _ = run_grpo(tmp_path / "whole", **settings)
+    updates, original = [], update_step.accumulate_gradients
+
+    def interrupted(*arguments, **named):
+        updates.append(1)
+        if len(updates) == 4:  # the second update of the second step
+            os.kill(os.getpid(), number)
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(update_step, "accumulate_gradients", interrupted)
+    with terminate_as_interrupt(), pytest.raises(KeyboardInterrupt):
+        run_grpo(tmp_path / "run", **settings)
+    assert len(updates) == 4
+    assert [row["step"] for row in read_rows(tmp_path / "run", "train")] == [1, 2]
+    checkpoint = find_checkpoint(tmp_path / "run")
+    assert checkpoint == tmp_path / "run/checkpoint-2"
+    *again, _ = run_grpo(tmp_path / "run", checkpoint, **settings)
+    assert_same_state(again, whole)
+    assert read_logged_numbers(tmp_path / "run") == read_logged_numbers(tmp_path / "whole")
+
+
 def test_defer_signals_other_thread_is_unaffected():
     seen = []
 
@@ -104,8 +180,9 @@ def test_train_interrupted_saves_checkpoint_of_last_step(tmp_path, number):
     step = json.loads((folder / "trainer_state.json").read_text())["step"]
     assert step >= 3
     assert folder.name == f"checkpoint-{step}-stopped"
-    assert f"Stopped after step {step}" in " ".join(program.output.split())
+    said = " ".join(program.output.split())
+    assert f"Stopped after step {step}. To resume: python drivers/train.py --resume out" in said
     AutoModelForCausalLM.from_pretrained(folder)
     rows = read_rows(tmp_path / "out")
-    assert max(row["step"] for row in rows if row["phase"] == "train") in (step - 1, step)
+    assert max(row["step"] for row in rows if row["phase"] == "train") == step
     assert (tmp_path / "out/curves.png").exists()

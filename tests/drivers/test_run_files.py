@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -358,6 +359,23 @@ def test_wandb_without_login_is_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "k")
     RunLog(tmp_path, make_tiny_config(wandb_project="p")).close()
     assert seen["mode"] == "online"
+
+
+def test_wandb_resumed_run_keeps_its_id(tmp_path, monkeypatch, capsys):
+    import wandb
+
+    opened = []
+    run = SimpleNamespace(define_metric=lambda *_, **__: None, finish=lambda: None)
+    monkeypatch.setattr(wandb, "init", lambda **settings: opened.append(settings) or run)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for after in (-1, 2, -1):  # a new run, a resumed one, and one that starts over in the folder
+        RunLog(tmp_path, make_tiny_config(wandb_project="p"), after=after).close()
+    first, resumed, anew = (settings["id"] for settings in opened)
+    assert first == resumed != anew
+    assert {settings["resume"] for settings in opened} == {"allow"}
+    assert f"wandb sync {tmp_path}/wandb/offline-*" in capsys.readouterr().out
+    (tmp_path / "config.json").unlink()
+    RunLog(tmp_path, make_tiny_config(wandb_project="p"), after=2).close()
 
 
 @pytest.mark.curves

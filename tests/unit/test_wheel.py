@@ -11,6 +11,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import grpo_core
+
 ROOT = Path(__file__).resolve().parents[2]
 LIGHT = {"torch", "einops", "jaxtyping", "beartype", "mpmath"}
 """What the functions need; mpmath is loaded only when two answers are compared as expressions."""
@@ -87,6 +89,7 @@ def test_wheel_contains_only_grpo_core(wheel):
     written = email.message_from_bytes(zipfile.ZipFile(wheel).read(metadata))
     required = {line.split(">")[0] for line in written.get_all("Requires-Dist") if "extra ==" not in line}
     assert required == LIGHT
+    assert written["Version"] == grpo_core.__version__
 
 
 def test_wheel_functions_work_with_light_dependencies(installed):

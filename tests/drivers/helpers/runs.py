@@ -276,7 +276,7 @@ def finish_run(run, policy, loop):
     try:
         loop()
     except StopRun:
-        save_on_abort(run, policy)
+        save_on_abort(run, policy, "train again")
     finally:
         run.finish()
     return flatten_weights(policy), {name: tensor.clone() for name, tensor in run.state.tensors().items()}

@@ -98,4 +98,38 @@ MUTANTS = [
         ("every final model is finished", '["step"] >= config.n_grpo_steps else None', '["step"] >= 0 else None'),
         ("the folder has the model's name", "config.recipe or Path", "Path"),
     ),
+    *breaks(
+        "RunLog",
+        LOG,
+        f"{RUN_FILES} -k wandb_resumed",
+        ("each process is a run of its own", "_read_wandb_id(folder) if after >= 0 else None", "None"),
+        (
+            "a run that starts over keeps its id",
+            "_read_wandb_id(folder) if after >= 0 else None",
+            "_read_wandb_id(folder)",
+        ),
+        ("wandb starts the run anew", 'resume="allow",', 'resume="never",'),
+    ),
+    *breaks(
+        "StepSignals",
+        "drivers/common/signals.py",
+        "tests/drivers/test_interrupts.py -k 'step_signals or between_updates'",
+        ("the second waits too", "            self._handler.raises_on_second = True", "            pass"),
+        (
+            "the signal is forgotten",
+            "        if self.discard():\n            raise",
+            "        if self.discard() and False:\n            raise",
+        ),
+        ("the handlers stay", "        self._held.close()\n", ""),
+        ("the second interrupts a save", "with outer.second_signal(raises=False):", "with nullcontext():"),
+        ("the second is lost in a save", "if outer.raises_on_second and len(outer.pending) > 1:", "if False:"),
+        ("the first says nothing", "            self._on_first()", "            pass"),
+    ),
+    *breaks(
+        "Run.hold_signals",
+        "drivers/training/run.py",
+        "tests/drivers/test_interrupts.py -k between_updates",
+        ("nothing is held", "            self._signals.hold()", "            pass"),
+        ("the end of the step does not stop", "        self._signals.release()", "        self._signals.discard()"),
+    ),
 ]
