@@ -98,6 +98,15 @@ def find_checkpoint(path: Path, say: Callable[[str], None] = print) -> Path | No
     return None
 
 
+def drop_old_states(folder: Path, keep: int) -> list[Path]:
+    """Delete the training state of all checkpoints but the newest `keep`, and return those, oldest first."""
+    resumable = [path for _, path in list_checkpoints(folder) if is_resumable(path)]
+    n_dropped = max(0, len(resumable) - keep)
+    for path in resumable[:n_dropped]:
+        drop_tensors(path)
+    return resumable[n_dropped:]
+
+
 def prune_checkpoints(folder: Path, accuracies: Mapping[int, float], keep: int | None) -> Path | None:
     """Delete what is no longer needed, link the best checkpoint by held-out accuracy, and return it.
 
@@ -105,10 +114,8 @@ def prune_checkpoints(folder: Path, accuracies: Mapping[int, float], keep: int |
     `keep`, only the newest `keep`, the best, and the newest resumable checkpoint stay. Return None if none of them
     was evaluated.
     """
+    resumable = drop_old_states(folder, N_RESUMABLE)
     dated = list_checkpoints(folder)
-    resumable = [path for _, path in dated if is_resumable(path)]
-    for path in resumable[:-N_RESUMABLE]:
-        drop_tensors(path)
     # The weights of a stop inside a step are not the evaluated ones, so `checkpoint-N-stopped` is never the best.
     evaluated = [(step, path) for step, path in dated if path.name == f"checkpoint-{step}" and step in accuracies]
     best = max(evaluated, key=lambda pair: accuracies[pair[0]], default=(0, None))[1]

@@ -50,6 +50,7 @@ from drivers.tasks.questions import (
     make_questions,
 )
 from drivers.training.components import Components
+from drivers.training.disk import check_disk
 from drivers.training.memory import MemoryPlan, configure_memory
 from drivers.training.run import Run
 from drivers.training.state import fingerprint, validate_resume
@@ -126,6 +127,8 @@ def setup_run(
                 longest_prompt=longest - config.sampling_max_tokens,
                 checkpoint_dtype=None if checkpoint is None else read_dtype(checkpoint),
             )
+            step = 0 if checkpoint is None else int(read_state_values(checkpoint)["step"])
+            disk_warning = distributed.run_on_rank_zero(partial(check_disk, config, policy, folder, step))
         except BaseException:
             if distributed.is_rank_zero() and checkpoint is None:
                 abandon_run_folder(folder, RUN_MARKER)
@@ -134,7 +137,7 @@ def setup_run(
         display.say(f"{len(train_set)} training and {len(val_set)} held-out questions; run folder {folder}/")
         run = Run(config, folder, tokenizer, display, checkpoint, settings, data)
         on_failure.pop_all()
-    for warning in config.warnings:
+    for warning in (*config.warnings, *([disk_warning] if disk_warning else [])):
         run.warn(warning)
     return run, Components(policy, engine, grade, train_set, val_set, reference)
 

@@ -1,5 +1,6 @@
 """A stopped and resumed run equals a run without interruption."""
 
+import errno
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -293,6 +295,84 @@ def test_checkpoint_full_disk_warns_and_run_continues(tmp_path, monkeypatch, cap
     with pytest.raises(TrainingAbortedError, match="checkpoint-3: the checkpoint cannot be written"):
         run_grpo(tmp_path / "last", n_grpo_steps=3)
     assert find_checkpoint(tmp_path / "last").name == "checkpoint-2"
+
+
+@pytest.mark.parametrize(
+    ("room", "left"),
+    [
+        (2, {"checkpoint-2", "checkpoint-3"}),  # states: the second newest makes room for the last
+        (1, {"checkpoint-2"}),  # the last model alone
+        (0, set()),  # the last model in the place of the newest state
+    ],
+)
+def test_checkpoint_full_disk_at_last_step_drops_older_states(tmp_path, monkeypatch, room, left):
+    """Only so many states fit on the disk, and with none of them the model does."""
+    import drivers.training.checkpointer as program
+
+    save, folder, states = program.save_checkpoint, tmp_path / "run", f"checkpoint-*/{STATE_TENSORS}"
+
+    def save_if_it_fits(policy, tokenizer, target, *, values, tensors):
+        if values["step"] == 3 and len(list(folder.glob(states))) + (tensors is not None) > room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return save(policy, tokenizer, target, values=values, tensors=tensors)
+
+    monkeypatch.setattr(program, "save_checkpoint", save_if_it_fits)
+    monkeypatch.setattr(program, "is_full", lambda *_: True)
+    whole, *_ = run_grpo(folder, n_grpo_steps=3, publish=True)
+    assert {path.parent.name for path in folder.glob(states)} == left
+    model = safetensors.torch.load_file(folder / "final_model/model.safetensors")
+    assert model.keys() == safetensors.torch.load_file(folder / "checkpoint-3/model.safetensors").keys()
+    assert sum(weight.numel() for weight in model.values()) == whole.numel()
+    assert find_damage(folder / "final_model") is None
+
+
+def test_checkpoint_failure_warns_once_while_it_lasts(tmp_path, monkeypatch):
+    """The disk is not full, so nothing is deleted and nothing is tried again before the next checkpoint."""
+    import drivers.training.checkpointer as program
+
+    save = program.save_checkpoint
+
+    def fail(*arguments, values, **named):
+        tried.append(values["step"])
+        if values["step"] in (2, 3, 5):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return save(*arguments, values=values, **named)
+
+    said, tried = [], []
+    monkeypatch.setattr(program, "save_checkpoint", fail)
+    monkeypatch.setattr(runs.Run, "warn", lambda _, text: said.append(text))
+    run_grpo(tmp_path / "run")
+    warnings = [text for text in said if "cannot be written" in text]
+    assert [re.search(r"checkpoint-\d", text)[0] for text in warnings] == ["checkpoint-2", "checkpoint-5"]
+    assert "its last checkpoint is checkpoint-1" in warnings[0]
+    assert tried == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("changes", "n_states", "n_models"),
+    [
+        ({"n_grpo_steps": 1}, 1, 0),
+        ({"n_grpo_steps": 9}, 3, 6),  # the newest two, and one that is being written
+        ({"n_grpo_steps": 9, "checkpoint_steps": 4}, 3, 0),
+        ({"n_grpo_steps": 9, "keep_checkpoints": 1}, 3, 0),
+        ({"n_grpo_steps": 9, "keep_checkpoints": 4}, 3, 3),
+    ],
+)
+def test_check_disk_warns_or_refuses_before_run(tmp_path, monkeypatch, changes, n_states, n_models):
+    from drivers.training import disk
+
+    policy, config = make_tiny_parts().policy, make_tiny_config(**{"checkpoint_steps": 1} | changes)
+    n_parameters, free = sum(p.numel() for p in policy.parameters()), []
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
+    state, model = 12 * n_parameters, 4 * n_parameters
+    for free[:] in ([n_states * (state + model) + n_models * model], [10**15]):
+        assert disk.check_disk(config, policy, tmp_path, step=0) is None
+    free[:] = [n_states * (state + model) + n_models * model - 1]
+    if n_states > 1:
+        assert "--keep-checkpoints 1" in disk.check_disk(config, policy, tmp_path, step=0)
+    free[:] = [state + model - 1]
+    with pytest.raises(UsageError, match=r"--save-dir .*: a checkpoint takes .* GiB are free; free some space"):
+        disk.check_disk(config, policy, tmp_path, step=0)
 
 
 def test_resume_damaged_checkpoint_repeats_steps_exactly(tmp_path):

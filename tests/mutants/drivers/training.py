@@ -848,18 +848,25 @@ MUTANTS = [
         "drivers/training/checkpointer.py",
         (
             f"{FLAGS} {RESUME} {DRIVERS}/test_train.py"
-            " -k 'keep_checkpoints or stop_inside or stop_between or full_disk or log_lines_wait or free_name'"
+            " -k 'keep_checkpoints or stop_inside or stop_between or full_disk or failure_warns or log_lines_wait or free_name'"
         ),
-        ("the log is not flushed first", "            self._sync_log()\n", ""),
+        ("the log is not flushed first", "        self._sync_log()\n        values", "        values"),
+        ("no older state makes room", "drop_old_states(self._folder, keep=n_kept_states)", "pass"),
+        ("the last model needs its state", "attempts += [(1, False), (0, False)]", "attempts += [(0, True)]"),
+        ("the newest state stays in any case", "attempts += [(1, False), (0, False)]", "attempts += [(1, False)]"),
+        ("any failure deletes states", "if not is_full(self._folder, checkpoint_bytes(policy)):", "if False:"),
+        ("each failure warns", "        if not self._has_failed:", "        if True:"),
+        ("later failures do not warn", "self._has_failed, self._newest = False, (", "self._newest = ("),
+        ("the model alone is not published", "self._newest[0] == state.step", "False"),
         (
             "a full disk at the last step is a warning",
-            "if distributed.size() > 1 or state.step == self._config.n_grpo_steps:",
-            "if distributed.size() > 1:",
+            "                if state.step == self._config.n_grpo_steps:",
+            "                if False:",
         ),
         (
             "a full disk ends the run",
-            "if distributed.size() > 1 or state.step == self._config.n_grpo_steps:",
-            "if True:",
+            "                if state.step == self._config.n_grpo_steps:",
+            "                if True:",
         ),
         ("all checkpoints are kept", "state.accuracies, self._config.keep_checkpoints)", "state.accuracies, None)"),
     ),
@@ -900,5 +907,15 @@ MUTANTS = [
             "        gpu_memory_utilization=config.gpu_memory_utilization,\n",
             "        gpu_memory_utilization=0.85,\n",
         ),
+    ),
+    *breaks(
+        "check_disk",
+        "drivers/training/disk.py",
+        f"{RESUME} -k check_disk",
+        ("without moments", "+ 12 * sum", "+ 4 * sum"),
+        ("without the one that is written", "N_RESUMABLE + 1)", "N_RESUMABLE)"),
+        ("models are free", " + n_models * model", ""),
+        ("the best is forgotten", "config.keep_checkpoints + 1 -", "config.keep_checkpoints -"),
+        ("one that does not fit is a warning", "    if free < whole:", "    if False:"),
     ),
 ]
