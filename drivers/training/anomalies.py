@@ -78,12 +78,31 @@ def check_right_responses(n_right: int) -> list[Anomaly]:
     return [Anomaly("none_right", 0.0, 1.0, text)]
 
 
+def explain_missing_gradient(rewards: Sequence[float]) -> str:
+    """Return why responses with these rewards have no gradient, and what helps if all rewards are equal."""
+    scored = {reward for reward in rewards if not math.isnan(reward)}
+    if len(scored) != 1:
+        return "every group has identical rewards, or filters exclude all other groups"
+    (reward,) = scored
+    if reward > 0:
+        return f"every response has the reward {reward:g}. Use harder questions"
+    return (
+        f"every response has the reward {reward:g}. Read completions.jsonl: if the format is missing, fine-tune first "
+        "(sft.py); if the answers are wrong, use easier questions"
+    )
+
+
 def check_update(
-    loss: float, grad_norm: float, earlier_norms: Sequence[float], drift: Mapping[str, float]
+    loss: float,
+    grad_norm: float,
+    earlier_norms: Sequence[float],
+    drift: Mapping[str, float],
+    rewards: Sequence[float] = (),
 ) -> list[Anomaly]:
     """Return the anomalies of an optimizer step before it is made.
 
-    `drift` maps names of distances between the policy and the sampler to their values.
+    `drift` maps names of distances between the policy and the sampler to their values; `rewards` are those of the
+    responses.
     """
     anomalies = []
     if not math.isfinite(loss):
@@ -91,7 +110,7 @@ def check_update(
     if not math.isfinite(grad_norm):
         anomalies.append(Anomaly("grad_norm", grad_norm, math.inf, f"the gradient norm is {grad_norm}"))
     if grad_norm == 0:
-        text = "no response has a gradient: every group has identical rewards, or filters exclude all other groups"
+        text = f"no response has a gradient: {explain_missing_gradient(rewards)}"
         anomalies.append(Anomaly("no_gradient", grad_norm, 0.0, text))
     limit = SPIKE * median(earlier_norms) if len(earlier_norms) >= N_NORMS // 2 else math.inf
     if math.inf > grad_norm > limit > 0:

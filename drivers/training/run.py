@@ -12,7 +12,7 @@ from torch import nn
 from drivers.common import distributed
 from drivers.common.atomic_files import remove_unfinished, rename_superseded
 from drivers.common.display import Display
-from drivers.common.errors import UsageError, first_line
+from drivers.common.errors import TrainingAbortedError, UsageError, first_line
 from drivers.common.signals import StepSignals, defer_signals
 from drivers.engines.rank_zero import run_with_engine
 from drivers.evaluation.policy import evaluate_policy
@@ -137,7 +137,8 @@ class Run:
         if not accuracies:
             return "no held-out response could be scored"
         first, last = accuracies[min(accuracies)], accuracies[max(accuracies)]
-        return f"held-out accuracy {first:.3f} before the first step, {last:.3f} after step {self.step}"
+        text = f"held-out accuracy {first:.3f} before the first step, {last:.3f} after step {self.step}"
+        return text if self.state.grad_norms else f"{text}; no step had a gradient, so nothing was learned"
 
     # --- steps ------------------------------------------------------------------------------------------------------
     def steps(self) -> Iterator[int]:
@@ -195,6 +196,12 @@ class Run:
                 tokenizer=self.tokenizer,
             )
             metrics, rows = run_with_engine(components.engine, call)
+        n_failed = sum(metrics[f"grader_{failure}"] for failure in ("errors", "timeouts", "not_finite"))
+        if step == 0 and n_failed == len(rows):
+            raise TrainingAbortedError(
+                f"--reward {self.config.reward}: failed on all {len(rows)} held-out responses before the first step; "
+                "correct the function"
+            )
         if "accuracy" in metrics:
             self.state.accuracies[step] = metrics["accuracy"]
         self.log("eval", step, metrics | {"time_evaluate_s": self.timer.seconds["evaluate"]})

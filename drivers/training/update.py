@@ -32,7 +32,8 @@ def update(
     weighted_batch, batch_metrics = weigh_step(config, train_batch)
     loss = accumulate_gradients(policy, weighted_batch, config, entropy_coef, metrics)
     norm, drift = state.optimizer.clip(config.max_grad_norm), metrics.drift()
-    anomalies = [*rollout_anomalies, *check_update(loss.item(), norm.item(), state.grad_norms, drift)]
+    rewards = train_batch.rewards[:, 0].tolist()
+    anomalies = [*rollout_anomalies, *check_update(loss.item(), norm.item(), state.grad_norms, drift, rewards)]
     run.hold_signals()
     with defer_signals():
         is_made = state.update(norm.item(), made=run.anomalies.should_apply_update(step, anomalies))

@@ -200,7 +200,7 @@ def train_on(folder, reward_fn, **settings):
     # Long enough that some response ends by itself in every step.
     common = {"loss_type": "no_baseline", "n_grpo_steps": 3, "sampling_max_tokens": 24}
     config, parts = make_tiny_config(**(common | settings)), make_tiny_parts()
-    run = make_run(config, folder, parts.tokenizer)
+    train_on.run = run = make_run(config, folder, parts.tokenizer)
     moments, report = [], run.report
 
     def snapshot(step, values):
@@ -288,4 +288,34 @@ def test_run_repeated_anomaly_warns_once(tmp_path, capsys):
     train_on(tmp_path, lambda *_: {"reward": 0.0, "format_reward": 0.0, "answer_reward": 0.0},
        loss_type="reinforce_with_baseline")  # fmt: skip
     assert [row["step"] for row in train_on.rows["anomaly"]] == [1, 2, 3]
-    assert capsys.readouterr().out.count("no response has a gradient: every group has identical rewards") == 1
+    output = capsys.readouterr().out
+    assert output.count("no response has a gradient: every response has the reward 0. Read completions.jsonl") == 1
+    assert "no step had a gradient" in train_on.run.summary()
+
+
+def test_check_update_missing_gradient_says_what_helps():
+    def explain(*rewards):
+        (anomaly,) = check_update(0.0, 0.0, [], NEAR, rewards)
+        return anomaly.text.removeprefix("no response has a gradient: ")
+
+    assert explain(0.0, 0.0, math.nan).startswith("every response has the reward 0. Read completions.jsonl: if")
+    assert explain(1.0, 1.0) == "every response has the reward 1. Use harder questions"
+    for mixed in ((), (math.nan,), (0.0, 1.0)):
+        assert explain(*mixed) == "every group has identical rewards, or filters exclude all other groups"
+
+
+@pytest.mark.parametrize("failure", [ValueError("no such key"), None])
+def test_run_reward_that_always_fails_ends_before_first_step(tmp_path, failure):
+    """One that abstains from everything does not fail."""
+
+    def reward(*_):
+        if failure is not None:
+            raise failure
+        return None
+
+    if failure is None:
+        train_on(tmp_path, reward, loss_type="reinforce_with_baseline", n_grpo_steps=1)
+        return
+    with pytest.raises(TrainingAbortedError, match=r"--reward r1_zero: failed on all 4 held-out responses"):
+        train_on(tmp_path, reward)
+    assert read_rows(tmp_path, "train") == []

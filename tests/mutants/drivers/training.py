@@ -848,7 +848,7 @@ MUTANTS = [
         "drivers/training/checkpointer.py",
         (
             f"{FLAGS} {RESUME} {DRIVERS}/test_train.py"
-            " -k 'keep_checkpoints or stop_inside or stop_between or full_disk or failure_warns or log_lines_wait or free_name'"
+            " -k 'keep_checkpoints or stop_inside or stop_between or full_disk or failure_warns or lines_wait'"
         ),
         ("the log is not flushed first", "        self._sync_log()\n        values", "        values"),
         ("no older state makes room", "drop_old_states(self._folder, keep=n_kept_states)", "pass"),
@@ -917,5 +917,25 @@ MUTANTS = [
         ("models are free", " + n_models * model", ""),
         ("the best is forgotten", "config.keep_checkpoints + 1 -", "config.keep_checkpoints -"),
         ("one that does not fit is a warning", "    if free < whole:", "    if False:"),
+    ),
+    *breaks(
+        "explain_missing_gradient",
+        "drivers/training/anomalies.py",
+        f"{GUARDS} -k missing_gradient",
+        ("one reward of several", "if len(scored) != 1:", "if not scored:"),
+        ("unscored responses have a reward", " if not math.isnan(reward)}", "}"),
+        ("all right is all wrong", "    if reward > 0:", "    if reward > 1:"),
+    ),
+    *breaks(
+        "Run.evaluate",
+        "drivers/training/run.py",
+        f"{GUARDS} -k 'always_fails or repeated'",
+        ("a reward that fails always is trained on", "if step == 0 and n_failed == len(rows):", "if False:"),
+        ("abstention is failure", "n_failed == len(rows)", '"accuracy" not in metrics'),
+        (
+            "a run without gradient ends as any other",
+            "return text if self.state.grad_norms else",
+            "return text if True else",
+        ),
     ),
 ]
