@@ -26,7 +26,16 @@ from drivers.runs.folder import abandon_run_folder, create_run_folder
 from drivers.runs.log import describe_environment
 from drivers.settings.evaluate import EvaluateConfig
 from drivers.settings.reward_spec import check_file
-from drivers.tasks.questions import Example, Prompt, Question, fit_context, load_examples, load_prompt, make_questions
+from drivers.tasks.questions import (
+    Example,
+    Prompt,
+    Question,
+    distinct,
+    fit_context,
+    load_examples,
+    load_prompt,
+    make_questions,
+)
 
 
 def evaluate(config: EvaluateConfig) -> Path:
@@ -106,7 +115,7 @@ def tokenize_questions(
         long_prompts=config.long_prompts,
     )
     questions = {name: fit(make_questions(examples, prompt, tokenizer)) for name, examples in sets.items()}
-    check_token_ids(model_path, tokenizer, chain(*questions.values()))
+    check_token_ids(model_path, tokenizer, distinct(chain(*questions.values())))
     return ModelInputs(model_path, tokenizer, questions)
 
 

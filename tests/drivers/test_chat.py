@@ -18,7 +18,7 @@ from drivers.tasks.chat import use_end_of_turn_as_eos
 from drivers.tasks.demonstrations import WorkedExample, make_demonstrations
 from drivers.tasks.questions import Example, Prompt, load_prompt, make_questions
 from tests.drivers.helpers.engines import make_vllm_engine
-from tests.drivers.helpers.letters import make_tiny_config
+from tests.drivers.helpers.letters import ask, make_tiny_config
 from tests.tiny import make_tiny_policy, make_tiny_tokenizer, save_tiny
 
 START, END, BOS = "<|im_start|>", "<|im_end|>", "<s>"
@@ -69,17 +69,15 @@ def test_chat_prompt_question_is_user_message():
     expected = encode(tokenizer, START, "user\nSolve: 1+1!", END, "\n", START, "assistant\n")
     assert question.prompt_token_ids == expected
     with_system = Prompt("{question}", is_message=True, system="Be short.")
-    assert with_system.token_ids("1+1", tokenizer) == encode(
+    assert ask(with_system, "1+1", tokenizer) == encode(
         tokenizer, START, "system\nBe short.", END, "\n", START, "user\n1+1", END, "\n", START, "assistant\n"
     )
 
 
 def test_chat_prompt_has_one_bos_token():
     tokenizer = make_chat_tokenizer(INST, writes_bos=True)
-    assert Prompt("{question}").token_ids("ab", tokenizer) == encode(tokenizer, BOS, "ab")
-    assert Prompt("{question}", is_message=True).token_ids("ab", tokenizer) == encode(
-        tokenizer, BOS, "[INST] ab [/INST]"
-    )
+    assert ask(Prompt("{question}"), "ab", tokenizer) == encode(tokenizer, BOS, "ab")
+    assert ask(Prompt("{question}", is_message=True), "ab", tokenizer) == encode(tokenizer, BOS, "[INST] ab [/INST]")
 
 
 def test_end_of_turn_ends_samples_and_demonstrations():
@@ -158,7 +156,7 @@ def test_chat_invalid_template_raises_usage_error(template, message):
 def test_chat_template_without_system_raises_usage_error():
     tokenizer = make_chat_tokenizer(INST, writes_bos=True)
     with pytest.raises(UsageError, match=r"refuses messages of system and user \(no system here\)"):
-        Prompt("{question}", is_message=True, system="S").token_ids("1", tokenizer)
+        ask(Prompt("{question}", is_message=True, system="S"), "1", tokenizer)
 
 
 def test_system_prompt_path_is_read_and_requires_chat_template(tmp_path):
@@ -216,8 +214,8 @@ def test_embedded_model_chat_prompt_equals_transformers():
         (Prompt("What is {question}?", True, "Be short."), [system, user]),
     ]:
         whole = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=True)
-        assert prompt.token_ids("2 + 2", tokenizer) == tuple(whole["input_ids"])
-        assert prompt.token_ids("2 + 2", tokenizer).count(tokenizer.bos_token_id) == 3  # one each
+        assert ask(prompt, "2 + 2", tokenizer) == tuple(whole["input_ids"])
+        assert ask(prompt, "2 + 2", tokenizer).count(tokenizer.bos_token_id) == 3  # one each
 
 
 @pytest.mark.slow
