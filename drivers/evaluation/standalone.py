@@ -42,7 +42,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     """Evaluate the model, write the files and print the results. Return the folder of the files."""
     sets = load_sets(config)
     check_file(config.reward)
-    prompt = load_prompt(config.prompt_path, config.chat_template, config.system_prompt_path)
+    prompt = load_prompt(config.prompt_path, config.chat_template, config.system_prompt_path, config.chat_date)
     device = choose_device("--device", config.device, default_policy_device())
     earlier = None if config.compare_to is None else read_earlier(config, sets)
     models = [config.model_path]

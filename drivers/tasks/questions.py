@@ -5,6 +5,7 @@ import math
 from array import array
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -220,6 +221,9 @@ class Prompt:
     system: str | None = None
     """System message."""
 
+    day: date | None = None
+    """Day that a chat template with a clock shows. None: its clock goes on."""
+
     def token_ids(self, questions: Sequence[str], tokenizer: Any) -> "Iterator[array[int]]":
         """Yield the prompt of each question as token ids."""
         for start in range(0, len(questions), N_AT_ONCE):
@@ -234,17 +238,20 @@ class Prompt:
         if not self.is_message:
             return text
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return render(tokenizer, [*messages, {"role": "user", "content": text}], to_answer=True)
+        return render(tokenizer, [*messages, {"role": "user", "content": text}], to_answer=True, day=self.day)
 
 
 N_AT_ONCE = 1024
 """Texts that are tokenized in one call, which uses all cores."""
 
 
-def load_prompt(path: str, chat_template: bool = False, system_prompt_path: str | None = None) -> Prompt:
-    """Return the prompt that --prompt-path, --chat-template and --system-prompt-path describe."""
+def load_prompt(
+    path: str, chat_template: bool = False, system_prompt_path: str | None = None, chat_date: str | None = None
+) -> Prompt:
+    """Return the prompt that --prompt-path, --chat-template, --system-prompt-path and --chat-date describe."""
     system = None if system_prompt_path is None else _read_prompt_file("--system-prompt-path", system_prompt_path)
-    return Prompt(load_prompt_template(path), chat_template, system)
+    day = None if chat_date is None else date.fromisoformat(chat_date)
+    return Prompt(load_prompt_template(path), chat_template, system, day)
 
 
 def load_prompt_template(path: str) -> str:

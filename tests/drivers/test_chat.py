@@ -3,18 +3,23 @@
 import importlib
 import json
 import sys
+from dataclasses import asdict
+from datetime import date
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from tokenizers.processors import TemplateProcessing
 
+from drivers.common.atomic_files import write_json
 from drivers.common.errors import UsageError
 from drivers.engines.hf import HFEngine
 from drivers.policy.loading import embedded_model, load_tokenizer
+from drivers.settings.command_line import parse_train_config
 from drivers.settings.evaluate import EvaluateConfig
 from drivers.settings.imitation import ExpertIterationConfig, SftConfig
-from drivers.tasks.chat import use_end_of_turn_as_eos
+from drivers.tasks.chat import render, use_end_of_turn_as_eos
 from drivers.tasks.demonstrations import WorkedExample, make_demonstrations
 from drivers.tasks.questions import Example, Prompt, load_prompt, make_questions
 from tests.drivers.helpers.engines import make_vllm_engine
@@ -72,6 +77,43 @@ def test_chat_prompt_question_is_user_message():
     assert ask(with_system, "1+1", tokenizer) == encode(
         tokenizer, START, "system\nBe short.", END, "\n", START, "user\n1+1", END, "\n", START, "assistant\n"
     )
+
+
+DATED = CHATML + "{{ strftime_now('%d %b %Y %H:%M:%S') }}"
+
+
+def test_chat_prompt_shows_the_day_of_the_run(monkeypatch):
+    """Without a day, a template's clock goes on, and a resumed run would have other prompts."""
+    tokenizer = make_chat_tokenizer(DATED)
+    prompt = Prompt("{question}", is_message=True, day=date(2026, 11, 29))
+    assert ask(prompt, "1+1", tokenizer) == encode(
+        tokenizer, START, "user\n1+1", END, "\n", START, "assistant\n29 Nov 2026 00:00:00"
+    )
+    assert ask(prompt, "1+1", make_chat_tokenizer(CHATML)) == ask(Prompt("{question}", True), "1+1", tokenizer)[:-20]
+    use_end_of_turn_as_eos(tokenizer, "m")
+    assert tokenizer.eos_token == END
+    refusing = SimpleNamespace(
+        chat_template=CHATML, apply_chat_template=lambda _, tokenize, add_generation_prompt: "t"
+    )
+    assert render(refusing, [], to_answer=True, day=date(2026, 11, 29)) == "t"  # it accepts no other argument
+
+
+def test_chat_date_is_kept_with_the_settings():
+    assert make_tiny_config().chat_date is None
+    for kind in (make_tiny_config, partial(EvaluateConfig, model_path="m")):
+        assert kind(chat_template=True).chat_date == date.today().isoformat()
+        assert kind(chat_template=True, chat_date="20261129").chat_date == "2026-11-29"
+        with pytest.raises(UsageError, match=r"--chat-date tomorrow: must be a day like 2026-11-29"):
+            kind(chat_template=True, chat_date="tomorrow")
+        with pytest.raises(UsageError, match=r"--chat-date 2026-11-29: has no effect without a chat template"):
+            kind(chat_date="2026-11-29")
+
+
+def test_chat_date_of_a_resumed_run_is_its_own(tmp_path):
+    settings = make_tiny_config(chat_template=True, chat_date="2026-11-29")
+    write_json(tmp_path / "config.json", {"config": asdict(settings), "program": "train.py"})
+    (tmp_path / "metrics.jsonl").touch()
+    assert parse_train_config(["--resume", str(tmp_path)]).chat_date == "2026-11-29"
 
 
 def test_chat_prompt_has_one_bos_token():

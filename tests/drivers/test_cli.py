@@ -137,6 +137,7 @@ FLAGS = [
     "deterministic",
     "chat_template",
     "system_prompt_path",
+    "chat_date",
     "long_prompts",
     "curriculum_steps",
     "resume",

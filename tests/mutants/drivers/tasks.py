@@ -101,6 +101,7 @@ MUTANTS = [
             "encode(tokenizer, texts, add_special_tokens=False)\n            else:",
             "encode(tokenizer, texts)\n            else:",
         ),
+        ("the clock goes on", "to_answer=True, day=self.day)", "to_answer=True)"),
         (
             "no turn of the model",
             '{"role": "user", "content": text}], to_answer=True,',
@@ -128,6 +129,16 @@ MUTANTS = [
             "only the first call",
             "range(0, len(responses), N_AT_ONCE)",
             "range(0, min(len(responses), N_AT_ONCE), N_AT_ONCE)",
+        ),
+    ),
+    *breaks(
+        "render",
+        "drivers/tasks/chat.py",
+        f"{CHAT} -k 'chat'",
+        (
+            "the clock is always passed",
+            'if day is not None and "strftime_now" in str(tokenizer.chat_template):',
+            "if day is not None:",
         ),
     ),
     *breaks(
