@@ -150,6 +150,11 @@ class SamplingSettings(Settings):
             raise UsageError(
                 f"{self.flag('sampling_min_tokens')}: must not exceed {self.flag('sampling_max_tokens')}; lower it"
             )
+        if self.sampling_stop is not None and "" in self.sampling_stop:
+            raise UsageError(
+                "--sampling-stop '': an empty text would end every response before its first token; pass "
+                "--sampling-stop without a text if nothing is to end a response"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -290,6 +290,15 @@ def test_train_invalid_flags_exit_with_one_line(arguments, message, tmp_path, ca
     assert not list(Path().glob("runs/*/metrics.jsonl"))
 
 
+@pytest.mark.parametrize("kind", [GrpoConfig, EvaluateConfig, SftConfig])
+def test_sampling_stop_of_an_empty_text_is_refused(kind):
+    with pytest.raises(
+        UsageError, match="--sampling-stop '': an empty text would end every response before its first"
+    ):
+        kind(model_path="m", sampling_stop=("</answer>", ""))
+    assert kind(model_path="m", sampling_stop=()).sampling_stop == ()
+
+
 def test_train_missing_data_names_the_command_that_makes_it(capsys):
     if (ROOT / "data/math/train.jsonl").exists():
         pytest.skip("MATH has been converted into this checkout")

@@ -52,6 +52,11 @@ MUTANTS = [
             "date.today() if self.chat_date is None else date.fromisoformat(self.chat_date)",
             "date.today()",
         ),
+        (
+            "an empty text ends responses",
+            'if self.sampling_stop is not None and "" in self.sampling_stop:',
+            "if False:",
+        ),
     ),
     *breaks(
         "AlgorithmSettings",
