@@ -1,42 +1,36 @@
-r"""Convert common datasets to jsonl with `question` and `answer`: `python drivers/convert_dataset.py --help`.
+"""Convert common datasets to jsonl with `question` and `answer`: `python drivers/convert_dataset.py --help`.
 
-The layout is recognized by the keys of a line: Hendrycks MATH (`problem`, `solution` with the answer in \boxed{}),
-GSM8K (`question`, `answer` that ends in `#### 18`), verl's (`prompt`, a chat, with `reward_model.ground_truth`),
-`prompt` or `question` with `response`, `ground_truth`, `target`, `final_answer` or `answer`. With --demonstrations the
-worked solution is kept as a response to train on.
+Each part of a row is recognized by its key (drivers/tasks/layouts.py). A row that is not understood is refused with a
+reason. With --demonstrations the worked solution is kept as a response to train on.
 """
 
 import json
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import tyro
 
-from drivers.common.atomic_files import write_jsonl
+from drivers.common.atomic_files import write_texts
 from drivers.common.cli import exit_on_user_error
 from drivers.common.errors import UsageError
-from drivers.tasks.questions import read_jsonl
+from drivers.tasks.layouts import KEYS, LAYOUTS, find_part, look_for, read_reply, read_row
+from drivers.tasks.questions import shorten
+from drivers.tasks.reference_answers import BadRowError, find_boxed_answer, find_stated_answer, strip_statement
+from drivers.tasks.sources import Row, read_hub, read_rows
 
-QUESTION_KEYS = ("question", "problem", "prompt")
-ANSWER_KEYS = (
-    "ground_truth",
-    "reward_model.ground_truth",
-    "final_answer",
-    "expected_answer",
-    "target",
-    "answer",
-    "response",
-    "solution",
-)
-RESPONSE_KEYS = ("response", "solution", "answer")
 Form = Literal["r1_zero", "question_only"]
-_LAST_LINE = re.compile(r"####([^\n#]+)\Z")
-"""GSM8K states the answer like this; elsewhere #### is a heading."""
+OUR_KEYS = ("question", "answer", "response")
+N_SHOWN, N_CHARACTERS = 3, 240
+"""Converted rows to print, and characters of each part."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +38,7 @@ class ConvertConfig:
     """Convert a dataset to jsonl with `question` and `answer`, or restore the backup of a converted file."""
 
     source: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Files (.jsonl, or .json holding a list), folders of such files, or one hub dataset with --hub."""
+    """Files (.jsonl, .json, .csv, .tsv, .parquet), folders of such files, or one hub dataset with --hub."""
     output: str | None = None
     """File to write. Default: rewrite a single source file in place and keep its old content as FILE.backup."""
     hub: bool = False
@@ -62,20 +56,26 @@ class ConvertConfig:
     """Write demonstrations for sft.py, with the worked solution as `response` in the form of this reward.
     `r1_zero`: continues data/prompts/r1_zero.prompt; `question_only`: unchanged, the final answer in \\boxed{}."""
     response_key: str | None = None
-    """Key of the worked solution. Default: the first of `response`, `solution` and `answer`."""
+    """Key of the worked solution. Default: the first of `response`, `solution`, `answer` and `output`."""
     skip_bad_lines: bool = False
-    """Report and drop lines without a question or an answer. Default: such a line is an error."""
+    """Report and drop rows that are not understood. Default: such a row is an error."""
+    deduplicate: bool = False
+    """Write rows with the same question and answer once. Default: they are counted and kept."""
     restore: bool = False
     """Replace each source file with its FILE.backup."""
 
 
-def convert_row(
-    row: Mapping[str, Any], question_key: str | None = None, answer_key: str | None = None
-) -> dict[str, Any]:
-    """Return a row in our layout. Raise a ValueError that says what is missing."""
-    _, question = _find_first(row, "question", question_key, QUESTION_KEYS)
-    key, value = _find_first(row, "answer", answer_key, ANSWER_KEYS)
-    return {"question": _to_text(question, "user"), "answer": _final_answer(key, value)}
+class Converted(NamedTuple):
+    """A row in our layout, and the key that each part of it was read from."""
+
+    row: dict[str, Any]
+    keys: Mapping[str, str]
+
+
+def convert_row(row: Mapping[str, Any], question_key: str | None = None, answer_key: str | None = None) -> Converted:
+    """Return a row in our layout, with its other columns. Raise a BadRowError that says what is missing."""
+    reading = read_row(row, question_key, answer_key)
+    return Converted({"question": reading.question, "answer": reading.answer, **reading.others}, reading.keys)
 
 
 def convert_demonstration(
@@ -84,184 +84,206 @@ def convert_demonstration(
     question_key: str | None = None,
     answer_key: str | None = None,
     response_key: str | None = None,
-) -> dict[str, Any]:
-    r"""Return a row with its worked solution. Raise a ValueError that says what is missing.
+) -> Converted:
+    r"""Return a row with its worked solution. Raise a BadRowError that says what is missing.
 
     The response ends with the solution's own final answer; `answer` is the dataset's. `sft.py --correct-only`
     compares them.
     """
-    converted = convert_row(row, question_key, answer_key)
+    converted, keys = convert_row(row, question_key, answer_key)
     if converted["question"].rstrip().endswith("<think>"):
-        raise ValueError("the question is a whole prompt that opens <think>: sft.py takes such a file as it is")
-    _, value = _find_first(row, "worked solution", response_key, RESPONSE_KEYS)
-    text = _to_text(value, "assistant").strip()
+        raise BadRowError("the question is a whole prompt that opens <think>: sft.py takes such a file as it is")
+    solution = None if response_key else look_for(row, (*KEYS["worked solution"], "messages", "conversations"))
+    key, value = solution or find_part(row, "worked solution", response_key)
+    text = read_reply(key, value).strip()
     thoughts, tag, rest = text.removeprefix("<think>").partition("</think>")
     tagged = re.search(r"<answer>(.*?)</answer>", rest, flags=re.DOTALL)
-    final = (tagged and tagged.group(1).strip()) or _stated_answer(rest if tag else text)
+    final = (tagged and tagged.group(1).strip()) or find_stated_answer(rest if tag else text)
     if final is None:
-        raise ValueError("the worked solution states no final answer: none after ####, none in \\boxed{}")
+        raise BadRowError("the worked solution states no final answer: none after ####, none in \\boxed{}")
     # Drop GSM8K's calculator annotations and its final #### line.
-    worked = re.sub(r"<<[^<>\n]*>>", "", thoughts if tag else _LAST_LINE.sub("", text)).strip()
+    worked = re.sub(r"<<[^<>\n]*>>", "", thoughts if tag else strip_statement(text)).strip()
     if form == "r1_zero":
         response = f" {worked} </think> <answer> {final} </answer>"
     else:
         response = text if tag else worked
-        response += "" if _boxed_answer(response) else f"\n\\boxed{{{final}}}"
-    return {**converted, "response": response}
+        response += "" if find_boxed_answer(response) else f"\n\\boxed{{{final}}}"
+    kept = {name: value for name, value in converted.items() if name in OUR_KEYS or name != key}
+    told = {part: name for part, name in keys.items() if (part, name) != ("nothing", key)}
+    return Converted({**kept, "response": response}, {**told, "worked solution": key})
 
 
-def _find_first(row: Mapping[str, Any], what: str, named: str | None, known: Sequence[str]) -> tuple[str, Any]:
-    """Return the first key with a value, and the value."""
-    for key in (named,) if named else known:
-        value = _look_up(row, key)
-        if value not in (None, "", []):
-            return key, value
-    raise ValueError(f"no {what} under {named or ', '.join(known)}; keys here: {sorted(row)}")
+@dataclass
+class Report:
+    """What was found in the rows."""
+
+    n_rows: int = 0
+    n_written: int = 0
+    n_repeated: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    """Number of refused rows by reason."""
+    first_refused: dict[str, str] = field(default_factory=dict)
+    """`file:line: message` of the first row that was refused for a reason."""
+    keys: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Number of rows by part and the key that it was read from."""
+    others: Counter[str] = field(default_factory=Counter)
+    """Number of rows by other column that was kept."""
+    shown: list[dict[str, Any]] = field(default_factory=list)
+    """Our keys of the first converted rows."""
+
+    def refuse(self, where: str, error: BadRowError) -> None:
+        """Count a refused row."""
+        self.refused[error.reason] += 1
+        self.first_refused.setdefault(error.reason, f"{where}: {error}")
+
+    def refusals(self) -> list[str]:
+        """Return a line per reason: the first row, and how many there are."""
+        lines = (f"{self.first_refused[reason]}" + _and_others(n) for reason, n in self.refused.most_common())
+        return [" ".join(line.split()) for line in lines]
+
+    def __str__(self) -> str:
+        n_refused = self.refused.total()
+        parts = Counter[str]()
+        for (part, _), n in self.keys.items():
+            parts[part] += n
+        read = (
+            f"{part} from `{key}`" + (f" ({n})" if n < parts[part] or n < self.n_rows - n_refused else "")
+            for (part, key), n in self.keys.items()
+        )
+        lines = [
+            f"{_count(self.n_rows, 'row')} read, {self.n_written} written, {n_refused} refused, {self.n_repeated} "
+            "repeat an earlier question with its answer",
+            f"read as: {', '.join(read)}",
+            *([f"other columns, kept: {', '.join(self.others)}"] if self.others else []),
+            *(
+                ", ".join(f"{name}: {shorten(value, N_CHARACTERS)}" for name, value in row.items())
+                for row in self.shown
+            ),
+        ]
+        return "\n".join(lines)
 
 
-def _look_up(row: Any, key: str) -> Any:
-    """Return the value of a key, or of keys and list positions joined by dots; None if there is no value."""
-    if isinstance(row, Mapping) and key in row:
-        return row[key]
-    first, dot, rest = key.partition(".")
-    if isinstance(row, list) and first.isdecimal() and int(first) < len(row):
-        return _look_up(row[int(first)], rest) if dot else row[int(first)]
-    return _look_up(row[first], rest) if dot and isinstance(row, Mapping) and first in row else None
+def _and_others(n_rows: int) -> str:
+    return f" ({n_rows} rows like this)" if n_rows > 1 else ""
 
 
-def _to_text(value: Any, role: Literal["user", "assistant"]) -> str:
-    """Return a value as text: a chat gives its last message of this role."""
-    if isinstance(value, list):
-        messages = [turn["content"] for turn in value if isinstance(turn, dict) and turn.get("role") == role]
-        if not messages:
-            raise ValueError(f"the chat has no message of the role `{role}`")
-        return str(messages[-1])
-    return str(value)
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def _final_answer(key: str, value: Any) -> Any:
-    r"""Return the answer in a text: after ####, else inside the last \boxed{}, else the whole text."""
-    if not isinstance(value, str):
-        return value
-    stated = _stated_answer(value)
-    if stated is not None:
-        return stated
-    if key == "solution" or "####" in value or r"\boxed" in value or r"\fbox" in value or not value.strip():
-        raise ValueError(f"the {key} states no answer: none after ####, none in \\boxed{{}}")
-    return value.strip()
-
-
-def _stated_answer(text: str) -> str | None:
-    r"""Return the text after #### on the last line, else inside the last \boxed{}, else None."""
-    last = _LAST_LINE.search(text.strip())
-    if last:
-        answer = last.group(1).strip()
-        return answer.replace(",", "") if re.fullmatch(r"-?\$?\d{1,3}(,\d{3})+(\.\d+)?", answer) else answer
-    text = text if r"\boxed" in text else text.replace(r"\fbox", r"\boxed")  # a few solutions of MATH use it
-    box = text[max(text.rfind(r"\boxed"), 0) :]
-    bare = re.match(r"\\boxed([^a-zA-Z{}$\n][^{}$\n]*)\$", box)  # MATH has a few boxes without braces
-    return _boxed_answer(box) or (bare.group(1).strip() if bare else None) or None
-
-
-def _boxed_answer(text: str) -> str | None:
-    r"""Return the text in the last \boxed{}, or None."""
-    from grpo_core import extract_boxed_answer  # it loads torch, which --help does without
-
-    return extract_boxed_answer(text)
-
-
-def read_rows(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
-    """Yield `file:line` and the row for each row of a file or of every file of a folder."""
-    if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.suffix in (".json", ".jsonl")):
-            yield from read_rows(file)
-    elif path.suffix != ".json":
-        for number, row in read_jsonl(path):
-            yield f"{path}:{number}", row
-    else:
+def convert_rows(config: ConvertConfig, rows: Iterable[Row], report: Report) -> Iterator[str]:
+    """Yield each converted row as a line of JSON, and write down in `report` what was found."""
+    keys, seen = (config.question_key, config.answer_key), set[bytes]()
+    for where, row in rows:
+        report.n_rows += 1
         try:
-            loaded = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{path}: cannot be read as JSON ({error})") from error
-        # Hendrycks MATH ships one object per file; others a list of objects.
-        for number, row in enumerate(loaded if isinstance(loaded, list) else [loaded], start=1):
-            if not isinstance(row, dict):
-                raise UsageError(f"{path}: entry {number} is {type(row).__name__}; expected an object")
-            yield (f"{path}[{number}]" if isinstance(loaded, list) else str(path)), row
+            if config.demonstrations is None:
+                converted = convert_row(row, *keys)
+            else:
+                converted = convert_demonstration(row, config.demonstrations, *keys, config.response_key)
+            line = _to_json(converted.row)
+        except BadRowError as error:
+            report.refuse(where, error)
+            continue
+        report.keys.update(converted.keys.items())
+        report.others.update(name for name in converted.row if name not in OUR_KEYS)
+        essence = json.dumps([converted.row.get(name) for name in OUR_KEYS])
+        digest = blake2b(essence.encode(), digest_size=16).digest()
+        is_repeated = digest in seen
+        report.n_repeated += is_repeated
+        seen.add(digest)
+        if is_repeated and config.deduplicate:
+            continue
+        report.n_written += 1
+        if len(report.shown) < N_SHOWN:
+            report.shown.append({name: converted.row[name] for name in OUR_KEYS if name in converted.row})
+        yield line
 
 
-def read_hub(name: str, subsets: Sequence[str], split: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
-    """Yield the rows of a dataset on the hub, or of a folder in its layout."""
+def _to_json(row: Mapping[str, Any]) -> str:
     try:
-        from datasets import load_dataset
-    except ImportError as error:
+        line = json.dumps(row, ensure_ascii=False) + "\n"
+        line.encode()
+    except TypeError as error:  # bytes, images and dates of parquet files
+        raise BadRowError("a column cannot be written as JSON", f" ({error})") from error
+    except UnicodeEncodeError as error:
+        raise BadRowError("contains an unpaired surrogate, which is no character") from error
+    return line
+
+
+def check_refused(config: ConvertConfig, report: Report) -> None:
+    """Print why rows were refused. Raise a UsageError unless rows are left and --skip-bad-lines drops the others."""
+    refusals, n_refused = report.refusals(), report.refused.total()
+    hint = ""
+    if any(reason.startswith(("no question under", "no answer under")) for reason in report.refused):
+        hint = "; name the keys of an unknown layout with --question-key and --answer-key; --help lists the known ones"
+    if len(refusals) == 1 and n_refused == report.n_rows:
+        raise UsageError(f"{refusals[0]}; nothing was written{hint}")
+    for line in refusals:
+        print(line, file=sys.stderr)
+    if n_refused and not config.skip_bad_lines:
         raise UsageError(
-            "--hub needs the package datasets; in this clone, run: .venv/bin/pip install -e '.[hub]'"
-        ) from error
-    for subset in subsets or (None,):
-        try:
-            loaded = load_dataset(name, subset, split=split)
-        except Exception as error:  # the hub client raises many kinds of errors
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise UsageError(f"--hub {name} (subset {subset}, split {split}): {reason}") from error
-        for number, row in enumerate(loaded, start=1):
-            yield f"{name}{f'/{subset}' if subset else ''}:{number}", row
+            f"{n_refused} of {report.n_rows} lines cannot be converted (listed above by reason) and nothing was "
+            f"written; drop them with --skip-bad-lines{hint}"
+        )
+    if n_refused == report.n_rows:
+        raise UsageError("no line could be converted; nothing was written")
 
 
 def convert(config: ConvertConfig) -> Path:
-    """Convert all rows, write them atomically, and return the file written."""
+    """Convert all rows, write them atomically, report what was found, and return the file written."""
     if not config.source:
         raise UsageError("no source given: name a file, a folder, or a hub dataset with --hub")
     if config.response_key is not None and config.demonstrations is None:
         raise UsageError(f"--response-key {config.response_key}: has no effect without --demonstrations")
     if config.subset and not config.hub:
         raise UsageError(f"--subset {' '.join(config.subset)}: has no effect without --hub")
-    rows: list[tuple[str, Mapping[str, Any]]] = []
     for name in config.source:
         if not config.hub and not Path(name).exists():
             raise UsageError(f"{name}: no such file or folder")
-        rows += read_hub(name, config.subset, config.split) if config.hub else read_rows(Path(name))
     rewrites_source = config.output is None
     if rewrites_source and (config.hub or len(config.source) > 1 or Path(config.source[0]).suffix != ".jsonl"):
         raise UsageError("--output is required: only a single .jsonl file can be rewritten in place")
-    converted, problems = [], []
-    keys = config.question_key, config.answer_key
-    for where, row in rows:
-        try:
-            if config.demonstrations is None:
-                result = convert_row(row, *keys)
-            else:
-                result = convert_demonstration(row, config.demonstrations, *keys, config.response_key)
-            json.dumps(result, ensure_ascii=False).encode()  # raises for unpaired surrogates, which JSON can escape
-            converted.append(result)
-        except ValueError as error:
-            problems.append(f"{where}: {error}")
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    if problems and not config.skip_bad_lines:
-        raise UsageError(
-            f"{len(problems)} of {len(rows)} lines cannot be converted (listed above) and nothing was written; "
-            "drop them with --skip-bad-lines"
-        )
-    if not converted:
-        raise UsageError("no line could be converted; nothing was written")
-    target = Path(config.source[0] if config.output is None else config.output)
-    _replace(target, converted)
-    kind = "questions" if config.demonstrations is None else "demonstrations"
-    print(f"{target}: {len(converted)} {kind}" + (f", {len(problems)} lines dropped" if problems else ""))
+    rows = chain.from_iterable(
+        read_hub(name, config.subset, config.split) if config.hub else read_rows(Path(name)) for name in config.source
+    )
+    target, report = Path(config.source[0] if config.output is None else config.output), Report()
+    _replace(target, convert_rows(config, rows, report), lambda: check_refused(config, report))
+    print(report)
+    kind = "question" if config.demonstrations is None else "demonstration"
+    closing = f"{target}: {_count(report.n_written, kind)}"
+    if report.refused:
+        closing += f", {_count(report.refused.total(), 'line')} dropped"
+    if report.n_repeated:
+        effect = "left out" if config.deduplicate else "kept (--deduplicate leaves them out)"
+        closing += f", {_count(report.n_repeated, 'repeated line')} {effect}"
+    print(closing)
     return target
 
 
-def _replace(target: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the rows and keep the old content as a backup; an existing backup is the original and stays."""
-    backup = target.with_name(target.name + ".backup")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+def _replace(target: Path, lines: Iterator[str], check: Callable[[], None]) -> None:
+    """Write the lines and keep the old content as a backup; an existing backup is the original and stays.
+
+    `check` is called after the last line. If it raises, nothing is written.
+    """
+
+    def write_checked() -> Iterator[str]:
+        yield from lines
+        check()
+        backup = target.with_name(target.name + ".backup")
         if target.exists() and not backup.exists():
             shutil.copy2(target, backup)
-        write_jsonl(target, rows)
+
+    is_new_folder = not target.parent.exists()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_texts(target, write_checked())
     except OSError as error:
         raise UsageError(f"{target}: cannot write ({error.strerror or error})") from error
+    finally:
+        if is_new_folder and not target.exists():
+            with suppress(OSError):
+                target.parent.rmdir()
 
 
 def restore(config: ConvertConfig) -> None:
@@ -276,7 +298,9 @@ def restore(config: ConvertConfig) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and convert or restore."""
-    config = tyro.cli(ConvertConfig, args=arguments)
+    listed = "\n".join(f"  {names}: {keys}" for names, keys in LAYOUTS.items())
+    description = f"{ConvertConfig.__doc__}\n\nKnown layouts:\n{listed}"
+    config = tyro.cli(ConvertConfig, args=arguments, description=description)
     with exit_on_user_error("convert_dataset.py"):
         (restore if config.restore else convert)(config)
 

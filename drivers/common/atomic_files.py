@@ -19,15 +19,28 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Replace the file atomically by one JSON object per line."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_texts(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file atomically: write beside it, flush, then rename."""
+    """Replace the file atomically by a text."""
+    write_texts(path, [text])
+
+
+def write_texts(path: Path, texts: Iterable[str]) -> None:
+    """Replace the file atomically by texts in a row: write beside it, flush, then rename.
+
+    If `texts` raises, the file stays as it was.
+    """
     unfinished = path.with_name(f"{UNFINISHED}{path.name}")
-    unfinished.write_text(text, encoding="utf-8")
-    flush_to_disk(unfinished)
-    unfinished.replace(path)
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.writelines(texts)
+        flush_to_disk(unfinished)
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def flush_to_disk(path: Path) -> None:

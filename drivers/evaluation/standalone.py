@@ -26,14 +26,23 @@ from drivers.runs.folder import abandon_run_folder, create_run_folder
 from drivers.runs.log import describe_environment
 from drivers.settings.evaluate import EvaluateConfig
 from drivers.settings.reward_spec import check_file
-from drivers.tasks.questions import Example, Prompt, Question, fit_context, load_examples, load_prompt, make_questions
+from drivers.tasks.questions import (
+    Example,
+    Prompt,
+    Question,
+    distinct,
+    fit_context,
+    load_examples,
+    load_prompt,
+    make_questions,
+)
 
 
 def evaluate(config: EvaluateConfig) -> Path:
     """Evaluate the model, write the files and print the results. Return the folder of the files."""
     sets = load_sets(config)
     check_file(config.reward)
-    prompt = load_prompt(config.prompt_path, config.chat_template, config.system_prompt_path)
+    prompt = load_prompt(config.prompt_path, config.chat_template, config.system_prompt_path, config.chat_date)
     device = choose_device("--device", config.device, default_policy_device())
     earlier = None if config.compare_to is None else read_earlier(config, sets)
     models = [config.model_path]
@@ -106,7 +115,7 @@ def tokenize_questions(
         long_prompts=config.long_prompts,
     )
     questions = {name: fit(make_questions(examples, prompt, tokenizer)) for name, examples in sets.items()}
-    check_token_ids(model_path, tokenizer, chain(*questions.values()))
+    check_token_ids(model_path, tokenizer, distinct(chain(*questions.values())))
     return ModelInputs(model_path, tokenizer, questions)
 
 

@@ -1,6 +1,7 @@
 """Groups of settings that programs are composed of; each field is written here once."""
 
 from dataclasses import dataclass
+from datetime import date
 from typing import ClassVar, Literal
 from urllib.parse import urlsplit
 
@@ -63,6 +64,8 @@ class PromptSettings(Settings):
     system_prompt_path: str | None = None
     """Text file with the system message for --chat-template. Default: the message of the chat template, if it has
     one."""
+    chat_date: str | None = None
+    """Day that a chat template with a clock shows, like 2026-11-29. Default: the day on which the run began."""
     long_prompts: Literal["refuse", "drop"] = "refuse"
     """For questions whose prompt leaves no room for --sampling-max-tokens in the model's context: end the program, or
     leave them out."""
@@ -73,6 +76,17 @@ class PromptSettings(Settings):
             raise UsageError(
                 f"{self.flag('system_prompt_path')}: has no effect without a chat template; pass --chat-template too"
             )
+        if self.chat_date is not None and not self.chat_template:
+            raise UsageError(
+                f"{self.flag('chat_date')}: has no effect without a chat template; pass --chat-template too"
+            )
+        if self.chat_template:
+            try:
+                day = date.today() if self.chat_date is None else date.fromisoformat(self.chat_date)
+            except ValueError as error:
+                raise UsageError(f"{self.flag('chat_date')}: must be a day like 2026-11-29 ({error})") from error
+            # Settings are saved with the run, so that its prompts stay the same when it is resumed on another day.
+            object.__setattr__(self, "chat_date", day.isoformat())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +149,11 @@ class SamplingSettings(Settings):
         if self.sampling_min_tokens > self.sampling_max_tokens:
             raise UsageError(
                 f"{self.flag('sampling_min_tokens')}: must not exceed {self.flag('sampling_max_tokens')}; lower it"
+            )
+        if self.sampling_stop is not None and "" in self.sampling_stop:
+            raise UsageError(
+                "--sampling-stop '': an empty text would end every response before its first token; pass "
+                "--sampling-stop without a text if nothing is to end a response"
             )
 
 

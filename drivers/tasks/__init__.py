@@ -1,1 +1,1 @@
-"""Questions, demonstrations, prompts and chat templates; loads no torch."""
+"""Questions, demonstrations, prompts, chat templates and layouts of data sets; loads no torch."""

@@ -1,6 +1,7 @@
 """Render prompts with the chat template of a tokenizer."""
 
 from collections.abc import Mapping, Sequence
+from datetime import date
 from typing import Any
 
 from drivers.common.errors import UsageError
@@ -9,10 +10,22 @@ _CONTENT = "Two and two is four."
 """Trial message: templates may strip outer space, and no template contains this text."""
 
 
-def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, to_answer: bool) -> str:
-    """Return messages as text with special tokens; `to_answer` opens the model's turn."""
+_DAY = date(2024, 2, 29)
+"""Date of trial messages. A clock that goes on between two of them would make them differ."""
+
+
+def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, to_answer: bool, day: date | None = None) -> str:
+    """Return messages as text with special tokens; `to_answer` opens the model's turn.
+
+    Templates of some models show the date. With `day`, they show the beginning of that day.
+    """
+    options: dict[str, Any] = {}
+    if day is not None and "strftime_now" in str(tokenizer.chat_template):  # the clock that transformers provides
+        options["strftime_now"] = day.strftime
     try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=to_answer)
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=to_answer, **options
+        )
     except Exception as error:  # a template is a third-party program and may raise anything
         reason = " ".join(str(error).split())[:300]
         roles = " and ".join(message["role"] for message in messages)
@@ -35,12 +48,12 @@ def use_end_of_turn_as_eos(tokenizer: Any, model_path: str) -> None:
             "plain prompt, or use an instruct model"
         )
     question = {"role": "user", "content": "What is two and two?"}
-    answered = render(tokenizer, [question, {"role": "assistant", "content": _CONTENT}], to_answer=False)
+    answered = render(tokenizer, [question, {"role": "assistant", "content": _CONTENT}], to_answer=False, day=_DAY)
     before, _, after = answered.rpartition(_CONTENT)
-    prompt = render(tokenizer, [question], to_answer=True)
+    prompt = render(tokenizer, [question], to_answer=True, day=_DAY)
     opening = before[len(prompt) :].strip() if before.startswith(prompt) else ""
     # Some templates open the turn with the end of the question, like `[/INST]`.
-    if opening and prompt == render(tokenizer, [question], to_answer=False):
+    if opening and prompt == render(tokenizer, [question], to_answer=False, day=_DAY):
         raise UsageError(
             f"--chat-template: the template of {model_path} does not open the model's turn: answers follow "
             f"{opening!r}, which it omits with add_generation_prompt; add it to the template"

@@ -2,8 +2,10 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -14,14 +16,20 @@ from drivers.tasks.chat import render
 
 @dataclass(frozen=True)
 class Example:
-    """One line of a data file."""
+    """One line of a data file, or several lines that are equal."""
 
     question: str
     answer: str | list[str]
     source: str
-    """`file:line`, for error messages."""
+    """`file:line` of the first of these lines, for error messages."""
     pass_rate: float | None = field(default=None, kw_only=True)
     """Share of correct responses of a model, if the line has it."""
+
+    @property
+    def content(self) -> Hashable:
+        """Return everything but the source."""
+        answer = self.answer if isinstance(self.answer, str) else tuple(self.answer)
+        return self.question, answer, self.pass_rate
 
 
 @dataclass(frozen=True)
@@ -29,11 +37,16 @@ class Question:
     """An example with its prompt in tokens."""
 
     example: Example
-    prompt_token_ids: tuple[int, ...]
+    packed_prompt: Sequence[int]
+    """Token ids of the prompt. An array takes a ninth of the memory of a tuple."""
 
     @property
     def answer(self) -> str | list[str]:
         return self.example.answer
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...]:
+        return tuple(self.packed_prompt)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -42,30 +55,70 @@ class Question:
 
     def n_tokens(self, max_new_tokens: int) -> int:
         """Return the length of the prompt and the longest response."""
-        return len(self.prompt_token_ids) + max_new_tokens
+        return len(self.packed_prompt) + max_new_tokens
 
 
+E = TypeVar("E", bound=Example)
 Q = TypeVar("Q", bound=Question)
+T = TypeVar("T")
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the line number and the object of each line that is not blank."""
+    """Yield the line number and the object of each line that is not blank, one line at a time."""
+    n_bytes = 0
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:  # text would also be split at carriage returns
+            for number, line in enumerate(file, start=1):
+                row = _read_line(path, number, line, n_bytes)
+                n_bytes += len(line)
+                if row is not None:
+                    yield number, row
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _read_line(path: Path, number: int, line: bytes, start: int) -> dict[str, Any] | None:
+    """Return the object of a line that begins at byte `start` of the file, or None if the line is blank."""
+    try:
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        row = parse_json(text) if text.strip() else None
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text (byte {error.start}); expected a jsonl file") from error
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would also split at U+2028 in a question
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # RecursionError: deeply nested lists
-            raise UsageError(f"{path}:{number}: not valid JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise UsageError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
-        yield number, row
+        raise UsageError(
+            f"{path}: not UTF-8 text (byte {start + error.start}); expected a jsonl file, saved as UTF-8"
+        ) from error
+    except (ValueError, RecursionError) as error:  # RecursionError: deeply nested lists
+        raise UsageError(f"{path}:{number}: not valid JSON ({error}){_if_json(path)}") from error
+    if row is not None and not isinstance(row, dict):
+        raise UsageError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}{_if_json(path)}")
+    return row
+
+
+def _if_json(path: Path) -> str:
+    return f"; {how_to_convert(path)}" if path.suffix == ".json" else ""
+
+
+def _read_int(digits: str) -> int | str:
+    try:
+        return int(digits)
+    except ValueError:  # more digits than Python converts
+        return digits
+
+
+_decoder = json.JSONDecoder(parse_int=_read_int)
+
+
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text. An integer with more digits than Python converts stays a text."""
+    return _decoder.decode(text)
+
+
+def how_to_convert(path: Path, *, demonstrations: bool = False) -> str:
+    """Return the command that makes a data file of a file in another layout."""
+    flags = " --demonstrations r1_zero" * demonstrations + f" --output {path.stem}-converted.jsonl"
+    return (
+        f"convert it: python drivers/convert_dataset.py {path}{flags} (for unknown keys: --question-key and "
+        "--answer-key)"
+    )
 
 
 def load_examples(flag: str, path: str) -> list[Example]:
@@ -74,10 +127,29 @@ def load_examples(flag: str, path: str) -> list[Example]:
     if not file.exists():
         hint = "; make it from MATH or GSM8K with drivers/convert_dataset.py" if path.startswith("data/math/") else ""
         raise UsageError(f"{flag} {path}: no such file{hint}")
-    examples = [read_example(file, number, row) for number, row in read_jsonl(file)]
+    check_is_jsonl(flag, file)
+    examples = share_equal(read_example(file, number, row) for number, row in read_jsonl(file))
     if not examples:
         raise UsageError(f"{flag} {path}: contains no questions")
     return examples
+
+
+def check_is_jsonl(flag: str, file: Path, *, demonstrations: bool = False) -> None:
+    """Raise a UsageError for a table in another format, which convert_dataset.py reads."""
+    if file.suffix in (".csv", ".tsv", ".parquet"):
+        remedy = how_to_convert(file, demonstrations=demonstrations)
+        raise UsageError(f"{flag} {file}: is {file.suffix.removeprefix('.')}, not jsonl; {remedy}")
+
+
+def share_equal(examples: Iterable[E]) -> list[E]:
+    """Return all examples; those that are equal but for their source become one object, the first of them."""
+    known: dict[Hashable, E] = {}
+    return [known.setdefault(example.content, example) for example in examples]
+
+
+def distinct(items: Iterable[T]) -> list[T]:
+    """Return each object once, in the order of first appearance."""
+    return list({id(item): item for item in items}.values())
 
 
 def read_example(path: Path, number: int, row: dict[str, Any]) -> Example:
@@ -85,14 +157,19 @@ def read_example(path: Path, number: int, row: dict[str, Any]) -> Example:
     where = f"{path}:{number}"
     question, answer = row.get("question"), row.get("answer")
     if not isinstance(question, str) or not question.strip():
-        raise UsageError(f"{where}: `question` must be a non-empty string, got {question!r}; keys here: {sorted(row)}")
+        raise UsageError(
+            f"{where}: `question` must be a non-empty string, got {shorten(question)}; keys here: {sorted(row)}; "
+            f"{how_to_convert(path)}"
+        )
     alternatives = answer if isinstance(answer, list) else [answer]
     if not all(map(is_text, (question, *alternatives))):
-        raise UsageError(f"{where}: contains an unpaired surrogate, not a character: {question!r}, {answer!r}")
+        raise UsageError(
+            f"{where}: contains an unpaired surrogate, not a character: {shorten(question)}, {shorten(answer)}"
+        )
     if not alternatives or not all(_is_answer(alternative) for alternative in alternatives):
         raise UsageError(
-            f"{where}: `answer` must be a string, a number or a list of these, and not empty; got {answer!r}; "
-            f"keys here: {sorted(row)}"
+            f"{where}: `answer` must be a string, a number or a list of these, and not empty; got "
+            f"{shorten(answer)}; keys here: {sorted(row)}; {how_to_convert(path)}"
         )
     texts = list(map(str, alternatives))
     rate = row.get("pass_rate")
@@ -101,15 +178,26 @@ def read_example(path: Path, number: int, row: dict[str, Any]) -> Example:
     return Example(question, texts if isinstance(answer, list) else texts[0], where, pass_rate=rate)
 
 
+def shorten(value: object, width: int = 80) -> str:
+    """Return a value as Python writes it, cut to one short piece of a line."""
+    text = repr(value)
+    return text if len(text) <= width else f"{text[:width]}..."
+
+
 def is_text(value: object) -> bool:
     """Return whether a string can be written as UTF-8; JSON can escape unpaired surrogates."""
-    return not isinstance(value, str) or not any("\ud800" <= character <= "\udfff" for character in value)
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return False
+    return True
 
 
 def _is_answer(value: object) -> bool:
     if isinstance(value, str):
         return bool(value.strip())
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) is int or (isinstance(value, float) and math.isfinite(value))
 
 
 def easiest_first(flag: str, examples: Sequence[Example]) -> list[Example]:
@@ -133,20 +221,37 @@ class Prompt:
     system: str | None = None
     """System message."""
 
-    def token_ids(self, question: str, tokenizer: Any) -> tuple[int, ...]:
-        """Return the prompt of a question as token ids."""
+    day: date | None = None
+    """Day that a chat template with a clock shows. None: its clock goes on."""
+
+    def token_ids(self, questions: Sequence[str], tokenizer: Any) -> "Iterator[array[int]]":
+        """Yield the prompt of each question as token ids."""
+        for start in range(0, len(questions), N_AT_ONCE):
+            texts = [self._text(question, tokenizer) for question in questions[start : start + N_AT_ONCE]]
+            if self.is_message:  # the template contains the special tokens
+                yield from encode(tokenizer, texts, add_special_tokens=False)
+            else:
+                yield from encode_prompts(tokenizer, texts)
+
+    def _text(self, question: str, tokenizer: Any) -> str:
         text = self.template.replace("{question}", question)
         if not self.is_message:
-            return tuple(encode_prompt(tokenizer, text))
+            return text
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-        whole = render(tokenizer, [*messages, {"role": "user", "content": text}], to_answer=True)
-        return tuple(tokenizer.encode(whole, add_special_tokens=False))  # the template contains them
+        return render(tokenizer, [*messages, {"role": "user", "content": text}], to_answer=True, day=self.day)
 
 
-def load_prompt(path: str, chat_template: bool = False, system_prompt_path: str | None = None) -> Prompt:
-    """Return the prompt that --prompt-path, --chat-template and --system-prompt-path describe."""
+N_AT_ONCE = 1024
+"""Texts that are tokenized in one call, which uses all cores."""
+
+
+def load_prompt(
+    path: str, chat_template: bool = False, system_prompt_path: str | None = None, chat_date: str | None = None
+) -> Prompt:
+    """Return the prompt that --prompt-path, --chat-template, --system-prompt-path and --chat-date describe."""
     system = None if system_prompt_path is None else _read_prompt_file("--system-prompt-path", system_prompt_path)
-    return Prompt(load_prompt_template(path), chat_template, system)
+    day = None if chat_date is None else date.fromisoformat(chat_date)
+    return Prompt(load_prompt_template(path), chat_template, system, day)
 
 
 def load_prompt_template(path: str) -> str:
@@ -164,18 +269,31 @@ def _read_prompt_file(flag: str, path: str) -> str:
         raise UsageError(f"{flag} {path}: cannot be read ({error})") from error
 
 
-def encode_prompt(tokenizer: Any, text: str) -> list[int]:
-    """Return the tokens of a prompt, without the end token that some tokenizers append to every text."""
-    token_ids: list[int] = tokenizer.encode(text)
-    if token_ids[-1:] == [tokenizer.eos_token_id]:
-        of_text = tokenizer.encode(text, add_special_tokens=False)
-        return token_ids if token_ids[-len(of_text) :] == of_text else token_ids[:-1]
-    return token_ids
+def encode(tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bool = True) -> "list[array[int]]":
+    """Return the tokens of each text."""
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False)
+    return [array("I", token_ids) for token_ids in encoded["input_ids"]]
+
+
+def encode_prompts(tokenizer: Any, texts: Sequence[str]) -> "list[array[int]]":
+    """Return the tokens of prompts, without the end token that some tokenizers append to every text."""
+    encoded = encode(tokenizer, texts)
+    ended = [index for index, ids in enumerate(encoded) if ids and ids[-1] == tokenizer.eos_token_id]
+    of_texts = encode(tokenizer, [texts[index] for index in ended], add_special_tokens=False)
+    for index, of_text in zip(ended, of_texts, strict=True):
+        if encoded[index][-len(of_text) :] != of_text:  # the text itself does not end so
+            encoded[index].pop()
+    return encoded
 
 
 def make_questions(examples: Sequence[Example], prompt: Prompt, tokenizer: Any) -> list[Question]:
-    """Tokenize the prompts of examples."""
-    return [Question(example, prompt.token_ids(example.question, tokenizer)) for example in examples]
+    """Tokenize the prompts of examples, equal ones once: they share a question."""
+    different = distinct(examples)
+    prompts = prompt.token_ids([example.question for example in different], tokenizer)
+    made = {id(example): Question(example, ids) for example, ids in zip(different, prompts, strict=True)}
+    return [made[id(example)] for example in examples]
 
 
 def fit_context(
@@ -190,15 +308,14 @@ def fit_context(
 
     If others exist, raise a UsageError that counts them; with `long_prompts="drop"`, `say` their number instead.
     """
-    lengths = [question.n_tokens(max_new_tokens) for question in questions]
-    kept = [q for q, length in zip(questions, lengths, strict=True) if context is None or length <= context]
+    kept = [q for q in questions if context is None or q.n_tokens(max_new_tokens) <= context]
     if len(kept) == len(questions):
         return kept
-    longest = max(range(len(questions)), key=lengths.__getitem__)
+    longest = max(questions, key=lambda question: question.n_tokens(max_new_tokens))
     problem = (
         f"{len(questions) - len(kept)} of {len(questions)} questions do not fit into the model's context of {context} "
-        f"tokens with --sampling-max-tokens {max_new_tokens}; the longest, {questions[longest].example.source}, needs "
-        f"{lengths[longest]}"
+        f"tokens with --sampling-max-tokens {max_new_tokens}; the longest, {longest.example.source}, needs "
+        f"{longest.n_tokens(max_new_tokens)}"
     )
     if long_prompts == "refuse" or not kept:
         remedy = "lower --sampling-max-tokens or remove them" + ", or pass --long-prompts drop" * bool(kept)

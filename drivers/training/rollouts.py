@@ -110,10 +110,12 @@ def sample_groups(
         sampled += groups
         has_signal = find_signal_groups(rewards, config.group_size).tolist()
         kept += compress(groups, has_signal) if config.max_refills else groups
+        if len(kept) >= n_wanted:
+            break
         # No question twice in one step. A question without signal may be drawn again, with other random seeds.
         kept_ids = {id(group.question) for group in kept}
         candidates = [question for question in train_set if id(question) not in kept_ids]
-        if len(kept) >= n_wanted or not candidates:
+        if not candidates:
             break
     return SampledGroups(kept[:n_wanted] or groups, sampled, refill, max(0, n_wanted - len(kept)))
 

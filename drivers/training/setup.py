@@ -43,6 +43,7 @@ from drivers.settings.reward_spec import check_file
 from drivers.tasks.questions import (
     Prompt,
     Question,
+    distinct,
     easiest_first,
     fit_context,
     load_examples,
@@ -77,7 +78,7 @@ def load_train_set(config: GrpoConfig, remedy: str) -> Callable[..., Sequence[Qu
 
 def load_prompt_from_settings(config: PromptSettings) -> Prompt:
     """Return the prompt that the settings put around a question."""
-    return load_prompt(config.prompt_path, config.chat_template, config.system_prompt_path)
+    return load_prompt(config.prompt_path, config.chat_template, config.system_prompt_path, config.chat_date)
 
 
 def setup_run(
@@ -106,7 +107,8 @@ def setup_run(
         say=display.say,
     )
     train_set, val_set = fit(make_train_set(tokenizer)), fit(make_questions(val_examples, prompt, tokenizer))
-    check_token_ids(model_path, tokenizer, (*train_set, *val_set))
+    different = distinct(train_set)
+    check_token_ids(model_path, tokenizer, (*different, *val_set))
     with ExitStack() as on_failure:
         grade: Grader = make_inline_grader(BUILT_IN["r1_zero"])  # a placeholder: only rank 0 grades
         if distributed.is_rank_zero():
@@ -117,7 +119,7 @@ def setup_run(
             if checkpoint is not None:
                 validate_resume(config, read_state_values(checkpoint), data)
             # A prompt with a response of sampling_max_tokens is at least as long as any demonstration.
-            longest = max(question.n_tokens(config.sampling_max_tokens) for question in (*train_set, *val_set))
+            longest = max(question.n_tokens(config.sampling_max_tokens) for question in (*different, *val_set))
             policy, reference, engine = load_models(
                 config,
                 display,
@@ -134,7 +136,8 @@ def setup_run(
                 abandon_run_folder(folder, RUN_MARKER)
             release_run_lock(folder)
             raise
-        display.say(f"{len(train_set)} training and {len(val_set)} held-out questions; run folder {folder}/")
+        repeats = f" ({len(different)} different)" if len(different) < len(train_set) else ""
+        display.say(f"{len(train_set)}{repeats} training and {len(val_set)} held-out questions; run folder {folder}/")
         run = Run(config, folder, tokenizer, display, checkpoint, settings, data)
         on_failure.pop_all()
     for warning in (*config.warnings, *([disk_warning] if disk_warning else [])):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from drivers.common.errors import UsageError
 from drivers.policy.optimizer import PolicyOptimizer
 from drivers.settings.grpo import GrpoConfig
-from drivers.tasks.questions import Question
+from drivers.tasks.questions import Question, distinct
 from drivers.training.anomalies import N_NORMS
 from drivers.training.batch import StepRollouts
 from drivers.training.objective import EntropyBonus
@@ -69,9 +69,11 @@ def _saved_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 def fingerprint(questions: Sequence[Question]) -> str:
     """Return the SHA-256 of prompts (as token ids), answers and demonstrations, in any order."""
-    rows = ([q.prompt_token_ids, q.answer, getattr(q, "response_token_ids", None)] for q in questions)
-    sums = sorted(hashlib.sha256(json.dumps(row).encode()).digest() for row in rows)
-    return hashlib.sha256(b"".join(sums)).hexdigest()
+    sums = {}
+    for question in distinct(questions):
+        row = [question.prompt_token_ids, question.answer, getattr(question, "response_token_ids", None)]
+        sums[id(question)] = hashlib.sha256(json.dumps(row).encode()).digest()
+    return hashlib.sha256(b"".join(sorted(sums[id(question)] for question in questions))).hexdigest()
 
 
 class TrainingState:

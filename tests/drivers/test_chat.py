@@ -3,22 +3,27 @@
 import importlib
 import json
 import sys
+from dataclasses import asdict
+from datetime import date
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from tokenizers.processors import TemplateProcessing
 
+from drivers.common.atomic_files import write_json
 from drivers.common.errors import UsageError
 from drivers.engines.hf import HFEngine
 from drivers.policy.loading import embedded_model, load_tokenizer
+from drivers.settings.command_line import parse_train_config
 from drivers.settings.evaluate import EvaluateConfig
 from drivers.settings.imitation import ExpertIterationConfig, SftConfig
-from drivers.tasks.chat import use_end_of_turn_as_eos
+from drivers.tasks.chat import render, use_end_of_turn_as_eos
 from drivers.tasks.demonstrations import WorkedExample, make_demonstrations
 from drivers.tasks.questions import Example, Prompt, load_prompt, make_questions
 from tests.drivers.helpers.engines import make_vllm_engine
-from tests.drivers.helpers.letters import make_tiny_config
+from tests.drivers.helpers.letters import ask, make_tiny_config
 from tests.tiny import make_tiny_policy, make_tiny_tokenizer, save_tiny
 
 START, END, BOS = "<|im_start|>", "<|im_end|>", "<s>"
@@ -69,17 +74,52 @@ def test_chat_prompt_question_is_user_message():
     expected = encode(tokenizer, START, "user\nSolve: 1+1!", END, "\n", START, "assistant\n")
     assert question.prompt_token_ids == expected
     with_system = Prompt("{question}", is_message=True, system="Be short.")
-    assert with_system.token_ids("1+1", tokenizer) == encode(
+    assert ask(with_system, "1+1", tokenizer) == encode(
         tokenizer, START, "system\nBe short.", END, "\n", START, "user\n1+1", END, "\n", START, "assistant\n"
     )
 
 
+DATED = CHATML + "{{ strftime_now('%d %b %Y %H:%M:%S') }}"
+
+
+def test_chat_prompt_shows_the_day_of_the_run(monkeypatch):
+    """Without a day, a template's clock goes on, and a resumed run would have other prompts."""
+    tokenizer = make_chat_tokenizer(DATED)
+    prompt = Prompt("{question}", is_message=True, day=date(2026, 11, 29))
+    assert ask(prompt, "1+1", tokenizer) == encode(
+        tokenizer, START, "user\n1+1", END, "\n", START, "assistant\n29 Nov 2026 00:00:00"
+    )
+    assert ask(prompt, "1+1", make_chat_tokenizer(CHATML)) == ask(Prompt("{question}", True), "1+1", tokenizer)[:-20]
+    use_end_of_turn_as_eos(tokenizer, "m")
+    assert tokenizer.eos_token == END
+    refusing = SimpleNamespace(
+        chat_template=CHATML, apply_chat_template=lambda _, tokenize, add_generation_prompt: "t"
+    )
+    assert render(refusing, [], to_answer=True, day=date(2026, 11, 29)) == "t"  # it accepts no other argument
+
+
+def test_chat_date_is_kept_with_the_settings():
+    assert make_tiny_config().chat_date is None
+    for kind in (make_tiny_config, partial(EvaluateConfig, model_path="m")):
+        assert kind(chat_template=True).chat_date == date.today().isoformat()
+        assert kind(chat_template=True, chat_date="20261129").chat_date == "2026-11-29"
+        with pytest.raises(UsageError, match=r"--chat-date tomorrow: must be a day like 2026-11-29"):
+            kind(chat_template=True, chat_date="tomorrow")
+        with pytest.raises(UsageError, match=r"--chat-date 2026-11-29: has no effect without a chat template"):
+            kind(chat_date="2026-11-29")
+
+
+def test_chat_date_of_a_resumed_run_is_its_own(tmp_path):
+    settings = make_tiny_config(chat_template=True, chat_date="2026-11-29")
+    write_json(tmp_path / "config.json", {"config": asdict(settings), "program": "train.py"})
+    (tmp_path / "metrics.jsonl").touch()
+    assert parse_train_config(["--resume", str(tmp_path)]).chat_date == "2026-11-29"
+
+
 def test_chat_prompt_has_one_bos_token():
     tokenizer = make_chat_tokenizer(INST, writes_bos=True)
-    assert Prompt("{question}").token_ids("ab", tokenizer) == encode(tokenizer, BOS, "ab")
-    assert Prompt("{question}", is_message=True).token_ids("ab", tokenizer) == encode(
-        tokenizer, BOS, "[INST] ab [/INST]"
-    )
+    assert ask(Prompt("{question}"), "ab", tokenizer) == encode(tokenizer, BOS, "ab")
+    assert ask(Prompt("{question}", is_message=True), "ab", tokenizer) == encode(tokenizer, BOS, "[INST] ab [/INST]")
 
 
 def test_end_of_turn_ends_samples_and_demonstrations():
@@ -158,7 +198,7 @@ def test_chat_invalid_template_raises_usage_error(template, message):
 def test_chat_template_without_system_raises_usage_error():
     tokenizer = make_chat_tokenizer(INST, writes_bos=True)
     with pytest.raises(UsageError, match=r"refuses messages of system and user \(no system here\)"):
-        Prompt("{question}", is_message=True, system="S").token_ids("1", tokenizer)
+        ask(Prompt("{question}", is_message=True, system="S"), "1", tokenizer)
 
 
 def test_system_prompt_path_is_read_and_requires_chat_template(tmp_path):
@@ -216,8 +256,8 @@ def test_embedded_model_chat_prompt_equals_transformers():
         (Prompt("What is {question}?", True, "Be short."), [system, user]),
     ]:
         whole = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=True)
-        assert prompt.token_ids("2 + 2", tokenizer) == tuple(whole["input_ids"])
-        assert prompt.token_ids("2 + 2", tokenizer).count(tokenizer.bos_token_id) == 3  # one each
+        assert ask(prompt, "2 + 2", tokenizer) == tuple(whole["input_ids"])
+        assert ask(prompt, "2 + 2", tokenizer).count(tokenizer.bos_token_id) == 3  # one each
 
 
 @pytest.mark.slow

@@ -137,6 +137,7 @@ FLAGS = [
     "deterministic",
     "chat_template",
     "system_prompt_path",
+    "chat_date",
     "long_prompts",
     "curriculum_steps",
     "resume",
@@ -287,6 +288,15 @@ def test_train_invalid_flags_exit_with_one_line(arguments, message, tmp_path, ca
     assert message in shown
     assert "Traceback" not in shown
     assert not list(Path().glob("runs/*/metrics.jsonl"))
+
+
+@pytest.mark.parametrize("kind", [GrpoConfig, EvaluateConfig, SftConfig])
+def test_sampling_stop_of_an_empty_text_is_refused(kind):
+    with pytest.raises(
+        UsageError, match="--sampling-stop '': an empty text would end every response before its first"
+    ):
+        kind(model_path="m", sampling_stop=("</answer>", ""))
+    assert kind(model_path="m", sampling_stop=()).sampling_stop == ()
 
 
 def test_train_missing_data_names_the_command_that_makes_it(capsys):

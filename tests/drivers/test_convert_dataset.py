@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from drivers.convert_dataset import convert_demonstration, convert_row, main
 from drivers.tasks.demonstrations import load_demonstrations
+from drivers.tasks.layouts import LAYOUTS
 from drivers.tasks.questions import load_examples
 from grpo_core import question_only_reward_fn, r1_zero_reward_fn
 
@@ -25,7 +26,7 @@ ROWS = [
     ({"prompt": "Q", "response": "42"}, "Q", "42"),
     ({"prompt": "Q", "response": r"so \boxed{5}"}, "Q", "5"),
     ({"prompt": "Q", "ground_truth": 7, "response": "wrong: 8"}, "Q", 7),
-    ({"prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}], "target": "1"}, "Q", "1"),
+    ({"prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}], "target": "1"}, "S\nQ", "1"),
     ({"question": "Q", "answer": ["1/2", "0.5"]}, "Q", ["1/2", "0.5"]),
     ({"question": "Q", "answer": 0}, "Q", 0),
     ({"question": "Q", "answer": "#### One\n\\boxed{7}\n#### Two\nAs was to be shown."}, "Q", "7"),
@@ -42,11 +43,17 @@ ROWS = [
 
 @pytest.mark.parametrize(("row", "question", "answer"), ROWS)
 def test_convert_known_layouts_are_recognized(row, question, answer):
-    assert convert_row(row) == {"question": question, "answer": answer}
+    assert parts_of(row) == (question, answer)
+
+
+def parts_of(row, *keys):
+    """Return the question and the answer of a converted row."""
+    converted = convert_row(row, *keys).row
+    return converted["question"], converted["answer"]
 
 
 def test_convert_keys_can_be_named():
-    assert convert_row({"q": "Q", "gold": "1", "answer": "2"}, "q", "gold") == {"question": "Q", "answer": "1"}
+    assert parts_of({"q": "Q", "gold": "1", "answer": "2"}, "q", "gold") == ("Q", "1")
 
 
 @pytest.mark.parametrize(
@@ -54,7 +61,7 @@ def test_convert_keys_can_be_named():
 )
 def test_convert_named_keys_reach_nested_values(question_key, answer_key):
     row = {"extra": {"ask": "Q"}, "a.b": "Q", "a": {"b": "other"}, "turns": [{}, {"final": {"text": "5"}}]}
-    assert convert_row(row, question_key, answer_key) == {"question": "Q", "answer": "5"}
+    assert parts_of(row, question_key, answer_key) == ("Q", "5")
 
 
 @pytest.mark.parametrize(
@@ -91,8 +98,8 @@ def test_convert_lone_surrogate_is_a_bad_line(tmp_path, capsys):
         ({"problem": "P", "solution": r"never closed \boxed{1"}, "none in .*boxed"),
         ({"problem": "P", "solution": r"an empty one \boxed{ }"}, "none in .*boxed"),
         ({"problem": "P", "solution": r"another command: $\boxedeq 1$"}, "none in .*boxed"),
-        ({"question": "Q", "answer": "so\n#### "}, "the answer states no answer: none after ####"),
-        ({"question": "Q", "answer": "  "}, "the answer states no answer"),
+        ({"question": "Q", "answer": "so\n#### "}, "`answer` states no answer: none after ####"),
+        ({"question": "Q", "answer": "  "}, "`answer` states no answer"),
         ({"prompt": [{"role": "system", "content": "S"}], "response": "1"}, "no message of the role `user`"),
     ],
 )
@@ -143,8 +150,156 @@ def test_convert_bad_lines_are_named_and_nothing_is_written(tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
     status, out, _ = convert(capsys, path, "--skip-bad-lines", "--output", str(tmp_path / "new/b.jsonl"))
     assert status == 0
-    assert "1 questions, 2 lines dropped" in out
+    assert "1 question, 2 lines dropped" in out
     assert len(load_examples("-", str(tmp_path / "new/b.jsonl"))) == 1
+
+
+def test_convert_unknown_layout_is_one_line(tmp_path, capsys):
+    path = write_lines(tmp_path / "a.jsonl", *({"ask": f"Q{k}", "gold": k} for k in range(50)))
+    for flags in ((), ("--skip-bad-lines",)):
+        status, out, errors = convert(capsys, path, *flags, "--output", str(tmp_path / "new/b.jsonl"))
+        assert (status, out, errors.count("\n")) == (2, "", 1)
+        assert f"{path}:1: no question under question, problem, " in errors
+        assert "keys here: ['ask', 'gold'] (50 rows like this); nothing was written" in errors
+        assert "with --question-key and --answer-key; --help lists the known ones" in errors
+        assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
+    named = ["--question-key", "ask", "--answer-key", "gold", "--output", str(tmp_path / "b.jsonl")]
+    assert convert(capsys, path, *named)[0] == 0
+
+
+def test_convert_help_lists_the_known_layouts(capsys):
+    out = convert(capsys, "--help")[1]
+    assert "verl, DAPO, Skywork: prompt; reward_model.ground_truth" in out
+    assert all(names in out for names in LAYOUTS)
+
+
+def test_convert_refused_rows_are_counted_by_reason(tmp_path, capsys):
+    answers = ["1", "proof", "So it is two and no more.", "proof", "2"]
+    path = write_lines(tmp_path / "a.jsonl", *({"question": f"Q{k}", "answer": a} for k, a in enumerate(answers)))
+    status, out, errors = convert(capsys, path)
+    assert (status, out) == (2, "")
+    assert errors.splitlines() == [
+        f"{path}:2: `answer` is 'proof', a mark of the data set and not an answer (2 rows like this)",
+        f"{path}:3: `answer` is prose and states no answer: 'So it is two and no more.'...",
+        "convert_dataset.py: 3 of 5 lines cannot be converted (listed above by reason) and nothing was written; drop "
+        "them with --skip-bad-lines",
+    ]
+    status, out, errors = convert(capsys, path, "--skip-bad-lines")
+    assert (status, errors.count("\n")) == (0, 2)
+    assert out.splitlines()[0] == "5 rows read, 2 written, 3 refused, 0 repeat an earlier question with its answer"
+    assert out.splitlines()[-1] == f"{path}: 2 questions, 3 lines dropped"
+
+
+def test_convert_reports_what_it_found(tmp_path, capsys):
+    rows = [{"problem": f"P{k}", "answer": str(k), "level": 1} for k in range(5)]
+    rows[3] = {"question": "x" * 500, "solution": r"\boxed{3}", "response": "R"}
+    output = str(tmp_path / "b.jsonl")
+    status, out, _ = convert(capsys, write_lines(tmp_path / "a.jsonl", *rows), "--output", output)
+    assert (status, out.splitlines()) == (
+        0,
+        [
+            "5 rows read, 5 written, 0 refused, 0 repeat an earlier question with its answer",
+            "read as: question from `problem` (4), answer from `answer` (4), question from `question` (1), answer "
+            "from `solution` (1), nothing from `response` (1)",
+            "other columns, kept: level",
+            "question: 'P0', answer: '0'",
+            "question: 'P1', answer: '1'",
+            "question: 'P2', answer: '2'",
+            f"{output}: 5 questions",
+        ],
+    )
+
+
+def test_convert_repeated_rows_are_reported_and_left_out_on_request(tmp_path, capsys):
+    rows = [{"question": f"Q{k % 3}", "answer": "1", "index": k} for k in range(12)]
+    rows.append({"question": "Q0", "answer": "2"})  # another answer is no repetition
+    source, output = write_lines(tmp_path / "a.jsonl", *rows), str(tmp_path / "b.jsonl")
+    out = convert(capsys, source, "--output", output)[1]
+    assert f"{output}: 13 questions, 9 repeated lines kept (--deduplicate leaves them out)\n" in out
+    assert len(load_examples("-", output)) == 13
+    out = convert(capsys, source, "--output", output, "--deduplicate")[1]
+    assert f"{output}: 4 questions, 9 repeated lines left out\n" in out
+    assert [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()] == [*rows[:3], rows[-1]]
+    rated = str(tmp_path / "c.jsonl")
+    convert(capsys, write_lines(tmp_path / "r.jsonl", rows[0] | {"pass_rate": 0.5}), "--output", rated)
+    assert load_examples("-", rated)[0].pass_rate == 0.5
+
+
+TABLES = {
+    "rows.csv": '\ufeffquestion,answer\r\n"Q, is it?",1\r\n',
+    "rows.tsv": "question\tanswer\nQ, is it?\t1\n",
+    "keyed.json": json.dumps({"0": {"question": "Q, is it?", "answer": "1"}}),
+    "wrapped.json": json.dumps({"data": [{"question": "Q, is it?", "answer": "1"}]}),
+    "single.json": json.dumps({"question": "Q, is it?", "answer": "1"}),
+    "lines.json": '{"question": "Q, is it?", "answer": "1"}\n' * 2,
+    "chats.json": json.dumps(
+        [[{"from": "human", "value": "Q, is it?"}, {"from": "assistant", "ground_truth": {"value": "1"}}]]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_convert_formats_are_read(tmp_path, capsys, name):
+    (tmp_path / name).write_text(TABLES[name], encoding="utf-8", newline="")
+    assert convert(capsys, str(tmp_path / name), "--output", str(tmp_path / "o.jsonl"))[0] == 0
+    examples = load_examples("-", str(tmp_path / "o.jsonl"))
+    assert {(example.question, example.answer) for example in examples} == {("Q, is it?", "1")}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"question,answer\nQ,1,2\n", "a.csv:2: has more values than the first line has keys"),
+        ("a.csv", b"question,answer\n\xff,1\n", "a.csv: cannot be read as a table"),
+        ("a.csv", b'question,answer\n"Q,1\n', "a.csv: cannot be read as a table"),
+        ("a.json", b"[1, 2]", "a.json: entry 1 is int; expected an object"),
+        ("a.json", b"[[]]", "a.json: entry 1 is list; expected an object"),
+        ("a.json", b'{"question": ', "a.json: cannot be read as JSON"),
+        ("a.json", b"[" * 100_000, "a.json: cannot be read as JSON"),
+        ("a.jsonl", b'\xff\xfe{\x00"\x00', "a.jsonl: not UTF-8 text (byte 0)"),
+    ],
+)
+def test_convert_unreadable_file_is_one_line(tmp_path, capsys, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    status, out, errors = convert(capsys, str(tmp_path / name), "--output", str(tmp_path / "o.jsonl"))
+    assert (status, out, errors.count("\n")) == (2, "", 1)
+    assert message in errors
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+class ParquetFile:
+    """What pyarrow reads of a parquet file, in batches of two rows."""
+
+    def __init__(self, path):
+        if path.read_bytes()[-4:] != b"PAR1":
+            raise ValueError("Parquet magic bytes not found\nin footer")
+
+    def iter_batches(self, batch_size):
+        for start in (0, 2):
+            rows = [
+                {"question": f"Q{k}", "answer": k, "made": b"\x00" if k == 3 else None} for k in (start, start + 1)
+            ]
+            yield SimpleNamespace(to_pylist=lambda rows=rows: rows)
+
+
+def test_convert_parquet_is_read_with_pyarrow(tmp_path, capsys, monkeypatch):
+    source, output = tmp_path / "a.parquet", str(tmp_path / "o.jsonl")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    source.write_bytes(b"PAR1")
+    assert (
+        "a.parquet: parquet files need the package pyarrow: pip install"
+        in convert(capsys, str(source), "--output", output)[2]
+    )
+    monkeypatch.setitem(sys.modules, "pyarrow", SimpleNamespace(parquet=SimpleNamespace(ParquetFile=ParquetFile)))
+    status, _, errors = convert(capsys, str(source), "--output", output, "--skip-bad-lines")
+    assert (status, "a.parquet[4]: a column cannot be written as JSON" in errors) == (0, True)
+    assert [example.answer for example in load_examples("-", output)] == ["0", "1", "2"]
+    source.write_bytes(b"PAR1\x15\x04\xff")
+    status, _, errors = convert(capsys, str(source), "--output", output)
+    assert (status, errors) == (
+        2,
+        f"convert_dataset.py: {source}: cannot be read as parquet (Parquet magic bytes not found)\n",
+    )
 
 
 def test_convert_json_in_place_is_refused(tmp_path, capsys):
@@ -214,13 +369,14 @@ def test_convert_hub_subsets_become_one_file(tmp_path, capsys, monkeypatch):
         output = str(tmp_path / f"data/math/{file}.jsonl")
         flags = ["--hub", "--subset", *SUBSETS, "--split", split, "--output", output]
         status, out, _ = convert(capsys, "EleutherAI/hendrycks_math", *flags)
-        assert (status, out) == (0, f"{output}: {n} questions\n")
+        assert (status, out.splitlines()[-1]) == (0, f"{output}: {n} questions")
         examples = load_examples("-", output)
         assert len(examples) == n
         assert examples[-1].question == f"precalculus {SUBSETS['precalculus'][split == 'test'] - 1}?"
         assert {*json.loads((tmp_path / f"data/math/{file}.jsonl").read_text().partition("\n")[0])} == {
             "question",
             "answer",
+            "level",
         }
 
 
@@ -274,10 +430,10 @@ CHAT = {"prompt": "Q", "ground_truth": "7", "response": [{"role": "assistant", "
     ],
 )
 def test_convert_solution_becomes_response(row, r1_zero, question_only):
-    shown = convert_demonstration(row, "r1_zero")
-    assert shown == {**convert_row(row), "response": r1_zero}
+    shown = convert_demonstration(row, "r1_zero").row
+    assert shown == {**convert_row(row).row, "response": r1_zero}
     assert r1_zero_reward_fn(shown["response"], shown["answer"])["reward"] == float(row is not WRONG)
-    shown = convert_demonstration(row, "question_only")
+    shown = convert_demonstration(row, "question_only").row
     assert shown["response"].endswith(question_only)
     assert question_only_reward_fn(shown["response"], shown["answer"])["reward"] == float(row is not WRONG)
 
@@ -288,7 +444,7 @@ def test_convert_demonstrations_earn_full_reward(thoughts, answer, kind):
     text = f"{thoughts}\n#### {answer:,}" if kind == "hashes" else rf"{thoughts} $\boxed{{{answer}}}$"
     row = {"question": "Q", "answer": text}
     for form, reward_fn in (("r1_zero", r1_zero_reward_fn), ("question_only", question_only_reward_fn)):
-        shown = convert_demonstration(row, form)
+        shown = convert_demonstration(row, form).row
         assert shown["answer"] == str(answer)
         assert reward_fn(shown["response"], shown["answer"])["reward"] == 1
         assert thoughts.strip() in shown["response"]
@@ -307,7 +463,7 @@ def test_convert_demonstrations_earn_full_reward(thoughts, answer, kind):
 )
 def test_convert_row_without_solution_is_named(row, message):
     if message is None:
-        assert convert_demonstration(row, "r1_zero")["answer"] == "7"
+        assert convert_demonstration(row, "r1_zero").row["answer"] == "7"
         return
     with pytest.raises(ValueError, match=message):
         convert_demonstration(row, "r1_zero")
@@ -317,10 +473,11 @@ def test_convert_demonstrations_load_in_sft(tmp_path, capsys):
     source = write_lines(tmp_path / "gsm.jsonl", GSM8K, {**GSM8K, "why": {"text": "Because. #### 8"}})
     output = str(tmp_path / "data/gsm8k/sft.jsonl")
     status, out, _ = convert(capsys, source, "--demonstrations", "r1_zero", "--output", output)
-    assert (status, out) == (0, f"{output}: 2 demonstrations\n")
+    closing = f"{output}: 2 demonstrations, 1 repeated line kept (--deduplicate leaves them out)"
+    assert (status, out.splitlines()[-1]) == (0, closing)
     first, _ = load_demonstrations("--data-path", output)
     assert (first.question, first.answer, first.has_prompt) == ("Q", "700", False)
-    assert first.response == convert_demonstration(GSM8K, "r1_zero")["response"]
+    assert first.response == convert_demonstration(GSM8K, "r1_zero").row["response"]
     named = ["--response-key", "why.text", "--output", output]
     status, _, errors = convert(capsys, source, "--demonstrations", "question_only", *named)
     assert (status, "gsm.jsonl:1: no worked solution under why.text" in errors) == (2, True)

@@ -2,15 +2,32 @@
 
 import json
 import re
+import resource
+import time
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tokenizers.processors import TemplateProcessing
 
 from drivers.common.errors import UsageError
-from drivers.tasks.questions import Prompt, fit_context, load_examples, load_prompt_template, make_questions
+from drivers.policy.loading import embedded_model, load_tokenizer
+from drivers.tasks.demonstrations import WorkedExample, load_demonstrations, make_demonstrations
+from drivers.tasks.questions import (
+    N_AT_ONCE,
+    Example,
+    Prompt,
+    distinct,
+    fit_context,
+    load_examples,
+    load_prompt_template,
+    make_questions,
+)
 from drivers.tasks.wordadd import SHOTS, make_wordadd
+from drivers.training.state import fingerprint
 from grpo_core import tokenize_prompt_and_output
+from tests.drivers.helpers.letters import ask
 from tests.tiny import make_tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +62,6 @@ def test_load_examples_only_newline_ends_a_line(tmp_path):
     ("line", "message"),
     [
         ('{"question": "q", "answer": NaN}', "`answer` must be"),
-        ('{"question": "q", "answer": 1' + "0" * 5000 + "}", "not valid JSON"),
         ('{"question": "q", "answer": "a"', "not valid JSON"),
         ("[1, 2]", "expected a JSON object, got list"),
         ('{"answer": "a"}', "`question` must be"),
@@ -55,6 +71,8 @@ def test_load_examples_only_newline_ends_a_line(tmp_path):
         ('{"question": "q", "answer": []}', "`answer` must be"),
         ('{"question": "q", "answer": ["a", null]}', "`answer` must be"),
         ('{"question": "q", "answer": true}', "`answer` must be"),
+        ('{"question": "\\ud800", "answer": "a"}', "contains an unpaired surrogate"),
+        ('{"question": "q", "answer": ["a", "\\udfff"]}', "contains an unpaired surrogate"),
         ('{"question": "q", "response": "a"}', "keys here: ['question', 'response']"),
     ],
 )
@@ -66,8 +84,133 @@ def test_load_examples_bad_line_is_named(tmp_path, line, message):
 
 def test_load_examples_binary_file_is_named(tmp_path):
     (tmp_path / "c.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UsageError, match=r"c\.jsonl: not UTF-8"):
+    with pytest.raises(UsageError, match=r"c\.jsonl: not UTF-8 text \(byte 0\)"):
         load_examples("--data-path", str(tmp_path / "c.jsonl"))
+    (tmp_path / "c.jsonl").write_bytes(b'{"question": "q", "answer": "a"}\n{"\xff')
+    with pytest.raises(UsageError, match=r"c\.jsonl: not UTF-8 text \(byte 35\)"):
+        load_examples("--data-path", str(tmp_path / "c.jsonl"))
+
+
+@pytest.mark.parametrize("n_digits", [1, 309, 4301, 100_000])
+def test_load_examples_integer_answer_of_any_size(tmp_path, n_digits):
+    """Python turns no text of more than 4300 digits into an integer, and no integer above 10 ** 308 into a float."""
+    digits = "7" * n_digits
+    line = f'{{"question": "q", "answer": {digits}, "other": {digits}, "pass_rate": {digits}}}'
+    (example,) = load_examples("-", write_lines(tmp_path / "a.jsonl", line))
+    assert (example.answer, example.pass_rate) == (digits, None)
+    (listed,) = load_examples(
+        "-", write_lines(tmp_path / "b.jsonl", f'{{"question": "q", "answer": [-{digits}, 0.5]}}')
+    )
+    assert listed.answer == [f"-{digits}", "0.5"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "question,answer\n", "--data-path {file}: is csv, not jsonl; {command}"),
+        ("a.tsv", "question\tanswer\n", "--data-path {file}: is tsv, not jsonl; {command}"),
+        ("a.parquet", "PAR1", "--data-path {file}: is parquet, not jsonl; {command}"),
+        ("a.json", '[{"question": "q"}]', "{file}:1: expected a JSON object, got list; {command}"),
+        ("a.json", '{\n"question": "q"}', "{file}:1: not valid JSON (Expecting property name"),
+        ("a.jsonl", '{"problem": "q", "solution": "s"}', "{file}:1: `question` must be a non-empty string, got None;"),
+        ("a.jsonl", '{"question": "q", "solution": "s"}', "keys here: ['question', 'solution']; {command}"),
+    ],
+)
+def test_load_examples_other_layout_names_the_converter(tmp_path, name, content, message):
+    file = tmp_path / name
+    file.write_text(content)
+    command = f"convert it: python drivers/convert_dataset.py {file} --output a-converted.jsonl (for unknown keys: "
+    with pytest.raises(UsageError) as raised:
+        load_examples("--data-path", str(file))
+    assert message.format(file=file, command=command) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_load_demonstrations_other_layout_names_the_converter(tmp_path, name):
+    (tmp_path / name).write_text('{"problem": "q", "solution": "s"}')
+    with pytest.raises(UsageError, match=rf"convert_dataset.py {tmp_path}/{name} --demonstrations r1_zero --output"):
+        load_demonstrations("--data-path", str(tmp_path / name))
+
+
+def test_load_examples_long_values_are_cut_in_messages(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", json.dumps({"question": "q", "answer": ["a" * 10_000, None]}))
+    with pytest.raises(UsageError) as raised:
+        load_examples("--data-path", path)
+    assert len(str(raised.value)) < 500
+
+
+def test_equal_rows_are_one_example_and_one_question(tmp_path):
+    """A data set may repeat each row a hundred times: texts, tokens and sums are kept and computed once."""
+    rows = [
+        {"question": "a", "answer": "1"},
+        {"question": "b", "answer": "1"},
+        {"question": "a", "answer": 1, "index": 2},
+        {"question": "a", "answer": ["1"]},
+        {"question": "a", "answer": "2"},
+        {"question": "a", "answer": "1", "pass_rate": 0.5},
+    ]
+    path = write_lines(tmp_path / "a.jsonl", *map(json.dumps, rows))
+    examples = load_examples("-", path)
+    assert [example.source for example in examples] == [f"{path}:{number}" for number in (1, 2, 1, 4, 5, 6)]
+    assert examples[2] is examples[0]
+    questions = make_questions(examples, Prompt("{question}"), make_tiny_tokenizer())
+    assert [question.example for question in questions] == examples
+    assert questions[2] is questions[0]
+    assert distinct(questions) == [questions[index] for index in (0, 1, 3, 4, 5)]
+    apart = [replace(question) for question in questions]
+    assert fingerprint(questions) == fingerprint(apart[::-1]) != fingerprint(questions[:-1])
+    worked = [row | {"response": "r"} for row in rows] + [rows[0] | {"response": "s"}]
+    shown = load_demonstrations("-", write_lines(tmp_path / "w.jsonl", *map(json.dumps, worked)))
+    assert len(distinct(shown)) == 5  # `pass_rate` is not read
+    assert shown[5] is shown[0]
+    made = make_demonstrations(shown, Prompt("{question}"), (), make_tiny_tokenizer())
+    assert [demonstration.example for demonstration in made] == shown
+    assert made[5] is made[0]
+
+
+def test_prompts_tokenized_together_equal_single_ones():
+    """Texts of more than one call, short and long, with an end token in some of them."""
+    tokenizer = make_tiny_tokenizer()
+    texts = [f"{k} {'+' * (k % 7)}" + tokenizer.eos_token * (k % 3 == 0) for k in range(2 * N_AT_ONCE + 1)]
+    questions = make_questions([Example(text, "1", "a:1") for text in texts], Prompt("{question}"), tokenizer)
+    assert [question.prompt_token_ids for question in questions] == [tuple(tokenizer.encode(text)) for text in texts]
+    shown = [WorkedExample("q", "1", "a:1", text, has_prompt=k % 2 == 0) for k, text in enumerate(texts)]
+    made = make_demonstrations(shown, Prompt("{question}!"), ("+",), tokenizer)
+    for text, demonstration, k in zip(texts, made, range(len(texts)), strict=True):
+        end = [] if text.endswith("+") else [tokenizer.eos_token_id]
+        assert list(demonstration.response_token_ids) == tokenizer.encode(text) + end
+        assert list(demonstration.prompt_token_ids) == tokenizer.encode("q" if k % 2 == 0 else "q!")
+
+
+def test_repeated_rows_take_little_memory(tmp_path):
+    """20,000 rows of 20 different ones: no row costs more than its place in two lists."""
+    lines = [json.dumps({"question": f"{k % 20}" + "?" * 500, "answer": "1", "index": k}) for k in range(20_000)]
+    path, tokenizer = write_lines(tmp_path / "a.jsonl", *lines), make_tiny_tokenizer()
+    tracemalloc.start()
+    try:
+        questions = make_questions(load_examples("-", path), Prompt("{question}"), tokenizer)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(questions) == 20_000
+    assert peak < 20_000 * 30 + 500_000
+    assert len(questions[0].packed_prompt) * questions[0].packed_prompt.itemsize < 5 * 501
+
+
+@pytest.mark.nightly
+def test_large_file_starts_quickly_in_little_memory(tmp_path):
+    """200,000 rows, a tenth of them different, as `train.py` reads them before it loads the model."""
+    text = "A rectangle has sides $a$ and $b$ with $a > b$, and its diagonal is $\\sqrt{a^2 + b^2}$. " * 8
+    with (tmp_path / "a.jsonl").open("w") as file:
+        file.writelines(json.dumps({"question": f"{k % 20_000} {text}", "answer": "1"}) + "\n" for k in range(200_000))
+    tokenizer = load_tokenizer(str(embedded_model()))
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    questions = make_questions(load_examples("-", str(tmp_path / "a.jsonl")), Prompt("{question}"), tokenizer)
+    fit_context(questions, max_new_tokens=100, context=2048, long_prompts="refuse")
+    fingerprint(questions)
+    assert time.monotonic() - start < 60
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB; texts and ids alone are 40 MB
 
 
 def test_prompt_replaces_question_only():
@@ -116,12 +259,12 @@ def test_encode_prompt_leaves_out_an_appended_end_token():
         single=f"$A {tokenizer.eos_token}", special_tokens=[(tokenizer.eos_token, end)]
     )
     assert tokenizer.encode("ab") == [*plain, end]
-    assert Prompt("{question}").token_ids("ab", tokenizer) == tuple(plain)
-    assert Prompt("{question}").token_ids(f"ab{tokenizer.eos_token}", tokenizer) == (*plain, end)
+    assert ask(Prompt("{question}"), "ab", tokenizer) == tuple(plain)
+    assert ask(Prompt("{question}"), f"ab{tokenizer.eos_token}", tokenizer) == (*plain, end)
     assert tokenize_prompt_and_output(["ab"], ["c"], tokenizer)["input_ids"].tolist() == [plain]
     ended = tokenize_prompt_and_output([f"ab{tokenizer.eos_token}"], ["c"], tokenizer)
     assert ended["input_ids"].tolist() == [[*plain, end]]
-    assert Prompt("{question}").token_ids(f"ab{tokenizer.eos_token}", make_tiny_tokenizer()) == (*plain, end)
+    assert ask(Prompt("{question}"), f"ab{tokenizer.eos_token}", make_tiny_tokenizer()) == (*plain, end)
 
 
 def test_r1_zero_prompt_opens_the_thought():
@@ -133,8 +276,6 @@ def test_r1_zero_prompt_opens_the_thought():
 
 
 def test_prompt_cache_not_writable_raises_usage_error(tmp_path):
-    from drivers.policy.loading import embedded_model
-
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=r"cannot be unpacked into .*set XDG_CACHE_HOME"):
         embedded_model(tmp_path / "file" / "cache")

@@ -216,6 +216,7 @@ def probes(shared, tmp_path, monkeypatch):
         for name, numbers in (("train", range(9)), ("other", range(9, 0, -1)), ("held-out", range(20, 24))):
             rows = [{"question": f"{n}?", "answer": str(n), "pass_rate": n / 30} for n in numbers]
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "repeated.jsonl").write_text((folder / "train.jsonl").read_text() * 2)
         long = [{"question": "1" * n, "answer": "1"} for n in (600, *range(1, 9))]
         (folder / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
         for name, text in (("plain", "{question} "), ("polite", "please {question} "), ("system", "be brief")):
@@ -231,7 +232,7 @@ def probes(shared, tmp_path, monkeypatch):
             patch.setattr(setup, "tune_malloc", lambda: None)
             try:
                 config = GrpoConfig(**SETUP | settings)
-                run, parts = setup.setup_grpo_run(config, Display(1, quiet=True))
+                run, parts = setup.setup_grpo_run(config, Display(1))
             except UsageError as error:
                 return seen | {"error": str(error)}
             release_run_lock(run.folder)
@@ -316,7 +317,7 @@ def probes(shared, tmp_path, monkeypatch):
 
 CHAT = (
     "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + '<pad>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ strftime_now('%d') + ' assistant ' }}{% endif %}"
 )
 LOOP = {
     "model_path": "tiny",
@@ -379,6 +380,7 @@ TRAIN_ROWS = {
     "prompt_path": Row("setup", "polite.prompt"),
     "chat_template": Row("setup", True),
     "system_prompt_path": Row("setup", "system.prompt", {"chat_template": True}),
+    "chat_date": Row("setup", "2026-11-28", {"chat_template": True, "chat_date": "2026-11-29"}),
     "long_prompts": Row("setup", "refuse", {"long_prompts": "drop", "data_path": "long.jsonl"}),
     "data_path": Row("setup", "other.jsonl"),
     "val_data_path": Row("setup", "other.jsonl"),
@@ -486,6 +488,7 @@ EVALUATE_ROWS = {
     "prompt_path": Row("evaluate", "polite.prompt"),
     "chat_template": Row("evaluate", True),
     "system_prompt_path": Row("evaluate", "system.prompt", {"chat_template": True}),
+    "chat_date": Row("evaluate", "2026-11-28", {"chat_template": True, "chat_date": "2026-11-29"}),
     "long_prompts": Row("evaluate", "refuse", {"long_prompts": "drop", "data_path": ("long.jsonl",)}),
     "reward": Row("evaluate", "question_only"),
     "reward_mix": Row("evaluate", ("a=1",), {"reward": "math:floor"}),
@@ -591,6 +594,13 @@ def test_setup_options_of_the_engine_follow_the_settings(probes):
     assert options.max_model_len == max(map(len, prompts)) + 6
     url = "http://127.0.0.1:1"
     assert probes["setup"]({"rollout_url": (url,)})["engine"][1].urls == (url,)
+
+
+def test_setup_tells_how_many_questions_are_different(probes, capsys):
+    probes["setup"]({})
+    assert "9 training and " in capsys.readouterr().out
+    probes["setup"]({"data_path": "repeated.jsonl"})
+    assert "18 (9 different) training and " in capsys.readouterr().out
 
 
 def test_setup_chat_template_ends_responses_at_the_end_of_a_turn(probes):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -241,6 +242,19 @@ def test_collect_refills_have_other_noise_and_skip_kept_questions(grpo):
     assert collected.metrics["sampled_tokens"] == sum(len(one.token_ids) for one in sampled)
     assert collected.metrics["response_tokens"] == pytest.approx(fmean(len(one.token_ids) for one in sampled))
     assert collected.metrics["zero_std_groups"] == 14 / 16
+
+
+def test_collect_refills_skip_rows_that_repeat_a_kept_question(grpo):
+    """Rows that are equal are one question, which has its group already."""
+    first, *others = grpo.components.train_set
+    repeated = SimpleNamespace(**vars(grpo) | {"components": replace(grpo.components, train_set=[first] * 9 + others)})
+
+    def reward(response, ground_truth, question):
+        return {"reward": float(len(set(response)) % 3) if question == first.example.question else 0.5}
+
+    _, calls = collect_once(repeated, make_tiny_config(max_refills=2), reward)
+    assert first.prompt_token_ids in calls[0].prompts
+    assert all(first.prompt_token_ids not in call.prompts for call in calls[1:])
 
 
 def test_collect_rewards_have_the_length_penalty(grpo):

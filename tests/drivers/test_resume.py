@@ -532,7 +532,7 @@ def test_resume_other_questions_raise_usage_error():
     others = {
         "fewer": questions[1:],
         "answer": [replace(questions[0], example=replace(example, answer="b")), *questions[1:]],
-        "prompt": [replace(questions[0], prompt_token_ids=(1, 2)), *questions[1:]],
+        "prompt": [replace(questions[0], packed_prompt=(1, 2)), *questions[1:]],
     }
     for other in others.values():
         with pytest.raises(UsageError, match=r"--data-path .*, --prompt-path .*: the prompts or answers differ"):

@@ -7,6 +7,7 @@ What was found this way stands beside each property as an example.
 import json
 import shutil
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,15 @@ from hypothesis import strategies as st
 
 from drivers.common.display import Display
 from drivers.common.errors import UsageError
+from drivers.convert_dataset import convert_demonstration, convert_row
 from drivers.runs.checkpoint import MANIFEST, STATE_TENSORS, STATE_VALUES, find_damage, write_manifest
 from drivers.runs.folder import find_checkpoint
 from drivers.runs.log import JsonlWriter, RunLog
 from drivers.settings.command_line import parse_train_config
 from drivers.settings.grpo import GrpoConfig
-from drivers.tasks.questions import load_examples
+from drivers.tasks.layouts import KEYS
+from drivers.tasks.questions import load_examples, read_example
+from drivers.tasks.reference_answers import BadRowError
 from drivers.training.run import Run
 from drivers.training.state import TrainingState
 from tests.drivers.helpers.letters import make_tiny_config, make_tiny_parts
@@ -60,6 +64,35 @@ def test_a_data_file_is_read_or_refused_in_one_line(tmp_path, content):
         assert lines.add({"question": one.question, "answer": one.answer}) is None
     lines.close()
     assert len(examples) <= content.count(b"\n") + 1
+
+
+KEYED = st.sampled_from(sorted({*chain(*KEYS.values()), "unit", "error", "is_multiple_answer", "other"}))
+TURNS = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant", "system", "tool"]), "content": st.text(max_size=5) | JSON}
+    ),
+    max_size=3,
+)
+ANSWERS = st.sampled_from(
+    ["1", "B", r"\boxed{2}", r"\\frac", "#### 3", '["1"]', "proof", 1, ["A"], {"text": ["1"], "label": ["A"]}]
+)
+
+
+@given(st.dictionaries(KEYED, JSON | TURNS | ANSWERS, max_size=6), st.sampled_from([None, "r1_zero", "question_only"]))
+@example({"choices": {"label": ["A"], "text": ["1", "2"]}, "question": "q", "answer": "A"}, None)
+@example({"question": "q", "answer": {"ground_truth": {"value": None}}}, None)
+@example({"prompt": [{"from": None}], "answer": "1"}, None)
+def test_a_row_is_converted_or_refused_in_one_line(row, form):
+    try:
+        converted = convert_row(row).row if form is None else convert_demonstration(row, form).row
+        written = json.dumps(converted)
+    except BadRowError as error:
+        assert str(error).startswith(error.reason)
+        return
+    try:
+        read_example(Path("f.jsonl"), 1, json.loads(written))
+    except UsageError as error:
+        assert "surrogate" in str(error)
 
 
 FIELDS = {field.name: field for field in fields(GrpoConfig)}

@@ -9,7 +9,7 @@ from drivers.engines.hf import HFEngine
 from drivers.engines.protocol import Completion
 from drivers.grading.verdicts import make_inline_grader
 from drivers.settings.grpo import GrpoConfig
-from drivers.tasks.questions import Example, Question
+from drivers.tasks.questions import Example, Question, make_questions
 from drivers.training.batch import make_rollout_batch
 from drivers.training.run import Run
 from tests.tiny import make_tiny_policy, make_tiny_tokenizer
@@ -33,6 +33,12 @@ def make_letter_questions(tokenizer, n=4):
         Question(Example(f"say it {k}", LETTER, f"letters:{k}"), tuple(tokenizer.encode(f"say it {'!' * k} ")))
         for k in range(1, n + 1)
     ]
+
+
+def ask(prompt, question, tokenizer):
+    """Return the token ids of the prompt that asks a question."""
+    (made,) = make_questions([Example(question, LETTER, "asked:1")], prompt, tokenizer)
+    return made.prompt_token_ids
 
 
 def make_tiny_config(**changes) -> GrpoConfig:

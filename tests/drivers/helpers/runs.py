@@ -114,6 +114,7 @@ IMITATION_FLAGS = [
     "deterministic",
     "chat_template",
     "system_prompt_path",
+    "chat_date",
     "long_prompts",
     "seed",
     "resume",

@@ -1,6 +1,7 @@
 """Mutants of the programs, by folder of drivers/."""
 
 from tests.mutants.drivers import (
+    datasets,
     engines,
     evaluation,
     grading,
@@ -15,5 +16,5 @@ from tests.mutants.drivers import (
 )
 from tests.mutants.table import Mutant
 
-TABLES = (programs, training, evaluation, grading, engines, policy, runs, settings, tasks, sweeps, reports)
+TABLES = (programs, training, evaluation, grading, engines, policy, runs, settings, tasks, datasets, sweeps, reports)
 MUTANTS: list[Mutant] = [mutant for table in TABLES for mutant in table.MUTANTS]

@@ -42,6 +42,23 @@ MUTANTS = [
         ("a minimum above the maximum", "if self.sampling_min_tokens > self.sampling_max_tokens:", "if False:"),
     ),
     *breaks(
+        "PromptSettings",
+        GROUPS,
+        "tests/drivers/test_chat.py tests/drivers/test_cli.py -k 'chat_date or sampling_stop'",
+        ("the day is not kept", 'object.__setattr__(self, "chat_date", day.isoformat())', "pass"),
+        ("a day of every run", "        if self.chat_template:\n", "        if True:\n"),
+        (
+            "any text is a day",
+            "date.today() if self.chat_date is None else date.fromisoformat(self.chat_date)",
+            "date.today()",
+        ),
+        (
+            "an empty text ends responses",
+            'if self.sampling_stop is not None and "" in self.sampling_stop:',
+            "if False:",
+        ),
+    ),
+    *breaks(
         "AlgorithmSettings",
         ALGORITHM,
         (
