@@ -52,6 +52,7 @@ from drivers.tasks.questions import (
 from drivers.training.components import Components
 from drivers.training.memory import MemoryPlan, configure_memory
 from drivers.training.run import Run
+from drivers.training.shortcuts import describe_shortcuts
 from drivers.training.state import fingerprint, validate_resume
 
 
@@ -244,6 +245,7 @@ def describe_setup(
         f"policy on {ranks}{policy_device}, {config.engine} on {', '.join(config.rollout_url) or rollout_device}",
         f"memory: {plan}",
     ]
+    lines += describe_shortcuts(policy)
     if plan.share is not None and plan.share < config.gpu_memory_utilization:
         lines.append(
             f"warning: --gpu-memory-utilization {config.gpu_memory_utilization:g}: vLLM gets {plan.share:.2f} of "
