@@ -174,7 +174,8 @@ def load_models(
         urls=config.rollout_url,
     )
     load_copy = partial(load_policy, model_path, policy_device, dtype, longest_row, config.attention)
-    engine = make_engine_for_rank(config, options, WeightGatherer(policy, dtype), tokenizer, load_copy, display.say)
+    weights = WeightGatherer(policy, dtype, as_files=config.engine == "vllm")
+    engine = make_engine_for_rank(config, options, weights, tokenizer, load_copy, display.say)
     for line in describe_setup(config, policy, dtype, devices, plan):
         display.say(line)
     return policy, reference, engine

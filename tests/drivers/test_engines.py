@@ -10,9 +10,10 @@ import torch
 from drivers.common.errors import EngineDiedError, TrainingAbortedError, UsageError
 from drivers.engines.hf import HFEngine
 from drivers.policy.weight_gatherer import WeightGatherer
-from drivers.policy.weights import checksums
+from drivers.policy.weights import PolicyWeights, checksums
 from drivers.settings.sampling import Sampling
 from drivers.training.self_check import check_engine
+from tests.drivers.helpers.architectures import make_architecture
 from tests.drivers.helpers.engines import (
     PROMPTS,
     FaultyWeights,
@@ -49,11 +50,12 @@ VLLM = [pytest.param(kind, marks=pytest.mark.vllm) for kind in ("vllm", "vllm in
 
 @pytest.fixture(scope="module", params=["hf", *VLLM])
 def subject(request, tmp_path_factory):
-    policy = make_tiny_policy(3)
+    has_own_process = request.param == "vllm in its own process"
+    policy = make_architecture("Qwen3Moe") if has_own_process else make_tiny_policy(3)  # experts are pushed one by one
     if request.param == "hf":
         engine = HFEngine(policy, make_tiny_tokenizer())
     else:
-        engine = start_vllm(tmp_path_factory.mktemp("tiny"), policy, own_process=request.param != "vllm")
+        engine = start_vllm(tmp_path_factory.mktemp("tiny"), policy, own_process=has_own_process)
     subject = Subject(request.param, policy, engine)
     subject.push()
     yield subject
@@ -143,6 +145,11 @@ def test_generate_after_push_uses_new_weights(subject):
         for c in sampled:
             assert c.log_probs == pytest.approx(compute_log_probs(subject.policy, c), abs=TOLERANCE)
     assert outputs[0] != outputs[1] != outputs[2]
+
+
+def copy_weights(policy):
+    """Return copies of the weights that are pushed."""
+    return [(name, weight.clone()) for name, weight in PolicyWeights(policy, torch.float32)]
 
 
 def run_self_check(subject, version=None, sampling=None):
@@ -280,9 +287,9 @@ def test_faulty_push_fails_by_checksum_and_by_log_probs(subject, fault, seen, mo
 
     if subject.kind == "hf":
         pytest.skip("this engine shares the policy's weights: no push can go wrong")
-    stale = [(name, p.detach().clone()) for name, p in subject.policy.named_parameters()]
+    stale = copy_weights(subject.policy)
     subject.perturb(20)
-    fresh = [(name, p.detach().clone()) for name, p in subject.policy.named_parameters()]
+    fresh = copy_weights(subject.policy)
     sent = {
         "nothing": [],
         "stale": stale,
@@ -296,7 +303,8 @@ def test_faulty_push_fails_by_checksum_and_by_log_probs(subject, fault, seen, mo
             with pytest.raises(TrainingAbortedError, match=message):
                 subject.push()
         else:
-            patch.setattr(vllm, "check_arrived", lambda *_: None)
+            for check in ("check_arrived", "check_loaded"):
+                patch.setattr(vllm, check, lambda *_: None)
             subject.push()
             if seen == "log-probs":
                 patch.setattr(subject.engine, "received", list)
@@ -304,7 +312,39 @@ def test_faulty_push_fails_by_checksum_and_by_log_probs(subject, fault, seen, mo
                 run_self_check(subject)
     subject.push()
     assert run_self_check(subject).largest < TOLERANCE
-    assert run_self_check(subject).n_weights == len(list(subject.policy.parameters()))
+    assert run_self_check(subject).n_weights == len(fresh)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("fault", ["lacking", "half", "foreign", "misshapen"])
+def test_push_that_vllm_does_not_load_fails(subject, fault, monkeypatch):
+    """All tensors arrive, but vLLM has no use for some of them. It says so only where it raises an error."""
+    from drivers.engines import vllm
+
+    if subject.kind == "hf":
+        pytest.skip("this engine shares the policy's weights: no push can go wrong")
+    weights = copy_weights(subject.policy)
+    name, tensor = next((name, tensor) for name, tensor in weights if "o_proj" in name)
+    sent, message = {
+        "lacking": ([pair for pair in weights if ".o_proj" not in pair[0]], "2 parameters got no weight: .*o_proj"),
+        "half": (
+            [pair for pair in weights if ".mlp." not in pair[0]],
+            "[46] parameters got no weight: .*layers.0.mlp",
+        ),
+        "foreign": (
+            [*weights, ("model.layers.7.mlp.down_proj.weight", tensor.clone())],
+            "load_weights raises ValueError",
+        ),
+        "misshapen": ([(key, w[:3] if key == name else w) for key, w in weights], "load_weights raises"),
+    }[fault]
+    with monkeypatch.context() as patch:
+        transfer = subject.engine._sender.transfer
+        patch.setattr(transfer, "source", FaultyWeights(transfer.source, sent))
+        patch.setattr(vllm, "check_arrived", lambda *_: None)
+        with pytest.raises(TrainingAbortedError, match=f"did not load into worker 0.*{message}.*pass --engine hf"):
+            subject.push()
+    subject.push()
+    assert run_self_check(subject).largest < TOLERANCE
 
 
 @pytest.mark.vllm
