@@ -57,14 +57,16 @@ class ReceivingModel:
 
     def finish(self, *, is_tied: bool) -> None:
         """Note which parameters got no weight, before vLLM finishes the push and gives them their old values."""
-        self._untouched = find_untouched(self._model, is_tied=is_tied)
+        self._untouched = sorted(find_untouched(self._model, is_tied=is_tied))
 
     def describe_unloaded(self) -> str:
         """Return what the push has not loaded, or an empty text."""
         if self._failure or not self._untouched:
             return self._failure
         more = " ..." if len(self._untouched) > 3 else ""
-        return f"{len(self._untouched)} parameters got no weight: {', '.join(self._untouched[:3])}{more}"
+        return (
+            f"{len(self._untouched)} of the model's parameters got no weight: {', '.join(self._untouched[:3])}{more}"
+        )
 
 
 def find_untouched(model: Any, *, is_tied: bool) -> list[str]:

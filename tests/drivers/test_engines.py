@@ -326,10 +326,13 @@ def test_push_that_vllm_does_not_load_fails(subject, fault, monkeypatch):
     weights = copy_weights(subject.policy)
     name, tensor = next((name, tensor) for name, tensor in weights if "o_proj" in name)
     sent, message = {
-        "lacking": ([pair for pair in weights if ".o_proj" not in pair[0]], "2 parameters got no weight: .*o_proj"),
+        "lacking": (
+            [pair for pair in weights if ".o_proj" not in pair[0]],
+            "2 of the model's parameters got no weight: .*o_proj",
+        ),
         "half": (
             [pair for pair in weights if ".mlp." not in pair[0]],
-            "[46] parameters got no weight: .*layers.0.mlp",
+            "[46] of the model's parameters got no weight: .*layers.0.mlp",
         ),
         "foreign": (
             [*weights, ("model.layers.7.mlp.down_proj.weight", tensor.clone())],
@@ -373,6 +376,94 @@ def test_generate_other_weight_version_fails(subject):
     finally:
         subject.push()
     assert [version_of(spans) for spans in (["7"], ["7", "7"], ["6", "7"], [])] == [7, 7, None, None]
+
+
+class Loading(torch.nn.Module):
+    """A model of vLLM in small: two layers and a head, and the loader of files that vLLM's models have."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = (torch.nn.Linear(2, 2) for _ in range(3))
+
+    def load_weights(self, weights):
+        own = dict(self.named_parameters())
+        for name, weight in weights:
+            own[name].weight_loader(own[name], weight)
+
+
+@pytest.fixture
+def loading(monkeypatch):
+    """Return the small model at the beginning of a push."""
+    from vllm.model_executor.layers import vocab_parallel_embedding
+    from vllm.model_executor.model_loader.reload import initialize_layerwise_reload, record_metadata_for_reloading
+
+    model = Loading()
+    model.head.__class__ = type("Head", (torch.nn.Linear,), {})
+    monkeypatch.setattr(vocab_parallel_embedding, "ParallelLMHead", type(model.head))
+    record_metadata_for_reloading(model)
+    initialize_layerwise_reload(model)
+    return model
+
+
+def test_receiving_model_names_parameters_without_a_weight(loading):
+    """A layer of which all is loaded, one of which a half is, and a head that may be tied."""
+    from drivers.engines.vllm_transfer import ReceivingModel
+
+    weights = {name: torch.ones(shape) for name, shape in (("first.weight", (2, 2)), ("first.bias", (2,)))}
+    received = ReceivingModel(loading)
+    received.load_weights(weights.items())
+    received.load_weights([("second.weight", torch.ones(2, 2))])
+    received.finish(is_tied=True)
+    assert received.describe_unloaded() == "1 of the model's parameters got no weight: second.bias"
+    received.finish(is_tied=False)
+    assert (
+        received.describe_unloaded()
+        == "3 of the model's parameters got no weight: head.bias, head.weight, second.bias"
+    )
+    received.load_weights([("second.bias", torch.ones(2))])
+    received.finish(is_tied=True)
+    assert received.describe_unloaded() == ""
+    assert len(received.checksums()) == 4
+
+
+def test_receiving_model_error_is_reported_after_all_arrived(loading):
+    """The sender of NCCL would wait for a receiver that raises an error."""
+    from drivers.engines.vllm_transfer import ReceivingModel
+
+    received, asked = ReceivingModel(loading), []
+
+    def send():
+        for name in ("first.weight", "nobody.weight", "second.weight"):
+            asked.append(name)
+            yield name, torch.ones(2, 2)
+
+    received.load_weights(send())
+    received.load_weights([("head.weight", torch.ones(2, 2))])
+    received.finish(is_tied=True)
+    assert asked == ["first.weight", "nobody.weight", "second.weight"]
+    assert list(received.checksums()) == [*asked, "head.weight"]
+    assert received.describe_unloaded() == "Loading.load_weights raises KeyError: 'nobody.weight'"
+
+
+def test_nccl_engine_reports_unloaded_weights(loading, monkeypatch):
+    """Before vLLM ends the push, and through the method that the trainer calls."""
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+
+    from drivers.engines.vllm_transfer import CheckedNCCLEngine, ReceivingModel, WorkerExtension
+
+    engine, config = object.__new__(CheckedNCCLEngine), SimpleNamespace(tie_word_embeddings=False)
+    engine.received = ReceivingModel(loading)
+    engine.model_config = SimpleNamespace(hf_config=config, hf_text_config=config)
+    worker = WorkerExtension()
+    worker.weight_transfer_engine = engine
+    seen = []
+    monkeypatch.setattr(
+        NCCLWeightTransferEngine, "finish_weight_update", lambda _: seen.append(worker.unloaded_weights())
+    )
+    engine.finish_weight_update()
+    assert seen == ["6 of the model's parameters got no weight: first.bias, first.weight, head.bias ..."]
+    engine.received = None
+    assert worker.unloaded_weights() == ""
 
 
 class RecordingModel:

@@ -12,13 +12,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from drivers.common import distributed
-from drivers.common.errors import UsageError
+from drivers.common.errors import TrainingAbortedError, UsageError
 from drivers.engines.factory import make_engine
 from drivers.engines.hf import HFReplica
 from drivers.policy import fsdp
 from drivers.policy.lora import adapter_weights, add_lora
 from drivers.policy.weight_gatherer import WeightGatherer
-from drivers.policy.weights import PolicyWeights, checksum, checksums, find_differing, stochastic_round
+from drivers.policy.weights import (
+    PolicyWeights,
+    check_loaded,
+    checksum,
+    checksums,
+    find_differing,
+    stochastic_round,
+)
 from drivers.training.advantages import prepare_rollouts
 from drivers.training.components import Components
 from drivers.training.scoring import score_all
@@ -91,6 +98,14 @@ def test_check_arrived_names_differing_tensors():
     assert find_differing(ours, theirs) == [name]
     missing = {k: v for k, v in ours.items() if k != name}
     assert find_differing(ours, missing) == find_differing(missing, ours) == [name]
+
+
+def test_check_loaded_names_the_worker_and_the_flag_that_works():
+    check_loaded(["", ""], 3)
+    with pytest.raises(
+        TrainingAbortedError, match=r"push 3 did not load into worker 1 of the engine: 2 par.*--engine hf"
+    ):
+        check_loaded(["", "2 parameters got no weight: a, b"], 3)
 
 
 def test_policy_weights_have_engine_dtype_and_model_names():
