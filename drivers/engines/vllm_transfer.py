@@ -45,10 +45,10 @@ class ReceivingModel:
         """Load some weights. A failure ends no push, because the sender would wait: the check after it reports it."""
         arriving = record_checksums(weights, self._sums)
         try:
-            if not self._failure:
-                self._model.load_weights(arriving)
+            self._model.load_weights(arriving)
         except Exception as error:  # models reject unknown names and shapes each in their own way
-            self._failure = f"{type(self._model).__name__}.load_weights raises {type(error).__name__}: {error}"
+            reason = f"{type(self._model).__name__}.load_weights raises {type(error).__name__}: {error}"
+            self._failure = self._failure or reason
         for _ in arriving:
             pass
 

@@ -351,6 +351,40 @@ def test_push_that_vllm_does_not_load_fails(subject, fault, monkeypatch):
 
 
 @pytest.mark.vllm
+@pytest.mark.nightly
+@pytest.mark.parametrize("own_process", [False, True], ids=["one process", "own process"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Mixtral",
+        "Olmoe",
+        "Qwen2Moe",
+        "Gemma2",
+        "Gemma3Text",
+        "Phi3",
+        "GPT2",
+        "OPT",
+        "Cohere",
+        "Glm4",
+        "Olmo2",
+        "GPTNeoX",
+    ],
+)
+def test_push_of_an_architecture_reaches_all_parameters(name, own_process, tmp_path):
+    """Fused layers, experts, biases, tied and scaled heads, and models that vLLM takes from transformers."""
+    policy = make_architecture(name, sharper=2.0)
+    subject = Subject("vllm", policy, start_vllm(tmp_path, policy, own_process=own_process))
+    try:
+        for seed in range(2):
+            subject.push()
+            assert run_self_check(subject).mean < TOLERANCE
+            subject.perturb(seed)
+    finally:
+        subject.engine.close()
+        gc.collect()
+
+
+@pytest.mark.vllm
 def test_push_never_sent_fails(subject, monkeypatch):
     """The push itself fails, in every step: no tensor was gathered for it."""
     if subject.kind == "hf":
@@ -438,10 +472,10 @@ def test_receiving_model_error_is_reported_after_all_arrived(loading):
             yield name, torch.ones(2, 2)
 
     received.load_weights(send())
-    received.load_weights([("head.weight", torch.ones(2, 2))])
+    received.load_weights([("head.weight", torch.ones(2, 2)), ("another.weight", torch.ones(2, 2))])
     received.finish(is_tied=True)
     assert asked == ["first.weight", "nobody.weight", "second.weight"]
-    assert list(received.checksums()) == [*asked, "head.weight"]
+    assert list(received.checksums()) == [*asked, "head.weight", "another.weight"]
     assert received.describe_unloaded() == "Loading.load_weights raises KeyError: 'nobody.weight'"
 
 
