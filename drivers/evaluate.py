@@ -14,8 +14,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with exit_on_user_error("evaluate.py"):
         config = parse(EvaluateConfig, sys.argv[1:] if arguments is None else arguments, EvaluateConfig())
         from drivers.evaluation.standalone import evaluate  # it loads torch, which takes seconds
+        from drivers.training.self_check import check_evaluation_engine
 
-        evaluate(config)
+        evaluate(config, check_evaluation_engine)
 
 
 if __name__ == "__main__":

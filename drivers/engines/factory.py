@@ -27,6 +27,7 @@ def make_engine(
     """
     if kind == "hf":
         return HFEngine(weights.policy, tokenizer)
+    weights.metadata()  # raises a UsageError now if the weights cannot be pushed
     try:  # vLLM is optional, and only this function imports it
         from drivers.engines.vllm import VLLMEngine
         from drivers.engines.vllm_server import ServerEngine
@@ -45,5 +46,6 @@ def make_engine(
             return SupervisedEngine(start, say) if place(options, weights.device).has_own_process else start()
     except UsageError:
         raise
-    except (ValueError, RuntimeError, OSError) as error:  # an unknown architecture, too little memory, a full disk
-        raise UsageError(f"--engine vllm: vLLM cannot start: {' '.join(str(error).split())[:600]}") from error
+    except Exception as error:  # an unknown architecture, a kernel that is not built, too little memory, a full disk
+        reason = " ".join(str(error).split())[:600]
+        raise UsageError(f"--engine vllm: vLLM cannot start: {reason}; --engine hf takes any model") from error

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from drivers.engines.protocol import Completion
-from drivers.policy.weights import Checksum, checksums
+from drivers.policy.weights import Checksum, PolicyWeights
 from drivers.settings.sampling import Sampling
 
 BATCH_SIZE = 64
@@ -112,7 +112,10 @@ def end_token_ids(policy: Any, tokenizer: Any) -> list[int]:
 
 
 class HFReplica(HFEngine):
-    """Samples with an unsharded copy of a policy whose weights are sharded over ranks."""
+    """Samples with an unsharded copy of a policy whose weights are sharded over ranks.
+
+    `weights` have the names of the module's parameters.
+    """
 
     def __init__(self, copy: Any, tokenizer: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
         super().__init__(copy, tokenizer)
@@ -126,7 +129,7 @@ class HFReplica(HFEngine):
         super().load_weights(version)
 
     def received(self) -> list[dict[str, Checksum]]:
-        return [checksums(self._policy.named_parameters())]
+        return [PolicyWeights(self._policy, self._policy.dtype).checksums()]
 
 
 def _log_probs_of(sampled: Tensor, scores: Sequence[Tensor]) -> Tensor:

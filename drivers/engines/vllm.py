@@ -34,7 +34,7 @@ from drivers.engines.vllm_transfer import (
     version_of,
 )
 from drivers.policy.weight_gatherer import WeightGatherer
-from drivers.policy.weights import Checksum, check_arrived
+from drivers.policy.weights import Checksum, check_arrived, check_loaded
 from drivers.settings.sampling import Sampling
 
 T = TypeVar("T")
@@ -76,6 +76,7 @@ class VLLMEngine:
         self._version = version
         self._llm.update_weight_version(str(version))
         check_arrived(sent, self._received(), version)
+        check_loaded(self._unloaded(), version)
         if self._is_asleep:  # the cache comes after the weights, so that their memory peaks do not add up
             self._llm.wake_up(tags=["kv_cache"])
             self._is_asleep = False
@@ -109,6 +110,10 @@ class VLLMEngine:
 
     def _received(self) -> list[dict[str, Checksum]]:
         return read_checksums(self._llm.collective_rpc("received_checksums"))
+
+    def _unloaded(self) -> list[str]:
+        """Return what each worker has not loaded of the last push."""
+        return list(self._llm.collective_rpc("unloaded_weights"))
 
     def close(self) -> None:
         """Shut vLLM down: in this process after its current request, in a separate process at once."""

@@ -30,7 +30,7 @@ from drivers.engines.vllm_transfer import (
     version_of,
 )
 from drivers.policy.weight_gatherer import WeightGatherer
-from drivers.policy.weights import Checksum, check_arrived
+from drivers.policy.weights import Checksum, check_arrived, check_loaded
 from drivers.settings.sampling import Sampling
 
 T = TypeVar("T")
@@ -122,6 +122,7 @@ class ServerEngine:
         sent = self._sender.send()
         self._servers.post("update_weight_version", {"new_version": str(version)})
         check_arrived(sent, self._received(), version)
+        check_loaded(self._unloaded(), version)
         self._reset_prefix_cache()
 
     def _reset_prefix_cache(self) -> None:
@@ -169,8 +170,16 @@ class ServerEngine:
         return self._call("the request for checksums", self._received)
 
     def _received(self) -> list[dict[str, Checksum]]:
-        answers = self._servers.post("collective_rpc", {"method": "received_checksums"})
-        return read_checksums([worker for answer in answers for worker in answer["results"]])
+        return read_checksums(self._ask_workers("received_checksums"))
+
+    def _unloaded(self) -> list[str]:
+        """Return what each worker of each server has not loaded of the last push."""
+        return self._ask_workers("unloaded_weights")
+
+    def _ask_workers(self, method: str) -> list[Any]:
+        """Return the answer of each worker of each server."""
+        answers = self._servers.post("collective_rpc", {"method": method})
+        return [worker for answer in answers for worker in answer["results"]]
 
     def close(self) -> None:
         """Disconnect from the servers, which keep running."""

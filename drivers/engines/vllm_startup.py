@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from vllm import LLM
 from vllm.config import WeightTransferConfig
+from vllm.model_executor.models.transformers.base import Base
 from vllm.platforms import current_platform
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
@@ -59,7 +60,7 @@ def start_llm(
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     start = partial(LLM, **_llm_arguments(options, placement))
     earlier = set(multiprocessing.active_children())
-    with _preserved_torch_state(policy_device):
+    with _preserved_torch_state(policy_device), nullcontext() if placement.has_own_process else _preserved_classes():
         llm = start_before_deadline(start, options.deadline_s) if placement.has_own_process else start()
     return llm, set(multiprocessing.active_children()) - earlier
 
@@ -88,6 +89,21 @@ def _preserved_torch_state(policy_device: torch.device) -> Iterator[None]:
         torch.set_num_threads(num_threads)
         if policy_device.type == "cuda":
             torch.cuda.set_device(policy_device)
+
+
+@contextmanager
+def _preserved_classes() -> Iterator[None]:
+    """Keep vLLM from changing classes of transformers, which the policy in this process has too.
+
+    For an architecture without a model of its own, vLLM takes that of transformers and makes its class one that
+    compiles itself and needs vLLM's configuration. Without that, this model is not compiled.
+    """
+    change = Base._decorate_cls_for_torch_compile
+    Base._decorate_cls_for_torch_compile = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        Base._decorate_cls_for_torch_compile = change
 
 
 def _llm_arguments(options: EngineOptions, placement: Placement) -> dict[str, Any]:

@@ -32,33 +32,89 @@ PACKED_BUFFER_BYTES = 256 << 20
 exit_when_trainer_exits()
 
 
-# --- checksums of what arrives ---------------------------------------------------------------------------------------
-class ChecksummingModel:
+# --- what arrives, and what of it is loaded --------------------------------------------------------------------------
+class ReceivingModel:
     """A worker's model during a push: it takes the checksum of each tensor that arrives, then loads it."""
 
     def __init__(self, model: Any) -> None:
         self._model, self._sums = model, dict[str, Tensor]()
+        self._failure = ""
+        self._untouched: list[str] = []
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
-        return self._model.load_weights(record_checksums(weights, self._sums))
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Load some weights. A failure ends no push, because the sender would wait: the check after it reports it."""
+        arriving = record_checksums(weights, self._sums)
+        try:
+            self._model.load_weights(arriving)
+        except Exception as error:  # models reject unknown names and shapes each in their own way
+            reason = f"{type(self._model).__name__}.load_weights raises {type(error).__name__}: {error}"
+            self._failure = self._failure or reason
+        for _ in arriving:
+            pass
 
     def checksums(self) -> dict[str, Checksum]:
         return copy_to_host(self._sums)
+
+    def finish(self, *, is_tied: bool) -> None:
+        """Note which parameters got no weight, before vLLM finishes the push and gives them their old values."""
+        self._untouched = sorted(find_untouched(self._model, is_tied=is_tied))
+
+    def describe_unloaded(self) -> str:
+        """Return what the push has not loaded, or an empty text."""
+        if self._failure or not self._untouched:
+            return self._failure
+        more = " ..." if len(self._untouched) > 3 else ""
+        return (
+            f"{len(self._untouched)} of the model's parameters got no weight: {', '.join(self._untouched[:3])}{more}"
+        )
+
+
+def find_untouched(model: Any, *, is_tied: bool) -> list[str]:
+    """Return the parameters of a worker's model that the current push has not reached.
+
+    vLLM buffers what `load_weights` gives to the parameters of a layer and forgets a layer once all of them are there.
+    A head that `is_tied` to the embedding gets no weight of its own.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+    from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS
+
+    untouched = []
+    for prefix, layer in model.named_modules():
+        info = get_layerwise_info(layer)
+        if not info.can_load() or (is_tied and isinstance(layer, ParallelLMHead)):
+            continue
+        reached = {name for name, _ in info.loaded_weights} | SKIP_LOAD_TENSORS  # vLLM does not follow the latter
+        names = [name for name, parameter in layer.named_parameters(recurse=False) if parameter.numel()]
+        untouched += [f"{prefix}.{name}" for name in names if name not in reached]
+    return untouched
+
+
+def _is_tied(model_config: Any) -> bool:
+    return any(
+        getattr(config, "tie_word_embeddings", False)
+        for config in (model_config.hf_config, model_config.hf_text_config)
+    )
 
 
 class CheckedNCCLEngine(NCCLWeightTransferEngine):  # type: ignore[misc]
     """vLLM's NCCL receiver, with a checksum of each tensor that it receives."""
 
     model: Any
-    received: ChecksummingModel | None = None
+    received: ReceivingModel | None = None
 
     def receive_weights(self, update_info: Any) -> None:
         model = self.model
-        self.model = self.received = ChecksummingModel(model)
+        self.model = self.received = ReceivingModel(model)
         try:
             super().receive_weights(update_info)
         finally:
             self.model = model
+
+    def finish_weight_update(self) -> None:
+        if self.received is not None:
+            self.received.finish(is_tied=_is_tied(self.model_config))
+        super().finish_weight_update()
 
 
 # --- the `host` backend: trainer and engine on one machine, without a GPU between them -------------------------------
@@ -79,7 +135,8 @@ class HostWorkerEngine(WeightTransferEngine[HostInit, HostUpdate]):  # type: ign
     """The receiver: it loads what the trainer hands over."""
 
     init_info_cls, update_info_cls = HostInit, HostUpdate
-    received: ChecksummingModel | None = None
+    received: ReceivingModel | None = None
+    _kernels: Sequence[tuple[Any, Any]] = ()
 
     def init_transfer_engine(self, init_info: HostInit) -> None:
         pass
@@ -89,12 +146,19 @@ class HostWorkerEngine(WeightTransferEngine[HostInit, HostUpdate]):  # type: ign
 
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+        from vllm.platforms import current_platform
 
+        # On a CPU, experts are packed only when their kernel is built, which a reload skips if there is one.
+        methods = [getattr(module, "quant_method", None) for module in self.model.modules()]
+        kernels = [(method, getattr(method, "moe_kernel", None)) for method in methods]
+        self._kernels = [pair for pair in kernels if pair[1] is not None] if current_platform.is_cpu() else []
+        for method, _ in self._kernels:
+            method.moe_kernel = None
         initialize_layerwise_reload(self.model)
 
     @torch.no_grad()
     def receive_weights(self, update_info: HostUpdate) -> None:
-        self.received = ChecksummingModel(self.model)
+        self.received = ReceivingModel(self.model)
         if update_info.path is None:
             self.received.load_weights(update_info.tensors)
             return
@@ -106,7 +170,11 @@ class HostWorkerEngine(WeightTransferEngine[HostInit, HostUpdate]):  # type: ign
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
+        if self.received is not None:
+            self.received.finish(is_tied=_is_tied(self.model_config))
         finalize_layerwise_reload(self.model, self.model_config)
+        for method, kernel in self._kernels:
+            method.moe_kernel = method.moe_kernel or kernel  # the old one where no experts were loaded
         # On a CPU, a head that is tied to the embedding keeps a packed copy, which the reload does not refresh.
         for module in self.model.modules():
             if isinstance(module, ParallelLMHead):
@@ -164,6 +232,11 @@ class WorkerExtension:
         """Return the checksums of the last push."""
         received = self.weight_transfer_engine.received  # type: ignore[attr-defined]
         return {} if received is None else received.checksums()
+
+    def unloaded_weights(self) -> str:
+        """Return which of the model's parameters the last push has not loaded, or an empty text."""
+        received = self.weight_transfer_engine.received  # type: ignore[attr-defined]
+        return "" if received is None else str(received.describe_unloaded())
 
 
 if "host" not in WeightTransferEngineFactory._registry:

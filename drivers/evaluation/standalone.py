@@ -1,7 +1,7 @@
 """Evaluate a model on question sets."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from drivers.common.atomic_files import write_json, write_jsonl
 from drivers.common.errors import UsageError
 from drivers.engines.factory import make_engine
 from drivers.engines.options import EngineOptions
+from drivers.engines.protocol import RolloutEngine
 from drivers.evaluation.comparison import Evaluation, Rows, Values, print_results, read_earlier
 from drivers.evaluation.outcomes import category_of, compare, summarize
 from drivers.evaluation.policy import evaluate_policy
@@ -37,8 +39,12 @@ from drivers.tasks.questions import (
     make_questions,
 )
 
+EngineCheck = Callable[[EvaluateConfig, RolloutEngine, nn.Module, Sequence[Sequence[int]]], None]
+"""Raises an error unless the engine samples from the model; it gets some prompts."""
+N_CHECKED_PROMPTS = 4
 
-def evaluate(config: EvaluateConfig) -> Path:
+
+def evaluate(config: EvaluateConfig, check: EngineCheck) -> Path:
     """Evaluate the model, write the files and print the results. Return the folder of the files."""
     sets = load_sets(config)
     check_file(config.reward)
@@ -52,11 +58,11 @@ def evaluate(config: EvaluateConfig) -> Path:
         inputs = [tokenize_questions(config, sets, prompt, model) for model in models]
         folder = create_run_folder("--output-dir", config.output_dir, "evaluate", marker="results.json")
         try:
-            evaluation = sample_and_grade(config, inputs[0], device, grade)
+            evaluation = sample_and_grade(config, inputs[0], device, grade, check)
             write_jsonl(folder / "completions.jsonl", chain(*evaluation.rows.values()))
             compared = earlier
             if len(inputs) > 1:
-                compared = sample_and_grade(config, inputs[1], device, grade)
+                compared = sample_and_grade(config, inputs[1], device, grade, check)
                 write_jsonl(folder / "completions_compared.jsonl", chain(*compared.rows.values()))
         except BaseException:
             abandon_run_folder(folder, "results.json")
@@ -119,8 +125,10 @@ def tokenize_questions(
     return ModelInputs(model_path, tokenizer, questions)
 
 
-def sample_and_grade(config: EvaluateConfig, inputs: ModelInputs, device: torch.device, grade: Grader) -> Evaluation:
-    """Load a model, and sample and grade its responses to each data set."""
+def sample_and_grade(
+    config: EvaluateConfig, inputs: ModelInputs, device: torch.device, grade: Grader, check: EngineCheck
+) -> Evaluation:
+    """Load a model, check its engine, and sample and grade its responses to each data set."""
     dtype = choose_dtype(config.dtype, device)
     policy = load_policy(inputs.model_path, device, dtype)
     options = EngineOptions(
@@ -139,6 +147,8 @@ def sample_and_grade(config: EvaluateConfig, inputs: ModelInputs, device: torch.
     rows: Rows = {}
     try:
         engine.load_weights(0)
+        prompts = [question.prompt_token_ids for questions in inputs.questions.values() for question in questions]
+        check(config, engine, policy, prompts[:N_CHECKED_PROMPTS])
         for name, questions in inputs.questions.items():
             values[name], responses = evaluate_policy(engine, questions, config.sampling, grade, seed=config.seed)
             rows[name] = [

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from drivers.common.errors import UsageError
 from drivers.policy import fsdp
 
 ADAPTER = "default"
@@ -18,20 +19,31 @@ ADAPTER = "default"
 def add_lora(policy: Any, rank: int, alpha: int, *, seed: int, base: str) -> None:
     """Replace each linear layer but the output by `W + alpha / rank * B A`, in place; B starts at zero.
 
-    A depends on `seed` alone, so that it is equal on every rank.
+    A depends on `seed` alone, so that it is equal on every rank. The experts of a mixture are one tensor, not layers,
+    and stay frozen. A UsageError is raised if peft adapts them nevertheless.
     """
     from peft import LoraConfig, inject_adapter_in_model
+    from transformers.pytorch_utils import Conv1D
 
+    output = policy.get_output_embeddings()  # it keeps its fast path
+    linear = [name for name, module in policy.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    kinds = sorted({name.rpartition(".")[2] for name in linear if policy.get_submodule(name) is not output})
     settings = LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules="all-linear",  # but not the output layer, which keeps its fast path
+        target_modules=kinds,  # with peft's "all-linear" the experts and routers of most mixtures too
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
     )
     with torch.random.fork_rng(), warnings.catch_warnings(action="ignore"):
         torch.manual_seed(seed)
         inject_adapter_in_model(settings, policy, ADAPTER)
+    for name, module in policy.named_modules():
+        if hasattr(module, "lora_A") and not isinstance(module.get_base_layer(), (nn.Linear, Conv1D)):
+            raise UsageError(
+                f"--lora-rank {rank}: peft adapts {name} of {type(policy).__name__}, which is no layer, so that its "
+                "update could not be pushed; pass --lora-rank 0"
+            )
     policy.lora_settings = settings  # for `save_adapter`
     policy.eval()
 

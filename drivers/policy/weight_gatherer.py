@@ -48,9 +48,9 @@ class WeightGatherer:
     With one process there are no messages, and iterating yields the weights.
     """
 
-    def __init__(self, policy: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, policy: nn.Module, dtype: torch.dtype, *, as_files: bool = True) -> None:
         self.policy, self.dtype = policy, dtype
-        self._weights = PolicyWeights(policy, dtype)
+        self._weights = PolicyWeights(policy, dtype, as_files=as_files)
         self._current: Iterator[tuple[str, Tensor]] = iter(())
         self._checksums: dict[str, Tensor] = {}
 

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from drivers.common import distributed
 from drivers.common.errors import TrainingAbortedError
 from drivers.policy import fsdp
+from drivers.policy.file_names import WeightGroup, group_weights, to_files
 
 Checksum = tuple[int, int]
 _WORDS_PER_ROW = 256
@@ -23,39 +25,66 @@ class WeightShape(NamedTuple):
     shape: tuple[int, ...]
 
 
+class _Entry(NamedTuple):
+    """A weight of the module."""
+
+    name: str
+    tensor: Tensor
+    dtype: torch.dtype
+    """Type in which it is pushed."""
+    lora_layer: Any = None
+    """Layer whose update is added to it."""
+
+
 class PolicyWeights:
     """(name, tensor) pairs of the policy's current weights. If they are sharded, all ranks iterate together.
 
-    LoRA updates are merged into a copy: weights that are merged in place and unmerged again drift.
+    Names and shapes are those of the model's files, or with `as_files=False` those of the module's parameters. LoRA
+    updates are merged into a copy: weights that are merged in place and unmerged again drift.
     """
 
-    def __init__(self, policy: nn.Module, dtype: torch.dtype) -> None:
-        self._policy, self._dtype = policy, dtype
+    def __init__(self, policy: nn.Module, dtype: torch.dtype, *, as_files: bool = True) -> None:
+        self._policy, self._dtype, self._as_files = policy, dtype, as_files
 
     def metadata(self) -> list[WeightShape]:
         """Return what an iteration yields, without gathering."""
-        return [WeightShape(name, self._dtype, tuple(parameter.shape)) for name, parameter, _ in self._entries()]
+        weights = [item for group in self._groups for item in group.files.items()]
+        return [WeightShape(name, weight.dtype, tuple(weight.shape)) for name, weight in weights]
+
+    @cached_property
+    def _groups(self) -> list[WeightGroup]:
+        shapes = {
+            entry.name: torch.empty(entry.tensor.shape, dtype=entry.dtype, device="meta") for entry in self._entries()
+        }
+        if self._as_files:
+            return group_weights(self._policy, shapes)
+        return [WeightGroup((name,), {name: shape}) for name, shape in shapes.items()]
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) pairs. Ranks other than 0 only help to gather: their tensors are not converted."""
-        for name, parameter, lora_layer in self._entries():
-            weight = fsdp.full_tensor(parameter)
-            update = None if lora_layer is None else _lora_update(lora_layer)
-            yield name, self._as_pushed(name, weight, update) if distributed.is_rank_zero() else weight
+        entries = {entry.name: entry for entry in self._entries()}
+        for group in self._groups:
+            weights = {name: self._gather(entries[name]) for name in group.names}
+            is_converted = self._as_files and distributed.is_rank_zero()
+            yield from (to_files(self._policy, weights) if is_converted else weights).items()
 
-    def _as_pushed(self, name: str, weight: Tensor, update: Tensor | None) -> Tensor:
+    def _gather(self, entry: _Entry) -> Tensor:
+        weight = fsdp.full_tensor(entry.tensor)
+        update = None if entry.lora_layer is None else _lora_update(entry.lora_layer)
+        if not distributed.is_rank_zero():
+            return weight
         if update is None:
-            return weight.to(self._dtype)
+            return weight.to(entry.dtype)
         merged = weight.float() + update
-        return stochastic_round(merged, name) if self._dtype == torch.bfloat16 else merged.to(self._dtype)
+        return stochastic_round(merged, entry.name) if entry.dtype == torch.bfloat16 else merged.to(entry.dtype)
 
     def checksums(self) -> dict[str, Checksum]:
         """Return the checksum of each tensor on rank 0; the other ranks help to gather and return none."""
         return copy_to_host({name: checksum(weight) for name, weight in self if distributed.is_rank_zero()})
 
-    def _entries(self) -> Iterator[tuple[str, nn.Parameter, Any]]:
-        """Yield each weight's name in the model's files, the weight, and the LoRA layer that changes it, if any."""
+    def _entries(self) -> Iterator[_Entry]:
+        """Yield the parameters under their names without LoRA and, for files, the buffers that belong to them."""
         modules = dict(self._policy.named_modules())
         for name, parameter in fsdp.resharded(self._policy).named_parameters():
             module_name, _, last = name.rpartition(".")
@@ -63,9 +92,23 @@ class PolicyWeights:
             if ".lora_" in name:
                 continue
             if child == "base_layer":
-                yield f"{parent_name}.{last}", parameter, modules[parent_name] if last == "weight" else None
+                layer = modules[parent_name] if last == "weight" else None
+                yield _Entry(f"{parent_name}.{last}", parameter, self._dtype, layer)
             else:
-                yield name, parameter, None
+                yield _Entry(name, parameter, self._dtype)
+        if self._as_files:
+            for name, buffer in persistent_buffers(self._policy).items():
+                yield _Entry(name, buffer, torch.float32 if buffer.is_floating_point() else buffer.dtype)
+
+
+def persistent_buffers(policy: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that belong to the model's files, such as the balance of a router's experts."""
+    return {
+        f"{prefix}{'.' if prefix else ''}{name}": buffer
+        for prefix, module in policy.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
 
 
 def _lora_update(layer: Any) -> Tensor:
@@ -140,4 +183,14 @@ def check_arrived(expected: Mapping[str, Checksum], received: Sequence[Mapping[s
                 f"self-check: of the {len(expected)} tensors of push {version}, {len(wrong)} differ between the "
                 f"policy and worker {worker} of the engine: {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}. "
                 "A push was skipped, incomplete or of other weights"
+            )
+
+
+def check_loaded(unloaded: Sequence[str], version: int) -> None:
+    """Raise TrainingAbortedError if a worker reports that a push did not reach all of its model's parameters."""
+    for worker, problem in enumerate(unloaded):
+        if problem:
+            raise TrainingAbortedError(
+                f"self-check: push {version} did not load into worker {worker} of the engine: {problem}. vLLM expects "
+                "other weights than transformers writes for this architecture; pass --engine hf"
             )

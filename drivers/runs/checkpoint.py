@@ -33,7 +33,7 @@ from drivers.common.atomic_files import (
 from drivers.common.errors import UsageError, first_line
 from drivers.policy import fsdp
 from drivers.policy.lora import adapter_weights, save_adapter
-from drivers.policy.weights import PolicyWeights
+from drivers.policy.weights import PolicyWeights, persistent_buffers
 
 STATE_VALUES, STATE_TENSORS, MANIFEST = "trainer_state.json", "trainer_state", "manifest.json"
 
@@ -107,11 +107,10 @@ def _whole_weights(policy: nn.Module) -> dict[str, Tensor]:
     """Return the weights in Hugging Face names; gathered or merged ones are copied to the host memory of rank 0."""
     weights = {}
     uncopied = {parameter.data_ptr() for parameter in policy.parameters()} if distributed.size() == 1 else set()
-    for name, weight in PolicyWeights(policy, fsdp.computing_dtype(policy)):
+    for name, weight in PolicyWeights(policy, fsdp.computing_dtype(policy), as_files=False):  # the saver renames them
         if distributed.is_rank_zero():
             weights[name] = weight if weight.data_ptr() in uncopied else weight.cpu()
-    persistent = policy.state_dict()
-    return weights | {name: buffer for name, buffer in policy.named_buffers() if name in persistent}
+    return weights | persistent_buffers(policy)
 
 
 def read_dtype(checkpoint: Path) -> str | None:

@@ -12,6 +12,7 @@ from drivers.engines.protocol import RolloutEngine
 from drivers.engines.rank_zero import run_with_engine
 from drivers.policy import fsdp
 from drivers.policy.weights import PolicyWeights, check_arrived
+from drivers.settings.evaluate import EvaluateConfig
 from drivers.settings.grpo import GrpoConfig
 from drivers.settings.sampling import Sampling
 from drivers.training.batch import make_rollout_batch
@@ -43,6 +44,28 @@ def self_check_sampling(config: GrpoConfig) -> Sampling:
     """
     max_tokens = min(config.sampling_max_tokens, config.sampling_min_tokens + 64)
     return replace(config.sampling, n=min(8, config.group_size), max_tokens=max_tokens, top_p=1.0)
+
+
+def check_evaluation_engine(
+    config: EvaluateConfig, engine: RolloutEngine, policy: nn.Module, prompts: Sequence[Sequence[int]]
+) -> None:
+    """Check the engine of an evaluation on a short response to each prompt, and print how well both agree.
+
+    It samples at temperature 1 if the evaluation is greedy: the log-probs of a greedy sampler say nothing.
+    """
+    sampling = replace(
+        config.sampling,
+        n=1,
+        temperature=config.sampling_temperature or 1.0,
+        top_p=1.0,
+        min_tokens=0,
+        max_tokens=min(64, config.sampling_max_tokens),
+    )
+    tolerance = config.self_check_tolerance
+    if tolerance is None:
+        tolerance = DEFAULT_TOLERANCE[fsdp.computing_dtype(policy)]
+    agreement = check_engine(engine, policy, prompts, sampling, version=0, tolerance=tolerance, seed=config.seed)
+    print(f"self-check: {agreement}; {tolerance:g} mean allowed")
 
 
 @torch.no_grad()

@@ -54,6 +54,7 @@ from drivers.training.components import Components
 from drivers.training.disk import check_disk
 from drivers.training.memory import MemoryPlan, configure_memory
 from drivers.training.run import Run
+from drivers.training.shortcuts import describe_shortcuts
 from drivers.training.state import fingerprint, validate_resume
 
 
@@ -179,7 +180,8 @@ def load_models(
         urls=config.rollout_url,
     )
     load_copy = partial(load_policy, model_path, policy_device, dtype, longest_row, config.attention)
-    engine = make_engine_for_rank(config, options, WeightGatherer(policy, dtype), tokenizer, load_copy, display.say)
+    weights = WeightGatherer(policy, dtype, as_files=config.engine == "vllm")
+    engine = make_engine_for_rank(config, options, weights, tokenizer, load_copy, display.say)
     for line in describe_setup(config, policy, dtype, devices, plan):
         display.say(line)
     return policy, reference, engine
@@ -250,6 +252,7 @@ def describe_setup(
         f"policy on {ranks}{policy_device}, {config.engine} on {', '.join(config.rollout_url) or rollout_device}",
         f"memory: {plan}",
     ]
+    lines += describe_shortcuts(policy)
     if plan.share is not None and plan.share < config.gpu_memory_utilization:
         lines.append(
             f"warning: --gpu-memory-utilization {config.gpu_memory_utilization:g}: vLLM gets {plan.share:.2f} of "

@@ -1,4 +1,4 @@
-"""Faster forward passes. Each is used only if a trial shows that it gives the model's own logits."""
+"""Faster forward passes, for models that keep their own logits: those that are known to, or that pass a trial."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,26 +11,53 @@ from drivers.common import distributed
 from drivers.policy import fsdp
 from grpo_core import mask_group_rows, pack_group_rows
 
+ARCHITECTURES_THAT_SHARE = frozenset({
+    "apertus", "arcee", "cohere", "deepseek_v3", "ernie4_5", "gemma", "glm", "glm4", "glm4_moe", "gpt2", "gpt_neox",
+    "gptj", "granite", "helium", "hunyuan_v1_dense", "llama", "mistral", "mixtral", "nemotron", "olmo", "olmo2",
+    "olmoe", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm",
+    "starcoder2",
+})  # fmt: skip
+"""`model_type` of the architectures for which tests/drivers/test_architectures.py compares shared rows with one long
+forward pass per response. A trial at the start of a run could not see what acts only at some distance."""
+WINDOWS = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size")
+"""Names that configurations have for the longest distance of attention."""
+ROTARY_TYPES = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings that depend on the position alone. Others also depend on the length of the row."""
+LARGE_LOGIT = 50.0
+"""Largest logit in the trial of the head. A trained model has some of this size, a random one does not."""
+
 _SHARING: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def shares_rows(policy: nn.Module) -> bool:
-    """Return whether responses can share a prompt in one row: in a trial, each is scored as if it were alone.
-
-    It is not possible with flash attention, which accepts no mask, or if the model has a recurrent state or a sliding
-    window.
-    """
+    """Return whether responses can share a prompt in one row, each scored as if it were alone."""
     if packs_rows(policy):
         return False
     if policy not in _SHARING:
-        _SHARING[policy] = shortcut_matches_model(_sharing_error, policy)
+        _SHARING[policy] = not sharing_obstacle(policy) and trial_holds(_sharing_holds, policy)
     return _SHARING[policy]
 
 
-def _sharing_error(policy: Any) -> Tensor:
-    config = policy.config.get_text_config()
-    if getattr(config, "sliding_window", None) is not None or not getattr(config, "num_attention_heads", None):
-        raise NotImplementedError("a custom mask replaces the sliding window, or there is no attention")
+def sharing_obstacle(policy: Any) -> str:
+    """Return what keeps responses from sharing a row, or an empty text. A shared row needs a mask of its own.
+
+    The mask replaces a sliding window or a chunk, and hides nothing from a recurrent state. ALiBi counts columns, not
+    positions.
+    """
+    config, attention = policy.config, policy.config._attn_implementation
+    if attention not in ("eager", "sdpa"):
+        return f"{attention} attention takes no mask"
+    if config.model_type not in ARCHITECTURES_THAT_SHARE:
+        return f"the architecture {config.model_type} is not among those that were verified"
+    windows = [name for name in WINDOWS if getattr(config, name, None)]  # None or 0: no window
+    if windows:
+        return f"its attention is limited by the {windows[0]} of {getattr(config, windows[0])} in its configuration"
+    rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    return "" if rotary in ROTARY_TYPES else f"its rotary embedding ({rotary}) depends on the length of a row"
+
+
+def _sharing_holds(policy: Any) -> bool:
+    """Return whether this model takes the mask: in a short row, each response has the logits that it has alone."""
     size = policy.get_input_embeddings().num_embeddings
     prompt, responses = [1 % size, 2 % size, 3 % size], [[4 % size, 5 % size], [3 % size, 1 % size, 2 % size]]
     device = policy.get_input_embeddings().weight.device
@@ -39,7 +66,7 @@ def _sharing_error(policy: Any) -> Tensor:
         packed = pack_group_rows([prompt] * len(rows), rows)
         inputs = model_inputs(policy, packed, shared=len(rows) == 1, device=device)
         logits.append(policy(**inputs).logits.flatten(0, 1)[packed["sources"].to(device)].float())
-    return _relative_error(*logits)
+    return _are_equal(*logits, rounding=8 * torch.finfo(fsdp.computing_dtype(policy)).eps)
 
 
 class Head(NamedTuple):
@@ -56,7 +83,7 @@ _HEADS: WeakKeyDictionary[nn.Module, Head | None] = WeakKeyDictionary()
 def find_head(policy: nn.Module) -> Head | None:
     """Return the body and the output layer if they give the model's own logits; None if the model does more."""
     if policy not in _HEADS:
-        _HEADS[policy] = _split(policy) if shortcut_matches_model(_head_error, policy) else None
+        _HEADS[policy] = _split(policy) if trial_holds(_head_holds, policy) else None
     return _HEADS[policy]
 
 
@@ -67,34 +94,72 @@ def _split(policy: Any) -> Head:
     return Head(body, output, getattr(policy.config, "final_logit_softcapping", None))
 
 
-def _head_error(policy: Any) -> Tensor:
+def _head_holds(policy: Any) -> bool:
+    """Return whether body, output layer and soft cap are all that the model does.
+
+    In one forward pass of the model, its output layer must get exactly what the body returns. It returns float32
+    logits of the size of a trained model's, in which the end of the pass would show any other scale or cap.
+    """
     head = _split(policy)
-    weight, bias = head.output.weight, head.output.bias
-    ids = torch.arange(1, 6, device=weight.device)[None] % len(weight)
-    expected = policy(input_ids=ids, use_cache=False).logits.float()
-    found = nn.functional.linear(head.body(input_ids=ids, use_cache=False).last_hidden_state, weight, bias)
+    ids = torch.arange(1, 6, device=head.output.weight.device)[None] % len(head.output.weight)
+    seen: dict[str, Tensor] = {}
+
+    def keep_states(_: nn.Module, inputs: Any, output: Any) -> None:
+        seen["body"] = output.last_hidden_state
+
+    def enlarge(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        seen["input"], seen["product"] = inputs[0], output
+        seen["large"] = output.float() * (LARGE_LOGIT / output.float().abs().max())
+        return seen["large"]
+
+    hooks = [head.body.register_forward_hook(keep_states), head.output.register_forward_hook(enlarge)]
+    try:
+        logits = policy(input_ids=ids, use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    states, large = head.body(input_ids=ids, use_cache=False).last_hidden_state, seen["large"]
     if head.softcap is not None:
-        found = torch.tanh(found / head.softcap) * head.softcap
-    return _relative_error(found.float(), expected)
+        large = torch.tanh(large / head.softcap) * head.softcap
+    product = nn.functional.linear(seen["input"], head.output.weight, head.output.bias)
+    rounding = 8 * torch.finfo(product.dtype).eps
+    return (
+        torch.equal(seen["input"], seen.get("body", states))  # OPT calls a part of its body, so no hook sees it
+        and _are_equal(states, seen["input"], rounding=rounding)
+        and _are_equal(product, seen["product"], rounding=rounding)
+        and _are_equal(large, logits, rounding=8 * torch.finfo(torch.float32).eps)
+    )
 
 
-def _relative_error(found: Tensor, expected: Tensor) -> Tensor:
-    return (found - expected).abs().max() / expected.abs().max()
+def _are_equal(found: Tensor, expected: Tensor, *, rounding: float) -> bool:
+    """Return whether two tensors differ by at most `rounding`, relative to the largest entry."""
+    found, expected = found.float(), expected.float()
+    return found.shape == expected.shape and bool((found - expected).abs().max() <= rounding * expected.abs().max())
 
 
 @torch.no_grad()
-def shortcut_matches_model(error_of: Callable[[nn.Module], Tensor], policy: nn.Module) -> bool:
-    """Return whether a shortcut gives the model's own values up to rounding; False if its trial fails.
+def trial_holds(trial: Callable[[nn.Module], bool], policy: nn.Module) -> bool:
+    """Return the result of a trial on all ranks; False if it fails.
 
     A model may lack a body, an output layer or a kind of mask, and fail with any exception. The plain forward pass
     works for every model, and reports any other problem with it.
     """
-    rounding = 8 * torch.finfo(fsdp.computing_dtype(policy)).eps
     try:
-        holds = bool(fsdp.with_unsharded_params(policy, lambda: error_of(policy)) <= rounding)
+        holds = fsdp.with_unsharded_params(policy, lambda: trial(policy))
     except Exception:  # the docstring says why
         holds = False
     return all(distributed.gather(holds))  # a rank whose trial fails gathers too, because the others wait for it
+
+
+def describe_shortcuts(policy: nn.Module) -> list[str]:
+    """Return a line for each shortcut that this model does not take: its training is slower."""
+    lines = []
+    if not packs_rows(policy) and not shares_rows(policy):
+        reason = sharing_obstacle(policy) or "a trial with a mask gives other logits"
+        lines.append(f"note: each response gets a row of its own, because {reason}")
+    if find_head(policy) is None:
+        lines.append("note: all logits are computed, because the model does more than multiply by its output layer")
+    return lines
 
 
 def model_inputs(policy: Any, packed: dict[str, Tensor], *, shared: bool, device: torch.device) -> dict[str, Any]:

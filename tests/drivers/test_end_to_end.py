@@ -7,6 +7,7 @@ import pytest
 
 from drivers.train import train
 from drivers.training.components import Components
+from tests.drivers.helpers.architectures import make_architecture
 from tests.drivers.helpers.engines import start_vllm
 from tests.drivers.helpers.letters import letter_grader, make_run, make_tiny_config, make_tiny_parts
 from tests.drivers.helpers.processes import call_program, run_program
@@ -37,8 +38,12 @@ def test_train_tiny_policy_with_vllm_learns(tmp_path):
 @pytest.mark.vllm
 @pytest.mark.filterwarnings("ignore")
 def test_train_uses_vllm_log_probs_and_greedy_samples(tmp_path):
-    """vLLM's log-probs serve as old policy and in importance weights, its greedy samples as a baseline."""
+    """vLLM's log-probs serve as old policy and in importance weights, its greedy samples as a baseline.
+
+    vLLM has no SmolLM3 of its own: it takes the class of transformers, which the policy is of too.
+    """
     parts = make_tiny_parts()
+    parts.policy = make_architecture("SmolLM3")
     engine = start_vllm(tmp_path / "tiny", parts.policy)
     short = {"engine": "vllm", "n_grpo_steps": 3, "learning_rate": 1e-3, "loss_type": "grpo_clip"}
     steps = {}
@@ -56,6 +61,8 @@ def test_train_uses_vllm_log_probs_and_greedy_samples(tmp_path):
                 run.finish()
             rows = read_rows(tmp_path / name)
             steps[name] = [row for row in rows if row["phase"] == "train"]
+        served = engine._llm.apply_model(lambda model: type(model).__name__)
+        assert served == ["TransformersForCausalLM"]
     finally:
         engine.close()
     assert all(row["mean_ratio"] == pytest.approx(1.0, abs=1e-4) for row in steps["bypass"] if "mean_ratio" in row)

@@ -10,9 +10,10 @@ import torch
 from drivers.common.errors import EngineDiedError, TrainingAbortedError, UsageError
 from drivers.engines.hf import HFEngine
 from drivers.policy.weight_gatherer import WeightGatherer
-from drivers.policy.weights import checksums
+from drivers.policy.weights import PolicyWeights, checksums
 from drivers.settings.sampling import Sampling
 from drivers.training.self_check import check_engine
+from tests.drivers.helpers.architectures import make_architecture
 from tests.drivers.helpers.engines import (
     PROMPTS,
     FaultyWeights,
@@ -49,11 +50,12 @@ VLLM = [pytest.param(kind, marks=pytest.mark.vllm) for kind in ("vllm", "vllm in
 
 @pytest.fixture(scope="module", params=["hf", *VLLM])
 def subject(request, tmp_path_factory):
-    policy = make_tiny_policy(3)
+    has_own_process = request.param == "vllm in its own process"
+    policy = make_architecture("Qwen3Moe") if has_own_process else make_tiny_policy(3)  # experts are pushed one by one
     if request.param == "hf":
         engine = HFEngine(policy, make_tiny_tokenizer())
     else:
-        engine = start_vllm(tmp_path_factory.mktemp("tiny"), policy, own_process=request.param != "vllm")
+        engine = start_vllm(tmp_path_factory.mktemp("tiny"), policy, own_process=has_own_process)
     subject = Subject(request.param, policy, engine)
     subject.push()
     yield subject
@@ -143,6 +145,11 @@ def test_generate_after_push_uses_new_weights(subject):
         for c in sampled:
             assert c.log_probs == pytest.approx(compute_log_probs(subject.policy, c), abs=TOLERANCE)
     assert outputs[0] != outputs[1] != outputs[2]
+
+
+def copy_weights(policy):
+    """Return copies of the weights that are pushed."""
+    return [(name, weight.clone()) for name, weight in PolicyWeights(policy, torch.float32)]
 
 
 def run_self_check(subject, version=None, sampling=None):
@@ -280,9 +287,9 @@ def test_faulty_push_fails_by_checksum_and_by_log_probs(subject, fault, seen, mo
 
     if subject.kind == "hf":
         pytest.skip("this engine shares the policy's weights: no push can go wrong")
-    stale = [(name, p.detach().clone()) for name, p in subject.policy.named_parameters()]
+    stale = copy_weights(subject.policy)
     subject.perturb(20)
-    fresh = [(name, p.detach().clone()) for name, p in subject.policy.named_parameters()]
+    fresh = copy_weights(subject.policy)
     sent = {
         "nothing": [],
         "stale": stale,
@@ -296,7 +303,8 @@ def test_faulty_push_fails_by_checksum_and_by_log_probs(subject, fault, seen, mo
             with pytest.raises(TrainingAbortedError, match=message):
                 subject.push()
         else:
-            patch.setattr(vllm, "check_arrived", lambda *_: None)
+            for check in ("check_arrived", "check_loaded"):
+                patch.setattr(vllm, check, lambda *_: None)
             subject.push()
             if seen == "log-probs":
                 patch.setattr(subject.engine, "received", list)
@@ -304,7 +312,76 @@ def test_faulty_push_fails_by_checksum_and_by_log_probs(subject, fault, seen, mo
                 run_self_check(subject)
     subject.push()
     assert run_self_check(subject).largest < TOLERANCE
-    assert run_self_check(subject).n_weights == len(list(subject.policy.parameters()))
+    assert run_self_check(subject).n_weights == len(fresh)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("fault", ["lacking", "half", "foreign", "misshapen"])
+def test_push_that_vllm_does_not_load_fails(subject, fault, monkeypatch):
+    """All tensors arrive, but vLLM has no use for some of them. It says so only where it raises an error."""
+    from drivers.engines import vllm
+
+    if subject.kind == "hf":
+        pytest.skip("this engine shares the policy's weights: no push can go wrong")
+    weights = copy_weights(subject.policy)
+    name, tensor = next((name, tensor) for name, tensor in weights if "o_proj" in name)
+    sent, message = {
+        "lacking": (
+            [pair for pair in weights if ".o_proj" not in pair[0]],
+            "2 of the model's parameters got no weight: .*o_proj",
+        ),
+        "half": (
+            [pair for pair in weights if ".mlp." not in pair[0]],
+            "[46] of the model's parameters got no weight: .*layers.0.mlp",
+        ),
+        "foreign": (
+            [*weights, ("model.layers.7.mlp.down_proj.weight", tensor.clone())],
+            "load_weights raises ValueError",
+        ),
+        "misshapen": ([(key, w[:3] if key == name else w) for key, w in weights], "load_weights raises"),
+    }[fault]
+    with monkeypatch.context() as patch:
+        transfer = subject.engine._sender.transfer
+        patch.setattr(transfer, "source", FaultyWeights(transfer.source, sent))
+        patch.setattr(vllm, "check_arrived", lambda *_: None)
+        with pytest.raises(TrainingAbortedError, match=f"did not load into worker 0.*{message}.*pass --engine hf"):
+            subject.push()
+    subject.push()
+    assert run_self_check(subject).largest < TOLERANCE
+
+
+@pytest.mark.vllm
+@pytest.mark.nightly
+@pytest.mark.parametrize("own_process", [False, True], ids=["one process", "own process"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Mixtral",
+        "Olmoe",
+        "Qwen2Moe",
+        "Gemma2",
+        "Gemma3Text",
+        "Phi3",
+        "GPT2",
+        "OPT",
+        "Cohere",
+        "Glm4",
+        "Olmo2",
+        "GPTNeoX",
+    ],
+)
+def test_push_of_an_architecture_reaches_all_parameters(name, own_process, tmp_path):
+    """Fused layers, experts, biases, tied and scaled heads, and models that vLLM takes from transformers."""
+    policy = make_architecture(name, sharper=2.0)
+    subject = Subject("vllm", policy, start_vllm(tmp_path, policy, own_process=own_process))
+    try:
+        for seed in range(2):
+            subject.push()
+            assert run_self_check(subject).mean < TOLERANCE
+            subject.perturb(seed)
+    finally:
+        subject.engine.close()
+        gc.collect()
 
 
 @pytest.mark.vllm
@@ -333,6 +410,94 @@ def test_generate_other_weight_version_fails(subject):
     finally:
         subject.push()
     assert [version_of(spans) for spans in (["7"], ["7", "7"], ["6", "7"], [])] == [7, 7, None, None]
+
+
+class Loading(torch.nn.Module):
+    """A model of vLLM in small: two layers and a head, and the loader of files that vLLM's models have."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = (torch.nn.Linear(2, 2) for _ in range(3))
+
+    def load_weights(self, weights):
+        own = dict(self.named_parameters())
+        for name, weight in weights:
+            own[name].weight_loader(own[name], weight)
+
+
+@pytest.fixture
+def loading(monkeypatch):
+    """Return the small model at the beginning of a push."""
+    from vllm.model_executor.layers import vocab_parallel_embedding
+    from vllm.model_executor.model_loader.reload import initialize_layerwise_reload, record_metadata_for_reloading
+
+    model = Loading()
+    model.head.__class__ = type("Head", (torch.nn.Linear,), {})
+    monkeypatch.setattr(vocab_parallel_embedding, "ParallelLMHead", type(model.head))
+    record_metadata_for_reloading(model)
+    initialize_layerwise_reload(model)
+    return model
+
+
+def test_receiving_model_names_parameters_without_a_weight(loading):
+    """A layer of which all is loaded, one of which a half is, and a head that may be tied."""
+    from drivers.engines.vllm_transfer import ReceivingModel
+
+    weights = {name: torch.ones(shape) for name, shape in (("first.weight", (2, 2)), ("first.bias", (2,)))}
+    received = ReceivingModel(loading)
+    received.load_weights(weights.items())
+    received.load_weights([("second.weight", torch.ones(2, 2))])
+    received.finish(is_tied=True)
+    assert received.describe_unloaded() == "1 of the model's parameters got no weight: second.bias"
+    received.finish(is_tied=False)
+    assert (
+        received.describe_unloaded()
+        == "3 of the model's parameters got no weight: head.bias, head.weight, second.bias"
+    )
+    received.load_weights([("second.bias", torch.ones(2))])
+    received.finish(is_tied=True)
+    assert received.describe_unloaded() == ""
+    assert len(received.checksums()) == 4
+
+
+def test_receiving_model_error_is_reported_after_all_arrived(loading):
+    """The sender of NCCL would wait for a receiver that raises an error."""
+    from drivers.engines.vllm_transfer import ReceivingModel
+
+    received, asked = ReceivingModel(loading), []
+
+    def send():
+        for name in ("first.weight", "nobody.weight", "second.weight"):
+            asked.append(name)
+            yield name, torch.ones(2, 2)
+
+    received.load_weights(send())
+    received.load_weights([("head.weight", torch.ones(2, 2)), ("another.weight", torch.ones(2, 2))])
+    received.finish(is_tied=True)
+    assert asked == ["first.weight", "nobody.weight", "second.weight"]
+    assert list(received.checksums()) == [*asked, "head.weight", "another.weight"]
+    assert received.describe_unloaded() == "Loading.load_weights raises KeyError: 'nobody.weight'"
+
+
+def test_nccl_engine_reports_unloaded_weights(loading, monkeypatch):
+    """Before vLLM ends the push, and through the method that the trainer calls."""
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+
+    from drivers.engines.vllm_transfer import CheckedNCCLEngine, ReceivingModel, WorkerExtension
+
+    engine, config = object.__new__(CheckedNCCLEngine), SimpleNamespace(tie_word_embeddings=False)
+    engine.received = ReceivingModel(loading)
+    engine.model_config = SimpleNamespace(hf_config=config, hf_text_config=config)
+    worker = WorkerExtension()
+    worker.weight_transfer_engine = engine
+    seen = []
+    monkeypatch.setattr(
+        NCCLWeightTransferEngine, "finish_weight_update", lambda _: seen.append(worker.unloaded_weights())
+    )
+    engine.finish_weight_update()
+    assert seen == ["6 of the model's parameters got no weight: first.bias, first.weight, head.bias ..."]
+    engine.received = None
+    assert worker.unloaded_weights() == ""
 
 
 class RecordingModel:

@@ -15,7 +15,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drivers.common.errors import UsageError
+from drivers.common.errors import TrainingAbortedError, UsageError
+from drivers.engines.hf import HFEngine
 from drivers.evaluate import main
 from drivers.evaluation import standalone
 from drivers.evaluation.comparison import Evaluation, read_earlier
@@ -24,9 +25,10 @@ from drivers.evaluation.standalone import load_sets
 from drivers.grading.verdicts import make_inline_grader
 from drivers.settings.evaluate import EvaluateConfig
 from drivers.tasks.questions import Example, Question
+from drivers.training.self_check import check_evaluation_engine
 from grpo_core import r1_zero_reward_fn
 from tests.drivers.helpers.letters import make_completion
-from tests.tiny import make_tiny_policy, save_tiny
+from tests.tiny import make_tiny_policy, make_tiny_tokenizer, save_tiny
 
 RIGHT, WRONG, FORMLESS = "4 </think> <answer> 4 </answer>", "5 </think> <answer> 5 </answer>", "4"
 SCORES = {RIGHT: (1.0, 1.0), WRONG: (1.0, 0.0), FORMLESS: (0.0, 0.0)}
@@ -399,14 +401,40 @@ def test_sample_and_grade_numbers_questions_and_asks_every_set(monkeypatch):
     grade = make_inline_grader(lambda response, ground_truth: float(response == ground_truth))
     config = EvaluateConfig(n_samples=2, seed=7, dtype="float32")
     inputs = standalone.ModelInputs("model", None, sets)
-    found = standalone.sample_and_grade(config, inputs, torch.device("cpu"), grade)
-    assert engine.calls == [0, ([(1, 1), (2, 2)], 7), ([(3, 3)], 7), "closed"]
+
+    def check(config, engine, policy, prompts):
+        engine.calls.append(("checked", prompts))
+
+    found = standalone.sample_and_grade(config, inputs, torch.device("cpu"), grade, check)
+    checked = ("checked", [(1, 1), (2, 2), (3, 3)])
+    assert engine.calls == [0, checked, ([(1, 1), (2, 2)], 7), ([(3, 3)], 7), "closed"]
     numbered = [(row["dataset"], row["question_number"], row["reward"]) for row in chain(*found.rows.values())]
     assert numbered == [
         *(("sums", k // 2, float(k == 1)) for k in range(4)),
         *(("products", 0, r) for r in (0.0, 1.0)),
     ]
     assert {name: values["accuracy"] for name, values in found.values.items()} == {"sums": 0.25, "products": 0.5}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"sampling_temperature": 0.0}, {"sampling_top_p": 0.1}, {"sampling_min_tokens": 8}, {"n_samples": 3}],
+    ids=["default", "greedy", "top-p", "minimum", "samples"],
+)
+def test_check_evaluation_engine_compares_any_sampling(settings, capsys):
+    """The check has a sampling of its own, in which the log-probs of a right engine are the model's."""
+    config = EvaluateConfig(sampling_max_tokens=8, dtype="float32", **settings)
+    policy, other = make_tiny_policy(1), make_tiny_policy(2)
+    for engine_policy, is_right in ((policy, True), (other, False)):
+        engine = HFEngine(engine_policy, make_tiny_tokenizer())
+        engine.load_weights(0)
+        if is_right:
+            check_evaluation_engine(config, engine, policy, [(5, 6), (7, 8, 9)])
+            assert "self-check: mean |difference|" in capsys.readouterr().out
+            continue
+        with pytest.raises(TrainingAbortedError, match="disagree on the log-probs"):
+            check_evaluation_engine(config, engine, policy, [(5, 6), (7, 8, 9)])
+        check_evaluation_engine(replace(config, self_check_tolerance=100.0), engine, policy, [(5, 6), (7, 8, 9)])
 
 
 def test_evaluate_compares_the_model_with_the_other(tmp_path, monkeypatch):
@@ -428,7 +456,7 @@ def test_evaluate_compares_the_model_with_the_other(tmp_path, monkeypatch):
         ),
     )
     config = EvaluateConfig(model_path="ours", compare_to="theirs", output_dir=str(tmp_path / "out"), device="cpu")
-    folder = standalone.evaluate(config)
+    folder = standalone.evaluate(config, lambda *_: None)
     written = json.loads((folder / "results.json").read_text())
     assert written["comparison"]["sums"]["difference"] == pytest.approx(1 / 3)
     assert (written["results"]["sums"]["accuracy"], written["compared"]["sums"]["accuracy"]) == pytest.approx(

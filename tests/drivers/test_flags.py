@@ -26,6 +26,7 @@ from drivers.train import train
 from drivers.training import setup
 from drivers.training.components import Components
 from drivers.training.run import Run
+from drivers.training.self_check import check_evaluation_engine
 from tests.drivers.helpers.letters import make_completion, make_letter_questions
 from tests.drivers.helpers.runs import (
     LETTER_RESPONSES,
@@ -253,6 +254,12 @@ def probes(shared, tmp_path, monkeypatch):
         """Return the first word of the name of a run's folder."""
         return setup_probe({"save_dir": None} | settings)["run"]
 
+    def check(config, engine, policy, prompts):
+        """Run the self-check of evaluate.py; its requests would hide that a setting does not reach the others."""
+        n_calls = len(engine.calls)
+        check_evaluation_engine(config, engine, policy, prompts)
+        del engine.calls[n_calls:]
+
     def evaluate_probe(settings):
         """Return what evaluate.py starts, asks, prints and writes."""
         folder, seen = new_folder(), {}
@@ -272,8 +279,8 @@ def probes(shared, tmp_path, monkeypatch):
                 lambda path, *others: seen.setdefault("loaded", []).append(path) or loaded(path, *others),
             )
             try:
-                result = standalone.evaluate(EvaluateConfig(**EVALUATE | settings))
-            except UsageError as error:
+                result = standalone.evaluate(EvaluateConfig(**EVALUATE | settings), check)
+            except (UsageError, TrainingAbortedError) as error:
                 return seen | {"error": str(error)}
             written = json.loads((result / "results.json").read_text())
             seen["completions"] = (result / "completions.jsonl").read_text()
@@ -355,6 +362,7 @@ EVALUATE = {
     "sampling_max_tokens": 6,
     "output_dir": "out",
     "dtype": "float32",
+    "self_check_tolerance": 1e9,
 }
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -509,6 +517,7 @@ EVALUATE_ROWS = {
     "output_dir": Row("evaluate", "elsewhere"),
     "compare_to": Row("evaluate", "other-model"),
     "n_shown": Row("evaluate", 0),
+    "self_check_tolerance": Row("evaluate", 1e-9),
 }
 
 

@@ -368,7 +368,7 @@ def test_find_head_failure_on_one_rank_is_shared(monkeypatch):
     def fail(_):
         raise NotImplementedError("no output layer here")
 
-    monkeypatch.setattr(shortcuts, "_head_error", fail)
+    monkeypatch.setattr(shortcuts, "_head_holds", fail)
     assert find_head(make_tiny_parts().policy) is None
     assert shared == [True, False]
 

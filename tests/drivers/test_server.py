@@ -330,6 +330,14 @@ def test_server_engine_prefix_cache_not_reset_fails(stub, monkeypatch):
     engine.close()
 
 
+def test_server_engine_push_that_is_not_loaded_fails(stub):
+    engine = connect_to_stubs(stub)
+    engine.load_weights(0)
+    stub.unloaded = "2 parameters got no weight: model.norm.weight, lm_head.weight"
+    with pytest.raises(TrainingAbortedError, match=r"push 1 did not load into worker 0.*2 parameters got no weight"):
+        engine.load_weights(1)
+
+
 def test_server_engine_close_does_not_wait(stub, monkeypatch):
     from drivers.engines import vllm_server
 
@@ -539,7 +547,7 @@ def test_push_from_gpu_sets_device_and_synchronizes(monkeypatch):
     sender.transfer, sender._weights = Anything(), SimpleNamespace(device=device, take_checksums=dict)
     for engine in (ours, theirs):
         engine._sender = sender
-        engine._received = lambda: [{}]
+        engine._received, engine._unloaded = lambda: [{}], list
         engine._load_weights(0)
         assert done == [("device", device), ("wait", device), "send", ("device", device), ("wait", device)]
         done.clear()

@@ -1,23 +1,38 @@
 """The weights that are pushed to an engine, and the checksums that verify a push."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from drivers.common import distributed
+from drivers.common.errors import TrainingAbortedError, UsageError
+from drivers.engines.factory import make_engine
+from drivers.engines.hf import HFReplica
 from drivers.policy import fsdp
 from drivers.policy.lora import adapter_weights, add_lora
 from drivers.policy.weight_gatherer import WeightGatherer
-from drivers.policy.weights import PolicyWeights, checksum, checksums, find_differing, stochastic_round
+from drivers.policy.weights import (
+    PolicyWeights,
+    check_loaded,
+    checksum,
+    checksums,
+    find_differing,
+    stochastic_round,
+)
 from drivers.training.advantages import prepare_rollouts
 from drivers.training.components import Components
 from drivers.training.scoring import score_all
+from tests.drivers.helpers.architectures import make_architecture
+from tests.drivers.helpers.engines import make_options
 from tests.drivers.helpers.letters import make_tiny_config, make_tiny_parts, sample_rollouts
-from tests.tiny import make_tiny_policy
+from tests.tiny import make_tiny_policy, make_tiny_tokenizer
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
 
@@ -85,6 +100,14 @@ def test_check_arrived_names_differing_tensors():
     assert find_differing(ours, missing) == find_differing(missing, ours) == [name]
 
 
+def test_check_loaded_names_the_worker_and_the_flag_that_works():
+    check_loaded(["", ""], 3)
+    with pytest.raises(
+        TrainingAbortedError, match=r"push 3 did not load into worker 1 of the engine: 2 par.*--engine hf"
+    ):
+        check_loaded(["", "2 parameters got no weight: a, b"], 3)
+
+
 def test_policy_weights_have_engine_dtype_and_model_names():
     policy = make_tiny_policy(0)
     weights = PolicyWeights(policy, torch.bfloat16)
@@ -94,6 +117,87 @@ def test_policy_weights_have_engine_dtype_and_model_names():
         assert all(torch.equal(found[name], p.bfloat16()) for name, p in policy.named_parameters())
     assert [(m.name, m.shape) for m in weights.metadata()] == [(n, tuple(t.shape)) for n, t in found.items()]
     assert {m.dtype for m in weights.metadata()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["Qwen3Moe", "Mixtral", "Glm4Moe", "GptOss", "Phi3", "GPT2"])
+@pytest.mark.parametrize("is_loaded", [True, False], ids=["loaded", "from_config"])
+def test_policy_weights_are_those_that_the_saver_writes(name, is_loaded, tmp_path):
+    """transformers holds the experts of a layer in one tensor. Files, and so engines, have one for each of them."""
+    policy = make_architecture(name)
+    policy.save_pretrained(tmp_path)
+    if is_loaded:
+        policy = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    expected, weights = load_file(tmp_path / "model.safetensors"), PolicyWeights(policy, torch.float32)
+    found = dict(weights)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    assert [(m.name, m.dtype, m.shape) for m in weights.metadata()] == [
+        (key, tensor.dtype, tuple(tensor.shape)) for key, tensor in found.items()
+    ]
+    assert dict(PolicyWeights(policy, torch.float32, as_files=False)).keys() == dict(policy.named_parameters()).keys()
+    in_bfloat16 = dict(PolicyWeights(policy, torch.bfloat16))
+    rounded = {key for key, tensor in in_bfloat16.items() if tensor.dtype == torch.bfloat16}
+    kept = in_bfloat16.keys() - rounded  # buffers
+    assert all("e_score_correction_bias" in key for key in kept)
+    assert bool(kept) is (name == "Glm4Moe")
+
+
+def test_policy_weights_lora_update_reaches_the_names_of_the_files():
+    plain, policy = make_architecture("Qwen3Moe"), make_architecture("Qwen3Moe")
+    add_lora(policy, 2, 8.0, seed=5, base="tiny")
+    before = dict(PolicyWeights(plain, torch.float32))
+    perturb(policy)
+    after = dict(PolicyWeights(policy, torch.float32))
+    assert after.keys() == before.keys()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed == {name for name in after if "_proj" in name and "experts" not in name}
+    with pytest.raises(UsageError, match=r"--lora-rank 2: peft adapts model\.layers\.1\.mlp\.experts of Glm4Moe"):
+        add_lora(make_architecture("Glm4Moe"), 2, 8.0, seed=5, base="tiny")
+
+
+def test_policy_weights_groups_are_small():
+    """No more than the experts of one layer are converted together."""
+    weights = PolicyWeights(make_architecture("Qwen3Moe"), torch.float32)
+    groups = [group.names for group in weights._groups]
+    fused = [names for names in groups if len(names) > 1]
+    layers = [f"model.layers.{layer}.mlp.experts" for layer in (0, 1)]
+    assert sorted(map(sorted, fused)) == [[f"{layer}.down_proj", f"{layer}.gate_up_proj"] for layer in layers]
+    assert len(groups) == len(list(make_architecture("Qwen3Moe").parameters())) - 2
+
+
+def test_weights_that_cannot_be_converted_are_refused_before_vllm_starts(monkeypatch):
+    """One line names the flag that works; nothing was started."""
+    policy = make_architecture("Mixtral")
+    weights = WeightGatherer(policy, torch.float32)
+
+    def fail(*_):
+        raise KeyError("no reverse")
+
+    monkeypatch.setattr("transformers.core_model_loading.revert_weight_conversion", fail)
+    with pytest.raises(UsageError, match=r"the weights of MixtralForCausalLM cannot be converted.*pass --engine hf"):
+        make_engine("vllm", make_options(), weights, SimpleNamespace(eos_token_id=1))
+    assert len(dict(PolicyWeights(policy, torch.float32, as_files=False))) == len(list(policy.parameters()))
+
+    def fuse_all(policy, weights):
+        """Give one tensor of everything, which no part of the weights can give."""
+        return {"all": torch.empty(sum(weight.numel() for weight in weights.values()), device="meta")}
+
+    monkeypatch.setattr("transformers.core_model_loading.revert_weight_conversion", fuse_all)
+    with pytest.raises(UsageError, match="one layer after the other; pass --engine hf"):
+        WeightGatherer(policy, torch.float32).metadata()
+
+
+def test_hf_replica_of_experts_receives_module_names_and_reports_files():
+    """With several ranks, Hugging Face samples with a copy, whose checksums the self-check compares."""
+    policy, copy = make_architecture("Qwen3Moe"), make_architecture("Qwen3Moe")
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(1.0)
+    gatherer = WeightGatherer(policy, torch.float32, as_files=False)
+    replica = HFReplica(copy, make_tiny_tokenizer(), gatherer)
+    assert find_differing(PolicyWeights(policy, torch.float32).checksums(), replica.received()[0])
+    replica.load_weights(1)
+    assert not find_differing(PolicyWeights(policy, torch.float32).checksums(), replica.received()[0])
 
 
 @pytest.fixture

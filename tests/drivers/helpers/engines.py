@@ -22,7 +22,7 @@ from drivers.policy.weight_gatherer import WeightGatherer
 from drivers.policy.weights import checksums
 from tests.drivers.helpers.letters import make_completion
 from tests.drivers.helpers.processes import ROOT, list_descendants
-from tests.tiny import make_tiny_policy, make_tiny_tokenizer, save_tiny
+from tests.tiny import make_tiny_policy, make_tiny_tokenizer
 
 PROMPTS = ((5, 6, 7, 8), (9, 10), (11, 12, 13))
 VLLM_SETTINGS = {
@@ -80,12 +80,13 @@ def make_vllm_engine(policy, model_path="unused", *, tokenizer=None, weights=Non
 
 
 def start_vllm(folder, policy, own_process=False):
-    """Start vLLM on the tiny model without supervision."""
+    """Start vLLM on a tiny model without supervision."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from drivers.engines.vllm import VLLMEngine
 
-        save_tiny(folder)
+        policy.save_pretrained(folder)
+        make_tiny_tokenizer().save_pretrained(folder)
         return VLLMEngine(make_options(folder, own_process=own_process), WeightGatherer(policy, torch.float32))
 
 
@@ -147,13 +148,17 @@ class StubServer(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), StubHandler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.asked, self.received = [], {}
+        self.asked, self.received, self.unloaded = [], {}, ""
         self.answers = {
             "get_world_size": {"world_size": 1},
-            "collective_rpc": lambda: {"results": [self.received]},
+            "collective_rpc": lambda: {"results": [self.answer_worker(self.asked[-1][1]["method"])]},
             "v1/models": {"data": [{"max_model_len": 64}]},
             "reset_prefix_cache": {"success": True},
         }
+
+    def answer_worker(self, method):
+        """Return what our extension of a worker answers."""
+        return {"received_checksums": self.received, "unloaded_weights": self.unloaded}[method]
 
 
 class StubHandler(BaseHTTPRequestHandler):

@@ -11,6 +11,7 @@ RUN_FILES, GRADING = f"{DRIVERS}/test_run_files.py", f"{DRIVERS}/test_grading.py
 
 RUN = "drivers/training/run.py"
 ROLLOUTS = "drivers/training/rollouts.py"
+SHORTCUTS = "drivers/training/shortcuts.py"
 MUTANTS = [
     *breaks(
         "Run.start",
@@ -886,6 +887,48 @@ MUTANTS = [
             "is_compared[:, : sampling.min_tokens] = False",
             "is_compared[:, :0] = False",
         ),
+    ),
+    *breaks(
+        "check_evaluation_engine",
+        "drivers/training/self_check.py",
+        f"{DRIVERS}/test_evaluate.py {FLAGS} -k 'check_evaluation or (evaluate_flag and self_check)'",
+        (
+            "greedy log-probs",
+            "temperature=config.sampling_temperature or 1.0,",
+            "temperature=config.sampling_temperature,",
+        ),
+        ("log-probs of top-p", "        top_p=1.0,\n        min_tokens=0,", "        min_tokens=0,"),
+        ("only the minimum", "        min_tokens=0,\n        max_tokens=min(64", "        max_tokens=min(64"),
+        ("a fixed tolerance", "    tolerance = config.self_check_tolerance\n", "    tolerance = None\n"),
+    ),
+    *breaks(
+        "shares_rows",
+        SHORTCUTS,
+        f"{DRIVERS}/test_architectures.py {DRIVERS}/test_batch.py -k 'an_architecture or obstacle or shares_rows'",
+        ("any architecture", "if config.model_type not in ARCHITECTURES_THAT_SHARE:", "if False:"),
+        ("any window", "    if windows:\n", "    if False:\n"),
+        ("any rotary embedding", 'return "" if rotary in ROTARY_TYPES else', 'return "" if True else'),
+        ("no trial", " and trial_holds(_sharing_holds, policy)", ""),
+        ("no word of it", "    if not packs_rows(policy) and not shares_rows(policy):", "    if False:"),
+    ),
+    *breaks(
+        "find_head",
+        SHORTCUTS,
+        f"{DRIVERS}/test_architectures.py {DRIVERS}/test_batch.py -k 'an_architecture or head'",
+        ("a scale before the head", '        torch.equal(seen["input"], seen.get("body", states))', "        True"),
+        (
+            "a scale after the head",
+            "        and _are_equal(large, logits, rounding=8",
+            "        or _are_equal(large, logits, rounding=8",
+        ),
+        ("small logits", "LARGE_LOGIT = 50.0", "LARGE_LOGIT = 0.01"),
+        (
+            "rounding of bfloat16",
+            "rounding=8 * torch.finfo(torch.float32).eps",
+            "rounding=8 * torch.finfo(torch.bfloat16).eps",
+        ),
+        ("no soft cap", "    if head.softcap is not None:\n        large", "    if False:\n        large"),
+        ("no word of it", "    if find_head(policy) is None:\n        lines", "    if False:\n        lines"),
     ),
     *breaks(
         "setup_run",
