@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import tyro
 
+from drivers.common.arguments import parse_arguments
 from drivers.common.atomic_files import write_texts
 from drivers.common.cli import exit_on_user_error
 from drivers.common.errors import UsageError
@@ -300,8 +301,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and convert or restore."""
     listed = "\n".join(f"  {names}: {keys}" for names, keys in LAYOUTS.items())
     description = f"{ConvertConfig.__doc__}\n\nKnown layouts:\n{listed}"
-    config = tyro.cli(ConvertConfig, args=arguments, description=description)
+    words = sys.argv[1:] if arguments is None else arguments
     with exit_on_user_error("convert_dataset.py"):
+        config: ConvertConfig = parse_arguments(ConvertConfig, words, description=description)
         (restore if config.restore else convert)(config)
 
 

@@ -1,20 +1,23 @@
 """Write a generated task as data files: `drivers/make_task.py countdown` or `drivers/make_task.py gym TASK`."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from drivers.common.arguments import parse_arguments
 from drivers.common.atomic_files import write_jsonl
 from drivers.common.cli import exit_on_user_error
 from drivers.common.errors import UsageError
 from drivers.tasks.countdown import CountdownConfig, make_countdown
 from drivers.tasks.gym import GymConfig, make_gym, task_names
 
+NAMES = ("countdown", "gym")
 Task = (
-    Annotated[CountdownConfig, tyro.conf.subcommand("countdown", prefix_name=False)]
-    | Annotated[GymConfig, tyro.conf.subcommand("gym", prefix_name=False)]
+    Annotated[CountdownConfig, tyro.conf.subcommand(NAMES[0], prefix_name=False)]
+    | Annotated[GymConfig, tyro.conf.subcommand(NAMES[1], prefix_name=False)]
 )
 
 
@@ -43,7 +46,8 @@ def write_splits(splits: Mapping[str, Sequence[Mapping[str, str]]], output_dir: 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and write the files."""
     with exit_on_user_error("make_task.py"):
-        config: CountdownConfig | GymConfig = tyro.cli(Task, args=arguments, description=__doc__)
+        words = sys.argv[1:] if arguments is None else arguments
+        config: CountdownConfig | GymConfig = parse_arguments(Task, words, names=NAMES, description=__doc__)
         if isinstance(config, GymConfig) and config.list:
             print("\n".join(task_names()))
         else:

@@ -5,6 +5,7 @@ The output is a file of questions with a `pass_rate` each. Questions that are to
 """
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import tyro
 
+from drivers.common.arguments import parse_arguments
 from drivers.common.atomic_files import write_jsonl
 from drivers.common.cli import exit_on_user_error
 from drivers.common.errors import UsageError
@@ -34,10 +36,12 @@ class PassRatesConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_pass_rate <= self.max_pass_rate <= 1:
-            raise UsageError(
-                f"min_pass_rate={self.min_pass_rate} and max_pass_rate={self.max_pass_rate}: both must be from 0 "
-                "to 1, and the first at most the second"
-            )
+            raise UsageError(f"{self.range}: both must be from 0 to 1, and the first at most the second")
+
+    @property
+    def range(self) -> str:
+        """Return the flags of the range as they are typed."""
+        return f"--min-pass-rate {self.min_pass_rate} --max-pass-rate {self.max_pass_rate}"
 
 
 def measure_pass_rates(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
@@ -70,7 +74,8 @@ def measure_pass_rates(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[di
 def write_pass_rates(config: PassRatesConfig) -> list[dict[str, Any]]:
     """Read completions, write the questions in the range, print a summary, and return the rows written."""
     if not config.completions or config.output is None:
-        raise UsageError("no input or no output: pass a completions.jsonl of evaluate.py and --output FILE")
+        missing = "--output: is missing" if config.completions else "no input"
+        raise UsageError(f"{missing}; pass a completions.jsonl of evaluate.py and --output FILE")
     rows = [(f"{name}:{number}", row) for name in config.completions for number, row in read_jsonl(Path(name))]
     questions = measure_pass_rates(rows)
     rated = [row for row in questions if row["pass_rate"] is not None]
@@ -82,8 +87,7 @@ def write_pass_rates(config: PassRatesConfig) -> list[dict[str, Any]]:
     )
     if not kept:
         raise UsageError(
-            f"min_pass_rate={config.min_pass_rate} and max_pass_rate={config.max_pass_rate} exclude all questions; "
-            "nothing was written"
+            f"{config.range}: exclude all {len(questions)} questions, so nothing was written; pass a wider range"
         )
     target = Path(config.output)
     try:
@@ -98,7 +102,7 @@ def write_pass_rates(config: PassRatesConfig) -> list[dict[str, Any]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and write the file."""
     with exit_on_user_error("pass_rates.py"):
-        write_pass_rates(tyro.cli(PassRatesConfig, args=arguments))
+        write_pass_rates(parse_arguments(PassRatesConfig, sys.argv[1:] if arguments is None else arguments))
 
 
 if __name__ == "__main__":

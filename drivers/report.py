@@ -1,5 +1,6 @@
 """Show runs on one self-contained page: `python drivers/report.py runs/ONE runs/ANOTHER --output DIR`."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import tyro
 
 import drivers.common.environment  # noqa: F401  before torch: OpenMP reads its settings once
+from drivers.common.arguments import parse_arguments
 from drivers.common.cli import exit_on_user_error
 from drivers.common.errors import UsageError
 from drivers.reports.page import write_report
@@ -29,8 +31,8 @@ class ReportConfig:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and write the report."""
-    config = tyro.cli(ReportConfig, args=arguments)
     with exit_on_user_error("report.py"):
+        config: ReportConfig = parse_arguments(ReportConfig, sys.argv[1:] if arguments is None else arguments)
         if not config.runs:
             raise UsageError("no run folders given. Example: report.py runs/NAME")
         if config.output is None and len(config.runs) > 1:

@@ -1,12 +1,12 @@
 """Make several runs and compare them: `python drivers/sweep.py --list`, `python drivers/sweep.py learning-rates`."""
 
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-import tyro
-
 import drivers.common.environment  # noqa: F401  before torch: OpenMP reads its settings once
+from drivers.common.arguments import parse_arguments
 from drivers.common.cli import exit_on_user_error
 from drivers.sweeps.plan import SweepConfig, folder_of, keep_plan, plan
 from drivers.sweeps.presets import SWEEPS
@@ -17,7 +17,8 @@ from drivers.sweeps.runner import Runner
 def main(arguments: Sequence[str] | None = None) -> None:
     """Plan the runs, make them and print the table of results."""
     with exit_on_user_error("sweep.py"):
-        config, shared = tyro.cli(SweepConfig, args=arguments, return_unknown_args=True)
+        words = sys.argv[1:] if arguments is None else arguments
+        config, shared = parse_arguments(SweepConfig, words, return_unknown_args=True)
         # With unknown flags, tyro 1.0 returns "[]" for the positional argument that was not given.
         config = replace(config, sweep=None if config.sweep == "[]" else config.sweep)
         if config.list and config.sweep is None and not config.grid:

@@ -1,5 +1,8 @@
 """Errors that a program reports in one line instead of a traceback."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class GrpoError(Exception):
     """Base class of the errors that a user can act on."""
@@ -25,6 +28,14 @@ class TrainingAbortedError(GrpoError, RuntimeError):
 
     Cause: named in the message. Remedy: fix it and resume from the last checkpoint with `--resume`.
     """
+
+
+def suggest(word: str, names: Iterable[str]) -> str:
+    """Return the names that are spelled almost like a word, as the end of an error's message; empty if none are."""
+    bare = {name.lstrip("-"): name for name in names}  # dashes would make any two flags alike
+    start = word.lower().lstrip("-")
+    near = [name for name in bare if start and name.startswith(start)][:3] or get_close_matches(start, bare, n=1)
+    return f"; did you mean {' or '.join(bare[name] for name in near)}?" if near else ""
 
 
 def first_line(error: BaseException) -> str:

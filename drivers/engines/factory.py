@@ -1,11 +1,13 @@
 """Choose and start a rollout engine."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
-from drivers.common.errors import UsageError
+from drivers.common import distributed
+from drivers.common.errors import GrpoError, UsageError
 from drivers.engines.hf import HFEngine
 from drivers.engines.options import EngineOptions
 from drivers.engines.protocol import RolloutEngine
@@ -47,5 +49,25 @@ def make_engine(
     except UsageError:
         raise
     except Exception as error:  # an unknown architecture, a kernel that is not built, too little memory, a full disk
-        reason = " ".join(str(error).split())[:600]
-        raise UsageError(f"--engine vllm: vLLM cannot start: {reason}; --engine hf takes any model") from error
+        raise UsageError(
+            f"--engine vllm: vLLM cannot start: {_shorten(error)}; --engine hf takes any model"
+        ) from error
+
+
+@contextmanager
+def blame_engine(kind: Literal["vllm", "hf"]) -> Iterator[None]:
+    """Report any error of the first samples as a fault of engine and model: a model that the engine cannot run."""
+    try:
+        yield
+    except GrpoError:
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError) and distributed.is_peer_failure(error):
+            raise
+        remedy = "--engine hf takes any model" if kind == "vllm" else "pass another model or --dtype"
+        reason = f"{type(error).__name__}: {_shorten(error)}"
+        raise UsageError(f"--engine {kind}: cannot sample from this model ({reason}); {remedy}") from error
+
+
+def _shorten(error: Exception) -> str:
+    return " ".join(str(error).split())[:600]

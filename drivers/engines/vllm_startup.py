@@ -14,8 +14,10 @@ from typing import Any, TypeVar
 import torch
 from vllm import LLM
 from vllm.config import WeightTransferConfig
+from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models.transformers.base import Base
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from drivers.common.errors import EngineDiedError, UsageError
@@ -55,6 +57,8 @@ def start_llm(
     In a separate process, raise EngineDiedError if the start exceeds the deadline.
     """
     _check_build(options.device)
+    if options.device.type == "cpu":
+        _check_head_size(options)
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(placement.has_own_process)), TRAINER: str(os.getpid())}
     if placement.has_own_process:  # trainer and engine take turns: each may use all cores
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -70,6 +74,17 @@ def _check_build(device: torch.device) -> None:
         raise UsageError(
             f"--rollout-device {device}: the installed vLLM is built for {current_platform.device_name} only; install "
             "the other build, or pass --engine hf"
+        )
+
+
+def _check_head_size(options: EngineOptions) -> None:
+    """Refuse a model with attention heads for which vLLM has no CPU kernel; vLLM itself fails at the first request."""
+    config = EngineArgs(model=options.model_path).create_model_config()
+    size, supported = config.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
+    if not config.use_mla and size and size not in supported:
+        raise UsageError(
+            f"--engine vllm: {options.model_path} has attention heads of size {size}, but vLLM's CPU attention takes "
+            f"only {', '.join(map(str, supported))}; pass --engine hf"
         )
 
 

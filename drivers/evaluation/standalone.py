@@ -1,7 +1,8 @@
 """Evaluate a model on question sets."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
@@ -13,7 +14,7 @@ from torch import nn
 
 from drivers.common.atomic_files import write_json, write_jsonl
 from drivers.common.errors import UsageError
-from drivers.engines.factory import make_engine
+from drivers.engines.factory import blame_engine, make_engine
 from drivers.engines.options import EngineOptions
 from drivers.engines.protocol import RolloutEngine
 from drivers.evaluation.comparison import Evaluation, Rows, Values, print_results, read_earlier
@@ -51,18 +52,22 @@ def evaluate(config: EvaluateConfig, check: EngineCheck) -> Path:
     prompt = load_prompt(config.prompt_path, config.chat_template, config.system_prompt_path, config.chat_date)
     device = choose_device("--device", config.device, default_policy_device())
     earlier = None if config.compare_to is None else read_earlier(config, sets)
-    models = [config.model_path]
+    models = {"--model-path": config.model_path}
     if config.compare_to is not None and earlier is None:
-        models.append(config.compare_to)
+        models["--compare-to"] = config.compare_to
     with start_grading(config, lambda text: print(f"warning: {text}", file=sys.stderr)) as grade:
-        inputs = [tokenize_questions(config, sets, prompt, model) for model in models]
+        inputs = []
+        for flag, model in models.items():
+            with name_flag(flag):
+                inputs.append(tokenize_questions(config, sets, prompt, model))
         folder = create_run_folder("--output-dir", config.output_dir, "evaluate", marker="results.json")
         try:
             evaluation = sample_and_grade(config, inputs[0], device, grade, check)
             write_jsonl(folder / "completions.jsonl", chain(*evaluation.rows.values()))
             compared = earlier
             if len(inputs) > 1:
-                compared = sample_and_grade(config, inputs[1], device, grade, check)
+                with name_flag("--compare-to"):
+                    compared = sample_and_grade(config, inputs[1], device, grade, check)
                 write_jsonl(folder / "completions_compared.jsonl", chain(*compared.rows.values()))
         except BaseException:
             abandon_run_folder(folder, "results.json")
@@ -70,6 +75,15 @@ def evaluate(config: EvaluateConfig, check: EngineCheck) -> Path:
     write_results(folder, config, evaluation, compared)
     print(f"Written to {folder}/: results.json, completions.jsonl")
     return folder
+
+
+@contextmanager
+def name_flag(flag: str) -> Iterator[None]:
+    """Make an error about the model name the flag that the model was given by."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(str(error).replace("--model-path", flag, 1)) from error
 
 
 def write_results(folder: Path, config: EvaluateConfig, evaluation: Evaluation, compared: Evaluation | None) -> None:
@@ -130,7 +144,7 @@ def sample_and_grade(
 ) -> Evaluation:
     """Load a model, check its engine, and sample and grade its responses to each data set."""
     dtype = choose_dtype(config.dtype, device)
-    policy = load_policy(inputs.model_path, device, dtype)
+    policy = load_policy(inputs.model_path, device, dtype, attention=config.attention)
     options = EngineOptions(
         model_path=inputs.model_path,
         device=device,
@@ -146,9 +160,10 @@ def sample_and_grade(
     values: Values = {}
     rows: Rows = {}
     try:
-        engine.load_weights(0)
         prompts = [question.prompt_token_ids for questions in inputs.questions.values() for question in questions]
-        check(config, engine, policy, prompts[:N_CHECKED_PROMPTS])
+        with blame_engine(config.engine):
+            engine.load_weights(0)
+            check(config, engine, policy, prompts[:N_CHECKED_PROMPTS])
         for name, questions in inputs.questions.items():
             values[name], responses = evaluate_policy(engine, questions, config.sampling, grade, seed=config.seed)
             rows[name] = [

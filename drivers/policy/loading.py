@@ -29,6 +29,12 @@ def resolve_model(path: str) -> str:
     """Return a folder or Hub name that transformers and vLLM load; unpack the embedded model on first use."""
     if path == EMBEDDED_MODEL and not Path(path).exists():
         return str(embedded_model())
+    if not path:
+        raise UsageError("--model-path: is empty; pass a folder or a Hub name")
+    if (Path(path) / "metrics.jsonl").exists():
+        raise UsageError(
+            f"--model-path {path}: is the folder of a run; pass {Path(path) / 'final_model'} or one of its checkpoints"
+        )
     if Path(path).exists():
         if not (Path(path) / "config.json").exists():
             raise UsageError(f"--model-path {path}: has no config.json; pass a folder in Hugging Face format")
@@ -84,7 +90,10 @@ def _load(kind: str, what: str, model_path: str, **options: Any) -> Any:
     try:
         return getattr(transformers, kind).from_pretrained(model_path, **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:  # RuntimeError: weights of other shapes
-        raise UsageError(f"--model-path {model_path}: the {what} cannot be loaded ({first_line(error)})") from error
+        place = "" if Path(model_path).exists() else " is not a folder, and from the Hub"
+        raise UsageError(
+            f"--model-path {model_path}:{place} the {what} cannot be loaded ({first_line(error)})"
+        ) from error
 
 
 def load_tokenizer(model_path: str, *, for_chat: bool = False) -> Any:
@@ -135,13 +144,19 @@ def load_policy(
     """Return the model in `dtype` on `device`, in `eval` mode: without dropout, log-probs agree between passes.
 
     `on` is the device that will compute, if it differs. `auto` attention is `eager` on a CPU if all rows are short,
-    else `sdpa`; both support the mask of a group row.
+    else `sdpa`, or `eager` for a model that has no `sdpa`; both support the mask of a group row.
     """
+    chosen: str | None = attention
     if attention == "auto":
         is_short = (on or device).type == "cpu" and longest_row is not None and longest_row <= SHORT_ROW
-        attention = "eager" if is_short else "sdpa"
-    options = {"dtype": dtype, "attn_implementation": attention, "output_loading_info": True}
-    policy, report = _load("AutoModelForCausalLM", "model", model_path, **options)
+        chosen = "eager" if is_short else None  # of None, transformers makes sdpa where the model has it
+    options = {"dtype": dtype, "attn_implementation": chosen, "output_loading_info": True}
+    try:
+        policy, report = _load("AutoModelForCausalLM", "model", model_path, **options)
+    except UsageError as error:
+        if attention in ("auto", "eager"):
+            raise
+        raise UsageError(f"--attention {attention}: {error}; pass --attention auto if that is the reason") from error
     assert isinstance(policy, nn.Module)
     check_loaded_weights(model_path, report)
     repair_generation_config(model_path, policy)

@@ -47,6 +47,16 @@ def abandon_run_folder(folder: Path, marker: str) -> None:
         folder.rmdir()
 
 
+def discard_run(folder: Path, marker: str) -> None:
+    """Remove the files of a run that ended before its first result, so that the next try can have its folder."""
+    for name in ("config.json", "completions.jsonl", "curves.png"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("tensorboard", "wandb"):
+        if (folder / name).exists():
+            remove_directory(folder / name)
+    abandon_run_folder(folder, marker)
+
+
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Return the checkpoints of a run with their steps, oldest first."""
     dated = []

@@ -138,7 +138,10 @@ def _check_advantage(settings: AlgorithmSettings) -> None:
             "--loss-type no_baseline"
         )
     if "pass_k" in advantage.reads and settings.pass_k > settings.group_size:
-        raise UsageError(f"{settings.flag('pass_k')}: must not exceed {settings.flag('group_size')}; lower it")
+        raise UsageError(
+            f"{settings.flag('pass_k')}: must not exceed {settings.flag('group_size')}; lower --pass-k, or raise "
+            "--group-size"
+        )
     if advantage.compares_reward_parts and settings.reward_mix and settings.is_changed("reward_weights"):
         raise UsageError(
             f"{settings.flag('reward_weights')}: has no effect with {settings.flag('reward_mix')}, which sets the "

@@ -23,6 +23,10 @@ class ModelSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type that the models compute in; master weights and optimizer state are always float32. `auto` uses bfloat16 on
     a GPU, and on a CPU where bfloat16 measures faster."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
+    """Attention of the model. In training, flash attention, if installed, packs responses into one sequence without
+    padding; the others compute a group's prompt once where that is cheaper. `auto` is sdpa, or eager for models
+    without sdpa and for short rows on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +35,6 @@ class PolicySettings(ModelSettings):
 
     policy_device: str = "auto"
     """Device of the policy: cpu, cuda or cuda:N. `auto` is the first GPU, else the CPU."""
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
-    """Attention of the policy. Flash attention, if installed, packs responses into one sequence without padding; the
-    others compute a group's prompt once where that is cheaper. `auto` is sdpa, or eager for short rows on a CPU."""
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     """Recompute each layer's activations in the backward pass: a third more time, far less memory. `auto` does so only
     where a micro-batch would not fit otherwise."""
@@ -148,7 +149,8 @@ class SamplingSettings(Settings):
         super().__post_init__()
         if self.sampling_min_tokens > self.sampling_max_tokens:
             raise UsageError(
-                f"{self.flag('sampling_min_tokens')}: must not exceed {self.flag('sampling_max_tokens')}; lower it"
+                f"{self.flag('sampling_min_tokens')}: must not exceed {self.flag('sampling_max_tokens')}; pass "
+                f"at most {self.sampling_max_tokens}"
             )
         if self.sampling_stop is not None and "" in self.sampling_stop:
             raise UsageError(

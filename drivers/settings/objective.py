@@ -98,7 +98,7 @@ class ObjectiveSettings(Settings):
 
     def _check_loss(self) -> None:
         if self.ratio_low > self.ratio_high:
-            raise UsageError(f"{self.flag('ratio_low')}: must not exceed {self.flag('ratio_high')}; lower it")
+            raise UsageError(f"{self.flag('ratio_low')}: must not exceed {self.flag('ratio_high')}; lower --ratio-low")
         if self.cliprange_high is not None and self.cliprange_high < 0:
             raise UsageError(f"{self.flag('cliprange_high')}: must be at least 0")
         if min(self.sapo_temperatures) <= 0:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 
+from drivers.common.arguments import parse_arguments
 from drivers.settings.base import Settings
 
 Config = TypeVar("Config", bound=Settings)
@@ -30,9 +31,9 @@ OPTIONAL = {str | None: "STR", int | None: "INT", float | None: "FLOAT", tuple[s
 
 
 def parse(kind: type[Config], arguments: Sequence[str], defaults: Config) -> Config:
-    """Return the settings that the arguments give over `defaults`; exit with status 2 if they cannot be parsed."""
+    """Return the settings that the arguments give over `defaults`."""
     nested, description = _nest_by_heading(kind, defaults), inspect.getdoc(kind)
-    parsed = tyro.cli(nested, args=arguments, description=description, config=(tyro.conf.OmitArgPrefixes,))
+    parsed = parse_arguments(nested, arguments, description=description, config=(tyro.conf.OmitArgPrefixes,))
     return kind(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
 
 

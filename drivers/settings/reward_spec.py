@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from drivers.common.errors import UsageError
+from drivers.common.errors import UsageError, suggest
 
 BUILT_IN_REWARDS = ("r1_zero", "question_only", "countdown", "gym")
 
@@ -40,7 +40,7 @@ def check_reward(reward: str, mix: Sequence[str] = ()) -> None:
     if not module or not function.isidentifier():
         raise UsageError(
             f"--reward {reward}: must be {', '.join(BUILT_IN_REWARDS)}, or your own function as my_module:function or "
-            "path/to/file.py:function"
+            f"path/to/file.py:function{suggest(reward, BUILT_IN_REWARDS)}"
         )
 
 

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import tyro
 
 from drivers.common.atomic_files import write_json
-from drivers.common.errors import UsageError
+from drivers.common.errors import UsageError, suggest
+from drivers.settings.base import spell_flag
 from drivers.settings.command_line import flag_given, parse_settings, parse_train_config
 from drivers.settings.groups import TrainingSettings
 from drivers.settings.imitation import ExpertIterationConfig, SftConfig
@@ -73,7 +74,7 @@ def plan(config: SweepConfig, shared: Sequence[str]) -> list[PlannedRun]:
         if flag_given(shared, flag) is not None:
             raise UsageError(f"{flag}: {_IS_SET}")
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
-        raise UsageError(f"--seeds {' '.join(map(str, config.seeds))}: give at least one seed, and each seed once")
+        raise UsageError(f"{spell_flag('seeds', config.seeds)}: pass at least one seed, and each seed once")
     is_short = config.sweep in SWEEPS and flag_given(shared, "--model-path") is None
 
     def flags_of(program: str, own: Mapping[str, Any]) -> list[str]:
@@ -84,7 +85,7 @@ def plan(config: SweepConfig, shared: Sequence[str]) -> list[PlannedRun]:
     for variant in _variants(config, lambda program: parse_program_flags(program, flags_of(program, {}))):
         for name in SWEEP_SETTINGS:  # the flag of the sweep would override it and contradict the label
             if name in variant.flags:
-                raise UsageError(f"{config.sweep or '--grid'}, {variant.label}: {name} {_IS_SET}")
+                raise UsageError(f"{config.sweep or '--grid'}, {variant.label}: {_flag(name)} {_IS_SET}")
         for seed in config.seeds:
             flags = flags_of(variant.program, variant.flags | {"seed": seed})
             parse_program_flags(variant.program, flags)
@@ -134,7 +135,8 @@ def _variants(config: SweepConfig, base: Base) -> list[Variant]:
     elif config.sweep.endswith(".jsonl"):
         variants = [_read_line(f"{config.sweep}:{number}", row) for number, row in read_jsonl(Path(config.sweep))]
     else:
-        raise UsageError(f"{config.sweep}: not a preset or a .jsonl file; the presets are {', '.join(SWEEPS)}")
+        hint = suggest(config.sweep, SWEEPS)
+        raise UsageError(f"{config.sweep}: not a preset or a .jsonl file; the presets are {', '.join(SWEEPS)}{hint}")
     labels = [variant.label for variant in variants]
     if not labels or len(set(labels)) < len(labels):
         raise UsageError(

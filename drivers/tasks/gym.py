@@ -4,13 +4,12 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import tyro
 
 from drivers.common.cli import check_number
-from drivers.common.errors import UsageError
+from drivers.common.errors import UsageError, suggest
 
 MAX_TRIES = 20
 """Entries generated per wanted question, because some tasks repeat themselves."""
@@ -103,8 +102,7 @@ def _make_rows(
 def _create_dataset(task: str, parameters: Mapping[str, Any]) -> Any:
     names = task_names()
     if task not in names:
-        near = ", ".join(get_close_matches(task, names)) or "no similar name"
-        raise UsageError(f"{task}: unknown task of reasoning-gym ({near}); --list prints all names")
+        raise UsageError(f"{task}: unknown task of reasoning-gym; --list prints all names{suggest(task, names)}")
     import reasoning_gym
 
     try:

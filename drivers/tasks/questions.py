@@ -135,7 +135,9 @@ def load_examples(flag: str, path: str) -> list[Example]:
 
 
 def check_is_jsonl(flag: str, file: Path, *, demonstrations: bool = False) -> None:
-    """Raise a UsageError for a table in another format, which convert_dataset.py reads."""
+    """Raise a UsageError for a folder, and for a table in another format, which convert_dataset.py reads."""
+    if file.is_dir():
+        raise UsageError(f"{flag} {file}: is a folder; pass a jsonl file")
     if file.suffix in (".csv", ".tsv", ".parquet"):
         remedy = how_to_convert(file, demonstrations=demonstrations)
         raise UsageError(f"{flag} {file}: is {file.suffix.removeprefix('.')}, not jsonl; {remedy}")

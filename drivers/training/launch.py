@@ -45,6 +45,7 @@ def run_training(
         finally:
             try:
                 run.finish()
+                run.discard_without_result()
             finally:
                 components.close()
         display.say(f"Done: {run.summary()}. Model: {final}/  Curves: {run.folder}/curves.png")

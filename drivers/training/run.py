@@ -1,6 +1,7 @@
 """One training run: what its loop restores, checks, logs and saves."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -14,15 +15,17 @@ from drivers.common.atomic_files import remove_unfinished, rename_superseded
 from drivers.common.display import Display
 from drivers.common.errors import TrainingAbortedError, UsageError, first_line
 from drivers.common.signals import StepSignals, defer_signals
+from drivers.engines.factory import blame_engine
 from drivers.engines.rank_zero import run_with_engine
 from drivers.evaluation.policy import evaluate_policy
 from drivers.policy import fsdp
 from drivers.reports.curves import draw_curves
 from drivers.runs.checkpoint import STATE_TENSORS, read_state_values, read_tensors
 from drivers.runs.completions import with_values
-from drivers.runs.folder import find_later_checkpoints
+from drivers.runs.folder import discard_run, find_later_checkpoints
 from drivers.runs.lock import release_run_lock
 from drivers.runs.log import RunLog
+from drivers.runs.resume import RUN_MARKER
 from drivers.settings.groups import TrainingSettings
 from drivers.settings.grpo import GrpoConfig
 from drivers.training.anomalies import AnomalyPolicy
@@ -83,8 +86,9 @@ class Run:
     def start(self, state: TrainingState, components: Components) -> TrainingState:
         """Restore the state, push the weights, check the engine, and evaluate if no step was made yet."""
         self.begin(state)
-        run_with_engine(components.engine, partial(components.engine.load_weights, version=state.step))
-        self.check_engine(components, version=state.step)
+        with blame_engine(self.config.engine):
+            run_with_engine(components.engine, partial(components.engine.load_weights, version=state.step))
+            self.check_engine(components, version=state.step)
         if state.step == 0:
             self.evaluate(components, step=0)
         return state
@@ -130,6 +134,13 @@ class Run:
                 draw_curves(self.folder)
             except Exception as error:  # no error of a picture may end a run
                 self.warn(f"curves.png could not be drawn ({type(error).__name__}: {error})")
+
+    def discard_without_result(self) -> None:
+        """Remove the files of a new run that ended before its first evaluation: the next try can have its folder."""
+        has_result = self.step > 0 or self._checkpoint is not None or bool(self._state and self._state.accuracies)
+        if distributed.is_rank_zero() and not has_result:
+            with suppress(OSError):  # the error that ended the run matters more
+                discard_run(self.folder, RUN_MARKER)
 
     def summary(self) -> str:
         """Return the first and the last held-out accuracy in a sentence."""

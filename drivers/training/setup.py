@@ -60,7 +60,10 @@ from drivers.training.state import fingerprint, validate_resume
 
 def setup_grpo_run(config: GrpoConfig, display: Display) -> tuple[Run, Components]:
     """Build the run and the components of train.py."""
-    remedy = " (rollout_batch_size / group_size); lower --rollout-batch-size or raise --group-size"
+    remedy = (
+        f" ({config.flag('rollout_batch_size')} / {config.flag('group_size')}); lower --rollout-batch-size or raise "
+        "--group-size"
+    )
     return setup_run(config, display, load_train_set(config, remedy))
 
 

@@ -256,7 +256,13 @@ def test_train_help_names_every_flag_and_default(capsys):
         ("--model-path None", "--model-path: is missing"),
         ("--recipe None", "--model-path: is missing"),
         ("--recipe quickstart --model-path ./nowhere", "--model-path ./nowhere: no such folder"),
-        ("--model-path {old_run} --recipe quickstart", "has no config.json"),
+        (
+            "--model-path {old_run} --recipe quickstart",
+            "is the folder of a run; pass old_run/final_model or one of its",
+        ),
+        ("--model-path . --recipe quickstart", "has no config.json"),
+        ("--model-path= --recipe quickstart", "--model-path: is empty"),
+        ("--recipe quickstart --data-path old_run", "--data-path old_run: is a folder; pass a jsonl file"),
         (
             "--model-path {tiny} --recipe quickstart --sampling-max-tokens 500",
             "questions do not fit into the model's context of 512",

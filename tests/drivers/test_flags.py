@@ -276,7 +276,10 @@ def probes(shared, tmp_path, monkeypatch):
             patch.setattr(
                 standalone,
                 "load_policy",
-                lambda path, *others: seen.setdefault("loaded", []).append(path) or loaded(path, *others),
+                lambda path, *others, attention: (
+                    seen.setdefault("loaded", []).append((path, attention))
+                    or loaded(path, *others, attention=attention)
+                ),
             )
             try:
                 result = standalone.evaluate(EvaluateConfig(**EVALUATE | settings), check)
@@ -493,6 +496,7 @@ EXPERT_ROWS = {
 EVALUATE_ROWS = {
     "model_path": Row("evaluate", "other-model"),
     "dtype": Row("evaluate", "bfloat16"),
+    "attention": Row("evaluate", "eager"),
     "prompt_path": Row("evaluate", "polite.prompt"),
     "chat_template": Row("evaluate", True),
     "system_prompt_path": Row("evaluate", "system.prompt", {"chat_template": True}),

@@ -144,7 +144,7 @@ def test_make_gym_repeated_questions_appear_once(gym):
     ("arguments", "message"),
     [
         ("", "no task given: name one or several"),
-        ("plu", "plu: unknown task of reasoning-gym (plus); --list prints all names"),
+        ("plu", "plu: unknown task of reasoning-gym; --list prints all names; did you mean plus?"),
         (
             "plus --params step=0",
             "cannot be created with --params {'step': 0} (AssertionError: step must be positive)",

@@ -100,12 +100,15 @@ def test_pass_rates_filters_and_train_reads_file(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no input or no output: pass a completions.jsonl"),
+        ([], "no input; pass a completions.jsonl"),
         (["{good}"], "and --output FILE"),
         (["nowhere.jsonl", "--output", "o"], "nowhere.jsonl: cannot be read"),
         (["{other}", "--output", "o"], "other.jsonl:1: no `reward`; expected a completions.jsonl"),
         (["{run}", "--output", "o"], "run.jsonl:1: this is a training run, whose model changes"),
-        (["{good}", "--output", "o", "--min-pass-rate", "0.9"], "exclude all questions; nothing was written"),
+        (
+            ["{good}", "--output", "o", "--min-pass-rate", "0.9"],
+            "--min-pass-rate 0.9 --max-pass-rate 1.0: exclude all 1 questions",
+        ),
         (
             ["{good}", "--output", "o", "--min-pass-rate", "0.9", "--max-pass-rate", "0.1"],
             "the first at most the second",

@@ -92,7 +92,7 @@ def test_plan_list_is_read_from_file(tmp_path):
     assert (clip.loss_type, clip.sampling_stop, sft.epochs) == ("grpo_clip", ("x", "y"), 2)
     assert clip.n_grpo_steps == 15  # a custom list is not shortened
     file.write_text('{"label": "a", "flags": {"seed": 7}}')
-    with pytest.raises(UsageError, match=r"mine.jsonl, a: seed is set by the sweep for each run"):
+    with pytest.raises(UsageError, match=r"mine.jsonl, a: --seed is set by the sweep for each run"):
         make_plan(str(file))
     for bad in (
         '{"flags": {}}',
@@ -117,11 +117,11 @@ def test_plan_list_is_read_from_file(tmp_path):
         ("none.jsonl", "none.jsonl: cannot be read"),
         ("baselines --seed 3", "--seed: is set by the sweep for each run"),
         ("baselines --resume auto", "--resume: is set"),
-        ("baselines --seeds 1 1", "give at least one seed, and each seed once"),
+        ("baselines --seeds 1 1", "--seeds 1 1: pass at least one seed, and each seed once"),
         ("baselines --n-grpo-stepz 3", "n-grpo-stepz"),
         ("baselines --group-size 7", "must be a multiple of --group-size 7"),
-        ("--grid seed=1,2", "--grid, 1: seed is set by the sweep for each run"),
-        ("--grid save-dir=a,b learning_rate=1e-5", "save_dir is set by the sweep for each run"),
+        ("--grid seed=1,2", "--grid, 1: --seed is set by the sweep for each run"),
+        ("--grid save-dir=a,b learning_rate=1e-5", "--save-dir is set by the sweep for each run"),
         ("--grid learning_rate", "give a setting and its values"),
         ("--grid learning_rate=1e-5,", "give a setting and its values"),
         ("--grid learning_rate=much", "much"),
