@@ -228,7 +228,7 @@ def check_refused(config: ConvertConfig, report: Report) -> None:
             f"written; drop them with --skip-bad-lines{hint}"
         )
     if n_refused == report.n_rows:
-        raise UsageError("no line could be converted; nothing was written")
+        raise UsageError(f"{' '.join(config.source)}: no line could be converted; nothing was written")
 
 
 def convert(config: ConvertConfig) -> Path:
@@ -244,7 +244,7 @@ def convert(config: ConvertConfig) -> Path:
             raise UsageError(f"{name}: no such file or folder")
     rewrites_source = config.output is None
     if rewrites_source and (config.hub or len(config.source) > 1 or Path(config.source[0]).suffix != ".jsonl"):
-        raise UsageError("--output is required: only a single .jsonl file can be rewritten in place")
+        raise UsageError("--output: is missing; without it, only a single .jsonl file can be rewritten in place")
     rows = chain.from_iterable(
         read_hub(name, config.subset, config.split) if config.hub else read_rows(Path(name)) for name in config.source
     )

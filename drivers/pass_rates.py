@@ -64,6 +64,11 @@ def measure_pass_rates(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[di
         key = json.dumps(question)
         questions.setdefault(key, question)
         value = row.get("answer_reward", row["reward"])
+        if not isinstance(value, int | float | None) or not isinstance(row["question"], str):
+            raise UsageError(
+                f"{where}: `question` must be a string and the reward a number or null; expected a "
+                "completions.jsonl of evaluate.py"
+            )
         scored.setdefault(key, []).extend([] if row["reward"] is None or value is None else [value == 1])
     return [
         {**question, "pass_rate": fmean(scored[key]) if scored[key] else None, "n_samples": len(scored[key])}

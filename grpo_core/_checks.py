@@ -2,11 +2,14 @@
 
 import functools
 from collections.abc import Callable
+from difflib import get_close_matches
 from typing import Any, ParamSpec, TypeVar, get_args
 
 import torch
 from beartype import BeartypeConf, beartype
-from jaxtyping import jaxtyped
+from jaxtyping import TypeCheckError, jaxtyped
+
+from grpo_core._type_errors import explain_type_error, to_plain_number
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,7 +37,15 @@ def shape_checked(fn: Callable[P, R]) -> Callable[P, R]:
         signature = (*map(_signature_key, args), *kwargs, *map(_signature_key, kwargs.values()))
         if signature in passed:
             return fn(*args, **kwargs)
-        result = checked(*args, **kwargs)
+        args = tuple(map(to_plain_number, args))  # type: ignore[assignment]
+        kwargs = {name: to_plain_number(value) for name, value in kwargs.items()}  # type: ignore[assignment]
+        try:
+            result = checked(*args, **kwargs)
+        except TypeCheckError as error:
+            message = explain_type_error(str(error), fn, args, kwargs)
+            if message is None:
+                raise
+            raise TypeCheckError(message) from None
         if None not in signature:
             if len(passed) >= _MAX_CACHED_SIGNATURES:
                 passed.clear()
@@ -70,8 +81,11 @@ def is_traced() -> bool:
 
 def check_choice(name: str, value: str, literal: Any) -> None:
     """Raise ValueError unless `value` is one of the strings of the Literal type `literal`."""
-    if value not in get_args(literal):
-        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(get_args(literal))}")
+    choices = get_args(literal)
+    if value not in choices:
+        near = get_close_matches(value, choices, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(choices)}{hint}")
 
 
 def require(fulfilled: bool, name: str, value: object, requirement: str) -> None:

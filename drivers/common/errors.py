@@ -30,6 +30,12 @@ class TrainingAbortedError(GrpoError, RuntimeError):
     """
 
 
+def shorten(error: object, width: int = 200) -> str:
+    """Return the text of a library's error as one line of limited width."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= width else f"{text[:width]}..."
+
+
 def suggest(word: str, names: Iterable[str]) -> str:
     """Return the names that are spelled almost like a word, as the end of an error's message; empty if none are."""
     bare = {name.lstrip("-"): name for name in names}  # dashes would make any two flags alike

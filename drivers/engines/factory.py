@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 from drivers.common import distributed
-from drivers.common.errors import GrpoError, UsageError
+from drivers.common.errors import GrpoError, UsageError, shorten
 from drivers.engines.hf import HFEngine
 from drivers.engines.options import EngineOptions
 from drivers.engines.protocol import RolloutEngine
@@ -50,13 +50,13 @@ def make_engine(
         raise
     except Exception as error:  # an unknown architecture, a kernel that is not built, too little memory, a full disk
         raise UsageError(
-            f"--engine vllm: vLLM cannot start: {_shorten(error)}; --engine hf takes any model"
+            f"--engine vllm: vLLM cannot start: {shorten(error, 600)}; --engine hf takes any model"
         ) from error
 
 
 @contextmanager
-def blame_engine(kind: Literal["vllm", "hf"]) -> Iterator[None]:
-    """Report any error of the first samples as a fault of engine and model: a model that the engine cannot run."""
+def blame_engine(kind: Literal["vllm", "hf"], model: str) -> Iterator[None]:
+    """Report any error of the first samples as a UsageError: this engine cannot run the model."""
     try:
         yield
     except GrpoError:
@@ -65,9 +65,5 @@ def blame_engine(kind: Literal["vllm", "hf"]) -> Iterator[None]:
         if isinstance(error, RuntimeError) and distributed.is_peer_failure(error):
             raise
         remedy = "--engine hf takes any model" if kind == "vllm" else "pass another model or --dtype"
-        reason = f"{type(error).__name__}: {_shorten(error)}"
-        raise UsageError(f"--engine {kind}: cannot sample from this model ({reason}); {remedy}") from error
-
-
-def _shorten(error: Exception) -> str:
-    return " ".join(str(error).split())[:600]
+        reason = f"{type(error).__name__}: {shorten(error)}"
+        raise UsageError(f"--engine {kind}: cannot sample from {model} ({reason}); {remedy}") from error

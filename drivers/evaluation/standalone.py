@@ -66,11 +66,16 @@ def evaluate(config: EvaluateConfig, check: EngineCheck) -> Path:
             write_jsonl(folder / "completions.jsonl", chain(*evaluation.rows.values()))
             compared = earlier
             if len(inputs) > 1:
-                with name_flag("--compare-to"):
-                    compared = sample_and_grade(config, inputs[1], device, grade, check)
+                try:
+                    with name_flag("--compare-to"):
+                        compared = sample_and_grade(config, inputs[1], device, grade, check)
+                except BaseException:  # the first model's results are kept
+                    write_results(folder, config, evaluation, None)
+                    raise
                 write_jsonl(folder / "completions_compared.jsonl", chain(*compared.rows.values()))
         except BaseException:
-            abandon_run_folder(folder, "results.json")
+            if not (folder / "results.json").stat().st_size:
+                abandon_run_folder(folder, "results.json")
             raise
     write_results(folder, config, evaluation, compared)
     print(f"Written to {folder}/: results.json, completions.jsonl")
@@ -161,7 +166,7 @@ def sample_and_grade(
     rows: Rows = {}
     try:
         prompts = [question.prompt_token_ids for questions in inputs.questions.values() for question in questions]
-        with blame_engine(config.engine):
+        with blame_engine(config.engine, inputs.model_path):
             engine.load_weights(0)
             check(config, engine, policy, prompts[:N_CHECKED_PROMPTS])
         for name, questions in inputs.questions.items():

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from drivers.common import distributed
-from drivers.common.errors import UsageError, first_line
+from drivers.common.errors import UsageError, shorten
 from drivers.settings.recipes import EMBEDDED_MODEL
 from drivers.tasks.chat import use_end_of_turn_as_eos
 from drivers.tasks.questions import Question
@@ -89,11 +89,10 @@ def _load(kind: str, what: str, model_path: str, **options: Any) -> Any:
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         return getattr(transformers, kind).from_pretrained(model_path, **options)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:  # RuntimeError: weights of other shapes
+    except Exception as error:  # a damaged or foreign file can fail in any way
         place = "" if Path(model_path).exists() else " is not a folder, and from the Hub"
-        raise UsageError(
-            f"--model-path {model_path}:{place} the {what} cannot be loaded ({first_line(error)})"
-        ) from error
+        reason = shorten(error if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}")
+        raise UsageError(f"--model-path {model_path}:{place} the {what} cannot be loaded ({reason})") from error
 
 
 def load_tokenizer(model_path: str, *, for_chat: bool = False) -> Any:

@@ -23,6 +23,8 @@ _CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)(-stopped)?(-\d+)?")
 
 def create_run_folder(flag: str, path: str | None, name: str, *, marker: str) -> Path:
     """Create the folder and its `marker` file; raise a UsageError if it contains a run or an evaluation."""
+    if path and Path(path).is_file():
+        raise UsageError(f"{flag} {path}: is a file; pass a folder")
     folder = Path(path) if path else Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

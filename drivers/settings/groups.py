@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 from datetime import date
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from drivers.common.errors import UsageError
-from drivers.settings.base import NonNegativeInt, PositiveFloat, PositiveInt, Settings, Share, check_multiple
+from drivers.settings.base import Bounds, NonNegativeInt, PositiveFloat, PositiveInt, Settings, Share, check_multiple
 from drivers.settings.reward_spec import check_reward
 from drivers.settings.sampling import Sampling, stop_strings
 
@@ -142,7 +142,7 @@ class SamplingSettings(Settings):
     """Maximum length of a response in tokens; longer responses are truncated."""
     sampling_stop: tuple[str, ...] | None = None
     """Texts that end a response. Default: </answer> for the rewards r1_zero, countdown and gym, none for others."""
-    seed: int = 0
+    seed: Annotated[int, Bounds(at_least=-1e18, at_most=1e18)] = 0
     """Seed of sampling, and in training of the order of questions and of shuffling."""
 
     def __post_init__(self) -> None:

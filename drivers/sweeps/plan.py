@@ -88,7 +88,10 @@ def plan(config: SweepConfig, shared: Sequence[str]) -> list[PlannedRun]:
                 raise UsageError(f"{config.sweep or '--grid'}, {variant.label}: {_flag(name)} {_IS_SET}")
         for seed in config.seeds:
             flags = flags_of(variant.program, variant.flags | {"seed": seed})
-            parse_program_flags(variant.program, flags)
+            try:
+                parse_program_flags(variant.program, flags)
+            except UsageError as error:
+                raise UsageError(f"{config.sweep or '--grid'}, {variant.label}: {error}") from error
             folder = folder_of(config) / f"{variant.label}-seed{seed}"
             program = str(Path(__file__).parents[1] / f"{variant.program}.py")
             command = (sys.executable, program, *flags, "--save-dir", str(folder), "--resume", "auto")
@@ -166,7 +169,7 @@ def _read_line(place: str, row: Mapping[str, Any]) -> Variant:
     """Return the run of one line of a .jsonl file."""
     label, program, flags = row.get("label"), row.get("program", "train"), row.get("flags", {})
     is_valid_label = isinstance(label, str) and label and "/" not in label
-    if not is_valid_label or program not in SHORT or not isinstance(flags, dict):
+    if not is_valid_label or program not in [*SHORT] or not isinstance(flags, dict):
         raise UsageError(
             f"{place}: `label` (a name without a slash), `program` ({', '.join(SHORT)}) and `flags` (an object) are "
             f"required, got {dict(row)}"

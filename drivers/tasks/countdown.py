@@ -36,9 +36,8 @@ class CountdownConfig:
         for name in ("n_train", "n_validation", "largest_number", "largest_target"):
             check_number(name, getattr(self, name), 1, "must be greater than 0")
         if not self.sizes or not all(2 <= size <= 8 for size in self.sizes):
-            raise UsageError(
-                f"--sizes {' '.join(map(str, self.sizes))}: each size must be from 2 to 8; pass `--sizes 3 4`"
-            )
+            typed = " ".join(["--sizes", *map(str, self.sizes)])
+            raise UsageError(f"{typed}: each size must be from 2 to 8; pass `--sizes 3 4`")
 
 
 def make_countdown(config: CountdownConfig) -> dict[str, list[dict[str, str]]]:

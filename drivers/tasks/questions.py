@@ -9,7 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from drivers.common.errors import UsageError
+from drivers.common.errors import UsageError, first_line
 from drivers.common.paths import repository_path
 from drivers.tasks.chat import render
 
@@ -275,7 +275,13 @@ def encode(tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bool = T
     """Return the tokens of each text."""
     if not texts:
         return []
-    encoded = tokenizer(list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False)
+    try:
+        encoded = tokenizer(list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False)
+    except Exception as error:  # a text with characters for which the tokenizer has no token
+        raise UsageError(
+            f"--model-path: its tokenizer cannot encode a text of the data ({first_line(error)}); remove the text, or "
+            "use another model"
+        ) from error
     return [array("I", token_ids) for token_ids in encoded["input_ids"]]
 
 

@@ -86,7 +86,7 @@ class Run:
     def start(self, state: TrainingState, components: Components) -> TrainingState:
         """Restore the state, push the weights, check the engine, and evaluate if no step was made yet."""
         self.begin(state)
-        with blame_engine(self.config.engine):
+        with blame_engine(self.config.engine, str(self.config.model_path)):
             run_with_engine(components.engine, partial(components.engine.load_weights, version=state.step))
             self.check_engine(components, version=state.step)
         if state.step == 0:

@@ -1,6 +1,7 @@
 """Token losses: cross-entropy, REINFORCE and the clipped or unclipped ratio. No function here reduces."""
 
-from typing import TypeVar, assert_never
+import sys
+from typing import TypeVar, assert_never, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -217,7 +218,8 @@ def compute_policy_gradient_loss(
         loss_type: "no_baseline" ($-r_i \log \pi_\theta$), "reinforce_with_baseline" ($-A_i \log \pi_\theta$),
             "grpo_clip" or "grpo_no_clip".
         raw_rewards: $r_i$, required by "no_baseline".
-        advantages: $A_i$, required by the other three.
+        advantages: $A_i$, required by the other three. NaN is not refused, because a check would wait for the GPU at
+            each call: the loss is NaN then.
         old_log_probs: $\log \pi_{\mathrm{old}}$ of each token, in nats, required by the two GRPO losses.
         cliprange: $\epsilon$, required by "grpo_clip".
         response_mask: if given, the loss is exactly 0 outside it and no value there is read.
@@ -232,6 +234,8 @@ def compute_policy_gradient_loss(
         >>> compute_policy_gradient_loss(torch.tensor([[-0.5]]), "no_baseline", raw_rewards=torch.tensor([[1.0]]))
         (tensor([[0.5000]]), {})
     """
+    if loss_type not in get_args(LossType):
+        _refer_to_function(loss_type)
     check_choice("loss_type", loss_type, LossType)
     match loss_type:
         case "no_baseline":
@@ -253,6 +257,16 @@ def compute_policy_gradient_loss(
             return compute_grpo_no_clip_loss(advantages, policy_log_probs, old_log_probs, response_mask=response_mask)
         case _:  # pragma: no cover - mypy proves that the cases are exhaustive
             assert_never(loss_type)
+
+
+def _refer_to_function(loss_type: str) -> None:
+    """Raise ValueError if the name is that of an objective with a function of its own."""
+    name = f"compute_{loss_type}_loss"
+    if hasattr(sys.modules["grpo_core"], name):  # the public names, which this module cannot import
+        raise ValueError(
+            f"loss_type={loss_type!r} must be one of {', '.join(get_args(LossType))}: call {name} for this objective, "
+            "and compose_policy_loss with its losses"
+        )
 
 
 def _require_argument(value: T | None, name: str, loss_type: str) -> T:

@@ -192,7 +192,7 @@ def grpo_microbatch_loss(
         gradient_accumulation_steps: $K \ge 1$, the number of micro-batches per optimizer step.
         loss_type: $\ell$, one of the losses of `compute_policy_gradient_loss`.
         raw_rewards: $r_i$, required by "no_baseline".
-        advantages: $A_i$, required by the other losses.
+        advantages: $A_i$, required by the other losses. NaN is not refused: the loss is NaN then.
         old_log_probs: $\log \pi_{\mathrm{old}}$ of each token, in nats, required by the two GRPO losses.
         cliprange: $\epsilon$, required by "grpo_clip".
         aggregation: $w$, one of the aggregations of `aggregate_token_losses`.

@@ -581,6 +581,19 @@ def test_vllm_wrong_build_raises_usage_error():
         VLLMEngine(make_options(device=torch.device("cuda", 0)), WeightGatherer(make_tiny_policy(), torch.float32))
 
 
+@pytest.mark.parametrize("own_process", [False, True])
+def test_vllm_head_size_without_a_kernel_is_refused_before_the_start(tmp_path, own_process, monkeypatch):
+    save_tiny(tmp_path)
+    config = make_tiny_policy().config
+    config.head_dim = 16
+    config.save_pretrained(tmp_path)
+    monkeypatch.setattr("drivers.engines.vllm_startup.LLM", lambda **_: pytest.fail("vLLM was started"))
+    with pytest.raises(
+        UsageError, match=r"has attention heads of size 16, but vLLM's CPU attention takes only 32, 64"
+    ):
+        make_vllm_engine(make_tiny_policy(), tmp_path, own_process=own_process)
+
+
 @pytest.mark.vllm
 def test_vllm_start_failure_raises_usage_error(tmp_path):
     save_tiny(tmp_path)

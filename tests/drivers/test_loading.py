@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, GPTNeoConfig
 
 from drivers import evaluate as evaluate_program
 from drivers import train as train_program
@@ -93,6 +93,23 @@ def test_load_policy_untied_head_must_be_there(tmp_path):
     change_weights(tmp_path, without("lm_head"))
     with pytest.raises(UsageError, match=r"lack 1 of .*: lm_head.weight"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(("attention", "chosen"), [("auto", "eager"), ("eager", "eager"), ("sdpa", None)])
+def test_load_policy_model_without_sdpa_gets_eager(tmp_path, attention, chosen):
+    layers = {"num_layers": 1, "attention_types": [[["global"], 1]]}
+    config = GPTNeoConfig(hidden_size=32, num_heads=2, vocab_size=98, bos_token_id=None, eos_token_id=1, **layers)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    if chosen is None:
+        with pytest.raises(UsageError, match=r"--attention sdpa: .*does not support.*; pass --attention auto"):
+            load_policy(str(tmp_path), CPU, torch.float32, attention=attention)
+        return
+    assert load_policy(str(tmp_path), CPU, torch.float32, attention=attention).config._attn_implementation == chosen
+
+
+def test_load_policy_auto_attention_is_sdpa_but_for_short_rows(tiny):
+    for longest_row, chosen in ((None, "sdpa"), (512, "eager"), (513, "sdpa")):
+        assert load_policy(str(tiny), CPU, torch.float32, longest_row).config._attn_implementation == chosen
 
 
 def test_load_policy_other_shapes_are_refused(tiny):

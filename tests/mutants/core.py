@@ -14,6 +14,32 @@ GROUP_ROWS = "tests/property/test_group_rows.py"
 
 MUTANTS = [
     *breaks(
+        "explain_type_error",
+        "_type_errors.py",
+        "tests/unit/test_errors.py -k 'invalid_type or numpy'",
+        (
+            "the size of an axis is not known",
+            "known = int(axis) if axis.isdigit() else axes.get(axis, size)",
+            "known = size",
+        ),
+        ("any kind of number", 'if tensor.__name__.partition("[")[0] != kind or', "if"),
+        ("a broadcast axis is an axis", ' and not (size == 1 and word.startswith("#")):', ":"),
+        ("integers of NumPy are objects", "        return int(value)\n", "        return value\n"),
+        (
+            "a list of them too",
+            "        return [to_plain_number(member) for member in value]\n",
+            "        return value\n",
+        ),
+    ),
+    *breaks(
+        "shape_checked",
+        "_checks.py",
+        "tests/unit/test_errors.py -k 'invalid_type or full_message'",
+        ("sixty lines above", "raise TypeCheckError(message) from None", "raise TypeCheckError(message) from error"),
+        ("jaxtyping's own words", "            if message is None:\n", "            if True:\n"),
+        ("no near name", "near = get_close_matches(value, choices, n=1)", "near: list[str] = []"),
+    ),
+    *breaks(
         "masked_sum",
         "masking.py",
         MASKING,

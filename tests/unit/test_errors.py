@@ -4,8 +4,10 @@ import math
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 import grpo_core as g
 
@@ -178,6 +180,10 @@ ERRORS = {
     ),
     "loss_type='ppo' is unknown: choose one of no_baseline, reinforce_with_baseline, grpo_clip,"
     " grpo_no_clip": lambda: step(loss_type="ppo"),
+    "loss_type='grpo_clp' is unknown: choose one of no_baseline, reinforce_with_baseline, grpo_clip, grpo_no_clip (did"
+    " you mean grpo_clip?)": lambda: step(loss_type="grpo_clp"),
+    "loss_type='gspo' must be one of no_baseline, reinforce_with_baseline, grpo_clip, grpo_no_clip: call"
+    " compute_gspo_loss for this objective, and compose_policy_loss with its losses": lambda: step(loss_type="gspo"),
     "loss_type='no_baseline' needs raw_rewards; got None": lambda: step(loss_type="no_baseline"),
     "loss_type='reinforce_with_baseline' needs advantages; got None": lambda: g.compute_policy_gradient_loss(
         ONE, "reinforce_with_baseline"
@@ -223,3 +229,49 @@ ERRORS = {
 def test_invalid_argument_raises_with_full_message(message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         ERRORS[message]()
+
+
+LOG_PROBS = torch.full((2, 3), -1.0)
+TYPE_ERRORS = {
+    "grpo_microbatch_loss: advantages is float32 of shape (2,), but must be Float[Tensor, 'batch 1'] | None, here of"
+    " shape (2, 1); pass advantages[:, None]": lambda: g.grpo_microbatch_loss(
+        LOG_PROBS, LOG_PROBS < 0, 1, "reinforce_with_baseline", advantages=TWO
+    ),
+    "compute_grpo_clip_loss: advantages is float32 of shape (2,), but must be Float[Tensor, 'batch #seq']; pass"
+    " advantages[:, None]": lambda: g.compute_grpo_clip_loss(TWO, LOG_PROBS, LOG_PROBS, 0.2),
+    "sft_microbatch_loss: response_mask is float32 of shape (2, 3), but must be Bool[Tensor, 'batch seq'], here of"
+    " shape (2, 3); pass response_mask.bool()": lambda: g.sft_microbatch_loss(LOG_PROBS, LOG_PROBS, 1),
+    "sft_microbatch_loss: response_mask is bool of shape (1, 2), but must be Bool[Tensor, 'batch seq'], here of shape"
+    " (2, 3)": lambda: g.sft_microbatch_loss(LOG_PROBS, WIDE_MASK, 1),
+    "normalize_group_rewards: rewards is float32 of shape (2, 1), but must be Float[Tensor, 'rollout']; pass"
+    " rewards[:, 0]": lambda: g.normalize_group_rewards(TWO[:, None], 2),
+    "normalize_group_rewards: rewards is int64 of shape (2,), but must be Float[Tensor, 'rollout']; pass"
+    " rewards.float()": lambda: g.normalize_group_rewards(TWO.long(), 2),
+    "normalize_group_rewards: rewards is [1.0, 0.0], of type list, but must be Float[Tensor, 'rollout']; pass"
+    " torch.as_tensor(rewards)": lambda: g.normalize_group_rewards([1.0, 0.0], 2),
+    "normalize_group_rewards: group_sizes is 2.0, of type float, but must be int | Sequence[int]": lambda: (
+        g.normalize_group_rewards(TWO, 2.0)
+    ),
+}
+
+
+@pytest.mark.parametrize("message", TYPE_ERRORS)
+def test_invalid_type_raises_one_line_with_the_change(message):
+    with pytest.raises(TypeCheckError, match=f"^{re.escape(message)}$") as raised:
+        TYPE_ERRORS[message]()
+    assert raised.value.__suppress_context__  # jaxtyping's own sixty lines would stand above it
+
+
+def test_numpy_numbers_are_numbers():
+    expected = g.normalize_group_rewards(TWO, 2, advantage_eps=0.5)
+    assert torch.equal(g.normalize_group_rewards(TWO, np.int64(2), advantage_eps=np.float32(0.5)), expected)
+    sizes = [np.int32(2), np.int32(2)]
+    assert torch.equal(
+        g.compute_gpg_advantages(torch.cat([TWO, TWO]), sizes), g.compute_gpg_advantages(torch.cat([TWO, TWO]), 2)
+    )
+    assert step(np.int64(2))[0] == step(2)[0]
+
+
+def test_nan_advantage_makes_the_loss_nan():
+    loss, _ = g.grpo_microbatch_loss(ONE, MASK, 1, "reinforce_with_baseline", advantages=ADVANTAGE * math.nan)
+    assert loss.isnan()

@@ -10,6 +10,27 @@ HF = "drivers/engines/hf.py"
 
 MUTANTS = [
     *breaks(
+        "start_llm",
+        "drivers/engines/vllm_startup.py",
+        f"{ENGINES} -k head_size",
+        ("heads of any size", "and size and size not in supported:", "and False:"),
+        (
+            "not checked on a CPU",
+            '    if options.device.type == "cpu":\n        _check',
+            "    if False:\n        _check",
+        ),
+    ),
+    *breaks(
+        "blame_engine",
+        "drivers/engines/factory.py",
+        "tests/drivers/test_one_line.py -k 'sample or failed_start'",
+        (
+            "a traceback",
+            'raise UsageError(f"--engine {kind}: cannot sample',
+            'raise RuntimeError(f"--engine {kind}: cannot sample',
+        ),
+    ),
+    *breaks(
         "HFEngine.generate",
         HF,
         f"{ENGINES} {OBJECTIVE} {MEMORY} -k 'generate or top_p or self_check or hf_engine'",

@@ -8,6 +8,18 @@ POLICY, OUTCOMES = "drivers/evaluation/policy.py", "drivers/evaluation/outcomes.
 
 MUTANTS = [
     *breaks(
+        "evaluate",
+        "drivers/evaluation/standalone.py",
+        "tests/drivers/test_one_line.py -k 'second_model or compare'",
+        ("the wrong flag", '.replace("--model-path", flag, 1)', ".strip()"),
+        ("the first results are lost", "                    write_results(folder, config, evaluation, None)\n", ""),
+        (
+            "no results at all",
+            '            if not (folder / "results.json").stat().st_size:\n',
+            "            if True:\n",
+        ),
+    ),
+    *breaks(
         "evaluate_policy",
         POLICY,
         f"{RUN_FILES} {GRADING} {LOOP} -k 'evaluate_policy or evaluation or logged'",

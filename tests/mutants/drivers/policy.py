@@ -115,6 +115,27 @@ MUTANTS = [
         ("the end of a turn is ignored", "    if for_chat:\n", "    if False:\n"),
     ),
     *breaks(
+        "load_policy",
+        "drivers/policy/loading.py",
+        "tests/drivers/test_loading.py -k 'sdpa'",
+        ("sdpa for every model", 'chosen = "eager" if is_short else None', 'chosen = "eager" if is_short else "sdpa"'),
+        ("eager for every row", 'chosen = "eager" if is_short else None', 'chosen = "eager"'),
+        ("the flag is not named", '        if attention in ("auto", "eager"):\n', "        if True:\n"),
+    ),
+    *breaks(
+        "resolve_model",
+        "drivers/policy/loading.py",
+        "tests/drivers/test_one_line.py -k 'wrong_input and model'",
+        ("a run is a model", '    if (Path(path) / "metrics.jsonl").exists():\n', "    if False:\n"),
+        ("no name is this folder", "    if not path:\n", "    if False:\n"),
+        (
+            "damaged files are a traceback",
+            "    except Exception as error:  # a damaged",
+            "    except OSError as error:  # a damaged",
+        ),
+        ("no word of the folder", 'place = "" if Path(model_path).exists() else', 'place = "" if True else'),
+    ),
+    *breaks(
         "check_loaded_weights",
         "drivers/policy/loading.py",
         "tests/drivers/test_loading.py -k 'load_policy'",

@@ -7,6 +7,31 @@ GROUPS, ALGORITHM = "drivers/settings/groups.py", "drivers/settings/algorithm.py
 
 MUTANTS = [
     *breaks(
+        "parse_arguments",
+        "drivers/common/arguments.py",
+        "tests/drivers/test_one_line.py -k 'wrong_input and flags'",
+        ("tyro's own words", "        if message is not None:\n", "        if False:\n"),
+        (
+            "choices in any order",
+            "            choices = choices or list(event.choices)\n",
+            "            choices = sorted(event.choices)\n",
+        ),
+        ("no initials", '{known}?" if known else', '{known}?" if False else'),
+        ("the last of the initials", "in reversed(list(flags))}", "in flags}"),
+        ("values of switches are words", "and bool in _list_types(field.type)", "and False"),
+        ("a positional is a flag", 'elif "Positional" not in str(field.type):', "else:"),
+        ("underscores are another flag", 'is_here = name.replace("_", "-") == flag', "is_here = name == flag"),
+        ("each text is a number", "{KINDS[kind] for kind in", "{KINDS[float] for kind in"),
+    ),
+    *breaks(
+        "suggest",
+        "drivers/common/errors.py",
+        "tests/drivers/test_one_line.py -k 'suggest or flags'",
+        ("the dashes count", 'bare = {name.lstrip("-"): name for', "bare = {name: name for"),
+        ("capitals are other letters", "start = word.lower()", "start = word"),
+        ("no beginning", "if start and name.startswith(start)]", "if False]"),
+    ),
+    *breaks(
         "make_sampling",
         GROUPS,
         f"{OBJECTIVE} -k config_sampling",

@@ -30,6 +30,13 @@ MUTANTS = [
         ),
     ),
     *breaks(
+        "Run.discard_without_result",
+        "drivers/training/run.py",
+        "tests/drivers/test_one_line.py -k 'failed_start or sample'",
+        ("a failed start stays", "distributed.is_rank_zero() and not has_result:", "False:"),
+        ("each failed run goes", "distributed.is_rank_zero() and not has_result:", "True:"),
+    ),
+    *breaks(
         "Run.evaluate",
         RUN,
         GRPO,
