@@ -62,18 +62,17 @@ def _check_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, A
     for name in ("reward", "reward_mix"):
         if before[name] != now[name]:
             raise UsageError(
-                f"--compare-to {folder}: was graded with {_spell(name, before)} instead of {_spell(name, now)}; grade "
+                f"--compare-to {folder}: was graded with {_spell(name, before[name])} instead of {now[name]}; grade "
                 "both evaluations alike"
             )
     differing = [name for name in _SAMPLING_SETTINGS if before[name] != now[name]]
     if differing:
-        listed = ", ".join(f"{_spell(name, before)} (here {_spell(name, now)})" for name in differing)
+        listed = ", ".join(f"{_spell(name, before[name])} (here {now[name]})" for name in differing)
         print(f"warning: --compare-to {folder}: was sampled with {listed}", file=sys.stderr)
 
 
-def _spell(name: str, settings: Mapping[str, Any]) -> str:
-    """Return a setting as it is typed. JSON has lists instead of tuples."""
-    value = settings[name]
+def _spell(name: str, value: Any) -> str:
+    """Return a setting that was read from JSON, which has lists instead of tuples, as it is typed."""
     return spell_flag(name, tuple(value) if isinstance(value, list) else value)
 
 

@@ -296,7 +296,7 @@ def test_evaluate_other_grading_is_not_compared(tmp_path, tiny_flags, capsys):
         main([*tiny_flags, *changed, "--compare-to", str(folder), "--output-dir", str(tmp_path / "next")])
 
     for folder, changed, message in (
-        ("first", ["--reward", "r1_zero"], "was graded with reward=question_only instead of r1_zero"),
+        ("first", ["--reward", "r1_zero"], "was graded with --reward question_only instead of r1_zero"),
         ("run", [], "is the folder of a run; give a model, such as"),
         ("damaged", [], "results.json cannot be read"),
     ):
@@ -309,7 +309,7 @@ def test_evaluate_other_grading_is_not_compared(tmp_path, tiny_flags, capsys):
         assert message in capsys.readouterr().err
     compare_to(tmp_path / "first", "--sampling-temperature", "0.5", "--sampling-top-p", "0.5")
     output = capsys.readouterr().err
-    assert "was sampled with sampling_temperature=1.0 (here 0.5), sampling_top_p=1.0 (here 0.5)" in output
+    assert "was sampled with --sampling-temperature 1.0 (here 0.5), --sampling-top-p 1.0 (here 0.5)" in output
 
 
 @pytest.mark.slow
@@ -363,8 +363,8 @@ def test_read_earlier_returns_rows_of_the_same_questions_only(tmp_path, capsys):
     assert (found.values, found.rows) == ({"sums": {"accuracy": 0.5}}, {"sums": [rows[1]]})
     assert capsys.readouterr().err == ""
     assert read_earlier(replace(now, sampling_temperature=1.0), sets) is not None
-    assert "was sampled with sampling_temperature=0.5 (here 1.0)" in capsys.readouterr().err
-    with pytest.raises(UsageError, match="graded with reward=question_only instead of r1_zero"):
+    assert "was sampled with --sampling-temperature 0.5 (here 1.0)" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="graded with --reward question_only instead of r1_zero"):
         read_earlier(replace(now, reward="r1_zero"), sets)
     for example in (Example("1 + 2", "2", "sums:1"), Example("1 + 1", "3", "sums:1")):
         with pytest.raises(UsageError, match="its responses are not 1 to each of the 1 questions of sums"):
@@ -396,7 +396,7 @@ def test_sample_and_grade_numbers_questions_and_asks_every_set(monkeypatch):
     engine, sets = CountingEngine(), {}
     for name, numbers in (("sums", (1, 2)), ("products", (3,))):
         sets[name] = [Question(Example(f"{name} {n}", "1", f"{name}:{n}"), (n, n)) for n in numbers]
-    monkeypatch.setattr(standalone, "load_policy", lambda *_: make_tiny_policy())
+    monkeypatch.setattr(standalone, "load_policy", lambda *_, attention: make_tiny_policy())
     monkeypatch.setattr(standalone, "make_engine", lambda *_: engine)
     grade = make_inline_grader(lambda response, ground_truth: float(response == ground_truth))
     config = EvaluateConfig(n_samples=2, seed=7, dtype="float32")

@@ -59,7 +59,7 @@ WRONG = {
         ("expert_iteration", "--n-ei-step 1", "did you mean --n-ei-steps?"),
         ("evaluate", "--reward-mx a=1", "did you mean --reward-mix?"),
         ("sweep", "--grid learning_rat=1,2", "--grid, 1: --learning-rat: no such flag; did you mean --learning-rate?"),
-        ("report", "--runs run", "--runs: no such flag"),
+        ("report", "--runs run", "--runs: no such flag; --help lists the flags"),
         ("convert_dataset", "q.jsonl --question-ky a", "did you mean --question-key?"),
         ("make_task", "countdown --n-trian 1", "did you mean --n-train?"),
         ("pass_rates", "q.jsonl --outptu a", "did you mean --output?"),

@@ -239,6 +239,16 @@ TYPE_ERRORS = {
     ),
     "compute_grpo_clip_loss: advantages is float32 of shape (2,), but must be Float[Tensor, 'batch #seq']; pass"
     " advantages[:, None]": lambda: g.compute_grpo_clip_loss(TWO, LOG_PROBS, LOG_PROBS, 0.2),
+    "fused_linear_grpo_loss: advantages is float32 of shape (2,), but must be Float[Tensor, 'batch #seq']; pass"
+    " advantages[:, None]": lambda: g.fused_linear_grpo_loss(
+        torch.zeros(2, 3, 4),
+        torch.zeros(5, 4),
+        torch.zeros(2, 3).long(),
+        response_mask=LOG_PROBS < 0,
+        advantages=TWO,
+        old_log_probs=None,
+        cliprange=0.2,
+    ),
     "sft_microbatch_loss: response_mask is float32 of shape (2, 3), but must be Bool[Tensor, 'batch seq'], here of"
     " shape (2, 3); pass response_mask.bool()": lambda: g.sft_microbatch_loss(LOG_PROBS, LOG_PROBS, 1),
     "sft_microbatch_loss: response_mask is bool of shape (1, 2), but must be Bool[Tensor, 'batch seq'], here of shape"
@@ -259,7 +269,8 @@ TYPE_ERRORS = {
 def test_invalid_type_raises_one_line_with_the_change(message):
     with pytest.raises(TypeCheckError, match=f"^{re.escape(message)}$") as raised:
         TYPE_ERRORS[message]()
-    assert raised.value.__suppress_context__  # jaxtyping's own sixty lines would stand above it
+    assert raised.value.__suppress_context__
+    assert raised.value.__cause__ is None  # jaxtyping's own sixty lines would stand above it
 
 
 def test_numpy_numbers_are_numbers():
