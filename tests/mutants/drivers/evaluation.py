@@ -102,7 +102,7 @@ MUTANTS = [
             "for name, questions in list(inputs.questions.items())[:1]:\n            values",
         ),
         ("responses are numbered, not questions", "number // config.n_samples", "number"),
-        ("the engine is not checked", "        check(config, engine, policy, prompts[:N_CHECKED_PROMPTS])\n", ""),
+        ("the engine is not checked", "check(config, engine, policy, prompts[:N_CHECKED_PROMPTS])", "pass"),
     ),
     *breaks(
         "read_earlier",
