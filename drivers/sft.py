@@ -89,7 +89,7 @@ def choose_demonstrations(settings: SftConfig, say: Callable[[str], None] = prin
         examples = select_correct(settings, examples, say)
     n_examples = len(examples) if settings.n_examples is None else settings.n_examples
     if n_examples > len(examples):
-        raise UsageError(f"--n-examples {n_examples}: only {len(examples)} demonstrations exist; pass at most that")
+        raise UsageError(f"--n-examples {n_examples}: only {len(examples)} demonstrations are available; pass fewer")
     return random.Random(settings.seed).sample(examples, len(examples))[:n_examples]
 
 

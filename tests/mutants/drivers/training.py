@@ -22,7 +22,7 @@ MUTANTS = [
             "run_with_engine(components.engine, partial(components.engine.load_weights, version=state.step))\n",
             "pass\n",
         ),
-        ("the engine is not checked", "        self.check_engine(components, version=state.step)\n", ""),
+        ("the engine is not checked", "self.check_engine(components, version=state.step)", "pass"),
         (
             "no evaluation before the first step",
             "        if state.step == 0:\n            self.evaluate(components, step=0)\n",
