@@ -31,7 +31,7 @@ def explain_type_error(
 ) -> str | None:
     """Return one line for jaxtyping's message, or None if it blames no argument of `fn`."""
     found = _ARGUMENT.search(message)
-    if found is None:
+    if found is None or f"{fn.__module__}.{fn.__qualname__}." not in message:  # of a function that `fn` has called
         return None
     name = found[1]
     value, annotation = inspect.signature(fn).bind(*args, **kwargs).arguments[name], fn.__annotations__[name]

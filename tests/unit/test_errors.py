@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from jaxtyping import TypeCheckError
+from beartype import beartype
+from jaxtyping import Float, TypeCheckError, jaxtyped
 
 import grpo_core as g
 
@@ -271,6 +272,16 @@ def test_invalid_type_raises_one_line_with_the_change(message):
         TYPE_ERRORS[message]()
     assert raised.value.__suppress_context__
     assert raised.value.__cause__ is None  # jaxtyping's own sixty lines would stand above it
+
+
+def test_type_error_of_the_users_own_function_is_left_alone():
+    @jaxtyped(typechecker=beartype)
+    def length(response: str, advantage_eps: Float[torch.Tensor, ""]) -> dict:
+        return {"reward": 1.0}
+
+    with pytest.raises(TypeCheckError, match="length") as raised:
+        rewards(length)
+    assert "typechecking parameter 'advantage_eps'" in str(raised.value)
 
 
 def test_numpy_numbers_are_numbers():
