@@ -21,6 +21,7 @@ install: $(INSTALLED)  ## Create .venv with the pinned environment
 $(INSTALLED): $(LOCK) pyproject.toml
 	@echo "Installing the pinned $(KIND) environment into .venv (a few minutes, once) ..."
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is required, this is %s" % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	@if [ $(KIND) = gpu ]; then .ci/check-driver; fi
 	@# Made anew where it is unfinished, or was made for the other kind of machine.
 	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1 || ls .venv/.installed-* 2>/dev/null | grep -qv -- '-$(KIND)$$'; then \
 	    $(PYTHON) -m venv --clear .venv || { \

@@ -30,7 +30,11 @@ def exit_on_user_error(program: str) -> Iterator[None]:
     except GrpoError as error:
         exit_with(program, error, status=1)
     except RuntimeError as error:
-        from drivers.common import distributed  # it imports torch, which `--help` does without
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; `--help` does without torch
+            reason = " ".join(str(error).split())[:200]
+            advice = "lower --micro-batch-tokens, or pass --gradient-checkpointing on or --lora-rank 16"
+            exit_with(program, RuntimeError(f"the GPU is out of memory ({reason}); {advice}"), status=1)
+        from drivers.common import distributed  # it imports torch
 
         if not distributed.is_peer_failure(error):
             raise

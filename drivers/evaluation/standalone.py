@@ -49,7 +49,7 @@ def evaluate(config: EvaluateConfig, check: EngineCheck) -> Path:
     sets = load_sets(config)
     check_file(config.reward)
     prompt = load_prompt(config.prompt_path, config.chat_template, config.system_prompt_path, config.chat_date)
-    device = choose_device("--device", config.device, default_policy_device())
+    device = choose_device("--device", config.device, default_policy_device)
     earlier = None if config.compare_to is None else read_earlier(config, sets)
     models = [config.model_path]
     if config.compare_to is not None and earlier is None:

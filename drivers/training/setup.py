@@ -175,6 +175,7 @@ def load_models(
         seed=config.seed,
         gpu_memory_utilization=config.gpu_memory_utilization,
         reserved_bytes=training_state_bytes(policy) + reference_bytes,
+        may_sleep=True,
         own_process=config.rollout_process == "own" or distributed.size() > 1,
         deadline_s=config.engine_deadline_s,
         urls=config.rollout_url,

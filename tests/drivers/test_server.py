@@ -256,7 +256,8 @@ def test_servers_on_other_hosts_join_transfer_group(monkeypatch):
     monkeypatch.setattr(servers, "call", lambda method, path, bodies: bodies_sent.extend(bodies))
     engine = object.__new__(vllm_server.ServerEngine)
     engine._servers, engine._device = servers, torch.device("cuda", 0)
-    ours = engine._transfer_init()
+    weights = WeightGatherer(make_tiny_policy(3), torch.float32)
+    ours = engine._transfer_init(weights)
     servers.init_weight_transfer_engine({"rank_offset": 1, "master_address": ours.master_address, "world_size": 4})
     infos = [body["init_info"] for body in bodies_sent]
     assert infos == [
@@ -274,7 +275,7 @@ def test_servers_on_other_hosts_join_transfer_group(monkeypatch):
     assert [heard for _, heard in joined] == ["hello"] * 4
 
     sides["http://two:8000"] = "127.0.0.1"
-    assert engine._transfer_init().master_address == "127.0.0.1"  # closed to other machines
+    assert engine._transfer_init(weights).master_address == "127.0.0.1"  # closed to other machines
     servers.close()
 
 
