@@ -36,8 +36,8 @@ train: $(INSTALLED)  ## Train with GRPO; without ARGS the embedded quickstart
 test: $(INSTALLED)  ## The whole test suite: what CI runs
 	.ci/test $(ARGS)
 
-quick: $(INSTALLED)  ## The tests without the slow ones
-	.ci/test -m "not slow" $(ARGS)
+quick: $(INSTALLED)  ## The fast tests, with few examples of each property
+	HYPOTHESIS_PROFILE=quick .ci/test -m "not slow and not medium" $(ARGS)
 
 lint: $(INSTALLED)  ## Formatting, style and layers of imports
 	$(BIN)/ruff format --check .

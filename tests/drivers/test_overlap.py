@@ -55,6 +55,7 @@ def test_async_questions_and_seeds_equal_synchronous(tmp_path):
     assert torch.allclose(flatten_weights(first), flatten_weights(second), atol=1e-9)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "correction",
     [

@@ -354,6 +354,7 @@ def test_server_engine_close_does_not_wait(stub, monkeypatch):
         engine.load_weights(0)
 
 
+@pytest.mark.medium
 def test_server_engine_hanging_server_lets_process_exit(stub, tmp_path):
     """Another server has failed, which ends the run; the thread that waits for the first must not keep the process."""
     end, other = threading.Event(), StubServer()

@@ -105,6 +105,7 @@ def commands_of(page):
                 yield words[programs[0]].removeprefix("drivers/").removesuffix(".py"), words[programs[0] + 1 :]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_page_commands_are_valid(page, capsys):
     """The program itself parses each flag and value."""
