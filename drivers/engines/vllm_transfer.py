@@ -22,6 +22,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLWeightTransferEngine
 from vllm.utils.network_utils import get_open_port
 
+from drivers.common.errors import first_line
 from drivers.engines.supervision import exit_when_trainer_exits
 from drivers.policy.weight_gatherer import WeightGatherer
 from drivers.policy.weights import Checksum, copy_to_host, record_checksums
@@ -48,7 +49,7 @@ class ReceivingModel:
         try:
             self._model.load_weights(arriving)
         except Exception as error:  # models reject unknown names and shapes each in their own way
-            reason = f"{type(self._model).__name__}.load_weights raises {type(error).__name__}: {error}"
+            reason = f"{type(self._model).__name__}.load_weights raises {type(error).__name__}: {first_line(error)}"
             self._failure = self._failure or reason
         for _ in arriving:
             pass

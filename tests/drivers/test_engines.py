@@ -430,6 +430,8 @@ class Loading(torch.nn.Module):
     def load_weights(self, weights):
         own = dict(self.named_parameters())
         for name, weight in weights:
+            if name not in own:
+                raise ValueError(f"no place for {name}\nin this model")
             own[name].weight_loader(own[name], weight)
 
 
@@ -484,7 +486,7 @@ def test_receiving_model_error_is_reported_after_all_arrived(loading):
     received.finish(is_tied=True)
     assert asked == ["first.weight", "nobody.weight", "second.weight"]
     assert list(received.checksums()) == [*asked, "head.weight", "another.weight"]
-    assert received.describe_unloaded() == "Loading.load_weights raises KeyError: 'nobody.weight'"
+    assert received.describe_unloaded() == "Loading.load_weights raises ValueError: no place for nobody.weight"
 
 
 def test_nccl_engine_reports_unloaded_weights(loading, monkeypatch):

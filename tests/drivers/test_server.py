@@ -337,6 +337,7 @@ def test_server_engine_push_that_is_not_loaded_fails(stub):
     stub.unloaded = "2 parameters got no weight: model.norm.weight, lm_head.weight"
     with pytest.raises(TrainingAbortedError, match=r"push 1 did not load into worker 0.*2 parameters got no weight"):
         engine.load_weights(1)
+    engine.close()
 
 
 def test_server_engine_close_does_not_wait(stub, monkeypatch):
