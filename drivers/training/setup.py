@@ -131,7 +131,7 @@ def setup_run(
                 checkpoint_dtype=None if checkpoint is None else read_dtype(checkpoint),
             )
             step = 0 if checkpoint is None else int(read_state_values(checkpoint)["step"])
-            disk_warning = distributed.run_on_rank_zero(partial(check_disk, config, policy, folder, step))
+            disk_warning = check_disk(config, policy, folder, step)
         except BaseException:
             if distributed.is_rank_zero() and checkpoint is None:
                 abandon_run_folder(folder, RUN_MARKER)
