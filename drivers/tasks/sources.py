@@ -88,7 +88,9 @@ def read_hub(name: str, subsets: Sequence[str], split: str) -> Iterator[Row]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise UsageError("--hub needs the package datasets; in this clone, run: .venv/bin/pip install -e '.[hub]'") from error
+        raise UsageError(
+            "--hub needs the package datasets; in this clone, run: .venv/bin/pip install -e '.[hub]'"
+        ) from error
     for subset in subsets or (None,):
         try:
             loaded = load_dataset(name, subset, split=split)
