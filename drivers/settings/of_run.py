@@ -50,7 +50,9 @@ def parse_evaluate_config(arguments: Sequence[str]) -> EvaluateConfig:
     }
     if shown:
         flags = " ".join(spell_flag(name, value) for name, value in shown.items())
-        Screen().say(f"From the settings of {run}: {flags}")
+        here = Path.cwd()
+        where = run.relative_to(here) if run is not None and run.is_relative_to(here) else run
+        Screen().say(f"From the settings of {where}: {flags}")
     _warn_of_other_run(config, arguments)
     return config
 

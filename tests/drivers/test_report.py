@@ -343,7 +343,7 @@ def test_times_count_waiting_only(tmp_path):
     assert make_times(group_runs([run])).by_phase["update"] == [0.0, 5.0, 5.0]
     runs = read_runs([write_run(tmp_path / name, rows, rate=name) for name in "ab"])
     times = make_times(group_runs(runs))
-    assert times.labels == ["rate=a", "rate=b"]
+    assert times.labels == ["a", "b"]
     assert (times.by_phase["rollout"], times.by_phase["save"]) == ([10.0, 10.0], [50.0, 50.0])
     assert "0:02:08" not in parse_page(tmp_path).text
     assert "2:19" in parse_page(tmp_path).text

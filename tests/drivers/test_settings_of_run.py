@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import asdict, fields
+from pathlib import Path
 
 import pytest
 
@@ -65,11 +66,13 @@ def test_settings_of_run_are_taken_and_printed(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", [GrpoConfig, SftConfig, ExpertIterationConfig])
-def test_settings_of_run_of_each_program_are_taken(tmp_path, kind, capsys):
-    model = make_run(tmp_path / "run", kind, sampling_max_tokens=7)
+def test_settings_of_run_of_each_program_are_taken(tmp_path, kind, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = make_run(Path("run"), kind, sampling_max_tokens=7)
     config = parse_evaluate_config([f"--model_path={model}"])
     assert (config.sampling_max_tokens, config.sampling_min_tokens, config.n_examples) == (7, 4, 1024)
     shown = capsys.readouterr().out
+    assert shown.startswith("From the settings of run: --data-path ")
     assert "--reward r1_zero" in shown  # what is asked is shown, even if it is the default
     assert "--sampling-temperature" not in shown
 

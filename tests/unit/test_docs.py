@@ -75,8 +75,8 @@ def draw_functions_page():
     lines = [
         "# Functions",
         "",
-        "Every public function of `grpo_core` with the first line of its docstring. The [API](api.md) has its arguments,",
-        "result, errors and examples.",
+        "Every public function of `grpo_core`, with the first line of its docstring. The [API](api.md) has the rest:",
+        "arguments, results, errors and examples.",
     ]
     functions = [value for value in vars(grpo_core).values() if inspect.isfunction(value)]
     for heading, module in re.findall(r"^## (.*)|^::: (.*)", DOCUMENTED_BY_THEIR_FILE, flags=re.MULTILINE):
