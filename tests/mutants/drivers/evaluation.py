@@ -87,8 +87,8 @@ MUTANTS = [
         ),
         (
             "the first file only",
-            "for name, questions in inputs.questions.items():\n            values",
-            "for name, questions in list(inputs.questions.items())[:1]:\n            values",
+            "for name, questions in inputs.questions.items():\n            with display",
+            "for name, questions in list(inputs.questions.items())[:1]:\n            with display",
         ),
         ("responses are numbered, not questions", "number // config.n_samples", "number"),
         ("the engine is not checked", "        check(config, engine, policy, prompts[:N_CHECKED_PROMPTS])\n", ""),
@@ -116,6 +116,12 @@ MUTANTS = [
         ),
         ("flags of the user are shown as the run's", " and not _is_given(name, arguments)\n    }", "\n    }"),
         ("settings out of range", "        EvaluateConfig(**settings)\n    except", "    except"),
+    ),
+    *breaks(
+        "describe_environment",
+        "drivers/runs/log.py",
+        f"{OF_RUN} -k describe_environment",
+        ("the folder of the program", '"folder": os.getcwd(),', '"folder": str(Path(__file__).parent),'),
     ),
     *breaks(
         "Display",
