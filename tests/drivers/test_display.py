@@ -1,7 +1,11 @@
 """What the programs show on a terminal of any width, and on a pipe."""
 
 import io
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +16,7 @@ from drivers.settings.grpo import GrpoConfig
 from drivers.settings.imitation import ExpertIterationConfig, SftConfig
 from drivers.settings.parser import parse
 
+ROOT = Path(__file__).resolve().parents[2]
 STEP = {
     "reward": 0.125,
     "format_reward": 0.5,
@@ -120,6 +125,16 @@ def test_help_of_tools_fits_terminal(program, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert 58 < max(map(len, lines)) <= 60
     assert lines[0].startswith("usage: ")
+
+
+def test_help_into_closed_pipe_is_silent():
+    """With `--help | head`, the reader leaves first."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", "from drivers.pass_rates import main; main(['--help'])"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, cwd=ROOT, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_fit_help_wraps_between_words(monkeypatch, capsys):

@@ -140,6 +140,7 @@ MUTANTS = [
         "fit_help",
         "drivers/common/cli.py",
         "tests/drivers/test_display.py -k help",
+        ("a closed pipe is an error", "except BrokenPipeError:", "except ZeroDivisionError:"),
         ("the description is one line", "if len(plain) <= width:", "if True:"),
         ("colors count", 're.sub(r"\\x1b\\[[\\d;]*m", "", line)', "line"),
         ("lists have no indent", 'if plain.startswith((" ", "usage:")) else ""', 'if False else ""'),
