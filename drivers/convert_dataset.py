@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 import tyro
 
 from drivers.common.atomic_files import write_texts
-from drivers.common.cli import exit_on_user_error
+from drivers.common.cli import exit_on_user_error, fit_help
 from drivers.common.errors import UsageError
 from drivers.tasks.layouts import KEYS, LAYOUTS, find_part, look_for, read_reply, read_row
 from drivers.tasks.questions import shorten
@@ -300,7 +300,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and convert or restore."""
     listed = "\n".join(f"  {names}: {keys}" for names, keys in LAYOUTS.items())
     description = f"{ConvertConfig.__doc__}\n\nKnown layouts:\n{listed}"
-    config = tyro.cli(ConvertConfig, args=arguments, description=description)
+    with fit_help():
+        config = tyro.cli(ConvertConfig, args=arguments, description=description)
     with exit_on_user_error("convert_dataset.py"):
         (restore if config.restore else convert)(config)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from drivers.common.atomic_files import write_jsonl
-from drivers.common.cli import exit_on_user_error
+from drivers.common.cli import exit_on_user_error, fit_help
 from drivers.common.errors import UsageError
 from drivers.tasks.countdown import CountdownConfig, make_countdown
 from drivers.tasks.gym import GymConfig, make_gym, task_names
@@ -43,7 +43,8 @@ def write_splits(splits: Mapping[str, Sequence[Mapping[str, str]]], output_dir: 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and write the files."""
     with exit_on_user_error("make_task.py"):
-        config: CountdownConfig | GymConfig = tyro.cli(Task, args=arguments, description=__doc__)
+        with fit_help():
+            config: CountdownConfig | GymConfig = tyro.cli(Task, args=arguments, description=__doc__)
         if isinstance(config, GymConfig) and config.list:
             print("\n".join(task_names()))
         else:

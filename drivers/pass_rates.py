@@ -14,7 +14,7 @@ from typing import Any
 import tyro
 
 from drivers.common.atomic_files import write_jsonl
-from drivers.common.cli import exit_on_user_error
+from drivers.common.cli import exit_on_user_error, fit_help
 from drivers.common.errors import UsageError
 from drivers.tasks.questions import read_jsonl
 
@@ -98,7 +98,9 @@ def write_pass_rates(config: PassRatesConfig) -> list[dict[str, Any]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and write the file."""
     with exit_on_user_error("pass_rates.py"):
-        write_pass_rates(tyro.cli(PassRatesConfig, args=arguments))
+        with fit_help():
+            config = tyro.cli(PassRatesConfig, args=arguments)
+        write_pass_rates(config)
 
 
 if __name__ == "__main__":

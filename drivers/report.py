@@ -7,7 +7,7 @@ from pathlib import Path
 import tyro
 
 import drivers.common.environment  # noqa: F401  before torch: OpenMP reads its settings once
-from drivers.common.cli import exit_on_user_error
+from drivers.common.cli import exit_on_user_error, fit_help
 from drivers.common.errors import UsageError
 from drivers.reports.page import write_report
 
@@ -29,7 +29,8 @@ class ReportConfig:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and write the report."""
-    config = tyro.cli(ReportConfig, args=arguments)
+    with fit_help():
+        config = tyro.cli(ReportConfig, args=arguments)
     with exit_on_user_error("report.py"):
         if not config.runs:
             raise UsageError("no run folders given. Example: report.py runs/NAME")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import tyro
 
 import drivers.common.environment  # noqa: F401  before torch: OpenMP reads its settings once
-from drivers.common.cli import exit_on_user_error
+from drivers.common.cli import exit_on_user_error, fit_help
 from drivers.sweeps.plan import SweepConfig, folder_of, keep_plan, plan
 from drivers.sweeps.presets import SWEEPS
 from drivers.sweeps.results import write_results
@@ -17,7 +17,8 @@ from drivers.sweeps.runner import Runner
 def main(arguments: Sequence[str] | None = None) -> None:
     """Plan the runs, make them and print the table of results."""
     with exit_on_user_error("sweep.py"):
-        config, shared = tyro.cli(SweepConfig, args=arguments, return_unknown_args=True)
+        with fit_help():
+            config, shared = tyro.cli(SweepConfig, args=arguments, return_unknown_args=True)
         # With unknown flags, tyro 1.0 returns "[]" for the positional argument that was not given.
         config = replace(config, sweep=None if config.sweep == "[]" else config.sweep)
         if config.list and config.sweep is None and not config.grid:

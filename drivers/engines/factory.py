@@ -5,12 +5,21 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
+import torch
+
 from drivers.common.errors import UsageError
 from drivers.engines.hf import HFEngine
 from drivers.engines.options import EngineOptions
 from drivers.engines.protocol import RolloutEngine
 from drivers.engines.supervision import SupervisedEngine
 from drivers.policy.weight_gatherer import WeightGatherer
+
+
+def describe_start(kind: Literal["vllm", "hf"], device: torch.device) -> str:
+    """Return what `make_engine` does, for the display."""
+    if kind == "hf":
+        return "Starting the engine"
+    return "Starting vLLM" + ", which compiles the model for the GPU" * (device.type == "cuda")
 
 
 def make_engine(

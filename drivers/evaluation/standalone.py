@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from drivers.common.atomic_files import write_json, write_jsonl
+from drivers.common.display import Display
 from drivers.common.errors import UsageError
-from drivers.engines.factory import make_engine
+from drivers.engines.factory import describe_start, make_engine
 from drivers.engines.options import EngineOptions
 from drivers.engines.protocol import RolloutEngine
-from drivers.evaluation.comparison import Evaluation, Rows, Values, print_results, read_earlier
+from drivers.evaluation.comparison import Evaluation, Rows, Values, count_asked, print_results, read_earlier
 from drivers.evaluation.outcomes import category_of, compare, summarize
 from drivers.evaluation.policy import evaluate_policy
 from drivers.grading.pool import start_grading
@@ -54,15 +55,16 @@ def evaluate(config: EvaluateConfig, check: EngineCheck) -> Path:
     models = [config.model_path]
     if config.compare_to is not None and earlier is None:
         models.append(config.compare_to)
-    with start_grading(config, lambda text: print(f"warning: {text}", file=sys.stderr)) as grade:
+    warn = partial(print, "warning:", file=sys.stderr)
+    with Display(title="Evaluation") as display, start_grading(config, warn) as grade:
         inputs = [tokenize_questions(config, sets, prompt, model) for model in models]
         folder = create_run_folder("--output-dir", config.output_dir, "evaluate", marker="results.json")
         try:
-            evaluation = sample_and_grade(config, inputs[0], device, grade, check)
+            evaluation = sample_and_grade(config, inputs[0], device, grade, check, display)
             write_jsonl(folder / "completions.jsonl", chain(*evaluation.rows.values()))
             compared = earlier
             if len(inputs) > 1:
-                compared = sample_and_grade(config, inputs[1], device, grade, check)
+                compared = sample_and_grade(config, inputs[1], device, grade, check, display)
                 write_jsonl(folder / "completions_compared.jsonl", chain(*compared.rows.values()))
         except BaseException:
             abandon_run_folder(folder, "results.json")
@@ -126,11 +128,17 @@ def tokenize_questions(
 
 
 def sample_and_grade(
-    config: EvaluateConfig, inputs: ModelInputs, device: torch.device, grade: Grader, check: EngineCheck
+    config: EvaluateConfig,
+    inputs: ModelInputs,
+    device: torch.device,
+    grade: Grader,
+    check: EngineCheck,
+    display: Display,
 ) -> Evaluation:
     """Load a model, check its engine, and sample and grade its responses to each data set."""
     dtype = choose_dtype(config.dtype, device)
-    policy = load_policy(inputs.model_path, device, dtype)
+    with display.stage(f"Loading {inputs.model_path}"):
+        policy = load_policy(inputs.model_path, device, dtype)
     options = EngineOptions(
         model_path=inputs.model_path,
         device=device,
@@ -142,7 +150,8 @@ def sample_and_grade(
         gpu_memory_utilization=config.gpu_memory_utilization,
         reserved_bytes=sum(p.numel() * p.element_size() for p in policy.parameters()),
     )
-    engine = make_engine(config.engine, options, WeightGatherer(policy, dtype), inputs.tokenizer)
+    with display.stage(describe_start(config.engine, device)):
+        engine = make_engine(config.engine, options, WeightGatherer(policy, dtype), inputs.tokenizer, display.say)
     values: Values = {}
     rows: Rows = {}
     try:
@@ -150,7 +159,8 @@ def sample_and_grade(
         prompts = [question.prompt_token_ids for questions in inputs.questions.values() for question in questions]
         check(config, engine, policy, prompts[:N_CHECKED_PROMPTS])
         for name, questions in inputs.questions.items():
-            values[name], responses = evaluate_policy(engine, questions, config.sampling, grade, seed=config.seed)
+            with display.stage(f"Asking {name}: {count_asked(len(questions), config.n_samples)}"):
+                values[name], responses = evaluate_policy(engine, questions, config.sampling, grade, seed=config.seed)
             rows[name] = [
                 {"dataset": name, "question_number": number // config.n_samples, "category": category_of(row), **row}
                 for number, row in enumerate(responses)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 
+from drivers.common.cli import fit_help
 from drivers.settings.base import Settings
 
 Config = TypeVar("Config", bound=Settings)
@@ -32,7 +33,8 @@ OPTIONAL = {str | None: "STR", int | None: "INT", float | None: "FLOAT", tuple[s
 def parse(kind: type[Config], arguments: Sequence[str], defaults: Config) -> Config:
     """Return the settings that the arguments give over `defaults`; exit with status 2 if they cannot be parsed."""
     nested, description = _nest_by_heading(kind, defaults), inspect.getdoc(kind)
-    parsed = tyro.cli(nested, args=arguments, description=description, config=(tyro.conf.OmitArgPrefixes,))
+    with fit_help():
+        parsed = tyro.cli(nested, args=arguments, description=description, config=(tyro.conf.OmitArgPrefixes,))
     return kind(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
 
 

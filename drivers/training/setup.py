@@ -12,7 +12,7 @@ from torch import nn
 from drivers.common import distributed
 from drivers.common.display import Display
 from drivers.common.errors import UsageError
-from drivers.engines.factory import make_engine
+from drivers.engines.factory import describe_start, make_engine
 from drivers.engines.hf import HFReplica, end_token_ids
 from drivers.engines.options import EngineOptions
 from drivers.engines.protocol import RolloutEngine
@@ -157,13 +157,13 @@ def load_models(
     checkpoint_dtype: str | None,
 ) -> tuple[nn.Module, nn.Module | None, RolloutEngine]:
     """Load the policy, the reference if one is needed, and the engine, and return them; print what they are."""
-    display.say("Loading the model ...")
     policy_device, rollout_device = devices
     dtype = resolve_dtype(config, policy_device, checkpoint_dtype)
     set_up_device(config, policy_device)
     longest_row = longest_prompt + config.group_size * config.sampling_max_tokens
     loader = partial(load_sharded, config, model_path, policy_device, dtype, longest_row)
-    policy, reference = load_policy_and_reference(config, tokenizer, loader)
+    with display.stage("Loading the model"):
+        policy, reference = load_policy_and_reference(config, tokenizer, loader)
     distributed.run_on_rank_zero(partial(check_saving, model_path, policy, tokenizer))
     reference_bytes = 0 if reference is None else training_state_bytes(reference)
     plan = configure_memory(config, policy, longest_prompt, reference_bytes, rollout_device)
@@ -182,7 +182,8 @@ def load_models(
     )
     load_copy = partial(load_policy, model_path, policy_device, dtype, longest_row, config.attention)
     weights = WeightGatherer(policy, dtype, as_files=config.engine == "vllm")
-    engine = make_engine_for_rank(config, options, weights, tokenizer, load_copy, display.say)
+    with display.stage(describe_start(config.engine, rollout_device)):
+        engine = make_engine_for_rank(config, options, weights, tokenizer, load_copy, display.say)
     for line in describe_setup(config, policy, dtype, devices, plan):
         display.say(line)
     return policy, reference, engine

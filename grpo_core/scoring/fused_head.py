@@ -71,7 +71,7 @@ def fused_linear_log_probs(
             `lm_head_weight` differ, or a label lies outside the vocabulary (checked on a CPU only, as in
             `select_log_probs`).
 
-    Example:
+    Examples:
         >>> fused_linear_log_probs(torch.ones(1, 2), torch.zeros(4, 2), torch.tensor([3]))
         {'log_probs': tensor([-1.3863]), 'token_entropy': tensor([1.3863])}
 
@@ -128,7 +128,7 @@ def fused_linear_token_loss(
     Raises:
         ValueError: as in `fused_linear_log_probs`.
 
-    Example:
+    Examples:
         >>> advantages, weights = torch.tensor([[2.0]]), torch.tensor([[0.5, 0.5]])
         >>> loss, values = fused_linear_token_loss(
         ...     torch.ones(1, 2, 2), torch.zeros(4, 2), torch.tensor([[3, 1]]),
