@@ -21,6 +21,7 @@ install: $(INSTALLED)  ## Create .venv with the pinned environment
 $(INSTALLED): $(LOCK) pyproject.toml
 	@echo "Installing the pinned $(KIND) environment into .venv (a few minutes, once) ..."
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is required, this is %s" % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	@if [ $(KIND) = gpu ]; then .ci/check-driver; fi
 	@# Made anew where it is unfinished, or was made for the other kind of machine.
 	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1 || ls .venv/.installed-* 2>/dev/null | grep -qv -- '-$(KIND)$$'; then \
 	    $(PYTHON) -m venv --clear .venv || { \
@@ -35,8 +36,8 @@ train: $(INSTALLED)  ## Train with GRPO; without ARGS the embedded quickstart
 test: $(INSTALLED)  ## The whole test suite: what CI runs
 	.ci/test $(ARGS)
 
-quick: $(INSTALLED)  ## The tests without the slow ones
-	.ci/test -m "not slow" $(ARGS)
+quick: $(INSTALLED)  ## The fast tests, with few examples of each property
+	HYPOTHESIS_PROFILE=quick .ci/test -m "not slow and not medium" $(ARGS)
 
 lint: $(INSTALLED)  ## Formatting, style and layers of imports
 	$(BIN)/ruff format --check .

@@ -35,7 +35,7 @@ def estimate_mean_interval(
     Raises:
         ValueError: if there are no values, a value lies outside $[0, 1]$, or `confidence` lies outside $(0, 1)$.
 
-    Example:
+    Examples:
         >>> mean, low, high = estimate_mean_interval(torch.tensor([1.0, 1.0, 1.0, 1.0]))
         >>> mean, round(low, 3), high
         (1.0, 0.51, 1.0)
@@ -75,7 +75,7 @@ def compute_majority_accuracy(
     Raises:
         ValueError: if `answers` and `is_correct` differ in their lengths.
 
-    Example:
+    Examples:
         >>> compute_majority_accuracy([["4", "4", "5"], ["1", "2", None]], [[True, True, False], [True, False, False]])
         tensor([1.0000, 0.5000], dtype=torch.float64)
 
@@ -110,7 +110,7 @@ def compute_sign_flip_p_value(differences: Int[Tensor, " pair"]) -> float:
     Returns:
         The p-value in $(0, 1]$; values too small for a float are returned as the least normal float, $2^{-1022}$.
 
-    Example:
+    Examples:
         >>> compute_sign_flip_p_value(torch.tensor([1, 1, 1, 1, 1, 1, 0, 0]))  # 2 / 2^6
         0.03125
         >>> compute_sign_flip_p_value(torch.tensor([2, -1, 0]))
@@ -152,7 +152,7 @@ def estimate_pass_at_k(
     Raises:
         ValueError: if $k$ is less than 1 or exceeds an $n$, or a $c$ is not in $[0, n]$.
 
-    Example:
+    Examples:
         >>> estimate_pass_at_k(torch.tensor([0, 1, 4]), 4, k=2)
         tensor([0.0000, 0.5000, 1.0000], dtype=torch.float64)
 

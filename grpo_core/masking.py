@@ -26,7 +26,7 @@ def masked_sum(
     Returns:
         The sum, without dimension `dim`.
 
-    Example:
+    Examples:
         >>> masked_sum(torch.tensor([1.0, 2.0, float("nan")]), torch.tensor([True, True, False]))
         tensor(3.)
     """
@@ -53,7 +53,7 @@ def masked_mean(
     Returns:
         The mean, without dimension `dim`; NaN for each slice in which the mask keeps no entry.
 
-    Example:
+    Examples:
         >>> masked_mean(torch.tensor([[1.0, 3.0], [5.0, 7.0]]), torch.tensor([[True, True], [False, False]]), dim=1)
         tensor([2., nan])
     """
@@ -85,7 +85,7 @@ def masked_normalize(
     Raises:
         ValueError: if `normalize_constant` is 0 or not finite.
 
-    Example:
+    Examples:
         >>> masked_normalize(torch.tensor([[1.0, 3.0], [5.0, 7.0]]), torch.ones(2, 2).bool(), 4.0, dim=1)
         tensor([1., 3.])
 

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 # For laws that run once per loss type and aggregation: the battery as a whole sees twice the profile's examples.
-fewer = settings(max_examples=max(10, settings.default.max_examples // 6))
+fewer = settings(max_examples=min(settings.default.max_examples, max(10, settings.default.max_examples // 6)))
 
 CLIPRANGES = st.sampled_from([0.0, 0.1, 0.2, 0.5, 1.0])
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 8))

@@ -7,6 +7,7 @@ from typing import Any, get_args
 import tyro
 from tyro import _errors as events  # tyro's only way to reword its errors; a test fails if another version changes it
 
+from drivers.common.cli import fit_help
 from drivers.common.errors import UsageError, suggest
 
 KINDS = {int: "a whole number, like 8", float: "a number, like 0.1"}
@@ -23,7 +24,7 @@ def parse_arguments(kind: Any, arguments: Sequence[str], *, names: Sequence[str]
         if message is not None:
             raise UsageError(message)
 
-    with events.on_parse_error(explain):
+    with fit_help(), events.on_parse_error(explain):
         return tyro.cli(kind, args=arguments, **options)
 
 

@@ -1,10 +1,14 @@
-"""Report the errors of a program in one line."""
+"""What the command lines of all programs share: errors in one line, and help that fits the terminal."""
 
+import io
 import os
+import re
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 from drivers.common.errors import GrpoError, UsageError
 
@@ -30,13 +34,53 @@ def exit_on_user_error(program: str) -> Iterator[None]:
     except GrpoError as error:
         exit_with(program, error, status=1)
     except RuntimeError as error:
-        from drivers.common import distributed  # it imports torch, which `--help` does without
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; `--help` does without torch
+            reason = " ".join(str(error).split())[:200]
+            advice = "lower --micro-batch-tokens, or pass --gradient-checkpointing on or --lora-rank 16"
+            exit_with(program, RuntimeError(f"the GPU is out of memory ({reason}); {advice}"), status=1)
+        from drivers.common import distributed  # it imports torch
 
         if not distributed.is_peer_failure(error):
             raise
         exit_with(program, RuntimeError(f"another rank has exited: {error}"), status=1)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+class _Captured(io.StringIO):
+    """Text that is printed later, on a terminal if `is_terminal`: tyro colors its help there."""
+
+    def __init__(self, *, is_terminal: bool) -> None:
+        super().__init__()
+        self._is_terminal = is_terminal
+
+    def isatty(self) -> bool:
+        return self._is_terminal
+
+
+@contextmanager
+def fit_help() -> Iterator[None]:
+    """Wrap what the block prints between words, at the width of the terminal.
+
+    tyro wraps the help of flags, but prints the usage and the description in one line each.
+    """
+    printed, width = _Captured(is_terminal=sys.stdout.isatty()), shutil.get_terminal_size().columns
+    try:
+        with redirect_stdout(printed):
+            yield
+    finally:
+        try:
+            print("".join(f"{_fold(line, width)}\n" for line in printed.getvalue().splitlines()), end="", flush=True)
+        except BrokenPipeError:  # `--help | head`: the rest goes nowhere, or Python would complain at its exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fold(line: str, width: int) -> str:
+    plain = re.sub(r"\x1b\[[\d;]*m", "", line)  # without colors
+    if len(plain) <= width:
+        return line
+    indent = " " * (len(plain) - len(plain.lstrip()) + 4) if plain.startswith((" ", "usage:")) else ""
+    return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def check_number(name: str, value: int, least: int, required: str) -> None:

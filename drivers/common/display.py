@@ -1,5 +1,6 @@
 """Show the progress of a run: a live panel on a terminal, plain lines elsewhere."""
 
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -9,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -27,7 +28,15 @@ COLUMNS = {
 """Columns of a step's line. Metrics that a step does not have are omitted."""
 
 
-class _Screen(Console):
+class Screen(Console):
+    """Standard output: a terminal, a pipe or a file."""
+
+    def say(self, *parts: str) -> None:
+        """Print a permanent line. On a terminal, a long one is wrapped between its parts, or within a single part."""
+        text = wrap(parts, self.width) if self.is_terminal else "  ".join(parts)
+        with suppress(OSError):  # the disk is full, or the terminal was closed
+            self.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def on_broken_pipe(self) -> None:
         """Continue without output if the reader has closed the pipe; rich would end the program."""
         with suppress(SystemExit, OSError):
@@ -35,23 +44,19 @@ class _Screen(Console):
 
 
 class Display:
-    """A panel with phase, step, reward, tokens per second and time left; above it, one permanent line per step."""
+    """A panel with the phase, steps, reward, speed and times; above it, permanent lines.
 
-    def __init__(self, n_steps: int, *, quiet: bool = False, title: str = "GRPO") -> None:
-        self.console = _Screen(quiet=quiet)
+    Without a terminal there is no panel. Without steps, the panel shows the phase and the elapsed time.
+    """
+
+    def __init__(self, n_steps: int = 0, *, quiet: bool = False, title: str = "GRPO") -> None:
+        self.console = Screen(quiet=quiet)
         self._title = title
-        self._n_steps = n_steps
-        self._step_begin = time.monotonic()
+        self._n_steps, self._n_done = n_steps, 0
+        self._phase = "working"
+        self._begin = self._phase_begin = self._step_begin = time.monotonic()
         self._step_seconds: list[float] = []
-        self._panel_text = Text("no step is finished yet", style="dim")
-        self._progress = Progress(
-            TextColumn("[bold]{task.description:<9}"),
-            BarColumn(bar_width=None),
-            TaskProgressColumn(),
-            TextColumn("{task.completed}/{task.total} steps"),
-            TimeElapsedColumn(),
-        )
-        self._task = self._progress.add_task("starting", total=n_steps)
+        self._figures: list[str] = []
         self._live = Live(console=self.console, transient=True, get_renderable=self._panel)
 
     def __enter__(self) -> "Display":
@@ -63,21 +68,31 @@ class Display:
         with suppress(OSError):
             self._live.stop()
 
-    def say(self, text: str) -> None:
-        """Print a permanent line."""
-        with suppress(OSError):  # the disk is full, or the terminal was closed
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+    def say(self, *parts: str) -> None:
+        """Print a permanent line above the panel."""
+        self.console.say(*parts)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Announce a long phase before the steps in a line, and show it in the panel while the block runs."""
+        self.say(f"{name} ...")
+        with self.phase(name, {}):
+            yield
+        self._show_phase("working")
 
     @contextmanager
     def phase(self, name: str, seconds: dict[str, float], *, shown: bool = True) -> Iterator[None]:
         """Show `name` as the current phase, and add the time of the block to `seconds[name]`."""
         if shown:
-            self._progress.update(self._task, description=name)
+            self._show_phase(name)
         begin = time.monotonic()
         try:
             yield
         finally:
             seconds[name] = seconds.get(name, 0.0) + time.monotonic() - begin
+
+    def _show_phase(self, name: str) -> None:
+        self._phase, self._phase_begin = name, time.monotonic()
 
     def begin_step(self) -> None:
         """Start the clock of a step."""
@@ -87,14 +102,13 @@ class Display:
         """Print the step's line and update the panel."""
         self._step_seconds.append(time.monotonic() - self._step_begin)
         left = clock((self._n_steps - step) * fmean(self._step_seconds[-5:]))
-        self._progress.update(self._task, completed=step)
+        self._n_done = step
         speed = values.get("rollout_tokens_per_s", 0)
-        self._panel_text = Text(f"reward {_number(values, 'reward')}   tokens/s {speed:.0f}   time left {left}")
-        shown = "  ".join(form.format(values[name]) for name, form in COLUMNS.items() if name in values)
-        self.say(
-            f"step {step:>{len(str(self._n_steps))}}/{self._n_steps}  {shown}  "
-            f"{self._step_seconds[-1]:.1f} s, {left} left"
-        )
+        self._figures = [f"reward {_number(values, 'reward')}", f"tokens/s {speed:.0f}", f"time left {left}"]
+        shown = [form.format(values[name]) for name, form in COLUMNS.items() if name in values]
+        last = f"{self._step_seconds[-1]:.1f} s, {left} left"
+        head = f"step {step:>{len(str(self._n_steps))}}/{self._n_steps}"
+        self.say(head, *shown, last)
 
     def show_evaluation(self, step: int, values: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> None:
         """Print the accuracy and some completions with their rewards."""
@@ -109,10 +123,40 @@ class Display:
             self.say(f"     {one_line(str(row['response']))}  (answer: {row['answer']})")
 
     def _panel(self) -> Panel:
+        """Draw the panel; it is drawn again four times a second."""
+        now = time.monotonic()
+        bar = Table.grid(expand=True, padding=(0, 1))
+        bar.add_column(no_wrap=True)
+        bar.add_column(ratio=1)
+        bar.add_column(no_wrap=True)
+        phase = Text(f"{self._phase}  {clock(now - self._phase_begin)}")
+        if self._n_steps:
+            done = f"{self._n_done}/{self._n_steps} steps"
+            bar.add_row(phase, ProgressBar(total=self._n_steps, completed=self._n_done), done)
+        else:
+            bar.add_row(phase)
         grid = Table.grid(expand=True)
-        grid.add_row(self._progress)
-        grid.add_row(self._panel_text)
+        grid.add_row(bar)
+        grid.add_row(Text("   ".join([*self._figures, f"elapsed {clock(now - self._begin)}"])))
         return Panel(grid, title=self._title, title_align="left")
+
+
+def wrap(parts: Sequence[str], width: int) -> str:
+    """Wrap a line between its parts, or a single part between words, and indent what follows.
+
+    A command stays in one piece. So does a word that is longer than a line, such as a path: the terminal breaks it,
+    and it can still be copied.
+    """
+    line = parts[0] if len(parts) == 1 else "  ".join(part.replace(" ", _UNBROKEN) for part in parts)
+    before, python, command = line.partition("python drivers/")
+    line = before + (python + command).replace(" ", _UNBROKEN)
+    indent = " " * (len(line) - len(line.lstrip(" ")) + 4)
+    wrapped = textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return wrapped.replace(_UNBROKEN, " ")
+
+
+_UNBROKEN = "\N{NO-BREAK SPACE}"
+"""Stands for a space at which a line is not broken."""
 
 
 def _number(values: Mapping[str, float], name: str) -> str:

@@ -17,6 +17,8 @@ DEFAULTS = {
     # No library sends usage statistics during a run.
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
+    # vLLM would give up after 10 minutes; --engine-deadline-s decides.
+    "VLLM_ENGINE_READY_TIMEOUT_S": str(7 * 24 * 3600),
     "TOKENIZERS_PARALLELISM": "false",
     # Keep the progress bars and banners of libraries off the screen, which shows the run's own lines.
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
+import torch
+
 from drivers.common import distributed
 from drivers.common.errors import GrpoError, UsageError, shorten
 from drivers.engines.hf import HFEngine
@@ -13,6 +15,13 @@ from drivers.engines.options import EngineOptions
 from drivers.engines.protocol import RolloutEngine
 from drivers.engines.supervision import SupervisedEngine
 from drivers.policy.weight_gatherer import WeightGatherer
+
+
+def describe_start(kind: Literal["vllm", "hf"], device: torch.device) -> str:
+    """Return what `make_engine` does, for the display."""
+    if kind == "hf":
+        return "Starting the engine"
+    return "Starting vLLM" + ", which compiles the model for the GPU" * (device.type == "cuda")
 
 
 def make_engine(

@@ -21,6 +21,8 @@ class EngineOptions:
     """Share of the GPU's memory that vLLM may take; less where the policy needs more."""
     reserved_bytes: int = 0
     """Memory that training needs on a GPU which vLLM shares with the policy."""
+    may_sleep: bool = False
+    """Let vLLM free its memory on a GPU which it shares with the policy, while the policy trains."""
     own_process: bool = False
     """On a CPU, run vLLM in a separate process. On a GPU other than the policy's, it always is separate."""
     deadline_s: float = 3600.0

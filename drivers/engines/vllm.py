@@ -7,6 +7,7 @@ Weights travel by vLLM's own weight-transfer API (`start_weight_update`, `update
 - a CPU with `--rollout-process own`: a separate process, which the `host` backend gives a file in memory.
 """
 
+import math
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -38,6 +39,8 @@ from drivers.policy.weights import Checksum, check_arrived, check_loaded
 from drivers.settings.sampling import Sampling
 
 T = TypeVar("T")
+MAX_SETUP_S = 600.0
+"""Longest wait for the handshake of the weight transfer, in which an error of the worker reaches nobody."""
 
 
 class VLLMEngine:
@@ -54,13 +57,14 @@ class VLLMEngine:
         self._sender: WeightSender | None = None
         self._sender = self._call(
             "the setup of the weight transfer",
-            lambda: WeightSender(weights, self._transfer_init(), LocalClient(self._llm)),
+            lambda: WeightSender(weights, self._transfer_init(weights), LocalClient(self._llm)),
+            MAX_SETUP_S,
         )
 
-    def _transfer_init(self) -> TrainerInitInfo:
+    def _transfer_init(self, weights: WeightGatherer) -> TrainerInitInfo:
         if not self._placement.has_own_gpu:
             return HostTrainerInit(rank=0, by_file=self._placement.has_own_process)
-        return nccl_init("127.0.0.1", self._llm.get_world_size())
+        return nccl_init("127.0.0.1", self._llm.get_world_size(), weights)
 
     def load_weights(self, version: int) -> None:
         """Push the policy's weights and check that they arrived; later samples carry `version`."""
@@ -121,6 +125,8 @@ class VLLMEngine:
             self._sender.shutdown()
         core, has_own_process = self._llm.llm_engine.engine_core, self._placement.has_own_process
         with nullcontext() if has_own_process else self._busy:
+            if not has_own_process:
+                self._llm.collective_rpc("release_model")
             core.shutdown()
         if has_own_process:  # wake threads that wait for an answer: vLLM leaves them waiting
             for answer in list(core.utility_results.values()):
@@ -128,16 +134,17 @@ class VLLMEngine:
                     answer.set_exception(EngineDeadError())
             core.outputs_queue.put_nowait(EngineDeadError())
 
-    def _call(self, operation: str, call: Callable[[], T]) -> T:
-        """Return `call()`; raise EngineDiedError if vLLM's separate process exits or exceeds the deadline."""
+    def _call(self, operation: str, call: Callable[[], T], limit_s: float = math.inf) -> T:
+        """Return `call()`; raise EngineDiedError if vLLM's separate process exits or takes too long."""
+        deadline_s = min(self._deadline_s, limit_s)
         if not self._placement.has_own_process:
             with self._busy:
                 return call()
         try:
-            return call_with_timeout(self._deadline_s, call, self._is_alive, self.close)
+            return call_with_timeout(deadline_s, call, self._is_alive, self.close)
         except TimeoutError as error:
             raise EngineDiedError(
-                f"vLLM did not finish {operation} within {self._deadline_s:g} s (--engine-deadline-s) and was killed"
+                f"vLLM did not finish {operation} within {deadline_s:g} s (--engine-deadline-s) and was killed"
             ) from error
         except Exception as error:
             if self._is_alive() and not isinstance(error, EngineDeadError):

@@ -79,7 +79,7 @@ class ServerEngine:
         self._servers.n_workers = [int(answer["world_size"]) for answer in self._servers.call("GET", "get_world_size")]
         self._check_workers()
         self._check_max_model_len(max_model_len)
-        return WeightSender(weights, self._transfer_init(), self._servers)
+        return WeightSender(weights, self._transfer_init(weights), self._servers)
 
     def _check_workers(self) -> None:
         try:
@@ -104,12 +104,12 @@ class ServerEngine:
                     f"{max_model_len} tokens; start it with --max-model-len {max_model_len}"
                 )
 
-    def _transfer_init(self) -> TrainerInitInfo:
+    def _transfer_init(self, weights: WeightGatherer) -> TrainerInitInfo:
         if self._device.type == "cpu":
             return HostTrainerInit(rank=0, by_file=True)
         addresses = {vllm_http.local_address_towards(url) for url in self._servers.urls}
         # Servers on different networks reach this machine at different addresses: then listen on all.
-        return nccl_init(addresses.pop() if len(addresses) == 1 else "0.0.0.0", sum(self._servers.n_workers))
+        return nccl_init(addresses.pop() if len(addresses) == 1 else "0.0.0.0", sum(self._servers.n_workers), weights)
 
     def load_weights(self, version: int) -> None:
         """Push the policy's weights and check that they arrived; later samples carry `version`."""

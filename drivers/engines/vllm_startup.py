@@ -135,11 +135,15 @@ def _llm_arguments(options: EngineOptions, placement: Placement) -> dict[str, An
         "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from, temperature included
         "weight_transfer_config": WeightTransferConfig(backend="checked_nccl" if placement.has_own_gpu else "host"),
         "worker_extension_cls": "drivers.engines.vllm_transfer.WorkerExtension",
-        **device_arguments(options.device, shares_gpu=placement.shares_gpu, gpu_memory_utilization=utilization),
+        **device_arguments(
+            options.device,
+            sleeps=placement.shares_gpu and options.may_sleep,
+            gpu_memory_utilization=utilization,
+        ),
     }
 
 
-def device_arguments(device: torch.device, *, shares_gpu: bool, gpu_memory_utilization: float) -> dict[str, Any]:
+def device_arguments(device: torch.device, *, sleeps: bool, gpu_memory_utilization: float) -> dict[str, Any]:
     """Return the arguments of `LLM` that say where it runs and how much memory it takes there."""
     if device.type == "cpu":
         return {
@@ -155,7 +159,8 @@ def device_arguments(device: torch.device, *, shares_gpu: bool, gpu_memory_utili
     return {
         "device_ids": [device.index or 0],
         "gpu_memory_utilization": gpu_memory_utilization,
-        "enable_sleep_mode": shares_gpu,
+        "enable_sleep_mode": sleeps,
+        "sleep_mode_offload_cudagraph": sleeps,  # the memory plan of a training step has no place for graphs
     }
 
 

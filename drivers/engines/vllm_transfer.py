@@ -1,5 +1,6 @@
 """Transfer weights from the trainer to vLLM workers. vLLM imports this module in each of its processes."""
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,13 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLWeightTransferEngine
 from vllm.utils.network_utils import get_open_port
 
+from drivers.common.errors import first_line
 from drivers.engines.supervision import exit_when_trainer_exits
 from drivers.policy.weight_gatherer import WeightGatherer
 from drivers.policy.weights import Checksum, copy_to_host, record_checksums
 
-PACKED_BUFFER_BYTES = 256 << 20
-"""Size of each of NCCL's two send buffers."""
+MIN_BUFFER_BYTES = 256 << 20
+"""Smallest size of each of NCCL's two send buffers."""
 
 
 exit_when_trainer_exits()
@@ -47,7 +49,7 @@ class ReceivingModel:
         try:
             self._model.load_weights(arriving)
         except Exception as error:  # models reject unknown names and shapes each in their own way
-            reason = f"{type(self._model).__name__}.load_weights raises {type(error).__name__}: {error}"
+            reason = f"{type(self._model).__name__}.load_weights raises {type(error).__name__}: {first_line(error)}"
             self._failure = self._failure or reason
         for _ in arriving:
             pass
@@ -238,6 +240,16 @@ class WorkerExtension:
         received = self.weight_transfer_engine.received  # type: ignore[attr-defined]
         return "" if received is None else str(received.describe_unloaded())
 
+    def release_model(self) -> None:
+        """Drop the references that would keep the model in memory after the engine has shut down.
+
+        vLLM's record of a reload refers to the layers that are its weak keys, so nothing else ever frees them.
+        """
+        from vllm.model_executor.model_loader.reload import layerwise
+
+        self.weight_transfer_engine = None
+        layerwise.LAYERWISE_INFO.clear()
+
 
 if "host" not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine("host", HostWorkerEngine)
@@ -264,14 +276,18 @@ class LocalClient:
         self.llm.finish_weight_update(weight_version)
 
 
-def nccl_init(address: str, n_workers: int) -> NCCLTrainerInitInfo:
-    """Return the settings of a sender to GPUs, which listens at `address` of this machine."""
+def nccl_init(address: str, n_workers: int, weights: WeightGatherer) -> NCCLTrainerInitInfo:
+    """Return the settings of a sender to GPUs, which listens at `address` of this machine.
+
+    A buffer holds the largest tensor: vLLM would warn about one that is larger.
+    """
+    largest = max(math.prod(weight.shape) * weight.dtype.itemsize for weight in weights.metadata())
     return NCCLTrainerInitInfo(
         master_address=address,
         master_port=get_open_port(),
         world_size=1 + n_workers,
         rank=0,
-        packed_buffer_size_bytes=PACKED_BUFFER_BYTES,
+        packed_buffer_size_bytes=max(MIN_BUFFER_BYTES, largest),
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from drivers.common.display import one_line
+from drivers.common.display import Screen, one_line
 from drivers.common.errors import UsageError
 from drivers.evaluation.outcomes import CATEGORIES, Row
 from drivers.settings.base import spell_flag
@@ -93,6 +93,11 @@ def _read_responses(
     return rows
 
 
+def count_asked(n_questions: int, n_samples: int) -> str:
+    """Return the number of questions and of responses in words."""
+    return f"{n_questions} question{'s' * (n_questions > 1)}, {n_samples} response{'s' * (n_samples > 1)} to each"
+
+
 def print_results(
     name: str,
     config: EvaluateConfig,
@@ -102,16 +107,18 @@ def print_results(
     compared: Mapping[str, float] | None,
 ) -> None:
     """Print the metrics of a data set, sample responses of each category, and the comparison if there is one."""
-    print(f"\n{name}: {int(values['n_examples'])} questions, {config.n_samples} responses to each")
+    say = Screen().say
+    say("")
+    say(f"{name}: {count_asked(int(values['n_examples']), config.n_samples)}")
     for key, value in values.items():
         if key.endswith(("_low", "_high")) or key == "n_examples":
             continue
         interval = f"   {values[f'{key}_low']:.4g} to {values[f'{key}_high']:.4g}" if f"{key}_low" in values else ""
-        print(f"  {key:22} {value:.4g}{interval}")
+        say(f"  {key:22} {value:.4g}{interval}")
     for category in CATEGORIES:
         for row in [row for row in rows if row["category"] == category][: config.n_shown]:
-            print(f"  {category}: {one_line(row['question'])}")
-            print(f"    {one_line(row['response'])}  (answer: {row['answer']})")
+            say(f"  {category}: {one_line(row['question'])}")
+            say(f"    {one_line(row['response'])}  (answer: {row['answer']})")
     if difference is not None and compared is not None and difference["n_compared"]:
         _print_difference(config, difference, compared)
 
@@ -120,7 +127,7 @@ def _print_difference(config: EvaluateConfig, difference: Mapping[str, float], c
     low, high = difference["difference_low"], difference["difference_high"]
     p_value = f", p = {difference['p_value']:.2g}" if "p_value" in difference else ""
     better, worse, n_compared = (round(difference[key]) for key in ("better_on", "worse_on", "n_compared"))
-    print(
+    Screen().say(
         f"  against {config.compare_to}, accuracy {compared['accuracy']:.4g}: {difference['difference']:+.4f} "
         f"({low:+.4f} to {high:+.4f}{p_value}); better on {better} questions, worse on {worse}, of {n_compared}"
     )

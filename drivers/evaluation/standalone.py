@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from drivers.common.atomic_files import write_json, write_jsonl
+from drivers.common.display import Display
 from drivers.common.errors import UsageError
-from drivers.engines.factory import blame_engine, make_engine
+from drivers.engines.factory import blame_engine, describe_start, make_engine
 from drivers.engines.options import EngineOptions
 from drivers.engines.protocol import RolloutEngine
-from drivers.evaluation.comparison import Evaluation, Rows, Values, print_results, read_earlier
+from drivers.evaluation.comparison import Evaluation, Rows, Values, count_asked, print_results, read_earlier
 from drivers.evaluation.outcomes import category_of, compare, summarize
 from drivers.evaluation.policy import evaluate_policy
 from drivers.grading.pool import start_grading
@@ -50,25 +51,26 @@ def evaluate(config: EvaluateConfig, check: EngineCheck) -> Path:
     sets = load_sets(config)
     check_file(config.reward)
     prompt = load_prompt(config.prompt_path, config.chat_template, config.system_prompt_path, config.chat_date)
-    device = choose_device("--device", config.device, default_policy_device())
+    device = choose_device("--device", config.device, default_policy_device)
     earlier = None if config.compare_to is None else read_earlier(config, sets)
     models = {"--model-path": config.model_path}
     if config.compare_to is not None and earlier is None:
         models["--compare-to"] = config.compare_to
-    with start_grading(config, lambda text: print(f"warning: {text}", file=sys.stderr)) as grade:
+    warn = partial(print, "warning:", file=sys.stderr)
+    with Display(title="Evaluation") as display, start_grading(config, warn) as grade:
         inputs = []
         for flag, model in models.items():
             with name_flag(flag):
                 inputs.append(tokenize_questions(config, sets, prompt, model))
         folder = create_run_folder("--output-dir", config.output_dir, "evaluate", marker="results.json")
         try:
-            evaluation = sample_and_grade(config, inputs[0], device, grade, check)
+            evaluation = sample_and_grade(config, inputs[0], device, grade, check, display)
             write_jsonl(folder / "completions.jsonl", chain(*evaluation.rows.values()))
             compared = earlier
             if len(inputs) > 1:
                 try:
                     with name_flag("--compare-to"):
-                        compared = sample_and_grade(config, inputs[1], device, grade, check)
+                        compared = sample_and_grade(config, inputs[1], device, grade, check, display)
                 except BaseException:  # the first model's results are kept
                     write_results(folder, config, evaluation, None)
                     raise
@@ -145,11 +147,17 @@ def tokenize_questions(
 
 
 def sample_and_grade(
-    config: EvaluateConfig, inputs: ModelInputs, device: torch.device, grade: Grader, check: EngineCheck
+    config: EvaluateConfig,
+    inputs: ModelInputs,
+    device: torch.device,
+    grade: Grader,
+    check: EngineCheck,
+    display: Display,
 ) -> Evaluation:
     """Load a model, check its engine, and sample and grade its responses to each data set."""
     dtype = choose_dtype(config.dtype, device)
-    policy = load_policy(inputs.model_path, device, dtype, attention=config.attention)
+    with display.stage(f"Loading {inputs.model_path}"):
+        policy = load_policy(inputs.model_path, device, dtype, attention=config.attention)
     options = EngineOptions(
         model_path=inputs.model_path,
         device=device,
@@ -161,7 +169,8 @@ def sample_and_grade(
         gpu_memory_utilization=config.gpu_memory_utilization,
         reserved_bytes=sum(p.numel() * p.element_size() for p in policy.parameters()),
     )
-    engine = make_engine(config.engine, options, WeightGatherer(policy, dtype), inputs.tokenizer)
+    with display.stage(describe_start(config.engine, device)):
+        engine = make_engine(config.engine, options, WeightGatherer(policy, dtype), inputs.tokenizer, display.say)
     values: Values = {}
     rows: Rows = {}
     try:
@@ -170,7 +179,8 @@ def sample_and_grade(
             engine.load_weights(0)
             check(config, engine, policy, prompts[:N_CHECKED_PROMPTS])
         for name, questions in inputs.questions.items():
-            values[name], responses = evaluate_policy(engine, questions, config.sampling, grade, seed=config.seed)
+            with display.stage(f"Asking {name}: {count_asked(len(questions), config.n_samples)}"):
+                values[name], responses = evaluate_policy(engine, questions, config.sampling, grade, seed=config.seed)
             rows[name] = [
                 {"dataset": name, "question_number": number // config.n_samples, "category": category_of(row), **row}
                 for number, row in enumerate(responses)

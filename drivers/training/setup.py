@@ -12,7 +12,7 @@ from torch import nn
 from drivers.common import distributed
 from drivers.common.display import Display
 from drivers.common.errors import UsageError
-from drivers.engines.factory import make_engine
+from drivers.engines.factory import describe_start, make_engine
 from drivers.engines.hf import HFReplica, end_token_ids
 from drivers.engines.options import EngineOptions
 from drivers.engines.protocol import RolloutEngine
@@ -134,7 +134,7 @@ def setup_run(
                 checkpoint_dtype=None if checkpoint is None else read_dtype(checkpoint),
             )
             step = 0 if checkpoint is None else int(read_state_values(checkpoint)["step"])
-            disk_warning = distributed.run_on_rank_zero(partial(check_disk, config, policy, folder, step))
+            disk_warning = check_disk(config, policy, folder, step)
         except BaseException:
             if distributed.is_rank_zero() and checkpoint is None:
                 abandon_run_folder(folder, RUN_MARKER)
@@ -160,13 +160,13 @@ def load_models(
     checkpoint_dtype: str | None,
 ) -> tuple[nn.Module, nn.Module | None, RolloutEngine]:
     """Load the policy, the reference if one is needed, and the engine, and return them; print what they are."""
-    display.say("Loading the model ...")
     policy_device, rollout_device = devices
     dtype = resolve_dtype(config, policy_device, checkpoint_dtype)
     set_up_device(config, policy_device)
     longest_row = longest_prompt + config.group_size * config.sampling_max_tokens
     loader = partial(load_sharded, config, model_path, policy_device, dtype, longest_row)
-    policy, reference = load_policy_and_reference(config, tokenizer, loader)
+    with display.stage("Loading the model"):
+        policy, reference = load_policy_and_reference(config, tokenizer, loader)
     distributed.run_on_rank_zero(partial(check_saving, model_path, policy, tokenizer))
     reference_bytes = 0 if reference is None else training_state_bytes(reference)
     plan = configure_memory(config, policy, longest_prompt, reference_bytes, rollout_device)
@@ -178,13 +178,15 @@ def load_models(
         seed=config.seed,
         gpu_memory_utilization=config.gpu_memory_utilization,
         reserved_bytes=training_state_bytes(policy) + reference_bytes,
+        may_sleep=True,
         own_process=config.rollout_process == "own" or distributed.size() > 1,
         deadline_s=config.engine_deadline_s,
         urls=config.rollout_url,
     )
     load_copy = partial(load_policy, model_path, policy_device, dtype, longest_row, config.attention)
     weights = WeightGatherer(policy, dtype, as_files=config.engine == "vllm")
-    engine = make_engine_for_rank(config, options, weights, tokenizer, load_copy, display.say)
+    with display.stage(describe_start(config.engine, rollout_device)):
+        engine = make_engine_for_rank(config, options, weights, tokenizer, load_copy, display.say)
     for line in describe_setup(config, policy, dtype, devices, plan):
         display.say(line)
     return policy, reference, engine

@@ -42,7 +42,7 @@ def normalize_group_rewards(
         ValueError: if the rollouts do not fill the groups, `normalize_by_std` is set and a group has 1 response,
             `advantage_eps` is negative or not finite, or `correction` is neither 0 nor 1.
 
-    Example:
+    Examples:
         >>> normalize_group_rewards(torch.tensor([1.0, 0.0, 0.1, 0.1]), 2, normalize_by_std=False)
         tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
 
@@ -78,7 +78,7 @@ def compute_leave_one_out_advantages(
     Raises:
         ValueError: if the rollouts do not fill the groups.
 
-    Example:
+    Examples:
         >>> compute_leave_one_out_advantages(torch.tensor([1.0, 0.0, 0.0]), 3)
         tensor([ 1.0000, -0.5000, -0.5000])
 
@@ -111,7 +111,7 @@ def compute_batch_std_advantages(
     Raises:
         ValueError: if the rollouts do not fill the groups, or `advantage_eps` is negative.
 
-    Example:
+    Examples:
         >>> compute_batch_std_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 2, advantage_eps=0.0)
         tensor([ 1., -1.,  0.,  0.])
 
@@ -153,7 +153,7 @@ def compute_gdpo_advantages(
         ValueError: if the rollouts do not fill the groups, a group has 1 response, `advantage_eps` is negative, or the
             number of weights differs from the number of rewards.
 
-    Example:
+    Examples:
         >>> compute_gdpo_advantages(torch.tensor([[1.0, 0.0], [0.0, 100.0]]), 2, reward_weights=[3.0, 1.0])
         tensor([ 0.7071, -0.7071])
 
@@ -195,7 +195,7 @@ def compute_opo_advantages(
     Raises:
         ValueError: if the rollouts do not fill the groups, or a length is negative.
 
-    Example:
+    Examples:
         >>> compute_opo_advantages(torch.tensor([1.0, 0.0]), 2, torch.tensor([3, 1]))
         tensor([ 0.2500, -0.7500])
 
@@ -231,7 +231,7 @@ def compute_gpg_advantages(rewards: Float[Tensor, " rollout"], group_sizes: Grou
     Raises:
         ValueError: if the rollouts do not fill the groups.
 
-    Example:
+    Examples:
         >>> compute_gpg_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 2)
         tensor([ 1., -1.,  0.,  0.])
 
@@ -263,7 +263,7 @@ def compute_maxrl_advantages(rewards: Float[Tensor, " rollout"], group_sizes: Gr
     Raises:
         ValueError: if the rollouts do not fill the groups, or a reward is negative.
 
-    Example:
+    Examples:
         >>> compute_maxrl_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4)
         tensor([ 3., -1., -1., -1.])
 
@@ -301,7 +301,7 @@ def compute_remax_advantages(
         ValueError: if the rollouts do not fill the groups, or the number of `greedy_rewards` is not that of the
             groups.
 
-    Example:
+    Examples:
         >>> compute_remax_advantages(torch.tensor([1.0, 0.0, 0.1]), [2, 1], torch.tensor([0.0, 0.1]))
         tensor([1., 0., 0.])
 
@@ -345,7 +345,7 @@ def whiten_over_tokens(
     Raises:
         ValueError: if `advantage_eps` is negative or not finite, or `correction` is neither 0 nor 1.
 
-    Example:
+    Examples:
         >>> mask = torch.tensor([[True, True, True], [True, False, False]])
         >>> whiten_over_tokens(torch.tensor([[1.0], [0.0]]), mask)
         tensor([[ 0.5000],

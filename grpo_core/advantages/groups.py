@@ -25,7 +25,7 @@ def find_signal_groups(rewards: Float[Tensor, " rollout"], group_sizes: GroupSiz
     Raises:
         ValueError: if the rollouts do not fill the groups.
 
-    Example:
+    Examples:
         >>> import torch
         >>> find_signal_groups(torch.tensor([1.0, 0.0, 0.5, 0.5]), 2)
         tensor([ True, False])
@@ -56,7 +56,7 @@ def describe_silent_groups(
     Raises:
         ValueError: if the rollouts do not fill the groups.
 
-    Example:
+    Examples:
         >>> import torch
         >>> describe_silent_groups(torch.tensor([1.0, 1.0, 0.0, 0.0]), 2)
         {'groups_all_right': 0.5, 'groups_all_wrong': 0.5, 'groups_all_other': 0.0}

@@ -32,7 +32,7 @@ def compute_best_of_advantages(
     Raises:
         ValueError: if the rollouts do not fill the groups.
 
-    Example:
+    Examples:
         >>> compute_best_of_advantages(torch.tensor([1.0, 0.25, 0.0, 1.0, 1.0, 0.0]), 3)
         tensor([0.7500, 0.0000, 0.0000, 0.0000, 0.0000, 0.0000])
 
@@ -75,7 +75,7 @@ def compute_pass_at_k_advantages(
     Raises:
         ValueError: if the rollouts do not fill the groups, a reward is neither 0 nor 1, or $k$ is not in $[1, N]$.
 
-    Example:
+    Examples:
         >>> compute_pass_at_k_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4, k=2)
         tensor([ 1.0000, -0.3333, -0.3333, -0.3333])
 
@@ -129,7 +129,7 @@ def compute_pkpo_advantages(
     Raises:
         ValueError: if the rollouts do not fill the groups, or $k$ is not in $[1, G]$.
 
-    Example:
+    Examples:
         >>> compute_pkpo_advantages(torch.tensor([1.0, 0.0, 0.0]), 3, k=2)
         tensor([2., 0., 0.])
 

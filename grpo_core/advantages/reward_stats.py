@@ -44,7 +44,7 @@ def compute_group_normalized_rewards(
         ValueError: as in `normalize_group_rewards`; if there are no rollouts or the two lists differ in length; if
             `reward_fn` returns anything but a dictionary with a "reward" that is finite or None.
 
-    Example:
+    Examples:
         >>> def exact(response, truth):
         ...     return {"reward": float(response == truth)}
         >>> responses, truths = ["4", "5"], ["4", "4"]
@@ -88,7 +88,7 @@ def read_rewards(scores: Sequence[Any]) -> Float[Tensor, " rollout"]:
     Raises:
         ValueError: if a score is not a dictionary, or its "reward" is missing or neither None nor a finite float32.
 
-    Example:
+    Examples:
         >>> read_rewards([{"reward": 1.0}, {"reward": 0}, {"reward": None}])
         tensor([1., 0., nan])
     """
@@ -113,7 +113,7 @@ def describe_rewards(scores: Sequence[Any], group_sizes: GroupSizes) -> dict[str
     Raises:
         ValueError: if there are no scores, the scores do not fill the groups, or `read_rewards` rejects one of them.
 
-    Example:
+    Examples:
         >>> statistics = describe_rewards([{"reward": 1.0}, {"reward": 0.0}], 2)
         >>> statistics["reward"], statistics["zero_std_groups"]
         (0.5, 0.0)

@@ -28,7 +28,7 @@ def compute_soft_overlong_penalty(
     Raises:
         ValueError: if `buffer` is not in $[0, L]$.
 
-    Example:
+    Examples:
         >>> compute_soft_overlong_penalty(torch.tensor([10, 18, 20, 30]), max_length=20, buffer=4)
         tensor([ 0.0000, -0.5000, -1.0000, -1.0000])
 
@@ -62,7 +62,7 @@ def compute_cosine_length_reward(
     Raises:
         ValueError: if `max_length` is less than 1.
 
-    Example:
+    Examples:
         >>> compute_cosine_length_reward(torch.tensor([0, 10, 20, 99]), max_length=20, start=2.0, end=1.0)
         tensor([2.0000, 1.5000, 1.0000, 1.0000])
 

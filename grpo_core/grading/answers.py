@@ -45,7 +45,7 @@ def extract_boxed_answer(text: str) -> str | None:
         The text between the braces without outer space, or None if there is no box or the last one is never closed.
         Without braces, the text up to the end of the formula or line. A `\boxed` followed by nothing is not a box.
 
-    Example:
+    Examples:
         >>> extract_boxed_answer(r"First \boxed{3}, so \boxed{\frac{1}{2}}.")
         '\\frac{1}{2}'
     """
@@ -89,7 +89,7 @@ def normalize_answer(answer: str) -> str:
     Returns:
         The unified text, possibly empty. A text of more than 1,000 characters only loses its outer space.
 
-    Example:
+    Examples:
         >>> normalize_answer(r"$\$1,234.50$")
         '1234.50'
         >>> normalize_answer(r"\text{ Yes }.")
@@ -132,7 +132,7 @@ def answers_match(first: str | int | float, second: str | int | float) -> bool:
     Raises:
         ValueError: a number is infinite or NaN.
 
-    Example:
+    Examples:
         >>> answers_match(r"\dfrac{1}{2}", 0.5), answers_match(r"2\sqrt{2}", r"\sqrt 8"), answers_match("12", "21")
         (True, True, False)
         >>> answers_match("35 + 2", 37), answers_match(r"1+\sqrt{2}", r"\sqrt{2}+1"), answers_match("10^3", 1000)

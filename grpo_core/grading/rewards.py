@@ -27,7 +27,7 @@ def r1_zero_reward_fn(response: str, ground_truth: GroundTruth) -> dict[str, flo
     Raises:
         ValueError: `ground_truth` is empty, or contains an empty text or a number that is not finite.
 
-    Example:
+    Examples:
         >>> r1_zero_reward_fn(r"Half of one. </think> <answer> \boxed{0.5} </answer>", r"\frac{1}{2}")
         {'reward': 1.0, 'format_reward': 1.0, 'answer_reward': 1.0}
         >>> r1_zero_reward_fn("Half of one. </think> <answer> 2 </answer>", r"\frac{1}{2}")
@@ -65,7 +65,7 @@ def question_only_reward_fn(response: str, ground_truth: GroundTruth) -> dict[st
     Raises:
         ValueError: `ground_truth` is empty, or contains an empty text or a number that is not finite.
 
-    Example:
+    Examples:
         >>> question_only_reward_fn(r"So there are \boxed{1{,}200} of them.", 1200)
         {'reward': 1.0, 'format_reward': 1.0, 'answer_reward': 1.0}
     """

@@ -58,7 +58,7 @@ def compute_token_weights(
         ValueError: if a name is unknown, `normalize_constant` is missing for "constant" or not positive and finite, or
             `group_sizes` is missing for "prompt_mean" or does not match the rows.
 
-    Example:
+    Examples:
         >>> mask = torch.tensor([[True, True], [True, False]])
         >>> compute_token_weights(mask, "sequence_mean")
         tensor([[0.2500, 0.2500],
@@ -101,7 +101,7 @@ def compute_sequence_weights(
     Raises:
         ValueError: if a name is unknown.
 
-    Example:
+    Examples:
         >>> compute_sequence_weights(torch.tensor([[True, True], [False, False]]))
         tensor([[0.5000],
                 [0.0000]], dtype=torch.float64)
@@ -131,7 +131,7 @@ def sum_weighted_losses(losses: Float[Tensor, "batch cols"], weights: Float[Tens
     Raises:
         ValueError: if the shapes differ, for example if response losses are given token weights.
 
-    Example:
+    Examples:
         >>> sum_weighted_losses(torch.tensor([[1.0, float("nan")]]), torch.tensor([[0.5, 0.0]]))
         tensor(0.5000)
     """
@@ -180,7 +180,7 @@ def aggregate_token_losses(
         ValueError: if `aggregation` is unknown, an argument that it requires is None, or `normalize_constant` is not
             positive and finite.
 
-    Example:
+    Examples:
         >>> losses, mask = torch.tensor([[1.0, 3.0], [5.0, 7.0]]), torch.tensor([[True, True], [True, False]])
         >>> aggregate_token_losses(losses, mask, "sequence_mean")
         tensor(3.5000)

@@ -24,7 +24,7 @@ def compute_gradient_share(
     Returns:
         The share, in $[0, 1]$.
 
-    Example:
+    Examples:
         >>> compute_gradient_share(torch.tensor([[1.0, -2.0], [1.0, 0.0]]), torch.tensor([True, False]))
         tensor(0.7500)
     """

@@ -61,7 +61,7 @@ def fused_linear_grpo_loss(
     Raises:
         ValueError: as in `fused_linear_log_probs` and `compute_grpo_clip_loss`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> loss, values = fused_linear_grpo_loss(
         ...     torch.ones(1, 1, 2), torch.zeros(4, 2), torch.tensor([[3]]), response_mask=torch.tensor([[True]]),

@@ -43,7 +43,7 @@ def compute_importance_ratios(
     Raises:
         ValueError: if `level` is unknown.
 
-    Example:
+    Examples:
         >>> old, sampler = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.5]]).log()
         >>> compute_importance_ratios(old, sampler, torch.ones(1, 2).bool(), "sequence")
         tensor([[2.]])
@@ -81,7 +81,7 @@ def truncate_importance_weights(
     Raises:
         ValueError: unless $0 \le l \le h$.
 
-    Example:
+    Examples:
         >>> truncate_importance_weights(torch.tensor([[0.5, 3.0]]), high=2.0)
         tensor([[0.5000, 2.0000]])
 
@@ -111,7 +111,7 @@ def mask_importance_weights(
     Raises:
         ValueError: unless $0 \le l \le h$.
 
-    Example:
+    Examples:
         >>> mask_importance_weights(torch.tensor([[0.5, 3.0]]), high=2.0)
         tensor([[0.5000, 0.0000]])
 
@@ -141,7 +141,7 @@ def keep_within_bounds(ratios: Float[Tensor, "batch cols"], *, low: float, high:
     Raises:
         ValueError: unless $0 \le l \le h$.
 
-    Example:
+    Examples:
         >>> keep_within_bounds(torch.tensor([[1.0001], [1.2]]), low=0.99, high=1.01)
         tensor([[ True],
                 [False]])
@@ -168,7 +168,7 @@ def self_normalize_weights(
     Returns:
         The normalized weights.
 
-    Example:
+    Examples:
         >>> self_normalize_weights(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))
         tensor([[0.5000, 1.5000, 0.0000]])
     """
@@ -194,7 +194,7 @@ def effective_sample_size(
     Returns:
         The share, in $[0, 1]$.
 
-    Example:
+    Examples:
         >>> effective_sample_size(torch.tensor([[2.0], [0.0]]), torch.ones(2, 3).bool())
         tensor(0.5000)
 
@@ -227,7 +227,7 @@ def describe_mismatch(
         `mismatch_kl`, the mean of $\kappa - 1 - \log \kappa$ in nats, an estimate of $\mathrm{KL}(\mu \Vert
         \pi_{\mathrm{old}})$; `mismatch_ess`, the `effective_sample_size` of the token ratios without bounds.
 
-    Example:
+    Examples:
         >>> log_probs, mask = torch.tensor([[-1.0, -2.0]]), torch.ones(1, 2).bool()
         >>> describe_mismatch(log_probs, log_probs - 0.5, mask)["mismatch_mean"]
         tensor(0.5000)

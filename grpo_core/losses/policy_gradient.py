@@ -38,7 +38,7 @@ def compute_cross_entropy_loss(
     Returns:
         The loss of each token.
 
-    Example:
+    Examples:
         >>> compute_cross_entropy_loss(torch.tensor([[-0.5, -1.0]]))
         tensor([[0.5000, 1.0000]])
     """
@@ -65,7 +65,7 @@ def compute_naive_policy_gradient_loss(
     Returns:
         The loss of each token.
 
-    Example:
+    Examples:
         >>> compute_naive_policy_gradient_loss(torch.tensor([[2.0]]), torch.tensor([[-0.5, -1.0]]))
         tensor([[1., 2.]])
 
@@ -117,7 +117,7 @@ def compute_grpo_clip_loss(
     Raises:
         ValueError: if `cliprange` or `cliprange_high` is negative or NaN, or `dual_clip` is not above 1.
 
-    Example:
+    Examples:
         >>> old = torch.tensor([[0.5, 0.5]])
         >>> losses, metadata = compute_grpo_clip_loss(
         ...     torch.tensor([[2.0]]), torch.tensor([[0.25, 1.0]]).log(), old.log(), 0.5
@@ -180,7 +180,7 @@ def compute_grpo_no_clip_loss(
     Returns:
         The loss of each token, and empty metadata.
 
-    Example:
+    Examples:
         >>> old = torch.tensor([[0.5, 0.5]])
         >>> compute_grpo_no_clip_loss(torch.tensor([[2.0]]), torch.tensor([[0.25, 1.0]]).log(), old.log())
         (tensor([[-1., -4.]]), {})
@@ -230,7 +230,7 @@ def compute_policy_gradient_loss(
     Raises:
         ValueError: if `loss_type` is unknown, or an argument that it requires is None.
 
-    Example:
+    Examples:
         >>> compute_policy_gradient_loss(torch.tensor([[-0.5]]), "no_baseline", raw_rewards=torch.tensor([[1.0]]))
         (tensor([[0.5000]]), {})
     """

@@ -53,7 +53,7 @@ def estimate_kl(
     Raises:
         ValueError: if `estimator` is unknown.
 
-    Example:
+    Examples:
         >>> policy, reference = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.25, 0.25]]).log()
         >>> estimate_kl(policy, reference, "k3")
         tensor([[0.1931, 0.0000]])
@@ -105,7 +105,7 @@ def compute_reward_to_go(
     Raises:
         ValueError: if `discount` is not in $[0, 1]$.
 
-    Example:
+    Examples:
         >>> compute_reward_to_go(torch.tensor([[1.0, 7.0, 2.0]]), torch.tensor([[True, False, True]]))
         tensor([[3., 0., 2.]])
 
@@ -153,7 +153,7 @@ def adapt_entropy_coefficient(
     Raises:
         ValueError: if `step` is negative, `low` exceeds `high`, or `entropy` is not finite.
 
-    Example:
+    Examples:
         >>> adapt_entropy_coefficient(0.01, entropy=0.1, target=0.2)
         0.015
 

@@ -43,7 +43,7 @@ def select_high_covariance(
     Raises:
         ValueError: if `fraction` is not in $[0, 1]$.
 
-    Example:
+    Examples:
         >>> advantages, log_probs = torch.tensor([[1.0], [-1.0]]), torch.tensor([[-1.0, -0.5], [-3.0, -1.0]])
         >>> select_high_covariance(advantages, log_probs, torch.ones(2, 2).bool(), 0.25)
         tensor([[False, False],
@@ -82,7 +82,7 @@ def select_high_entropy(
     Raises:
         ValueError: if `fraction` is not in $[0, 1]$.
 
-    Example:
+    Examples:
         >>> select_high_entropy(torch.tensor([[0.1, 0.9, 0.5]]), torch.ones(1, 3).bool(), 0.5)
         tensor([[False,  True,  True]])
 
@@ -119,7 +119,7 @@ def keep_on_policy_sequences(
     Returns:
         True for the responses to keep.
 
-    Example:
+    Examples:
         >>> policy, old, mask = torch.tensor([[-3.0], [-3.0]]), torch.tensor([[-1.0], [-1.0]]), torch.ones(2, 1).bool()
         >>> keep_on_policy_sequences(torch.tensor([[-1.0], [1.0]]), policy, old, mask, 0.5)
         tensor([[False],
@@ -151,7 +151,7 @@ def drop_truncated_responses(
     Returns:
         The mask without the truncated responses.
 
-    Example:
+    Examples:
         >>> drop_truncated_responses(torch.ones(2, 2).bool(), torch.tensor([True, False]))
         tensor([[False, False],
                 [ True,  True]])

@@ -51,7 +51,7 @@ def compute_gspo_loss(
     Raises:
         ValueError: if `cliprange` or `cliprange_high` is negative or NaN.
 
-    Example:
+    Examples:
         >>> policy, old, mask = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -1.5]]), torch.ones(1, 2).bool()
         >>> compute_gspo_loss(torch.ones(1, 1), policy, old, mask, 3e-4)[0]
         tensor([[-1.]])
@@ -100,7 +100,7 @@ def compute_gspo_token_loss(
     Raises:
         ValueError: if `cliprange` or `cliprange_high` is negative or NaN.
 
-    Example:
+    Examples:
         >>> policy, old, mask = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -1.5]]), torch.ones(1, 2).bool()
         >>> compute_gspo_token_loss(torch.tensor([[1.0, -2.0]]), policy, old, mask, 3e-4)[0]
         tensor([[-1.,  2.]])
@@ -149,7 +149,7 @@ def compute_gmpo_loss(
     Raises:
         ValueError: if `cliprange` or `cliprange_high` is negative or NaN.
 
-    Example:
+    Examples:
         >>> policy, old, mask = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-2.0, -1.6]]), torch.ones(1, 2).bool()
         >>> compute_gmpo_loss(torch.ones(1, 1), policy, old, mask, 0.4)[0]
         tensor([[-1.]])
@@ -200,7 +200,7 @@ def compute_luspo_loss(
     Raises:
         ValueError: if `cliprange` or `cliprange_high` is negative or NaN.
 
-    Example:
+    Examples:
         >>> policy, old, mask = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -1.5]]), torch.ones(1, 2).bool()
         >>> compute_luspo_loss(torch.ones(1, 1), policy, old, mask, 2e-3)[0]
         tensor([[-2.]])
@@ -242,7 +242,7 @@ def compute_vespo_loss(
     Returns:
         The loss of each token, and no metadata: nothing is clipped.
 
-    Example:
+    Examples:
         >>> policy, old, mask = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -1.5]]), torch.ones(1, 2).bool()
         >>> compute_vespo_loss(torch.ones(1, 1), policy, old, mask)[0]
         tensor([[1., 2.]])

@@ -47,7 +47,7 @@ def compose_policy_loss(
     Raises:
         ValueError: if weights do not match the losses, or `kl` or `token_entropy` is given without `token_weights`.
 
-    Example:
+    Examples:
         >>> losses, weights = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.5, 0.5]])
         >>> compose_policy_loss(losses, weights, kl=torch.ones(1, 2), kl_coef=0.25, token_weights=weights)
         tensor(2.2500)
@@ -96,7 +96,7 @@ def describe_policy_update(
         \rho$, an estimate of $\mathrm{KL}(\pi_{\mathrm{old}} \Vert \pi_\theta)$ in nats), with $\log \rho$ clamped to
         20 nats.
 
-    Example:
+    Examples:
         >>> mask, flags = torch.tensor([[True, True]]), {"is_clipped": torch.tensor([[True, False]])}
         >>> describe_policy_update(torch.zeros(1, 2), mask, flags)
         {'response_tokens': tensor(2.), 'clip_fraction': tensor(0.5000)}
@@ -146,7 +146,7 @@ def sft_microbatch_loss(
         ValueError: if `gradient_accumulation_steps` is less than 1, or `normalize_constant` is not positive and
             finite.
 
-    Example:
+    Examples:
         >>> log_probs, mask = torch.tensor([[-1.0, -3.0]]), torch.tensor([[True, True]])
         >>> loss, metadata = sft_microbatch_loss(log_probs, mask, gradient_accumulation_steps=2)
         >>> loss, metadata["nll"]
@@ -206,7 +206,7 @@ def grpo_microbatch_loss(
         ValueError: if `gradient_accumulation_steps` is less than 1, and as in `compute_policy_gradient_loss` and
             `aggregate_token_losses`.
 
-    Example:
+    Examples:
         >>> log_probs, mask, advantages = torch.tensor([[-1.0, -3.0]]), torch.ones(1, 2).bool(), torch.tensor([[2.0]])
         >>> loss, _ = grpo_microbatch_loss(log_probs, mask, 2, "reinforce_with_baseline", advantages=advantages)
         >>> loss
@@ -242,7 +242,7 @@ def sft_microbatch_train_step(
 
     Arguments, metadata and errors are those of `sft_microbatch_loss`. The returned loss is detached, in nats.
 
-    Example:
+    Examples:
         >>> log_probs = torch.tensor([[-1.0, -3.0]], requires_grad=True)
         >>> loss, metadata = sft_microbatch_train_step(log_probs, torch.tensor([[True, False]]), 2)
         >>> log_probs.grad
@@ -274,7 +274,7 @@ def grpo_microbatch_train_step(
 
     Arguments, metadata and errors are those of `grpo_microbatch_loss`. The returned loss is detached.
 
-    Example:
+    Examples:
         >>> log_probs = torch.tensor([[-1.0, -3.0]], requires_grad=True)
         >>> mask, rewards = torch.tensor([[True, False]]), torch.tensor([[1.0]])
         >>> loss, metadata = grpo_microbatch_train_step(log_probs, mask, 2, "no_baseline", rewards)

@@ -43,7 +43,7 @@ def compute_cispo_loss(
     Raises:
         ValueError: unless $0 \le l \le h$.
 
-    Example:
+    Examples:
         >>> old = torch.tensor([[0.5, 0.125]])
         >>> losses, _ = compute_cispo_loss(torch.ones(1, 1), torch.tensor([[0.5, 1.0]]).log(), old.log(), 0.0, 5.0)
         >>> losses
@@ -91,7 +91,7 @@ def compute_sapo_loss(
     Raises:
         ValueError: if a temperature is not positive.
 
-    Example:
+    Examples:
         >>> compute_sapo_loss(torch.ones(1, 1), torch.zeros(1, 1), torch.zeros(1, 1))
         (tensor([[-2.]]), {})
 
@@ -140,7 +140,7 @@ def compute_dppo_tv_loss(
     Raises:
         ValueError: if a threshold is negative.
 
-    Example:
+    Examples:
         >>> old = torch.tensor([[0.5, 0.01]])
         >>> losses, _ = compute_dppo_tv_loss(torch.ones(1, 1), torch.tensor([[0.75, 0.1]]).log(), old.log())
         >>> losses
@@ -191,7 +191,7 @@ def compute_dppo_kl_loss(
     Raises:
         ValueError: if `threshold` is negative.
 
-    Example:
+    Examples:
         >>> old = torch.tensor([[0.5, 0.01]])
         >>> losses, _ = compute_dppo_kl_loss(torch.ones(1, 1), torch.tensor([[0.9, 0.02]]).log(), old.log(), 0.1)
         >>> losses
@@ -240,7 +240,7 @@ def compute_kl_cov_loss(
     Raises:
         ValueError: if `kl_coef` is negative.
 
-    Example:
+    Examples:
         >>> policy, old = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.0, -1.5]])
         >>> compute_kl_cov_loss(torch.zeros(1, 1), policy, old, torch.tensor([[True, True]]), 2.0)[0]
         tensor([[0., 1.]])

@@ -130,6 +130,16 @@ def compute_softmax_stats(
     )
 
 
+def store_exponentials(logits: Float[Tensor, "rows vocab"], scaling: Scaling, stats: SoftmaxStats) -> None:
+    r"""Overwrite `logits` as `compute_softmax_stats` does with `store_exp`, from statistics that are known."""
+    if _uses_kernels(logits):
+        return
+    for rows, shifted, exp in _iterate_tiles(logits):
+        torch.sub(_scale_logits(logits[rows], scaling, out=shifted), stats.max_logit[rows], out=shifted)
+        torch.exp(shifted, out=exp)
+        logits[rows] = exp
+
+
 def write_gradient(
     logits: Float[Tensor, "rows vocab"],
     gradient: Float[Tensor, "rows vocab"],

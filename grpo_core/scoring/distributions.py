@@ -41,7 +41,7 @@ def compute_entropy(logits: Float[Tensor, "*batch vocab"], *, temperature: float
     Raises:
         ValueError: if `temperature` is not positive and finite.
 
-    Example:
+    Examples:
         >>> compute_entropy(torch.tensor([[0.0, 0.0], [0.0, float("-inf")]]))
         tensor([0.6931, 0.0000])
 
@@ -74,7 +74,7 @@ def select_log_probs(
         ValueError: if `temperature` is not positive and finite, or a label lies outside the vocabulary (checked on a
             CPU only, because the check would make a GPU wait; there, a device assertion fails).
 
-    Example:
+    Examples:
         >>> select_log_probs(torch.tensor([[0.0, 0.0], [0.0, float("-inf")]]), torch.tensor([1, 0]))
         tensor([-0.6931,  0.0000])
     """

@@ -22,6 +22,7 @@ from grpo_core.scoring._softmax_stats import (
     compute_softmax_stats,
     concatenate_stats,
     get_wide_dtype,
+    store_exponentials,
 )
 from grpo_core.types import Metadata
 
@@ -70,7 +71,7 @@ def fused_linear_log_probs(
             `lm_head_weight` differ, or a label lies outside the vocabulary (checked on a CPU only, as in
             `select_log_probs`).
 
-    Example:
+    Examples:
         >>> fused_linear_log_probs(torch.ones(1, 2), torch.zeros(4, 2), torch.tensor([3]))
         {'log_probs': tensor([-1.3863]), 'token_entropy': tensor([1.3863])}
 
@@ -127,7 +128,7 @@ def fused_linear_token_loss(
     Raises:
         ValueError: as in `fused_linear_log_probs`.
 
-    Example:
+    Examples:
         >>> advantages, weights = torch.tensor([[2.0]]), torch.tensor([[0.5, 0.5]])
         >>> loss, values = fused_linear_token_loss(
         ...     torch.ones(1, 2, 2), torch.zeros(4, 2), torch.tensor([[3, 1]]),
@@ -197,12 +198,10 @@ class _FusedLogProbs(torch.autograd.Function):
         gradients = HeadGradients(head, hidden, ctx.needs_input_grad[:3])
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in head.iterate_blocks(len(hidden)):
-                exp, block_stats = kept_exp, stats
+                exp, block_stats = kept_exp, stats.select(rows)
                 if exp is None:
                     exp = head.compute_logits(hidden[rows])
-                    block_stats = compute_softmax_stats(
-                        exp, labels[rows], head.scaling, with_entropy=grad.entropy is not None, store_exp=True
-                    )
+                    store_exponentials(exp, head.scaling, block_stats)
                 gradients.add(rows, exp, labels[rows], block_stats, grad.select(rows))
         return *gradients.result(), None, None, None
 

@@ -38,7 +38,7 @@ def pack_group_rows(
         ValueError: if there are no rows, the numbers of rows differ, or a prompt is empty, so that no logits predict
             the first response token.
 
-    Example:
+    Examples:
         >>> rows = pack_group_rows([[7, 8], [9]], [[[1, 2], [3]], [[4]]])
         >>> rows["input_ids"].tolist(), rows["position_ids"].tolist()
         ([[7, 8, 1, 2, 3], [9, 4, 9, 9, 9]], [[0, 1, 2, 3, 2], [0, 1, 0, 0, 0]])
@@ -103,7 +103,7 @@ def mask_group_rows(segments: Int[Tensor, "rows seq"]) -> Bool[Tensor, "rows seq
     Returns:
         The mask.
 
-    Example:
+    Examples:
         >>> mask_group_rows(torch.tensor([[0, 1, 2]])).int().tolist()
         [[[1, 0, 0], [1, 1, 0], [1, 0, 1]]]
     """

@@ -43,7 +43,7 @@ def get_response_log_probs(
     Raises:
         ValueError: if `temperature` is not positive and finite, or a label lies outside the vocabulary.
 
-    Example:
+    Examples:
         >>> from types import SimpleNamespace
         >>> class Uniform(nn.Module):
         ...     def forward(self, input_ids):

@@ -33,7 +33,7 @@ def tokenize_prompt_and_output(
         ValueError: if the lists are empty or differ in length, a prompt has no token, or the tokenizer has neither a
             padding nor an end token.
 
-    Example:
+    Examples:
         >>> class Letters:
         ...     pad_token_id, eos_token_id = 0, None
         ...     def encode(self, text, *, add_special_tokens=True):

@@ -5,10 +5,12 @@ import torch
 
 from drivers.training import shortcuts
 from drivers.training.batch import make_rollout_batch
+from drivers.training.memory import plan_memory
 from drivers.training.scoring import score
+from drivers.training.setup import describe_setup
 from drivers.training.shortcuts import ARCHITECTURES_THAT_SHARE, describe_shortcuts, find_head, shares_rows
 from tests.drivers.helpers.architectures import ARCHITECTURES, make_architecture, make_config
-from tests.drivers.helpers.letters import make_completion
+from tests.drivers.helpers.letters import make_completion, make_tiny_config
 
 PROMPT_LENGTH = 80  # five times the windows and chunks of the table
 N_VALUES = (5, 9, 3, 30)
@@ -137,6 +139,15 @@ def test_sharing_obstacle_names_what_a_short_trial_cannot_see(name, changes, rea
     assert not shares_rows(model)
     (note,) = describe_shortcuts(model)
     assert reason in note
+
+
+def test_run_prints_which_shortcut_its_model_does_not_take():
+    config, device = make_tiny_config(), torch.device("cpu")
+    for name, n_notes in (("Llama", 0), ("Granite", 1), ("Llama4Text", 2)):
+        model = make_architecture(name)
+        plan = plan_memory(config, model, 16)
+        lines = describe_setup(config, model, torch.float32, (device, device), plan)
+        assert sum(line.startswith("note: ") for line in lines) == n_notes
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

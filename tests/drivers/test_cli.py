@@ -207,6 +207,7 @@ def test_train_help_names_every_flag_and_default(capsys):
     assert "hides the end token" in " ".join(text.replace("│", " ").split())
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -442,6 +443,7 @@ def run_python(code, *arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("program", sorted(path.name for path in (ROOT / "drivers").glob("[a-z]*.py")))
 def test_help_loads_no_torch(program):
     done = run_python(LIGHT_PROGRAM, f"drivers/{program}")

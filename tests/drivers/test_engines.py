@@ -1,6 +1,8 @@
 """One contract for every engine: the Hugging Face reference and the real vLLM."""
 
 import gc
+import threading
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,7 +12,7 @@ import torch
 from drivers.common.errors import EngineDiedError, TrainingAbortedError, UsageError
 from drivers.engines.hf import HFEngine
 from drivers.policy.weight_gatherer import WeightGatherer
-from drivers.policy.weights import PolicyWeights, checksums
+from drivers.policy.weights import PolicyWeights, WeightShape, checksums
 from drivers.settings.sampling import Sampling
 from drivers.training.self_check import check_engine
 from tests.drivers.helpers.architectures import make_architecture
@@ -259,8 +261,14 @@ def test_vllm_on_shared_gpu_wakes_weights_before_cache(tmp_path, monkeypatch):
         engine.sleep()  # it is asleep already
         engine.load_weights(1)
         assert calls == ["send", "sleep 2", "weights", "send", "kv_cache"]
+        worker = engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        model = weakref.ref(worker.model_runner.get_model())
+        del worker
     finally:
         engine.close()
+    # The model is freed: a second engine in this process needs its memory.
+    gc.collect()
+    assert model() is None
 
 
 def test_self_check_skips_tokens_below_min_tokens(subject):
@@ -422,6 +430,8 @@ class Loading(torch.nn.Module):
     def load_weights(self, weights):
         own = dict(self.named_parameters())
         for name, weight in weights:
+            if name not in own:
+                raise ValueError(f"no place for {name}\nin this model")
             own[name].weight_loader(own[name], weight)
 
 
@@ -476,7 +486,7 @@ def test_receiving_model_error_is_reported_after_all_arrived(loading):
     received.finish(is_tied=True)
     assert asked == ["first.weight", "nobody.weight", "second.weight"]
     assert list(received.checksums()) == [*asked, "head.weight", "another.weight"]
-    assert received.describe_unloaded() == "Loading.load_weights raises KeyError: 'nobody.weight'"
+    assert received.describe_unloaded() == "Loading.load_weights raises ValueError: no place for nobody.weight"
 
 
 def test_nccl_engine_reports_unloaded_weights(loading, monkeypatch):
@@ -549,29 +559,65 @@ def test_nccl_transfer_trainer_is_rank_zero():
 
     from drivers.engines.vllm import VLLMEngine
     from drivers.engines.vllm_startup import Placement
-    from drivers.engines.vllm_transfer import PACKED_BUFFER_BYTES, HostTrainerInit
+    from drivers.engines.vllm_transfer import MIN_BUFFER_BYTES, HostTrainerInit
 
+    weights = WeightGatherer(make_tiny_policy(), torch.float32)
     engine = object.__new__(VLLMEngine)
     engine._llm = SimpleNamespace(get_world_size=lambda: 2)
     engine._placement = Placement(has_own_gpu=True, shares_gpu=False, has_own_process=True)
-    ours = engine._transfer_init()
+    ours = engine._transfer_init(weights)
     assert isinstance(ours, NCCLTrainerInitInfo)
     assert (ours.rank, ours.world_size, ours.is_sender, ours.packed) == (0, 3, True, True)
-    assert (ours.master_address, ours.packed_buffer_size_bytes) == ("127.0.0.1", PACKED_BUFFER_BYTES)
+    assert (ours.master_address, ours.packed_buffer_size_bytes) == ("127.0.0.1", MIN_BUFFER_BYTES)
+    large, small = WeightShape("large", torch.bfloat16, (1 << 20, 300)), WeightShape("small", torch.float32, (2,))
+    weights.metadata = lambda: [large, small]
+    assert engine._transfer_init(weights).packed_buffer_size_bytes == 2 * 300 << 20
     assert 1024 <= ours.master_port < 65536
     engine._placement = Placement(has_own_gpu=False, shares_gpu=False, has_own_process=True)
-    assert engine._transfer_init() == HostTrainerInit(rank=0, by_file=True)
+    assert engine._transfer_init(weights) == HostTrainerInit(rank=0, by_file=True)
 
 
 def test_placement_uses_requested_device():
     from drivers.engines.vllm_startup import device_arguments
 
-    own = device_arguments(torch.device("cuda", 1), shares_gpu=False, gpu_memory_utilization=0.85)
-    assert own == {"device_ids": [1], "gpu_memory_utilization": 0.85, "enable_sleep_mode": False}
-    shared = device_arguments(torch.device("cuda", 0), shares_gpu=True, gpu_memory_utilization=0.3)
-    assert shared == {"device_ids": [0], "gpu_memory_utilization": 0.3, "enable_sleep_mode": True}
-    on_cpu = device_arguments(torch.device("cpu"), shares_gpu=False, gpu_memory_utilization=0.85)
+    def list_sleep_modes(arguments):
+        return {arguments.pop(name) for name in ("enable_sleep_mode", "sleep_mode_offload_cudagraph")}
+
+    own = device_arguments(torch.device("cuda", 1), sleeps=False, gpu_memory_utilization=0.85)
+    assert list_sleep_modes(own) == {False}
+    assert own == {"device_ids": [1], "gpu_memory_utilization": 0.85}
+    shared = device_arguments(torch.device("cuda", 0), sleeps=True, gpu_memory_utilization=0.3)
+    assert list_sleep_modes(shared) == {True}
+    assert shared == {"device_ids": [0], "gpu_memory_utilization": 0.3}
+    on_cpu = device_arguments(torch.device("cpu"), sleeps=False, gpu_memory_utilization=0.85)
     assert "device_ids" not in on_cpu
+
+
+@pytest.mark.parametrize(("may_sleep", "same_gpu"), [(True, True), (False, True), (True, False)])
+def test_engine_sleeps_only_in_training_on_shared_gpu(may_sleep, same_gpu, monkeypatch):
+    """Two models of an evaluation follow each other in one process, where vLLM allows one engine that sleeps."""
+    from drivers.engines import vllm_startup
+
+    total = SimpleNamespace(total_memory=100)
+    monkeypatch.setattr(vllm_startup.torch.cuda, "get_device_properties", lambda _: total)
+    options = make_options(device=torch.device("cuda", 0), may_sleep=may_sleep)
+    placement = vllm_startup.place(options, torch.device("cuda", 0 if same_gpu else 1))
+    arguments = vllm_startup._llm_arguments(options, placement)
+    assert arguments["enable_sleep_mode"] is (may_sleep and same_gpu)
+
+
+def test_handshake_of_weight_transfer_has_a_limit():
+    """An error of the worker reaches nobody, so the deadline of an hour would pass in silence."""
+    from drivers.engines.vllm import VLLMEngine
+    from drivers.engines.vllm_startup import Placement
+
+    engine, never = object.__new__(VLLMEngine), threading.Event()
+    engine._placement = Placement(has_own_gpu=True, shares_gpu=False, has_own_process=True)
+    engine._deadline_s, engine._processes, closed = 3600.0, [], []
+    engine.close = lambda: closed.append(never.set())
+    with pytest.raises(EngineDiedError, match=r"did not finish the handshake within 0.1 s \(--engine-deadline-s\)"):
+        engine._call("the handshake", lambda: never.wait(30), 0.1)
+    assert closed
 
 
 def test_vllm_wrong_build_raises_usage_error():

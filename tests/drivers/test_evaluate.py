@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drivers.common.display import Display
 from drivers.common.errors import TrainingAbortedError, UsageError
 from drivers.engines.hf import HFEngine
 from drivers.evaluate import main
@@ -392,7 +393,7 @@ class CountingEngine:
         self.calls.append("closed")
 
 
-def test_sample_and_grade_numbers_questions_and_asks_every_set(monkeypatch):
+def test_sample_and_grade_numbers_questions_and_asks_every_set(monkeypatch, capsys):
     engine, sets = CountingEngine(), {}
     for name, numbers in (("sums", (1, 2)), ("products", (3,))):
         sets[name] = [Question(Example(f"{name} {n}", "1", f"{name}:{n}"), (n, n)) for n in numbers]
@@ -405,7 +406,7 @@ def test_sample_and_grade_numbers_questions_and_asks_every_set(monkeypatch):
     def check(config, engine, policy, prompts):
         engine.calls.append(("checked", prompts))
 
-    found = standalone.sample_and_grade(config, inputs, torch.device("cpu"), grade, check)
+    found = standalone.sample_and_grade(config, inputs, torch.device("cpu"), grade, check, Display())
     checked = ("checked", [(1, 1), (2, 2), (3, 3)])
     assert engine.calls == [0, checked, ([(1, 1), (2, 2)], 7), ([(3, 3)], 7), "closed"]
     numbered = [(row["dataset"], row["question_number"], row["reward"]) for row in chain(*found.rows.values())]
@@ -414,6 +415,12 @@ def test_sample_and_grade_numbers_questions_and_asks_every_set(monkeypatch):
         *(("products", 0, r) for r in (0.0, 1.0)),
     ]
     assert {name: values["accuracy"] for name, values in found.values.items()} == {"sums": 0.25, "products": 0.5}
+    assert capsys.readouterr().out.splitlines() == [
+        "Loading model ...",
+        "Starting vLLM ...",
+        "Asking sums: 2 questions, 2 responses to each ...",
+        "Asking products: 1 question, 2 responses to each ...",
+    ]
 
 
 @pytest.mark.parametrize(

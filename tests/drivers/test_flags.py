@@ -548,6 +548,7 @@ def assert_has_effect(name, row, probes, shared):
     assert (after == before) is False, f"{name}={row.value!r} changes nothing"
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", [one.name for one in fields(GrpoConfig)])
 def test_train_flag_has_an_effect(name, probes, shared):
     assert_has_effect(name, TRAIN_ROWS[name], probes, shared)

@@ -191,6 +191,7 @@ def test_grading_worker_out_of_memory_is_replaced(pool):
     assert len(before & list_workers(pool)) == 1
 
 
+@pytest.mark.medium
 def test_grading_worker_child_process_ends_with_it(tmp_path):
     with open_pool(
         n_workers=1, deadline_s=2.0, warn=lambda _: None
@@ -200,6 +201,7 @@ def test_grading_worker_child_process_ends_with_it(tmp_path):
         assert_gone([int((tmp_path / "pid").read_text())], within=2.0)
 
 
+@pytest.mark.medium
 def test_grading_worker_child_in_other_session_ends(tmp_path):
     """It ends with a worker that is killed, and with the pool if its worker continues."""
     with open_pool(n_workers=1, deadline_s=2.0, warn=lambda _: None) as pool:
@@ -558,6 +560,7 @@ def test_inline_grader_equals_grading_pool():
 # --- async -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.medium
 def test_async_reward_awaits_concurrently(async_pool):
     begin = time.monotonic()
     graded = async_pool([f"{k}" for k in range(60)], ["7"] * 60)
@@ -632,6 +635,7 @@ def test_load_reward_unusable_function_raises_usage_error(reward, message, monke
     assert message in str(raised.value)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("reward", "message"),
     [

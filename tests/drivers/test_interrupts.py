@@ -120,6 +120,7 @@ def test_step_signals_second_waits_for_inner_block():
     assert done == ["the rest of the save"]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_between_updates_finishes_step_and_run_resumes(tmp_path, monkeypatch, number):
     """No update is lost, and the resumed run equals one without interruption."""

@@ -155,6 +155,7 @@ def write_generation_config(folder, **values):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, "pad_token_id": 0} | values))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("values", "change"),
     [

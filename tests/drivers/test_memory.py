@@ -103,8 +103,10 @@ def test_engine_memory_fraction_leaves_room_for_training():
     layer = torch.nn.Linear(1000, 1000, bias=False)  # 1 M parameters
     assert engine_memory_fraction(training_state_bytes(layer), 160_000_000) == pytest.approx(0.9 - 16 / 160)
     assert engine_memory_fraction(training_state_bytes(layer.bfloat16()), 160_000_000) == pytest.approx(0.9 - 18 / 160)
-    with pytest.raises(UsageError, match="name a second GPU"):
-        engine_memory_fraction(training_state_bytes(layer), 18_000_000)
+    with pytest.raises(UsageError, match=r"use a second GPU for vLLM \(--rollout-device\), pass --lora-rank 16"):
+        engine_memory_fraction(training_state_bytes(layer), 20_500_000)
+    with pytest.raises(UsageError, match="no room for vLLM; pass --lora-rank 16, train on several GPUs"):
+        engine_memory_fraction(training_state_bytes(layer), 19_000_000)  # a second GPU would not help
 
 
 def test_shares_gpu_only_in_one_process(monkeypatch):
@@ -137,9 +139,19 @@ def test_configure_memory_shared_gpu_prints_both_phases(monkeypatch):
         assert plan.checkpointed == (checkpointing == "on")
     whole = replace(plan, states=16 * GIB, available=80 * GIB)
     assert str(whole).endswith("policy and optimizer 16.0 + engine 24.0 (0.30 of the GPU)")
-    room = 18 * sum(p.numel() for p in policy.parameters())
-    monkeypatch.setattr(memory, "available_bytes", lambda _: room)
-    with pytest.raises(UsageError, match="name a second GPU"):
+    monkeypatch.setattr(memory, "available_bytes", lambda _: training_state_bytes(policy) + 1)
+    with pytest.raises(UsageError, match="which leaves no room for vLLM; pass --lora-rank 16"):
+        memory.configure_memory(config, policy, 2, 0, torch.device("cpu"))
+
+
+def test_configure_memory_states_beyond_device_are_refused(monkeypatch):
+    """Smaller micro-batches cannot help. After a warning, the first step of the optimizer would fail."""
+    policy, config = make_policy(), make_tiny_config(engine="hf")
+    monkeypatch.setattr(memory, "available_bytes", lambda _: training_state_bytes(policy) - 1)
+    with pytest.raises(UsageError, match=r"--model-path .*: weights and optimizer take .* GiB; pass --lora-rank 16"):
+        memory.configure_memory(config, policy, 2, 0, torch.device("cpu"))
+    for unknown_or_enough in (0, training_state_bytes(policy)):
+        monkeypatch.setattr(memory, "available_bytes", lambda _, size=unknown_or_enough: size)
         memory.configure_memory(config, policy, 2, 0, torch.device("cpu"))
 
 

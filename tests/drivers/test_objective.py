@@ -66,6 +66,7 @@ EVERYTHING = [
 ]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("settings", EVERYTHING, ids=lambda s: s.get("loss_type") or next(iter(s)))
 def test_gradient_is_independent_of_micro_batches(settings, monkeypatch):
     """All responses at once, groups, single responses and rows sorted into a token budget give one gradient.
@@ -346,6 +347,7 @@ def test_advantage_invalid_rewards_raise_usage_error(tmp_path):
 # Recipes and formulas.
 
 
+@pytest.mark.medium
 def test_recipes_are_legal():
     names = {field.name for field in fields(GrpoConfig)}
     for recipe, settings in RECIPES.items():

@@ -55,6 +55,7 @@ def test_async_questions_and_seeds_equal_synchronous(tmp_path):
     assert torch.allclose(flatten_weights(first), flatten_weights(second), atol=1e-9)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "correction",
     [
@@ -181,6 +182,7 @@ def test_resume_with_shared_gpu_sleeps_engine_before_first_update(tmp_path, monk
 
 
 def test_async_on_one_gpu_raises_usage_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     config = replace(make_tiny_config(**OVERLAPPED), policy_device="cuda", rollout_device="cuda")
     with pytest.raises(UsageError, match="use a second GPU"):

@@ -254,6 +254,7 @@ def gradients_of_updates(recorded, **settings):
         yield loss.item(), torch.cat([p.grad.flatten() for p in policy.parameters()]).double()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_gradient_equals_oracle(recipe, recorded):
     """Both updates of a rollout batch, by a policy that differs from the old one, the sampler and the reference."""

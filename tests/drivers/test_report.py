@@ -232,7 +232,7 @@ def test_series_of_seeds_has_one_band(tmp_path):
     ]
     other = write_run(tmp_path / "other", make_step_rows([0.0, 0.0]), seed=0, save_dir="x", rate=3e-5)
     page = parse_page(*folders, other)
-    assert page.data["series"] == [{"name": "rate=1e-05 (3 runs)", "runs": 3}, {"name": "rate=3e-05", "runs": 1}]
+    assert page.data["series"] == [{"name": "rate=1e-05 (3 runs)", "runs": 3}, {"name": "other", "runs": 1}]
     (ours, theirs) = get_panels(page)["Reward"]["lines"]
     assert [step for step, *_ in ours["points"]] == [1, 2, 3]
     for (_, seconds, mean, low, high, n), column in zip(
@@ -255,6 +255,11 @@ def test_series_name_is_first_runs_and_unknown_settings_are_separate(tmp_path):
         (folder / "config.json").write_text("{")
     assert [series.name for series in group_runs(read_runs(same))] == ["x", "y"]
     assert len(read_runs([same[0], same[0]])) == 1
+    # The legend calls a run as the tables do, whatever sets it apart.
+    other = write_run(tmp_path / "z", make_step_rows([1.0]), seed=0, a=2)
+    (folder / "config.json").unlink()
+    runs = read_runs([same[0], other])
+    assert [series.name for series in group_runs(runs)] == [run.name for run in runs] == ["x", "z"]
     deep = [write_run(tmp_path / place / "run", make_step_rows([1.0])) for place in ("one", "two")]
     assert [run.name for run in read_runs(deep)] == ["one/run", "two/run"]
 
@@ -338,7 +343,7 @@ def test_times_count_waiting_only(tmp_path):
     assert make_times(group_runs([run])).by_phase["update"] == [0.0, 5.0, 5.0]
     runs = read_runs([write_run(tmp_path / name, rows, rate=name) for name in "ab"])
     times = make_times(group_runs(runs))
-    assert times.labels == ["rate=a", "rate=b"]
+    assert times.labels == ["a", "b"]
     assert (times.by_phase["rollout"], times.by_phase["save"]) == ([10.0, 10.0], [50.0, 50.0])
     assert "0:02:08" not in parse_page(tmp_path).text
     assert "2:19" in parse_page(tmp_path).text

@@ -57,6 +57,7 @@ ROOT = Path(__file__).resolve().parents[2]
 QUICK = ("ahead",)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in RUN_KINDS])
 def test_resume_after_stop_anywhere_is_bit_identical(tmp_path, kind, number):

@@ -256,7 +256,8 @@ def test_servers_on_other_hosts_join_transfer_group(monkeypatch):
     monkeypatch.setattr(servers, "call", lambda method, path, bodies: bodies_sent.extend(bodies))
     engine = object.__new__(vllm_server.ServerEngine)
     engine._servers, engine._device = servers, torch.device("cuda", 0)
-    ours = engine._transfer_init()
+    weights = WeightGatherer(make_tiny_policy(3), torch.float32)
+    ours = engine._transfer_init(weights)
     servers.init_weight_transfer_engine({"rank_offset": 1, "master_address": ours.master_address, "world_size": 4})
     infos = [body["init_info"] for body in bodies_sent]
     assert infos == [
@@ -274,7 +275,7 @@ def test_servers_on_other_hosts_join_transfer_group(monkeypatch):
     assert [heard for _, heard in joined] == ["hello"] * 4
 
     sides["http://two:8000"] = "127.0.0.1"
-    assert engine._transfer_init().master_address == "127.0.0.1"  # closed to other machines
+    assert engine._transfer_init(weights).master_address == "127.0.0.1"  # closed to other machines
     servers.close()
 
 
@@ -336,6 +337,7 @@ def test_server_engine_push_that_is_not_loaded_fails(stub):
     stub.unloaded = "2 parameters got no weight: model.norm.weight, lm_head.weight"
     with pytest.raises(TrainingAbortedError, match=r"push 1 did not load into worker 0.*2 parameters got no weight"):
         engine.load_weights(1)
+    engine.close()
 
 
 def test_server_engine_close_does_not_wait(stub, monkeypatch):
@@ -353,6 +355,7 @@ def test_server_engine_close_does_not_wait(stub, monkeypatch):
         engine.load_weights(0)
 
 
+@pytest.mark.medium
 def test_server_engine_hanging_server_lets_process_exit(stub, tmp_path):
     """Another server has failed, which ends the run; the thread that waits for the first must not keep the process."""
     end, other = threading.Event(), StubServer()

@@ -148,6 +148,7 @@ def test_demonstration_question_is_formatted_and_prompt_is_not(tmp_path):
         fit_context(made, max_new_tokens=1, context=13, long_prompts="refuse")
 
 
+@pytest.mark.medium
 def test_sft_leaves_out_long_demonstrations_before_it_counts_steps(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_tiny(tmp_path / "tiny")
@@ -258,6 +259,7 @@ def test_sft_help_names_every_flag(capsys):
     assert "Constant learning rate of AdamW" in text
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

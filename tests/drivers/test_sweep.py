@@ -31,6 +31,7 @@ def read_settings(one):
     return parse_program_flags(one.variant.program, flags)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("shared", [[], OWN], ids=["embedded", "own"])
 @pytest.mark.parametrize("name", SWEEPS)
 def test_preset_sweeps_vary_only_what_they_say(name, shared):
@@ -51,6 +52,7 @@ def test_preset_sweeps_vary_only_what_they_say(name, shared):
         assert settings.model_path == ("SmolLM2-135M-Instruct" if not shared else OWN[1])
 
 
+@pytest.mark.medium
 def test_plan_values_follow_shared_flags():
     rates = [read_settings(one).learning_rate for one in make_plan("learning-rates", "--learning-rate", "2e-5")]
     assert rates == pytest.approx([2e-6, 6e-6, 2e-5, 6e-5, 2e-4])

@@ -36,6 +36,7 @@ LEARNERS = {("reinforce_with_baseline", "on-policy"), ("grpo_clip", "two-epochs"
 LEARNERS |= {(loss_type, "two-updates") for loss_type in get_args(LossType)}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("loss_type", "schedule"),
     [

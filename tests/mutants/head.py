@@ -13,6 +13,16 @@ MUTANTS = [
         ("logits kept, not weights", "            logits[rows] = exp\n", "            pass\n"),
         ("weights without their sum", "exp.mul_(-label_grad / exp_sum)", "exp.mul_(-label_grad)"),
         (
+            "a block computed again without its maximum",
+            "out=shifted), stats.max_logit[rows], out=shifted)",
+            "out=shifted), 0.0, out=shifted)",
+        ),
+        (
+            "a block computed again without its cap",
+            "torch.sub(_scale_logits(logits[rows], scaling, out=shifted), stats",
+            "torch.sub(_scale_logits(logits[rows], Scaling(), out=shifted), stats",
+        ),
+        (
             "probabilities without their sum",
             "        p.div_(tile_stats.exp_sum)\n",
             "",

@@ -69,6 +69,7 @@ def check_against_the_oracle(name: str, aggregation: str, case: Case) -> None:
     assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.medium
 @EACH_MEMBER
 @given(data=st.data())
 def test_family_members_are_those_of_the_oracle(name, data):

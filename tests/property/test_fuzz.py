@@ -22,7 +22,9 @@ from drivers.runs.checkpoint import MANIFEST, STATE_TENSORS, STATE_VALUES, find_
 from drivers.runs.folder import find_checkpoint
 from drivers.runs.log import JsonlWriter, RunLog
 from drivers.settings.command_line import parse_train_config
+from drivers.settings.evaluate import EvaluateConfig
 from drivers.settings.grpo import GrpoConfig
+from drivers.settings.of_run import take_settings
 from drivers.tasks.layouts import KEYS
 from drivers.tasks.questions import load_examples, read_example
 from drivers.tasks.reference_answers import BadRowError
@@ -133,6 +135,23 @@ def test_the_settings_of_an_earlier_run_are_read_or_refused(tmp_path, changes):
         assert ended.code == 2
         return
     assert config.resume == str(tmp_path)
+
+
+@given(OTHER | JSON, JSON)
+@example({"val_data_path": 5}, {})
+@example({"reward_mix": ["a"]}, {"folder": 3})
+@example({"prompt_path": "a\x00b", "reward": "\x00.py:f"}, {"folder": "\x00"})
+@shared_folder
+def test_the_settings_of_an_evaluated_run_are_read_or_refused(tmp_path, changes, environment):
+    written = {"config": changes, "environment": environment}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    try:
+        settings = take_settings("--model-path m", tmp_path)
+    except UsageError as error:
+        assert str(error).startswith("--model-path m: the settings of its run cannot be read")
+        assert "\n" not in str(error)
+        return
+    EvaluateConfig(**settings)
 
 
 @pytest.fixture(scope="module")

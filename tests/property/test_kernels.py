@@ -177,6 +177,7 @@ def test_kernel_gradient_matches_formula(case, in_place):
     close(gradient, exact, 10 * case.slack, 10 * case.slack + 2 * torch.finfo(gradient.dtype).eps)
 
 
+@pytest.mark.medium
 @given(cases())
 def test_kernel_gradient_matches_tiles(case):
     stats, temperature = case.measured(), case.scaling.temperature

@@ -73,7 +73,7 @@ def test_public_function_checks_shapes_and_has_example(name):
     function = getattr(grpo_core, name)
     assert hasattr(function, "__wrapped__"), "decorate it with @shape_checked"
     assert function.__doc__
-    assert "Example:" in function.__doc__ or "References:" in function.__doc__
+    assert "Examples:" in function.__doc__ or "References:" in function.__doc__
 
 
 def test_inconsistent_shapes_raise():

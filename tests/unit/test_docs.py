@@ -1,10 +1,12 @@
 """Pages match the code: snippets run, public names are documented, papers are listed, and links resolve."""
 
+import inspect
 import json
 import re
 import shlex
 from pathlib import Path
 
+import griffe
 import matplotlib
 import pytest
 import torch
@@ -16,8 +18,7 @@ from drivers.convert_dataset import ConvertConfig
 from drivers.make_task import Task
 from drivers.pass_rates import PassRatesConfig
 from drivers.report import ReportConfig
-from drivers.settings.evaluate import EvaluateConfig
-from drivers.settings.parser import parse
+from drivers.settings.of_run import parse_evaluate_config
 from drivers.sweeps.plan import SweepConfig, parse_program_flags, plan
 from drivers.sweeps.presets import SWEEPS
 
@@ -69,6 +70,48 @@ def test_reference_names_every_public_name(name):
     assert f"::: {module}\n" in DOCUMENTED_BY_THEIR_FILE + "\n"
 
 
+def draw_functions_page():
+    """Return docs/functions.md: every public function in the order of the API page and of its file."""
+    lines = [
+        "# Functions",
+        "",
+        "Every public function of `grpo_core`, with the first line of its docstring. The [API](api.md) has the rest:",
+        "arguments, results, errors and examples.",
+    ]
+    functions = [value for value in vars(grpo_core).values() if inspect.isfunction(value)]
+    for heading, module in re.findall(r"^## (.*)|^::: (.*)", DOCUMENTED_BY_THEIR_FILE, flags=re.MULTILINE):
+        of_module = [function for function in functions if function.__module__ == module]
+        of_module.sort(key=lambda function: inspect.unwrap(function).__code__.co_firstlineno)
+        if heading:
+            lines += ["", f"## {heading.partition(',')[0]}"]
+        elif of_module:
+            lines += ["", f"`{module.replace('.', '/')}.py`", ""]
+            lines += [f"- `{function.__name__}`: {function.__doc__.splitlines()[0]}" for function in of_module]
+    return "\n".join(lines) + "\n"
+
+
+def test_functions_page_has_every_public_function():
+    page = draw_functions_page()
+    assert set(re.findall(r"^- `(\w+)`", page, flags=re.MULTILINE)) == {
+        name for name in grpo_core.__all__ if inspect.isfunction(getattr(grpo_core, name))
+    }
+    assert (ROOT / "docs/functions.md").read_text() == page, f"write this to docs/functions.md:\n{page}"
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in grpo_core.__all__ if ">>>" in (getattr(grpo_core, name).__doc__ or "")]
+)
+def test_docstring_examples_are_read_as_code(name):
+    """The docs builder shows `>>>` as code in a section that it knows, and as running text anywhere else."""
+    sections = griffe.Docstring(inspect.getdoc(getattr(grpo_core, name))).parse("google")
+    (examples,) = [section for section in sections if section.kind is griffe.DocstringSectionKind.examples]
+    kinds = [kind for kind, _ in examples.value]
+    assert griffe.DocstringSectionKind.examples in kinds
+    elsewhere = [str(section.value) for section in sections if section is not examples]
+    elsewhere += [text for kind, text in examples.value if kind is griffe.DocstringSectionKind.text]
+    assert not any(">>>" in text for text in elsewhere)
+
+
 def test_papers_page_lists_papers_of_docstrings():
     listed = (ROOT / "docs/papers.md").read_text()
     cited = {
@@ -105,6 +148,7 @@ def commands_of(page):
                 yield words[programs[0]].removeprefix("drivers/").removesuffix(".py"), words[programs[0] + 1 :]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_page_commands_are_valid(page, capsys):
     """The program itself parses each flag and value."""
@@ -116,7 +160,7 @@ def test_page_commands_are_valid(page, capsys):
             case "train" | "sft" | "expert_iteration":
                 parse_program_flags(program, arguments)
             case "evaluate":
-                parse(EvaluateConfig, arguments, EvaluateConfig())
+                parse_evaluate_config(arguments)
             case "sweep":
                 config, shared = tyro.cli(SweepConfig, args=arguments, return_unknown_args=True)
                 assert plan(config, shared)

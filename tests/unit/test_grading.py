@@ -652,6 +652,7 @@ def test_a_daemonic_child_process_grades(method):
             assert not pool.apply_async(answers_match, (answer, r"2\sqrt{2}")).get(timeout=20)
 
 
+@pytest.mark.medium
 def test_the_plain_path_imports_no_symbolic_library():
     code = (
         "import sys; from grpo_core.grading.answers import answers_match; assert answers_match('1/2', '0.5');"

@@ -65,6 +65,7 @@ def test_oracle_imports_nothing_of_its_subject():
         assert imported_modules(ROOT / f"tests/oracle/{name}.py") <= {"math", "itertools"}
 
 
+@pytest.mark.medium
 def test_importing_the_core_loads_no_heavy_package():
     """Packages that only drivers and graders need are not loaded with the core."""
     code = "import sys, grpo_core; print([name for name in sys.argv[1:] if name in sys.modules])"

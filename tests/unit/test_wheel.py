@@ -79,6 +79,7 @@ def run_light(installed, code, **kwargs):
     return subprocess.run(command, cwd=installed, capture_output=True, text=True, check=False, **kwargs)
 
 
+@pytest.mark.medium
 def test_wheel_contains_only_grpo_core(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"grpo_core/__init__.py", "grpo_core/py.typed"} <= names
@@ -92,6 +93,7 @@ def test_wheel_contains_only_grpo_core(wheel):
     assert written["Version"] == grpo_core.__version__
 
 
+@pytest.mark.medium
 def test_wheel_functions_work_with_light_dependencies(installed):
     code = """
 import grpo_core, torch

@@ -172,4 +172,35 @@ MUTANTS = [
             "- {version} - {completions[0].weight_version}:\n        raise EngineDiedError",
         ),
     ),
+    *breaks(
+        "GPU engines",
+        "drivers/engines/vllm_startup.py",
+        "tests/drivers/test_engines.py -k 'sleeps_only or placement_uses'",
+        ("an evaluation sleeps", "placement.shares_gpu and options.may_sleep", "placement.shares_gpu"),
+        ("an engine alone sleeps", "placement.shares_gpu and options.may_sleep", "options.may_sleep"),
+        (
+            "graphs stay on the GPU",
+            '"sleep_mode_offload_cudagraph": sleeps,',
+            '"sleep_mode_offload_cudagraph": False,',
+        ),
+    ),
+    *breaks(
+        "nccl_init",
+        "drivers/engines/vllm_transfer.py",
+        "tests/drivers/test_engines.py -k nccl_transfer",
+        ("small buffers", "max(MIN_BUFFER_BYTES, largest)", "MIN_BUFFER_BYTES"),
+        ("buffers of values", "math.prod(weight.shape) * weight.dtype.itemsize", "math.prod(weight.shape)"),
+    ),
+    *breaks(
+        "VLLMEngine",
+        "drivers/engines/vllm.py",
+        "tests/drivers/test_engines.py -k handshake",
+        ("the handshake waits for the deadline", "min(self._deadline_s, limit_s)", "self._deadline_s"),
+    ),
+    *breaks(
+        "engine_memory_fraction",
+        "drivers/engines/placement.py",
+        f"{MEMORY} -k memory_fraction",
+        ("a second GPU always helps", "if reserved_bytes < 0.9 * total_bytes else", "if True else"),
+    ),
 ]

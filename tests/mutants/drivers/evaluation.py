@@ -4,6 +4,7 @@ from tests.mutants.table import breaks
 
 EVALUATE, LOOP, FLAGS = "tests/drivers/test_evaluate.py", "tests/drivers/test_loop.py", "tests/drivers/test_flags.py"
 GRADING, RUN_FILES = "tests/drivers/test_grading.py", "tests/drivers/test_run_files.py"
+OF_RUN = "tests/drivers/test_settings_of_run.py"
 POLICY, OUTCOMES = "drivers/evaluation/policy.py", "drivers/evaluation/outcomes.py"
 
 MUTANTS = [
@@ -98,11 +99,63 @@ MUTANTS = [
         ),
         (
             "the first file only",
-            "for name, questions in inputs.questions.items():\n            values",
-            "for name, questions in list(inputs.questions.items())[:1]:\n            values",
+            "for name, questions in inputs.questions.items():\n            with display",
+            "for name, questions in list(inputs.questions.items())[:1]:\n            with display",
         ),
         ("responses are numbered, not questions", "number // config.n_samples", "number"),
         ("the engine is not checked", "check(config, engine, policy, prompts[:N_CHECKED_PROMPTS])", "pass"),
+    ),
+    *breaks(
+        "parse_evaluate_config",
+        "drivers/settings/of_run.py",
+        f"{OF_RUN} {EVALUATE} -k 'of_run or of_compared_run or sample_and_grade'",
+        ("a name is looked up as a folder", "    if not path.is_dir():  # the name of a model\n", "    if False:\n"),
+        ("links are not followed", ", path.resolve().parent)", ",)"),
+        (
+            "the run's questions by their training name",
+            '{"data_path": "val_data_path"',
+            '{"data_path": "data_path"',
+        ),
+        ("all questions of the file", ', "n_examples": "n_val_examples"}', "}"),
+        ("the number of questions of another file", '    "n_examples": "--data-path",\n', ""),
+        ("the mix of another reward", '    "reward_mix": "--reward",\n', ""),
+        ("paths from here", "return str(there) if is_elsewhere else path", "return path"),
+        ("paths of a run that was moved", "there.exists() and there.resolve()", "there.resolve()"),
+        (
+            "the other run is not compared",
+            "if value != getattr(config, name) and not",
+            "if False and not",
+        ),
+        ("flags of the user are shown as the run's", " and not _is_given(name, arguments)\n    }", "\n    }"),
+        ("settings out of range", "        EvaluateConfig(**settings)\n    except", "    except"),
+    ),
+    *breaks(
+        "describe_environment",
+        "drivers/runs/log.py",
+        f"{OF_RUN} -k describe_environment",
+        ("the folder of the program", '"folder": os.getcwd(),', '"folder": str(Path(__file__).parent),'),
+    ),
+    *breaks(
+        "Display",
+        "drivers/common/display.py",
+        "tests/drivers/test_display.py",
+        ("lines break inside words", "if self.is_terminal else", "if False else"),
+        ("lines of a pipe are wrapped", "if self.is_terminal else", "if True else"),
+        ("values break at their spaces", 'part.replace(" ", _UNBROKEN) for part in parts', "part for part in parts"),
+        ("commands are broken", '(python + command).replace(" ", _UNBROKEN)', "python + command"),
+        ("the phase has no time of its own", "clock(now - self._phase_begin)", "clock(now - self._begin)"),
+        ("a stage is not shown", "        with self.phase(name, {}):\n            yield\n", "        yield\n"),
+        ("a stage says nothing", '        self.say(f"{name} ...")\n', ""),
+        ("steps do not advance", "        self._n_done = step\n", ""),
+    ),
+    *breaks(
+        "fit_help",
+        "drivers/common/cli.py",
+        "tests/drivers/test_display.py -k help",
+        ("a closed pipe is an error", "except BrokenPipeError:", "except ZeroDivisionError:"),
+        ("the description is one line", "if len(plain) <= width:", "if True:"),
+        ("colors count", 're.sub(r"\\x1b\\[[\\d;]*m", "", line)', "line"),
+        ("lists have no indent", 'if plain.startswith((" ", "usage:")) else ""', 'if False else ""'),
     ),
     *breaks(
         "read_earlier",

@@ -103,7 +103,7 @@ MUTANTS = [
         "choose_device",
         "drivers/policy/devices.py",
         f"{FLAGS} {SUPERVISION} {OVERLAP} {MEMORY} -k 'policy_device or choose_devices or one_gpu or shares_gpu'",
-        ("any device", 'if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():', "if False:"),
+        ("any device", 'if device.type == "cuda" and (device.index or 0) >= count_gpus():', "if False:"),
         ("sampling ahead on one GPU", "    if config.async_steps and is_same_device and on_gpu:", "    if False:"),
     ),
     *breaks(
@@ -157,5 +157,26 @@ MUTANTS = [
         "tests/drivers/test_loading.py -k 'check_token_ids'",
         ("one id too many", "if largest >= (", "if largest > ("),
         ("the smallest id", "(max(question.token_ids", "(min(question.token_ids"),
+    ),
+    *breaks(
+        "devices",
+        "drivers/policy/devices.py",
+        "tests/drivers/test_devices.py",
+        ("a GPU without a driver is used", "if count and not torch.cuda.is_available():", "if False:"),
+        ("the CPU needs a driver too", "        return default()\n", "        return default()\n    default()\n"),
+        ("emulation is native", "including_emulation=False", "including_emulation=True"),
+    ),
+    *breaks(
+        "_gather_on_default_stream",
+        "drivers/policy/fsdp.py",
+        "tests/drivers/test_devices.py -k sharded_weight",
+        ("gathered too early", "    default.wait_stream(caller)\n", ""),
+        (
+            "gathered on the sender's stream",
+            "    with torch.cuda.stream(default):",
+            "    with torch.cuda.stream(caller):",
+        ),
+        ("sent before it is there", "    default.synchronize()\n", ""),
+        ("overwritten while it is sent", "    full.record_stream(caller)", "    pass"),
     ),
 ]

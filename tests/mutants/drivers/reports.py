@@ -35,6 +35,11 @@ MUTANTS = [
         ("seeds are experiments", 'IGNORED_SETTINGS = ("seed", "save_dir"', 'IGNORED_SETTINGS = ("save_dir"'),
         ("background sampling takes time", 'times |= {"rollout": 0.0, "reward": 0.0}', "pass"),
         ("saving is free", '            times["save"] = saving.get(step, 0.0)\n', ""),
+        (
+            "the legend has another name than the tables",
+            "    if len(members) == 1:\n        return first.name\n",
+            "    if n_series < 2:\n        return first.name\n",
+        ),
         ("every anomaly alone", "if spans and spans[-1].last_step >= step - 1:", "if False:"),
     ),
 ]

@@ -909,6 +909,12 @@ MUTANTS = [
         ("a fixed tolerance", "    tolerance = config.self_check_tolerance\n", "    tolerance = None\n"),
     ),
     *breaks(
+        "describe_setup",
+        "drivers/training/setup.py",
+        f"{DRIVERS}/test_architectures.py -k run_prints",
+        ("nothing on shortcuts", "    lines += describe_shortcuts(policy)\n", ""),
+    ),
+    *breaks(
         "shares_rows",
         SHORTCUTS,
         f"{DRIVERS}/test_architectures.py {DRIVERS}/test_batch.py -k 'an_architecture or obstacle or shares_rows'",
