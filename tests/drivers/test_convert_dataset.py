@@ -306,7 +306,7 @@ def test_convert_json_in_place_is_refused(tmp_path, capsys):
     (tmp_path / "a.json").write_text(json.dumps([{"prompt": "Q", "response": "1"}]))
     status, _, errors = convert(capsys, str(tmp_path / "a.json"))
     assert status == 2
-    assert "--output is required" in errors
+    assert "--output: is missing" in errors
     assert convert(capsys, str(tmp_path / "a.json"), "--output", str(tmp_path / "a.jsonl"))[0] == 0
 
 
