@@ -616,7 +616,7 @@ def test_a_hostile_answer_is_refused_in_every_thread():
         thread.join()
     assert len(results) == 2
     assert not any(matched for result in results for _, matched in result)
-    assert max(seconds for result in results for seconds, _ in result) < 1.0
+    assert max(seconds for result in results for seconds, _ in result) < 5.0
 
 
 def test_threads_agree_with_the_main_thread():
