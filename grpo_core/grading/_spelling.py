@@ -83,7 +83,13 @@ def _undouble(text: str) -> str:
     return text if r"\begin" in text else re.sub(r"\\\\(?=[A-Za-z{}$%])", r"\\", text)
 
 
+_UNIT_IN_FRACTION = r"\s*\\(?:text|mathrm)\s*\{[ ~]*[A-Za-z]{1,4}[ ~]*\}(?:\^(?:\d|\{-?\d\}))?\s*"
+
 _RULES: tuple[tuple[str, str, str], ...] = (
+    # A fraction of units: `\frac{\text{m}}{\text{s}^2}`.
+    (r"\frac", rf"\\[dt]?frac\s*\{{({_UNIT_IN_FRACTION})\}}\s*\{{({_UNIT_IN_FRACTION})\}}", r"\1/\2"),
+    ("color", r"\\(?:text)?color\s*\{[^{}]*\}", " "),
+    ("color", r"\\color\s+[a-z]+(?![A-Za-z])", " "),
     (r"\left", r"\\left\s*\.", " "),
     (r"\right", r"\\right\s*\.", " "),
     # A negative space cancels the space around it in mathematics mode: `11,\! 111`.
