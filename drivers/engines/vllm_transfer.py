@@ -51,14 +51,14 @@ class ReceivingModel:
         except Exception as error:  # models reject unknown names and shapes each in their own way
             reason = f"{type(self._model).__name__}.load_weights raises {type(error).__name__}: {first_line(error)}"
             self._failure = self._failure or reason
-        for _ in arriving:
+        for _ in arriving:  # what the model left, so that its sender ends too
             pass
 
     def checksums(self) -> dict[str, Checksum]:
         return copy_to_host(self._sums)
 
     def finish(self, *, is_tied: bool) -> None:
-        """Note which parameters got no weight, before vLLM finishes the push and gives them their old values."""
+        """Note which parameters got no weight; at the end of the push, vLLM gives those their old values."""
         self._untouched = sorted(find_untouched(self._model, is_tied=is_tied))
 
     def describe_unloaded(self) -> str:
@@ -228,7 +228,7 @@ class HostTrainerEngine(TrainerWeightTransferEngine[HostTrainerInit]):  # type: 
 
 
 class WorkerExtension:
-    """Methods that vLLM adds to each worker. Its name makes vLLM import this module, which registers the backends."""
+    """Methods that vLLM adds to each worker. To find this class, a worker imports this module, with its backends."""
 
     def received_checksums(self) -> dict[str, Checksum]:
         """Return the checksums of the last push."""

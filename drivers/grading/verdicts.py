@@ -1,4 +1,4 @@
-"""Verdicts on responses, and graders that run in this process."""
+"""Verdicts on responses: call a reward function, in this process or a worker, and read what it returns."""
 
 import asyncio
 import inspect

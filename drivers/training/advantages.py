@@ -94,7 +94,7 @@ def estimate_advantages(
 def finish_advantages(config: AlgorithmSettings, batch: PreparedBatch) -> Tensor:
     """Return the advantages, minus the KL penalty if it is part of the reward, and whitened if the estimator asks."""
     advantages = batch.advantages
-    # A response without a reward is excluded from statistics over tokens too.
+    # A response without a reward is excluded from statistics over tokens too. The core's function drops any response.
     mask = core.drop_truncated_responses(batch.response_mask, batch.unscored)
     if config.has_kl_in_reward:
         kl = core.estimate_kl(batch.old_log_probs, batch.reference_log_probs, "k1", response_mask=mask)

@@ -57,7 +57,7 @@ class MicroBatch(NamedTuple):
 def plan_rows(policy: Any, rollouts: RolloutBatch, wanted: Sequence[int], max_tokens: float = inf) -> list[Row]:
     """Put each wanted response into one row, in order; responses without tokens are skipped."""
     rows: list[Row] = []
-    share = attention_cost(policy) if shares_rows(policy) else inf
+    share = attention_cost(policy) if shares_rows(policy) else inf  # no row is shared if attention costs so much
     for _, run in groupby(wanted, key=lambda i: rollouts.completions[i].prompt_token_ids):
         members = [i for i in run if rollouts.completions[i].token_ids]
         while members:

@@ -72,7 +72,7 @@ class Run:
 
     @property
     def state(self) -> TrainingState:
-        """The training state; an error before `begin`."""
+        """The training state; an error before `start`."""
         if self._state is None:
             raise RuntimeError("call Run.start first")
         return self._state
@@ -167,7 +167,7 @@ class Run:
         return step % self.config.eval_steps == 0 or step == self.config.n_grpo_steps
 
     def push_weights(self, components: Components, step: int) -> None:
-        """Push the policy's weights to the engine; after the first step of this process, check that they arrived."""
+        """Push the policy's weights to the engine. After the first step of this process, repeat the self-check."""
         with self.timer.phase("push"), defer_signals():
             run_with_engine(components.engine, partial(components.engine.load_weights, version=step))
         if self.is_first_step(step):

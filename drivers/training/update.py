@@ -68,6 +68,7 @@ def accumulate_gradients(
         scored["log_probs"].retain_grad()  # for metrics: the share of the gradient by sign of the advantage
         inputs = LossInputs(micro, scored["log_probs"], scored["token_entropy"], entropy_coef)
         outputs = compute_loss(config, inputs)
+        # A rank without a micro-batch of its own repeats another with weight 0, because all ranks gather the layers.
         (outputs.loss if is_counted else 0 * outputs.loss).backward()  # type: ignore[no-untyped-call]
         if is_counted:
             total += outputs.loss.detach()

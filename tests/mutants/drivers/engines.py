@@ -86,7 +86,11 @@ MUTANTS = [
             "        if self._failure or not self._untouched:\n            return self._failure\n",
             "        if not self._untouched:\n            return ''\n",
         ),
-        ("the rest does not arrive", "        for _ in arriving:\n            pass\n", ""),
+        (
+            "the rest does not arrive",
+            "        for _ in arriving:  # what the model left, so that its sender ends too\n            pass\n",
+            "",
+        ),
         ("the last error", "self._failure = self._failure or reason", "self._failure = reason"),
         ("a tied head is missing", "(is_tied and isinstance(layer, ParallelLMHead))", "False"),
         ("no head is missing", "(is_tied and isinstance(layer, ParallelLMHead))", "isinstance(layer, ParallelLMHead)"),
