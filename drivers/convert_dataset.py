@@ -110,13 +110,13 @@ def convert_demonstration(
         response = text if tag else worked
         response += "" if find_boxed_answer(response) else f"\n\\boxed{{{final}}}"
     kept = {name: value for name, value in converted.items() if name in OUR_KEYS or name != key}
-    told = {part: name for part, name in keys.items() if (part, name) != ("nothing", key)}
-    return Converted({**kept, "response": response}, {**told, "worked solution": key})
+    read_from = {part: name for part, name in keys.items() if (part, name) != ("nothing", key)}
+    return Converted({**kept, "response": response}, {**read_from, "worked solution": key})
 
 
 @dataclass
 class Report:
-    """What was found in the rows."""
+    """Counts and samples of the rows that were read."""
 
     n_rows: int = 0
     n_written: int = 0

@@ -1,4 +1,4 @@
-"""What a type error says: the argument, what it got, what it wants, and the change that mends it."""
+"""Explain a type error in one line: the argument, its value, the expected type, and how to fix it."""
 
 import inspect
 import re

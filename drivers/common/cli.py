@@ -1,4 +1,4 @@
-"""What the command lines of all programs share: errors in one line, and help that fits the terminal."""
+"""Report the errors of a program in one line, and fit its help to the terminal."""
 
 import io
 import os
@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 
-from drivers.common.errors import GrpoError, UsageError
+from drivers.common.errors import GrpoError, UsageError, shorten
 
 
 def exit_with(program: str, error: Exception, status: int) -> None:
@@ -35,9 +35,8 @@ def exit_on_user_error(program: str) -> Iterator[None]:
         exit_with(program, error, status=1)
     except RuntimeError as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's; `--help` does without torch
-            reason = " ".join(str(error).split())[:200]
             advice = "lower --micro-batch-tokens, or pass --gradient-checkpointing on or --lora-rank 16"
-            exit_with(program, RuntimeError(f"the GPU is out of memory ({reason}); {advice}"), status=1)
+            exit_with(program, RuntimeError(f"the GPU is out of memory ({shorten(error, 200)}); {advice}"), status=1)
         from drivers.common import distributed  # it imports torch
 
         if not distributed.is_peer_failure(error):

@@ -40,7 +40,7 @@ from drivers.settings.sampling import Sampling
 
 T = TypeVar("T")
 MAX_SETUP_S = 600.0
-"""Longest wait for the handshake of the weight transfer, in which an error of the worker reaches nobody."""
+"""Longest wait for the handshake of the weight transfer, during which an error of the worker is not reported."""
 
 
 class VLLMEngine:
@@ -125,9 +125,11 @@ class VLLMEngine:
             self._sender.shutdown()
         core, has_own_process = self._llm.llm_engine.engine_core, self._placement.has_own_process
         with nullcontext() if has_own_process else self._busy:
-            if not has_own_process:
-                self._llm.collective_rpc("release_model")
-            core.shutdown()
+            try:
+                if not has_own_process:
+                    self._llm.collective_rpc("release_model")
+            finally:
+                core.shutdown()
         if has_own_process:  # wake threads that wait for an answer: vLLM leaves them waiting
             for answer in list(core.utility_results.values()):
                 with suppress(InvalidStateError):

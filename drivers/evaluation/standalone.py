@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,10 +174,10 @@ def sample_and_grade(
     values: Values = {}
     rows: Rows = {}
     try:
-        prompts = [question.prompt_token_ids for questions in inputs.questions.values() for question in questions]
+        checked = islice(chain(*inputs.questions.values()), N_CHECKED_PROMPTS)
         with blame_engine(config.engine, inputs.model_path):
             engine.load_weights(0)
-            check(config, engine, policy, prompts[:N_CHECKED_PROMPTS])
+            check(config, engine, policy, [question.prompt_token_ids for question in checked])
         for name, questions in inputs.questions.items():
             with display.stage(f"Asking {name}: {count_asked(len(questions), config.n_samples)}"):
                 values[name], responses = evaluate_policy(engine, questions, config.sampling, grade, seed=config.seed)

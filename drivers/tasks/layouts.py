@@ -60,8 +60,8 @@ class Reading(NamedTuple):
     """Columns that hold no part."""
 
 
-class Ask(NamedTuple):
-    """What the value under the key of the question says."""
+class QuestionPart(NamedTuple):
+    """A question, with the reply and the answer if they stand under the same key."""
 
     question: str
     reply: str | None = None
@@ -150,13 +150,13 @@ def read_text(key: str, value: Any) -> str:
     return "\n".join(map(str, texts))
 
 
-def read_question(key: str, value: Any, keys: dict[str, str]) -> Ask:
+def read_question(key: str, value: Any, keys: dict[str, str]) -> QuestionPart:
     """Return the question in a text or a chat. A system message belongs to the question and comes first."""
     is_chat = isinstance(value, list) and any(
         isinstance(turn, dict) and {"role", "from"} & set(turn) for turn in value
     )
     if not is_chat:
-        return Ask(read_text(key, value))
+        return QuestionPart(read_text(key, value))
     turns = [(_role_of(key, turn), turn) for turn in value]
     texts = {role: [_text_of(key, turn) for name, turn in turns if name == role] for role in _ROLES.values()}
     if len(texts["user"]) != 1:
@@ -166,7 +166,7 @@ def read_question(key: str, value: Any, keys: dict[str, str]) -> Ask:
         keys["system message"] = key
     known = [look_up(turn, "ground_truth.value") for role, turn in turns if role == "assistant"]
     question = "\n".join((*texts["system"], *texts["user"]))
-    return Ask(question, texts["assistant"][-1], known[-1]) if known else Ask(question)
+    return QuestionPart(question, texts["assistant"][-1], known[-1]) if known else QuestionPart(question)
 
 
 def read_reply(key: str, value: Any) -> str:

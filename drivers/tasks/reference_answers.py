@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 MARKS = ("proof", "notfound", "not found", "n/a", "nan", "null")
-"""What data sets write in place of an answer that does not exist."""
+"""Texts that data sets use in place of a missing answer."""
 
 MAX_WORDS = 9
 """Most words of an answer. Longer texts are prose, which no response repeats word for word."""

@@ -326,7 +326,7 @@ def _relative_error(gradient: Tensor, exact: Tensor) -> float:
 
 
 def write_inputs(directory: str, shape: dict[str, int], dtype: str, rollouts: Rollouts, reference: str) -> int:
-    """What all ways get, and the textbook gradient in the precision `reference`; returns the number of parameters.
+    """Make the inputs of all ways and the textbook gradient in `reference` precision; return the number of parameters.
 
     The model's norms and rotary angles are in float32 whatever its precision: float64 is right to about 1e-7.
     """

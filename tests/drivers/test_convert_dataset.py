@@ -268,7 +268,7 @@ def test_convert_unreadable_file_is_one_line(tmp_path, capsys, name, content, me
 
 
 class ParquetFile:
-    """What pyarrow reads of a parquet file, in batches of two rows."""
+    """A parquet file as pyarrow reads it, in batches of two rows."""
 
     def __init__(self, path):
         if path.read_bytes()[-4:] != b"PAR1":

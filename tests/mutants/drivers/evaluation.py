@@ -103,7 +103,11 @@ MUTANTS = [
             "for name, questions in list(inputs.questions.items())[:1]:\n            with display",
         ),
         ("responses are numbered, not questions", "number // config.n_samples", "number"),
-        ("the engine is not checked", "check(config, engine, policy, prompts[:N_CHECKED_PROMPTS])", "pass"),
+        (
+            "the engine is not checked",
+            "check(config, engine, policy, [question.prompt_token_ids for question in checked])",
+            "pass",
+        ),
     ),
     *breaks(
         "parse_evaluate_config",
