@@ -1,5 +1,6 @@
 """Show the progress of a run: a live panel on a terminal, plain lines elsewhere."""
 
+import re
 import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -148,13 +149,15 @@ def wrap(parts: Sequence[str], width: int) -> str:
     and it can still be copied.
     """
     line = parts[0] if len(parts) == 1 else "  ".join(part.replace(" ", _UNBROKEN) for part in parts)
-    before, python, command = line.partition("python drivers/")
-    line = before + (python + command).replace(" ", _UNBROKEN)
+    command = _COMMAND.search(line)
+    if command:
+        line = line[: command.start()] + command[0].replace(" ", _UNBROKEN)
     indent = " " * (len(line) - len(line.lstrip(" ")) + 4)
     wrapped = textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
     return wrapped.replace(_UNBROKEN, " ")
 
 
+_COMMAND = re.compile(r"(python drivers/|wandb sync ).*")
 _UNBROKEN = "\N{NO-BREAK SPACE}"
 """Stands for a space at which a line is not broken."""
 

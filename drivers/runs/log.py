@@ -9,7 +9,7 @@ import secrets
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from importlib import metadata
@@ -102,11 +102,17 @@ class RunLog:
     """The log of one run. A failing service gives one warning and does not end the run."""
 
     def __init__(
-        self, folder: Path, config: GrpoConfig, *, after: int = -1, settings: TrainingSettings | None = None
+        self,
+        folder: Path,
+        config: GrpoConfig,
+        *,
+        after: int = -1,
+        settings: TrainingSettings | None = None,
+        say: Callable[[str], None] = print,
     ) -> None:
         """Open the files and drop rows of steps after `after`, which will be repeated.
 
-        `settings` are those of the program, written to config.json; default: `config`.
+        `settings` are those of the program, written to config.json; default: `config`. `say` prints a line.
         """
         self.folder = folder
         for name in ("metrics.jsonl", "completions.jsonl"):
@@ -121,7 +127,7 @@ class RunLog:
         self._tensorboard = self._attempt("TensorBoard", lambda: _open_tensorboard(folder, after))
         self._wandb = None
         if config.wandb_project:
-            self._wandb = self._attempt("wandb", lambda: _open_wandb(folder, config, values, wandb_id))
+            self._wandb = self._attempt("wandb", lambda: _open_wandb(folder, config, values, wandb_id, say))
 
     def log(self, phase: str, step: int, values: Mapping[str, Any]) -> None:
         """Write one line of metrics.jsonl, and its numbers as `phase/name` to the services."""
@@ -204,7 +210,9 @@ def _read_wandb_id(folder: Path) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _open_wandb(folder: Path, config: RunSettings, settings: dict[str, Any], run_id: str) -> Any:
+def _open_wandb(
+    folder: Path, config: RunSettings, settings: dict[str, Any], run_id: str, say: Callable[[str], None]
+) -> Any:
     """Open the run at Weights & Biases, or go on with it: a resumed run keeps its id."""
     import wandb
 
@@ -223,7 +231,7 @@ def _open_wandb(folder: Path, config: RunSettings, settings: dict[str, Any], run
         run.define_metric(f"{phase}_step")
         run.define_metric(f"{phase}/*", step_metric=f"{phase}_step")
     if mode == "offline":
-        print(f"Weights & Biases is offline; to upload the run: wandb sync {folder}/wandb/offline-*")
+        say(f"Weights & Biases is offline; to upload the run: wandb sync {folder}/wandb/offline-*")
     return run
 
 

@@ -118,7 +118,9 @@ class Run:
                 for later in find_later_checkpoints(self.folder, self.step):
                     rename_superseded(later)
             last_kept_step = -1 if self._checkpoint is None else self._resumed_step
-            self._log = RunLog(self.folder, self.config, after=last_kept_step, settings=self._settings)
+            self._log = RunLog(
+                self.folder, self.config, after=last_kept_step, settings=self._settings, say=self.display.say
+            )
         except OSError as error:
             raise UsageError(f"{self.folder}: cannot be written to ({error.strerror or error})") from error
 

@@ -56,10 +56,11 @@ def test_step_line_without_terminal_is_one_line(capsys):
     assert line.startswith("  ".join([*PARTS, "856 tok/s"]))
 
 
+@pytest.mark.parametrize("program", ["python drivers/train.py --resume", "wandb sync"])
 @pytest.mark.parametrize("width", [30, 80])
-def test_wrap_keeps_words_commands_and_indents(width):
+def test_wrap_keeps_words_commands_and_indents(width, program):
     path = "/a/rather/long/path/" + "x" * 40
-    command = f"python drivers/train.py --resume {path} --n-grpo-steps 20"
+    command = f"{program} {path} --n-grpo-steps 20"
     text = f"  Stopped after step 3, which was saved as a checkpoint. To resume: {command}"
     lines = wrap([text], width).splitlines()
     assert " ".join(" ".join(lines).split()) == " ".join(text.split())

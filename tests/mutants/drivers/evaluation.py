@@ -146,7 +146,7 @@ MUTANTS = [
         ("lines break inside words", "if self.is_terminal else", "if False else"),
         ("lines of a pipe are wrapped", "if self.is_terminal else", "if True else"),
         ("values break at their spaces", 'part.replace(" ", _UNBROKEN) for part in parts', "part for part in parts"),
-        ("commands are broken", '(python + command).replace(" ", _UNBROKEN)', "python + command"),
+        ("commands are broken", 'command[0].replace(" ", _UNBROKEN)', "command[0]"),
         ("the phase has no time of its own", "clock(now - self._phase_begin)", "clock(now - self._begin)"),
         ("a stage is not shown", "        with self.phase(name, {}):\n            yield\n", "        yield\n"),
         ("a stage says nothing", '        self.say(f"{name} ...")\n', ""),
