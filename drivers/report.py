@@ -11,6 +11,7 @@ import drivers.common.environment  # noqa: F401  before torch: OpenMP reads its 
 from drivers.common.arguments import parse_arguments
 from drivers.common.cli import exit_on_user_error
 from drivers.common.errors import UsageError
+from drivers.reports.logged_run import count_damaged_lines
 from drivers.reports.page import write_report
 
 
@@ -39,6 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise UsageError(f"--output: a folder is required for {len(config.runs)} runs")
         default = config.runs[0].resolve().name if len(config.runs) == 1 else f"{len(config.runs)} runs"
         page = write_report(config.runs, config.output or config.runs[0], config.title or default)
+        for folder in config.runs:
+            n_damaged = count_damaged_lines(folder / "metrics.jsonl")
+            if n_damaged:
+                print(
+                    f"warning: {folder}/metrics.jsonl: the report leaves out {n_damaged} damaged lines",
+                    file=sys.stderr,
+                )
         print(f"Written to {page}")
 
 

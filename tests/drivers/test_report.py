@@ -461,6 +461,15 @@ def test_report_single_run_is_written_to_its_folder(tmp_path, capsys, monkeypatc
     assert not list(tmp_path.rglob(".unfinished*"))
 
 
+def test_report_damaged_lines_are_counted(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("drivers.reports.page.draw", lambda *_, **__: None)  # drawn in another test
+    run = write_run(tmp_path / "run", make_step_rows([1.0, 0.5]))
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write('{"phase": "train"\n[1]\n\n{"phase": "train", "reward": 1}\n{"phase": "train", "st')
+    main([str(run)])
+    assert capsys.readouterr().err == f"warning: {run}/metrics.jsonl: the report leaves out 3 damaged lines\n"
+
+
 MACHADO = {  # Machado, Oliveira and Fernandes 2009, severity 1; rows of a matrix on linear RGB
     "any": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
     "protan": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
