@@ -14,6 +14,9 @@ from drivers.runs.lock import LOCK
 
 BEST = "best_checkpoint"
 
+RESULTS = ("metrics.jsonl", "results.json", "completions.jsonl")
+"""Files of a run or an evaluation that a new one must not overwrite."""
+
 N_RESUMABLE = 2
 """Checkpoints that keep the training state: if the newest is damaged, a run resumes from the one before."""
 
@@ -28,9 +31,9 @@ def create_run_folder(flag: str, path: str | None, name: str, *, marker: str) ->
     folder = Path(path) if path else Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        completions = folder / "completions.jsonl"
-        if completions.exists() and completions.stat().st_size:  # runs and evaluations would overwrite each other's
-            raise FileExistsError(errno.EEXIST, "", "completions.jsonl")
+        for name in RESULTS:  # runs and evaluations would overwrite each other's
+            if (folder / name).exists() and (folder / name).stat().st_size:
+                raise FileExistsError(errno.EEXIST, "", name)
         (folder / marker).touch(exist_ok=False)  # if two runs start at the same moment, one gets the folder
     except FileExistsError as error:
         raise UsageError(

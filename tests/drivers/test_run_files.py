@@ -185,6 +185,10 @@ def test_create_run_folder_used_folder_raises_usage_error(tmp_path):
     with pytest.raises(UsageError, match=r"already contains a run .completions\.jsonl"):
         create_run_folder("--save-dir", str(folder), "x", marker="metrics.jsonl")
     (folder / "completions.jsonl").unlink()
+    (folder / "metrics.jsonl").write_text("{}")  # sft.py logs no completions
+    with pytest.raises(UsageError, match=r"--output-dir .* already contains a run .metrics\.jsonl"):
+        create_run_folder("--output-dir", str(folder), "x", marker="results.json")
+    (folder / "metrics.jsonl").unlink()
     create_run_folder("--save-dir", str(folder), "x", marker="metrics.jsonl")
     abandon_run_folder(folder, "metrics.jsonl")
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
