@@ -75,9 +75,25 @@ def apply_markers(items, *, nightly: bool, on_cpu: bool) -> None:
                 item.add_marker(pytest.mark.skip(reason="repeats a proof; runs with --nightly"))
 
 
+LONGEST = (
+    "test_quickstart_learns_and_its_model_evaluates",
+    "test_ranks_with_vllm_equals_one_rank",
+    "test_server_engine_two_servers_equal_one_engine",
+    "test_train_killed_leaves_no_process_and_a_good_checkpoint",
+    "test_train_under_torchrun_runs_and_resumes",
+    "test_sweep_runs_reports_and_skips_finished_runs",
+    "test_vllm_killed_or_hanging_restarts_with_same_samples",
+    "test_notebook_runs_and_learns",
+)
+"""The tests that take half a minute or more, longest first."""
+
+
 def order_by_duration(item) -> int:
     """Return the rank of a test: what takes longest starts first, so that no core is idle at the end."""
-    return 0 if item.get_closest_marker("vllm") else 1 if item.get_closest_marker("slow") else 2
+    name = getattr(item, "originalname", None)  # a doctest has none
+    if name in LONGEST:
+        return LONGEST.index(name)
+    return len(LONGEST) + (0 if item.get_closest_marker("vllm") else 1 if item.get_closest_marker("slow") else 2)
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects

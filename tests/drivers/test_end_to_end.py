@@ -78,7 +78,7 @@ def test_train_uses_vllm_log_probs_and_greedy_samples(tmp_path):
 def test_quickstart_learns_and_its_model_evaluates(tmp_path, capsys):
     """A few long steps on the real SmolLM2, of a quarter of the default batch; evaluate.py reads the final model."""
     flags = f"--n-grpo-steps 4 --eval-steps 5 --n-val-examples 32 --save-dir {tmp_path}/run --wandb-project None"
-    flags += " --learning-rate 1e-4 --rollout-batch-size 64 --train-batch-size 64 --gradient-accumulation-steps 32"
+    flags += " --learning-rate 1e-4 --rollout-batch-size 64 --train-batch-size 64 --gradient-accumulation-steps 8"
     flags += " --dtype bfloat16"  # whatever a loaded machine measures as faster
     run_program("train", flags)
     rows = read_rows(tmp_path / "run")

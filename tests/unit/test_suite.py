@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import apply_markers, order_by_duration
+from tests.conftest import LONGEST, apply_markers, order_by_duration
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -47,7 +47,8 @@ def test_readme_names_every_test_module_and_no_other():
 class Item:
     """A collected test with the marks of another, to which marks can be added without effect on the session."""
 
-    def __init__(self, item=None, marks=()):
+    def __init__(self, item=None, marks=(), originalname=""):
+        self.originalname = originalname
         self.name, self.marks = getattr(item, "nodeid", ""), [*(item.iter_markers() if item else ()), *marks]
 
     def get_closest_marker(self, name):
@@ -94,3 +95,7 @@ def test_longest_tests_start_first():
     ranks = [order_by_duration(Item(marks=marks)) for marks in ([pytest.mark.vllm.mark], [pytest.mark.slow.mark], [])]
     assert ranks == sorted(ranks)
     assert len(set(ranks)) == 3
+    source = "".join(path.read_text() for path in TESTS.rglob("test_*.py"))
+    for name in LONGEST:
+        assert source.count(f"def {name}(") == 1
+        assert order_by_duration(Item(originalname=name)) < ranks[0]
