@@ -17,8 +17,9 @@ One step samples G responses to each of P prompts, N = P * G responses of up to 
          step     state.update                          one AdamW step
     7. push     engine.load_weights                     policy weights -> engine
 
-Files are in drivers/training/. The formulas are functions of grpo_core. docs/algorithm.md follows a reward, a token id
-and a weight through the code.
+Files are in drivers/training/, except grade_completions (drivers/evaluation/policy.py) and the engine
+(drivers/engines/). The formulas are functions of grpo_core. docs/algorithm.md follows a reward, a token id and a
+weight through the code.
 """
 
 import drivers.common.environment  # noqa: F401  before torch: OpenMP reads its settings once

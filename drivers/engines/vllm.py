@@ -31,7 +31,7 @@ from drivers.engines.vllm_transfer import (
     WeightSender,
     nccl_init,
     read_checksums,
-    synchronize_before_send,
+    synchronize_device,
     version_of,
 )
 from drivers.policy.weight_gatherer import WeightGatherer
@@ -72,7 +72,7 @@ class VLLMEngine:
 
     def _load_weights(self, version: int) -> None:
         assert self._sender is not None
-        synchronize_before_send(self._policy_device)
+        synchronize_device(self._policy_device)
         if self._is_asleep:
             torch.cuda.empty_cache()
             self._llm.wake_up(tags=["weights"])

@@ -26,7 +26,7 @@ from drivers.engines.vllm_transfer import (
     WeightSender,
     nccl_init,
     read_checksums,
-    synchronize_before_send,
+    synchronize_device,
     version_of,
 )
 from drivers.policy.weight_gatherer import WeightGatherer
@@ -117,7 +117,7 @@ class ServerEngine:
 
     def _load_weights(self, version: int) -> None:
         assert self._sender is not None
-        synchronize_before_send(self._device)
+        synchronize_device(self._device)
         self._version = version
         sent = self._sender.send()
         self._servers.post("update_weight_version", {"new_version": str(version)})

@@ -119,7 +119,7 @@ class CheckedNCCLEngine(NCCLWeightTransferEngine):  # type: ignore[misc]
         super().finish_weight_update()
 
 
-# --- the `host` backend: trainer and engine on one machine, without a GPU between them -------------------------------
+# --- the `host` backend: trainer and engine on one machine, and no transfer from one GPU to another ------------------
 @dataclass
 class HostInit(WeightTransferInitInfo):  # type: ignore[misc]
     """Empty: the two sides need not agree on anything beforehand."""
@@ -130,6 +130,7 @@ class HostUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]
     """The policy's weights: by reference in one process, as a safetensors file for another."""
 
     tensors: Any = None
+    """The WeightGatherer itself; the worker iterates it while it loads."""
     path: str | None = None
 
 
@@ -295,7 +296,7 @@ class WeightSender:
     """Sends the policy's weights to vLLM workers, over the backend that `init` names."""
 
     def __init__(self, weights: WeightGatherer, init: TrainerInitInfo, client: Any) -> None:
-        synchronize_before_send(weights.device)
+        synchronize_device(weights.device)
         self._weights = weights
         self.transfer: TrainerWeightTransferEngine[Any] = WeightTransferTrainerFactory.trainer_init(
             init, client=client, source=weights
@@ -305,14 +306,14 @@ class WeightSender:
         """Send all tensors and return the checksums of those that were sent."""
         self._weights.take_checksums()  # discard those of an earlier iteration
         self.transfer.send_weights()
-        synchronize_before_send(self._weights.device)  # the checksums too are computed on the sender's streams
+        synchronize_device(self._weights.device)  # the checksums too are computed on the sender's streams
         return self._weights.take_checksums()
 
     def shutdown(self) -> None:
         self.transfer.shutdown()
 
 
-def synchronize_before_send(device: torch.device) -> None:
+def synchronize_device(device: torch.device) -> None:
     """Wait for pending work on the weights on `device`, and make it the current device of this thread.
 
     NCCL's sender packs on separate streams, which do not wait for others, and a new thread starts on the first GPU.

@@ -1,4 +1,7 @@
-"""Names and shapes of weights in a model's files. transformers may hold them otherwise: all experts in one tensor."""
+"""Names and shapes that weights have in a model's files.
+
+transformers may hold them otherwise in memory: all experts of a layer in one tensor, for example.
+"""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -14,14 +17,14 @@ class WeightGroup(NamedTuple):
     names: tuple[str, ...]
     """Names in the module."""
     files: dict[str, Tensor]
-    """Empty tensors under the names of the files."""
+    """Meta tensors under their names in the files."""
 
 
 def group_weights(policy: nn.Module, weights: Mapping[str, Tensor]) -> list[WeightGroup]:
     """Return small groups, in the order of `weights`, that can be converted one after the other.
 
-    `weights` are tensors on the meta device. One that is only renamed is a group of its own; the others of a layer are
-    one. A UsageError is raised if the groups do not give what all weights give together.
+    `weights` are tensors on the meta device. One that is only renamed is a group of its own; all other
+    weights of a layer form one group. A UsageError is raised if the groups do not give what all weights give together.
     """
     whole = to_files(policy, dict(weights))
     unchanged = {id(weight) for weight in whole.values()}

@@ -51,7 +51,7 @@ class PolicyOptimizer:
         """Set gradients to zero, not to None: a batch without signal is an update with gradient zero."""
         self._adamw.zero_grad(set_to_none=False)
 
-    def clip(self, max_grad_norm: float) -> Tensor:
+    def clip_gradient(self, max_grad_norm: float) -> Tensor:
         """Scale the gradient down to a norm of at most `max_grad_norm`, and return the norm before."""
         return fsdp.full_tensor(nn.utils.clip_grad_norm_(self._masters, max_grad_norm))
 

@@ -93,7 +93,7 @@ class AlgorithmSettings(
 
     @property
     def has_signal_in_equal_groups(self) -> bool:
-        """Return whether groups with equal rewards have a gradient too."""
+        """Return whether a batch has a policy gradient even if the rewards of every group are equal."""
         ignores_advantages = not OBJECTIVES[self.loss_type].uses_advantages
         return ignores_advantages or ADVANTAGES[self.advantage].has_gradient_in_equal_groups
 

@@ -97,7 +97,7 @@ class Advantage(Choice):
     """The function of `grpo_core` that computes the advantages; None takes the rewards as they are."""
     inputs: Mapping[str, str] = field(default_factory=lambda: GROUP_INPUTS)
     compares_within_group: bool = True
-    """The other responses of the group are the baseline, so that a group of one has advantage 0."""
+    """The other responses of the group are the baseline, so a group of one has nothing to be compared with."""
     accepts_shaped_rewards: bool = True
     """Rewards may be negative or fractional, as a length penalty makes them."""
     whitens_over_tokens: bool = False
@@ -115,7 +115,7 @@ class Advantage(Choice):
 
     @property
     def has_gradient_in_equal_groups(self) -> bool:
-        """Return whether a group of equal rewards can have advantages other than 0."""
+        """Return whether advantages can differ from 0 in a batch whose groups all have equal rewards."""
         return not self.compares_within_group or self.compares_reward_parts
 
 

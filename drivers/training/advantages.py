@@ -1,4 +1,4 @@
-"""Turn rewards into advantages."""
+"""Prepare rollouts for training: rewards, log-probs before the first update, advantages."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -57,9 +57,11 @@ def prepare_rollouts(
         known |= {names[name]: values for name, values in scored.items()}
     if config.needs_reference:
         if reference is None and config.lora_rank == 0:
-            raise ValueError(f"kl_coef={config.kl_coef} needs reference; got None: a frozen copy of the first policy")
-        with nullcontext(reference) if reference is not None else without_lora(policy) as first:
-            known["reference_log_probs"] = score_all(first, rollouts, config)["log_probs"]
+            raise ValueError(
+                f"kl_coef={config.kl_coef} needs reference, a frozen copy of the initial policy; got None"
+            )
+        with nullcontext(reference) if reference is not None else without_lora(policy) as initial:
+            known["reference_log_probs"] = score_all(initial, rollouts, config)["log_probs"]
     try:
         advantages = rearrange(estimate_advantages(config, rollouts, scores, greedy_rewards), "response -> response 1")
         batch = PreparedBatch.from_rollouts(rollouts, advantages, **known)
@@ -94,7 +96,7 @@ def estimate_advantages(
 def finish_advantages(config: AlgorithmSettings, batch: PreparedBatch) -> Tensor:
     """Return the advantages, minus the KL penalty if it is part of the reward, and whitened if the estimator asks."""
     advantages = batch.advantages
-    # A response without a reward is excluded from statistics over tokens too. The core's function drops any response.
+    # A response without a reward is excluded from statistics over tokens too. The function drops any responses.
     mask = core.drop_truncated_responses(batch.response_mask, batch.unscored)
     if config.has_kl_in_reward:
         kl = core.estimate_kl(batch.old_log_probs, batch.reference_log_probs, "k1", response_mask=mask)

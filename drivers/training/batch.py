@@ -160,7 +160,7 @@ class RolloutBatch:
             yield self.select(range(start, min(start + size, len(self))))
 
     def shuffled(self, generator: torch.Generator) -> Self:
-        """Return the groups in random order. Each stays together, because one row scores responses to one prompt."""
+        """Return the groups in random order, each in one piece, because its responses can share a forward pass."""
         ids = self.group_ids[:, 0].tolist()
         groups = [list(rows) for _, rows in groupby(range(len(self)), key=lambda row: ids[row])]
         order = torch.randperm(len(groups), generator=generator).tolist()

@@ -1,7 +1,7 @@
 """Plan the rows and the micro-batches in which responses are scored.
 
-A *row* is a prompt followed by the responses that share it. Of one row per group and one row per response, the plan
-takes the layout that needs fewer operations.
+A *row* is a prompt followed by the responses that share it. Responses to one prompt share a row, or have one row each,
+whichever needs fewer operations.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ class Row(NamedTuple):
     prompt: tuple[int, ...]
     """Token ids of the prompt."""
     members: tuple[int, ...]
-    """Indices of the responses in the batch."""
+    """Indices of the responses: in the rollouts while the plan is made, in the micro-batch afterwards."""
     lengths: tuple[int, ...]
     """Number of tokens of each response."""
 
@@ -57,14 +57,14 @@ class MicroBatch(NamedTuple):
 def plan_rows(policy: Any, rollouts: RolloutBatch, wanted: Sequence[int], max_tokens: float = inf) -> list[Row]:
     """Put each wanted response into one row, in order; responses without tokens are skipped."""
     rows: list[Row] = []
-    share = attention_cost(policy) if shares_rows(policy) else inf  # no row is shared if attention costs so much
-    for _, run in groupby(wanted, key=lambda i: rollouts.completions[i].prompt_token_ids):
-        members = [i for i in run if rollouts.completions[i].token_ids]
+    cost = attention_cost(policy) if shares_rows(policy) else inf  # no row is shared if attention costs so much
+    for _, same_prompt in groupby(wanted, key=lambda i: rollouts.completions[i].prompt_token_ids):
+        members = [i for i in same_prompt if rollouts.completions[i].token_ids]
         while members:
             prompt = rollouts.completions[members[0]].prompt_token_ids
             lengths = [len(rollouts.completions[i].token_ids) for i in members]
             n_fitting = max(1, sum(len(prompt) + length <= max_tokens for length in accumulate(lengths)))
-            rows += _choose_layout(prompt, members[:n_fitting], lengths[:n_fitting], share)
+            rows += _choose_layout(prompt, members[:n_fitting], lengths[:n_fitting], cost)
             members = members[n_fitting:]
     return rows
 
@@ -77,7 +77,7 @@ def _choose_layout(
     `attention_cost` is the cost of attending to one more token, relative to all other cost of a token.
     """
     one_row = Row(prompt, tuple(members), tuple(lengths))
-    # A shared row needs its own mask, and attention computes the half that the mask hides; the causal mask skips it.
+    # With the mask of a shared row, attention computes what the mask hides; with a causal mask it skips that half.
     one_row_cost = one_row.n_tokens * (1 + attention_cost * one_row.n_tokens)
     many_rows_cost = sum((len(prompt) + n) * (1 + attention_cost * (len(prompt) + n) / 2) for n in lengths)
     if len(members) > 1 and one_row_cost < many_rows_cost:

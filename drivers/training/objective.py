@@ -240,7 +240,7 @@ def compute_objective(config: AlgorithmSettings, batch: WeightedBatch, log_probs
         "response_mask": batch.response_mask,
         "penalized": batch.penalized,
     }
-    # For `--loss-type grpo_clip`, compute_grpo_clip_loss; the table OBJECTIVES names the others.
+    # By default compute_naive_policy_gradient_loss; the table OBJECTIVES names the others.
     result = getattr(core, objective.function)(**objective.get_arguments(inputs, resolve_values(config)))
     return PolicyLosses(*result) if isinstance(result, tuple) else PolicyLosses(result, {})
 

@@ -55,7 +55,10 @@ class SampledGroups(NamedTuple):
 def collect(
     config: GrpoConfig, components: Components, draw: random.Random, run: Run, step: int, timer: StepTimer
 ) -> StepRollouts:
-    """Sample, grade and summarize the rollouts of one step. The engine sleeps afterwards."""
+    """Sample, grade and summarize the rollouts of one step.
+
+    Afterwards, an engine that shares the policy's GPU frees its memory.
+    """
     groups = sample_groups(config, components, draw, step, timer)
     if groups.n_missing:
         run.warn(
@@ -141,7 +144,7 @@ def sample_round(
 
 
 def sampling_seed(config: GrpoConfig, step: int, refill: int = 0) -> int:
-    """Return the first random seed of a sampling round; each response of a run uses another seed."""
+    """Return the first random seed of a sampling round; no two responses of a run share a seed."""
     n_rounds = step * (1 + config.max_refills) + refill
     return ((config.seed << 32) + n_rounds * config.rollout_batch_size) % 2**62
 
@@ -200,7 +203,7 @@ class _Prefetch(NamedTuple):
     timer: StepTimer
     future: Future[StepRollouts]
     draw_state: tuple[Any, ...]
-    """State of the question generator before, for sampling again."""
+    """State of `TrainingState.draw` before this step, to draw the same questions again if the engine dies."""
 
 
 class RolloutPrefetcher:

@@ -84,7 +84,7 @@ def _score_rows(
             scored["token_entropy"] = compute_entropy(source, temperature=temperature)
         return scored
     states = rearrange(head.body(**inputs).last_hidden_state, "row column hidden -> (row column) hidden")
-    scored = fused_linear_log_probs(  # it does not keep all logits
+    scored = fused_linear_log_probs(  # it keeps the logits only if they fit into max_logits_bytes
         states.index_select(0, packed["sources"].to(device, non_blocking=True)),
         head.output.weight,
         labels,

@@ -97,15 +97,15 @@ class TrainingState:
         """Held-out accuracies by step."""
         self.snapshot()
 
-    def update(self, grad_norm: float, *, made: bool) -> bool:
-        """Make the optimizer step, or discard its gradient, and remember the norm. Return `made`."""
-        if made:
+    def finish_update(self, grad_norm: float, *, apply: bool) -> bool:
+        """Make the optimizer step, or discard its gradient, and remember the norm. Return `apply`."""
+        if apply:
             self.optimizer.step()
         else:
             self.optimizer.zero_grad()
         if 0 < grad_norm < math.inf:  # a median of zeros would make every norm a spike
             self.grad_norms.append(grad_norm)
-        return made
+        return apply
 
     def snapshot(self) -> None:
         """Remember the state at the end of a step, which a checkpoint stores."""

@@ -31,12 +31,13 @@ def update(
     state = run.state
     weighted_batch, batch_metrics = weigh_step(config, train_batch)
     loss = accumulate_gradients(policy, weighted_batch, config, entropy_coef, metrics)
-    norm, drift = state.optimizer.clip(config.max_grad_norm), metrics.drift()
+    norm = state.optimizer.clip_gradient(config.max_grad_norm)
+    drift = metrics.drift()
     rewards = train_batch.rewards[:, 0].tolist()
     anomalies = [*rollout_anomalies, *check_update(loss.item(), norm.item(), state.grad_norms, drift, rewards)]
     run.hold_signals()
     with defer_signals():
-        is_made = state.update(norm.item(), made=run.anomalies.should_apply_update(step, anomalies))
+        is_made = state.finish_update(norm.item(), apply=run.anomalies.should_apply_update(step, anomalies))
         metrics.add_update(loss, norm, batch_metrics, made=is_made)
 
 

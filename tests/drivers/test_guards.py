@@ -262,7 +262,7 @@ def test_run_skipped_update_norm_enters_median():
     """This excludes norms that are not finite, and 0."""
     state = TrainingState(make_tiny_config(), make_tiny_parts().policy)
     for norm, made in ((1.0, True), (50.0, False), (math.nan, False), (math.inf, False), (0.0, True), (2.0, True)):
-        assert state.update(norm, made=made) == made
+        assert state.finish_update(norm, apply=made) == made
     assert list(state.grad_norms) == [1.0, 50.0, 2.0]
     assert state.optimizer.n_updates == 3
 

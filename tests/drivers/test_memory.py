@@ -78,7 +78,7 @@ def test_training_state_bytes_is_exact():
         policy = make_policy(dtype=dtype)
         optimizer = PolicyOptimizer(policy, 1e-3)
         policy(torch.tensor([[1, 2]])).logits.sum().backward()
-        optimizer.clip(1.0)
+        optimizer.clip_gradient(1.0)
         optimizer.step()
         tensors = {t.data_ptr(): t for p in optimizer._masters for t in (p, p.grad)}
         tensors |= {p.data_ptr(): p for p in policy.parameters()}

@@ -335,7 +335,9 @@ def test_step_with_missing_group_is_mean_of_others(tmp_path, monkeypatch):
 def test_prepare_rollouts_without_reference_raises():
     config, parts = make_tiny_config(kl_coef=0.1), make_tiny_parts()
     rollouts, scores = sample_rollouts(config, parts)
-    with pytest.raises(ValueError, match=r"kl_coef=0.1 needs reference; got None"):
+    with pytest.raises(
+        ValueError, match=r"kl_coef=0.1 needs reference, a frozen copy of the initial policy; got None"
+    ):
         prepare_rollouts(config, parts.policy, None, rollouts, scores, None)
 
 

@@ -465,7 +465,7 @@ def test_training_state_restored_from_json_goes_on_alike(dtype):
         for number in range(n_updates):
             for parameter in state.optimizer._masters:
                 parameter.grad.fill_(0.25 + number)
-            state.update(5.0 + number, made=True)
+            state.finish_update(5.0 + number, apply=True)
     one.step, one.accuracies = 7, {0: 0.25, 5: 0.5}
     one.bonus.adapt(1.0)
     one.draw.random()
@@ -488,7 +488,7 @@ def test_training_state_restored_from_json_goes_on_alike(dtype):
     for state in states:
         for parameter in state.optimizer._masters:
             parameter.grad.fill_(-0.5)
-        state.update(1.0, made=True)
+        state.finish_update(1.0, apply=True)
     assert not one.is_at_snapshot
     for name, tensor in one.tensors().items():
         assert torch.equal(tensor, other.tensors()[name]), name

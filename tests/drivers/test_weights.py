@@ -300,7 +300,7 @@ def test_lora_without_adapters_is_the_reference(dtype):
     now = score_all(policy, rollouts, config)["log_probs"]
     assert (now - found.reference_log_probs).abs().max() > 1e-2  # adapters are on again
     assert trained == [name for name, p in policy.named_parameters() if p.requires_grad]
-    with pytest.raises(ValueError, match="needs reference; got None"):
+    with pytest.raises(ValueError, match="needs reference, a frozen copy of the initial policy; got None"):
         prepare_rollouts(replace(config, lora_rank=0), policy, None, rollouts, scores, None)
 
 

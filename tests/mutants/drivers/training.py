@@ -394,12 +394,12 @@ MUTANTS = [
         ),
         (
             "the policy is the reference",
-            'known["reference_log_probs"] = score_all(first,',
+            'known["reference_log_probs"] = score_all(initial,',
             'known["reference_log_probs"] = score_all(policy,',
         ),
         (
             "the sampler is the reference",
-            'score_all(first, rollouts, config)["log_probs"]',
+            'score_all(initial, rollouts, config)["log_probs"]',
             "rollouts.sampler_log_probs",
         ),
         (
@@ -681,11 +681,15 @@ MUTANTS = [
         "update",
         "drivers/training/update.py",
         f"{FLAGS} {GUARDS} -k 'max_grad_norm or skipped_exactly or missing_sampler'",
-        ("the gradient is not clipped", "state.optimizer.clip(config.max_grad_norm)", "state.optimizer.clip(1e9)"),
+        (
+            "the gradient is not clipped",
+            "state.optimizer.clip_gradient(config.max_grad_norm)",
+            "state.optimizer.clip_gradient(1e9)",
+        ),
         (
             "every update is made",
-            "made=run.anomalies.should_apply_update(step, anomalies))",
-            "made=run.anomalies.should_apply_update(step, anomalies) or True)",
+            "apply=run.anomalies.should_apply_update(step, anomalies))",
+            "apply=run.anomalies.should_apply_update(step, anomalies) or True)",
         ),
         ("anomalies of rollouts are forgotten", "[*rollout_anomalies, *check_update", "[*check_update"),
         (
