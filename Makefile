@@ -10,10 +10,10 @@ LOCK := .ci/requirements-$(KIND).txt
 INSTALLED := .venv/.installed-$(KIND)
 ARGS ?=
 
-.PHONY: help install train test quick lint types docs bench mutants nightly parity lock clean
+.PHONY: help install train test quick lint types docs bench mutants nightly parity lock check-lock clean
 
 help:  ## List the verbs
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 	@echo; echo "  ARGS=\"...\" adds arguments, as in: make train ARGS=\"--recipe quickstart --seed 1\""
 
 install: $(INSTALLED)  ## Create .venv with the pinned environment
@@ -75,6 +75,10 @@ parity: .venv-parity/.installed  ## Run TRL, verl and Liger beside ours; write d
 lock: $(INSTALLED)  ## Resolve the pinned environments anew
 	$(BIN)/pip install --quiet uv
 	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/lock
+
+check-lock: $(INSTALLED)  ## Resolve them without a change, and look for files that two wheels own; needs a network
+	$(BIN)/pip install --quiet uv
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python .ci/check-lock
 
 clean:  ## Remove what the verbs made, runs excepted
 	rm -rf .venv .venv-parity site .pytest_cache .mypy_cache .ruff_cache .hypothesis

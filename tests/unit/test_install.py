@@ -2,7 +2,9 @@
 
 import os
 import re
+import runpy
 import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -28,3 +30,18 @@ def test_gpu_lock_has_no_two_owners_of_cuda_bindings():
     lock = (ROOT / ".ci/requirements-gpu.txt").read_text()
     (major,) = re.findall(r"^cuda-python==(\d+)", lock, flags=re.MULTILINE)
     assert int(major) >= 13
+
+
+def test_check_lock_names_paths_that_two_wheels_own(tmp_path):
+    """Equal files, and what each wheel says of itself, may lie in several."""
+    find_owned_twice = runpy.run_path(str(ROOT / ".ci/check-lock"))["find_owned_twice"]
+    contents = {
+        "one.whl": {"pkg/a.so": "1", "pkg/__init__.py": "", "one.dist-info/RECORD": "x"},
+        "two.whl": {"two.data/purelib/pkg/a.so": "2", "pkg/__init__.py": "", "pkg/b.so": "2"},
+    }
+    for name, files in contents.items():
+        with zipfile.ZipFile(tmp_path / name, "w") as wheel:
+            for path, text in files.items():
+                wheel.writestr(path, text)
+    found = find_owned_twice([f"file://{tmp_path}/{name}" for name in contents])
+    assert found == ["pkg/a.so is in one.whl and two.whl"]
