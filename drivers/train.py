@@ -70,7 +70,7 @@ def train(config: GrpoConfig, components: Components, run: Run) -> None:
                 rollouts = prepare_rollouts(
                     config, policy, reference, rollouts, collected.scores, collected.greedy_rewards
                 )
-                for _ in range(config.epochs_per_rollout_batch):
+                for _ in range(config.epochs_per_rollout_batch // config.passes_per_update):
                     for train_batch in rollouts.shuffled(state.shuffle).split(config.train_batch_size):
                         update(config, policy, train_batch, run, step, metrics, anomalies, entropy_coef)
                 state.step = step

@@ -40,7 +40,7 @@ class AlgorithmSettings(
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_multiple("rollout_batch_size", self.rollout_batch_size, "train_batch_size", self.train_batch_size)
+        _check_batches(self)
         _check_unread_options(self)
         _check_advantage(self)
         _check_importance(self)
@@ -54,9 +54,19 @@ class AlgorithmSettings(
         return make_sampling(self, self.reward, self.group_size)
 
     @property
+    def passes_per_update(self) -> int:
+        """Return over how many passes an optimizer step extends; they have one gradient, which is computed once."""
+        return max(1, self.train_batch_size // self.rollout_batch_size)
+
+    @property
+    def updates_per_rollout_batch(self) -> int:
+        """Return the number of optimizer steps on each rollout batch."""
+        return self.rollout_batch_size * self.epochs_per_rollout_batch // self.train_batch_size
+
+    @property
     def is_off_policy(self) -> bool:
         """Return whether some update of a step starts from weights that did not sample the batch."""
-        return self.epochs_per_rollout_batch > 1 or self.train_batch_size < self.rollout_batch_size
+        return self.updates_per_rollout_batch > 1
 
     @property
     def uses_ratio(self) -> bool:
@@ -113,6 +123,20 @@ class AlgorithmSettings(
         """Return the weight of each reward that `gdpo` normalizes on its own."""
         names = ("format_reward", "answer_reward")
         return parse_mix(self.reward_mix) or dict(zip(names, self.reward_weights, strict=True))
+
+
+def _check_batches(settings: AlgorithmSettings) -> None:
+    rollouts, size = settings.rollout_batch_size, settings.train_batch_size
+    if size <= rollouts:
+        check_multiple("rollout_batch_size", rollouts, "train_batch_size", size)
+        return
+    check_multiple("train_batch_size", size, "rollout_batch_size", rollouts)
+    if settings.epochs_per_rollout_batch % settings.passes_per_update:
+        raise UsageError(
+            f"{settings.flag('train_batch_size')}: takes {settings.passes_per_update} passes over "
+            f"{settings.flag('rollout_batch_size')}, which {settings.flag('epochs_per_rollout_batch')} is no multiple "
+            f"of; pass --train-batch-size {rollouts}, or --epochs-per-rollout-batch {settings.passes_per_update}"
+        )
 
 
 def _check_unread_options(settings: AlgorithmSettings) -> None:

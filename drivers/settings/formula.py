@@ -125,9 +125,10 @@ def _format_token_weights(config: GrpoConfig) -> str:
 
 
 def _make_notes(config: GrpoConfig, objective: Objective) -> list[str]:
-    per_step = config.rollout_batch_size // config.train_batch_size * config.epochs_per_rollout_batch
+    per_step = config.updates_per_rollout_batch
     notes = [
-        f"N = {config.train_batch_size} responses in an update; {per_step} update{'s' if per_step > 1 else ''} on "
+        f"N = {min(config.train_batch_size, config.rollout_batch_size)} responses in an update; {per_step} "
+        f"update{'s' if per_step > 1 else ''} on "
         f"each rollout batch of {config.n_prompts_per_rollout_batch} questions x {config.group_size} responses"
     ]
     if objective.uses_ratio and config.uses_current_policy_as_old:

@@ -96,7 +96,7 @@ class DataSettings(PromptSettings):
 
     data_path: str = "data/math/train.jsonl"
     """Training questions: JSONL with `question` and `answer`, as drivers/convert_dataset.py writes it."""
-    val_data_path: str = "data/math/validation.jsonl"
+    val_data_path: str = "data/math/test.jsonl"
     """Held-out questions: JSONL with `question` and `answer`."""
     n_val_examples: PositiveInt = 1024
     """Held-out questions per evaluation, with one response each; at most as many as the file has."""
@@ -235,7 +235,8 @@ class UpdateSettings(OptimizerSettings):
     """Micro-batches per optimizer step, each of --train-batch-size / --gradient-accumulation-steps responses. If
     given, it overrides the recipe's --micro-batch-tokens."""
     epochs_per_rollout_batch: PositiveInt = 1
-    """Passes over each rollout batch; more than one is off-policy."""
+    """Passes over each rollout batch. Each pass after the first is off-policy, unless --train-batch-size is as large
+    as all passes together: then they have one gradient, which is computed once."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -45,6 +45,12 @@ class GrpoConfig(AlgorithmSettings, TrainingSettings):
     def warnings(self) -> list[str]:
         """Return a warning for each setting that is legal but probably a mistake."""
         found = []
+        if self.passes_per_update > 1:
+            found.append(
+                f"{self.flag('train_batch_size')} is {self.passes_per_update} passes over the rollout batch from the "
+                "same weights: its gradient is that of one pass, which is computed once; --train-batch-size "
+                f"{self.rollout_batch_size} takes {self.epochs_per_rollout_batch} off-policy updates instead"
+            )
         if self.loss_type in ("gspo", "gspo_token", "luspo") and self.cliprange >= 0.05:
             found.append(
                 f"--cliprange {self.cliprange:g} hardly ever binds a mean of log ratios; the papers use 0.0003 (GSPO) "

@@ -630,6 +630,12 @@ def test_rejection_changes_no_advantage():
 
 def test_ppo_with_sequence_mean_warns():
     assert "hardly ever binds" in "\n".join(formula(make_tiny_config(loss_type="gspo")))
+    across = make_tiny_config(loss_type="grpo_clip", train_batch_size=128, epochs_per_rollout_batch=4)
+    assert "N = 32 responses in an update; 1 update on each rollout batch" in "\n".join(formula(across))
+    (warning,) = across.warnings
+    assert warning.startswith("--train-batch-size 128 is 4 passes over the rollout batch from the same weights")
+    assert "--train-batch-size 32 takes 4 off-policy updates instead" in warning
+    assert not make_tiny_config(loss_type="grpo_clip", epochs_per_rollout_batch=4).warnings
     assert "hardly ever binds" not in "\n".join(formula(make_tiny_config(loss_type="gspo", cliprange=3e-4)))
 
 
@@ -668,6 +674,12 @@ def test_reward_not_a_number_raises_usage_error(tmp_path):
 ILLEGAL = [
     ({"rollout_batch_size": 36}, "--rollout-batch-size 36: must be a multiple of --group-size 8; pass 32 or 40"),
     ({"rollout_batch_size": 48}, "--rollout-batch-size 48: must be a multiple of --train-batch-size 32"),
+    ({"train_batch_size": 48}, "--train-batch-size 48: must be a multiple of --rollout-batch-size 32; pass 32 or 64"),
+    (
+        {"train_batch_size": 96, "epochs_per_rollout_batch": 4},
+        "--train-batch-size 96: takes 3 passes over --rollout-batch-size 32, which --epochs-per-rollout-batch 4 is no "
+        "multiple of; pass --train-batch-size 32, or --epochs-per-rollout-batch 3",
+    ),
     ({"sampling_min_tokens": 7}, "--sampling-min-tokens 7: must not exceed --sampling-max-tokens 6"),
     ({"lora_alpha": 5}, "--lora-alpha 5: has no effect without LoRA"),
     ({"learning_rate": float("inf")}, "--learning-rate inf: must be a finite number"),

@@ -28,7 +28,7 @@ from tests.drivers.helpers.letters import (
     make_tiny_parts,
     sample_rollouts,
 )
-from tests.drivers.helpers.runs import ON_POLICY, TWO_EPOCHS, TWO_UPDATES, run_training
+from tests.drivers.helpers.runs import ON_POLICY, TWO_EPOCHS, TWO_UPDATES, drop_times, run_training
 
 # Every loss in one schedule, and every schedule with one loss; `make nightly` trains with all pairs.
 SCHEDULES = {"on-policy": ON_POLICY, "two-updates": TWO_UPDATES, "two-epochs": TWO_EPOCHS}
@@ -129,6 +129,33 @@ def test_off_policy_updates_per_train_batch_and_epoch(tmp_path, monkeypatch):
     monkeypatch.setattr(PolicyOptimizer, "step", lambda self, *a: made.append(1) or step(self, *a))
     run_training(tmp_path, n_grpo_steps=2, epochs_per_rollout_batch=3, **TWO_UPDATES)
     assert len(made) == 2 * 3 * 2
+
+
+@pytest.mark.parametrize("aggregation", get_args(Aggregation))
+def test_gradient_of_repeated_passes_is_that_of_one(aggregation):
+    """An optimizer step on four copies of a rollout batch, all scored by the same weights."""
+    config, parts = make_tiny_config(aggregation=aggregation, loss_type="grpo_clip"), make_tiny_parts()
+    rollouts, scores = sample_rollouts(config, parts)
+    batch = prepare_rollouts(config, parts.policy, None, rollouts, scores, None)
+    gradients = []
+    for rows in ([*range(32)], [*range(32)] * 4):
+        weighted, _ = weigh_step(config, batch.select(rows))
+        accumulate_gradients(parts.policy, weighted, config, 0.0, UpdateMetrics())
+        gradients.append(torch.cat([p.grad.flatten() for p in parts.policy.parameters()]))
+        parts.policy.zero_grad()
+    assert gradients[0].abs().max() > 1e-3
+    assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6 * gradients[0].abs().max().item())
+
+
+@pytest.mark.parametrize(("size", "updates"), [(128, 1), (64, 2)])
+def test_update_across_passes_is_one_pass(tmp_path, size, updates):
+    """Four passes over 32 rollouts in train batches of 128 are one update; of 64, two updates of a pass each."""
+    settings, n_parts = {"loss_type": "grpo_clip", "learning_rate": 1e-2}, size // 8
+    across = {"epochs_per_rollout_batch": 4, "train_batch_size": size, "gradient_accumulation_steps": n_parts}
+    policy, steps, _ = run_training(tmp_path / "a", **SHORT | settings | across)
+    other, plain, _ = run_training(tmp_path / "b", **SHORT | settings, epochs_per_rollout_batch=updates)
+    assert torch.equal(flatten_weights(policy), flatten_weights(other))
+    assert [*map(drop_times, steps)] == [*map(drop_times, plain)]
 
 
 class NeverWaits(TorchDispatchMode):

@@ -16,7 +16,7 @@ MUTANTS = [
             "rollouts.shuffled(state.shuffle.manual_seed(1))",
         ),
         ("rollouts in the order of sampling", "rollouts.shuffled(state.shuffle).split", "rollouts.split"),
-        ("a single epoch", "range(config.epochs_per_rollout_batch)", "range(1)"),
+        ("a single epoch", "range(config.epochs_per_rollout_batch // config.passes_per_update)", "range(1)"),
         ("one train batch", ".split(config.train_batch_size)", ".split(config.rollout_batch_size)"),
         (
             "old log-probs anew in each epoch",
@@ -36,6 +36,12 @@ MUTANTS = [
             "metrics.logged_token_values())",
         ),
         ("token values of no completion", "UpdateMetrics(collected.logged_completions)", "UpdateMetrics()"),
+    ),
+    *breaks(
+        "train",
+        "drivers/train.py",
+        "tests/drivers/test_train.py -k 'across_passes'",
+        ("an update across passes is repeated", " // config.passes_per_update", ""),
     ),
     *breaks(
         "train",

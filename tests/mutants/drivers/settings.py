@@ -92,13 +92,18 @@ MUTANTS = [
         ),
         (
             "epochs are on-policy",
-            "return self.epochs_per_rollout_batch > 1 or self.train_batch_size < self.rollout_batch_size",
-            "return self.train_batch_size < self.rollout_batch_size",
+            "return self.updates_per_rollout_batch > 1",
+            "return self.rollout_batch_size > self.train_batch_size",
         ),
         (
             "several updates are on-policy",
-            "return self.epochs_per_rollout_batch > 1 or self.train_batch_size < self.rollout_batch_size",
+            "return self.updates_per_rollout_batch > 1",
             "return self.epochs_per_rollout_batch > 1",
+        ),
+        (
+            "an update across passes takes any number of them",
+            "if settings.epochs_per_rollout_batch % settings.passes_per_update:",
+            "if False:",
         ),
         ("always off-policy", "return not self.is_off_policy and self.old_policy", "return False and self.old_policy"),
         (
