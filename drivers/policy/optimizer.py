@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from drivers.common import distributed
 from drivers.policy import fsdp
+from drivers.settings.groups import OptimizerSettings
 
 
 def training_state_bytes(policy: nn.Module) -> int:
@@ -15,20 +16,24 @@ def training_state_bytes(policy: nn.Module) -> int:
 
 
 class PolicyOptimizer:
-    """AdamW for `policy` with a constant learning rate, betas (0.9, 0.95) and no weight decay.
+    """AdamW for `policy`. Each step gets its learning rate, so a schedule has no state.
 
     A float32 policy is updated in place. A bfloat16 policy would lose most updates to rounding: at a rate of 1e-5 they
     are below half a unit in the last place of nearly every weight. Its gradients would lose small terms in the sum
     over micro-batches. So masters and gradients are kept in float32, and each update is copied to the policy.
     """
 
-    def __init__(self, policy: nn.Module, learning_rate: float) -> None:
+    def __init__(self, policy: nn.Module, settings: OptimizerSettings) -> None:
         named = {name: p for name, p in fsdp.resharded(policy).named_parameters() if p.requires_grad}
         self._names, self._parameters = list(named), list(named.values())
         self.n_updates = 0
         self._masters = [self._make_master(p) for p in self._parameters]
         self._adamw = torch.optim.AdamW(
-            self._masters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+            self._masters,
+            betas=settings.adam_betas,
+            eps=settings.adam_epsilon,
+            weight_decay=settings.weight_decay,
+            fused=True,
         )
         for master in self._masters:
             master.grad = torch.zeros_like(master)
@@ -56,8 +61,10 @@ class PolicyOptimizer:
         return fsdp.full_tensor(nn.utils.clip_grad_norm_(self._masters, max_grad_norm))
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, learning_rate: float) -> None:
         """Update the weights and set the gradient to zero."""
+        for group in self._adamw.param_groups:
+            group["lr"] = learning_rate
         self._adamw.step()
         self.n_updates += 1
         self._copy_to_policy()

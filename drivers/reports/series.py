@@ -25,6 +25,8 @@ class PanelSpec:
     """Name in the legend -> `phase/name` of the metric. Metrics that were not logged are omitted."""
     is_share: bool = False
     """True if the values are shares, so that the axis spans 0 to 1."""
+    hides_constants: bool = False
+    """Omit the panel if no line changes its value: a constant setting is in the table of settings."""
 
 
 REWARD = PanelSpec("Reward", "mean over rollouts", {"reward": "train/reward", "format": "train/format_reward"})
@@ -57,6 +59,7 @@ PANELS = (
     ),
     PanelSpec("Clip fraction", "share of tokens", {"clipped": "train/clip_fraction"}),
     PanelSpec("Gradient norm", "before clipping", {"norm": "train/grad_norm"}),
+    PanelSpec("Learning rate", "of each update", {"rate": "train/learning_rate"}, hides_constants=True),
     PanelSpec(
         "Speed", "tokens per second", {"sampled": "train/rollout_tokens_per_s", "trained": "train/update_tokens_per_s"}
     ),
@@ -115,6 +118,8 @@ def _make_panel(spec: PanelSpec, groups: Sequence[Series]) -> Panel:
         if any(points):
             lines += [Line(place, len(names), drawn) for place, drawn in enumerate(points) if drawn]
             names.append(name)
+    if spec.hides_constants and all(len({point.value for point in line.points}) == 1 for line in lines):
+        lines = []
     is_only_one_left = len(names) == 1 < len(spec.quantities)
     unit = f"{names[0]}, {spec.unit}" if is_only_one_left else spec.unit  # a single line has no legend
     return Panel(spec.title, unit, spec.is_share, names, lines)

@@ -6,9 +6,19 @@ from typing import Annotated, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from drivers.common.errors import UsageError
-from drivers.settings.base import Bounds, NonNegativeInt, PositiveFloat, PositiveInt, Settings, Share, check_multiple
+from drivers.settings.base import (
+    Bounds,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Settings,
+    Share,
+    check_multiple,
+)
 from drivers.settings.reward_spec import check_reward
 from drivers.settings.sampling import Sampling, stop_strings
+from drivers.settings.schedule import Schedule
 
 
 # --- model -----------------------------------------------------------------------------------------------------------
@@ -216,7 +226,18 @@ class OptimizerSettings(Settings):
     heading: ClassVar[str] = "optimizer"
 
     learning_rate: PositiveFloat = 1e-5
-    """Constant learning rate of AdamW, with betas (0.9, 0.95) and no weight decay."""
+    """Learning rate of AdamW, after --warmup-steps and before it falls with --lr-schedule."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps over which the learning rate rises to --learning-rate. All updates of a step have the same rate."""
+    lr_schedule: Schedule = "constant"
+    """Learning rate after the warm-up: constant, or falling along a line or half a cosine to 0 after the last step of
+    the run. A run that is resumed with more steps continues at the rate of the longer run."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Multiply all trained weights by 1 - learning rate * this in each update (decoupled weight decay)."""
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    """Shares that the running means of the gradient and of its square keep in each update."""
+    adam_epsilon: PositiveFloat = 1e-8
+    """Constant added to the root of the mean square, by which AdamW divides."""
     train_batch_size: PositiveInt = 256
     """Responses per optimizer step. In train.py, fewer than --rollout-batch-size give a step several
     off-policy updates."""
@@ -225,6 +246,11 @@ class OptimizerSettings(Settings):
     same. Default: cut by --gradient-accumulation-steps."""
     max_grad_norm: PositiveFloat = 1.0
     """Scale gradients down to this norm."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise UsageError(f"{self.flag('adam_betas')}: both must be at least 0 and less than 1")
 
 
 @dataclass(frozen=True, kw_only=True)

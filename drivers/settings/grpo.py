@@ -8,6 +8,7 @@ from drivers.settings.algorithm import AlgorithmSettings
 from drivers.settings.base import PositiveInt
 from drivers.settings.groups import TrainingSettings
 from drivers.settings.recipes import RecipeName
+from drivers.settings.schedule import schedule_factor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,10 @@ class GrpoConfig(AlgorithmSettings, TrainingSettings):
         """Return how long other ranks wait for rank 0, which samples in rounds and may restart the engine."""
         return (4 + self.max_refills) * self.engine_deadline_s + 1800
 
+    def learning_rate_at(self, step: int) -> float:
+        """Return the learning rate of all updates of a step."""
+        return self.learning_rate * schedule_factor(self.lr_schedule, step, self.n_grpo_steps, self.warmup_steps)
+
     @property
     def warnings(self) -> list[str]:
         """Return a warning for each setting that is legal but probably a mistake."""
@@ -60,6 +65,11 @@ class GrpoConfig(AlgorithmSettings, TrainingSettings):
             found.append(
                 f"--learning-rate {self.learning_rate:g} is low for LoRA, which needs about ten times the rate of "
                 "full training, such as 1e-4"
+            )
+        if self.warmup_steps >= self.n_grpo_steps:
+            found.append(
+                f"--warmup-steps {self.warmup_steps} does not end before the last of {self.n_grpo_steps} steps, so "
+                "--learning-rate is never reached"
             )
         if self.curriculum_steps > self.n_grpo_steps:
             found.append(

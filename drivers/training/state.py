@@ -83,7 +83,7 @@ class TrainingState:
         self._config = config
         self.step = 0
         """The last step whose updates are all in the weights."""
-        self.optimizer = PolicyOptimizer(policy, config.learning_rate)
+        self.optimizer = PolicyOptimizer(policy, config)
         self.bonus = EntropyBonus(config)
         self.draw = random.Random(config.seed)
         """Draws questions, on rank 0."""
@@ -98,9 +98,9 @@ class TrainingState:
         self.snapshot()
 
     def finish_update(self, grad_norm: float, *, apply: bool) -> bool:
-        """Make the optimizer step, or discard its gradient, and remember the norm. Return `apply`."""
+        """Make an optimizer step of the next step, or discard its gradient, and remember the norm. Return `apply`."""
         if apply:
-            self.optimizer.step()
+            self.optimizer.step(self._config.learning_rate_at(self.step + 1))
         else:
             self.optimizer.zero_grad()
         if 0 < grad_norm < math.inf:  # a median of zeros would make every norm a spike

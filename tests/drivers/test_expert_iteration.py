@@ -19,6 +19,7 @@ from tests.drivers.helpers.letters import flatten_weights, make_tiny_parts
 from tests.drivers.helpers.processes import call_program
 from tests.drivers.helpers.runs import (
     IMITATION_FLAGS,
+    SCHEDULED,
     TINY_EXPERT_ITERATION,
     assert_same_state,
     read_logged_numbers,
@@ -122,7 +123,7 @@ def test_expert_iteration_nothing_right_changes_no_weight(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_expert_iteration_stopped_and_resumed_is_bit_identical(tmp_path):
-    settings = {"eval_steps": 1, "checkpoint_steps": 1}
+    settings = {"eval_steps": 1, "checkpoint_steps": 1, **SCHEDULED}
     *whole, sampled = run_expert_iteration(tmp_path / "whole", **settings)
     folder = tmp_path / "stopped"
     run_expert_iteration(folder, stop_at=len(sampled) - 1, **settings)

@@ -462,6 +462,11 @@ TRAIN_ROWS = {
     "entropy_target": Row("train", 9.0),
     # the update
     "learning_rate": Row("train", 2e-2),
+    "warmup_steps": Row("train", 1),
+    "lr_schedule": Row("train", "linear", TWO_STEPS),
+    "weight_decay": Row("train", 0.1),
+    "adam_betas": Row("train", (0.5, 0.95)),
+    "adam_epsilon": Row("train", 1.0),
     "train_batch_size": Row("train", 8),
     "micro_batch_tokens": Row("train", 40),
     "max_grad_norm": Row("train", 1e-3),

@@ -5,7 +5,7 @@ import math
 import random
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from statistics import fmean
 from types import SimpleNamespace
 
@@ -18,6 +18,7 @@ from drivers import expert_iteration, sft
 from drivers import train as train_program
 from drivers.expert_iteration import iterate
 from drivers.grading.verdicts import make_inline_grader
+from drivers.policy.optimizer import PolicyOptimizer
 from drivers.settings.imitation import ExpertIterationConfig, SftConfig
 from drivers.sft import fine_tune
 from drivers.training.rollouts import collect, sampling_seed
@@ -486,6 +487,30 @@ def test_logged_step_has_its_rate_times_and_speeds(name, request):
         assert names == common | own
     for row in read_phase(recorded, "eval"):
         assert row["time_evaluate_s"] > 0
+
+
+RISING_AND_FALLING = {"warmup_steps": 1, "lr_schedule": "linear", "learning_rate": 1e-2}
+
+
+@pytest.mark.parametrize(
+    ("record", "settings", "n_updates"),
+    [
+        (run_recorded_training, {"n_grpo_steps": 3, "train_batch_size": 16}, [2, 2, 2]),
+        (run_recorded_sft, {}, [1, 1, 1]),
+        (run_recorded_expert_iteration, {"n_ei_steps": 3, "train_batch_size": 2}, None),
+    ],
+    ids=["grpo", "sft", "expert"],
+)
+def test_updates_have_the_learning_rate_of_their_step(tmp_path, monkeypatch, record, settings, n_updates):
+    """Of three steps, the first is the warm-up and the last is half of the way to 0."""
+    made, step = [], PolicyOptimizer.step
+    monkeypatch.setattr(PolicyOptimizer, "step", lambda self, rate: made.append(rate) or step(self, rate))
+    recorded = record(tmp_path, **RISING_AND_FALLING | settings)
+    rates = [row["learning_rate"] for row in read_phase(recorded, "train")]
+    assert rates == [0.5e-2, 1e-2, 0.5e-2]
+    runs = [(rate, len(list(equal))) for rate, equal in groupby(made)]
+    assert [rate for rate, _ in runs] == rates
+    assert [count for _, count in runs] == n_updates or (n_updates is None and max(runs)[1] > 1)
 
 
 def test_logged_rewards_are_those_of_the_sampled_responses(grpo):

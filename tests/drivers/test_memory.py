@@ -12,6 +12,7 @@ from drivers.common.errors import UsageError
 from drivers.engines.hf import HFEngine
 from drivers.engines.placement import engine_memory_fraction, shares_gpu
 from drivers.policy.optimizer import PolicyOptimizer, training_state_bytes
+from drivers.settings.groups import OptimizerSettings
 from drivers.settings.sampling import Sampling
 from drivers.training import memory, shortcuts
 from drivers.training.batch import make_rollout_batch
@@ -76,10 +77,10 @@ def test_plan_memory_is_near_measured_activations(attention, dtype):
 def test_training_state_bytes_is_exact():
     for dtype in (torch.float32, torch.bfloat16):
         policy = make_policy(dtype=dtype)
-        optimizer = PolicyOptimizer(policy, 1e-3)
+        optimizer = PolicyOptimizer(policy, OptimizerSettings())
         policy(torch.tensor([[1, 2]])).logits.sum().backward()
         optimizer.clip_gradient(1.0)
-        optimizer.step()
+        optimizer.step(1e-3)
         tensors = {t.data_ptr(): t for p in optimizer._masters for t in (p, p.grad)}
         tensors |= {p.data_ptr(): p for p in policy.parameters()}
         moments = [t for state in optimizer._adamw.state.values() for t in state.values() if t.ndim]

@@ -313,6 +313,17 @@ def test_panel_single_quantity_is_labeled(tmp_path):
     assert units["Gradient norm"] == "before clipping"
 
 
+def test_panel_of_the_learning_rate_is_drawn_if_it_changes(tmp_path):
+    """A constant one is a setting; of two runs, both are drawn if one changes it."""
+    constant, falling = (
+        write_run(tmp_path / name, make_step_rows(rates, "learning_rate"), a=name)
+        for name, rates in (("constant", [1e-5, 1e-5]), ("falling", [1e-5, 5e-6]))
+    )
+    assert "Learning rate" not in get_panels(parse_page(constant))
+    panel = get_panels(parse_page(constant, falling))["Learning rate"]
+    assert [[point[2] for point in line["points"]] for line in panel["lines"]] == [[1e-5, 1e-5], [1e-5, 5e-6]]
+
+
 def test_page_table_has_first_last_and_best_accuracy(tmp_path):
     values = {0: 0.1, 5: 0.8, 10: 0.8, 15: 0.6}
     rows = [{"phase": "eval", "step": step, "accuracy": value, "n_examples": 50} for step, value in values.items()]

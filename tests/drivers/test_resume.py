@@ -238,6 +238,15 @@ def test_read_tensors_missing_shard_raises(tmp_path):
         read_tensors(tmp_path, {"rows": torch.zeros(4, 3)})
 
 
+def test_resume_with_more_steps_takes_their_learning_rates(tmp_path):
+    """A schedule has no state: the rates after the checkpoint are those of a run of the new length."""
+    folder, falling = tmp_path / "run", {"lr_schedule": "linear", "learning_rate": 1e-2, "eval_steps": 100}
+    run_grpo(folder, n_grpo_steps=2, **falling)
+    run_grpo(folder, find_checkpoint(folder), n_grpo_steps=4, **falling)
+    rates = [row["learning_rate"] for row in read_logged_numbers(folder) if row["phase"] == "train"]
+    assert rates == [1e-2, 0.5e-2, 0.5e-2, 0.25e-2]
+
+
 @pytest.mark.slow
 def test_resume_finished_run_keeps_final_model(tmp_path):
     """With more steps the new model takes the name and the old one is renamed; checkpoints share its files."""

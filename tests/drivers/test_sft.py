@@ -28,6 +28,7 @@ from tests.drivers.helpers.processes import call_program, run_program
 from tests.drivers.helpers.runs import (
     IMITATION_FLAGS,
     LETTER_RESPONSES,
+    SCHEDULED,
     assert_same_state,
     make_letter_demonstrations,
     read_logged_numbers,
@@ -101,7 +102,7 @@ def test_sft_learns_its_demonstrations(tmp_path):
 
 @pytest.mark.slow
 def test_sft_stopped_and_resumed_is_bit_identical(tmp_path):
-    settings = {"epochs": 2, "train_batch_size": 6, "eval_steps": 1, "checkpoint_steps": 1}
+    settings = {"epochs": 2, "train_batch_size": 6, "eval_steps": 1, "checkpoint_steps": 1, **SCHEDULED}
     *whole, answers = run_sft(tmp_path / "whole", make_letter_demonstrations(*LETTER_RESPONSES), **settings)
     folder = tmp_path / "stopped"
     run_sft(folder, make_letter_demonstrations(*LETTER_RESPONSES), stop_at=answers - 1, **settings)  # in epoch 2

@@ -41,9 +41,10 @@ TWO_UPDATES = {"train_batch_size": 16, "gradient_accumulation_steps": 2}
 TWO_EPOCHS = {"epochs_per_rollout_batch": 2}
 OVERLAPPED = {"async_steps": 1, "engine": "vllm", "importance": "truncate", "loss_type": "grpo_clip"}
 SIX_STEPS = {"n_grpo_steps": 6, "learning_rate": 1e-2, "eval_steps": 2, "checkpoint_steps": 1}
+SCHEDULED = {"warmup_steps": 2, "lr_schedule": "cosine", "weight_decay": 0.1, "adam_betas": (0.8, 0.9)}
 RUN_KINDS = {
     "plain": {},
-    "off-policy": {"train_batch_size": 16, "epochs_per_rollout_batch": 2, "loss_type": "grpo_clip"},
+    "off-policy": {"train_batch_size": 16, "epochs_per_rollout_batch": 2, "loss_type": "grpo_clip", **SCHEDULED},
     "adaptive": {"entropy_target": 6.0, "entropy_coef": 0.01},
     "ahead": {"async_steps": 1, "importance": "truncate", "engine": "vllm"},
     "bfloat16": {"dtype": "bfloat16", "self_check_tolerance": 1.0},
@@ -78,6 +79,11 @@ IMITATION_FLAGS = [
     "prompt_path",
     "reward",
     "learning_rate",
+    "warmup_steps",
+    "lr_schedule",
+    "weight_decay",
+    "adam_betas",
+    "adam_epsilon",
     "train_batch_size",
     "micro_batch_tokens",
     "aggregation",

@@ -12,9 +12,10 @@ MUTANTS = [
         "PolicyOptimizer",
         OPTIMIZER,
         f"{OPTIM} {MEMORY} -k 'optimizer or training_state'",
-        ("other betas", "betas=(0.9, 0.95)", "betas=(0.9, 0.999)"),
-        ("weight decay", "weight_decay=0.0", "weight_decay=0.1"),
-        ("a fixed rate", "lr=learning_rate,", "lr=1e-3,"),
+        ("fixed betas", "betas=settings.adam_betas", "betas=(0.9, 0.95)"),
+        ("no weight decay", "weight_decay=settings.weight_decay", "weight_decay=0.0"),
+        ("a fixed epsilon", "eps=settings.adam_epsilon", "eps=1e-8"),
+        ("a fixed rate", 'group["lr"] = learning_rate', 'group["lr"] = 1e-2'),
         (
             "gradients are kept after the step",
             "        self._copy_to_policy()\n        self.zero_grad()\n\n    @torch.no_grad()",

@@ -26,6 +26,8 @@ MUTANTS = [
             "(run, estimates[step]) for run, estimates in estimates_of if step in estimates]",
             "(run, estimates.get(step, [*estimates.values()][0])) for run, estimates in estimates_of if estimates]",
         ),
+        ("constants are drawn", "if spec.hides_constants and all(", "if False and all("),
+        ("nothing is drawn", "if spec.hides_constants and all(", "if spec.hides_constants or all("),
         ("the last point is lost", "    if (len(items) - 1) % stride:\n        kept.append(items[-1])\n", ""),
     ),
     *breaks(

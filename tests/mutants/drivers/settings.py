@@ -41,6 +41,23 @@ MUTANTS = [
         ("a fixed maximum", "        max_tokens=settings.sampling_max_tokens,\n", "        max_tokens=6,\n"),
     ),
     *breaks(
+        "schedule_factor",
+        "drivers/settings/schedule.py",
+        "tests/drivers/test_optim.py -k schedule_factor",
+        ("a first step of 0", "return step / (warmup_steps + 1)", "return (step - 1) / (warmup_steps + 1)"),
+        ("full at the last step of the warm-up", "return step / (warmup_steps + 1)", "return step / warmup_steps"),
+        ("a last step of 0", "/ (n_steps - warmup_steps)", "/ max(1, n_steps - warmup_steps - 1)"),
+        ("decay counts the warm-up", "done = (step - 1 - warmup_steps) / (", "done = (step - 1) / ("),
+        ("a line for the cosine", "return (1 + math.cos(math.pi * done)) / 2", "return 1 - done"),
+    ),
+    *breaks(
+        "OptimizerSettings",
+        GROUPS,
+        "tests/drivers/test_optim.py -k 'betas or warmup'",
+        ("any betas", "if not all(0 <= beta < 1 for", "if not all(True for"),
+        ("a beta of 1", "0 <= beta < 1", "0 <= beta <= 1"),
+    ),
+    *breaks(
         "Sampling",
         "drivers/settings/sampling.py",
         f"{LOOP} tests/drivers/test_grading.py -k 'remax or evaluations or stop_strings'",

@@ -136,7 +136,12 @@ MUTANTS = [
         "Run.report",
         RUN,
         GRPO,
-        ("a learning rate of 0", '"learning_rate": self.config.learning_rate}', '"learning_rate": 0.0}'),
+        ("a learning rate of 0", '"learning_rate": self.config.learning_rate_at(step)}', '"learning_rate": 0.0}'),
+        (
+            "the full learning rate",
+            '"learning_rate": self.config.learning_rate_at(step)}',
+            '"learning_rate": self.config.learning_rate}',
+        ),
         (
             "speed of the update over the sampling",
             'metrics["trained_tokens"] / seconds["update"]',
@@ -824,9 +829,10 @@ MUTANTS = [
     *breaks(
         "TrainingState.__init__",
         "drivers/training/state.py",
-        f"{LOOP} {FLAGS} -k 'other_seed or learning_rate or epoch'",
+        f"{LOOP} {FLAGS} -k 'other_seed or learning_rate or epoch or adam'",
         ("questions without the seed", "self.draw = random.Random(config.seed)", "self.draw = random.Random(0)"),
-        ("another learning rate", "PolicyOptimizer(policy, config.learning_rate)", "PolicyOptimizer(policy, 1e-2)"),
+        ("the rate of the step before", "learning_rate_at(self.step + 1)", "learning_rate_at(self.step)"),
+        ("the rate of the first step", "learning_rate_at(self.step + 1)", "learning_rate_at(1)"),
     ),
     *breaks(
         "check_update",
