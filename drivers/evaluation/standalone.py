@@ -15,6 +15,7 @@ from torch import nn
 from drivers.common.atomic_files import write_json, write_jsonl
 from drivers.common.display import Display
 from drivers.common.errors import UsageError
+from drivers.common.own_functions import check_file
 from drivers.engines.factory import blame_engine, describe_start, make_engine
 from drivers.engines.options import EngineOptions
 from drivers.engines.protocol import RolloutEngine
@@ -29,7 +30,6 @@ from drivers.policy.weight_gatherer import WeightGatherer
 from drivers.runs.folder import abandon_run_folder, create_run_folder
 from drivers.runs.log import describe_environment
 from drivers.settings.evaluate import EvaluateConfig
-from drivers.settings.reward_spec import check_file
 from drivers.tasks.questions import (
     Example,
     Prompt,
@@ -49,7 +49,7 @@ N_CHECKED_PROMPTS = 4
 def evaluate(config: EvaluateConfig, check: EngineCheck) -> Path:
     """Evaluate the model, write the files and print the results. Return the folder of the files."""
     sets = load_sets(config)
-    check_file(config.reward)
+    check_file("--reward", config.reward)
     prompt = load_prompt(config.prompt_path, config.chat_template, config.system_prompt_path, config.chat_date)
     device = choose_device("--device", config.device, default_policy_device)
     earlier = None if config.compare_to is None else read_earlier(config, sets)

@@ -1,16 +1,13 @@
 """Load the reward function that `--reward` names."""
 
-import importlib.util
+import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from drivers.common.errors import UsageError
+from drivers.common.own_functions import import_function
 from drivers.grading.countdown import countdown_reward_fn
-from drivers.settings.reward_spec import check_file
 from grpo_core import RewardFn, question_only_reward_fn, r1_zero_reward_fn
 
 BUILT_IN: dict[str, RewardFn] = {
@@ -29,36 +26,19 @@ def load_reward(reward: str) -> Callable[..., Any]:
             return importlib.import_module("drivers.grading.gym").reward  # type: ignore[no-any-return]
         except ImportError as error:
             raise UsageError(f"--reward gym: {error}") from error
-    where, _, name = reward.rpartition(":")
-    check_file(reward)
-    try:
-        if where.endswith(".py"):
-            file = Path(where).resolve()
-            sys.path.insert(0, str(file.parent))  # what lies beside it may be imported
-            spec = importlib.util.spec_from_file_location(file.stem, file)
-            assert spec is not None  # it is a file, and ends in .py
-            assert spec.loader is not None
-            module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            sys.path.append(os.getcwd())
-            module = importlib.import_module(where)
-    except (Exception, SystemExit) as error:
-        raise UsageError(f"--reward {reward}: cannot be imported ({type(error).__name__}: {error})") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UsageError(f"--reward {reward}: {module.__file__} has no function {name}")
+    function = import_function("--reward", reward)
     try:
         signature = inspect.signature(function)
         asks = {"question": "its text"} if "question" in signature.parameters else {}
         signature.bind("response", "ground_truth", **asks)
     except TypeError as error:
+        name = reward.rpartition(":")[2]
         raise UsageError(
             f"--reward {reward}: {name}{signature} must take (response, ground_truth), and may take question: {error}"
         ) from error
     except ValueError:  # of what is not written in Python, no signature is known
         pass
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def is_async(function: Callable[..., Any]) -> bool:

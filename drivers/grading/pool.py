@@ -9,13 +9,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from drivers.common.errors import TrainingAbortedError, UsageError
+from drivers.common.own_functions import check_file
 from drivers.grading.loading import BUILT_IN
 from drivers.grading.messages import Chunk, Grade, Invalid, Message, Ready, Refused
 from drivers.grading.processes import LOADING_S, ForkServer, ForkServerDiedError, Worker, WorkerExit, describe_exit
 from drivers.grading.verdicts import Graded, GradeStatus, GradingRequest, make_requests, timeout_verdict
 from drivers.grading.worker import GRACE_S, WorkerOptions
 from drivers.settings.groups import GradingSettings
-from drivers.settings.reward_spec import check_file, check_reward, parse_mix
+from drivers.settings.reward_spec import check_reward, parse_mix
 from grpo_core import GroundTruth
 
 MAX_WORKERS = 8
@@ -58,7 +59,7 @@ class GradingPool:
     ) -> None:
         """Start the workers in the background. `n_workers=0` means half of the cores, at most 8."""
         check_reward(reward, mix)
-        check_file(reward)
+        check_file("--reward", reward)
         self._n_workers = n_workers or max(1, min(MAX_WORKERS, len(os.sched_getaffinity(0)) // 2))
         self._options, self._warn = WorkerOptions(reward, parse_mix(mix), deadline_s), warn
         self._lock = threading.Lock()

@@ -71,7 +71,7 @@ class AlgorithmSettings(
     @property
     def uses_ratio(self) -> bool:
         """Return whether the loss or the KL penalty uses the ratio to the old policy."""
-        return OBJECTIVES[self.loss_type].uses_ratio or (self.kl_coef > 0 and self.kl_estimator == "ratio_k3")
+        return self.objective.uses_ratio or (self.kl_coef > 0 and self.kl_estimator == "ratio_k3")
 
     @property
     def uses_current_policy_as_old(self) -> bool:
@@ -82,9 +82,7 @@ class AlgorithmSettings(
     def selects_by_old_policy(self) -> bool:
         """Return whether the old policy scores the whole batch first, to select tokens or to shape rewards."""
         return (
-            OBJECTIVES[self.loss_type].high_covariance != "train"
-            or self.top_entropy_fraction is not None
-            or self.has_kl_in_reward
+            self.objective.high_covariance != "train" or self.top_entropy_fraction is not None or self.has_kl_in_reward
         )
 
     @property
@@ -104,8 +102,8 @@ class AlgorithmSettings(
     @property
     def has_signal_in_equal_groups(self) -> bool:
         """Return whether a batch has a policy gradient even if the rewards of every group are equal."""
-        ignores_advantages = not OBJECTIVES[self.loss_type].uses_advantages
-        return ignores_advantages or ADVANTAGES[self.advantage].has_gradient_in_equal_groups
+        needs_no_signal = not self.objective.uses_advantages or self.objective.has_gradient_without_signal
+        return needs_no_signal or self.estimator.has_gradient_in_equal_groups
 
     @property
     def has_regularization_gradient(self) -> bool:
@@ -140,8 +138,10 @@ def _check_batches(settings: AlgorithmSettings) -> None:
 
 
 def _check_unread_options(settings: AlgorithmSettings) -> None:
+    read_by_own = {name for row in (settings.objective, settings.estimator) if row.own_function for name in row.reads}
     for name, (decider, readers) in OPTIONS_READ_BY_LOSS.items():
-        if settings.is_changed(name) and getattr(settings, decider) not in readers:
+        is_read = getattr(settings, decider) in readers or name in read_by_own
+        if settings.is_changed(name) and not is_read:
             words = decider.replace("_", "-")
             raise UsageError(
                 f"{settings.flag(name)}: has no effect with {settings.flag(decider)}; it applies to --{words} "
@@ -155,7 +155,7 @@ def _check_advantage(settings: AlgorithmSettings) -> None:
             "--group-size 1: one response has no standard deviation; pass at least 2, or --no-use-std-normalization "
             "with --loss-type no_baseline"
         )
-    advantage, uses_advantages = ADVANTAGES[settings.advantage], OBJECTIVES[settings.loss_type].uses_advantages
+    advantage, uses_advantages = settings.estimator, settings.objective.uses_advantages
     if settings.group_size == 1 and uses_advantages and advantage.compares_within_group:
         raise UsageError(
             f"--group-size 1: makes every advantage 0 with {settings.flag('loss_type')}; pass at least 2, or "
@@ -179,7 +179,7 @@ def _check_advantage(settings: AlgorithmSettings) -> None:
 
 
 def _check_importance(settings: AlgorithmSettings) -> None:
-    has_response_ratio = OBJECTIVES[settings.loss_type].has_response_ratio
+    has_response_ratio = settings.objective.has_response_ratio
     if has_response_ratio and settings.importance != "none" and settings.importance_level == "token":
         raise UsageError(
             f"--importance-level token: gives each token a weight, but {settings.flag('loss_type')} has one ratio per "
@@ -200,7 +200,7 @@ def _check_importance(settings: AlgorithmSettings) -> None:
 def _check_kl(settings: AlgorithmSettings) -> None:
     if not settings.has_kl_in_reward:
         return
-    if not OBJECTIVES[settings.loss_type].accepts_token_advantages:
+    if not settings.objective.accepts_token_advantages:
         raise UsageError(
             f"--kl-in reward: gives each token its own advantage, which {settings.flag('loss_type')} does not accept; "
             "pass --kl-in loss"
@@ -242,7 +242,7 @@ def _find_use_of_sampler(settings: AlgorithmSettings) -> str | None:
 
 def _check_refills(settings: AlgorithmSettings) -> None:
     if settings.max_refills and (settings.has_signal_in_equal_groups or settings.group_size == 1):
-        cause = "advantage" if OBJECTIVES[settings.loss_type].uses_advantages else "loss_type"
+        cause = "advantage" if settings.objective.uses_advantages else "loss_type"
         reason = f"with {settings.flag(cause)} they have a gradient too"
         if settings.group_size == 1:
             reason = "with --group-size 1 every group has equal rewards"

@@ -1,7 +1,7 @@
 """`--show`: print the resolved settings, and the loss that they define as formulas."""
 
 from drivers.settings.grpo import GrpoConfig
-from drivers.settings.objectives import ADVANTAGES, OBJECTIVES, Advantage, Objective, resolve_values
+from drivers.settings.objectives import Advantage, Objective, resolve_values
 from drivers.settings.parser import sort_by_heading
 from drivers.settings.reward_spec import parse_mix
 
@@ -15,11 +15,11 @@ def show(config: GrpoConfig) -> str:
 
 def formula(config: GrpoConfig) -> list[str]:
     """Return the formulas of the loss, one line per part."""
-    objective = OBJECTIVES[config.loss_type]
+    objective = config.objective
     unit, kappa = "i" if objective.has_response_loss else "it", config.has_importance_weights
     lines = [f"r_i      = {_format_reward(config)}"]
     if objective.uses_advantages:
-        lines += _format_advantages(config, ADVANTAGES[config.advantage])
+        lines += _format_advantages(config, config.estimator)
     if config.uses_ratio:
         lines.append(f"rho_it   = pi(o_it) / {_format_old_policy(config)}(o_it)")
     symbols = {"A": "A_it" if config.has_kl_in_reward else "A_i", "old": _format_old_policy(config)}
@@ -175,5 +175,5 @@ def _make_notes(config: GrpoConfig, objective: Objective) -> list[str]:
 def _cite_papers(config: GrpoConfig, objective: Objective) -> list[str]:
     papers = {f"--loss-type {config.loss_type}": objective.paper}
     if objective.uses_advantages:
-        papers[f"--advantage {config.advantage}"] = ADVANTAGES[config.advantage].paper
+        papers[f"--advantage {config.advantage}"] = config.estimator.paper
     return [f"{choice} is defined in arXiv:{paper}" for choice, paper in papers.items() if paper is not None]

@@ -6,7 +6,8 @@ from typing import Annotated, ClassVar, Literal
 from drivers.common.errors import UsageError
 from drivers.settings.base import Bounds, NonNegativeFloat, PositiveFloat, PositiveInt, Settings, Share
 from drivers.settings.choices import Aggregation, Counting, ImportanceLevel, KLEstimator
-from drivers.settings.objectives import ADVANTAGES, OBJECTIVES, AdvantageName, ObjectiveName
+from drivers.settings.objectives import Advantage, AdvantageName, Objective, ObjectiveName
+from drivers.settings.own_objective import find_advantage, find_objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,11 +17,11 @@ class ObjectiveSettings(Settings):
     heading: ClassVar[str] = "objective"
 
     loss_type: ObjectiveName = "reinforce_with_baseline"
-    """Policy loss. All except `no_baseline` and `reinforce_with_baseline` use the ratio to the policy at the start of
-    the step (--old-policy). `gspo`, `gmpo` and `luspo` have one loss per response, the others one per token."""
+    """Policy loss, or your own as `file.py:function`. All except `no_baseline` and `reinforce_with_baseline` use the
+    ratio to the policy at the start of the step (--old-policy). `gspo`, `gmpo` and `luspo` have one per response."""
     advantage: AdvantageName = "group"
-    """Advantage estimator. `group` subtracts the group's mean reward and, with --use-std-normalization, divides by its
-    standard deviation."""
+    """Advantage, or your own as `file.py:function`. `group` subtracts the group's mean reward and, with
+    --use-std-normalization, divides by its standard deviation."""
     aggregation: Aggregation = "sequence_mean"
     """Average the token losses over each response, over all tokens of an optimizer step, or over the tokens of each
     question; or sum them over each response; `constant` divides that sum by --sampling-max-tokens (Dr. GRPO)."""
@@ -78,9 +79,19 @@ class ObjectiveSettings(Settings):
         self._check_advantage()
         self._check_loss()
 
+    @property
+    def objective(self) -> Objective:
+        """Return the row of --loss-type."""
+        return find_objective(self.loss_type)
+
+    @property
+    def estimator(self) -> Advantage:
+        """Return the row of --advantage."""
+        return find_advantage(self.advantage)
+
     def _check_advantage(self) -> None:
-        advantage = ADVANTAGES[self.advantage]
-        if not OBJECTIVES[self.loss_type].uses_advantages and self.is_changed("advantage"):
+        advantage = self.estimator
+        if not self.objective.uses_advantages and self.is_changed("advantage"):
             raise UsageError(
                 f"{self.flag('advantage')}: has no effect with {self.flag('loss_type')}, which uses the rewards "
                 "themselves; pass --loss-type reinforce_with_baseline"
@@ -105,12 +116,12 @@ class ObjectiveSettings(Settings):
             raise UsageError(f"{self.flag('sapo_temperatures')}: must be greater than 0")
         if self.covariance_bounds[0] >= self.covariance_bounds[1]:
             raise UsageError(f"{self.flag('covariance_bounds')}: must be a lower and a higher number")
-        if OBJECTIVES[self.loss_type].has_response_ratio and self.aggregation != "sequence_mean":
+        if self.objective.has_response_ratio and self.aggregation != "sequence_mean":
             raise UsageError(
                 f"{self.flag('aggregation')}: would weight the responses of {self.flag('loss_type')} by length; pass "
                 "--aggregation sequence_mean (luspo weights GSPO by length on purpose)"
             )
-        if OBJECTIVES[self.loss_type].has_response_loss and self.top_entropy_fraction is not None:
+        if self.objective.has_response_loss and self.top_entropy_fraction is not None:
             raise UsageError(
                 f"{self.flag('top_entropy_fraction')}: selects tokens, but {self.flag('loss_type')} has one loss per "
                 "response; pass a loss with one per token"

@@ -1,13 +1,14 @@
 """The table of objectives and the table of advantages. Everything that depends on their names reads these tables.
 
-To add an objective or an advantage, write its function in `grpo_core`, then add its row to the table.
+To add an objective or an advantage, write its function in `grpo_core`, then add its row to the table. A function of
+the user's own (`module:function`) gets its row from drivers/settings/own_objective.py.
 
 A row names its function, because settings do not import torch. It gives the function's parameters in two mappings:
 `inputs` takes them from the rollouts, `settings` from the settings. In `settings` and in formulas, a name may have an
 index, as in `str.format`: `sapo_temperatures[0]`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from string import Formatter
 from typing import TYPE_CHECKING, Any, Literal
@@ -41,6 +42,10 @@ class Choice:
     """Arguments that neither rollouts nor settings decide, by parameter of the function."""
     inputs: Mapping[str, str]
     """Names of the rollouts' values, by parameter of the function."""
+    own_function: Callable[..., Any] | None = None
+    """The user's own function; None if it is one of `grpo_core`."""
+    source_hash: str | None = None
+    """Hash of the file that defines the own function."""
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -67,7 +72,7 @@ class Objective(Choice):
     """A value of `--loss-type`."""
 
     function: str
-    """The function of `grpo_core` that computes the losses."""
+    """The function of `grpo_core` that computes the losses, or the name of an own function."""
     inputs: Mapping[str, str] = field(default_factory=lambda: RATIO_INPUTS)
     has_response_loss: bool = False
     """One loss per response instead of one per token."""
@@ -75,6 +80,8 @@ class Objective(Choice):
     """One ratio for all tokens of a response, so that responses must be averaged whole."""
     accepts_token_advantages: bool = True
     """Tokens of one response may have different advantages."""
+    has_gradient_without_signal: bool = False
+    """A response has a gradient even if its advantage or reward is 0."""
     high_covariance: Literal["train", "drop", "penalize"] = "train"
     """Treatment of the tokens with the highest covariance of advantage and log-prob."""
 
@@ -94,7 +101,8 @@ class Advantage(Choice):
     """A value of `--advantage`."""
 
     function: str | None
-    """The function of `grpo_core` that computes the advantages; None takes the rewards as they are."""
+    """The function of `grpo_core` that computes the advantages, or the name of an own function; None takes the rewards
+    as they are."""
     inputs: Mapping[str, str] = field(default_factory=lambda: GROUP_INPUTS)
     compares_within_group: bool = True
     """The other responses of the group are the baseline, so a group of one has nothing to be compared with."""
@@ -327,5 +335,5 @@ if TYPE_CHECKING:
     ObjectiveName = str
     AdvantageName = str
 else:
-    ObjectiveName, AdvantageName = Literal[tuple(OBJECTIVES)], Literal[tuple(ADVANTAGES)]
-"""The choices of --loss-type and of --advantage."""
+    ObjectiveName, AdvantageName = Literal[tuple(OBJECTIVES)] | str, Literal[tuple(ADVANTAGES)] | str
+"""The choices of --loss-type and of --advantage, and the name of an own function."""

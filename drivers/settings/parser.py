@@ -13,6 +13,7 @@ import tyro
 
 from drivers.common.arguments import parse_arguments
 from drivers.settings.base import Settings
+from drivers.settings.objectives import ADVANTAGES, OBJECTIVES, AdvantageName, ObjectiveName
 
 Config = TypeVar("Config", bound=Settings)
 MOST_USED = (
@@ -26,8 +27,9 @@ HEADINGS = (
     "most used", "model", "data", "grading", "sampling", "objective", "importance correction", "KL and entropy",
     "optimizer", "engine", "run", "safety",
 )  # fmt: skip
-OPTIONAL = {str | None: "STR", int | None: "INT", float | None: "FLOAT", tuple[str, ...] | None: "[STR [STR ...]]"}
-"""Types whose None is a default and not worth a place in `--help`."""
+SHOWN = {str | None: "STR", int | None: "INT", float | None: "FLOAT", tuple[str, ...] | None: "[STR [STR ...]]"}
+SHOWN |= {ObjectiveName: f"{{{','.join(OBJECTIVES)}}}", AdvantageName: f"{{{','.join(ADVANTAGES)}}}"}
+"""How `--help` shows types of which a part is not worth a place there: a None that is a default, or any other text."""
 
 
 def parse(kind: type[Config], arguments: Sequence[str], defaults: Config) -> Config:
@@ -96,4 +98,4 @@ def _describe(text: str, hint: Any, value: Any) -> object:
         words = "on." if value else "off."
     elif value not in (None, ()) or not words:
         words = f"{' '.join(map(str, value)) if isinstance(value, tuple) else value}."
-    return tyro.conf.arg(help=effect.strip(), help_behavior_hint=f"Default: {words}", metavar=OPTIONAL.get(hint))
+    return tyro.conf.arg(help=effect.strip(), help_behavior_hint=f"Default: {words}", metavar=SHOWN.get(hint))

@@ -3,9 +3,9 @@
 import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from drivers.common.errors import UsageError, suggest
+from drivers.common.own_functions import SPELLING, is_own
 
 BUILT_IN_REWARDS = ("r1_zero", "question_only", "countdown", "gym")
 
@@ -36,16 +36,6 @@ def check_reward(reward: str, mix: Sequence[str] = ()) -> None:
                 f"--reward-mix {' '.join(mix)}: has no effect with --reward {reward}, which returns one reward"
             )
         return
-    module, _, function = reward.rpartition(":")
-    if not module or not function.isidentifier():
-        raise UsageError(
-            f"--reward {reward}: must be {', '.join(BUILT_IN_REWARDS)}, or your own function as my_module:function or "
-            f"path/to/file.py:function{suggest(reward, BUILT_IN_REWARDS)}"
-        )
-
-
-def check_file(reward: str) -> None:
-    """Raise a UsageError if the file that the reward names does not exist."""
-    file, _, _ = reward.rpartition(":")
-    if file.endswith(".py") and not Path(file).is_file():
-        raise UsageError(f"--reward {reward}: no such file, {file}")
+    if not is_own(reward):
+        names = ", ".join(BUILT_IN_REWARDS)
+        raise UsageError(f"--reward {reward}: must be {names}, or {SPELLING}{suggest(reward, BUILT_IN_REWARDS)}")

@@ -14,7 +14,7 @@ from drivers.engines.protocol import Completion
 from drivers.policy.lora import without_lora
 from drivers.settings.algorithm import AlgorithmSettings
 from drivers.settings.grpo import GrpoConfig
-from drivers.settings.objectives import ADVANTAGES, resolve_values
+from drivers.settings.objectives import resolve_values
 from drivers.training.batch import PreparedBatch, RolloutBatch
 from drivers.training.scoring import score_all
 
@@ -77,7 +77,7 @@ def estimate_advantages(
     greedy_rewards: Tensor | None,
 ) -> Tensor:
     """Return the advantage of each response by the estimator of `--advantage`."""
-    estimator, rewards = ADVANTAGES[config.advantage], rollouts.rewards[:, 0]
+    estimator, rewards = config.estimator, rollouts.rewards[:, 0]
     if estimator.function is None:
         return rewards
     inputs = {
@@ -89,7 +89,8 @@ def estimate_advantages(
     if estimator.compares_reward_parts:
         inputs["reward_parts"] = _stack_reward_parts(scores, list(config.weights_of_parts))
     # For `--advantage group`, normalize_group_rewards; the table ADVANTAGES names the others.
-    advantages: Tensor = getattr(core, estimator.function)(**estimator.get_arguments(inputs, resolve_values(config)))
+    function = estimator.own_function or getattr(core, estimator.function)
+    advantages: Tensor = function(**estimator.get_arguments(inputs, resolve_values(config)))
     return advantages
 
 
@@ -101,7 +102,7 @@ def finish_advantages(config: AlgorithmSettings, batch: PreparedBatch) -> Tensor
     if config.has_kl_in_reward:
         kl = core.estimate_kl(batch.old_log_probs, batch.reference_log_probs, "k1", response_mask=mask)
         advantages = advantages - config.kl_coef * core.compute_reward_to_go(kl, mask)
-    whitens = ADVANTAGES[config.advantage].whitens_over_tokens
+    whitens = config.estimator.whitens_over_tokens
     return core.whiten_over_tokens(advantages, mask) if whitens else advantages
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import grpo_core as core
 from drivers.settings.algorithm import AlgorithmSettings
-from drivers.settings.objectives import OBJECTIVES, resolve_values
+from drivers.settings.objectives import resolve_values
 from drivers.training.batch import PreparedBatch, WeightedBatch
 
 
@@ -59,7 +59,7 @@ class PolicyLosses(NamedTuple):
 
 def weigh_step(config: AlgorithmSettings, batch: PreparedBatch) -> tuple[WeightedBatch, dict[str, float]]:
     """Weigh the losses of an optimizer step before it is split into micro-batches; return batch and metrics."""
-    objective = OBJECTIVES[config.loss_type]
+    objective = config.objective
     mask = select_trained_responses(config, batch)
     metrics: dict[str, float] = {}
     filters: list[Tensor] = []
@@ -108,7 +108,7 @@ def select_trained_responses(config: AlgorithmSettings, batch: PreparedBatch) ->
 
 def select_high_covariance(config: AlgorithmSettings, batch: PreparedBatch, mask: Tensor) -> Tensor:
     """Return the tokens with the highest covariance of advantage and log-prob, which are dropped or penalized."""
-    drops = OBJECTIVES[config.loss_type].high_covariance == "drop"
+    drops = config.objective.high_covariance == "drop"
     bounds = config.covariance_bounds if drops else (0.0, torch.inf)
     return core.select_high_covariance(
         batch.advantages, batch.old_log_probs, mask, config.covariance_fraction, low=bounds[0], high=bounds[1]
@@ -125,7 +125,7 @@ def choose_old_log_probs(config: AlgorithmSettings, batch: PreparedBatch) -> Ten
 def compute_objective_weights(config: AlgorithmSettings, batch: PreparedBatch, mask: Tensor, kept: Tensor) -> Tensor:
     """Return the weight of each policy loss in the optimizer step: of a token, or of a response."""
     counting: dict[str, Any] = {"rejected_tokens": config.rejected_tokens, "empty_responses": config.empty_responses}
-    if OBJECTIVES[config.loss_type].has_response_loss:
+    if config.objective.has_response_loss:
         return core.compute_sequence_weights(mask, kept=kept, **counting)
     arguments = _aggregation_arguments(config, batch)
     return core.compute_token_weights(mask, config.aggregation, kept=kept, **arguments, **counting)
@@ -182,7 +182,9 @@ def find_responses_with_gradient(config: AlgorithmSettings, batch: WeightedBatch
     rows = range(len(batch))
     if entropy_coef > 0 or (config.kl_coef > 0 and config.kl_in == "loss"):
         return list(rows)
-    signal = batch.advantages if OBJECTIVES[config.loss_type].uses_advantages else batch.rewards
+    if config.objective.has_gradient_without_signal:
+        return list(rows)
+    signal = batch.advantages if config.objective.uses_advantages else batch.rewards
     has_gradient = (signal * batch.objective_weights != 0).any(dim=1) | batch.penalized.any(dim=1)
     return [row for row in rows if has_gradient[row]]
 
@@ -193,7 +195,7 @@ def compute_loss(config: AlgorithmSettings, inputs: LossInputs) -> LossOutputs:
     # The policy of this forward pass as the old one makes the ratio exactly 1, but with a gradient.
     old = log_probs.detach() if batch.old_log_probs is None else batch.old_log_probs
     losses, flags = compute_objective(config, batch, log_probs, old)
-    uses_ratio = OBJECTIVES[config.loss_type].uses_ratio
+    uses_ratio = config.objective.uses_ratio
     metrics = dict(core.describe_policy_update(log_probs, mask, flags, old if uses_ratio else None))
     weights, importance_weights = batch.objective_weights, batch.importance_weights
     statistics: dict[str, Tensor] = {}
@@ -231,7 +233,7 @@ def compute_loss(config: AlgorithmSettings, inputs: LossInputs) -> LossOutputs:
 
 def compute_objective(config: AlgorithmSettings, batch: WeightedBatch, log_probs: Tensor, old: Tensor) -> PolicyLosses:
     """Return the losses of `--loss-type`, before they are weighted."""
-    objective = OBJECTIVES[config.loss_type]
+    objective = config.objective
     inputs = {
         "advantages": batch.advantages,
         "raw_rewards": batch.rewards,
@@ -241,7 +243,8 @@ def compute_objective(config: AlgorithmSettings, batch: WeightedBatch, log_probs
         "penalized": batch.penalized,
     }
     # By default compute_naive_policy_gradient_loss; the table OBJECTIVES names the others.
-    result = getattr(core, objective.function)(**objective.get_arguments(inputs, resolve_values(config)))
+    function = objective.own_function or getattr(core, objective.function)
+    result = function(**objective.get_arguments(inputs, resolve_values(config)))
     return PolicyLosses(*result) if isinstance(result, tuple) else PolicyLosses(result, {})
 
 

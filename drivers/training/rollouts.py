@@ -22,7 +22,6 @@ from drivers.grading.verdicts import Graded
 from drivers.runs.completions import describe_sample, describe_tokens
 from drivers.settings.groups import RolloutSettings
 from drivers.settings.grpo import GrpoConfig
-from drivers.settings.objectives import ADVANTAGES
 from drivers.tasks.questions import Question
 from drivers.training.advantages import compute_rewards
 from drivers.training.batch import Scores, StepRollouts
@@ -69,7 +68,7 @@ def collect(
     questions = [group.question for group in groups.kept]
     greedy: list[Completion] = []
     with timer.phase("rollout"):
-        if ADVANTAGES[config.advantage].uses_greedy_response:
+        if config.estimator.uses_greedy_response:
             prompts = [question.prompt_token_ids for question in questions]
             sampling = replace(config.sampling, n=1, temperature=0.0, top_p=1.0)
             greedy = components.engine.generate(prompts, sampling, seed=sampling_seed(config, step))

@@ -12,6 +12,7 @@ from torch import nn
 from drivers.common import distributed
 from drivers.common.display import Display
 from drivers.common.errors import UsageError
+from drivers.common.own_functions import check_file
 from drivers.engines.factory import describe_start, make_engine
 from drivers.engines.hf import HFReplica, end_token_ids
 from drivers.engines.options import EngineOptions
@@ -39,7 +40,6 @@ from drivers.runs.lock import release_run_lock
 from drivers.runs.resume import RUN_MARKER, open_run_folder
 from drivers.settings.groups import EngineSettings, PromptSettings, TrainingSettings
 from drivers.settings.grpo import GrpoConfig
-from drivers.settings.reward_spec import check_file
 from drivers.tasks.questions import (
     Prompt,
     Question,
@@ -97,7 +97,7 @@ def setup_run(
     program; default: `config`.
     """
     val_examples = load_examples("--val-data-path", config.val_data_path)[: config.n_val_examples]
-    check_file(config.reward)
+    check_file("--reward", config.reward)
     prompt = load_prompt_from_settings(config)
     devices = choose_devices(config)
     assert config.model_path is not None  # the command line refuses that

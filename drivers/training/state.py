@@ -40,6 +40,12 @@ def validate_resume(config: GrpoConfig, saved: Mapping[str, Any], data: str | No
             "those of the run; restore them, or start a new run with --model-path CHECKPOINT"
         )
     now, before = _settings(config), _saved_settings(saved)
+    for flag, source in before.get("own_functions", {}).items():
+        if now["own_functions"].get(flag, source) != source:
+            raise UsageError(
+                f"{flag}: its file has changed since the checkpoint; restore it, or start a new run with --model-path "
+                "CHECKPOINT"
+            )
     reasons = {"seed": "the random state is restored"}
     if None not in (now["entropy_target"], before.get("entropy_target")):
         reasons["entropy_coef"] = "the coefficient has been adapted since"
@@ -58,7 +64,8 @@ def validate_resume(config: GrpoConfig, saved: Mapping[str, Any], data: str | No
 def _settings(config: GrpoConfig) -> dict[str, Any]:
     """Return the settings that the state depends on, as JSON would return them."""
     settings: dict[str, Any] = json.loads(json.dumps({name: getattr(config, name) for name in _KEPT}))
-    return settings
+    rows = {config.flag("loss_type"): config.objective, config.flag("advantage"): config.estimator}
+    return settings | {"own_functions": {flag: row.source_hash for flag, row in rows.items() if row.own_function}}
 
 
 def _saved_settings(saved: Mapping[str, Any]) -> dict[str, Any]:

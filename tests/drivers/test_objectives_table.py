@@ -58,8 +58,8 @@ def fields_of(template):
 
 
 def test_tables_have_one_row_per_name():
-    assert tuple(OBJECTIVES) == get_args(ObjectiveName)
-    assert tuple(ADVANTAGES) == get_args(AdvantageName)
+    assert tuple(OBJECTIVES) == get_args(get_args(ObjectiveName)[0])
+    assert tuple(ADVANTAGES) == get_args(get_args(AdvantageName)[0])
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.function is not None])

@@ -24,12 +24,12 @@ from collections import Counter
 from importlib.util import cache_from_source, find_spec
 from pathlib import Path
 
-from tests.mutants import advantages, core, corrections, head, kernels, losses, text, weights
+from tests.mutants import advantages, core, corrections, head, kernels, laws, losses, text, weights
 from tests.mutants.drivers import MUTANTS as OF_DRIVERS
 from tests.mutants.table import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLES = (core, head, kernels, text, advantages, losses, corrections, weights)
+TABLES = (core, head, kernels, text, advantages, losses, corrections, weights, laws)
 MUTANTS: list[Mutant] = [*(mutant for table in TABLES for mutant in table.MUTANTS), *OF_DRIVERS]
 # Of every public function.
 AT_LEAST = 5

@@ -430,8 +430,8 @@ MUTANTS = [
         f"{OBJECTIVE} -k 'calls_its_function or gdpo'",
         (
             "the rewards of other rows",
-            "estimator, rewards = ADVANTAGES[config.advantage], rollouts.rewards[:, 0]",
-            "estimator, rewards = ADVANTAGES[config.advantage], rollouts.rewards[:, 0].roll(1)",
+            "estimator, rewards = config.estimator, rollouts.rewards[:, 0]",
+            "estimator, rewards = config.estimator, rollouts.rewards[:, 0].roll(1)",
         ),
         ("one group", '"group_sizes": config.group_size,', '"group_sizes": len(rewards),'),
         ("groups of two", '"group_sizes": config.group_size,', '"group_sizes": 2,'),
@@ -585,7 +585,7 @@ MUTANTS = [
         ("penalized tokens have none", " | batch.penalized.any(dim=1)", ""),
         (
             "the reward decides",
-            "batch.advantages if OBJECTIVES[config.loss_type].uses_advantages else batch.rewards",
+            "batch.advantages if config.objective.uses_advantages else batch.rewards",
             "batch.rewards",
         ),
     ),
