@@ -136,11 +136,11 @@ MUTANTS = [
         "Run.report",
         RUN,
         GRPO,
-        ("a learning rate of 0", '"learning_rate": self.config.learning_rate_at(step)}', '"learning_rate": 0.0}'),
+        ("a learning rate of 0", '"learning_rate": self.config.learning_rate_at(step),', '"learning_rate": 0.0,'),
         (
             "the full learning rate",
-            '"learning_rate": self.config.learning_rate_at(step)}',
-            '"learning_rate": self.config.learning_rate}',
+            '"learning_rate": self.config.learning_rate_at(step),',
+            '"learning_rate": self.config.learning_rate,',
         ),
         (
             "speed of the update over the sampling",
@@ -152,7 +152,7 @@ MUTANTS = [
             'metrics["sampled_tokens"] / seconds["rollout"]',
             'metrics["trained_tokens"] / (1 + seconds["rollout"])',
         ),
-        ("no times", "{**metrics, **speeds, **times,", "{**metrics, **speeds,"),
+        ("no times", "            **times,\n", ""),
     ),
     *breaks(
         "Run.summary",
