@@ -1,12 +1,13 @@
 """Shard a policy over ranks with FSDP2."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._pytree import tree_map_only
 
 from drivers.common.distributed import T, size
@@ -32,6 +33,14 @@ def _gather_on_default_stream(tensor: Any) -> Tensor:
     default.synchronize()
     full.record_stream(caller)  # or its memory would go to the next gather while the sender packs it
     return full
+
+
+def local_shard(tensor: Tensor) -> tuple[Tensor, Sequence[int]]:
+    """Return this rank's part of a tensor, and where it begins in each dimension."""
+    if not isinstance(tensor, torch.distributed.tensor.DTensor):
+        return tensor, [0] * tensor.ndim
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.to_local(), offsets
 
 
 def shard(policy: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -9,22 +9,24 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from drivers.common import distributed
 from drivers.common.atomic_files import (
     UNFINISHED,
     commit_directory,
+    flush_to_disk,
     remove_directory,
     rename_superseded,
     write_json,
@@ -43,50 +45,123 @@ FORMAT = 1
 WRITE_ERRORS = (OSError, SafetensorError)
 """Errors of the writing libraries when the disk refuses."""
 
+Entries = Mapping[str, Mapping[str, Any]]
+"""Size and SHA-256 of files, by their paths in a checkpoint."""
 
-def save_checkpoint(
-    policy: Any,
-    tokenizer: Any,
-    folder: Path,
-    *,
-    values: Mapping[str, Any],
-    tensors: Mapping[str, Tensor] | None = None,
-) -> Path:
-    """Write a checkpoint that transformers and vLLM load; with `tensors`, training can resume from it.
+
+@dataclass(frozen=True)
+class CheckpointContent:
+    """What a checkpoint will hold, in host memory: the next step may change the policy while it is written."""
+
+    policy: Any
+    """Its configuration is written, not its weights."""
+    tokenizer: Any
+    values: Mapping[str, Any]
+    dtype: str
+    weights: dict[str, Tensor]
+    """The whole model, on rank 0."""
+    adapter: dict[str, Tensor]
+    shards: dict[str, Tensor] | None
+    """This rank's shard of each tensor of the training state; None in a checkpoint of the model alone."""
+    offsets: dict[str, Sequence[int]]
+    """Where each shard begins in its tensor."""
+
+
+def copy_content(
+    policy: Any, tokenizer: Any, *, values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
+) -> CheckpointContent:
+    """Copy the content of a checkpoint to host memory; with `tensors`, training can resume from it.
+
+    All ranks gather the weights, and rank 0 keeps them. A float32 policy is its own master: one copy serves both.
+    """
+    shards: dict[str, Tensor] = {}
+    offsets: dict[str, Sequence[int]] = {}
+    copies: dict[tuple[int, torch.Size], Tensor] = {}
+    for name, tensor in (tensors or {}).items():
+        shard, offsets[name] = fsdp.local_shard(tensor)
+        copies[shard.data_ptr(), shard.shape] = shards[name] = _copy(shard)
+    weights: dict[str, Tensor] = {}
+    for name, weight in PolicyWeights(policy, fsdp.computing_dtype(policy), as_files=False):  # the saver renames them
+        if distributed.is_rank_zero():
+            copy = copies.get((weight.data_ptr(), weight.shape))
+            weights[name] = _copy(weight) if copy is None else copy
+    adapter = adapter_weights(policy)
+    if distributed.is_rank_zero():
+        weights |= {name: _copy(buffer) for name, buffer in persistent_buffers(policy).items()}
+    return CheckpointContent(
+        policy=policy,
+        tokenizer=tokenizer,
+        values=values,
+        dtype=str(fsdp.computing_dtype(policy)).removeprefix("torch."),
+        weights=weights,
+        adapter={name: _copy(weight) for name, weight in adapter.items()} if distributed.is_rank_zero() else {},
+        shards=None if tensors is None else shards,
+        offsets=offsets,
+    )
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())  # on the host, and contiguous
+
+
+def save_checkpoint(content: CheckpointContent, folder: Path) -> Path:
+    """Write a checkpoint that transformers and vLLM load; one process does all of it, in any thread.
 
     A checkpoint appears whole or not at all, and is never replaced: FileExistsError. It contains only safetensors and
-    JSON, so nothing in it can execute. All ranks take part; each writes its own shards.
+    JSON, so nothing in it can execute.
     """
-    unfinished = folder.with_name(f"{UNFINISHED}{folder.name}")
+    begin_checkpoint(folder)
+    return commit_checkpoint(folder, write_files(content, folder))
 
-    def begin() -> None:
-        if folder.exists():
-            raise FileExistsError(f"{folder}: already exists, and a checkpoint is never replaced")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
 
-    def finish() -> None:
-        policy.save_pretrained(unfinished, state_dict=weights)
-        if adapter:
-            save_adapter(policy, adapter, unfinished / "adapter")
-        try:
-            tokenizer.save_pretrained(unfinished)
-        except Exception as error:  # tokenizers raises a plain Exception if the disk is full
-            raise error if isinstance(error, OSError) else OSError(str(error)) from error
-        model_config = json.loads((unfinished / "config.json").read_text(encoding="utf-8"))
-        # FSDP shards are float32, so transformers would write float32 for a bfloat16 model.
-        write_json(unfinished / "config.json", model_config | {"dtype": dtype})
-        write_text(unfinished / STATE_VALUES, json.dumps(values) + "\n")
-        write_manifest(unfinished)
-        commit_directory(unfinished, folder)
+def begin_checkpoint(folder: Path) -> None:
+    """Create the folder that a checkpoint is written in; rank 0 does this before any rank writes."""
+    if folder.exists():
+        raise FileExistsError(f"{folder}: already exists, and a checkpoint is never replaced")
+    shutil.rmtree(_unfinished(folder), ignore_errors=True)
+    _unfinished(folder).mkdir(parents=True)
 
-    distributed.run_on_rank_zero(begin)
-    if tensors is not None:
-        write_tensors(unfinished / STATE_TENSORS, tensors)
-    weights, adapter = _whole_weights(policy), adapter_weights(policy)
-    dtype = str(fsdp.computing_dtype(policy)).removeprefix("torch.")
-    distributed.run_on_rank_zero(finish)
+
+def write_files(content: CheckpointContent, folder: Path) -> Entries:
+    """Write this rank's files of a checkpoint, flush them to the disk, and return their entries of the manifest."""
+    names: list[str] = []
+    unfinished = _unfinished(folder)
+    if distributed.is_rank_zero():
+        _write_model(content, unfinished)
+        names += [name for name in _files(unfinished) if not name.startswith(f"{STATE_TENSORS}/")]
+    if content.shards is not None:
+        (unfinished / STATE_TENSORS).mkdir(exist_ok=True)
+        names.append(f"{STATE_TENSORS}/{shard_name(distributed.rank())}")
+        write_shards(unfinished / names[-1], content.shards, content.offsets)
+    for name in names:
+        flush_to_disk(unfinished / name)
+    return dict(zip(names, _fingerprints([unfinished / name for name in names]), strict=True))
+
+
+def _write_model(content: CheckpointContent, folder: Path) -> None:
+    """Write everything but the training state."""
+    content.policy.save_pretrained(folder, state_dict=dict(content.weights))
+    if content.adapter:
+        save_adapter(content.policy, content.adapter, folder / "adapter")
+    try:
+        content.tokenizer.save_pretrained(folder)
+    except Exception as error:  # tokenizers raises a plain Exception if the disk is full
+        raise error if isinstance(error, OSError) else OSError(str(error)) from error
+    model_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    # FSDP shards are float32, so transformers would write float32 for a bfloat16 model.
+    write_json(folder / "config.json", model_config | {"dtype": content.dtype})
+    write_text(folder / STATE_VALUES, json.dumps(content.values) + "\n")
+
+
+def commit_checkpoint(folder: Path, entries: Entries) -> Path:
+    """Write the manifest and give a checkpoint its name. `entries` are those of its files that are known."""
+    write_manifest(_unfinished(folder), entries)
+    commit_directory(_unfinished(folder), folder)
     return folder
+
+
+def _unfinished(folder: Path) -> Path:
+    return folder.with_name(f"{UNFINISHED}{folder.name}")
 
 
 def check_saving(model_path: str, policy: Any, tokenizer: Any) -> None:
@@ -101,16 +176,6 @@ def check_saving(model_path: str, policy: Any, tokenizer: Any) -> None:
             f"--model-path {model_path}: the trained model could not be saved ({type(error).__name__}: "
             f"{first_line(error)}); correct the files of the model"
         ) from error
-
-
-def _whole_weights(policy: nn.Module) -> dict[str, Tensor]:
-    """Return the weights in Hugging Face names; gathered or merged ones are copied to the host memory of rank 0."""
-    weights = {}
-    uncopied = {parameter.data_ptr() for parameter in policy.parameters()} if distributed.size() == 1 else set()
-    for name, weight in PolicyWeights(policy, fsdp.computing_dtype(policy), as_files=False):  # the saver renames them
-        if distributed.is_rank_zero():
-            weights[name] = weight if weight.data_ptr() in uncopied else weight.cpu()
-    return weights | persistent_buffers(policy)
 
 
 def read_dtype(checkpoint: Path) -> str | None:
@@ -143,7 +208,7 @@ def _link(source: str, target: str) -> None:
 
 
 # --- verification ----------------------------------------------------------------------------------------------------
-def write_manifest(folder: Path, known: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+def write_manifest(folder: Path, known: Entries | None = None) -> None:
     """Write the size and SHA-256 of each file in `folder`; entries in `known` are not computed again."""
     names = [name for name in _files(folder) if name != MANIFEST]
     new = [name for name in names if name not in (known or {})]
@@ -221,11 +286,26 @@ def read_state_values(folder: Path) -> dict[str, Any]:
     return json.loads((folder / STATE_VALUES).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one safetensors file per rank with its shard of each tensor."""
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with _plain_checkpointing():
-        save(dict(tensors), storage_writer=writer, no_dist=distributed.size() == 1)
+def shard_name(rank: int) -> str:
+    """Return the name of a rank's file in the training state, as torch's distributed checkpointing gives it."""
+    return f"shard-{rank + 1:05}-model-00001-of-00001.safetensors"
+
+
+def has_all_shards(folder: Path) -> bool:
+    """Return whether every rank has written its shard of the checkpoint that will be `folder`."""
+    names = [shard_name(rank) for rank in range(distributed.size())]
+    return all((_unfinished(folder) / STATE_TENSORS / name).exists() for name in names)
+
+
+def write_shards(file: Path, shards: Mapping[str, Tensor], offsets: Mapping[str, Sequence[int]]) -> None:
+    """Write a file of the training state; it appears under its name when it is whole.
+
+    Its format is that of torch's distributed checkpointing, whose own writer waits for the other ranks.
+    """
+    places = {name: {"saved_offsets": list(place)} for name, place in offsets.items()}
+    unfinished = file.with_name(f"{UNFINISHED}{file.name}")
+    save_file(dict(shards), unfinished, metadata={"DCP_SHARDING_INFO": json.dumps(places), "format": "pt"})
+    unfinished.rename(file)
 
 
 def read_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -61,11 +61,14 @@ def save_on_abort(run: Run, policy: nn.Module, resume_command: str) -> None:
     if run.step == 0:
         return
     weights = None
-    if distributed.size() == 1 and run.checkpointer.latest(run.state) is None:
+    if distributed.size() == 1:
         step = run.state.saved_step if run.state.is_at_snapshot else run.step
         try:
             with defer_signals():
-                weights = run.save(policy, run.checkpointer.free_name(f"checkpoint-{step}-stopped"))
+                run.finish_save()
+                if run.checkpointer.latest(run.state) is None:
+                    run.save(policy, run.checkpointer.free_name(f"checkpoint-{step}-stopped"))
+                    weights = run.finish_save()
         except TrainingAbortedError as error:  # a warning, so that the error that ended the run is printed last
             run.warn(str(error))
     if not distributed.is_rank_zero():

@@ -38,11 +38,13 @@ class MemoryPlan:
     checkpointed: bool
     share: float | None = None
     """Share of the GPU that the engine gets while it samples, if both take turns on one GPU; else None."""
+    checkpoint: int = 0
+    """Copy of the state that is written while the next step runs."""
 
     @property
     def total(self) -> int:
         """Return the bytes that are needed in all."""
-        return self.states + self.activations + self.logits + self.engine
+        return self.states + self.activations + self.logits + self.engine + self.checkpoint
 
     @property
     def fits(self) -> bool:
@@ -55,6 +57,7 @@ class MemoryPlan:
             "activations" + (" (checkpointed)" if self.checkpointed else ""): self.activations,
             "logits": self.logits,
             "engine": self.engine,
+            "checkpoint": self.checkpoint,
         }
         listed = " + ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
         limit = f"{self.available / GIB:.0f} GiB" if self.available else "an amount that this system does not report"
@@ -135,7 +138,22 @@ def plan_memory(
         engine=engine_bytes,
         available=available_bytes(next(policy.parameters()).device),
         checkpointed=checkpointed,
+        checkpoint=checkpoint_copy_bytes(policy),
     )
+
+
+def checkpoint_copy_bytes(policy: nn.Module) -> int:
+    """Return the bytes of the copy of a CPU policy that a checkpoint is written from; a GPU holds none.
+
+    Each rank copies its masters and moments, and rank 0 the whole model, unless the masters are the model.
+    """
+    parameters, size = list(policy.parameters()), fsdp.computing_dtype(policy).itemsize
+    if parameters[0].device.type != "cpu":
+        return 0
+    is_master = [p.requires_grad and p.dtype == torch.float32 and distributed.size() == 1 for p in parameters]
+    model = sum(p.numel() * size for p, is_shared in zip(parameters, is_master, strict=True) if not is_shared)
+    state = 12 * sum(p.numel() for p in parameters if p.requires_grad) // distributed.size()
+    return state + (model if distributed.is_rank_zero() else 0)
 
 
 def max_micro_batch_tokens(config: AlgorithmSettings, longest_prompt: int) -> int:

@@ -67,6 +67,8 @@ class Run:
         self._checkpoint, self._settings = checkpoint, settings
         self._resumed_step = 0 if checkpoint is None else int(read_state_values(checkpoint)["step"])
         self._state: TrainingState | None = None
+        self._save_seconds: dict[str, float] = {}
+        """Time that the loop has spent on the checkpoint that is being written."""
         self._signals = StepSignals(lambda: display.say("Stopping after this step; a second signal stops at once"))
         self._log: RunLog | None = None  # open on rank 0 from `begin` to `finish`
 
@@ -125,11 +127,13 @@ class Run:
             raise UsageError(f"{self.folder}: cannot be written to ({error.strerror or error})") from error
 
     def finish(self) -> None:
-        """Close the log, release the lock and draw curves.png."""
+        """Close the log, wait for a checkpoint in progress, release the lock and draw curves.png."""
         self._signals.discard()
         if self._log is not None:
             self._log.close()
             self._log = None
+        with defer_signals():
+            self.checkpointer.close()
         release_run_lock(self.folder)
         if distributed.is_rank_zero():
             try:
@@ -230,20 +234,33 @@ class Run:
             self._signals.hold()
 
     def end_step(self, policy: nn.Module) -> None:
-        """Mark the end of the current step in the state, save a checkpoint if one is due, and stop if asked to."""
+        """Mark the end of the current step in the state, save a checkpoint if one is due, and stop if asked to.
+
+        The checkpoint is written while the next steps run; after the last step, the run waits for it.
+        """
         self.state.snapshot()
-        if self.step % self.config.checkpoint_steps == 0 or self.step == self.config.n_grpo_steps:
+        is_last = self.step == self.config.n_grpo_steps
+        if self.step % self.config.checkpoint_steps == 0 or is_last:
             self.save(policy, f"checkpoint-{self.step}")
+        if is_last or self.checkpointer.is_written():
+            self.finish_save()
         self._signals.release()
 
-    def save(self, policy: nn.Module, name: str) -> Path | None:
-        """Save a checkpoint and log its time; a signal waits until it is written."""
-        seconds: dict[str, float] = {}
-        with self.display.phase("save", seconds), defer_signals():
-            folder = self.checkpointer.save(policy, self.state, name)
-        if folder is not None:
-            self.log("save", self.step, {"time_save_s": seconds["save"]})
-        return folder
+    def save(self, policy: nn.Module, name: str) -> None:
+        """Start to write a checkpoint, after the one before is written; a signal waits until the state is copied."""
+        self.finish_save()
+        with self.display.phase("save", self._save_seconds), defer_signals():
+            self.checkpointer.start(policy, self.state, name)
+
+    def finish_save(self) -> Path | None:
+        """Wait for the checkpoint that is being written, log its times and return it; a signal waits too."""
+        with self.display.phase("save", self._save_seconds), defer_signals():
+            saved = self.checkpointer.finish()
+        waited_s = self._save_seconds.pop("save")
+        if saved is None:
+            return None
+        self.log("save", saved.step, {"time_save_s": waited_s, "time_write_s": saved.write_s})
+        return saved.folder
 
     # --- logging ----------------------------------------------------------------------------------------------------
     def warn(self, text: str) -> None:

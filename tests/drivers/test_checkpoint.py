@@ -5,16 +5,27 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from drivers.common import distributed
 from drivers.common.atomic_files import remove_unfinished, write_json
 from drivers.common.errors import UsageError
+from drivers.policy.optimizer import PolicyOptimizer
 from drivers.runs import checkpoint
-from drivers.runs.checkpoint import MANIFEST, STATE_TENSORS, STATE_VALUES, find_damage, save_checkpoint
+from drivers.runs.checkpoint import (
+    MANIFEST,
+    STATE_TENSORS,
+    STATE_VALUES,
+    copy_content,
+    find_damage,
+    save_checkpoint,
+)
 from drivers.runs.folder import (
     BEST,
     find_checkpoint,
@@ -25,6 +36,7 @@ from drivers.runs.folder import (
 )
 from drivers.runs.lock import LOCK, release_run_lock
 from drivers.runs.resume import find_finished_model, open_run_folder
+from drivers.training.memory import checkpoint_copy_bytes
 from tests.drivers.helpers.letters import make_tiny_config
 from tests.drivers.helpers.processes import limit_file_size
 from tests.tiny import make_tiny_policy, make_tiny_tokenizer
@@ -35,14 +47,17 @@ ROOT = Path(__file__).resolve().parents[2]
 def save(folder, step, seed=0, **more):
     tensors = {"weight.a": torch.arange(6.0).view(2, 3) + step, "exp_avg.a": torch.zeros(2, 3)}
     values = {"step": step, **more}
-    return save_checkpoint(
-        make_tiny_policy(seed), make_tiny_tokenizer(), folder / f"checkpoint-{step}", values=values, tensors=tensors
-    )
+    content = copy_content(make_tiny_policy(seed), make_tiny_tokenizer(), values=values, tensors=tensors)
+    return save_checkpoint(content, folder / f"checkpoint-{step}")
+
+
+def save_model(policy, folder, step=1):
+    return save_checkpoint(copy_content(policy, make_tiny_tokenizer(), values={"step": step}), folder)
 
 
 def test_checkpoint_loaded_by_transformers_is_bit_identical(tmp_path):
     policy, tokenizer = make_tiny_policy(5), make_tiny_tokenizer()
-    folder = save_checkpoint(policy, tokenizer, tmp_path / "checkpoint-3", values={"step": 3})
+    folder = save_model(policy, tmp_path / "checkpoint-3", 3)
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     for (name, ours), (other, theirs) in zip(policy.named_parameters(), loaded.named_parameters(), strict=True):
         assert name == other
@@ -52,27 +67,76 @@ def test_checkpoint_loaded_by_transformers_is_bit_identical(tmp_path):
 
 
 def test_checkpoint_bfloat16_keeps_dtype(tmp_path):
-    save_checkpoint(make_tiny_policy().bfloat16(), make_tiny_tokenizer(), tmp_path / "c", values={"step": 1})
+    save_model(make_tiny_policy().bfloat16(), tmp_path / "c")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "c").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_copy_content_is_independent_of_the_policy(tmp_path, dtype):
+    """The next step changes weights, moments and buffers in place while a thread writes the copy."""
+    policy = make_tiny_policy(3).to(dtype)
+    policy.register_buffer("balance", torch.arange(4.0))
+    optimizer = PolicyOptimizer(policy, 1e-3)
+    live = {**policy.state_dict(), **optimizer.tensors()}
+    before = {name: tensor.clone() for name, tensor in live.items()}
+    content = copy_content(policy, make_tiny_tokenizer(), values={"step": 1}, tensors=optimizer.tensors())
+    copies = {tensor.data_ptr(): tensor for tensor in (*content.weights.values(), *content.shards.values())}
+    n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in copies.values())
+    assert n_bytes == checkpoint_copy_bytes(policy) + 16  # the buffer
+    with torch.no_grad():
+        for tensor in live.values():
+            tensor.fill_(7)
+    folder = save_checkpoint(content, tmp_path / "c")
+    for file in (folder / "model.safetensors", *(folder / STATE_TENSORS).iterdir()):
+        for name, tensor in load_file(file).items():
+            assert torch.equal(tensor, before[name]), name
+
+
+def test_write_files_of_several_ranks_are_committed_together(tmp_path, monkeypatch):
+    """Rank 0 takes the entries of files that it did not write, and hashes those that it has not got."""
+    policy, whole = make_tiny_policy(), torch.arange(6.0).view(3, 2)
+    content = copy_content(policy, make_tiny_tokenizer(), values={"step": 4}, tensors={"weight.a": whole})
+    parts = [
+        replace(content, shards={"weight.a": whole[begin:end]}, offsets={"weight.a": (begin, 0)})
+        for begin, end in ((0, 2), (2, 3))
+    ]
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    for knows_other in (True, False):
+        folder, entries = tmp_path / f"checkpoint-{knows_other}", {}
+        checkpoint.begin_checkpoint(folder)
+        for rank, part in enumerate(parts):
+            assert not checkpoint.has_all_shards(folder)
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            of_rank = checkpoint.write_files(part, folder)
+            assert len(of_rank) > 4 if rank == 0 else list(of_rank) == [f"{STATE_TENSORS}/{checkpoint.shard_name(1)}"]
+            entries |= of_rank if knows_other or rank == 0 else {}
+        assert checkpoint.has_all_shards(folder)
+        checkpoint.commit_checkpoint(folder, entries)
+        assert find_damage(folder) is None
+        found = torch.zeros(3, 2)
+        monkeypatch.setattr(distributed, "size", lambda: 1)
+        checkpoint.read_tensors(folder / STATE_TENSORS, {"weight.a": found})
+        monkeypatch.setattr(distributed, "size", lambda: 2)
+        assert torch.equal(found, whole)
 
 
 def test_save_checkpoint_error_leaves_nothing_and_can_be_retried(tmp_path, monkeypatch):
     policy, folder = make_tiny_policy(), tmp_path / "checkpoint-1"
     monkeypatch.setattr(checkpoint, "write_text", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(policy, make_tiny_tokenizer(), folder, values={"step": 2})
+        save_model(policy, folder, 2)
     assert not [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")]
     monkeypatch.undo()
-    save_checkpoint(policy, make_tiny_tokenizer(), folder, values={"step": 2})
+    save_model(policy, folder, 2)
     assert json.loads((folder / "trainer_state.json").read_text()) == {"step": 2}
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
 def test_save_checkpoint_existing_folder_raises(tmp_path):
-    folder = save_checkpoint(make_tiny_policy(1), make_tiny_tokenizer(), tmp_path / "c", values={"step": 1})
+    folder = save_model(make_tiny_policy(1), tmp_path / "c")
     before = (folder / "model.safetensors").read_bytes()
     with pytest.raises(FileExistsError, match="never replaced"):
-        save_checkpoint(make_tiny_policy(2), make_tiny_tokenizer(), folder, values={"step": 2})
+        save_model(make_tiny_policy(2), folder, 2)
     assert (folder / "model.safetensors").read_bytes() == before
 
 
@@ -315,7 +379,7 @@ def test_find_finished_model_unreadable_raises_usage_error(tmp_path):
 def test_read_dtype_is_dtype_of_run(tmp_path, dtype):
     """A second measurement for `--dtype auto` might choose another dtype and so another run."""
     policy = make_tiny_policy().to(dtype)
-    folder = save_checkpoint(policy, make_tiny_tokenizer(), tmp_path / "checkpoint-1", values={"step": 1})
+    folder = save_model(policy, tmp_path / "checkpoint-1")
     assert checkpoint.read_dtype(folder) == str(dtype).removeprefix("torch.")
     assert checkpoint.read_dtype(tmp_path) is None
 

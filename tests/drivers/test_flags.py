@@ -130,7 +130,7 @@ def probes(shared, tmp_path, monkeypatch):
             patch.setattr("drivers.runs.log.describe_environment", dict)
             patch.setattr("drivers.training.run.draw_curves", lambda _: None)
             patch.setattr(
-                "drivers.training.checkpointer.save_checkpoint", lambda *a, **_: seen["saved"].append(a[2].name)
+                "drivers.training.checkpointer.save_checkpoint", lambda _, folder: seen["saved"].append(folder.name)
             )
             patch.setattr(
                 "drivers.training.checkpointer.prune_checkpoints",

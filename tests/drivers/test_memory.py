@@ -71,6 +71,7 @@ def test_plan_memory_is_near_measured_activations(attention, dtype):
     )
     plan = plan_memory(config, policy, row - 8)
     assert max_micro_batch_tokens(config, row - 8) == 4 * row
+    assert plan.checkpoint == sum(p.numel() for p in policy.parameters()) * (12 if dtype == torch.float32 else 14)
     assert 0.75 < plan.activations / measure_kept_bytes(policy, 4, row) < 1.5
 
 
@@ -95,6 +96,8 @@ def test_plan_memory_prints_parts_and_fit():
     )
     assert plan.fits
     assert not MemoryPlan(2 * GIB, 5 * GIB, GIB // 2, GIB, 8 * GIB, checkpointed=False).fits
+    assert not replace(plan, checkpoint=GIB).fits
+    assert "engine 1.0 + checkpoint 1.0)" in str(replace(plan, checkpoint=GIB))
     unknown = MemoryPlan(2 * GIB, 3 * GIB, GIB // 2, GIB, 0, checkpointed=False)
     assert unknown.fits
     assert str(unknown).endswith(" of an amount that this system does not report")

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,14 +20,16 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from transformers import AutoModelForCausalLM
 
 from drivers import train as program
+from drivers.common import distributed
 from drivers.common.display import Display
 from drivers.common.errors import TrainingAbortedError, UsageError
 from drivers.common.signals import terminate_as_interrupt
 from drivers.reports.logged_run import read_metrics
+from drivers.runs import checkpoint
 from drivers.runs.checkpoint import STATE_TENSORS, STATE_VALUES, find_damage, read_state_values, read_tensors
 from drivers.runs.folder import find_checkpoint
 from drivers.runs.lock import acquire_run_lock, release_run_lock
@@ -109,23 +112,224 @@ def test_stop_between_checkpoints_saves_last_step(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_during_checkpoint_waits_for_its_end(tmp_path, monkeypatch, number):
     """torch would report the interrupt as a failed write."""
-    write, written = HuggingFaceStorageWriter.write_data, []
+    write, written = checkpoint.write_shards, []
 
-    def interrupted(*arguments, **named):
+    def interrupted(*arguments):
         written.append(1)
         if len(written) == 2:
             os.kill(os.getpid(), number)
-        return write(*arguments, **named)
+        return write(*arguments)
 
-    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", interrupted)
+    monkeypatch.setattr(checkpoint, "write_shards", interrupted)
     with terminate_as_interrupt(), pytest.raises(KeyboardInterrupt):
         run_grpo(tmp_path / "run", eval_steps=100)
     assert find_checkpoint(tmp_path / "run") == tmp_path / "run/checkpoint-2"
     assert not list((tmp_path / "run").glob("checkpoint-3*"))
 
 
+def at_update(monkeypatch, number, act):
+    """Call `act` before update `number`, counted from 1."""
+    updates, original = [], update_step.accumulate_gradients
+
+    def accumulate(*arguments, **named):
+        updates.append(1)
+        if len(updates) == number:
+            act()
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(update_step, "accumulate_gradients", accumulate)
+
+
+def hold_write(monkeypatch, step):
+    """Let the thread that writes the checkpoint of `step` wait for the returned event; return the order of writes."""
+    import drivers.training.checkpointer as program
+
+    save, go, order = program.save_checkpoint, threading.Event(), []
+
+    def held(content, target):
+        order.append(f"begin {content.values['step']}")
+        if content.values["step"] == step:
+            assert go.wait(60)
+        saved = save(content, target)
+        order.append(f"end {content.values['step']}")
+        return saved
+
+    monkeypatch.setattr(program, "save_checkpoint", held)
+    return go, order
+
+
+def read_checkpoint(folder):
+    """Return the tensors and the values of a checkpoint."""
+    tensors = {}
+    for file in (folder / "model.safetensors", *(folder / STATE_TENSORS).iterdir()):
+        tensors |= safetensors.torch.load_file(file)
+    return tensors, read_state_values(folder)
+
+
+def test_checkpoint_written_during_later_steps_has_its_own_step(tmp_path, monkeypatch):
+    """Two more steps have changed weights and moments before a byte of checkpoint 2 is written."""
+    settings = {"n_grpo_steps": 4, "checkpoint_steps": 2, "eval_steps": 100}
+    *whole, _ = run_grpo(tmp_path / "whole", **settings)
+    go, order = hold_write(monkeypatch, 2)
+    at_update(monkeypatch, 4, lambda: (order.append("update 4"), go.set()))
+    *found, _ = run_grpo(tmp_path / "run", **settings)
+    assert order == ["begin 2", "update 4", "end 2", "begin 4", "end 4"]
+    assert_same_state(found, whole)
+    for name in ("checkpoint-2", "checkpoint-4"):
+        assert find_damage(tmp_path / "run" / name) is None
+        (tensors, values), (expected, same) = (read_checkpoint(tmp_path / run / name) for run in ("run", "whole"))
+        assert values == same
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in tensors.items())
+    assert [row["step"] for row in runs.read_rows(tmp_path / "run", "save")] == [2, 4]
+
+
+def test_second_save_waits_for_the_first(tmp_path, monkeypatch):
+    """The update of step 2 finds the write held; the save after it does not begin before the write ends."""
+    go, order = hold_write(monkeypatch, 1)
+    at_update(monkeypatch, 2, lambda: threading.Timer(0.5, go.set).start())
+    run_grpo(tmp_path / "run", n_grpo_steps=3, eval_steps=100)
+    assert order == [f"{what} {step}" for step in (1, 2, 3) for what in ("begin", "end")]
+    first = runs.read_rows(tmp_path / "run", "save")[0]
+    assert first["time_write_s"] > first["time_save_s"] > 0.1  # the loop waited for a part of it
+
+
+def test_failed_write_is_reported_at_the_end_of_the_next_step(tmp_path, monkeypatch):
+    import drivers.training.checkpointer as program
+
+    save, failing, said = program.save_checkpoint, threading.Event(), []
+
+    def fail(content, target):
+        if content.values["step"] != 2:
+            return save(content, target)
+        assert failing.wait(60)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(program, "save_checkpoint", fail)
+    monkeypatch.setattr(runs.Run, "warn", lambda run, text: said.append((run.step, text)))
+    at_update(monkeypatch, 3, failing.set)
+    end_step = runs.Run.end_step
+
+    def end_step_after_failure(run, policy):
+        if run.step == 3:
+            run.checkpointer._save.written.exception()  # waits for the thread
+        end_step(run, policy)
+
+    monkeypatch.setattr(runs.Run, "end_step", end_step_after_failure)
+    run_grpo(tmp_path / "run", n_grpo_steps=4, eval_steps=100, checkpoint_steps=2)
+    ((step, text),) = [pair for pair in said if "cannot be written" in pair[1]]
+    assert step == 3
+    assert "checkpoint-2: the checkpoint cannot be written ([Errno 5]" in text
+    assert find_checkpoint(tmp_path / "run").name == "checkpoint-4"
+
+
+def test_stop_during_write_waits_for_it(tmp_path, monkeypatch):
+    """The checkpoint in progress holds all updates, so that no other is saved."""
+    go, _ = hold_write(monkeypatch, 2)
+    at_update(monkeypatch, 3, lambda: (threading.Timer(0.3, go.set).start(), stop()))
+
+    def stop():
+        raise StopRun
+
+    run_grpo(tmp_path / "run", eval_steps=100)
+    assert sorted(path.name for path in (tmp_path / "run").glob("*checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    assert find_damage(tmp_path / "run/checkpoint-2") is None
+
+
+def test_interrupt_during_write_waits_for_it_and_keeps_the_lock(tmp_path, monkeypatch):
+    """Ctrl-C before the first update of the next step ends the run at once, but not the thread."""
+    folder, seen = tmp_path / "run", []
+    folder.mkdir()
+    acquire_run_lock("--save-dir", folder)
+    go, order = hold_write(monkeypatch, 2)
+
+    def interrupt():
+        threading.Timer(0.3, go.set).start()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(
+        "drivers.training.run.release_run_lock", lambda path: (seen.extend(order), release_run_lock(path))
+    )
+    at_update(monkeypatch, 3, interrupt)
+    with terminate_as_interrupt(), pytest.raises(KeyboardInterrupt):
+        run_grpo(folder, eval_steps=100)
+    assert seen[-1] == "end 2"
+    assert find_checkpoint(folder) == folder / "checkpoint-2"
+
+
+def test_kill_during_write_keeps_the_checkpoint_before(tmp_path, monkeypatch):
+    """The thread has written half of checkpoint 2 when step 3 is killed; the resumed run is exact."""
+    folder, settings = tmp_path / "run", {"n_grpo_steps": 4}
+    *whole, _ = run_grpo(tmp_path / "whole", **settings)
+    write = checkpoint.write_shards
+    pid = os.fork()
+    if pid == 0:
+        half = threading.Event()
+
+        def tear(file, shards, offsets):
+            if len(list(folder.glob("checkpoint-*"))) != 1:
+                return write(file, shards, offsets)
+            write(file, dict(list(shards.items())[:3]), dict(list(offsets.items())[:3]))
+            half.set()
+            time.sleep(1000)
+
+        monkeypatch.setattr(checkpoint, "write_shards", tear)
+        at_update(monkeypatch, 3, lambda: half.wait(60) and os.kill(os.getpid(), signal.SIGKILL))
+        try:
+            run_grpo(folder, **settings)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert len(list(folder.glob(f".unfinished-checkpoint-2/{STATE_TENSORS}/shard-*"))) == 1
+    assert find_checkpoint(folder) == folder / "checkpoint-1"
+    *again, _ = run_grpo(folder, find_checkpoint(folder), **settings)
+    assert_same_state(again, whole)
+    assert read_logged_numbers(folder) == read_logged_numbers(tmp_path / "whole")
+    assert not list(folder.rglob(".unfinished-*"))
+
+
+def make_rank_zero_of_two(monkeypatch, folder, *, n_shards):
+    """Return a checkpointer of rank 0 of 2 that writes checkpoint 1; `n_shards` ranks have written their shards."""
+    config, parts = make_tiny_config(), make_tiny_parts()
+    run = Run(config, folder, parts.tokenizer, Display(1, quiet=True))
+    state = TrainingState(config, parts.policy)
+    target = folder / "checkpoint-1"
+    monkeypatch.setattr(distributed, "run_on_rank_zero", lambda call: call())
+    content = checkpoint.copy_content(parts.policy, parts.tokenizer, values={"step": 1}, tensors=state.tensors())
+    monkeypatch.setattr(
+        "drivers.training.checkpointer.copy_content", lambda *_, **__: content
+    )  # no rank to gather from
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    run.checkpointer.start(parts.policy, state, target.name)
+    run.checkpointer._save.written.result()
+    if n_shards == 2:
+        shards = folder / f".unfinished-{target.name}" / STATE_TENSORS
+        shutil.copy(shards / checkpoint.shard_name(0), shards / checkpoint.shard_name(1))
+    return run.checkpointer, target
+
+
+@pytest.mark.parametrize("n_shards", [1, 2])
+def test_close_commits_if_all_ranks_have_written(tmp_path, monkeypatch, n_shards):
+    """At an error rank 0 cannot ask the other ranks; it looks for their files."""
+    monkeypatch.setattr("drivers.training.checkpointer.ABORT_WAIT_S", 0.2)
+    checkpointer, target = make_rank_zero_of_two(monkeypatch, tmp_path, n_shards=n_shards)
+    assert not target.exists()
+    checkpointer.close()
+    assert target.exists() == (n_shards == 2)
+    if n_shards == 2:
+        assert find_damage(target) is None
+
+
+def test_failed_write_of_another_rank_ends_the_run(tmp_path, monkeypatch):
+    checkpointer, target = make_rank_zero_of_two(monkeypatch, tmp_path, n_shards=1)
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, (None, "No space left on device")])
+    with pytest.raises(TrainingAbortedError, match=r"checkpoint-1: the checkpoint cannot be written .No space left"):
+        checkpointer.finish()
+    assert not target.exists()
+
+
 def test_save_checkpoint_bug_is_raised(tmp_path, monkeypatch):
-    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", lambda *_: None + 1)
+    monkeypatch.setattr(checkpoint, "write_shards", lambda *_: None + 1)
     with pytest.raises(TypeError, match="unsupported operand"):
         run_grpo(tmp_path / "run", n_grpo_steps=2)
 
@@ -159,7 +363,9 @@ def test_checkpoint_is_skipped_while_log_lines_wait(tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(runs, "Run", Moody)
     saved = []
-    monkeypatch.setattr(program, "save_checkpoint", lambda *a, **k: saved.append(k["values"]["step"]) or save(*a, **k))
+    monkeypatch.setattr(
+        program, "save_checkpoint", lambda content, to: saved.append(content.values["step"]) or save(content, to)
+    )
     run_grpo(folder, n_grpo_steps=3)
     assert saved == [1, 3]
     assert [row["step"] for row in read_logged_numbers(folder) if row["phase"] == "train"] == [1, 2, 3]
@@ -288,11 +494,11 @@ def test_checkpoint_full_disk_warns_and_run_continues(tmp_path, monkeypatch, cap
     save, folder = program.save_checkpoint, tmp_path / "run"
 
     def fail_at(steps):
-        def some(policy, tokenizer, target, **more):
-            if more["values"]["step"] in steps:
+        def some(content, target):
+            if content.values["step"] in steps:
                 with limit_file_size(100_000):
-                    return save(policy, tokenizer, target, **more)
-            return save(policy, tokenizer, target, **more)
+                    return save(content, target)
+            return save(content, target)
 
         return some
 
@@ -321,10 +527,10 @@ def test_checkpoint_full_disk_at_last_step_drops_older_states(tmp_path, monkeypa
 
     save, folder, states = program.save_checkpoint, tmp_path / "run", f"checkpoint-*/{STATE_TENSORS}"
 
-    def save_if_it_fits(policy, tokenizer, target, *, values, tensors):
-        if values["step"] == 3 and len(list(folder.glob(states))) + (tensors is not None) > room:
+    def save_if_it_fits(content, target):
+        if content.values["step"] == 3 and len(list(folder.glob(states))) + (content.shards is not None) > room:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return save(policy, tokenizer, target, values=values, tensors=tensors)
+        return save(content, target)
 
     monkeypatch.setattr(program, "save_checkpoint", save_if_it_fits)
     monkeypatch.setattr(program, "is_full", lambda *_: True)
@@ -342,11 +548,11 @@ def test_checkpoint_failure_warns_once_while_it_lasts(tmp_path, monkeypatch):
 
     save = program.save_checkpoint
 
-    def fail(*arguments, values, **named):
-        tried.append(values["step"])
-        if values["step"] in (2, 3, 5):
+    def fail(content, target):
+        tried.append(content.values["step"])
+        if content.values["step"] in (2, 3, 5):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return save(*arguments, values=values, **named)
+        return save(content, target)
 
     said, tried = [], []
     monkeypatch.setattr(program, "save_checkpoint", fail)

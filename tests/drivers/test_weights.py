@@ -367,12 +367,13 @@ def test_lora_checkpoint_loads_in_peft(tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from drivers.runs.checkpoint import save_checkpoint
+    from drivers.runs.checkpoint import copy_content, save_checkpoint
     from tests.tiny import make_tiny_tokenizer
 
     policy, ids = make_lora_policy(), torch.tensor([[3, 4, 5, 6]])
     perturb(policy)
-    folder = save_checkpoint(policy, make_tiny_tokenizer(), tmp_path / "c", values={"step": 1})
+    content = copy_content(policy, make_tiny_tokenizer(), values={"step": 1})
+    folder = save_checkpoint(content, tmp_path / "c")
     expected = policy(ids).logits
     assert torch.allclose(AutoModelForCausalLM.from_pretrained(folder)(ids).logits, expected, atol=1e-5)
     adapted = PeftModel.from_pretrained(make_tiny_policy(0), folder / "adapter")

@@ -49,13 +49,24 @@ MUTANTS = [
     *breaks(
         "save_checkpoint",
         SAVED,
-        f"{CHECKPOINT} {RESUME} -k 'checkpoint or damage or read_dtype or finished'",
+        f"{CHECKPOINT} {RESUME} -k 'checkpoint or damage or read_dtype or finished or copy_content or several_ranks'",
         (
             "an existing one is replaced",
-            "        if folder.exists():\n            raise FileExistsError",
-            "        if False:\n            raise FileExistsError",
+            "    if folder.exists():\n        raise FileExistsError",
+            "    if False:\n        raise FileExistsError",
         ),
-        ("always float32 in the file", 'model_config | {"dtype": dtype}', 'model_config | {"dtype": "float32"}'),
+        (
+            "always float32 in the file",
+            'model_config | {"dtype": content.dtype}',
+            'model_config | {"dtype": "float32"}',
+        ),
+        (
+            "the next step changes what is written",
+            "torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())",
+            "tensor.detach().cpu().contiguous()",
+        ),
+        ("one shard of several is enough", "    return all((_unfinished", "    return any((_unfinished"),
+        ("shards begin at 0", 'json.dumps(places), "format": "pt"}', 'json.dumps({}), "format": "pt"}'),
         ("sizes are not compared", "        if size != n_bytes:\n", "        if False:\n"),
         ("sums are not compared", 'if entry["sha256"] != entries[name][1]:', "if False:"),
     ),
