@@ -16,10 +16,11 @@ from drivers.policy import fsdp
 from drivers.policy.optimizer import training_state_bytes
 from drivers.settings.algorithm import AlgorithmSettings
 from drivers.settings.grpo import GrpoConfig
-from drivers.training.scoring import MAX_LOGITS_BYTES
 from drivers.training.shortcuts import find_head
 
 GIB = 2**30
+LOGITS_BYTES = 1 << 29
+"""Largest logits that the head surely keeps; on CUDA it keeps more where more memory is free."""
 VLLM_ON_CPU = (512 + 512) << 20
 """Bytes that vLLM takes on a CPU beside its weights: its cache of keys and values, and the engine itself."""
 
@@ -172,9 +173,9 @@ def head_bytes(policy: Any, tokens: int) -> int:
         return 2 * tokens * vocab * size + _tile_bytes(weight, tokens)
     # On CUDA, logits are float32, so a narrower gradient cannot overwrite them.
     wide = 4 if weight.is_cuda else size
-    logits = min(tokens * vocab * wide, MAX_LOGITS_BYTES)
+    logits = min(tokens * vocab * wide, LOGITS_BYTES)
     gradient = logits // wide * size if wide > size else 0
-    several = tokens * vocab * wide > MAX_LOGITS_BYTES
+    several = tokens * vocab * wide > LOGITS_BYTES
     return logits + gradient + _tile_bytes(weight, tokens) + int(weight.numel()) * (size + (4 if several else 0))
 
 

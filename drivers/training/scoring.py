@@ -16,9 +16,6 @@ from drivers.training.micro_batches import Row, plan_micro_batches, plan_rows
 from drivers.training.shortcuts import Head, find_head, model_inputs, packs_rows, without_padding
 from grpo_core import compute_entropy, fused_linear_log_probs, pack_group_rows, select_log_probs
 
-MAX_LOGITS_BYTES = 1 << 29
-"""Largest logits that one pass keeps for its gradient; the head computes larger ones block by block."""
-
 
 def score(
     policy: nn.Module,
@@ -92,7 +89,6 @@ def _score_rows(
         temperature=temperature,
         logit_softcap=head.softcap,
         return_entropy=with_entropy,
-        max_logits_bytes=MAX_LOGITS_BYTES,
     )
     return scored | ({"token_entropy": scored["token_entropy"].detach()} if with_entropy and detach_entropy else {})
 

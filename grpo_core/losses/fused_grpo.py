@@ -9,7 +9,7 @@ from torch import Tensor
 from grpo_core._checks import disable_compile, shape_checked
 from grpo_core.losses.aggregation import compute_token_weights, sum_weighted_losses
 from grpo_core.losses.policy_gradient import compute_grpo_clip_loss
-from grpo_core.scoring.fused_head import MAX_LOGITS_BYTES, fused_linear_token_loss
+from grpo_core.scoring.fused_head import fused_linear_token_loss
 from grpo_core.types import Advantages, Metadata
 
 
@@ -30,7 +30,7 @@ def fused_linear_grpo_loss(
     bias: Float[Tensor, " vocab"] | None = None,
     temperature: float = 1.0,
     logit_softcap: float | None = None,
-    max_logits_bytes: int = MAX_LOGITS_BYTES,
+    max_logits_bytes: int | None = None,
 ) -> tuple[Float[Tensor, ""], Metadata]:
     r"""Return $L = \sum_{it} w_{it} \ell_{it}$ with $\ell$ of `compute_grpo_clip_loss`, from hidden states.
 
@@ -53,7 +53,7 @@ def fused_linear_grpo_loss(
         bias: $b$ of the output layer, if it has one.
         temperature: $T > 0$ of the sampled distribution.
         logit_softcap: $c > 0$ of a model whose logits are $c \tanh((W h + b) / c)$.
-        max_logits_bytes: maximum size of a block of logits.
+        max_logits_bytes: maximum size of a block of logits; the default is that of `fused_linear_log_probs`.
 
     Returns:
         The loss, and detached `log_probs`, `token_entropy` and flags of `compute_grpo_clip_loss`.

@@ -16,8 +16,23 @@ from grpo_core.scoring._softmax_stats import (
     split_range,
 )
 
-# A matrix product of more than a thousand rows is not faster per row.
-_BLOCK_ROWS = 1024
+# On a CPU, a matrix product of more than a thousand rows is not faster per row. On a GPU, each block reads and writes
+# the whole gradient of the weight, which a thousand rows do not hide.
+_BLOCK_ROWS, _BLOCK_ROWS_ON_CUDA = 1024, 4096
+# Size of a block of logits, unless more memory of a GPU is free.
+_MAX_LOGITS_BYTES = 1 << 29
+
+
+def choose_max_logits_bytes(device: torch.device) -> int:
+    """Return the memory that logits may take: 512 MiB, or on CUDA a quarter of the free memory if that is more.
+
+    Their gradient takes up to as much again. The size of a block decides how sums are rounded, so that deterministic
+    algorithms do without the free memory, which differs from run to run.
+    """
+    if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+        return _MAX_LOGITS_BYTES
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(_MAX_LOGITS_BYTES, (torch.cuda.mem_get_info(device)[0] + unused) // 4)
 
 
 class LinearHead(NamedTuple):
@@ -38,7 +53,8 @@ class LinearHead(NamedTuple):
 
     def iterate_blocks(self, tokens: int) -> Iterator[slice]:
         """Yield the rows of each block of logits: a single block if all logits fit."""
-        rows = tokens if self.fits(tokens) else min(_BLOCK_ROWS, self._max_rows())
+        block_rows = _BLOCK_ROWS_ON_CUDA if self.weight.is_cuda else _BLOCK_ROWS
+        rows = tokens if self.fits(tokens) else min(block_rows, self._max_rows())
         return split_range(tokens, max(1, rows)) if tokens else iter([slice(0, 0)])
 
     def compute_logits(self, hidden: Float[Tensor, "rows width"]) -> Float[Tensor, "rows vocab"]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from grpo_core._checks import disable_compile, require, shape_checked
-from grpo_core.scoring._linear_head import HeadGradients, LinearHead, scale_gradient
+from grpo_core.scoring._linear_head import HeadGradients, LinearHead, choose_max_logits_bytes, scale_gradient
 from grpo_core.scoring._softmax_stats import (
     Scaling,
     SoftmaxStats,
@@ -25,8 +25,6 @@ from grpo_core.scoring._softmax_stats import (
     store_exponentials,
 )
 from grpo_core.types import Metadata
-
-MAX_LOGITS_BYTES = 1 << 29
 
 
 @disable_compile
@@ -41,7 +39,7 @@ def fused_linear_log_probs(
     temperature: float = 1.0,
     logit_softcap: float | None = None,
     return_entropy: bool = True,
-    max_logits_bytes: int = MAX_LOGITS_BYTES,
+    max_logits_bytes: int | None = None,
 ) -> dict[str, Float[Tensor, "*batch"]]:
     r"""Return $\log p_y = z_y - \log \sum_v e^{z_v}$ and $H = -\sum_v p_v \log p_v$ of $z = (W h + b) / T$, in nats.
 
@@ -61,7 +59,8 @@ def fused_linear_log_probs(
         return_entropy: False omits `token_entropy`.
         max_logits_bytes: maximum size of the logits in memory. Logits that fit are kept for the gradient, which takes
             three matrix products in total. Otherwise only one block exists at a time and is computed again for the
-            gradient, which takes four.
+            gradient, which takes four. Default: 512 MiB; on CUDA a quarter of the free memory if that is more, except
+            under `torch.use_deterministic_algorithms`.
 
     Returns:
         `log_probs` and, if requested, `token_entropy`, in float32 or the wider type of `hidden`.
@@ -100,7 +99,7 @@ def fused_linear_token_loss(
     bias: Float[Tensor, " vocab"] | None = None,
     temperature: float = 1.0,
     logit_softcap: float | None = None,
-    max_logits_bytes: int = MAX_LOGITS_BYTES,
+    max_logits_bytes: int | None = None,
 ) -> tuple[Float[Tensor, ""], Metadata]:
     r"""Return $L = \sum_t f(\log p_{y_t}, H_t)$ over the response tokens, from one pass over blocks of logits.
 
@@ -120,7 +119,7 @@ def fused_linear_token_loss(
         bias: $b$ of the output layer, if it has one.
         temperature: $T > 0$ of the sampled distribution.
         logit_softcap: $c > 0$ of a model whose logits are $c \tanh((W h + b) / c)$.
-        max_logits_bytes: maximum size of a block of logits.
+        max_logits_bytes: maximum size of a block of logits; the default is that of `fused_linear_log_probs`.
 
     Returns:
         The loss, in float32 or wider, and detached `log_probs` and `token_entropy`, 0 outside the mask.
@@ -264,11 +263,12 @@ def _prepare_inputs(
     bias: Tensor | None,
     temperature: float,
     logit_softcap: float | None,
-    max_logits_bytes: int,
+    max_logits_bytes: int | None,
 ) -> tuple[Tensor, LinearHead]:
     """Check the arguments, cast them as autocast does, and return hidden states "tokens width" and the head."""
     require(0 < temperature < float("inf"), "temperature", temperature, "positive and finite")
     require(logit_softcap is None or logit_softcap > 0, "logit_softcap", logit_softcap, "positive, or None for no cap")
+    max_logits_bytes = choose_max_logits_bytes(hidden.device) if max_logits_bytes is None else max_logits_bytes
     require(max_logits_bytes > 0, "max_logits_bytes", max_logits_bytes, "positive: a row of logits needs memory")
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)

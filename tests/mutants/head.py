@@ -72,6 +72,9 @@ MUTANTS = [
         ("sums that stay narrow", "return part.to(get_wide_dtype(part))", "return part"),
         ("always made again", "return tokens <= self._max_rows()", "return False"),
         ("always kept", "return tokens <= self._max_rows()", "return True"),
+        ("more than is free", "memory_reserved(device) - torch", "memory_reserved(device) + torch"),
+        ("blocks that differ from run to run", "or torch.are_deterministic_algorithms_enabled()", "or False"),
+        ("small blocks on CUDA", "_BLOCK_ROWS_ON_CUDA if self.weight.is_cuda", "_BLOCK_ROWS if self.weight.is_cuda"),
     ),
     *breaks(
         "fused_linear_log_probs",

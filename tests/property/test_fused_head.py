@@ -22,7 +22,7 @@ from grpo_core import (
     select_log_probs,
     sum_weighted_losses,
 )
-from grpo_core.scoring import _softmax_stats
+from grpo_core.scoring import _linear_head, _softmax_stats
 from tests.oracle import reference
 from tests.property.heads import cases
 from tests.strategies import GARBAGE, fewer
@@ -379,6 +379,38 @@ def test_matrix_products_are_three_or_four_if_logits_do_not_fit(room, generic, i
     assert products(through_loss) == inside
     with torch.no_grad():
         assert products(lambda: fused_linear_log_probs(hidden, weight, labels, response_mask=mask)) == 1
+
+
+@pytest.mark.parametrize(
+    ("free", "deterministic", "expected"),
+    [(40 << 30, False, 10 << 30), (1 << 30, False, 1 << 29), (40 << 30, True, 1 << 29)],
+    ids=["free", "full", "deterministic"],
+)
+def test_logits_on_cuda_take_a_quarter_of_the_free_memory(free, deterministic, expected, monkeypatch):
+    """What torch has reserved and does not use is free too. A CPU and deterministic algorithms keep the constant."""
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free // 2, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 7 + free // 2)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 7)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    assert _linear_head.choose_max_logits_bytes(device) == expected
+    assert _linear_head.choose_max_logits_bytes(torch.device("cpu")) == 1 << 29
+
+
+@pytest.mark.parametrize(("is_cuda", "sizes"), [(False, [1024] * 19 + [544]), (True, [4096] * 4 + [3616])])
+def test_blocks_are_larger_on_cuda(is_cuda, sizes):
+    """There, each block costs a pass over the weight's gradient."""
+
+    class Weight:
+        dtype = torch.bfloat16
+
+        def __len__(self):
+            return 151936
+
+    weight = Weight()
+    weight.is_cuda = is_cuda
+    head, n_tokens = _linear_head.LinearHead(weight, None, _softmax_stats.Scaling(), 3 << 30), 20_000
+    assert [block.stop - block.start for block in head.iterate_blocks(n_tokens)] == sizes
 
 
 # Precision
