@@ -15,6 +15,10 @@ from drivers.settings.groups import UpdateSettings
 from drivers.training.batch import RolloutBatch
 from drivers.training.shortcuts import packs_rows, shares_rows
 
+MASKED_ATTENTION_COST = {"cuda": 2.0}
+"""Cost of attention with a mask of its own, relative to the causal mask, by type of device; 1 elsewhere. On CUDA such
+a mask rules out flash attention. The factor of the memory-efficient kernel is an estimate, not a measurement."""
+
 
 class Row(NamedTuple):
     """One prompt and the responses to it that are scored side by side.
@@ -57,29 +61,30 @@ class MicroBatch(NamedTuple):
 def plan_rows(policy: Any, rollouts: RolloutBatch, wanted: Sequence[int], max_tokens: float = inf) -> list[Row]:
     """Put each wanted response into one row, in order; responses without tokens are skipped."""
     rows: list[Row] = []
-    cost = attention_cost(policy) if shares_rows(policy) else inf  # no row is shared if attention costs so much
+    causal = attention_cost(policy) if shares_rows(policy) else inf  # no row is shared if attention costs so much
+    masked = causal * MASKED_ATTENTION_COST.get(next(policy.parameters()).device.type, 1.0)
     for _, same_prompt in groupby(wanted, key=lambda i: rollouts.completions[i].prompt_token_ids):
         members = [i for i in same_prompt if rollouts.completions[i].token_ids]
         while members:
             prompt = rollouts.completions[members[0]].prompt_token_ids
             lengths = [len(rollouts.completions[i].token_ids) for i in members]
             n_fitting = max(1, sum(len(prompt) + length <= max_tokens for length in accumulate(lengths)))
-            rows += _choose_layout(prompt, members[:n_fitting], lengths[:n_fitting], cost)
+            rows += _choose_layout(prompt, members[:n_fitting], lengths[:n_fitting], causal, masked)
             members = members[n_fitting:]
     return rows
 
 
 def _choose_layout(
-    prompt: tuple[int, ...], members: list[int], lengths: list[int], attention_cost: float
+    prompt: tuple[int, ...], members: list[int], lengths: list[int], causal_cost: float, masked_cost: float
 ) -> list[Row]:
     """Return one row for all responses, or one row per response: the layout that needs fewer operations.
 
-    `attention_cost` is the cost of attending to one more token, relative to all other cost of a token.
+    The costs are those of attending to one more token, relative to all other cost of a token.
     """
     one_row = Row(prompt, tuple(members), tuple(lengths))
     # With the mask of a shared row, attention computes what the mask hides; with a causal mask it skips that half.
-    one_row_cost = one_row.n_tokens * (1 + attention_cost * one_row.n_tokens)
-    many_rows_cost = sum((len(prompt) + n) * (1 + attention_cost * (len(prompt) + n) / 2) for n in lengths)
+    one_row_cost = one_row.n_tokens * (1 + masked_cost * one_row.n_tokens)
+    many_rows_cost = sum((len(prompt) + n) * (1 + causal_cost * (len(prompt) + n) / 2) for n in lengths)
     if len(members) > 1 and one_row_cost < many_rows_cost:
         return [one_row]
     return [Row(prompt, (i,), (n,)) for i, n in zip(members, lengths, strict=True)]

@@ -22,7 +22,7 @@ from drivers.engines import protocol
 from drivers.training import batch, micro_batches, scoring, shortcuts
 from drivers.training.batch import PreparedBatch, WeightedBatch, make_rollout_batch
 from drivers.training.memory import plan_memory
-from drivers.training.micro_batches import Row, plan_micro_batches, plan_rows
+from drivers.training.micro_batches import MASKED_ATTENTION_COST, Row, plan_micro_batches, plan_rows
 from drivers.training.scoring import flat_response_index, score, score_all
 from drivers.training.shortcuts import find_head, shares_rows
 from tests.drivers.helpers.letters import clone_policy, make_batch, make_completion, make_tiny_config
@@ -253,13 +253,15 @@ def test_score_uses_planned_rows():
     assert_close(score_all(policy, rollouts, config)["log_probs"], expected.float())
 
 
-def test_plan_rows_picks_cheaper_of_shared_and_separate():
-    """A long prompt is shared; with long responses the mask of one row would cost more than sharing saves."""
+def test_plan_rows_picks_cheaper_of_shared_and_separate(monkeypatch):
+    """A long prompt is shared; with long responses, or slow masks, one row would cost more than sharing saves."""
     policy = make_tiny_policy()
     shared = make_batch(*[([5] * 100, [6] * 10)] * 4)
     assert [row.members for row in plan_rows(policy, shared, range(4))] == [(0, 1, 2, 3)]
     alone = make_batch(*[([5], [6] * 300)] * 4)
     assert [row.members for row in plan_rows(policy, alone, range(4))] == [(0,), (1,), (2,), (3,)]
+    monkeypatch.setitem(MASKED_ATTENTION_COST, "cpu", 100.0)
+    assert len(plan_rows(policy, shared, range(4))) == 4
 
 
 def test_shares_rows_only_if_trial_gives_equal_scores():

@@ -790,6 +790,7 @@ MUTANTS = [
             "if taken and slots + width > config.micro_batch_tokens:",
             "if taken and slots > config.micro_batch_tokens:",
         ),
+        ("masks are free", "(1 + masked_cost * one_row.n_tokens)", "(1 + causal_cost * one_row.n_tokens)"),
         (
             "short rows first",
             "rows.sort(key=lambda row: (-row.n_tokens, row.members))",
