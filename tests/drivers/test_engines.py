@@ -606,6 +606,20 @@ def test_engine_sleeps_only_in_training_on_shared_gpu(may_sleep, same_gpu, monke
     assert arguments["enable_sleep_mode"] is (may_sleep and same_gpu)
 
 
+def test_engine_on_cuda_keeps_float32_logits_as_the_policy_does(tmp_path, monkeypatch):
+    """On a CPU both round logits to the model's type. vLLM takes the override into its configuration."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from drivers.engines import vllm_startup
+
+    monkeypatch.setattr(vllm_startup.torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=100))
+    for device, dtype in ((torch.device("cuda", 0), torch.float32), (torch.device("cpu"), torch.bfloat16)):
+        options = make_options(save_tiny(tmp_path), device=device, dtype=torch.bfloat16)
+        arguments = vllm_startup._llm_arguments(options, vllm_startup.place(options, device))
+        overrides = {name: arguments[name] for name in ("model", "dtype", "hf_overrides") if name in arguments}
+        assert EngineArgs(**overrides).create_model_config().head_dtype == dtype
+
+
 def test_handshake_of_weight_transfer_has_a_limit():
     """An error of the worker reaches nobody, so the deadline of an hour would pass in silence."""
     from drivers.engines.vllm import VLLMEngine

@@ -179,7 +179,13 @@ MUTANTS = [
     *breaks(
         "GPU engines",
         "drivers/engines/vllm_startup.py",
-        "tests/drivers/test_engines.py -k 'sleeps_only or placement_uses'",
+        "tests/drivers/test_engines.py -k 'sleeps_only or placement_uses or float32_logits'",
+        ("logits of bfloat16", '{"head_dtype": "float32"}', '{"head_dtype": "model"}'),
+        (
+            "float32 logits on a CPU too",
+            'if options.device.type == "cuda" else {}),',
+            "if True else {}),",
+        ),
         ("an evaluation sleeps", "placement.shares_gpu and options.may_sleep", "placement.shares_gpu"),
         ("an engine alone sleeps", "placement.shares_gpu and options.may_sleep", "options.may_sleep"),
         (
