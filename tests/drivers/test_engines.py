@@ -244,26 +244,43 @@ def test_generate_tokenizer_end_token_ends_response(subject, monkeypatch):
 
 
 @pytest.mark.vllm
-def test_vllm_on_shared_gpu_wakes_weights_before_cache(tmp_path, monkeypatch):
-    """The cache comes back after the push, so that their peaks do not add up. The calls are checked on the CPU."""
+def test_vllm_on_shared_gpu_sleeps_and_wakes_in_two_parts(tmp_path, monkeypatch):
+    """vLLM's own engine core, whose worker only records what it is told: on a CPU it cannot give memory back.
+
+    The cache comes back after the push, so that their peaks do not add up. After each sleep the samples are right.
+    """
     from drivers.engines.vllm_startup import Placement
 
     policy, calls = make_tiny_policy(3), []
     engine = start_vllm(tmp_path, policy)
     try:
+        core = engine._llm.llm_engine.engine_core.engine_core
+        worker = core.model_executor.driver_worker.worker
         send = engine._sender.transfer.send_weights
         monkeypatch.setattr(engine._sender.transfer, "send_weights", lambda: (calls.append("send"), send()))
-        monkeypatch.setattr(engine._llm, "wake_up", lambda tags: calls.append(*tags))
-        monkeypatch.setattr(engine._llm, "sleep", lambda level: calls.append(f"sleep {level}"))
+        monkeypatch.setattr(type(worker), "wake_up", lambda _, tags=None: calls.append(*tags))
+        monkeypatch.setattr(type(worker), "sleep", lambda _, level=1: calls.append(f"sleep {level}"))
         engine._placement = Placement(has_own_gpu=False, shares_gpu=True, has_own_process=False)
-        engine.load_weights(0)
-        engine.sleep()
-        engine.sleep()  # it is asleep already
-        engine.load_weights(1)
-        assert calls == ["send", "sleep 2", "weights", "send", "kv_cache"]
-        worker = engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        for version in range(3):
+            engine.load_weights(version)
+            assert calls == (["weights", "send", "kv_cache"] if version else ["send"])
+            state = (core.is_sleeping(), core.is_scheduler_paused(), core.model_executor.sleeping_tags)
+            assert state == (False, False, set())
+            for c in engine.generate(PROMPTS, Sampling(n=2, max_tokens=6, stop=()), seed=1):
+                assert c.log_probs == pytest.approx(compute_log_probs(policy, c), abs=TOLERANCE)
+                assert c.weight_version == version
+            calls.clear()
+            engine.sleep()
+            engine.sleep()  # it is asleep already
+            assert calls == ["sleep 2"]
+            state = (core.is_sleeping(), core.is_scheduler_paused(), core.model_executor.sleeping_tags)
+            assert state == (True, True, {"weights", "kv_cache"})
+            calls.clear()
+            with torch.no_grad():
+                for parameter in policy.parameters():
+                    parameter.mul_(1.1)
         model = weakref.ref(worker.model_runner.get_model())
-        del worker
+        del core, worker
     finally:
         engine.close()
     # The model is freed: a second engine in this process needs its memory.
