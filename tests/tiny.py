@@ -11,9 +11,13 @@ PAD, EOS = "<pad>", "<eos>"
 CHARACTERS = string.digits + string.ascii_letters + string.punctuation + " \n"
 
 
-def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer with one token per printable character; other characters are an error."""
-    vocab = {token: index for index, token in enumerate([PAD, EOS, *CHARACTERS])}
+def make_tiny_tokenizer(vocab_size: int = len(CHARACTERS) + 2) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token per printable character; other characters are an error.
+
+    A larger vocabulary is filled with tokens that no text contains.
+    """
+    fillers = (f"<{index}>" for index in range(vocab_size - len(CHARACTERS) - 2))
+    vocab = {token: index for index, token in enumerate([PAD, EOS, *CHARACTERS, *fillers])}
     tokenizer = Tokenizer(models.WordLevel(vocab))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()

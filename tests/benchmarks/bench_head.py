@@ -138,6 +138,17 @@ def verl_torch():
     return way
 
 
+def verl_kernel():
+    """verl's Triton kernels, for CUDA."""
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+    def way(inputs):
+        hidden, labels = inputs.counted
+        return inputs.through_loss(*linear_cross_entropy(hidden, inputs.weight, labels, 1.0, "none"))
+
+    return way
+
+
 def liger():
     from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOLoss
 
@@ -248,6 +259,7 @@ WAYS = {
     "trl_fused_padded": Way(trl_fused_padded, "log-prob, entropy", "all"),
     "trl_fused": Way(trl_fused, "log-prob, entropy", "counted"),
     "verl_torch": Way(verl_torch, "log-prob, entropy", "counted"),
+    "verl_kernel": Way(verl_kernel, "log-prob, entropy", "counted"),
     "liger": Way(liger, "loss", "all", bonus=False),
     "liger_sce": Way(liger_sce, "log-prob, entropy", "counted"),
     "cce": Way(cce, "log-prob", "counted", bonus=False),

@@ -243,10 +243,9 @@ def liger(folder: str, dtype: str, rollouts: Rollouts) -> tuple[nn.Module, Step]
     return policy, step
 
 
-def ours(folder: str, dtype: str, rollouts: Rollouts, micro_batch_tokens: int | None = None) -> tuple[nn.Module, Step]:
-    """The update of `drivers/train.py`, with the model as its `prepare` loads it."""
+def make_update(policy: nn.Module, rollouts: Rollouts, micro_batch_tokens: int | None = None) -> Step:
+    """The update of `drivers/train.py`, without its optimizer step."""
     from drivers.engines.protocol import Completion
-    from drivers.policy.loading import load_policy, tune_malloc
     from drivers.settings.grpo import GrpoConfig
     from drivers.training.advantages import prepare_rollouts
     from drivers.training.batch import make_rollout_batch
@@ -254,9 +253,6 @@ def ours(folder: str, dtype: str, rollouts: Rollouts, micro_batch_tokens: int | 
     from drivers.training.objective import weigh_step
     from drivers.training.update import accumulate_gradients
 
-    tune_malloc()
-    longest_row = max(map(len, rollouts.prompts)) + rollouts.group_size * rollouts.cap
-    policy = load_policy(folder, torch.device("cpu"), getattr(torch, dtype), longest_row)
     config = GrpoConfig(
         loss_type="grpo_clip",
         cliprange=CLIPRANGE,
@@ -281,7 +277,17 @@ def ours(folder: str, dtype: str, rollouts: Rollouts, micro_batch_tokens: int | 
         batch, _ = weigh_step(config, batch)
         accumulate_gradients(policy, batch, config, 0.0, UpdateMetrics())
 
-    return policy, step
+    return step
+
+
+def ours(folder: str, dtype: str, rollouts: Rollouts, micro_batch_tokens: int | None = None) -> tuple[nn.Module, Step]:
+    """With the model as train.py loads it."""
+    from drivers.policy.loading import load_policy, tune_malloc
+
+    tune_malloc()
+    longest_row = max(map(len, rollouts.prompts)) + rollouts.group_size * rollouts.cap
+    policy = load_policy(folder, torch.device("cpu"), getattr(torch, dtype), longest_row)
+    return policy, make_update(policy, rollouts, micro_batch_tokens)
 
 
 WAYS = {
