@@ -89,14 +89,18 @@ def summarize(rows: Sequence[Row], reward: str) -> dict[str, float]:
     return values
 
 
+def pass_at_k_of_questions(scored: Sequence[Sequence[float]], k: int) -> list[float]:
+    """Return pass@k of each question with at least k scored responses."""
+    enough = [correct for correct in scored if len(correct) >= k]
+    n_correct = torch.tensor([sum(value == 1 for value in correct) for correct in enough], dtype=torch.int64)
+    n_scored = torch.tensor([len(correct) for correct in enough], dtype=torch.int64)
+    return estimate_pass_at_k(n_correct, n_scored, k).tolist()
+
+
 def _pass_at_k(scored: Sequence[Sequence[float]], k: int) -> dict[str, float]:
     """Return pass@k over the questions with at least k scored responses."""
-    enough = [correct for correct in scored if len(correct) >= k]
-    if not enough:
-        return {}
-    n_correct = torch.tensor([sum(value == 1 for value in correct) for correct in enough])
-    n_scored = torch.tensor([len(correct) for correct in enough])
-    return _with_interval(f"pass_at_{k}", estimate_pass_at_k(n_correct, n_scored, k).tolist())
+    values = pass_at_k_of_questions(scored, k)
+    return _with_interval(f"pass_at_{k}", values) if values else {}
 
 
 def _majority_at_k(questions: Sequence[Sequence[Row]], k: int, reward: str) -> dict[str, float]:

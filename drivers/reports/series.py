@@ -10,6 +10,8 @@ from drivers.reports.logged_run import PHASES, Row, Series
 
 MAX_BARS = 100
 """Bars in the picture of times; a longer run has several steps in one bar."""
+PASS_PREFIX = "pass_at_"
+"""Prefix of the metrics that hold pass@k of the training groups."""
 PART_PREFIX = "part_"
 """Prefix of the metrics that hold the named numbers of a reward function."""
 
@@ -99,15 +101,28 @@ class Panel(NamedTuple):
 
 def make_panels(groups: Sequence[Series]) -> list[Panel]:
     """Return the panels for which some run has logged a quantity."""
-    panels = (_make_panel(spec, groups) for spec in (REWARD, _reward_parts(groups), *PANELS))
+    specs = (REWARD, _reward_parts(groups), *PANELS, _pass_at_k(groups))
+    panels = (_make_panel(spec, groups) for spec in specs)
     return [panel for panel in panels if panel.lines]
 
 
 def _reward_parts(groups: Sequence[Series]) -> PanelSpec:
     """Return the panel of the numbers that the reward functions have returned by name."""
-    rows = (row for series in groups for run in series.runs for row in run.rows.get("train", ()))
-    keys = sorted({key for row in rows for key in row if key.startswith(PART_PREFIX)})
+    keys = sorted(_find_keys(groups, PART_PREFIX))
     return PanelSpec("Parts of the reward", "mean", {key.removeprefix(PART_PREFIX): f"train/{key}" for key in keys})
+
+
+def _pass_at_k(groups: Sequence[Series]) -> PanelSpec:
+    """Return the panel of pass@k of the training groups."""
+    ks = sorted(int(key.removeprefix(PASS_PREFIX)) for key in _find_keys(groups, PASS_PREFIX))
+    quantities = {f"pass@{k}": f"train/{PASS_PREFIX}{k}" for k in ks}
+    return PanelSpec("Groups solved", "share of groups", quantities, is_share=True)
+
+
+def _find_keys(groups: Sequence[Series], prefix: str) -> set[str]:
+    """Return the keys of training rows that begin with `prefix`."""
+    rows = (row for series in groups for run in series.runs for row in run.rows.get("train", ()))
+    return {key for row in rows for key in row if key.startswith(prefix)}
 
 
 def _make_panel(spec: PanelSpec, groups: Sequence[Series]) -> Panel:

@@ -16,6 +16,7 @@ from drivers.common import distributed
 from drivers.common.errors import EngineDiedError, TrainingAbortedError
 from drivers.engines.protocol import Completion, RolloutEngine, describe_completions
 from drivers.engines.rank_zero import run_with_engine
+from drivers.evaluation.outcomes import correctness_values, pass_at_k_of_questions
 from drivers.evaluation.policy import grade_completions
 from drivers.grading.summary import describe_grades
 from drivers.grading.verdicts import Graded
@@ -162,6 +163,7 @@ def rollout_metrics(
     metrics = {
         **drop_nan(describe_rewards(scores, config.group_size)),
         **describe_grades(verdicts),
+        **describe_pass_at_k(groups.sampled),
         **describe_silent_groups(read_rewards(scores), config.group_size),
         **describe_completions(completions),
         "sampled_tokens": float(sum(len(completion.token_ids) for completion in (*completions, *greedy))),
@@ -177,6 +179,15 @@ def rollout_metrics(
     if greedy_rewards is not None:
         metrics |= drop_nan({"greedy_reward": greedy_rewards.nanmean().item()})
     return metrics
+
+
+def describe_pass_at_k(groups: Sequence[Group]) -> dict[str, float]:
+    """Return pass@k for k = 2, 4, ... and the group size: the mean over the groups with k scored responses."""
+    scored = [correctness_values([verdict.scores for verdict in group.verdicts]) for group in groups]
+    size = len(groups[0].verdicts)
+    ks = {2**power for power in range(size.bit_length())} | {size}
+    values = {f"pass_at_{k}": pass_at_k_of_questions(scored, k) for k in sorted(ks - {1})}
+    return {name: fmean(rates) for name, rates in values.items() if rates}
 
 
 def curriculum_subset(config: RolloutSettings, train_set: Sequence[Question], step: int) -> Sequence[Question]:

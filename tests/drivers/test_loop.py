@@ -5,7 +5,7 @@ import math
 import random
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import groupby, pairwise
+from itertools import combinations, groupby, pairwise
 from statistics import fmean
 from types import SimpleNamespace
 
@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from drivers import expert_iteration, sft
 from drivers import train as train_program
 from drivers.expert_iteration import iterate
-from drivers.grading.verdicts import make_inline_grader
+from drivers.grading.verdicts import Graded, GradeStatus, make_inline_grader
 from drivers.policy.optimizer import PolicyOptimizer
 from drivers.settings.imitation import ExpertIterationConfig, SftConfig
 from drivers.sft import fine_tune
-from drivers.training.rollouts import collect, sampling_seed
+from drivers.training.rollouts import Group, collect, describe_pass_at_k, sampling_seed
 from drivers.training.run import EVALUATION_SEED
 from tests.drivers.helpers.letters import letter_reward, make_tiny_config
 from tests.drivers.helpers.runs import (
@@ -206,6 +206,21 @@ def test_sampling_seed_of_each_response_is_used_once(seed, refills, n_prompts):
     used.sort()
     assert used[0] >= 0
     assert all(second - first >= size for first, second in pairwise(used))
+
+
+def test_pass_at_k_counts_subsets_of_the_scored_responses():
+    """Of six responses; groups with fewer than k scored ones do not count for k."""
+    rewards = [(1.0, 0.0, 0.0, 1.0, 0.0, 0.0), (0.0, 0.5, 0.0, 0.0, 0.0, 0.0), (1.0, 0.0, None, None, None, None)]
+    groups = [Group(None, [], [Graded({"reward": r}, GradeStatus.PARSED) for r in row]) for row in rewards]
+    expected = {}
+    for k in (2, 4, 6):
+        scored = [[r for r in row if r is not None] for row in rewards]
+        subsets = [[*combinations(row, k)] for row in scored if len(row) >= k]
+        expected[f"pass_at_{k}"] = fmean(fmean(1.0 in subset for subset in some) for some in subsets)
+    assert describe_pass_at_k(groups) == pytest.approx(expected)
+    right = {"reward": 0.5, "answer_reward": 1.0}
+    assert describe_pass_at_k([Group(None, [], [Graded(right, GradeStatus.PARSED)] * 2)]) == {"pass_at_2": 1.0}
+    assert describe_pass_at_k([Group(None, [], [Graded({"reward": 1.0}, GradeStatus.PARSED)])]) == {}
 
 
 def collect_once(recorded, config, reward_fn=letter_reward, step=3, version=2):

@@ -88,6 +88,7 @@ def test_page_holds_logged_numbers(trained):
         "Clip fraction": [("train", "clip_fraction")],
         "Gradient norm": [("train", "grad_norm")],
         "Speed": [("train", "rollout_tokens_per_s"), ("train", "update_tokens_per_s")],
+        "Groups solved": [("train", "pass_at_2"), ("train", "pass_at_4"), ("train", "pass_at_8")],
     }
     assert panels.keys() == kept.keys()
     for title, sources in kept.items():

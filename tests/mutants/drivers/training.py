@@ -233,6 +233,18 @@ MUTANTS = [
         ),
     ),
     *breaks(
+        "describe_pass_at_k",
+        ROLLOUTS,
+        f"{LOOP} -k 'pass_at_k'",
+        ("powers of two alone", "range(size.bit_length())} | {size}", "range(size.bit_length())}"),
+        (
+            "the first k only",
+            "pass_at_k_of_questions(scored, k) for k",
+            "pass_at_k_of_questions([scored[0]], k) for k",
+        ),
+        ("pass@1 is logged", "sorted(ks - {1})", "sorted(ks)"),
+    ),
+    *breaks(
         "sample_groups",
         ROLLOUTS,
         f"{LOOP} {DRIVERS}/test_pass_rates.py {OBJECTIVE} -k 'collect or steps_ask or curriculum or dynamic'",
