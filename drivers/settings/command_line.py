@@ -33,6 +33,12 @@ def flag_given(arguments: Sequence[str], flag: str) -> str | None:
     return given
 
 
+def names_model(arguments: Sequence[str]) -> bool:
+    """Return whether raw arguments name a model, by --model-path or by a recipe that has one."""
+    recipe = flag_given(arguments, "--recipe") or ""
+    return flag_given(arguments, "--model-path") is not None or "model_path" in RECIPES.get(recipe, {})
+
+
 def answer_early(program: str, parse_arguments: Callable[[Sequence[str]], object]) -> None:
     """Answer --help and mistakes in flags, and return if there are none."""
     arguments = sys.argv[1:]
@@ -55,7 +61,7 @@ def parse_train_config(arguments: Sequence[str]) -> GrpoConfig:
                 "by their flags"
             )
         return resolve_micro_batching(arguments, parse(GrpoConfig, arguments, earlier))
-    has_model = flag_given(arguments, "--model-path") is not None
+    has_model = names_model(arguments)
     if recipe is None and not has_model and not HELP & set(arguments):
         print("No --model-path and no --recipe: this is the embedded quickstart (--recipe quickstart).", flush=True)
         recipe = "quickstart"

@@ -21,9 +21,9 @@ class GrpoConfig(AlgorithmSettings, TrainingSettings):
     heading: ClassVar[str] = "run"
 
     recipe: RecipeName | None = None
-    """Named defaults for other flags. `quickstart` trains SmolLM2-135M on word problems on a laptop in minutes; it
-    runs when neither this flag nor --model-path is given. The other recipes set an objective, on the quickstart's
-    model and data or, with --model-path, on the defaults below. Default: none with --model-path, else quickstart."""
+    """Named defaults for other flags. `quickstart` trains SmolLM2-135M on word problems on a laptop in minutes.
+    `cs336-2026` has its own model and data; the others set an objective, on those of the quickstart or, with
+    --model-path, on the defaults below. Default: none with --model-path, else quickstart."""
     n_grpo_steps: PositiveInt = 200
     """Steps to train for: in each, sample a rollout batch and train on it."""
     show: bool = False

@@ -67,6 +67,21 @@ RECIPES: dict[str, dict[str, Any]] = {
     # Programs: their default objective and learning rate; group sizes, batches and lengths stay those of the base.
     # docs/parity.md lists what cannot be set.
     "cs336": {"learning_rate": 1e-5, "loss_type": "reinforce_with_baseline", "aggregation": "sequence_mean"},
+    "cs336-2026": {  # the edition of 2026 has a model, data and sizes of its own
+        "model_path": "allenai/OLMo-2-0425-1B",
+        "data_path": "data/gsm8k/train-6400.jsonl",
+        "val_data_path": "data/gsm8k/test.jsonl",
+        "n_grpo_steps": 200,
+        "learning_rate": 1e-5,
+        "rollout_batch_size": 256,
+        "train_batch_size": 256,
+        "group_size": 8,
+        "gradient_accumulation_steps": 32,
+        "sampling_min_tokens": 0,
+        "sampling_max_tokens": 512,
+        "n_val_examples": 1024,
+        "eval_steps": 10,
+    },
     "trl-default": {
         **CLIP,
         "sampling_min_tokens": 0,

@@ -16,10 +16,10 @@ import tyro
 from drivers.common.atomic_files import write_json
 from drivers.common.errors import UsageError, suggest
 from drivers.settings.base import spell_flag
-from drivers.settings.command_line import flag_given, parse_settings, parse_train_config
+from drivers.settings.command_line import flag_given, names_model, parse_settings, parse_train_config
 from drivers.settings.groups import TrainingSettings
 from drivers.settings.imitation import ExpertIterationConfig, SftConfig
-from drivers.sweeps.presets import SHORT, SWEEPS, Base, Variant
+from drivers.sweeps.presets import SEEDS, SHORT, SWEEPS, Base, Variant
 from drivers.tasks.questions import read_jsonl
 
 SWEEP_SETTINGS = ("seed", "save_dir", "resume")
@@ -42,8 +42,9 @@ class SweepConfig:
     run."""
     program: Literal["train", "sft", "expert_iteration"] = "train"
     """The program that --grid runs."""
-    seeds: tuple[int, ...] = (0,)
-    """Repeat each run with each of these seeds. Tables and reports show the mean and the range."""
+    seeds: tuple[int, ...] | None = None
+    """Repeat each run with each of these seeds. Tables and reports show the mean and the range. Default: 0, or 0 1 2 3
+    for `variants` and `off-policy-32`."""
     devices: tuple[str, ...] = ()
     """CUDA devices: `0 1` makes two runs at once, `0,1 2,3` two runs at once on two GPUs each. Default: one run at a
     time, on the devices that it finds."""
@@ -73,9 +74,10 @@ def plan(config: SweepConfig, shared: Sequence[str]) -> list[PlannedRun]:
     for flag in map(_flag, SWEEP_SETTINGS):
         if flag_given(shared, flag) is not None:
             raise UsageError(f"{flag}: {_IS_SET}")
-    if not config.seeds or len(set(config.seeds)) < len(config.seeds):
-        raise UsageError(f"{spell_flag('seeds', config.seeds)}: pass at least one seed, and each seed once")
-    is_short = config.sweep in SWEEPS and flag_given(shared, "--model-path") is None
+    seeds = SEEDS.get(config.sweep or "", (0,)) if config.seeds is None else config.seeds
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UsageError(f"{spell_flag('seeds', seeds)}: pass at least one seed, and each seed once")
+    is_short = config.sweep in SWEEPS and not names_model(shared)
 
     def flags_of(program: str, own: Mapping[str, Any]) -> list[str]:
         """Return all flags of a run. The last flag of a name wins: those of the run are the strongest."""
@@ -86,7 +88,7 @@ def plan(config: SweepConfig, shared: Sequence[str]) -> list[PlannedRun]:
         for name in SWEEP_SETTINGS:  # the flag of the sweep would override it and contradict the label
             if name in variant.flags:
                 raise UsageError(f"{config.sweep or '--grid'}, {variant.label}: {_flag(name)} {_IS_SET}")
-        for seed in config.seeds:
+        for seed in seeds:
             flags = flags_of(variant.program, variant.flags | {"seed": seed})
             try:
                 parse_program_flags(variant.program, flags)

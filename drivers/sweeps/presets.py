@@ -60,13 +60,38 @@ def clip(base: Base) -> list[Variant]:
     return [_train(label, loss_type=name, **_reuse(base, 2, 2)) for label, name in forms.items()]
 
 
+def variants(base: Base) -> list[Variant]:
+    """Compare GRPO, its sum over a constant, Dr. GRPO, RFT and MaxRL (CS336, edition 2026)."""
+    forms: dict[str, dict[str, Any]] = {
+        "grpo-constant": {},
+        "dr-grpo": {"use_std_normalization": False},
+        "rft": {"loss_type": "no_baseline"},
+        "maxrl": {"advantage": "maxrl"},
+    }
+    constant = [_train(label, aggregation="constant", **flags) for label, flags in forms.items()]
+    return [_train("grpo", aggregation="sequence_mean"), *constant]
+
+
+def off_policy_32(base: Base) -> list[Variant]:
+    """Make 32 updates per rollout batch: without a ratio, with one, clipped, and with GSPO (CS336, edition 2026)."""
+    forms: dict[str, dict[str, Any]] = {
+        "no-ratio": {"loss_type": "reinforce_with_baseline"},
+        "not-clipped": {"loss_type": "grpo_no_clip"},
+        "clipped": {"loss_type": "grpo_clip", "cliprange": 0.2},
+        "gspo": {"loss_type": "gspo", "cliprange": 3e-4},
+    }
+    return [_train(label, **flags, **_reuse(base, 1, 32)) for label, flags in forms.items()]
+
+
 def prompts(base: Base) -> list[Variant]:
     """Vary the prompt, with the reward that grades its format."""
     given = base("train")
     forms = {
         given.prompt_path: given.reward,
         "data/prompts/r1_zero.prompt": "r1_zero",
+        "data/prompts/r1_zero_three_shot.prompt": "r1_zero",
         "data/prompts/question_only.prompt": "question_only",
+        "data/prompts/question_only_2026.prompt": "question_only",
     }
     return [
         _train(path.rsplit("/", 1)[-1].removesuffix(".prompt").replace("_", "-"), prompt_path=path, reward=reward)
@@ -126,12 +151,16 @@ SWEEPS: dict[str, Callable[[Base], list[Variant]]] = {
     "std-normalization": std_normalization,
     "off-policy": off_policy,
     "clip": clip,
+    "variants": variants,
+    "off-policy-32": off_policy_32,
     "prompts": prompts,
     "objectives": objectives,
     "methods": methods,
     "sft-sizes": sft_sizes,
     "expert-iterations": expert_iterations,
 }
+SEEDS: dict[str, tuple[int, ...]] = dict.fromkeys(("variants", "off-policy-32"), (0, 1, 2, 3))
+"""Seeds of the sweeps that have more than one by default."""
 SHORT: dict[str, dict[str, Any]] = {
     "train": {"n_grpo_steps": 10, "n_val_examples": 128},
     "sft": {"n_val_examples": 128},

@@ -125,7 +125,8 @@ def load_examples(flag: str, path: str) -> list[Example]:
     """Return the examples of a jsonl file; errors name `flag`."""
     file = repository_path(path)
     if not file.exists():
-        hint = "; make it from MATH or GSM8K with drivers/convert_dataset.py" if path.startswith("data/math/") else ""
+        is_of_course = path.startswith(("data/math/", "data/gsm8k/"))
+        hint = "; make it from MATH or GSM8K with drivers/convert_dataset.py (data/README.md)" if is_of_course else ""
         raise UsageError(f"{flag} {path}: no such file{hint}")
     check_is_jsonl(flag, file)
     examples = share_equal(read_example(file, number, row) for number, row in read_jsonl(file))

@@ -26,7 +26,7 @@ from drivers.tasks.questions import (
 )
 from drivers.tasks.wordadd import SHOTS, make_wordadd
 from drivers.training.state import fingerprint
-from grpo_core import tokenize_prompt_and_output
+from grpo_core import r1_zero_reward_fn, tokenize_prompt_and_output
 from tests.drivers.helpers.letters import ask
 from tests.tiny import make_tiny_tokenizer
 
@@ -273,6 +273,21 @@ def test_r1_zero_prompt_opens_the_thought():
     assert template.endswith("User: {question}\nAssistant: <think>")
     assert load_prompt_template("data/prompts/question_only.prompt") == "{question}"
     assert load_prompt_template("data/prompts/wordadd.prompt").endswith("User: {question}\nAssistant: <think>")
+
+
+def test_prompts_of_2026_have_correct_examples():
+    """Each worked example gets the reward for its answer, and each of its equations holds."""
+    bare, shots = (load_prompt_template(f"data/prompts/{name}.prompt") for name in ("r1_zero", "r1_zero_three_shot"))
+    start, *examples, last = shots.split("User: ")
+    assert [start + "User: " + last, len(examples)] == [bare, 3]
+    for example, answer in zip(examples, ("18", "55", "23"), strict=True):
+        response = example.partition("Assistant: <think>")[2].strip()
+        assert r1_zero_reward_fn(response, answer)["reward"] == 1.0
+        equations = re.findall(r"([\d+*/ -]+) = (\d+)", response)
+        assert equations
+        assert all(eval(left) == int(right) for left, right in equations)
+    boxed = load_prompt_template("data/prompts/question_only_2026.prompt")
+    assert boxed == r"{question} Please put your final answer within \boxed{}."
 
 
 def test_prompt_cache_not_writable_raises_usage_error(tmp_path):

@@ -356,7 +356,10 @@ def test_recipes_are_legal():
         assert settings.keys() <= names
         for arguments in (["--recipe", recipe], ["--recipe", recipe, "--model-path", "somewhere"]):
             config = parse_train_config(arguments)
-            assert {name: getattr(config, name) for name in settings} == settings
+            given = {"model_path": "somewhere"} if "--model-path" in arguments else {}
+            assert {name: getattr(config, name) for name in settings} == settings | (
+                given if "model_path" in settings else {}
+            )
             assert config.recipe == recipe
 
 
@@ -365,6 +368,19 @@ def test_recipe_without_model_uses_quickstart_data():
     assert {name: getattr(small, name) for name in QUICKSTART} == QUICKSTART
     assert (large.model_path, large.n_grpo_steps, large.rollout_batch_size) == ("somewhere", 200, 256)
     assert small.loss_type == large.loss_type == "gspo"
+
+
+def test_recipe_with_model_is_not_of_the_quickstart():
+    """The edition of 2026: 200 steps on 6,400 questions, 32 at a time, in micro-batches of 8 responses."""
+    bare, other = (
+        parse_train_config(["--recipe", "cs336-2026", *more]) for more in ([], ["--model-path", "somewhere"])
+    )
+    assert (bare.model_path, other.model_path) == ("allenai/OLMo-2-0425-1B", "somewhere")
+    assert replace(bare, model_path="somewhere") == other
+    assert bare.n_grpo_steps * bare.n_prompts_per_rollout_batch == 6400
+    assert (bare.micro_train_batch_size, bare.micro_batch_tokens, bare.learning_rate) == (8, None, 1e-5)
+    assert (bare.sampling_max_tokens, bare.eval_steps, bare.n_val_examples) == (512, 10, 1024)
+    assert bare.sampling.stop == ("</answer>",)
 
 
 def test_papers_page_names_existing_recipes():

@@ -36,7 +36,7 @@ def read_settings(one):
 @pytest.mark.parametrize("name", SWEEPS)
 def test_preset_sweeps_vary_only_what_they_say(name, shared):
     """Runs differ only in the swept settings, and their programs accept all flags."""
-    runs = make_plan(name, *shared)
+    runs = make_plan(name, *shared, seeds=(0,))
     assert len(runs) > 1
     assert len({one.folder for one in runs}) == len(runs)
     found = [read_settings(one) for one in runs]
@@ -65,6 +65,30 @@ def test_plan_values_follow_shared_flags():
     assert {one.n_grpo_steps for one in batches} == {10}
     assert {one.n_grpo_steps for one in own} == {200}
     assert {read_settings(one).n_grpo_steps for one in make_plan("baselines", "--n-grpo-steps", "3")} == {3}
+
+
+@pytest.mark.medium
+def test_plan_of_2026_has_four_seeds_and_the_recipe_unshortened():
+    recipe = ["--recipe", "cs336-2026"]
+    estimators = [read_settings(one) for one in make_plan("variants", *recipe)]
+    assert [one.seed for one in estimators] == [0, 1, 2, 3] * 5
+    found = [(one.loss_type, one.advantage, one.use_std_normalization, one.aggregation) for one in estimators[::4]]
+    assert found == [
+        ("reinforce_with_baseline", "group", True, "sequence_mean"),
+        ("reinforce_with_baseline", "group", True, "constant"),
+        ("reinforce_with_baseline", "group", False, "constant"),
+        ("no_baseline", "group", True, "constant"),
+        ("reinforce_with_baseline", "maxrl", True, "constant"),
+    ]
+    reused = [read_settings(one) for one in make_plan("off-policy-32", *recipe)[::4]]
+    assert {(one.train_batch_size, one.gradient_accumulation_steps) for one in reused} == {(8, 1)}
+    assert {one.updates_per_rollout_batch for one in reused} == {32}
+    assert [one.loss_type for one in reused] == ["reinforce_with_baseline", "grpo_no_clip", "grpo_clip", "gspo"]
+    assert [one.cliprange for one in reused[2:]] == [0.2, 3e-4]
+    for one in (*estimators, *reused):
+        assert (one.n_grpo_steps, one.n_val_examples, one.rollout_batch_size) == (200, 1024, 256)
+    assert len(make_plan("baselines")) == 2
+    assert [one.seed for one in make_plan("variants", seeds=(7,))] == [7] * 5
 
 
 @pytest.mark.parametrize(("shared", "right"), [([], 4), (OWN, 5)], ids=["embedded", "own"])
@@ -119,6 +143,7 @@ def test_plan_list_is_read_from_file(tmp_path):
         ("none.jsonl", "none.jsonl: cannot be read"),
         ("baselines --seed 3", "--seed: is set by the sweep for each run"),
         ("baselines --resume auto", "--resume: is set"),
+        ("baselines --seeds", "--seeds: pass at least one seed"),
         ("baselines --seeds 1 1", "--seeds 1 1: pass at least one seed, and each seed once"),
         ("baselines --n-grpo-stepz 3", "n-grpo-stepz"),
         ("baselines --group-size 7", "must be a multiple of --group-size 7"),

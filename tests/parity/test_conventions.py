@@ -115,6 +115,14 @@ def test_dr_grpo_is_centered_advantages_and_a_constant():
     assert_close(policy.grad, torch.tensor([[0.5, 0.5], [-0.5, 0.0]]) / 16)
 
 
+def test_the_constant_divides_each_response_and_that_of_cs336_2026_the_batch():
+    """Five tokens of loss 6 in two responses: 30 / (2 * 3) here; 30 / 6 with Z = N C = 6 there."""
+    losses, mask = torch.full((2, 4), 6.0), torch.tensor([[True] * 4, [True, False, False, False]])
+    assert g.aggregate_token_losses(losses, mask, "constant", normalize_constant=3.0).item() == 5.0
+    assert g.masked_normalize(losses, mask, 6.0).item() == 5.0
+    assert g.masked_normalize(losses, mask, 3.0).item() == 10.0
+
+
 def test_values_under_the_mask_are_replaced_and_not_multiplied():
     policy = torch.tensor([[-1.0, NAN]], requires_grad=True)
     old = torch.tensor([[-1.0, math.inf]])

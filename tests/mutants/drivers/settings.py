@@ -215,7 +215,7 @@ MUTANTS = [
     *breaks(
         "parse_train_config",
         "drivers/settings/command_line.py",
-        f"{CLI} {OBJECTIVE} -k 'flag_given or gradient_accumulation or recipes_are or recipe_without'",
+        f"{CLI} {OBJECTIVE} -k 'flag_given or gradient_accumulation or recipes_are or recipe_with'",
         (
             "the first value counts",
             '        if name.replace("_", "-") == flag:\n',
@@ -225,6 +225,11 @@ MUTANTS = [
             "the quickstart overrides the recipe",
             '{"recipe": recipe, **base, **RECIPES[recipe]}',
             '{"recipe": recipe, **RECIPES[recipe], **base}',
+        ),
+        (
+            "the quickstart of a recipe with a model",
+            'is not None or "model_path" in RECIPES.get(recipe, {})',
+            "is not None",
         ),
         ("the recipe's budget stays", "return replace(config, micro_batch_tokens=None)", "return config"),
         (

@@ -10,7 +10,7 @@ MUTANTS = [
         "plan",
         PLAN,
         f"{SWEEP} -k 'plan_run or plan_values or plan_grid or may_grow or other_sweep'",
-        ("one seed for all runs", 'variant.flags | {"seed": seed}', 'variant.flags | {"seed": config.seeds[0]}'),
+        ("one seed for all runs", 'variant.flags | {"seed": seed}', 'variant.flags | {"seed": seeds[0]}'),
         (
             "shared flags win",
             "[*as_flags(SHORT[program] if is_short else {}), *shared, *as_flags(own)]",
@@ -18,7 +18,7 @@ MUTANTS = [
         ),
         (
             "always short",
-            'is_short = config.sweep in SWEEPS and flag_given(shared, "--model-path") is None',
+            "is_short = config.sweep in SWEEPS and not names_model(shared)",
             "is_short = config.sweep in SWEEPS",
         ),
         ("a run is not resumed", ', "--resume", "auto")', ")"),
@@ -43,7 +43,10 @@ MUTANTS = [
     *breaks(
         "presets",
         "drivers/sweeps/presets.py",
-        f"{SWEEP} -k off-policy",
+        f"{SWEEP} -k 'off-policy or of_2026'",
+        ("one seed", '("variants", "off-policy-32"), (0, 1, 2, 3)', '("variants", "off-policy-32"), (0,)'),
+        ("another constant", '_train(label, aggregation="constant", **flags)', "_train(label, **flags)"),
+        ("a single update", "_reuse(base, 1, 32)", "_reuse(base, 1, 1)"),
         ("whole batches", "given.rollout_batch_size // parts", "given.rollout_batch_size"),
         (
             "other micro-batches",
