@@ -3,7 +3,7 @@
 import re
 import textwrap
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from statistics import fmean
 from typing import Any
@@ -111,10 +111,15 @@ class Display:
         head = f"step {step:>{len(str(self._n_steps))}}/{self._n_steps}"
         self.say(head, *shown, last)
 
-    def show_evaluation(self, step: int, values: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> None:
-        """Print the accuracy and some completions with their rewards."""
+    def show_evaluation(
+        self, step: int, values: Mapping[str, float], rows: Sequence[Mapping[str, Any]], name: str | None = None
+    ) -> None:
+        """Print the accuracy on the set `name` and some completions with their rewards."""
+        of_set = "" if name is None else f" on {name}"
+        rates = "".join(f", {label} {values[key]:.3f}" for label, key in rates_at_most(values).items())
         self.say(
-            f"eval at step {step}: accuracy {_number(values, 'accuracy')} (+-{_number(values, 'accuracy_stderr')}), "
+            f"eval at step {step}{of_set}: accuracy {_number(values, 'accuracy')} "
+            f"(+-{_number(values, 'accuracy_stderr')}){rates}, "
             f"format {_number(values, 'format_reward')}, {values['response_tokens']:.1f} tokens, "
             f"{int(values['n_examples'])} questions"
         )
@@ -165,6 +170,16 @@ _UNBROKEN = "\N{NO-BREAK SPACE}"
 def _number(values: Mapping[str, float], name: str) -> str:
     """Format a metric, or return "-" if it is absent."""
     return f"{values[name]:.3f}" if name in values else "-"
+
+
+def rates_at_most(names: Iterable[str]) -> dict[str, str]:
+    """Return, of metrics such as pass_at_8 and maj_at_8, those with the largest k, by the name that a reader knows."""
+    found = {}
+    for kind in ("pass", "maj"):
+        numbers = [int(match[1]) for name in names if (match := re.fullmatch(rf"{kind}_at_(\d+)", name))]
+        if numbers:
+            found[f"{kind}@{max(numbers)}"] = f"{kind}_at_{max(numbers)}"
+    return found
 
 
 def clock(seconds: float) -> str:

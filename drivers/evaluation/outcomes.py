@@ -57,6 +57,14 @@ def correctness_values(rows: Sequence[Row]) -> list[float]:
     return [float(value) for value in values if value is not None]
 
 
+def number_questions(rows: Sequence[Row], n_samples: int) -> list[Row]:
+    """Return rows with the number of their question, of which each has `n_samples` in a row, and their category."""
+    return [
+        {"question_number": number // n_samples, "category": category_of(row), **row}
+        for number, row in enumerate(rows)
+    ]
+
+
 def by_question(rows: Sequence[Row]) -> list[list[Row]]:
     """Split rows by question; the responses to a question are adjacent in completions.jsonl."""
     return [list(responses) for _, responses in groupby(rows, key=lambda row: row["question_number"])]

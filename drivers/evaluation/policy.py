@@ -25,8 +25,8 @@ def evaluate_policy(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Sample and grade responses. Return the metrics and a row per response.
 
-    Metrics are over all scored responses, and the standard error of the accuracy is over questions. The first
-    `n_shown` rows include their tokens.
+    Metrics are over all scored responses, and the standard error of the accuracy is over questions. The rows of the
+    first responses to the first `n_shown` questions include their tokens.
     """
     completions = engine.generate([question.prompt_token_ids for question in questions], sampling, seed=seed)
     question_of = [question for question in questions for _ in range(sampling.n)]
@@ -35,8 +35,8 @@ def evaluate_policy(
         describe_sample(question, completion, verdict)
         for question, completion, verdict in zip(question_of, completions, graded, strict=True)
     ]
-    for row, completion in zip(rows[:n_shown], completions, strict=False):
-        row |= describe_tokens(completion, tokenizer)
+    for number in range(0, min(n_shown, len(questions)) * sampling.n, sampling.n):
+        rows[number] |= describe_tokens(completions[number], tokenizer)
     values = {
         **_accuracy(graded, sampling.n),
         **{name: fmean(scores) for name in STANDARD if (scores := _scores(graded, name))},

@@ -20,7 +20,7 @@ from drivers.engines.factory import blame_engine, describe_start, make_engine
 from drivers.engines.options import EngineOptions
 from drivers.engines.protocol import RolloutEngine
 from drivers.evaluation.comparison import Evaluation, Rows, Values, count_asked, print_results, read_earlier
-from drivers.evaluation.outcomes import category_of, compare, summarize
+from drivers.evaluation.outcomes import compare, number_questions, summarize
 from drivers.evaluation.policy import evaluate_policy
 from drivers.grading.pool import start_grading
 from drivers.grading.verdicts import Grader
@@ -30,6 +30,7 @@ from drivers.policy.weight_gatherer import WeightGatherer
 from drivers.runs.folder import abandon_run_folder, create_run_folder
 from drivers.runs.log import describe_environment
 from drivers.settings.evaluate import EvaluateConfig
+from drivers.settings.evaluation import name_sets
 from drivers.tasks.questions import (
     Example,
     Prompt,
@@ -112,13 +113,9 @@ def summarize_sets(evaluation: Evaluation, reward: str) -> Values:
 
 
 def load_sets(config: EvaluateConfig) -> dict[str, list[Example]]:
-    """Load the questions of each file by its name, or by its path if two files have the same name."""
-    stems = [Path(path).stem for path in config.data_path]
-    names = [stem if stems.count(stem) == 1 else path for stem, path in zip(stems, config.data_path, strict=True)]
-    if len(set(names)) < len(names):
-        raise UsageError(f"--data-path {' '.join(config.data_path)}: a file is given twice; give each file once")
-    sets = zip(names, config.data_path, strict=True)
-    return {name: load_examples("--data-path", path)[: config.n_examples] for name, path in sets}
+    """Load the questions of each file by the name of the set."""
+    sets = name_sets("--data-path", config.data_path)
+    return {name: load_examples("--data-path", path)[: config.n_examples] for name, path in sets.items()}
 
 
 class ModelInputs(NamedTuple):
@@ -181,10 +178,7 @@ def sample_and_grade(
         for name, questions in inputs.questions.items():
             with display.stage(f"Asking {name}: {count_asked(len(questions), config.n_samples)}"):
                 values[name], responses = evaluate_policy(engine, questions, config.sampling, grade, seed=config.seed)
-            rows[name] = [
-                {"dataset": name, "question_number": number // config.n_samples, "category": category_of(row), **row}
-                for number, row in enumerate(responses)
-            ]
+            rows[name] = [{"dataset": name, **row} for row in number_questions(responses, config.n_samples)]
     finally:
         engine.close()
     return Evaluation(values, rows)

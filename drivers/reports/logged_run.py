@@ -54,11 +54,13 @@ class LoggedRun:
         return {step: value for step, value in sorted(logged.items()) if value is not None}
 
     def estimates(self, metric: str) -> dict[int, Estimate]:
-        """Return the metric `phase/name` by step; the held-out accuracy has its interval."""
-        if metric == "eval/accuracy":
-            return self.accuracies
+        """Return the metric `phase/name` by step, with its interval; only rates of an evaluation have one."""
         phase, _, name = metric.partition("/")
-        return {step: Estimate(value) for step, value in self.values(phase, name).items()}
+        values = self.values(phase, name)
+        if phase != "eval":
+            return {step: Estimate(value) for step, value in values.items()}
+        rows = {row["step"]: row for row in self.rows.get(phase, ())}
+        return {step: _estimate(name, value, rows[step]) for step, value in values.items()}
 
     def speed(self, tokens: str, phase: str) -> float | None:
         """Return tokens per second over all steps, or None if either was not logged."""
@@ -97,9 +99,8 @@ class LoggedRun:
 
     @cached_property
     def accuracies(self) -> dict[int, Estimate]:
-        """Held-out accuracy by step, with a 95 % interval over questions."""
-        rows = {row["step"]: row for row in self.rows.get("eval", ())}
-        return {step: _estimate_accuracy(value, rows[step]) for step, value in self.values("eval", "accuracy").items()}
+        """Accuracy on the first set of held-out questions by step, with a 95 % interval over questions."""
+        return self.estimates("eval/accuracy")
 
     @property
     def steps(self) -> tuple[int, int | None]:
@@ -204,10 +205,19 @@ def _number(value: Any) -> float | None:
     return value if is_number(value) else None
 
 
-def _estimate_accuracy(value: float, row: Row) -> Estimate:
+def _estimate(name: str, value: float, row: Row) -> Estimate:
+    """Add the interval of a metric: the one that was logged, or that of an accuracy from one response per question."""
+    low, high = (_number(row.get(f"{name}_{end}")) for end in ("low", "high"))
+    if low is not None and high is not None:
+        return Estimate(value, low, high)
+    of_set, slash, key = name.rpartition("/")
+    return _estimate_accuracy(value, row, f"{of_set}{slash}") if key == "accuracy" else Estimate(value)
+
+
+def _estimate_accuracy(value: float, row: Row, prefix: str) -> Estimate:
     """Add Wilson's interval; for rewards outside [0, 1], 1.96 standard errors on either side."""
-    n_questions, unscored = _number(row.get("n_examples")) or 0.0, _number(row.get("unscored")) or 0.0
-    n_scored, standard_error = round(n_questions * (1 - unscored)), _number(row.get("accuracy_stderr"))
+    n_questions, unscored = (_number(row.get(f"{prefix}{key}")) or 0.0 for key in ("n_examples", "unscored"))
+    n_scored, standard_error = round(n_questions * (1 - unscored)), _number(row.get(f"{prefix}accuracy_stderr"))
     if 0 <= value <= 1 and n_scored > 0:
         import torch  # here, because a program must show its help without loading torch
 

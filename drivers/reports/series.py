@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from drivers.common.display import rates_at_most
 from drivers.reports.logged_run import PHASES, Row, Series
 
 MAX_BARS = 100
@@ -32,14 +33,8 @@ class PanelSpec:
 
 
 REWARD = PanelSpec("Reward", "mean over rollouts", {"reward": "train/reward", "format": "train/format_reward"})
+DEMONSTRATIONS = PanelSpec("Demonstrations", "nats per token", {"-log π": "train/nll"})
 PANELS = (
-    PanelSpec("Demonstrations", "nats per token", {"-log π": "train/nll"}),
-    PanelSpec(
-        "Held-out accuracy",
-        "share of questions",
-        {"accuracy": "eval/accuracy", "format": "eval/format_reward"},
-        is_share=True,
-    ),
     PanelSpec(
         "Entropy", "nats per token", {"sampled": "train/rollout_entropy", "policy, trained on": "train/entropy"}
     ),
@@ -66,7 +61,7 @@ PANELS = (
         "Speed", "tokens per second", {"sampled": "train/rollout_tokens_per_s", "trained": "train/update_tokens_per_s"}
     ),
 )
-"""All panels after the reward and its parts, in order."""
+"""All panels after those of the rewards, the demonstrations and the held-out questions, in order."""
 
 
 # --- curves ----------------------------------------------------------------------------------------------------------
@@ -101,28 +96,45 @@ class Panel(NamedTuple):
 
 def make_panels(groups: Sequence[Series]) -> list[Panel]:
     """Return the panels for which some run has logged a quantity."""
-    specs = (REWARD, _reward_parts(groups), *PANELS, _pass_at_k(groups))
+    specs = (REWARD, _reward_parts(groups), DEMONSTRATIONS, *_held_out(groups), *PANELS, _pass_at_k(groups))
     panels = (_make_panel(spec, groups) for spec in specs)
     return [panel for panel in panels if panel.lines]
 
 
 def _reward_parts(groups: Sequence[Series]) -> PanelSpec:
     """Return the panel of the numbers that the reward functions have returned by name."""
-    keys = sorted(_find_keys(groups, PART_PREFIX))
+    keys = [key for key in _logged_keys(groups, "train") if key.startswith(PART_PREFIX)]
     return PanelSpec("Parts of the reward", "mean", {key.removeprefix(PART_PREFIX): f"train/{key}" for key in keys})
 
 
 def _pass_at_k(groups: Sequence[Series]) -> PanelSpec:
     """Return the panel of pass@k of the training groups."""
-    ks = sorted(int(key.removeprefix(PASS_PREFIX)) for key in _find_keys(groups, PASS_PREFIX))
+    prefixed = [key for key in _logged_keys(groups, "train") if key.startswith(PASS_PREFIX)]
+    ks = sorted(int(key.removeprefix(PASS_PREFIX)) for key in prefixed)
     quantities = {f"pass@{k}": f"train/{PASS_PREFIX}{k}" for k in ks}
     return PanelSpec("Groups solved", "share of groups", quantities, is_share=True)
 
 
-def _find_keys(groups: Sequence[Series], prefix: str) -> set[str]:
-    """Return the keys of training rows that begin with `prefix`."""
-    rows = (row for series in groups for run in series.runs for row in run.rows.get("train", ()))
-    return {key for row in rows for key in row if key.startswith(prefix)}
+def _held_out(groups: Sequence[Series]) -> tuple[PanelSpec, PanelSpec]:
+    """Return the panels of the accuracy on each set of held-out questions, and of pass@k and maj@k."""
+    keys = _logged_keys(groups, "eval")
+    others = [key.removesuffix("/accuracy") for key in keys if key.endswith("/accuracy")]
+    accuracies = {"accuracy": "eval/accuracy"} | {f"accuracy, {name}": f"eval/{name}/accuracy" for name in others}
+    rates: dict[str, str] = {}
+    for suffix, prefix in [("", ""), *((f", {name}", f"{name}/") for name in others)]:
+        of_set = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
+        rates |= {f"{label}{suffix}": f"eval/{prefix}{key}" for label, key in rates_at_most(of_set).items()}
+    unit = "share of questions"
+    return (
+        PanelSpec("Held-out accuracy", unit, accuracies | {"format": "eval/format_reward"}, is_share=True),
+        PanelSpec("Held-out, several responses", unit, rates, is_share=True),
+    )
+
+
+def _logged_keys(groups: Sequence[Series], phase: str) -> list[str]:
+    """Return the names of all metrics that some run has logged in a phase."""
+    rows = (row for series in groups for run in series.runs for row in run.rows.get(phase, ()))
+    return sorted({key for row in rows for key in row})
 
 
 def _make_panel(spec: PanelSpec, groups: Sequence[Series]) -> Panel:

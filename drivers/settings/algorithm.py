@@ -6,11 +6,11 @@ from typing import Any
 
 from drivers.common.errors import UsageError
 from drivers.settings.base import check_multiple
-from drivers.settings.groups import GradingSettings, RolloutSettings, UpdateSettings, make_sampling
+from drivers.settings.groups import GradingSettings, RolloutSettings, UpdateSettings
 from drivers.settings.objective import ImportanceSettings, KLSettings, ObjectiveSettings
 from drivers.settings.objectives import ADVANTAGES, OBJECTIVES, Choice
 from drivers.settings.reward_spec import parse_mix
-from drivers.settings.sampling import Sampling
+from drivers.settings.sampling import Sampling, make_sampling
 
 
 def _find_readers(decider: str, table: Mapping[Any, Choice]) -> dict[str, tuple[str, tuple[str, ...]]]:

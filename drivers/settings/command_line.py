@@ -118,6 +118,8 @@ def earlier_settings(kind: type[Trained], arguments: Sequence[str]) -> Trained |
 def _read_settings(kind: type[Trained], saved: dict[str, Any]) -> Trained:
     """Return settings that were saved as JSON. Values of a wrong type raise ValueError."""
     known = {field.name for field in fields(kind)} - {"resume", "save_dir", "show"}
+    if isinstance(saved.get("val_data_path"), str):  # older runs have a single file
+        saved = saved | {"val_data_path": [saved["val_data_path"]]}
     return kind(**check_types(kind, {name: value for name, value in saved.items() if name in known}))
 
 

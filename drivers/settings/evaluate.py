@@ -5,16 +5,10 @@ from typing import ClassVar
 
 from drivers.common.errors import UsageError
 from drivers.settings.base import NonNegativeFloat, NonNegativeInt, PositiveInt
-from drivers.settings.groups import (
-    EngineSettings,
-    GradingSettings,
-    ModelSettings,
-    NucleusSettings,
-    PromptSettings,
-    make_sampling,
-)
+from drivers.settings.evaluation import name_sets
+from drivers.settings.groups import EngineSettings, GradingSettings, ModelSettings, PromptSettings
 from drivers.settings.recipes import EMBEDDED_MODEL
-from drivers.settings.sampling import Sampling
+from drivers.settings.sampling import NucleusSettings, Sampling, make_sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +24,8 @@ class EvaluateConfig(EngineSettings, NucleusSettings, GradingSettings, PromptSet
     model_path: str = EMBEDDED_MODEL
     """Model to evaluate: a folder or Hugging Face hub name of a causal language model, such as a checkpoint."""
     data_path: tuple[str, ...] = ("data/wordadd/validation.jsonl",)
-    """Questions: JSONL with `question` and `answer`. Several files are reported separately."""
+    """Questions: JSONL with `question` and `answer`. Several files are reported separately; `name=path` gives one a
+    name other than its own."""
     prompt_path: str = "data/prompts/wordadd.prompt"
     n_examples: PositiveInt | None = None
     """Number of questions to ask, from the top of each file. Default: all."""
@@ -60,8 +55,7 @@ class EvaluateConfig(EngineSettings, NucleusSettings, GradingSettings, PromptSet
                 f"{self.flag('compare_to')}: both models must get the same questions, but --long-prompts drop may "
                 "leave out others for each tokenizer; pass --long-prompts refuse"
             )
-        if not self.data_path:
-            raise UsageError("--data-path: is empty; pass at least one file of questions")
+        name_sets("--data-path", self.data_path)
         if self.sampling_temperature == 0 and self.n_samples > 1:
             raise UsageError(
                 f"{self.flag('n_samples')}: greedy responses are all the same; pass --n-samples 1, or a "

@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 from datetime import date
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 from urllib.parse import urlsplit
 
 from drivers.common.errors import UsageError
 from drivers.settings.base import (
-    Bounds,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -16,8 +15,9 @@ from drivers.settings.base import (
     Share,
     check_multiple,
 )
+from drivers.settings.evaluation import EvaluationSettings, name_sets
 from drivers.settings.reward_spec import check_reward
-from drivers.settings.sampling import Sampling, stop_strings
+from drivers.settings.sampling import NucleusSettings
 from drivers.settings.schedule import Schedule
 
 
@@ -106,10 +106,12 @@ class DataSettings(PromptSettings):
 
     data_path: str = "data/math/train.jsonl"
     """Training questions: JSONL with `question` and `answer`, as drivers/convert_dataset.py writes it."""
-    val_data_path: str = "data/math/test.jsonl"
-    """Held-out questions: JSONL with `question` and `answer`."""
-    n_val_examples: PositiveInt = 1024
-    """Held-out questions per evaluation, with one response each; at most as many as the file has."""
+    val_data_path: tuple[str, ...] = ("data/math/test.jsonl",)
+    """Held-out questions; the first file chooses the best checkpoint."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name_sets("--val-data-path", self.val_data_path)
 
 
 # --- grading ---------------------------------------------------------------------------------------------------------
@@ -137,59 +139,6 @@ class GradingSettings(Settings):
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True, kw_only=True)
-class SamplingSettings(Settings):
-    """The distribution that responses are drawn from."""
-
-    heading: ClassVar[str] = "sampling"
-
-    sampling_temperature: PositiveFloat = 1.0
-    """Temperature of rollouts and evaluations. Log-probs in the loss use the same temperature."""
-    sampling_min_tokens: NonNegativeInt = 4
-    """Minimum length of a response in tokens. The sampler alone hides the end token until then, so its log-probs
-    differ from the policy's there; the self-check skips those tokens."""
-    sampling_max_tokens: PositiveInt = 1024
-    """Maximum length of a response in tokens; longer responses are truncated."""
-    sampling_stop: tuple[str, ...] | None = None
-    """Texts that end a response. Default: </answer> for the rewards r1_zero, countdown and gym, none for others."""
-    seed: Annotated[int, Bounds(at_least=-1e18, at_most=1e18)] = 0
-    """Seed of sampling, and in training of the order of questions and of shuffling."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.sampling_min_tokens > self.sampling_max_tokens:
-            raise UsageError(
-                f"{self.flag('sampling_min_tokens')}: must not exceed {self.flag('sampling_max_tokens')}; pass "
-                f"at most {self.sampling_max_tokens}"
-            )
-        if self.sampling_stop is not None and "" in self.sampling_stop:
-            raise UsageError(
-                "--sampling-stop '': an empty text would end every response before its first token; pass "
-                "--sampling-stop without a text if nothing is to end a response"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class NucleusSettings(SamplingSettings):
-    """Sampling that can leave out the tail of the distribution."""
-
-    sampling_top_p: Share = 1.0
-    """Sample only from the most probable tokens that together have this probability. Below 1 the sampler's log-probs
-    differ from the policy's, so settings that use their ratio are rejected."""
-
-
-def make_sampling(settings: NucleusSettings, reward: str, n: int) -> Sampling:
-    """Return the parameters that draw `n` responses to each prompt."""
-    return Sampling(
-        n=n,
-        temperature=settings.sampling_temperature,
-        top_p=settings.sampling_top_p,
-        min_tokens=settings.sampling_min_tokens,
-        max_tokens=settings.sampling_max_tokens,
-        stop=stop_strings(reward) if settings.sampling_stop is None else settings.sampling_stop,
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class RolloutSettings(NucleusSettings):
     """The groups of a GRPO step, and when they are sampled."""
@@ -328,8 +277,6 @@ class RunSettings(Settings):
     resume: str | None = None
     """Resume a run from its folder or from one of its checkpoints. Its settings apply unless overridden by flags.
     `auto` resumes the run in --save-dir, if there is one. Default: start a new run."""
-    eval_steps: PositiveInt = 5
-    """Steps between evaluations; the model is also evaluated before the first step and after the last."""
     checkpoint_steps: PositiveInt = 10
     """Steps between checkpoints."""
     keep_checkpoints: PositiveInt | None = None
@@ -368,7 +315,7 @@ class SafetySettings(Settings):
 # --- together --------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings(
-    SafetySettings, RunSettings, RolloutEngineSettings, OptimizerSettings, SamplingSettings, GradingSettings,
+    SafetySettings, RunSettings, RolloutEngineSettings, OptimizerSettings, EvaluationSettings, GradingSettings,
     DataSettings, PolicySettings,
 ):  # fmt: skip
     """The settings of every program that trains."""

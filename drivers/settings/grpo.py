@@ -8,6 +8,7 @@ from drivers.settings.algorithm import AlgorithmSettings
 from drivers.settings.base import PositiveInt
 from drivers.settings.groups import TrainingSettings
 from drivers.settings.recipes import RecipeName
+from drivers.settings.sampling import Sampling
 from drivers.settings.schedule import schedule_factor
 
 
@@ -41,6 +42,11 @@ class GrpoConfig(AlgorithmSettings, TrainingSettings):
     def collective_timeout_s(self) -> float:
         """Return how long other ranks wait for rank 0, which samples in rounds and may restart the engine."""
         return (4 + self.max_refills) * self.engine_deadline_s + 1800
+
+    @property
+    def eval_sampling(self) -> Sampling:
+        """Return the parameters that draw the responses to a held-out question."""
+        return self.for_evaluation(self.sampling)
 
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of all updates of a step."""

@@ -12,6 +12,7 @@ from drivers.common.paths import repository_path
 from drivers.settings.base import spell_flag
 from drivers.settings.command_line import HELP, check_types, flag_given, is_run
 from drivers.settings.evaluate import EvaluateConfig
+from drivers.settings.evaluation import split_name
 from drivers.settings.parser import parse
 
 _SAME = (
@@ -19,8 +20,16 @@ _SAME = (
     "grader_deadline_s", "sampling_temperature", "sampling_top_p", "sampling_min_tokens", "sampling_max_tokens",
     "sampling_stop",
 )  # fmt: skip
-TAKEN = {"data_path": "val_data_path", "n_examples": "n_val_examples"} | {name: name for name in _SAME}
+TAKEN = {"data_path": "val_data_path", "n_examples": "n_val_examples", "n_samples": "eval_samples"} | {
+    name: name for name in _SAME
+}
 """Settings that are taken from a run, and their names there."""
+OWN = {
+    "sampling_temperature": "eval_temperature",
+    "sampling_top_p": "eval_top_p",
+    "sampling_max_tokens": "eval_max_tokens",
+}
+"""Settings whose values for evaluations are taken, and their names there, if the run has some."""
 _SHOWN = ("data_path", "n_examples", "prompt_path", "reward")
 """Settings that are printed even if they are the defaults of evaluate.py."""
 _PARTS = {
@@ -78,8 +87,9 @@ def take_settings(flag: str, run: Path) -> dict[str, Any]:
         written = json.loads(file.read_text(encoding="utf-8"))
         saved, started_in = written["config"], written["environment"].get("folder")
         names = {name: of_run for name, of_run in TAKEN.items() if of_run in saved}
+        names |= {name: of_run for name, of_run in OWN.items() if saved.get(of_run) is not None}
         settings = {name: saved[of_run] for name, of_run in names.items()}
-        if "data_path" in settings:
+        if isinstance(settings.get("data_path"), str):  # an older run has a single file
             settings["data_path"] = [settings["data_path"]]
         settings = check_types(EvaluateConfig, settings)
         EvaluateConfig(**settings)
@@ -93,7 +103,7 @@ def take_settings(flag: str, run: Path) -> dict[str, Any]:
         if settings.get(name) is not None:
             settings[name] = _find_file(settings[name], started_in)
     if "data_path" in settings:
-        settings["data_path"] = tuple(_find_file(path, started_in) for path in settings["data_path"])
+        settings["data_path"] = tuple(_find_set(entry, started_in) for entry in settings["data_path"])
     where, colon, function = settings.get("reward", "").rpartition(":")
     if where.endswith(".py"):
         settings["reward"] = f"{_find_file(where, started_in)}{colon}{function}"
@@ -107,6 +117,13 @@ def _find_file(path: str, started_in: object) -> str:
     there = Path(started_in) / path
     is_elsewhere = there.exists() and there.resolve() != repository_path(path).resolve()
     return str(there) if is_elsewhere else path
+
+
+def _find_set(entry: str, started_in: object) -> str:
+    """Return an entry of --data-path, with or without a name, as it must be written here."""
+    name, path = split_name(entry)
+    found = _find_file(path, started_in)
+    return found if name is None else f"{name}={found}"
 
 
 def _is_given(name: str, arguments: Sequence[str]) -> bool:

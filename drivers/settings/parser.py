@@ -25,11 +25,18 @@ MOST_USED = (
 """Flags that stand first in `--help`, under a heading of their own."""
 HEADINGS = (
     "most used", "model", "data", "grading", "sampling", "objective", "importance correction", "KL and entropy",
-    "optimizer", "engine", "run", "safety",
+    "optimizer", "evaluation", "engine", "run", "safety",
 )  # fmt: skip
-SHOWN = {str | None: "STR", int | None: "INT", float | None: "FLOAT", tuple[str, ...] | None: "[STR [STR ...]]"}
-SHOWN |= {ObjectiveName: f"{{{','.join(OBJECTIVES)}}}", AdvantageName: f"{{{','.join(ADVANTAGES)}}}"}
-"""How `--help` shows types of which a part is not worth a place there: a None that is a default, or any other text."""
+SHOWN = {
+    str | None: "STR",  # None is a default, and not worth a place in `--help`
+    int | None: "INT",
+    float | None: "FLOAT",
+    tuple[str, ...] | None: "[STR [STR ...]]",
+    tuple[str, ...]: "STR ...",
+    ObjectiveName: f"{{{','.join(OBJECTIVES)}}}",  # any other text is allowed too
+    AdvantageName: f"{{{','.join(ADVANTAGES)}}}",
+}
+"""Values of flags, where `--help` shows them otherwise than tyro."""
 
 
 def parse(kind: type[Config], arguments: Sequence[str], defaults: Config) -> Config:

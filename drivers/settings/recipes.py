@@ -7,7 +7,7 @@ EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 QUICKSTART: dict[str, Any] = {
     "model_path": EMBEDDED_MODEL,
     "data_path": "data/wordadd/train.jsonl",
-    "val_data_path": "data/wordadd/validation.jsonl",
+    "val_data_path": ("data/wordadd/validation.jsonl",),
     "prompt_path": "data/prompts/wordadd.prompt",
     "n_grpo_steps": 15,
     "learning_rate": 3e-5,

@@ -1,6 +1,10 @@
-"""Sampling parameters."""
+"""Sampling parameters, and their flags."""
 
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from drivers.common.errors import UsageError
+from drivers.settings.base import Bounds, NonNegativeInt, PositiveFloat, PositiveInt, Settings, Share
 
 
 @dataclass(frozen=True)
@@ -19,3 +23,56 @@ class Sampling:
 def stop_strings(reward: str) -> tuple[str, ...]:
     """Return the texts that end a response under this reward."""
     return ("</answer>",) if reward in ("r1_zero", "countdown", "gym") else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings(Settings):
+    """The distribution that responses are drawn from."""
+
+    heading: ClassVar[str] = "sampling"
+
+    sampling_temperature: PositiveFloat = 1.0
+    """Temperature of rollouts and evaluations. Log-probs in the loss use the same temperature."""
+    sampling_min_tokens: NonNegativeInt = 4
+    """Minimum length of a response in tokens. The sampler alone hides the end token until then, so its log-probs
+    differ from the policy's there; the self-check skips those tokens."""
+    sampling_max_tokens: PositiveInt = 1024
+    """Maximum length of a response in tokens; longer responses are truncated."""
+    sampling_stop: tuple[str, ...] | None = None
+    """Texts that end a response. Default: </answer> for the rewards r1_zero, countdown and gym, none for others."""
+    seed: Annotated[int, Bounds(at_least=-1e18, at_most=1e18)] = 0
+    """Seed of sampling, and in training of the order of questions and of shuffling."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sampling_min_tokens > self.sampling_max_tokens:
+            raise UsageError(
+                f"{self.flag('sampling_min_tokens')}: must not exceed {self.flag('sampling_max_tokens')}; pass "
+                f"at most {self.sampling_max_tokens}"
+            )
+        if self.sampling_stop is not None and "" in self.sampling_stop:
+            raise UsageError(
+                "--sampling-stop '': an empty text would end every response before its first token; pass "
+                "--sampling-stop without a text if nothing is to end a response"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NucleusSettings(SamplingSettings):
+    """Sampling that can leave out the tail of the distribution."""
+
+    sampling_top_p: Share = 1.0
+    """Sample only from the most probable tokens that together have this probability. Below 1 the sampler's log-probs
+    differ from the policy's, so settings that use their ratio are rejected."""
+
+
+def make_sampling(settings: NucleusSettings, reward: str, n: int) -> Sampling:
+    """Return the parameters that draw `n` responses to each prompt."""
+    return Sampling(
+        n=n,
+        temperature=settings.sampling_temperature,
+        top_p=settings.sampling_top_p,
+        min_tokens=settings.sampling_min_tokens,
+        max_tokens=settings.sampling_max_tokens,
+        stop=stop_strings(reward) if settings.sampling_stop is None else settings.sampling_stop,
+    )

@@ -312,10 +312,12 @@ def fit_context(
     context: int | None,
     long_prompts: Literal["refuse", "drop"],
     say: Callable[[str], None] = print,
+    flag: str = "--sampling-max-tokens",
 ) -> list[Q]:
     """Return the questions that leave room for a response in the model's context.
 
     If others exist, raise a UsageError that counts them; with `long_prompts="drop"`, `say` their number instead.
+    `flag` is the one that sets `max_new_tokens`.
     """
     kept = [q for q in questions if context is None or q.n_tokens(max_new_tokens) <= context]
     if len(kept) == len(questions):
@@ -323,11 +325,11 @@ def fit_context(
     longest = max(questions, key=lambda question: question.n_tokens(max_new_tokens))
     problem = (
         f"{len(questions) - len(kept)} of {len(questions)} questions do not fit into the model's context of {context} "
-        f"tokens with --sampling-max-tokens {max_new_tokens}; the longest, {longest.example.source}, needs "
+        f"tokens with {flag} {max_new_tokens}; the longest, {longest.example.source}, needs "
         f"{longest.n_tokens(max_new_tokens)}"
     )
     if long_prompts == "refuse" or not kept:
-        remedy = "lower --sampling-max-tokens or remove them" + ", or pass --long-prompts drop" * bool(kept)
+        remedy = f"lower {flag} or remove them" + ", or pass --long-prompts drop" * bool(kept)
         raise UsageError(f"--long-prompts {long_prompts}: {problem}; {remedy}")
     say(f"warning: --long-prompts drop: {problem}; they are left out")
     return kept

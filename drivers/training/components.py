@@ -1,7 +1,7 @@
 """The components that a training loop combines."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -20,8 +20,11 @@ class Components:
     grade: Grader
     train_set: Sequence[Question]
     val_set: Sequence[Question]
+    """Held-out questions that decide which checkpoint is the best."""
     reference: nn.Module | None = None
     """Frozen copy of the initial policy, for the KL penalty. None if none is needed, or with LoRA."""
+    other_val_sets: Mapping[str, Sequence[Question]] = field(default_factory=dict)
+    """Further sets of held-out questions by name."""
 
     def close(self) -> None:
         """End the processes that sample and grade."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from drivers.common.errors import TrainingAbortedError, UsageError, first_line
 from drivers.common.signals import StepSignals, defer_signals
 from drivers.engines.factory import blame_engine
 from drivers.engines.rank_zero import run_with_engine
+from drivers.evaluation.outcomes import number_questions, summarize
 from drivers.evaluation.policy import evaluate_policy
 from drivers.policy import fsdp
 from drivers.reports.curves import draw_curves
@@ -26,8 +27,10 @@ from drivers.runs.folder import discard_run, find_later_checkpoints
 from drivers.runs.lock import release_run_lock
 from drivers.runs.log import RunLog
 from drivers.runs.resume import RUN_MARKER
+from drivers.settings.evaluation import name_sets
 from drivers.settings.groups import TrainingSettings
 from drivers.settings.grpo import GrpoConfig
+from drivers.tasks.questions import Question
 from drivers.training.anomalies import AnomalyPolicy
 from drivers.training.checkpointer import Checkpointer
 from drivers.training.components import Components
@@ -199,31 +202,48 @@ class Run:
         self.display.say(f"self-check at step {version}: {agreement}; {tolerance:g} mean allowed")
 
     def evaluate(self, components: Components, *, step: int) -> None:
-        """Measure, log and show the held-out accuracy."""
-        n_shown = self.config.n_logged_completions
+        """Measure, log and show the accuracy on each set of held-out questions."""
+        first, *_ = name_sets("--val-data-path", self.config.val_data_path)
+        sets = {first: components.val_set, **components.other_val_sets}
         with self.timer.phase("evaluate"):
-            call = partial(
-                evaluate_policy,
-                components.engine,
-                components.val_set,
-                replace(self.config.sampling, n=1),
-                components.grade,
-                seed=EVALUATION_SEED,
-                n_shown=n_shown,
-                tokenizer=self.tokenizer,
-            )
-            metrics, rows = run_with_engine(components.engine, call)
-        n_failed = metrics["grader_errors"] + metrics["grader_timeouts"]
-        if step == 0 and n_failed == len(rows):
+            results = {name: self._ask(components, questions) for name, questions in sets.items()}
+        n_asked = sum(len(rows) for _, rows in results.values())
+        n_failed = sum(metrics["grader_errors"] + metrics["grader_timeouts"] for metrics, _ in results.values())
+        if step == 0 and n_failed == n_asked:
             raise TrainingAbortedError(
-                f"--reward {self.config.reward}: failed on all {len(rows)} held-out responses before the first step; "
+                f"--reward {self.config.reward}: failed on all {n_asked} held-out responses before the first step; "
                 "correct the function"
             )
-        if "accuracy" in metrics:
-            self.state.accuracies[step] = metrics["accuracy"]
-        self.log("eval", step, metrics | {"time_evaluate_s": self.timer.seconds["evaluate"]})
-        self._log_completions("eval", step, rows[:n_shown])
-        self.display.show_evaluation(step, metrics, rows[:n_shown])
+        logged, others = results[first][0], [name for name in sets if name != first]
+        if "accuracy" in logged:
+            self.state.accuracies[step] = logged["accuracy"]
+        of_others = {f"{name}/{key}": value for name in others for key, value in results[name][0].items()}
+        self.log("eval", step, logged | of_others | {"time_evaluate_s": self.timer.seconds["evaluate"]})
+        for name, (metrics, rows) in results.items():
+            shown = rows[:: self.config.eval_samples][: self.config.n_logged_completions]
+            if others:
+                shown = [{"dataset": name, **row} for row in shown]
+            self._log_completions("eval", step, shown)
+            self.display.show_evaluation(step, metrics, shown, name if others else None)
+
+    def _ask(
+        self, components: Components, questions: Sequence[Question]
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Return the metrics and the graded responses of a set of held-out questions."""
+        call = partial(
+            evaluate_policy,
+            components.engine,
+            questions,
+            self.config.eval_sampling,
+            components.grade,
+            seed=EVALUATION_SEED,
+            n_shown=self.config.n_logged_completions,
+            tokenizer=self.tokenizer,
+        )
+        metrics, rows = run_with_engine(components.engine, call)
+        if self.config.eval_samples > 1:
+            metrics |= summarize(number_questions(rows, self.config.eval_samples), self.config.reward)
+        return metrics, rows
 
     def hold_signals(self) -> None:
         """Let Ctrl-C wait for the end of the step, because from here on its weights are between two steps.

@@ -42,7 +42,9 @@ def self_check_sampling(config: GrpoConfig) -> Sampling:
 
     With top-p the sampler's log-probs belong to another distribution, even if the weights agree.
     """
-    max_tokens = min(config.sampling_max_tokens, config.sampling_min_tokens + 64)
+    # The engine has room for a response of an evaluation, because the prompts are held-out questions.
+    longest = min(config.sampling_max_tokens, config.eval_sampling.max_tokens)
+    max_tokens = min(longest, config.sampling_min_tokens + 64)
     return replace(config.sampling, n=min(8, config.group_size), max_tokens=max_tokens, top_p=1.0)
 
 

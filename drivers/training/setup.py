@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from drivers.runs.checkpoint import check_saving, read_dtype, read_state_values
 from drivers.runs.folder import abandon_run_folder
 from drivers.runs.lock import release_run_lock
 from drivers.runs.resume import RUN_MARKER, open_run_folder
+from drivers.settings.evaluation import name_sets
 from drivers.settings.groups import EngineSettings, PromptSettings, TrainingSettings
 from drivers.settings.grpo import GrpoConfig
 from drivers.tasks.questions import (
@@ -96,23 +98,26 @@ def setup_run(
     `make_train_set` makes the questions or demonstrations to train on with a tokenizer. `settings` are those of the
     program; default: `config`.
     """
-    val_examples = load_examples("--val-data-path", config.val_data_path)[: config.n_val_examples]
+    val_paths = name_sets("--val-data-path", config.val_data_path)
+    val_examples = {
+        name: load_examples("--val-data-path", path)[: config.n_val_examples] for name, path in val_paths.items()
+    }
     check_file("--reward", config.reward)
     prompt = load_prompt_from_settings(config)
     devices = choose_devices(config)
     assert config.model_path is not None  # the command line refuses that
     model_path = distributed.run_on_rank_zero(partial(resolve_model, config.model_path))
     tokenizer = load_tokenizer(model_path, for_chat=config.chat_template)
-    fit = partial(
-        fit_context,
-        max_new_tokens=config.sampling_max_tokens,
-        context=context_length(model_path),
-        long_prompts=config.long_prompts,
-        say=display.say,
-    )
-    train_set, val_set = fit(make_train_set(tokenizer)), fit(make_questions(val_examples, prompt, tokenizer))
-    different = distinct(train_set)
-    check_token_ids(model_path, tokenizer, (*different, *val_set))
+    fit = partial(fit_context, context=context_length(model_path), long_prompts=config.long_prompts, say=display.say)
+    train_set = fit(make_train_set(tokenizer), max_new_tokens=config.sampling_max_tokens)
+    eval_tokens = config.eval_sampling.max_tokens
+    flag = "--sampling-max-tokens" if config.eval_max_tokens is None else "--eval-max-tokens"
+    val_sets = {
+        name: fit(make_questions(examples, prompt, tokenizer), max_new_tokens=eval_tokens, flag=flag)
+        for name, examples in val_examples.items()
+    }
+    different, held_out = distinct(train_set), list(chain(*val_sets.values()))
+    check_token_ids(model_path, tokenizer, (*different, *held_out))
     with ExitStack() as on_failure:
         grade: Grader = make_inline_grader(BUILT_IN["r1_zero"])  # a placeholder: only rank 0 grades
         if distributed.is_rank_zero():
@@ -123,7 +128,9 @@ def setup_run(
             if checkpoint is not None:
                 validate_resume(config, read_state_values(checkpoint), data)
             # A prompt with a response of sampling_max_tokens is at least as long as any demonstration.
-            longest = max(question.n_tokens(config.sampling_max_tokens) for question in (*different, *val_set))
+            longest = max(question.n_tokens(config.sampling_max_tokens) for question in (*different, *held_out))
+            trained = max(question.n_tokens(config.sampling_max_tokens) for question in different)
+            asked = max(question.n_tokens(eval_tokens) for question in held_out)
             policy, reference, engine = load_models(
                 config,
                 display,
@@ -131,6 +138,7 @@ def setup_run(
                 tokenizer,
                 devices,
                 longest_prompt=longest - config.sampling_max_tokens,
+                max_model_len=max(trained, asked),
                 checkpoint_dtype=None if checkpoint is None else read_dtype(checkpoint),
             )
             step = 0 if checkpoint is None else int(read_state_values(checkpoint)["step"])
@@ -141,12 +149,15 @@ def setup_run(
             release_run_lock(folder)
             raise
         repeats = f" ({len(different)} different)" if len(different) < len(train_set) else ""
-        display.say(f"{len(train_set)}{repeats} training and {len(val_set)} held-out questions; run folder {folder}/")
+        sizes = " + ".join(str(len(questions)) for questions in val_sets.values())
+        display.say(f"{len(train_set)}{repeats} training and {sizes} held-out questions; run folder {folder}/")
         run = Run(config, folder, tokenizer, display, checkpoint, settings, data)
         on_failure.pop_all()
     for warning in (*config.warnings, *([disk_warning] if disk_warning else [])):
         run.warn(warning)
-    return run, Components(policy, engine, grade, train_set, val_set, reference)
+    val_set, *_ = val_sets.values()
+    others = dict(list(val_sets.items())[1:])
+    return run, Components(policy, engine, grade, train_set, val_set, reference, others)
 
 
 def load_models(
@@ -157,6 +168,7 @@ def load_models(
     devices: tuple[torch.device, torch.device],
     *,
     longest_prompt: int,
+    max_model_len: int,
     checkpoint_dtype: str | None,
 ) -> tuple[nn.Module, nn.Module | None, RolloutEngine]:
     """Load the policy, the reference if one is needed, and the engine, and return them; print what they are."""
@@ -174,7 +186,7 @@ def load_models(
         model_path=model_path,
         device=rollout_device,
         dtype=dtype,
-        max_model_len=longest_prompt + config.sampling_max_tokens,
+        max_model_len=max_model_len,
         seed=config.seed,
         gpu_memory_utilization=config.gpu_memory_utilization,
         reserved_bytes=training_state_bytes(policy) + reference_bytes,

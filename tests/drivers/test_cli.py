@@ -78,6 +78,10 @@ FLAGS = [
     "sampling_min_tokens",
     "sampling_max_tokens",
     "eval_steps",
+    "eval_samples",
+    "eval_temperature",
+    "eval_top_p",
+    "eval_max_tokens",
     "n_val_examples",
     "n_logged_completions",
     "checkpoint_steps",
@@ -247,6 +251,16 @@ def test_train_help_names_every_flag_and_default(capsys):
         ("--n-grpo-step ten", "n-grpo-step"),
         ("--data-path nowhere.jsonl", "--data-path nowhere.jsonl: no such file"),
         ("--val-data-path nowhere.jsonl", "--val-data-path nowhere.jsonl: no such file"),
+        (
+            "--val-data-path a=x a=y",
+            "--val-data-path a=x a=y: a is given twice; give each file once, or a name of its",
+        ),
+        ("--val-data-path", "--val-data-path: is empty; pass at least one file"),
+        ("--eval-samples 4 --eval-temperature 0", "--eval-samples 4: greedy responses are all the same"),
+        (
+            "--sampling-min-tokens 4 --eval-max-tokens 3",
+            "--eval-max-tokens 3: must be at least --sampling-min-tokens 4",
+        ),
         ("--prompt-path nowhere.prompt", "--prompt-path nowhere.prompt"),
         ("--data-path {bad_json}", "bad.jsonl:2: not valid JSON"),
         ("--data-path {empty}", "contains no questions"),
@@ -402,6 +416,9 @@ def test_resume_uses_saved_settings(tmp_path):
     assert (cut.gradient_accumulation_steps, cut.micro_batch_tokens) == (4, None)
     with pytest.raises(UsageError, match="--recipe gspo: the resumed run has recipe dapo"):
         parse_train_config([*resume, "--recipe", "gspo"])
+    older = asdict(saved) | {"val_data_path": "old.jsonl"}  # a single file
+    (tmp_path / "config.json").write_text(json.dumps({"config": older}))
+    assert parse_train_config(resume).val_data_path == ("old.jsonl",)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UsageError, match=r"config.json cannot be read"):
         parse_train_config(resume)
@@ -491,7 +508,7 @@ def test_train_help_shows_headings_and_most_used_flags_first(capsys):
     text = capsys.readouterr().out
     headings = re.findall(r"^\W*(\w[\w ]*) options\W*$", text, flags=re.MULTILINE)
     assert headings == ["most used", "model", "data", "grading", "sampling", "objective", "importance correction",
-                        "KL and entropy", "optimizer", "engine", "run", "safety"]  # fmt: skip
+                        "KL and entropy", "optimizer", "evaluation", "engine", "run", "safety"]  # fmt: skip
     assert len(sort_by_heading(GrpoConfig)["most used"]) == 20
 
 

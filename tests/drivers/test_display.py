@@ -56,6 +56,24 @@ def test_step_line_without_terminal_is_one_line(capsys):
     assert line.startswith("  ".join([*PARTS, "856 tok/s"]))
 
 
+def test_evaluation_line_names_set_and_rates(capsys):
+    values = {
+        "accuracy": 0.5,
+        "accuracy_stderr": 0.02,
+        "format_reward": 1.0,
+        "response_tokens": 9.0,
+        "n_examples": 8.0,
+    }
+    rates = {f"{kind}_at_{k}": k / 100 for kind in ("pass", "maj") for k in (2, 10)} | {"pass_at_10_low": 0.05}
+    Display(15).show_evaluation(5, values, [])
+    Display(15).show_evaluation(5, values | rates, [], "gsm8k")
+    assert capsys.readouterr().out.splitlines() == [
+        "eval at step 5: accuracy 0.500 (+-0.020), format 1.000, 9.0 tokens, 8 questions",
+        "eval at step 5 on gsm8k: accuracy 0.500 (+-0.020), pass@10 0.100, maj@10 0.100, format 1.000, 9.0 tokens, "
+        "8 questions",
+    ]
+
+
 @pytest.mark.parametrize("program", ["python drivers/train.py --resume", "wandb sync"])
 @pytest.mark.parametrize("width", [30, 80])
 def test_wrap_keeps_words_commands_and_indents(width, program):

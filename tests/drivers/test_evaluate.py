@@ -25,6 +25,7 @@ from drivers.evaluation.outcomes import agresti_min_interval, category_of, compa
 from drivers.evaluation.standalone import load_sets
 from drivers.grading.verdicts import make_inline_grader
 from drivers.settings.evaluate import EvaluateConfig
+from drivers.settings.evaluation import name_sets
 from drivers.tasks.questions import Example, Question
 from drivers.training.self_check import check_evaluation_engine
 from grpo_core import r1_zero_reward_fn
@@ -339,8 +340,24 @@ def test_evaluate_equal_file_names_get_distinct_labels(tmp_path):
         (tmp_path / folder / "test.jsonl").write_text('{"question": "q", "answer": "1"}')
     paths = tuple(str(tmp_path / folder / "test.jsonl") for folder in ("x", "y"))
     assert list(load_sets(EvaluateConfig(data_path=paths))) == list(paths)
-    with pytest.raises(UsageError, match="a file is given twice"):
-        load_sets(EvaluateConfig(data_path=(paths[0], paths[0])))
+    assert list(load_sets(EvaluateConfig(data_path=(f"mine={paths[0]}", paths[1])))) == ["mine", "test"]
+    with pytest.raises(
+        UsageError, match=r"test.jsonl is given twice; give each file once, or a name of its own: NAME="
+    ):
+        EvaluateConfig(data_path=(paths[0], paths[0]))
+
+
+def test_name_sets_reads_names_and_paths():
+    assert name_sets("--data-path", ["a=x/b.jsonl", "c.jsonl", "./d=e.jsonl", "f-1=g=h.jsonl"]) == {
+        "a": "x/b.jsonl",
+        "c": "c.jsonl",
+        "d=e": "./d=e.jsonl",
+        "f-1": "g=h.jsonl",
+    }
+    assert list(name_sets("--data-path", ["x/a.jsonl", "a=b.jsonl"])) == ["x/a.jsonl", "a"]
+    for entries, twice in ((["a=b", "a=c"], "a"), (["a/b", "c/b", "a/b"], "a/b")):
+        with pytest.raises(UsageError, match=f": {twice} is given twice"):
+            name_sets("--data-path", entries)
 
 
 def write_evaluation(folder, config, rows):

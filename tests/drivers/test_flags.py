@@ -240,6 +240,7 @@ def probes(shared, tmp_path, monkeypatch):
         seen["run"] = (run.folder.name if config.save_dir else run.folder.name.split("-")[0], run.step)
         for name in ("train_set", "val_set"):
             seen[name] = [(question.prompt_token_ids, question.answer) for question in getattr(parts, name)]
+        seen["other_val_sets"] = {name: len(questions) for name, questions in parts.other_val_sets.items()}
         policy = parts.policy
         seen["policy"] = {name: (tuple(p.shape), p.requires_grad) for name, p in policy.named_parameters()}
         seen["weights"] = sum(p.double().sum().item() for p in policy.parameters())
@@ -349,7 +350,7 @@ LOOP = {
 SETUP = LOOP | {
     "model_path": "model",
     "data_path": "train.jsonl",
-    "val_data_path": "held-out.jsonl",
+    "val_data_path": ("held-out.jsonl",),
     "prompt_path": "plain.prompt",
     "save_dir": "run",
     "engine": "vllm",
@@ -394,7 +395,7 @@ TRAIN_ROWS = {
     "chat_date": Row("setup", "2026-11-28", {"chat_template": True, "chat_date": "2026-11-29"}),
     "long_prompts": Row("setup", "refuse", {"long_prompts": "drop", "data_path": "long.jsonl"}),
     "data_path": Row("setup", "other.jsonl"),
-    "val_data_path": Row("setup", "other.jsonl"),
+    "val_data_path": Row("setup", ("other.jsonl",)),
     "n_val_examples": Row("setup", 2),
     "reward": Row("setup", "question_only"),
     "reward_mix": Row("setup", ("a=1",), {"reward": "math:floor"}),
@@ -475,6 +476,10 @@ TRAIN_ROWS = {
     # the run
     "n_grpo_steps": Row("train", 2),
     "eval_steps": Row("train", 1, TWO_STEPS),
+    "eval_samples": Row("train", 2),
+    "eval_temperature": Row("train", 0.5),
+    "eval_top_p": Row("train", 0.5),
+    "eval_max_tokens": Row("train", 5),
     "checkpoint_steps": Row("train", 1, TWO_STEPS),
     "keep_checkpoints": Row("train", 1),
     "n_logged_completions": Row("train", 1),
@@ -613,6 +618,25 @@ def test_setup_options_of_the_engine_follow_the_settings(probes):
     assert options.max_model_len == max(map(len, prompts)) + 6
     url = "http://127.0.0.1:1"
     assert probes["setup"]({"rollout_url": (url,)})["engine"][1].urls == (url,)
+
+
+def test_setup_of_several_held_out_sets(probes, capsys):
+    """The first is the one of a single set; the engine has room for the longest response of either kind."""
+    paths = ("held-out.jsonl", "easy=other.jsonl", "train.jsonl")
+    single = probes["setup"]({})
+    capsys.readouterr()
+    seen = probes["setup"]({"val_data_path": paths, "n_val_examples": 3})
+    assert "9 training and 3 + 3 + 3 held-out questions" in capsys.readouterr().out
+    assert seen["val_set"] == single["val_set"][:3]
+    assert seen["other_val_sets"] == {"easy": 3, "train": 3}
+    longest = len(single["val_set"][0][0])  # of two digits; those to train on have one
+    assert single["engine"][1].max_model_len == longest + 6
+    for eval_max_tokens, room in ((40, longest + 40), (5, longest + 5)):
+        options = probes["setup"]({"eval_max_tokens": eval_max_tokens})["engine"][1]
+        assert options.max_model_len == room
+    problem = probes["setup"]({"eval_max_tokens": 600})["error"]
+    assert "4 of 4 questions do not fit into the model's context of 512 tokens with --eval-max-tokens 600" in problem
+    assert problem.endswith("; lower --eval-max-tokens or remove them")
 
 
 def test_setup_tells_how_many_questions_are_different(probes, capsys):

@@ -21,6 +21,7 @@ from drivers.grading.verdicts import Graded, GradeStatus, make_inline_grader
 from drivers.policy.optimizer import PolicyOptimizer
 from drivers.settings.imitation import ExpertIterationConfig, SftConfig
 from drivers.sft import fine_tune
+from drivers.train import train
 from drivers.training.rollouts import Group, collect, describe_pass_at_k, sampling_seed
 from drivers.training.run import EVALUATION_SEED
 from tests.drivers.helpers.letters import letter_reward, make_tiny_config
@@ -31,10 +32,12 @@ from tests.drivers.helpers.runs import (
     RecordingEngine,
     Sampled,
     has_letter,
+    make_held_out_questions,
     make_letter_demonstrations,
     run_recorded,
     run_recorded_training,
 )
+from tests.tiny import make_tiny_tokenizer
 
 TWO_STEPS = {"n_grpo_steps": 2, "eval_steps": 1, "n_logged_completions": 3, "sampling_temperature": 0.9}
 
@@ -462,6 +465,66 @@ def test_logged_accuracy_is_that_of_the_held_out_responses(name, request):
     assert [row["accuracy"] for row in rows] == pytest.approx(expected)
     assert [row["n_examples"] for row in rows] == [5] * len(rows)
     assert recorded.run.state.accuracies == {row["step"]: row["accuracy"] for row in rows}
+
+
+OWN_EVALUATION = {
+    "val_data_path": ("first.jsonl", "second.jsonl"),
+    "n_grpo_steps": 1,
+    "sampling_min_tokens": 1,
+    "eval_samples": 4,
+    "eval_temperature": 0.5,
+    "eval_top_p": 0.9,
+    "eval_max_tokens": 3,
+    "n_logged_completions": 2,
+}
+
+
+def letter_or_nothing(response, ground_truth):
+    return {"reward": float(ground_truth in response), "format_reward": float(len(response) > 2)}
+
+
+def test_evaluation_asks_each_set_with_its_own_settings(tmp_path):
+    """Metrics of sets after the first have their name; only the first decides which checkpoint is the best."""
+    config = make_tiny_config(**OWN_EVALUATION)
+    second = make_held_out_questions(make_tiny_tokenizer(), n=7)[5:]
+    recorded = run_recorded(
+        tmp_path,
+        lambda components, run: train(config, components, run),
+        config,
+        reward_fn=letter_or_nothing,
+        other_val_sets={"second": second},
+    )
+    asked = [call for call in recorded.engine.sampled if call.seed == EVALUATION_SEED]
+    assert [len(call.prompts) for call in asked] == [5, 2, 5, 2]
+    plain = config.sampling
+    for call in asked:
+        assert call.sampling == replace(plain, n=4, temperature=0.5, top_p=0.9, max_tokens=3)
+        assert (plain.n, plain.temperature, plain.top_p, plain.max_tokens) == (8, 1.0, 1.0, 6)
+    rows = read_phase(recorded, "eval")
+    assert recorded.run.state.accuracies == {row["step"]: row["accuracy"] for row in rows}
+    for number, row in enumerate(rows):
+        for prefix, call in (("", asked[2 * number]), ("second/", asked[2 * number + 1])):
+            right = ["b" in one.text for one in call.completions]
+            groups = [right[start : start + 4] for start in range(0, len(right), 4)]
+            expected = {
+                "accuracy": fmean(right),
+                "avg_at_4": fmean(right),
+                "pass_at_4": fmean(map(any, groups)),
+                "pass_at_2": fmean(fmean(any(pair) for pair in combinations(group, 2)) for group in groups),
+                "format_reward": fmean(len(one.text) > 2 for one in call.completions),
+                "n_examples": len(groups),
+            }
+            assert {key: row[f"{prefix}{key}"] for key in expected} == pytest.approx(expected)
+            assert row[f"{prefix}pass_at_4_low"] <= row[f"{prefix}pass_at_4"] <= row[f"{prefix}pass_at_4_high"]
+        of_first = {key for key in row if "/" not in key} - {"phase", "step", "time_evaluate_s"}
+        assert {key.removeprefix("second/") for key in row if "/" in key} == of_first
+    logged = read_completions(recorded, "eval")
+    shown = ["spell 1", "spell 2", "spell 6", "spell 7"]  # the first response to each question
+    assert [(row["dataset"], row["question"]) for row in logged] == 2 * list(
+        zip(["first", "first", "second", "second"], shown, strict=True)
+    )
+    assert [row["response"] for row in logged[:2]] == [asked[0].completions[at].text for at in (0, 4)]
+    assert all(len(row["tokens"]) == row["response_tokens"] for row in logged)
 
 
 def test_run_summary_names_first_and_last_accuracy(grpo, monkeypatch):

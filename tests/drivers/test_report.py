@@ -295,6 +295,31 @@ def test_series_accuracy_has_wilson_interval(tmp_path, accuracy):
     assert run.accuracies[0] == (accuracy, None, None)
 
 
+def test_panels_of_several_held_out_sets(tmp_path):
+    """Intervals that were logged are drawn; otherwise an accuracy has that of one response per question."""
+    first = {"accuracy": 0.5, "n_examples": 100.0, "pass_at_2": 0.7, "pass_at_10": 0.9, "maj_at_2": 0.5}
+    first |= {"pass_at_10_low": 0.8, "pass_at_10_high": 0.95, "format_reward": 1.0}
+    second = {"accuracy": 0.25, "n_examples": 200.0, "unscored": 0.5, "pass_at_10": 0.3, "accuracy_stderr": 0.1}
+    row = {"phase": "eval", "step": 0, **first, **{f"gsm/{key}": value for key, value in second.items()}}
+    (run,) = read_runs([write_run(tmp_path, [row])])
+    accuracy, several = make_panels(group_runs([run]))
+    assert (accuracy.title, several.title) == ("Held-out accuracy", "Held-out, several responses")
+    assert accuracy.quantities == ["accuracy", "accuracy, gsm", "format"]
+    assert several.quantities == ["pass@10", "maj@2", "pass@10, gsm"]
+    drawn = {
+        name: line.points[0][2:5]
+        for panel in (accuracy, several)
+        for name, line in zip(panel.quantities, panel.lines, strict=True)
+    }
+    assert drawn["accuracy"] == pytest.approx((0.5, *solve_wilson(0.5, 100)), abs=1e-12)
+    assert drawn["accuracy, gsm"] == pytest.approx((0.25, *solve_wilson(0.25, 100)), abs=1e-12)
+    assert drawn["pass@10"] == (0.9, 0.8, 0.95)
+    assert drawn["pass@10, gsm"] == (0.3, None, None)
+    row |= {"accuracy_low": 0.45, "accuracy_high": 0.55}
+    (run,) = read_runs([write_run(tmp_path, [row])])
+    assert run.accuracies[0] == (0.5, 0.45, 0.55)
+
+
 def test_panels_include_named_reward_parts(tmp_path):
     rows = make_step_rows([0.5, 1.0], part_right=0.5, part_brief=0.25)
     rows[1] |= {"part_b": 0.0, "part_c": 0.0, "part_d": 1.0}

@@ -15,8 +15,9 @@ from drivers.settings.imitation import ExpertIterationConfig, SftConfig
 from drivers.settings.of_run import TAKEN, find_run, parse_evaluate_config
 
 OTHER = {
-    "val_data_path": "data/minus/validation.jsonl",
+    "val_data_path": ("data/minus/validation.jsonl", "plus=data/plus/validation.jsonl"),
     "n_val_examples": 64,
+    "eval_samples": 8,
     "prompt_path": "data/prompts/r1_zero.prompt",
     "chat_template": True,
     "system_prompt_path": "system.txt",
@@ -50,18 +51,18 @@ def test_settings_of_run_are_taken_and_printed(tmp_path, capsys):
     assert set(TAKEN) <= {field.name for field in fields(EvaluateConfig)}
     model = make_run(tmp_path / "run", **OTHER)
     config = parse_evaluate_config(["--model-path", str(model)])
-    assert config.data_path == (OTHER["val_data_path"],)
+    assert config.data_path == OTHER["val_data_path"]
     assert {name: getattr(config, name) for name in TAKEN if name != "data_path"} == {
         name: OTHER[of_run] for name, of_run in TAKEN.items() if name != "data_path"
     }
     assert config.model_path == str(model)
     (line,) = capsys.readouterr().out.splitlines()
     assert line == (
-        f"From the settings of {tmp_path / 'run'}: --data-path data/minus/validation.jsonl --n-examples 64 "
-        "--prompt-path data/prompts/r1_zero.prompt --chat-template --system-prompt-path system.txt "
-        "--chat-date 2026-02-03 --long-prompts drop --reward mine.py:reward --reward-mix format=0.2 answer=1 "
-        "--grader-deadline-s 3.0 --sampling-temperature 0.7 --sampling-top-p 0.9 --sampling-min-tokens 2 "
-        "--sampling-max-tokens 48 --sampling-stop ###"
+        f"From the settings of {tmp_path / 'run'}: --data-path data/minus/validation.jsonl "
+        "plus=data/plus/validation.jsonl --n-examples 64 --n-samples 8 --prompt-path data/prompts/r1_zero.prompt "
+        "--chat-template --system-prompt-path system.txt --chat-date 2026-02-03 --long-prompts drop "
+        "--reward mine.py:reward --reward-mix format=0.2 answer=1 --grader-deadline-s 3.0 --sampling-temperature 0.7 "
+        "--sampling-top-p 0.9 --sampling-min-tokens 2 --sampling-max-tokens 48 --sampling-stop ###"
     )
 
 
@@ -110,7 +111,7 @@ def test_settings_of_run_paths_are_those_of_its_start(tmp_path, monkeypatch, cap
         (there / name).touch()
     monkeypatch.chdir(here)
     paths = {
-        "val_data_path": "held_out.jsonl",
+        "val_data_path": ("held_out.jsonl", "named=held_out.jsonl"),
         "prompt_path": "my.prompt",
         "chat_template": True,
         "system_prompt_path": "system.txt",
@@ -122,13 +123,15 @@ def test_settings_of_run_paths_are_those_of_its_start(tmp_path, monkeypatch, cap
         return *config.data_path, config.prompt_path, config.system_prompt_path, config.reward
 
     model = make_run(tmp_path / "run", started_in=str(there), **paths)
-    expected = tuple(str(there / name) for name in ("held_out.jsonl", "my.prompt", "system.txt", "mine.py:reward"))
+    names = ("held_out.jsonl", "my.prompt", "system.txt", "mine.py:reward")
+    held_out, *others = (str(there / name) for name in names)
+    expected = (held_out, f"named={held_out}", *others)
     assert read_paths(model) == expected
     # A file of this folder with the same name is another file.
     (here / "my.prompt").touch()
     assert read_paths(model) == expected
     # Moved, or started here: as written.
-    as_written = ("held_out.jsonl", "my.prompt", "system.txt", "mine.py:reward")
+    as_written = ("held_out.jsonl", "named=held_out.jsonl", *names[1:])
     there.rename(tmp_path / "gone")
     assert read_paths(model) == as_written
     monkeypatch.chdir(tmp_path / "gone")
@@ -136,6 +139,19 @@ def test_settings_of_run_paths_are_those_of_its_start(tmp_path, monkeypatch, cap
     # A prompt of the repository, from a folder that does not have it.
     model = make_run(tmp_path / "third", started_in=str(here), prompt_path="data/prompts/wordadd.prompt")
     assert parse_evaluate_config(["--model-path", str(model)]).prompt_path == "data/prompts/wordadd.prompt"
+
+
+def test_settings_of_run_for_evaluations_win(tmp_path):
+    """The model is asked as the run has asked it in its evaluations."""
+    own = {"eval_temperature": 0.0, "eval_top_p": 0.3, "eval_max_tokens": 90}
+    config = parse_evaluate_config(
+        ["--model-path", str(make_run(tmp_path / "run", **OTHER | {"eval_samples": 1} | own))]
+    )
+    assert (config.sampling_temperature, config.sampling_top_p, config.sampling_max_tokens) == (0.0, 0.3, 90)
+    assert config.n_samples == 1
+    some = make_run(tmp_path / "some", **OTHER | {"eval_top_p": 0.3})
+    config = parse_evaluate_config(["--model-path", str(some), "--sampling-max-tokens", "9"])
+    assert (config.sampling_temperature, config.sampling_top_p, config.sampling_max_tokens) == (0.7, 0.3, 9)
 
 
 def test_describe_environment_has_folder_of_start(monkeypatch, tmp_path):
@@ -171,10 +187,11 @@ def test_settings_without_run_are_defaults(tmp_path, capsys):
 def test_settings_of_older_run_have_defaults(tmp_path):
     """Settings that the run does not have, and the folder of its start, may be missing."""
     model = make_run(tmp_path / "run")
-    saved = {"prompt_path": "data/prompts/question_only.prompt", "unknown": 1}
+    saved = {"prompt_path": "data/prompts/question_only.prompt", "val_data_path": "one.jsonl", "unknown": 1}
     (tmp_path / "run/config.json").write_text(json.dumps({"config": saved, "environment": {}}))
     config = parse_evaluate_config(["--model-path", str(model)])
-    assert config == EvaluateConfig(model_path=str(model), prompt_path=saved["prompt_path"])
+    given = {"data_path": ("one.jsonl",), "prompt_path": saved["prompt_path"]}
+    assert config == EvaluateConfig(model_path=str(model), **given)
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,10 @@ IMITATION_FLAGS = [
     "sampling_max_tokens",
     "sampling_stop",
     "eval_steps",
+    "eval_samples",
+    "eval_temperature",
+    "eval_top_p",
+    "eval_max_tokens",
     "n_val_examples",
     "n_logged_completions",
     "checkpoint_steps",
@@ -232,13 +236,14 @@ def make_held_out_questions(tokenizer, n=5):
     ]
 
 
-def run_recorded(folder, loop, config, settings=None, reward_fn=letter_reward):
+def run_recorded(folder, loop, config, settings=None, reward_fn=letter_reward, other_val_sets=None):
     """Call `loop(components, run)` on 6 training and 5 held-out questions. Return what it used, called and logged."""
     parts = make_tiny_parts()
     engine = RecordingEngine(parts.policy, parts.tokenizer)
     train_set, val_set = make_letter_questions(parts.tokenizer, n=6), make_held_out_questions(parts.tokenizer)
     reference = clone_policy(parts.policy) if config.needs_reference else None
-    components = Components(parts.policy, engine, make_inline_grader(reward_fn), train_set, val_set, reference)
+    grade = make_inline_grader(reward_fn)
+    components = Components(parts.policy, engine, grade, train_set, val_set, reference, other_val_sets or {})
     folder.mkdir(exist_ok=True)
     run = Run(config, folder, parts.tokenizer, Display(config.n_grpo_steps, quiet=True), settings=settings)
     with pytest.MonkeyPatch.context() as patch:

@@ -4,6 +4,7 @@ from tests.mutants.table import breaks
 
 FLAGS, CLI, OBJECTIVE, LOOP = (f"tests/drivers/test_{name}.py" for name in ("flags", "cli", "objective", "loop"))
 GROUPS, ALGORITHM = "drivers/settings/groups.py", "drivers/settings/algorithm.py"
+SAMPLING, EVALUATION = "drivers/settings/sampling.py", "drivers/settings/evaluation.py"
 
 MUTANTS = [
     *breaks(
@@ -33,7 +34,7 @@ MUTANTS = [
     ),
     *breaks(
         "make_sampling",
-        GROUPS,
+        SAMPLING,
         f"{OBJECTIVE} -k config_sampling",
         ("the temperature is ignored", "        temperature=settings.sampling_temperature,\n", ""),
         ("top-p is ignored", "        top_p=settings.sampling_top_p,\n", ""),
@@ -81,23 +82,49 @@ MUTANTS = [
             "return self.train_batch_size // self.gradient_accumulation_steps",
             "return self.gradient_accumulation_steps",
         ),
+    ),
+    *breaks(
+        "SamplingSettings",
+        SAMPLING,
+        f"{OBJECTIVE} {CLI} -k 'illegal or sampling_stop'",
         ("a minimum above the maximum", "if self.sampling_min_tokens > self.sampling_max_tokens:", "if False:"),
+        (
+            "an empty text ends responses",
+            'if self.sampling_stop is not None and "" in self.sampling_stop:',
+            "if False:",
+        ),
+    ),
+    *breaks(
+        "EvaluationSettings",
+        EVALUATION,
+        f"{LOOP} {CLI} -k 'own_settings or eval_samples or eval-samples or eval-max'",
+        ("the temperature of training", '{"temperature": self.eval_temperature, ', "{"),
+        ("top-p of training", '"top_p": self.eval_top_p, ', ""),
+        ("as long as in training", ', "max_tokens": self.eval_max_tokens}', "}"),
+        ("one response", "n=self.eval_samples, **given", "n=1, **given"),
+        ("several greedy responses", "if self.eval_temperature == 0 and self.eval_samples > 1:", "if False:"),
+        ("below the minimum", "and self.eval_max_tokens < self.sampling_min_tokens:", "and False:"),
+    ),
+    *breaks(
+        "name_sets",
+        EVALUATION,
+        "tests/drivers/test_evaluate.py -k 'name_sets or distinct_labels'",
+        ("any text before = is a name", r'r"([\w-]+)=(.+)"', 'r"(.+?)=(.+)"'),
+        ("the last =", r'r"([\w-]+)=(.+)"', r'r"([\w=-]+)=(.+)"'),
+        ("a set twice", "        if name in sets:\n", "        if False:\n"),
+        ("paths are never names", "name = path if given is None and short.count(stem) > 1 else stem", "name = stem"),
+        ("a given name is not taken", "path if given is None and short", "path if short"),
     ),
     *breaks(
         "PromptSettings",
         GROUPS,
-        "tests/drivers/test_chat.py tests/drivers/test_cli.py -k 'chat_date or sampling_stop'",
+        "tests/drivers/test_chat.py -k 'chat_date'",
         ("the day is not kept", 'object.__setattr__(self, "chat_date", day.isoformat())', "pass"),
         ("a day of every run", "        if self.chat_template:\n", "        if True:\n"),
         (
             "any text is a day",
             "date.today() if self.chat_date is None else date.fromisoformat(self.chat_date)",
             "date.today()",
-        ),
-        (
-            "an empty text ends responses",
-            'if self.sampling_stop is not None and "" in self.sampling_stop:',
-            "if False:",
         ),
     ),
     *breaks(
