@@ -50,6 +50,7 @@ def iterate(settings: ExpertIterationConfig, components: Components, run: Run) -
         graded = zip(collected.completions, collected.rewards.tolist(), strict=True)
         correct = [completion for completion, reward in graded if reward == 1]
         anomalies = [*check_rollouts(collected.metrics), *check_right_responses(len(correct))]
+        anomalies += state.collapse.check(collected.metrics)
 
         # Minimize -log pi(o | q) on them.
         metrics = UpdateMetrics(collected.logged_completions, has_sampler=has_sampler)

@@ -60,7 +60,7 @@ def train(config: GrpoConfig, components: Components, run: Run) -> None:
             prefetcher.prefetch(step + 1)
             anomalies = check_rollouts(
                 collected.metrics, has_regularization_gradient=config.has_regularization_gradient
-            )
+            ) + state.collapse.check(collected.metrics)
             entropy_coef = state.bonus.adapt(collected.metrics["rollout_entropy"])
 
             # Compare each r_i with its group, which gives A_i, and maximize the objective in one or more updates.

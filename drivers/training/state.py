@@ -6,6 +6,7 @@ import math
 import random
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from drivers.common.errors import UsageError
 from drivers.policy.optimizer import PolicyOptimizer
 from drivers.settings.grpo import GrpoConfig
 from drivers.tasks.questions import Question, distinct
-from drivers.training.anomalies import N_NORMS
+from drivers.training.anomalies import N_NORMS, CollapseWatch
 from drivers.training.batch import StepRollouts
 from drivers.training.objective import EntropyBonus
 
@@ -102,6 +103,7 @@ class TrainingState:
         """Norms of recent updates. Skipped updates count, so that a lasting rise is not skipped forever."""
         self.accuracies: dict[int, float] = {}
         """Held-out accuracies by step."""
+        self.collapse = CollapseWatch()
         self.snapshot()
 
     def finish_update(self, grad_norm: float, *, apply: bool) -> bool:
@@ -125,6 +127,7 @@ class TrainingState:
             "shuffle": self.shuffle.get_state().tolist(),
             "grad_norms": list(self.grad_norms),
             "accuracies": list(self.accuracies.items()),
+            "collapse": asdict(self.collapse),
             "settings": _settings(self._config),
         }
         # One assignment: a Ctrl-C before it leaves the last snapshot complete.
@@ -166,5 +169,6 @@ class TrainingState:
         self.shuffle.set_state(torch.tensor(values["shuffle"], dtype=torch.uint8))
         self.grad_norms = deque(values["grad_norms"], maxlen=N_NORMS)
         self.accuracies = dict(values["accuracies"])
+        self.collapse = CollapseWatch(**values.get("collapse", {}))  # an older checkpoint has none
         self.pending = None if values["pending"] is None else StepRollouts.from_json(values["pending"])
         self.snapshot()

@@ -1,6 +1,8 @@
 """Anomalies of a step: detected, logged, and handled as --on-anomaly says."""
 
+import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ from drivers.training.anomalies import (
     MAX_DRIFT,
     MAX_LOG_RATIO,
     MIN_ENTROPY,
+    N_COLLAPSED,
     SPIKE,
+    CollapseWatch,
     check_rollouts,
     check_update,
 )
@@ -23,7 +27,7 @@ from drivers.training.components import Components
 from drivers.training.metrics import UpdateMetrics
 from drivers.training.state import TrainingState
 from tests.drivers.helpers.letters import flatten_weights, make_completion, make_run, make_tiny_config, make_tiny_parts
-from tests.drivers.helpers.runs import read_rows
+from tests.drivers.helpers.runs import read_rows, run_expert_iteration
 
 FINE = {"truncated": 0.5, "zero_std_groups": 0.5, "rollout_entropy": 2.0}
 NEAR = {"approx_kl": 0.01, "sampler_log_prob_diff": 0.1}
@@ -54,6 +58,67 @@ def test_check_rollouts_without_signal_is_named(changed, kind):
 def test_check_update_without_gradient_is_named():
     assert list_kinds(check_update(0.0, 0.0, [1.0] * 20, NEAR)) == ["no_gradient"]
     assert list_kinds(check_update(0.0, 1e-30, [1.0] * 20, NEAR)) == []
+
+
+COLLAPSED = {"format_reward": 0.95, "answer_reward": 0.05, "reward": 0.05, "response_tokens": 15.0}
+RUNS = {
+    # Published runs of GRPO on GSM8K, by their lengths: this one stayed so,
+    "collapsed": ([140, 80, 28, 15, 14, 15, 15, 15, 15], [0.5, 0.5, 0.9, *[0.99] * 6], [0.01] * 9, [8, 9]),
+    # and this one recovered.
+    "recovered": ([140, 92, 41, 26, 28, 30, 32, 32, 95], [0.9] * 9, [0.0, 0.0, 0.02, *[0.05] * 6], []),
+    "brief": ([140, 15, 15, 15, 15, 60, 15, 15, 15], [0.95] * 9, [0.05] * 9, []),
+    "right": ([140, *[15] * 8], [0.95] * 9, [0.9] * 9, []),
+    "formless": ([140, *[15] * 8], [0.5] * 9, [0.05] * 9, []),
+    "short from the start": ([15] * 9, [0.95] * 9, [0.05] * 9, []),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_collapse_to_short_wrong_answers_is_named(name):
+    """The state of the watch passes through JSON after each step, as in a run that is resumed."""
+    *columns, expected = RUNS[name]
+    watch, found = CollapseWatch(), {}
+    for step, (tokens, well_formed, reward) in enumerate(zip(*columns, strict=True), start=1):
+        values = {"response_tokens": tokens, "format_reward": well_formed, "answer_reward": reward, "reward": 1.0}
+        anomalies = watch.check(values)
+        if anomalies:
+            found[step] = anomalies
+        watch = CollapseWatch(**json.loads(json.dumps(asdict(watch))))
+    assert list(found) == expected
+    for (anomaly,) in found.values():
+        assert (anomaly.kind, anomaly.value, anomaly.limit, anomaly.is_fatal) == ("length_collapse", 15, 21, False)
+        for part in (
+            "15 tokens instead of 140",
+            "99% of the responses",
+            "1% are right",
+            "--warmup-steps",
+            "--learning-rate",
+            "grpo_clip",
+        ):
+            assert part in anomaly.text
+
+
+@pytest.mark.parametrize("missing", [("format_reward",), ("answer_reward", "reward")])
+def test_collapse_without_format_or_reward_is_silent(missing):
+    """Without an answer reward, the reward decides; a step in which nothing was scored has neither."""
+    plain = {key: value for key, value in COLLAPSED.items() if key != "answer_reward"}
+    for values, n_found in ((COLLAPSED, 1), (plain, 1), ({k: v for k, v in COLLAPSED.items() if k not in missing}, 0)):
+        watch = CollapseWatch(first_tokens=140.0, n_steps=N_COLLAPSED - 1)
+        assert len(watch.check(values)) == n_found
+
+
+@pytest.mark.parametrize("program", ["train", "expert_iteration"])
+def test_run_collapse_is_logged_and_kept_in_the_state(tmp_path, monkeypatch, program):
+    """From a first step of 1,000 tokens, which a tiny policy does not have."""
+    monkeypatch.setattr("drivers.training.state.CollapseWatch", lambda **_: CollapseWatch(1000.0, N_COLLAPSED - 2))
+    wrong = {"reward": 0.0, "format_reward": 1.0, "answer_reward": 0.0}
+    if program == "train":
+        train_on(tmp_path, lambda *_: wrong, loss_type="reinforce_with_baseline")
+        assert train_on.run.state.values()["collapse"] == {"first_tokens": 1000.0, "n_steps": N_COLLAPSED + 1}
+    else:
+        run_expert_iteration(tmp_path, lambda *_: wrong, n_ei_steps=3)
+    rows = [row for row in read_rows(tmp_path, "anomaly") if row["kind"] == "length_collapse"]
+    assert [row["step"] for row in rows] == [2, 3]
 
 
 SILENT = {"reward": 1.0, "format_reward": 0.0, "answer_reward": 0.0}

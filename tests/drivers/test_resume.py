@@ -683,6 +683,7 @@ def test_training_state_restored_from_json_goes_on_alike(dtype):
             state.finish_update(5.0 + number, apply=True)
     one.step, one.accuracies = 7, {0: 0.25, 5: 0.5}
     one.bonus.adapt(1.0)
+    one.collapse.first_tokens, one.collapse.n_steps = 3.5, 2
     one.draw.random()
     torch.randperm(9, generator=one.shuffle)
     completion = make_completion([1, 2], [3], [-0.5])
@@ -694,6 +695,7 @@ def test_training_state_restored_from_json_goes_on_alike(dtype):
     other.restore(values)
     assert torch.equal(*map(flatten_weights, policies))
     assert (other.step, other.accuracies, list(other.grad_norms)) == (7, {0: 0.25, 5: 0.5}, [5.0, 6.0])
+    assert other.collapse == one.collapse != state.collapse.__class__()
     assert other.bonus.value == one.bonus.value == pytest.approx(0.015)
     assert (other.optimizer.n_updates, other.is_at_snapshot) == (2, True)
     assert other.pending.completions == [completion]

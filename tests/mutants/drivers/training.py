@@ -829,6 +829,7 @@ MUTANTS = [
             '        self.optimizer.finish_loading(values["updates"])\n',
             "        self.optimizer.finish_loading(0)\n",
         ),
+        ("the watch is not restored", 'CollapseWatch(**values.get("collapse", {}))', "CollapseWatch()"),
         ("the order of questions is not restored", "        self.draw.setstate((version, tuple(words), gauss))\n", ""),
         (
             "the order of groups is not restored",
@@ -1057,6 +1058,19 @@ MUTANTS = [
         ("models are free", " + n_models * model", ""),
         ("the best is forgotten", "config.keep_checkpoints + 1 -", "config.keep_checkpoints -"),
         ("one that does not fit is a warning", "    if free < whole:", "    if False:"),
+    ),
+    *breaks(
+        "CollapseWatch",
+        "drivers/training/anomalies.py",
+        f"{GUARDS} -k collapse",
+        ("formless responses collapse", "well_formed >= MIN_FORMAT and ", ""),
+        ("right responses collapse", "reward <= MAX_REWARD and ", ""),
+        ("short is a fixed length", "tokens < SHORT * first", "tokens < 30"),
+        ("a fifth of the start", "SHORT = 0.15", "SHORT = 0.2"),
+        ("steps add up over the run", "self.n_steps + 1 if is_collapsed else 0", "self.n_steps + is_collapsed"),
+        ("a step too late", "if self.n_steps < N_COLLAPSED:", "if self.n_steps <= N_COLLAPSED:"),
+        ("the start is the step before", "tokens if first is None else first", "tokens"),
+        ("without a reward", 'metrics.get("reward", 1.0))', 'metrics.get("reward", 0.0))'),
     ),
     *breaks(
         "explain_missing_gradient",
