@@ -35,6 +35,7 @@ from grpo_core.grading import (
     normalize_answer,
     question_only_reward_fn,
     r1_zero_reward_fn,
+    think_answer_reward_fn,
 )
 from grpo_core.losses import (
     adapt_entropy_coefficient,
@@ -199,6 +200,7 @@ __all__ = [
     "sft_microbatch_loss",
     "sft_microbatch_train_step",
     "sum_weighted_losses",
+    "think_answer_reward_fn",
     "tokenize_prompt_and_output",
     "truncate_importance_weights",
     "whiten_over_tokens",

@@ -1,6 +1,7 @@
 """Summarize the graded responses to a set of questions, and compare two models on the same questions."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from statistics import NormalDist, fmean, stdev
@@ -21,7 +22,7 @@ from grpo_core import (
 Row = Mapping[str, Any]
 CATEGORIES = ("both", "format_only", "neither")
 """Correct format and answer, correct format only, and neither."""
-REWARDS_WITH_VOTES = ("r1_zero", "question_only")
+REWARDS_WITH_VOTES = ("r1_zero", "think_answer", "question_only")
 """Rewards that know where a response has its answer."""
 _Z = NormalDist().inv_cdf(0.975)
 """Half-width of a two-sided 95 % interval in standard errors."""
@@ -43,8 +44,9 @@ def category_of(row: Row) -> str | None:
 def vote_of(response: str, reward: str) -> str | None:
     """Return the normalized answer of a response, or None if it has no answer or the reward has no votes."""
     answer: str | None = None
-    if reward == "r1_zero":
-        tagged = extract_answer(response)
+    if reward in ("r1_zero", "think_answer"):
+        spaced = response if reward == "r1_zero" else re.sub(r"</think>\s*<answer>", "</think> <answer>", response)
+        tagged = extract_answer(spaced)
         answer = tagged and (extract_boxed_answer(tagged) or tagged)
     elif reward == "question_only":
         answer = extract_boxed_answer(response)

@@ -51,7 +51,8 @@ def evaluate(config: EvaluateConfig, check: EngineCheck) -> Path:
     """Evaluate the model, write the files and print the results. Return the folder of the files."""
     sets = load_sets(config)
     check_file("--reward", config.reward)
-    prompt = load_prompt(config.prompt_path, config.chat_template, config.system_prompt_path, config.chat_date)
+    chat = (config.chat_template, config.system_prompt_path, config.chat_date, config.chat_options)
+    prompt = load_prompt(config.prompt_path, *chat)
     device = choose_device("--device", config.device, default_policy_device)
     earlier = None if config.compare_to is None else read_earlier(config, sets)
     models = {"--model-path": config.model_path}

@@ -8,10 +8,11 @@ from typing import Any
 from drivers.common.errors import UsageError
 from drivers.common.own_functions import import_function
 from drivers.grading.countdown import countdown_reward_fn
-from grpo_core import RewardFn, question_only_reward_fn, r1_zero_reward_fn
+from grpo_core import RewardFn, question_only_reward_fn, r1_zero_reward_fn, think_answer_reward_fn
 
 BUILT_IN: dict[str, RewardFn] = {
     "r1_zero": r1_zero_reward_fn,
+    "think_answer": think_answer_reward_fn,
     "question_only": question_only_reward_fn,
     "countdown": countdown_reward_fn,
 }

@@ -15,6 +15,7 @@ from drivers.settings.base import (
     Share,
     check_multiple,
 )
+from drivers.settings.chat_args import ChatValue, parse_chat_args
 from drivers.settings.evaluation import EvaluationSettings, name_sets
 from drivers.settings.reward_spec import check_reward
 from drivers.settings.sampling import NucleusSettings
@@ -75,6 +76,9 @@ class PromptSettings(Settings):
     system_prompt_path: str | None = None
     """Text file with the system message for --chat-template. Default: the message of the chat template, if it has
     one."""
+    chat_template_args: tuple[str, ...] = ()
+    """Arguments of the chat template, as `name=value` each, such as `enable_thinking=false`. Values are true, false,
+    numbers or text. Default: none."""
     chat_date: str | None = None
     """Day that a chat template with a clock shows, like 2026-11-29. Default: the day on which the run began."""
     long_prompts: Literal["refuse", "drop"] = "refuse"
@@ -87,6 +91,11 @@ class PromptSettings(Settings):
             raise UsageError(
                 f"{self.flag('system_prompt_path')}: has no effect without a chat template; pass --chat-template too"
             )
+        if self.chat_template_args and not self.chat_template:
+            raise UsageError(
+                f"{self.flag('chat_template_args')}: has no effect without a chat template; pass --chat-template too"
+            )
+        parse_chat_args(self.chat_template_args)
         if self.chat_date is not None and not self.chat_template:
             raise UsageError(
                 f"{self.flag('chat_date')}: has no effect without a chat template; pass --chat-template too"
@@ -98,6 +107,11 @@ class PromptSettings(Settings):
                 raise UsageError(f"{self.flag('chat_date')}: must be a day like 2026-11-29 ({error})") from error
             # Settings are saved with the run, so that its prompts stay the same when it is resumed on another day.
             object.__setattr__(self, "chat_date", day.isoformat())
+
+    @property
+    def chat_options(self) -> dict[str, ChatValue]:
+        """Return the arguments of the chat template by name."""
+        return parse_chat_args(self.chat_template_args)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +136,9 @@ class GradingSettings(Settings):
     heading: ClassVar[str] = "grading"
 
     reward: str = "r1_zero"
-    """Reward function. `r1_zero` compares the answer inside <answer> tags after </think>; `question_only` the answer
-    in \\boxed{}; `countdown` checks an expression of the given numbers inside the tags; `gym` asks reasoning-gym's
-    verifier. Your own function is `my_module:function` or `path/to/file.py:function` (docs/grading.md)."""
+    """Reward, or your own as `file.py:function` (docs/grading.md). `r1_zero` compares the answer inside <answer> tags
+    after </think>; `think_answer` allows any white space between the two; `question_only` compares the answer in
+    \\boxed{}; `countdown` checks an expression of the given numbers; `gym` asks reasoning-gym's verifier."""
     reward_mix: tuple[str, ...] = ()
     """Weights, as `name=weight` each, of the named numbers that your own --reward function returns. The reward is
     their weighted sum. Default: the function returns the reward itself."""

@@ -16,9 +16,9 @@ from drivers.settings.evaluation import split_name
 from drivers.settings.parser import parse
 
 _SAME = (
-    "prompt_path", "chat_template", "system_prompt_path", "chat_date", "long_prompts", "reward", "reward_mix",
-    "grader_deadline_s", "sampling_temperature", "sampling_top_p", "sampling_min_tokens", "sampling_max_tokens",
-    "sampling_stop",
+    "prompt_path", "chat_template", "system_prompt_path", "chat_template_args", "chat_date", "long_prompts", "reward",
+    "reward_mix", "grader_deadline_s", "sampling_temperature", "sampling_top_p", "sampling_min_tokens",
+    "sampling_max_tokens", "sampling_stop",
 )  # fmt: skip
 TAKEN = {"data_path": "val_data_path", "n_examples": "n_val_examples", "n_samples": "eval_samples"} | {
     name: name for name in _SAME
@@ -37,6 +37,7 @@ _PARTS = {
     "reward_mix": "--reward",
     "chat_template": "--no-chat-template",
     "system_prompt_path": "--no-chat-template",
+    "chat_template_args": "--no-chat-template",
     "chat_date": "--no-chat-template",
 }
 """Settings that are not taken if this flag is given, because they belong to the setting that it replaces."""

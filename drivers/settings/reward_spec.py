@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from drivers.common.errors import UsageError, suggest
 from drivers.common.own_functions import SPELLING, is_own
 
-BUILT_IN_REWARDS = ("r1_zero", "question_only", "countdown", "gym")
+BUILT_IN_REWARDS = ("r1_zero", "think_answer", "question_only", "countdown", "gym")
 
 
 def parse_mix(mix: Sequence[str]) -> dict[str, float]:

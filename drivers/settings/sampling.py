@@ -22,7 +22,7 @@ class Sampling:
 
 def stop_strings(reward: str) -> tuple[str, ...]:
     """Return the texts that end a response under this reward."""
-    return ("</answer>",) if reward in ("r1_zero", "countdown", "gym") else ()
+    return ("</answer>",) if reward in ("r1_zero", "think_answer", "countdown", "gym") else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class SamplingSettings(Settings):
     sampling_max_tokens: PositiveInt = 1024
     """Maximum length of a response in tokens; longer responses are truncated."""
     sampling_stop: tuple[str, ...] | None = None
-    """Texts that end a response. Default: </answer> for the rewards r1_zero, countdown and gym, none for others."""
+    """Texts that end a response. Default: </answer> for r1_zero, think_answer, countdown and gym, none for others."""
     seed: Annotated[int, Bounds(at_least=-1e18, at_most=1e18)] = 0
     """Seed of sampling, and in training of the order of questions and of shuffling."""
 

@@ -1,6 +1,7 @@
 """Render prompts with the chat template of a tokenizer."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from typing import Any
 
@@ -14,12 +15,20 @@ _DAY = date(2024, 2, 29)
 """Date of trial messages. A clock that goes on between two of them would make them differ."""
 
 
-def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, to_answer: bool, day: date | None = None) -> str:
+def render(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    to_answer: bool,
+    day: date | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> str:
     """Return messages as text with special tokens; `to_answer` opens the model's turn.
 
-    Templates of some models show the date. With `day`, they show the beginning of that day.
+    Templates of some models show the date. With `day`, they show the beginning of that day. `arguments` are others
+    that the template reads.
     """
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = dict(arguments or {})
     if day is not None and "strftime_now" in str(tokenizer.chat_template):  # the clock that transformers provides
         options["strftime_now"] = day.strftime
     try:
@@ -33,6 +42,15 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, to_answer: 
             f"--chat-template: the tokenizer's template refuses messages of {roles} ({reason})"
         ) from error
     return str(text)
+
+
+def check_arguments(tokenizer: Any, names: Iterable[str]) -> None:
+    """Raise a UsageError if the template reads no argument of one of these names: it would have no effect."""
+    for name in names:
+        if not re.search(rf"\b{name}\b", str(tokenizer.chat_template)):
+            raise UsageError(
+                f"--chat-template-args {name}: the model's chat template reads no such name; correct it, or omit it"
+            )
 
 
 def use_end_of_turn_as_eos(tokenizer: Any, model_path: str) -> None:

@@ -3,7 +3,7 @@
 import json
 import math
 from array import array
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from drivers.common.errors import UsageError, first_line
 from drivers.common.paths import repository_path
-from drivers.tasks.chat import render
+from drivers.tasks.chat import check_arguments, render
 
 
 @dataclass(frozen=True)
@@ -226,9 +226,13 @@ class Prompt:
 
     day: date | None = None
     """Day that a chat template with a clock shows. None: its clock goes on."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of the chat template."""
 
     def token_ids(self, questions: Sequence[str], tokenizer: Any) -> "Iterator[array[int]]":
         """Yield the prompt of each question as token ids."""
+        if self.is_message:
+            check_arguments(tokenizer, self.arguments)
         for start in range(0, len(questions), N_AT_ONCE):
             texts = [self._text(question, tokenizer) for question in questions[start : start + N_AT_ONCE]]
             if self.is_message:  # the template contains the special tokens
@@ -241,7 +245,8 @@ class Prompt:
         if not self.is_message:
             return text
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return render(tokenizer, [*messages, {"role": "user", "content": text}], to_answer=True, day=self.day)
+        asked = [*messages, {"role": "user", "content": text}]
+        return render(tokenizer, asked, to_answer=True, day=self.day, arguments=self.arguments)
 
 
 N_AT_ONCE = 1024
@@ -249,12 +254,16 @@ N_AT_ONCE = 1024
 
 
 def load_prompt(
-    path: str, chat_template: bool = False, system_prompt_path: str | None = None, chat_date: str | None = None
+    path: str,
+    chat_template: bool = False,
+    system_prompt_path: str | None = None,
+    chat_date: str | None = None,
+    chat_options: Mapping[str, Any] | None = None,
 ) -> Prompt:
-    """Return the prompt that --prompt-path, --chat-template, --system-prompt-path and --chat-date describe."""
+    """Return the prompt that --prompt-path and the flags of the chat template describe."""
     system = None if system_prompt_path is None else _read_prompt_file("--system-prompt-path", system_prompt_path)
     day = None if chat_date is None else date.fromisoformat(chat_date)
-    return Prompt(load_prompt_template(path), chat_template, system, day)
+    return Prompt(load_prompt_template(path), chat_template, system, day, chat_options or {})
 
 
 def load_prompt_template(path: str) -> str:

@@ -84,7 +84,8 @@ def load_train_set(config: GrpoConfig, remedy: str) -> Callable[..., Sequence[Qu
 
 def load_prompt_from_settings(config: PromptSettings) -> Prompt:
     """Return the prompt that the settings put around a question."""
-    return load_prompt(config.prompt_path, config.chat_template, config.system_prompt_path, config.chat_date)
+    chat = (config.chat_template, config.system_prompt_path, config.chat_date, config.chat_options)
+    return load_prompt(config.prompt_path, *chat)
 
 
 def setup_run(

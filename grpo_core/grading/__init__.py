@@ -8,6 +8,7 @@ from grpo_core.grading.answers import (
 from grpo_core.grading.rewards import (
     question_only_reward_fn,
     r1_zero_reward_fn,
+    think_answer_reward_fn,
 )
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "normalize_answer",
     "question_only_reward_fn",
     "r1_zero_reward_fn",
+    "think_answer_reward_fn",
 ]

@@ -1,5 +1,7 @@
 r"""Rewards for answers to mathematics questions: a format, and an answer that matches the reference."""
 
+import re
+
 from grpo_core._checks import shape_checked
 from grpo_core.grading.answers import answer_text, boxed_answers, extract_boxed_answer, is_right
 from grpo_core.types import GroundTruth
@@ -35,8 +37,43 @@ def r1_zero_reward_fn(response: str, ground_truth: GroundTruth) -> dict[str, flo
         >>> r1_zero_reward_fn("Half of one. </think> <answer> 1 - 0.5 </answer>", r"\frac{1}{2}")
         {'reward': 0.0, 'format_reward': 1.0, 'answer_reward': 0.0}
     """
-    references = _references(ground_truth)
     _, tag, rest = response.partition("</think> <answer>")
+    return _grade_block(tag, rest, _references(ground_truth))
+
+
+@shape_checked
+def think_answer_reward_fn(response: str, ground_truth: GroundTruth) -> dict[str, float]:
+    r"""Return the reward of `... </think>`, white space, `<answer> ... </answer>`, as chat models write it.
+
+    Instruct models that think write `</think>`, a newline or two, and then the answer. Any white space between the two
+    tags is allowed, and so is none. Everything else is as in `r1_zero_reward_fn`.
+
+    Args:
+        response: the text of the model after the prompt. No text raises an error.
+        ground_truth: the reference answer, or a list of accepted answers.
+
+    Returns:
+        `format_reward`, `answer_reward` and `reward`, as in `r1_zero_reward_fn`.
+
+    Raises:
+        ValueError: `ground_truth` is empty, or contains an empty text or a number that is not finite.
+
+    Examples:
+        >>> think_answer_reward_fn("Half of one.\n</think>\n\n<answer>0.5</answer>", r"\frac{1}{2}")
+        {'reward': 1.0, 'format_reward': 1.0, 'answer_reward': 1.0}
+        >>> think_answer_reward_fn("Half of one.\n</think>\n\nSo: <answer>0.5</answer>", r"\frac{1}{2}")
+        {'reward': 0.0, 'format_reward': 0.0, 'answer_reward': 0.0}
+    """
+    tags = _TAGS.search(response)
+    tag, rest = (tags[0], response[tags.end() :]) if tags else ("", "")
+    return _grade_block(tag, rest, _references(ground_truth))
+
+
+_TAGS = re.compile(r"</think>\s*<answer>")
+
+
+def _grade_block(tag: str, rest: str, references: list[str]) -> dict[str, float]:
+    """Grade what follows the opening tags; `tag` is empty if the response has none."""
     answer, end, after = rest.partition("</answer>")
     if not (tag and end):
         return _rewards(formatted=False, right=False)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from dataclasses import asdict
 from datetime import date
@@ -16,12 +17,14 @@ from drivers.common.atomic_files import write_json
 from drivers.common.errors import UsageError
 from drivers.engines.hf import HFEngine
 from drivers.policy.loading import embedded_model, load_tokenizer
+from drivers.settings.chat_args import parse_chat_args
 from drivers.settings.command_line import parse_train_config
 from drivers.settings.evaluate import EvaluateConfig
 from drivers.settings.imitation import ExpertIterationConfig, SftConfig
 from drivers.tasks.chat import render, use_end_of_turn_as_eos
 from drivers.tasks.demonstrations import WorkedExample, make_demonstrations
 from drivers.tasks.questions import Example, Prompt, load_prompt, make_questions
+from drivers.training.setup import load_prompt_from_settings
 from tests.drivers.helpers.engines import make_vllm_engine
 from tests.drivers.helpers.letters import ask, make_tiny_config
 from tests.tiny import make_tiny_policy, make_tiny_tokenizer, save_tiny
@@ -107,6 +110,51 @@ def test_chat_date_is_kept_with_the_settings():
             kind(chat_template=True, chat_date="tomorrow")
         with pytest.raises(UsageError, match=r"--chat-date 2026-11-29: has no effect without a chat template"):
             kind(chat_date="2026-11-29")
+
+
+THINKING = CHATML.replace(
+    "assistant\n'", "assistant\n' + ('' if enable_thinking else '<think></think>') + style | string"
+)
+
+
+def test_chat_template_args_reach_the_template_with_their_types():
+    """A text `false` would be true in a template."""
+    tokenizer = make_chat_tokenizer(THINKING)
+    for entries, written in (
+        (["enable_thinking=false", "style=2"], "<think></think>2"),
+        (["enable_thinking=true", "style=a=b"], "a=b"),
+        (["style=0.50", "enable_thinking=0"], "<think></think>0.5"),
+    ):
+        config = make_tiny_config(chat_template=True, chat_template_args=tuple(entries))
+        assert ask(load_prompt_from_settings(config), "1+1", tokenizer)[-len(written) :] == encode(tokenizer, written)
+    assert parse_chat_args(["a=", "b=1e3", "c=nan", "d=-7", "e=True"]) == {
+        "a": "", "b": 1000.0, "c": "nan", "d": -7, "e": "True",
+    }  # fmt: skip
+    with pytest.raises(
+        UsageError, match="args enable_thinkin: the model's chat template reads no such name; correct it"
+    ):
+        ask(Prompt("{question}", True, arguments={"enable_thinkin": False}), "1+1", tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (
+            ["enable_thinking"],
+            "--chat-template-args enable_thinking: must be a name and a value, such as enable_thinkin",
+        ),
+        (["=1"], "--chat-template-args =1: must be a name and a value"),
+        (["a b=1"], "--chat-template-args a b=1: must be a name and a value"),
+        (["a=1", "a=2"], "--chat-template-args a=2: each name must be unique"),
+        (["tokenize=true"], "tokenize belongs to transformers, not to the template; omit it"),
+    ],
+)
+@pytest.mark.parametrize("kind", [make_tiny_config, EvaluateConfig], ids=["train", "evaluate"])
+def test_chat_template_args_that_cannot_be_passed_are_refused(kind, entries, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        kind(chat_template=True, chat_template_args=tuple(entries))
+    with pytest.raises(UsageError, match="has no effect without a chat template; pass --chat-template too"):
+        kind(chat_template_args=tuple(entries))
 
 
 def test_chat_date_of_a_resumed_run_is_its_own(tmp_path):

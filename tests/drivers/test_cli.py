@@ -146,6 +146,7 @@ FLAGS = [
     "deterministic",
     "chat_template",
     "system_prompt_path",
+    "chat_template_args",
     "chat_date",
     "long_prompts",
     "curriculum_steps",

@@ -329,6 +329,7 @@ def probes(shared, tmp_path, monkeypatch):
 CHAT = (
     "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + '<pad>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ strftime_now('%d') + ' assistant ' }}{% endif %}"
+    "{% if brief %}{{ 'so ' }}{% endif %}"
 )
 LOOP = {
     "model_path": "tiny",
@@ -392,6 +393,7 @@ TRAIN_ROWS = {
     "prompt_path": Row("setup", "polite.prompt"),
     "chat_template": Row("setup", True),
     "system_prompt_path": Row("setup", "system.prompt", {"chat_template": True}),
+    "chat_template_args": Row("setup", ("brief=true",), {"chat_template": True}),
     "chat_date": Row("setup", "2026-11-28", {"chat_template": True, "chat_date": "2026-11-29"}),
     "long_prompts": Row("setup", "refuse", {"long_prompts": "drop", "data_path": "long.jsonl"}),
     "data_path": Row("setup", "other.jsonl"),
@@ -510,6 +512,7 @@ EVALUATE_ROWS = {
     "prompt_path": Row("evaluate", "polite.prompt"),
     "chat_template": Row("evaluate", True),
     "system_prompt_path": Row("evaluate", "system.prompt", {"chat_template": True}),
+    "chat_template_args": Row("evaluate", ("brief=true",), {"chat_template": True}),
     "chat_date": Row("evaluate", "2026-11-28", {"chat_template": True, "chat_date": "2026-11-29"}),
     "long_prompts": Row("evaluate", "refuse", {"long_prompts": "drop", "data_path": ("long.jsonl",)}),
     "reward": Row("evaluate", "question_only"),

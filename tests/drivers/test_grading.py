@@ -594,8 +594,11 @@ def test_async_hostile_reward_has_its_verdict_and_others_are_graded(async_pool, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--reward r2_zero", "--reward r2_zero: must be r1_zero, question_only, countdown, gym, or your own function"),
-        ("--reward my_module:", "--reward my_module:: must be r1_zero, question_only"),
+        (
+            "--reward r2_zero",
+            "--reward r2_zero: must be r1_zero, think_answer, question_only, countdown, gym, or your own",
+        ),
+        ("--reward my_module:", "--reward my_module:: must be r1_zero, think_answer"),
         ("--reward :f", "--reward :f: must be"),
         ("--reward nowhere.py:f", "--reward nowhere.py:f: no such file, nowhere.py"),
         ("--reward-mix a=1", "--reward-mix a=1: has no effect with --reward r1_zero"),

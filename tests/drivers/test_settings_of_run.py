@@ -21,6 +21,7 @@ OTHER = {
     "prompt_path": "data/prompts/r1_zero.prompt",
     "chat_template": True,
     "system_prompt_path": "system.txt",
+    "chat_template_args": ("enable_thinking=false",),
     "chat_date": "2026-02-03",
     "long_prompts": "drop",
     "reward": "mine.py:reward",
@@ -60,9 +61,10 @@ def test_settings_of_run_are_taken_and_printed(tmp_path, capsys):
     assert line == (
         f"From the settings of {tmp_path / 'run'}: --data-path data/minus/validation.jsonl "
         "plus=data/plus/validation.jsonl --n-examples 64 --n-samples 8 --prompt-path data/prompts/r1_zero.prompt "
-        "--chat-template --system-prompt-path system.txt --chat-date 2026-02-03 --long-prompts drop "
-        "--reward mine.py:reward --reward-mix format=0.2 answer=1 --grader-deadline-s 3.0 --sampling-temperature 0.7 "
-        "--sampling-top-p 0.9 --sampling-min-tokens 2 --sampling-max-tokens 48 --sampling-stop ###"
+        "--chat-template --system-prompt-path system.txt --chat-template-args enable_thinking=false "
+        "--chat-date 2026-02-03 --long-prompts drop --reward mine.py:reward --reward-mix format=0.2 answer=1 "
+        "--grader-deadline-s 3.0 --sampling-temperature 0.7 --sampling-top-p 0.9 --sampling-min-tokens 2 "
+        "--sampling-max-tokens 48 --sampling-stop ###"
     )
 
 
@@ -85,7 +87,7 @@ def test_settings_of_run_of_each_program_are_taken(tmp_path, kind, capsys, monke
         (["--data_path", "a.jsonl", "b.jsonl"], {"data_path": ("a.jsonl", "b.jsonl"), "n_examples": None}),
         (["--data-path=a.jsonl", "--n-examples=3"], {"data_path": ("a.jsonl",), "n_examples": 3}),
         (["--reward", "r1_zero"], {"reward": "r1_zero", "reward_mix": (), "sampling_stop": ("###",)}),
-        (["--no-chat-template"], {"chat_template": False, "system_prompt_path": None, "chat_date": None}),
+        (["--no-chat-template"], {"chat_template": False, "chat_template_args": (), "chat_date": None}),
         (["--chat-template"], {"chat_template": True, "system_prompt_path": "system.txt", "chat_date": "2026-02-03"}),
         (["--chat-date", "2026-05-05"], {"chat_date": "2026-05-05", "system_prompt_path": "system.txt"}),
         (["--sampling-stop"], {"sampling_stop": ()}),

@@ -134,6 +134,17 @@ MUTANTS = [
         ("a reward for the format", '{"reward": float(right)', '{"reward": float(formatted)'),
     ),
     *breaks(
+        "think_answer_reward_fn",
+        "grading/rewards.py",
+        f"{REWARDS} -k 'think_answer or r1_zero or hostile'",
+        ("a space is required", 're.compile(r"</think>\\s*<answer>")', 're.compile(r"</think>\\s+<answer>")'),
+        ("newlines alone", 're.compile(r"</think>\\s*<answer>")', 're.compile(r"</think>\\n*<answer>")'),
+        ("any text between", 're.compile(r"</think>\\s*<answer>")', 're.compile(r"</think>[^<]*<answer>")'),
+        ("no reasoning", 're.compile(r"</think>\\s*<answer>")', 're.compile(r"\\s*<answer>")'),
+        ("the block from its tag", "response[tags.end() :]) if tags", "response[tags.start() :]) if tags"),
+        ("in any case", '<answer>")\n\n\ndef _grade', '<answer>", re.IGNORECASE)\n\n\ndef _grade'),
+    ),
+    *breaks(
         "question_only_reward_fn",
         "grading/rewards.py",
         f"{REWARDS} -k 'question or reference'",

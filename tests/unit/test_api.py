@@ -33,6 +33,7 @@ SIGNATURES = {
     ),
     "sft_microbatch_train_step": ("policy_log_probs response_mask gradient_accumulation_steps normalize_constant=1.0"),
     "r1_zero_reward_fn": "response ground_truth",
+    "think_answer_reward_fn": "response ground_truth",
     "question_only_reward_fn": "response ground_truth",
 }
 FUNCTIONS = [name for name in grpo_core.__all__ if inspect.isfunction(getattr(grpo_core, name))]

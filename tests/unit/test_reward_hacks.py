@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_core import question_only_reward_fn, r1_zero_reward_fn
+from grpo_core import question_only_reward_fn, r1_zero_reward_fn, think_answer_reward_fn
 from grpo_core.grading.answers import is_right
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/grading.md"
@@ -194,6 +194,11 @@ def test_a_hack_has_its_verdict(name, response, gold, r1_zero, question_only):
     begin = time.thread_time()
     assert verdict_of(r1_zero_reward_fn(response, gold)) == r1_zero
     assert verdict_of(question_only_reward_fn(response, gold)) == question_only
+    # Only the space between the tags is free.
+    is_spaced = response.startswith("</think>\n<answer>")
+    assert verdict_of(think_answer_reward_fn(response, gold)) == ("right" if is_spaced else r1_zero)
+    spread = response.replace("</think> <answer>", "</think>\n\n<answer>")
+    assert think_answer_reward_fn(spread, gold) == think_answer_reward_fn(response, gold)
     assert time.thread_time() - begin < 5.0
 
 
@@ -225,7 +230,7 @@ PARTS = st.sampled_from(
         r"\in", r"\cup", r"\pm", r"\text{", r"\text{ or }", " or ", " and ", r"\boxed{", r"\frac", "^", "_", "!", ".",
         r"\overline{", r"\%", "$", r"\$", r"\ge", "<", r"\ne", "\u200b", "\n", "&", r"\\", r"\begin{cases}",
         r"\end{cases}", r"\infty", r"\phantom{", "**", ":", "'", "-", "+", r"\cdot", "</answer>", "<answer>",
-        "</think> <answer>",
+        "</think> <answer>", "</think>\n<answer>",
     ]
 )  # fmt: skip
 
@@ -233,5 +238,5 @@ PARTS = st.sampled_from(
 @given(st.lists(PARTS, min_size=1, max_size=10).map("".join))
 def test_no_response_is_right_whichever_of_two_answers_is(text):
     for response in (TAGS.format(text), BOTH.format(text), text):
-        for reward_fn in (r1_zero_reward_fn, question_only_reward_fn):
+        for reward_fn in (r1_zero_reward_fn, think_answer_reward_fn, question_only_reward_fn):
             assert sum(reward_fn(response, gold)["reward"] for gold in ("37", "38")) <= 1

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from grpo_core.grading.rewards import question_only_reward_fn, r1_zero_reward_fn
+from grpo_core.grading.rewards import question_only_reward_fn, r1_zero_reward_fn, think_answer_reward_fn
 
 BLOCK = "Thinking. </think> <answer> {} </answer>"
 
@@ -30,7 +30,7 @@ def scores(format_reward, answer_reward):
     ],
 )  # fmt: skip
 def test_r1_zero_right(response, gold):
-    assert r1_zero_reward_fn(response, gold) == scores(1.0, 1.0)
+    assert r1_zero_reward_fn(response, gold) == think_answer_reward_fn(response, gold) == scores(1.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_r1_zero_right(response, gold):
     ],
 )  # fmt: skip
 def test_r1_zero_formatted_but_wrong(response, gold):
-    assert r1_zero_reward_fn(response, gold) == scores(1.0, 0.0)
+    assert r1_zero_reward_fn(response, gold) == think_answer_reward_fn(response, gold) == scores(1.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,27 @@ def test_r1_zero_formatted_but_wrong(response, gold):
 )  # fmt: skip
 def test_r1_zero_without_the_format(response):
     assert r1_zero_reward_fn(response, "37") == scores(0.0, 0.0)
+    is_spaced = response in SPACED
+    assert think_answer_reward_fn(response, "37") == scores(float(is_spaced), float(is_spaced))
+
+
+SPACED = ("</think><answer> 37 </answer>", "</think>\n<answer> 37 </answer>", "</think>  <answer> 37 </answer>")
+
+
+@pytest.mark.parametrize("space", ["", "\n", "\n\n", "\r\n", "\t", " \n ", "\u00a0", "\u2003", "\f"])
+def test_think_answer_allows_white_space_between_the_tags_alone(space):
+    assert think_answer_reward_fn(f"So.\n</think>{space}<answer>\n37\n</answer>", "37") == scores(1.0, 1.0)
+    assert think_answer_reward_fn(f"So.\n</think>{space}<answer>\n38\n</answer>", "37") == scores(1.0, 0.0)
+    for text in ("So:", "\u200b", "<answer", "</think", "\x00"):
+        response = f"So.\n</think>{space}{text}{space}<answer> 37 </answer>"
+        assert think_answer_reward_fn(response, "37") == scores(0.0, 0.0)
+
+
+def test_think_answer_grades_the_first_block_after_the_reasoning():
+    block = "</think>\n<answer> {} </answer>"
+    two = block.format("37") + block.format("38")
+    assert [think_answer_reward_fn(two, gold)["reward"] for gold in ("37", "38")] == [0.0, 0.0]
+    assert think_answer_reward_fn("<answer> 38 </answer>" + block.format("37"), "37") == scores(1.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +111,7 @@ def test_question_only(response, gold, expected):
     assert question_only_reward_fn(response, gold) == scores(*expected)
 
 
-@pytest.mark.parametrize("reward_fn", [r1_zero_reward_fn, question_only_reward_fn])
+@pytest.mark.parametrize("reward_fn", [r1_zero_reward_fn, think_answer_reward_fn, question_only_reward_fn])
 @pytest.mark.parametrize("gold", ["", "  \n", [], [""], ["37", " "]])
 def test_an_empty_reference_is_refused(reward_fn, gold):
     for response in (BLOCK.format("37"), r"\boxed{37}", "no format"):
@@ -98,7 +119,7 @@ def test_an_empty_reference_is_refused(reward_fn, gold):
             reward_fn(response, gold)
 
 
-@pytest.mark.parametrize("reward_fn", [r1_zero_reward_fn, question_only_reward_fn])
+@pytest.mark.parametrize("reward_fn", [r1_zero_reward_fn, think_answer_reward_fn, question_only_reward_fn])
 @pytest.mark.parametrize("gold", [float("nan"), float("inf"), [1.0, float("nan")]])
 def test_a_reference_must_be_finite(reward_fn, gold):
     with pytest.raises(ValueError, match=r"ground_truth=.* must be finite"):
@@ -114,6 +135,8 @@ def test_a_reference_must_be_finite(reward_fn, gold):
         r"\boxed{" * 100_000,
         "<answer>" * 100_000,
         "</think> <answer>" * 50_000,
+        "</think>\n" * 50_000 + "<answer",
+        "</think>" + "\n" * 1_000_000,
         r"\boxed{1}" * 100_000,
         r"\boxed " * 100_000,
         r"\boxed" + " " * 1_000_000 + "1",
@@ -121,7 +144,7 @@ def test_a_reference_must_be_finite(reward_fn, gold):
     ],
 )
 def test_a_hostile_response_is_refused_at_once(answer):
-    for reward_fn in (r1_zero_reward_fn, question_only_reward_fn):
+    for reward_fn in (r1_zero_reward_fn, think_answer_reward_fn, question_only_reward_fn):
         for response in (BLOCK.format(answer), rf"\boxed{{{answer}}}", answer):
             start = time.thread_time()
             assert reward_fn(response, "37")["reward"] == 0.0

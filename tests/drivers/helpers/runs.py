@@ -124,6 +124,7 @@ IMITATION_FLAGS = [
     "deterministic",
     "chat_template",
     "system_prompt_path",
+    "chat_template_args",
     "chat_date",
     "long_prompts",
     "seed",

@@ -128,6 +128,18 @@ MUTANTS = [
         ),
     ),
     *breaks(
+        "parse_chat_args",
+        "drivers/settings/chat_args.py",
+        "tests/drivers/test_chat.py -k chat_template_args",
+        ("everything is text", 'return text == "true"', "return text"),
+        ("numbers are text", "        return int(text)\n", "        return text\n"),
+        ("no value", "if not (equals and name.isidentifier()):", "if not name.isidentifier():"),
+        ("any name", "if not (equals and name.isidentifier()):", "if not equals:"),
+        ("those of transformers", "        if name in OF_TRANSFORMERS:\n", "        if False:\n"),
+        ("the last value counts", "        if name in values:\n", "        if False:\n"),
+        ("NaN is a number", "return number if math.isfinite(number) else text", "return number"),
+    ),
+    *breaks(
         "AlgorithmSettings",
         ALGORITHM,
         (
