@@ -101,11 +101,11 @@ MUTANTS = [
             "encode(tokenizer, texts, add_special_tokens=False)\n            else:",
             "encode(tokenizer, texts)\n            else:",
         ),
-        ("the clock goes on", "to_answer=True, day=self.day)", "to_answer=True)"),
+        ("the clock goes on", "to_answer=True, day=self.day, arguments", "to_answer=True, arguments"),
         (
             "no turn of the model",
-            '{"role": "user", "content": text}], to_answer=True,',
-            '{"role": "user", "content": text}], to_answer=False,',
+            "asked, to_answer=True, day",
+            "asked, to_answer=False, day",
         ),
     ),
     *breaks(
