@@ -70,7 +70,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "cs336-2026": {  # the edition of 2026 has a model, data and sizes of its own
         "model_path": "allenai/OLMo-2-0425-1B",
         "data_path": "data/gsm8k/train-6400.jsonl",
-        "val_data_path": "data/gsm8k/test.jsonl",
+        "val_data_path": ("data/gsm8k/test.jsonl",),
         "n_grpo_steps": 200,
         "learning_rate": 1e-5,
         "rollout_batch_size": 256,

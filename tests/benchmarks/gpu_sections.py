@@ -162,14 +162,15 @@ def time_head(name: str, inputs: Any, device: Device) -> dict[str, Any]:
 def run_step(sizes: dict[str, Any]) -> Iterator[Result]:
     """Time the update on rollouts of a step, and compare its operations with the fastest matrix product."""
     from drivers.policy.optimizer import PolicyOptimizer
+    from drivers.settings.groups import OptimizerSettings
     from tests.benchmarks.bench_step import draw_rollouts, make_update
 
     device, n = Device(sizes["device"]), sizes["matmul"]
     peak = measure_matmul(device, n)
     yield "matmul", {"flops": peak, "size": n}
     policy = make_policy(sizes)
-    optimizer = PolicyOptimizer(policy, 1e-6)
-    optimizer.step()  # makes the moments
+    optimizer = PolicyOptimizer(policy, OptimizerSettings())
+    optimizer.step(1e-6)  # makes the moments
     rollouts = draw_rollouts(*sizes["groups"], tuple(sizes["prompt"]), sizes["cap"], 0.0, sizes["shape"]["vocab_size"])
     slots: list[int] = []
     counter = policy.base_model.register_forward_pre_hook(

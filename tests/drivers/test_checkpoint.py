@@ -36,6 +36,7 @@ from drivers.runs.folder import (
 )
 from drivers.runs.lock import LOCK, release_run_lock
 from drivers.runs.resume import find_finished_model, open_run_folder
+from drivers.settings.groups import OptimizerSettings
 from drivers.training.memory import checkpoint_copy_bytes
 from tests.drivers.helpers.letters import make_tiny_config
 from tests.drivers.helpers.processes import limit_file_size
@@ -76,7 +77,7 @@ def test_copy_content_is_independent_of_the_policy(tmp_path, dtype):
     """The next step changes weights, moments and buffers in place while a thread writes the copy."""
     policy = make_tiny_policy(3).to(dtype)
     policy.register_buffer("balance", torch.arange(4.0))
-    optimizer = PolicyOptimizer(policy, 1e-3)
+    optimizer = PolicyOptimizer(policy, OptimizerSettings())
     live = {**policy.state_dict(), **optimizer.tensors()}
     before = {name: tensor.clone() for name, tensor in live.items()}
     content = copy_content(policy, make_tiny_tokenizer(), values={"step": 1}, tensors=optimizer.tensors())

@@ -718,7 +718,7 @@ def test_run_begin_keeps_log_lines_up_to_the_checkpoint(tmp_path, monkeypatch, i
     state = TrainingState(config, make_tiny_parts().policy)
     monkeypatch.setattr("drivers.training.run.read_state_values", lambda _: state.values() | {"step": 7})
     monkeypatch.setattr("drivers.training.run.read_tensors", lambda *_: None)
-    monkeypatch.setattr("drivers.training.run.RunLog", lambda *_, after, settings: opened.append(after))
+    monkeypatch.setattr("drivers.training.run.RunLog", lambda *_, after, **_others: opened.append(after))
     run = Run(config, tmp_path, None, Display(1, quiet=True), tmp_path / "checkpoint-7" if is_resumed else None)
     run.begin(state)
     assert opened == [7 if is_resumed else -1]

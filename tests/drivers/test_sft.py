@@ -257,7 +257,7 @@ def test_sft_help_names_every_flag(capsys):
     for field in fields(SftConfig):
         assert "--" + field.name.replace("_", "-") in text
     assert "Number of demonstrations to train on" in text
-    assert "Constant learning rate of AdamW" in text
+    assert "Learning rate of AdamW" in text
 
 
 @pytest.mark.medium

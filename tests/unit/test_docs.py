@@ -14,6 +14,7 @@ import tyro
 from matplotlib import pyplot
 
 import grpo_core
+import grpo_core.testing
 from drivers.convert_dataset import ConvertConfig
 from drivers.make_task import Task
 from drivers.pass_rates import PassRatesConfig
@@ -78,7 +79,8 @@ def draw_functions_page():
         "Every public function of `grpo_core`, with the first line of its docstring. The [API](api.md) has the rest:",
         "arguments, results, errors and examples.",
     ]
-    functions = [value for value in vars(grpo_core).values() if inspect.isfunction(value)]
+    values = [*vars(grpo_core).values(), grpo_core.testing.check_objective, grpo_core.testing.check_advantage]
+    functions = [value for value in values if inspect.isfunction(value)]
     for heading, module in re.findall(r"^## (.*)|^::: (.*)", DOCUMENTED_BY_THEIR_FILE, flags=re.MULTILINE):
         of_module = [function for function in functions if function.__module__ == module]
         of_module.sort(key=lambda function: inspect.unwrap(function).__code__.co_firstlineno)
@@ -93,7 +95,8 @@ def draw_functions_page():
 def test_functions_page_has_every_public_function():
     page = draw_functions_page()
     assert set(re.findall(r"^- `(\w+)`", page, flags=re.MULTILINE)) == {
-        name for name in grpo_core.__all__ if inspect.isfunction(getattr(grpo_core, name))
+        *(name for name in grpo_core.__all__ if inspect.isfunction(getattr(grpo_core, name))),
+        *("check_objective", "check_advantage"),
     }
     assert (ROOT / "docs/functions.md").read_text() == page, f"write this to docs/functions.md:\n{page}"
 
