@@ -1,5 +1,7 @@
 """Save the checkpoints of a run and publish its final model."""
 
+import os
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,6 +36,10 @@ from drivers.training.state import TrainingState
 
 ABORT_WAIT_S = 10.0
 """Seconds that rank 0 waits for the shards of other ranks when a run is aborted: torchrun kills it after 30."""
+
+
+NICENESS = 10
+"""What the thread that writes adds to its niceness: a step whose threads wait for one another loses most."""
 
 
 class SavedCheckpoint(NamedTuple):
@@ -222,6 +228,8 @@ def _write(content: CheckpointContent, folder: Path) -> tuple[Entries, float]:
     """Write the files of this rank, and return their entries and the seconds; one process commits them at once."""
     entries: Entries = {}
     begin = time.monotonic()
+    if sys.platform == "linux":  # where this changes the thread alone; the step has the cores first
+        os.nice(NICENESS)
     if distributed.size() == 1:
         save_checkpoint(content, folder)
     else:

@@ -918,10 +918,11 @@ MUTANTS = [
     *breaks(
         "Checkpointer.close",
         "drivers/training/checkpointer.py",
-        f"{RESUME} -k 'close_commits or another_rank'",
+        f"{RESUME} -k 'close_commits or another_rank or leaves_the_cores'",
         ("half a checkpoint is committed", "            if has_all_shards(save.folder):", "            if True:"),
         ("a whole checkpoint is left", "            if has_all_shards(save.folder):", "            if False:"),
         ("another rank's failure is ignored", "    if failed:\n", "    if error:\n"),
+        ("the thread takes the step's cores", "        os.nice(NICENESS)\n", "        os.nice(0)\n"),
     ),
     *breaks(
         "Run.end_step",
