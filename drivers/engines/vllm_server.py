@@ -12,6 +12,7 @@ from itertools import starmap
 from typing import Any, TypeVar
 
 import httpx
+import torch
 from vllm.distributed.weight_transfer.base import TrainerInitInfo
 
 from drivers.common.errors import EngineDiedError, UsageError
@@ -40,12 +41,18 @@ CLOSE_S = 10.0
 """Longest wait for the servers to disconnect; a dead one never does."""
 RESET_TRIES, RESET_WAIT_S = 20, 0.25
 MAX_CONNECTIONS = 512
-COMMAND = (
-    "VLLM_SERVER_DEV_MODE=1 PYTHONPATH=. vllm serve MODEL --enable-scale-out --logprobs-mode processed_logprobs "
-    "--load-format dummy --dtype %s --max-model-len TOKENS "
-    '--weight-transfer-config \'{"backend": "%s"}\' '
-    "--worker-extension-cls drivers.engines.vllm_transfer.WorkerExtension"
-)
+
+
+def format_command(dtype: torch.dtype, policy_device: torch.device) -> str:
+    """Return the command that starts a server for a policy of this type on this device."""
+    on_gpu = policy_device.type == "cuda"
+    backend, head = ("checked_nccl", """ --hf-overrides '{"head_dtype": "float32"}'""") if on_gpu else ("host", "")
+    return (
+        "VLLM_SERVER_DEV_MODE=1 PYTHONPATH=. vllm serve MODEL --enable-scale-out --logprobs-mode processed_logprobs "
+        f"--load-format dummy --dtype {str(dtype).removeprefix('torch.')} --max-model-len TOKENS{head} "
+        f"""--weight-transfer-config '{{"backend": "{backend}"}}' """
+        "--worker-extension-cls drivers.engines.vllm_transfer.WorkerExtension"
+    )
 
 
 class ServerEngine:
@@ -61,8 +68,7 @@ class ServerEngine:
     ) -> None:
         """Wait for the servers at `options.urls` and connect to them. A response ends at `end_token_id`."""
         self._deadline_s, self._device, self._end_token_id = options.deadline_s, weights.device, end_token_id
-        backend = "checked_nccl" if self._device.type == "cuda" else "host"
-        self._command = COMMAND % (str(options.dtype).removeprefix("torch."), backend)
+        self._command = format_command(options.dtype, weights.device)
         self._version: int | None = None
         self._sender: WeightSender | None = None
         self._servers = Servers(options.urls, options.deadline_s)

@@ -554,3 +554,18 @@ def test_push_from_gpu_sets_device_and_synchronizes(monkeypatch):
         engine._load_weights(0)
         assert done == [("device", device), ("wait", device), "send", ("device", device), ("wait", device)]
         done.clear()
+
+
+def test_format_command_depends_on_the_policy_device():
+    """A policy on a GPU sends by NCCL, and keeps float32 logits, which vLLM would round."""
+    from drivers.engines.vllm_server import format_command
+
+    on_cpu, on_gpu = (format_command(torch.bfloat16, torch.device(name)) for name in ("cpu", "cuda"))
+    assert (
+        on_gpu.replace(""" --hf-overrides '{"head_dtype": "float32"}'""", "").replace("checked_nccl", "host") == on_cpu
+    )
+    assert "--hf-overrides" in on_gpu
+    assert "--hf-overrides" not in on_cpu
+    assert (
+        """--dtype bfloat16 --max-model-len TOKENS --weight-transfer-config '{"backend": "host"}' --worker""" in on_cpu
+    )

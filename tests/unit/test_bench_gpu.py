@@ -10,7 +10,6 @@ from tests.benchmarks import gpu, gpu_sections
 SIZES = json.loads(json.dumps(asdict(gpu.TOY)))
 
 
-@pytest.mark.medium
 def test_head_and_step_are_measured_and_tabled(tmp_path, monkeypatch, capsys):
     """In this process. What is not installed is named, and what compiles for long is left to the whole rehearsal."""
     monkeypatch.setattr(gpu_sections, "HEAD_WAYS", ("ours_log_probs", "ours_grpo_loss", "trl_fused", "textbook"))

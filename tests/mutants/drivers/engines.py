@@ -195,6 +195,12 @@ MUTANTS = [
         ),
     ),
     *breaks(
+        "format_command",
+        "drivers/engines/vllm_server.py",
+        "tests/drivers/test_server.py -k format_command",
+        ("servers round logits", 'if on_gpu else ("host", "")', 'if False else ("host", "")'),
+    ),
+    *breaks(
         "nccl_init",
         "drivers/engines/vllm_transfer.py",
         "tests/drivers/test_engines.py -k nccl_transfer",
