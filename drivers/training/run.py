@@ -299,13 +299,8 @@ class Run:
         if "rollout" in seconds:  # absent if the rollouts came with the checkpoint
             speeds["rollout_tokens_per_s"] = metrics["sampled_tokens"] / seconds["rollout"]
         times = {f"time_{name}_s": value for name, value in seconds.items()}
-        metrics = {
-            **metrics,
-            **speeds,
-            **times,
-            **pop_peak_memory(),
-            "learning_rate": self.config.learning_rate_at(step),
-        }
+        rate = {"learning_rate": self.config.learning_rate_at(step)}
+        metrics = {**metrics, **speeds, **times, **pop_peak_memory(), **rate}
         self.log("train", step, metrics)
         self.display.end_step(step, metrics)
 

@@ -166,10 +166,12 @@ def test_logged_metrics_are_documented(tmp_path, monkeypatch):
     run_sft(tmp_path / "sft", make_letter_demonstrations("a", "b"), checkpoint_steps=1)
     run_expert_iteration(tmp_path / "ei", n_ei_steps=1)
     run_training(tmp_path / "ungraded", reward_fn=lambda text, _: 1 / (ord(text[:1] or "a") % 2), n_grpo_steps=1)
-    for folder in (*map(str, range(len(settings))), "sft", "ei", "ungraded"):
+    second = {"second": make_held_out_questions(make_tiny_tokenizer())}
+    run_training(tmp_path / "sets", other_val_sets=second, val_data_path=("first", "second"), n_grpo_steps=1)
+    for folder in (*map(str, range(len(settings))), "sft", "ei", "ungraded", "sets"):
         for name in ("metrics.jsonl", "completions.jsonl"):
             for line in (tmp_path / folder / name).read_text().splitlines():
-                logged |= json.loads(line).keys()
+                logged |= {name.removeprefix("second/") for name in json.loads(line)}
     logged = {re.sub(r"^pass_at_\d+$", "pass_at_k", name) for name in logged}
     assert logged - {"phase", "step"} == documented
 

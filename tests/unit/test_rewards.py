@@ -79,6 +79,7 @@ SPACED = ("</think><answer> 37 </answer>", "</think>\n<answer> 37 </answer>", "<
 def test_think_answer_allows_white_space_between_the_tags_alone(space):
     assert think_answer_reward_fn(f"So.\n</think>{space}<answer>\n37\n</answer>", "37") == scores(1.0, 1.0)
     assert think_answer_reward_fn(f"So.\n</think>{space}<answer>\n38\n</answer>", "37") == scores(1.0, 0.0)
+    assert think_answer_reward_fn(f"So.</THINK>{space}<ANSWER> 37 </answer>", "37") == scores(0.0, 0.0)
     for text in ("So:", "\u200b", "<answer", "</think", "\x00"):
         response = f"So.\n</think>{space}{text}{space}<answer> 37 </answer>"
         assert think_answer_reward_fn(response, "37") == scores(0.0, 0.0)

@@ -149,14 +149,15 @@ def read_logged_numbers(folder):
     return [drop_times(row) for row in read_rows(folder) if row["phase"] != "save"]
 
 
-def run_training(folder, reward_fn=letter_reward, **changes):
+def run_training(folder, reward_fn=letter_reward, other_val_sets=None, **changes):
     """Train the tiny policy with GRPO. Return the policy, its training rows and its evaluation rows."""
     config, parts = make_tiny_config(**changes), make_tiny_parts()
     run = make_run(config, folder, parts.tokenizer)
     reference = clone_policy(parts.policy) if config.needs_reference else None
     try:
-        grade = make_inline_grader(reward_fn)
-        train(config, Components(parts.policy, parts.engine, grade, parts.questions, parts.questions, reference), run)
+        grade, sets = make_inline_grader(reward_fn), (parts.questions, parts.questions)
+        components = Components(parts.policy, parts.engine, grade, *sets, reference, other_val_sets or {})
+        train(config, components, run)
     finally:
         run.finish()
     return parts.policy, read_rows(folder, "train"), read_rows(folder, "eval")
