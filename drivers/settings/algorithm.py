@@ -82,7 +82,10 @@ class AlgorithmSettings(
     def selects_by_old_policy(self) -> bool:
         """Return whether the old policy scores the whole batch first, to select tokens or to shape rewards."""
         return (
-            self.objective.high_covariance != "train" or self.top_entropy_fraction is not None or self.has_kl_in_reward
+            self.objective.high_covariance != "train"
+            or self.top_entropy_fraction is not None
+            or self.second_moment_threshold is not None
+            or self.has_kl_in_reward
         )
 
     @property
@@ -185,6 +188,11 @@ def _check_importance(settings: AlgorithmSettings) -> None:
             f"--importance-level token: gives each token a weight, but {settings.flag('loss_type')} has one ratio per "
             "response; pass --importance-level sequence or geometric"
         )
+    if OBJECTIVES[settings.loss_type].has_response_loss and settings.second_moment_threshold is not None:
+        raise UsageError(
+            f"{settings.flag('second_moment_threshold')}: selects tokens, but {settings.flag('loss_type')} has one "
+            "loss per response; pass a loss with one per token"
+        )
     if settings.old_policy == "sampler" and not settings.uses_ratio:
         raise UsageError(
             f"--old-policy sampler: has no effect with {settings.flag('loss_type')}, which has no ratio; pass "
@@ -233,8 +241,9 @@ def _find_use_of_sampler(settings: AlgorithmSettings) -> str | None:
         return settings.flag("importance")
     if settings.old_policy == "sampler":
         return "the ratio of --old-policy sampler"
-    if settings.off_policy_threshold is not None:
-        return settings.flag("off_policy_threshold")
+    for name in ("off_policy_threshold", "second_moment_threshold"):
+        if getattr(settings, name) is not None:
+            return settings.flag(name)
     if settings.kl_coef > 0 and settings.kl_reference == "sampler":
         return "the KL penalty of --kl-reference sampler"
     return None

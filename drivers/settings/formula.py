@@ -149,6 +149,11 @@ def _make_notes(config: GrpoConfig, objective: Objective) -> list[str]:
         notes.append(f"truncated responses are excluded, and their tokens from |o_i|; they {counts} in N")
     if config.top_entropy_fraction is not None:
         notes.append(f"only the {config.top_entropy_fraction:g} of the step's tokens with the highest entropy count")
+    if config.second_moment_threshold is not None:
+        notes.append(
+            "the step's tokens of largest (log pi_old - log mu)^2, pi_old of the trainer, are excluded until its mean "
+            f"over the others is at most {config.second_moment_threshold:g}"
+        )
     if objective.high_covariance != "train":
         fate = "excluded" if objective.high_covariance == "drop" else "penalized"
         notes.append(

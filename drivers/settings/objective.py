@@ -69,8 +69,8 @@ class ObjectiveSettings(Settings):
     top_entropy_fraction: Share | None = None
     """Train only on this share of an optimizer step's tokens, those with the highest entropy. Default: all tokens."""
     rejected_tokens: Counting = "count"
-    """`count` or `drop`: include tokens excluded by an importance ratio, entropy or covariance in the denominators, or
-    not. Tokens excluded by --off-policy-threshold are always included."""
+    """`count` or `drop`: include tokens excluded by an importance ratio, second moment, entropy or covariance in the
+    denominators, or not. Tokens excluded by --off-policy-threshold are always included."""
     empty_responses: Counting = "count"
     """`count` or `drop`: include responses without any token left in the number of responses, or not."""
 
@@ -151,6 +151,10 @@ class ImportanceSettings(Settings):
     off_policy_threshold: float | None = None
     """Exclude responses with a negative advantage whose mean log-prob fell by more than this since sampling, in nats
     per token (off-policy sequence masking). Default: exclude none."""
+
+    second_moment_threshold: NonNegativeFloat | None = None
+    """Exclude the tokens of an optimizer step that differ most from the sampler, until the mean squared log ratio of
+    the others is at most this (M2PO uses 0.04). Default: exclude none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

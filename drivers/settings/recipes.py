@@ -43,6 +43,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "vespo": {"loss_type": "vespo", **RATIO_TO_SAMPLER},
     "dppo-tv": {"loss_type": "dppo_tv", **RATIO_TO_SAMPLER},
     "dppo-kl": {"loss_type": "dppo_kl", "cliprange": 0.05, **RATIO_TO_SAMPLER},
+    "m2po": {"loss_type": "grpo_no_clip", "second_moment_threshold": 0.04, **RATIO_TO_SAMPLER},
     "clip-cov": {"loss_type": "clip_cov", "cliprange": 0.2, "aggregation": "token_mean"},
     "kl-cov": {"loss_type": "kl_cov", "aggregation": "token_mean"},
     "rloo": {"advantage": "leave_one_out", "aggregation": "sequence_sum"},

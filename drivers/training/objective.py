@@ -72,6 +72,9 @@ def weigh_step(config: AlgorithmSettings, batch: PreparedBatch) -> tuple[Weighte
             filters.append(correction.is_in_bounds)
     if config.top_entropy_fraction is not None:
         filters.append(core.select_high_entropy(batch.old_entropy, mask, config.top_entropy_fraction))
+    if config.second_moment_threshold is not None:
+        pair = (batch.old_log_probs, batch.sampler_log_probs)
+        filters.append(core.keep_within_second_moment(*pair, mask, config.second_moment_threshold))
     if objective.high_covariance == "drop":
         filters.append(~select_high_covariance(config, batch, mask))
     penalized = torch.zeros_like(mask)

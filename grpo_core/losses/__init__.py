@@ -32,6 +32,7 @@ from grpo_core.losses.regularizers import (
 from grpo_core.losses.selection import (
     drop_truncated_responses,
     keep_on_policy_sequences,
+    keep_within_second_moment,
     select_high_covariance,
     select_high_entropy,
 )
@@ -92,6 +93,7 @@ __all__ = [
     "grpo_microbatch_train_step",
     "keep_on_policy_sequences",
     "keep_within_bounds",
+    "keep_within_second_moment",
     "mask_importance_weights",
     "select_high_covariance",
     "select_high_entropy",

@@ -135,6 +135,51 @@ def keep_on_policy_sequences(
 
 
 @shape_checked
+def keep_within_second_moment(
+    policy_log_probs: Float[Tensor, "batch seq"],
+    behavior_log_probs: Float[Tensor, "batch seq"],
+    response_mask: Bool[Tensor, "batch seq"],
+    threshold: float,
+) -> Bool[Tensor, "batch seq"]:
+    r"""Keep the tokens of smallest $(\log \rho_{it})^2$, as many as have a mean of at most $\tau$ (M2PO).
+
+    $\log \rho = \log \pi - \log \pi_b$. The tokens of largest square are dropped one after the other until the mean
+    of the others is at most $\tau$, which drops only the few tokens that are far from the policy that sampled them.
+    The mean runs over all given response tokens, so call the function once on the whole optimizer batch. Tokens that
+    tie with a dropped token are dropped too, and so are those whose log ratio is NaN or infinite. If no token is close
+    enough, none is kept. Detached; False outside the mask, where no value is read.
+
+    Args:
+        policy_log_probs: $\log \pi$ of each token, in nats, under the current policy.
+        behavior_log_probs: $\log \pi_b$ of each token, in nats, under the policy that sampled it.
+        response_mask: True where a token belongs to a response.
+        threshold: $\tau \ge 0$, in nats squared. The paper uses 0.04.
+
+    Returns:
+        True for the tokens to keep.
+
+    Raises:
+        ValueError: if `threshold` is negative.
+
+    Examples:
+        >>> policy, old = torch.tensor([[-1.0, -1.0, -1.0]]), torch.tensor([[-1.1, -0.8, -2.0]])
+        >>> keep_within_second_moment(policy, old, torch.ones(1, 3).bool(), 0.04)
+        tensor([[ True,  True, False]])
+
+    References:
+        Zheng et al. 2025, arXiv:2510.01161 (M2PO).
+    """
+    require(threshold >= 0, "threshold", threshold, "at least 0: it bounds a mean of squares")
+    log_ratio = compute_log_ratio(policy_log_probs.detach().double(), behavior_log_probs.double(), response_mask)
+    squares = log_ratio.square().nan_to_num(math.inf, math.inf)
+    ordered = squares[response_mask].sort().values
+    # The mean of the smallest squares grows with their number.
+    means = ordered.cumsum(0) / torch.arange(1, len(ordered) + 1, device=ordered.device)
+    n_kept = int((means <= threshold).sum())
+    return response_mask & (squares < ordered[n_kept]) if n_kept < len(ordered) else response_mask.clone()
+
+
+@shape_checked
 def drop_truncated_responses(
     response_mask: Bool[Tensor, "batch seq"], truncated: Bool[Tensor, " batch"]
 ) -> Bool[Tensor, "batch seq"]:

@@ -113,6 +113,7 @@ FLAGS = [
     "mask_truncated",
     "top_entropy_fraction",
     "off_policy_threshold",
+    "second_moment_threshold",
     "rejected_tokens",
     "empty_responses",
     "old_policy",

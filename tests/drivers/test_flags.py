@@ -457,6 +457,7 @@ TRAIN_ROWS = {
     "importance_high": Row("train", 1.01, WEIGHTED),
     "self_normalize": Row("train", True, WEIGHTED),
     "off_policy_threshold": Row("train", 0.01),
+    "second_moment_threshold": Row("train", 0.02),
     "kl_coef": Row("train", 0.25, KL),
     "kl_estimator": Row("train", "k2", KL),
     "kl_in": Row("train", "reward", KL, {"kl_estimator": "k1"}),

@@ -58,7 +58,7 @@ EVERYTHING = [
     {"loss_type": "cispo", "aggregation": "token_mean", "importance": "mask", "self_normalize": True},
     {"loss_type": "clip_cov", "covariance_fraction": 0.3, "covariance_bounds": (0.0, 5.0), "rejected_tokens": "drop"},
     {"loss_type": "kl_cov", "covariance_fraction": 0.3, "aggregation": "prompt_mean"},
-    {"loss_type": "vespo", "old_policy": "sampler", "aggregation": "constant"},
+    {"loss_type": "vespo", "old_policy": "sampler", "aggregation": "constant", "second_moment_threshold": 0.001},
     {"loss_type": "dppo_tv", "cliprange": 0.01, "kl_coef": 0.1, "kl_estimator": "k1", "kl_in": "reward"},
     {"loss_type": "sapo", "top_entropy_fraction": 0.5, "off_policy_threshold": 0.001, "aggregation": "token_mean"},
     {"advantage": "reinforce_plus_plus", "kl_coef": 0.05, "kl_estimator": "k1", "kl_in": "reward"},
@@ -725,6 +725,8 @@ ILLEGAL = [
     ),
     ({"importance": "truncate", "sampling_min_tokens": 2}, "hides the end token in the sampler alone"),
     ({"off_policy_threshold": 0.1, "sampling_top_p": 0.5}, "biases --off-policy-threshold 0.1"),
+    ({"second_moment_threshold": 0.1, "sampling_top_p": 0.5}, "biases --second-moment-threshold 0.1"),
+    ({"loss_type": "gspo", "second_moment_threshold": 0.1}, "--second-moment-threshold 0.1: selects tokens"),
     (
         {"kl_coef": 0.1, "kl_reference": "sampler", "sampling_top_p": 0.5},
         "penalty of --kl-reference sampler",

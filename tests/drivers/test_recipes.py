@@ -55,6 +55,7 @@ PRESCRIBED = {
     "vespo": (("compute_vespo_loss", {"positive": (2.0, 3.0), "negative": (3.0, 2.0)}), GRPO, SAMPLER_AS_OLD),
     "dppo-tv": (("compute_dppo_tv_loss", {"threshold_low": 0.2, "threshold_high": 0.2}), GRPO, SAMPLER_AS_OLD),
     "dppo-kl": (("compute_dppo_kl_loss", {"threshold": 0.05}), GRPO, SAMPLER_AS_OLD),
+    "m2po": (("compute_grpo_no_clip_loss", {}), GRPO, SAMPLER_AS_OLD | {"second_moment": True}),
     "clip-cov": (CLIP, GRPO, {"aggregation": "token_mean", "covariance": "drop"}),
     "kl-cov": (
         ("compute_kl_cov_loss", {"kl_coef": 1.0}),
@@ -96,8 +97,9 @@ OBJECTIVE = {
     recipe: {name: value for name, value in settings.items() if name not in OF_RUN}
     for recipe, settings in RECIPES.items()
 }
-# The papers' share of tokens, 2 in 10,000, would select none of a batch of 100.
+# The papers' share of tokens, 2 in 10,000, would select none of a batch of 100, and M2PO's 0.04 would drop none.
 SCALED = {
+    "m2po": {"second_moment_threshold": 0.02},
     "clip-cov": {"covariance_fraction": 0.2, "covariance_bounds": (0.05, 5.0)},
     "kl-cov": {"covariance_fraction": 0.2},
 }
@@ -211,6 +213,14 @@ def gradient_by_hand(recipe, recorded, rows):
             kept = [[not flag for flag in row] for row in selected]
         else:
             penalized = selected
+    if more.get("second_moment"):
+        bound = SCALED["m2po"]["second_moment_threshold"]
+        squares = [[(p - q) ** 2 for p, q in zip(*pair, strict=True)] for pair in zip(old, sampler, strict=True)]
+        left = sorted(square for row in squares for square in row)
+        while math.fsum(left) / len(left) > bound:
+            left.pop()
+        kept = [[square <= left[-1] for square in row] for row in squares]
+        assert not all(map(all, kept))
     if bound := more.get("importance_high"):
         ratios = [math.exp(math.fsum(a) - math.fsum(b)) for a, b in zip(old, sampler, strict=True)]
         corrections = [ratio if ratio <= bound else 0.0 for ratio in ratios]

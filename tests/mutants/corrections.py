@@ -112,6 +112,37 @@ SELECTION = [
         ("either of the two", "(advantages < 0) & (divergence", "(advantages < 0) | (divergence"),
     ),
     *breaks(
+        "keep_within_second_moment",
+        "losses/selection.py",
+        of("second_moment"),
+        ("the ratios, not their squares", "log_ratio.square().nan_to_num", "log_ratio.abs().nan_to_num"),
+        (
+            "a bound on each token",
+            "return response_mask & (squares < ordered[n_kept]) if n_kept < len(ordered) else response_mask.clone()",
+            "return response_mask & (squares <= threshold)",
+        ),
+        ("ties are kept", "(squares < ordered[n_kept])", "(squares <= ordered[n_kept])"),
+        ("the threshold excluded", "(means <= threshold)", "(means < threshold)"),
+        (
+            "sums, not means",
+            "ordered.cumsum(0) / torch.arange(1, len(ordered) + 1, device=ordered.device)",
+            "ordered.cumsum(0)",
+        ),
+        ("means of one more", "torch.arange(1, len(ordered) + 1,", "torch.arange(2, len(ordered) + 2,"),
+        (
+            "the smallest are dropped",
+            "squares[response_mask].sort().values",
+            "squares[response_mask].sort(descending=True).values",
+        ),
+        ("padding counts", "ordered = squares[response_mask].sort()", "ordered = squares.flatten().sort()"),
+        ("NaN spreads", ".nan_to_num(math.inf, math.inf)", ""),
+        (
+            "padding is kept",
+            "if n_kept < len(ordered) else response_mask.clone()",
+            "if n_kept < len(ordered) else torch.ones_like(response_mask)",
+        ),
+    ),
+    *breaks(
         "drop_truncated_responses",
         "losses/selection.py",
         of("truncated_responses"),

@@ -289,6 +289,35 @@ def test_keep_on_policy_sequences_matches_definition(case, data, threshold):
         assert kept[row, 0].item() == (not (advantages[row, 0] < 0 and gap > threshold))
 
 
+@given(data=st.data(), case=pairs(wild=True), threshold=st.sampled_from([0.0, 0.04, 0.25, 1.0, 1e4]))
+def test_keep_within_second_moment_matches_definition(data, case, threshold):
+    """The token of largest square leaves, with all that tie with it, until the mean of the others is small enough."""
+    policy, behavior, mask = case
+    near = data.draw(masks(tuple(mask.shape)))
+    behavior = torch.where(near, policy + (behavior - policy) / 64, behavior)
+    kept = g.keep_within_second_moment(policy.requires_grad_(), behavior, mask, threshold)
+    squares = [(p - b) ** 2 for row in tokens(mask, policy, behavior) for p, b in row]
+    left = sorted(squares)
+    while left and math.fsum(left) / len(left) > threshold:
+        left = [square for square in left if square < left[-1]]
+    assert not (kept & ~mask).any()
+    assert kept[mask].tolist() == [square in left for square in squares]
+    order = torch.tensor(data.draw(st.permutations(range(len(mask)))))
+    assert torch.equal(
+        g.keep_within_second_moment(policy[order], behavior[order], mask[order], threshold), kept[order]
+    )
+    wider = g.keep_within_second_moment(policy, behavior, mask, 2 * threshold)
+    assert not (kept & ~wider).any()
+
+
+@pytest.mark.parametrize("wild", [math.nan, -math.inf, math.inf])
+def test_keep_within_second_moment_drops_infinite_ratio_alone(wild):
+    policy, mask = torch.tensor([[-1.0, wild, -1.1]]), torch.ones(1, 3).bool()
+    kept = g.keep_within_second_moment(policy, torch.full((1, 3), -1.0), mask, 0.01)
+    assert kept.tolist() == [[True, False, True]]
+    assert not g.keep_within_second_moment(policy, policy, ~mask, 0.01).any()
+
+
 @given(data=st.data())
 def test_drop_truncated_responses_drops_whole_rows(data):
     shape = data.draw(SHAPES)

@@ -87,6 +87,9 @@ ERRORS = {
     ),
     "fraction=1.5 must be between 0 and 1": lambda: g.select_high_entropy(ONE, MASK, 1.5),
     "fraction=-0.5 must be between 0 and 1": lambda: g.select_high_covariance(ADVANTAGE, ONE, MASK, -0.5),
+    "threshold=-1.0 must be at least 0: it bounds a mean of squares": lambda: g.keep_within_second_moment(
+        ONE, ONE, MASK, -1.0
+    ),
     "level='word' is unknown: choose one of token, sequence, geometric": lambda: g.compute_importance_ratios(
         ONE, ONE, MASK, "word"
     ),
