@@ -21,6 +21,9 @@ KLEstimator = Literal["k1", "k2", "k3", "abs", "ratio_k3"]
 ImportanceLevel = Literal["token", "sequence", "geometric"]
 """Unit over which `compute_importance_ratios` takes a ratio."""
 
+Divergence = Literal["binary_kl", "total_variation", "k2", "k3"]
+"""Measures of `compute_importance_divergences`; all are at least 0."""
+
 GroupSizes = int | Sequence[int]
 """Number of responses to each question: one number for all groups, or one number per group."""
 
@@ -45,8 +48,9 @@ if TYPE_CHECKING:
     CountingName: TypeAlias = Counting
     KLEstimatorName: TypeAlias = KLEstimator
     ImportanceLevelName: TypeAlias = ImportanceLevel
+    DivergenceName: TypeAlias = Divergence
 else:
-    LossTypeName = AggregationName = CountingName = KLEstimatorName = ImportanceLevelName = str
+    LossTypeName = AggregationName = CountingName = KLEstimatorName = ImportanceLevelName = DivergenceName = str
 
 
 @runtime_checkable

@@ -25,6 +25,7 @@ OPTIONS_READ_BY_LOSS = {
     **_find_readers("advantage", ADVANTAGES),
     "off_policy_threshold": ("loss_type", tuple(name for name, row in OBJECTIVES.items() if row.uses_advantages)),
     "importance_level": ("importance", ("truncate", "mask", "reject")),
+    "importance_measure": ("importance", ("reject",)),
     "importance_low": ("importance", ("truncate", "mask", "reject")),
     "importance_high": ("importance", ("truncate", "mask", "reject")),
     "overlong_buffer": ("length_penalty", ("soft_overlong",)),
@@ -187,6 +188,11 @@ def _check_importance(settings: AlgorithmSettings) -> None:
         raise UsageError(
             f"--importance-level token: gives each token a weight, but {settings.flag('loss_type')} has one ratio per "
             "response; pass --importance-level sequence or geometric"
+        )
+    if settings.importance_measure != "ratio" and not settings.is_changed("importance_high"):
+        raise UsageError(
+            f"{settings.flag('importance_measure')}: needs a bound of its own, because the default of "
+            "--importance-high bounds a ratio; pass --importance-high"
         )
     if OBJECTIVES[settings.loss_type].has_response_loss and settings.second_moment_threshold is not None:
         raise UsageError(

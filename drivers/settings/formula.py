@@ -5,6 +5,13 @@ from drivers.settings.objectives import Advantage, Objective, resolve_values
 from drivers.settings.parser import sort_by_heading
 from drivers.settings.reward_spec import parse_mix
 
+_DIVERGENCES = {
+    "binary_kl": "binary KL(mu, pi_old)",
+    "total_variation": "difference |pi_old - mu|",
+    "k2": "log(pi_old / mu)^2 / 2",
+    "k3": "pi_old / mu - 1 - log(pi_old / mu)",
+}
+
 
 def show(config: GrpoConfig) -> str:
     """Return all settings, with a mark at each that differs from its default, and the formulas of the loss."""
@@ -140,10 +147,12 @@ def _make_notes(config: GrpoConfig, objective: Objective) -> list[str]:
     notes += config.warnings
     if config.importance == "reject":
         excluded = "tokens" if config.importance_level == "token" else "responses"
-        notes.append(
-            f"{excluded} with a {config.importance_level} ratio pi_old / mu outside [{config.importance_low:g}, "
-            f"{config.importance_high:g}] are excluded"
-        )
+        measured = f"{config.importance_level} ratio pi_old / mu"
+        if config.importance_measure != "ratio":
+            form = {"token": "", "sequence": "sum over t of ", "geometric": "mean over t of "}[config.importance_level]
+            measured = f"{form}{_DIVERGENCES[config.importance_measure]}"
+        low, high = config.importance_low, config.importance_high
+        notes.append(f"{excluded} with a {measured} outside [{low:g}, {high:g}] are excluded")
     if config.mask_truncated:
         counts = "still count" if config.empty_responses == "count" else "do not count"
         notes.append(f"truncated responses are excluded, and their tokens from |o_i|; they {counts} in N")

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from drivers.common.errors import UsageError
 from drivers.settings.base import Bounds, NonNegativeFloat, PositiveFloat, PositiveInt, Settings, Share
-from drivers.settings.choices import Aggregation, Counting, ImportanceLevel, KLEstimator
+from drivers.settings.choices import Aggregation, Counting, Divergence, ImportanceLevel, KLEstimator
 from drivers.settings.objectives import Advantage, AdvantageName, Objective, ObjectiveName
 from drivers.settings.own_objective import find_advantage, find_objective
 
@@ -141,11 +141,15 @@ class ImportanceSettings(Settings):
     """Correct for a sampler whose log-probs differ from the trainer's: weight the loss by their ratio, clipped to the
     bounds (truncate) or 0 outside them (mask), or exclude what is outside (reject)."""
     importance_level: ImportanceLevel = "token"
-    """Ratio of each token, or the product (sequence) or geometric mean of a response's ratios."""
+    """Ratio of each token, or the product (sequence) or geometric mean of a response's ratios. With a divergence as
+    --importance-measure, `sequence` is its sum over the response and `geometric` its mean."""
+    importance_measure: Literal["ratio", Divergence] = "ratio"
+    """For `reject`: compare to the bounds the ratio, or a divergence of the two probabilities of the sampled token:
+    binary KL (nats), total variation, or the estimates k2 or k3 of the KL (nats)."""
     importance_low: float = 0.0
-    """Lower bound of the ratio."""
+    """Lower bound of the ratio or divergence."""
     importance_high: float = 2.0
-    """Upper bound of the ratio."""
+    """Upper bound of the ratio or divergence."""
     self_normalize: bool = False
     """Divide importance weights by their mean over the optimizer step."""
     off_policy_threshold: float | None = None

@@ -21,7 +21,7 @@ class Correction(NamedTuple):
     weights: Tensor | None
     """Importance weights; None if tokens are rejected instead."""
     is_in_bounds: Tensor
-    """Tokens whose importance ratio is within the bounds."""
+    """Tokens whose importance ratio, or divergence from the sampler, is within the bounds."""
     statistics: dict[str, Tensor]
     """The tensors that `describe_correction` needs, each of one row."""
 
@@ -149,9 +149,13 @@ def correct_for_sampler(
     config: AlgorithmSettings, log_probs: Tensor, sampler_log_probs: Tensor, mask: Tensor
 ) -> Correction:
     """Return the correction for the difference between the trainer's `log_probs` and the sampler's."""
-    ratios = core.compute_importance_ratios(log_probs, sampler_log_probs, mask, config.importance_level)
+    if config.importance_measure == "ratio":
+        values = core.compute_importance_ratios(log_probs, sampler_log_probs, mask, config.importance_level)
+    else:
+        how = (config.importance_measure, config.importance_level)
+        values = core.compute_importance_divergences(log_probs, sampler_log_probs, mask, *how)
     bounds = {"low": config.importance_low, "high": config.importance_high}
-    is_in_bounds = core.keep_within_bounds(ratios, **bounds)
+    is_in_bounds = core.keep_within_bounds(values, **bounds)
     statistics = {
         "old": log_probs,
         "sampler": sampler_log_probs,
@@ -161,7 +165,7 @@ def correct_for_sampler(
     weights = None
     if config.importance != "reject":
         limit = core.truncate_importance_weights if config.importance == "truncate" else core.mask_importance_weights
-        weights = limit(ratios, **bounds)
+        weights = limit(values, **bounds)
         if config.self_normalize:
             weights = core.self_normalize_weights(weights, mask)
         is_per_token = weights.shape == mask.shape

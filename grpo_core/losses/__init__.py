@@ -9,6 +9,7 @@ from grpo_core.losses.aggregation import (
 from grpo_core.losses.diagnostics import compute_gradient_share
 from grpo_core.losses.fused_grpo import fused_linear_grpo_loss
 from grpo_core.losses.importance import (
+    compute_importance_divergences,
     compute_importance_ratios,
     describe_mismatch,
     effective_sample_size,
@@ -73,6 +74,7 @@ __all__ = [
     "compute_grpo_no_clip_loss",
     "compute_gspo_loss",
     "compute_gspo_token_loss",
+    "compute_importance_divergences",
     "compute_importance_ratios",
     "compute_kl_cov_loss",
     "compute_luspo_loss",

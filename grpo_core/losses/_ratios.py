@@ -12,6 +12,8 @@ from grpo_core.types import Metadata
 
 # exp(20) is 5e8, far outside any trust region and far inside the range of float32.
 MAX_LOG_RATIO = 20.0
+# Keeps the logarithm of 1 - p finite where p rounds to 1.
+_EPS = 1e-8
 
 
 def clamp_log_ratio(log_ratio: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -74,6 +76,15 @@ def compute_detached_ratio(
 ) -> Float[Tensor, "batch seq"]:
     """Return the clamped ratio of every token without a gradient; callers mask the result."""
     return (policy_log_probs - old_log_probs).clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp_()
+
+
+def compute_binary_kl(
+    policy_log_probs: Float[Tensor, "batch seq"], old_log_probs: Float[Tensor, "batch seq"]
+) -> Float[Tensor, "batch seq"]:
+    r"""Return $\mathrm{KL}(p_{\mathrm{old}} \Vert p)$ of the two outcomes "this token" and "any other token"."""
+    p, p_old = policy_log_probs.exp(), old_log_probs.exp()
+    others = (1 - p_old) * ((1 - p_old + _EPS) / (1 - p + _EPS)).log()
+    return p_old * (old_log_probs - policy_log_probs) + others
 
 
 def mean_over_response(

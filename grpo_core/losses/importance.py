@@ -5,9 +5,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from grpo_core._checks import check_choice, require, shape_checked
-from grpo_core.losses._ratios import clamp_log_ratio, compute_detached_ratio, compute_log_ratio, mean_over_response
+from grpo_core.losses._ratios import (
+    clamp_log_ratio,
+    compute_binary_kl,
+    compute_detached_ratio,
+    compute_log_ratio,
+    mean_over_response,
+    zero_outside_mask,
+)
 from grpo_core.masking import masked_sum
-from grpo_core.types import ImportanceLevel, ImportanceLevelName, Metadata
+from grpo_core.types import Divergence, DivergenceName, ImportanceLevel, ImportanceLevelName, Metadata
 
 
 @shape_checked
@@ -59,6 +66,75 @@ def compute_importance_ratios(
         mean_over_response(log_ratio, response_mask) if level == "geometric" else log_ratio.sum(dim=1, keepdim=True)
     )
     return clamp_log_ratio(total).exp()
+
+
+@shape_checked
+def compute_importance_divergences(
+    old_log_probs: Float[Tensor, "batch seq"],
+    sampler_log_probs: Float[Tensor, "batch seq"],
+    response_mask: Bool[Tensor, "batch seq"],
+    measure: DivergenceName,
+    level: ImportanceLevelName,
+) -> Float[Tensor, "batch cols"]:
+    r"""Return $d_{it} \ge 0$, how far the trainer's probability $p$ of a token is from the sampler's $q$, either way.
+
+    | measure | $d_{it}$, with $p = \pi_{\mathrm{old}}(o_{it})$ and $q = \mu(o_{it})$ |
+    |---|---|
+    | binary_kl | $q \log \frac{q}{p} + (1 - q) \log \frac{1 - q}{1 - p}$, of "this token" and "any other token" |
+    | total_variation | $\lvert p - q \rvert$, of the same two outcomes |
+    | k2 | $\frac12 \log^2 \frac{p}{q}$ |
+    | k3 | $\frac{p}{q} - 1 - \log \frac{p}{q}$ |
+
+    The levels are those of `compute_importance_ratios`: "token" gives $d_{it}$, 0 outside the mask; "sequence" its sum
+    over the response, and "geometric" its mean, in one column. The mean of k2 or k3 estimates
+    $\mathrm{KL}(\mu \Vert \pi_{\mathrm{old}})$ per token. To gate tokens or responses, pass the divergences to
+    `keep_within_bounds` with `low=0`. Unlike a bound on the ratio, one on binary_kl or total_variation lets the
+    probability of a rare token change by a large factor. Detached; no value outside the mask is read. The divergence
+    of a response without tokens is 0. 1e-8 is added to $1 - p$ and $1 - q$, and $\log \frac pq$ is clamped to 20 nats
+    in k3.
+
+    Args:
+        old_log_probs: $\log \pi_{\mathrm{old}}$ of each token, in nats, computed by the trainer before the update.
+        sampler_log_probs: $\log \mu$ of each token, in nats.
+        response_mask: True where a token belongs to the response.
+        measure: "binary_kl", "total_variation", "k2" or "k3".
+        level: "token", "sequence" or "geometric".
+
+    Returns:
+        The divergences: in nats, those of total_variation as a difference of probabilities.
+
+    Raises:
+        ValueError: if `measure` or `level` is unknown.
+
+    Examples:
+        >>> old, sampler = torch.tensor([[0.5, 0.02]]).log(), torch.tensor([[0.8, 0.01]]).log()
+        >>> compute_importance_divergences(old, sampler, torch.ones(1, 2).bool(), "total_variation", "token")
+        tensor([[0.3000, 0.0100]])
+
+    References:
+        Qi et al. 2026, arXiv:2602.04879 (binary_kl and total_variation); Schulman 2020, "Approximating KL divergence"
+        (k2 and k3).
+    """
+    check_choice("measure", measure, Divergence)
+    check_choice("level", level, ImportanceLevel)
+    old = zero_outside_mask(old_log_probs.detach(), response_mask)
+    sampler = zero_outside_mask(sampler_log_probs.detach(), response_mask)
+    match measure:
+        case "binary_kl":
+            divergences = compute_binary_kl(old, sampler)
+        case "total_variation":
+            divergences = (old.exp() - sampler.exp()).abs()
+        case "k2":
+            divergences = (old - sampler).square() / 2
+        case _:
+            log_ratio = clamp_log_ratio(old - sampler)
+            divergences = log_ratio.expm1() - log_ratio
+    divergences = divergences.clamp(min=0)  # rounding makes some slightly negative
+    if level == "token":
+        return divergences
+    if level == "geometric":
+        return mean_over_response(divergences, response_mask)
+    return divergences.sum(dim=1, keepdim=True)
 
 
 @shape_checked

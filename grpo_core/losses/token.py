@@ -5,11 +5,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from grpo_core._checks import require, shape_checked
-from grpo_core.losses._ratios import clamp_log_ratio, compute_log_ratio, mask_flags, zero_outside_mask
+from grpo_core.losses._ratios import (
+    clamp_log_ratio,
+    compute_binary_kl,
+    compute_log_ratio,
+    mask_flags,
+    zero_outside_mask,
+)
 from grpo_core.types import Advantages, Metadata
-
-# Keeps the logarithm of 1 - p finite where p rounds to 1.
-_EPS = 1e-8
 
 
 @shape_checked
@@ -203,10 +206,9 @@ def compute_dppo_kl_loss(
     require(threshold >= 0, "threshold", threshold, "at least 0: it is a divergence in nats")
     policy = zero_outside_mask(policy_log_probs, response_mask)
     old = zero_outside_mask(old_log_probs.detach(), response_mask)
-    p, p_old = policy.detach().exp(), old.exp()
-    others = (1 - p_old) * ((1 - p_old + _EPS) / (1 - p + _EPS)).log()
-    far = p_old * (old - policy.detach()) + others > threshold
-    return _masked_ratio_loss(advantages, policy - old, far & (p < p_old), far & (p > p_old), response_mask)
+    moved = policy.detach() - old
+    far = compute_binary_kl(policy.detach(), old) > threshold
+    return _masked_ratio_loss(advantages, policy - old, far & (moved < 0), far & (moved > 0), response_mask)
 
 
 @shape_checked

@@ -119,6 +119,7 @@ FLAGS = [
     "old_policy",
     "importance",
     "importance_level",
+    "importance_measure",
     "importance_low",
     "importance_high",
     "self_normalize",
@@ -492,7 +493,7 @@ def test_folder_loads_no_torch(folder):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["Aggregation", "Counting", "KLEstimator", "ImportanceLevel"])
+@pytest.mark.parametrize("name", ["Aggregation", "Counting", "KLEstimator", "ImportanceLevel", "Divergence"])
 def test_choices_equal_those_of_the_functions(name):
     assert get_args(getattr(choices, name)) == get_args(getattr(grpo_core, name))
 

@@ -453,6 +453,7 @@ TRAIN_ROWS = {
     "old_policy": Row("train", "sampler", CLIP),
     "importance": Row("train", "truncate"),
     "importance_level": Row("train", "sequence", WEIGHTED),
+    "importance_measure": Row("train", "k3", {"importance": "reject", "importance_high": 1.3}),
     "importance_low": Row("train", 0.9, {"importance": "mask"}),
     "importance_high": Row("train", 1.01, WEIGHTED),
     "self_normalize": Row("train", True, WEIGHTED),

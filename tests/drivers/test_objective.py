@@ -62,6 +62,7 @@ EVERYTHING = [
     {"loss_type": "dppo_tv", "cliprange": 0.01, "kl_coef": 0.1, "kl_estimator": "k1", "kl_in": "reward"},
     {"loss_type": "sapo", "top_entropy_fraction": 0.5, "off_policy_threshold": 0.001, "aggregation": "token_mean"},
     {"advantage": "reinforce_plus_plus", "kl_coef": 0.05, "kl_estimator": "k1", "kl_in": "reward"},
+    {"importance": "reject", "importance_measure": "total_variation", "importance_high": 0.01},
     {"importance": "reject", "importance_low": 0.5, "empty_responses": "drop", "mask_truncated": True},
 ]
 
@@ -618,6 +619,26 @@ def test_rejected_tokens_leave_token_counts_if_requested():
         assert sums[1] == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(("level", "high"), [("token", 0.02), ("sequence", 0.2), ("geometric", 0.04)])
+def test_importance_measure_rejects_by_divergence(level, high):
+    """The rejected are those of which the divergence exceeds the bound, whichever way the probability moved."""
+    settings = {"importance": "reject", "importance_level": level, "importance_measure": "k2", "importance_high": high}
+    config, parts = make_tiny_config(**settings, **TWO_UPDATES), make_tiny_parts()
+    rollouts, scores = sample_rollouts(config, parts)
+    noise = torch.rand(rollouts.response_mask.shape, generator=torch.Generator().manual_seed(0)) - 0.5
+    rollouts = replace(rollouts, sampler_log_probs=rollouts.sampler_log_probs + noise)
+    batch, step_metrics = weigh_step(config, prepare_rollouts(config, parts.policy, None, rollouts, scores, None))
+    mask = rollouts.response_mask
+    divergence = torch.where(mask, noise, 0.0) ** 2 / 2
+    if level != "token":
+        divergence = divergence.sum(1, keepdim=True) / (mask.sum(1, keepdim=True) if level == "geometric" else 1)
+    near = (divergence <= high) & mask
+    assert torch.equal(batch.objective_weights > 0, near)
+    assert 0 < near.sum() < mask.sum()
+    assert step_metrics["importance_in_bounds"] == pytest.approx((near.sum() / mask.sum()).item())
+    assert any(f"log(pi_old / mu)^2 / 2 outside [0, {high:g}] are excluded" in line for line in formula(config))
+
+
 def test_top_entropy_fraction_trains_on_the_tokens_of_highest_entropy():
     config, parts = make_tiny_config(top_entropy_fraction=0.25), make_tiny_parts()
     rollouts, scores = sample_rollouts(config, parts)
@@ -737,6 +758,11 @@ ILLEGAL = [
         "must be between 0 and --importance-high 2.0",
     ),
     ({"importance": "reject", "self_normalize": True}, "which has no weights"),
+    (
+        {"importance": "mask", "importance_measure": "k3"},
+        "--importance-measure k3: has no effect with --importance mask",
+    ),
+    ({"importance": "reject", "importance_measure": "k2"}, "--importance-measure k2: needs a bound of its own"),
     ({"kl_coef": 0.1, "kl_estimator": "k1"}, "expected gradient of 0"),
     ({"kl_coef": 0.1, "kl_in": "reward"}, "--kl-estimator k3: gives a biased gradient with --kl-in reward"),
     ({"kl_coef": 0.1, "kl_in": "reward", "kl_estimator": "k1", "loss_type": "gspo"}, "pass --kl-in loss"),

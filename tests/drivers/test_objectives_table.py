@@ -46,6 +46,7 @@ READERS = {
     "reward_weights": {"gdpo"},
     "pass_k": {"pass_at_k", "pkpo"},
     "importance_level": {"truncate", "mask", "reject"},
+    "importance_measure": {"reject"},
     "importance_low": {"truncate", "mask", "reject"},
     "importance_high": {"truncate", "mask", "reject"},
     "overlong_buffer": {"soft_overlong"},

@@ -210,6 +210,36 @@ IMPORTANCE = [
         ),
     ),
     *breaks(
+        "compute_importance_divergences",
+        "losses/importance.py",
+        of("divergences"),
+        ("one way alone", "(old.exp() - sampler.exp()).abs()", "(old.exp() - sampler.exp())"),
+        ("a difference of log-probs", "(old.exp() - sampler.exp()).abs()", "(old - sampler).abs()"),
+        ("the other direction", "compute_binary_kl(old, sampler)", "compute_binary_kl(sampler, old)"),
+        ("k2 not halved", "(old - sampler).square() / 2", "(old - sampler).square()"),
+        (
+            "k3 of the other policy",
+            "log_ratio = clamp_log_ratio(old - sampler)",
+            "log_ratio = clamp_log_ratio(sampler - old)",
+        ),
+        ("negative by rounding", "divergences = divergences.clamp(min=0)", "divergences = divergences.clone()"),
+        (
+            "sum and mean exchanged",
+            'if level == "geometric":\n        return mean',
+            'if level == "sequence":\n        return mean',
+        ),
+        (
+            "a mean over padding",
+            "return mean_over_response(divergences, response_mask)",
+            "return divergences.mean(dim=1, keepdim=True)",
+        ),
+        (
+            "the trainer carries gradient",
+            "zero_outside_mask(old_log_probs.detach(), response_mask)",
+            "zero_outside_mask(old_log_probs, response_mask)",
+        ),
+    ),
+    *breaks(
         "truncate_importance_weights",
         "losses/importance.py",
         BOUNDS,

@@ -48,6 +48,24 @@ RATIOS = [
         ("held twice as far out", "MAX_LOG_RATIO = 20.0", "MAX_LOG_RATIO = 40.0"),
     ),
     *breaks(
+        "_ratios.compute_binary_kl",
+        "losses/_ratios.py",
+        f"{CORRECTIONS} {LAWS} {FAMILY} -k 'divergences or test_losses or compute_dppo_kl_loss'",
+        (
+            "without the other tokens",
+            "(old_log_probs - policy_log_probs) + others",
+            "(old_log_probs - policy_log_probs)",
+        ),
+        ("the other tokens alone", "return p_old * (old_log_probs - policy_log_probs) + others", "return others"),
+        ("a certain token is NaN", "((1 - p_old + _EPS) / (1 - p + _EPS)).log()", "((1 - p_old) / (1 - p)).log()"),
+        (
+            "the other direction",
+            "p, p_old = policy_log_probs.exp(), old_log_probs.exp()",
+            "p_old, p = policy_log_probs.exp(), old_log_probs.exp()",
+        ),
+        ("weighted by the new policy", "return p_old * (old", "return p * (old"),
+    ),
+    *breaks(
         "_ratios.zero_outside_mask",
         "losses/_ratios.py",
         f"{FAMILY} -k 'outside_the_mask or nan_in_a_response or never_read and sequence'",
@@ -463,27 +481,15 @@ TOKEN_LOSSES = [
         "compute_dppo_kl_loss",
         "losses/token.py",
         f"{LAWS} {FAMILY} -k 'test_losses or compute_dppo_kl_loss'",
-        (
-            "the other direction",
-            "    others = (1 - p_old) * ((1 - p_old + _EPS) / (1 - p + _EPS)).log()\n"
-            "    far = p_old * (old - policy.detach()) + others > threshold\n",
-            "    others = (1 - p) * ((1 - p + _EPS) / (1 - p_old + _EPS)).log()\n"
-            "    far = p * (policy.detach() - old) + others > threshold\n",
-        ),
-        (
-            "without the other tokens",
-            "(old - policy.detach()) + others > threshold",
-            "(old - policy.detach()) > threshold",
-        ),
-        ("whichever way it moved", "far & (p < p_old), far & (p > p_old)", "far, far"),
-        ("the wrong way", "far & (p < p_old), far & (p > p_old)", "far & (p > p_old), far & (p < p_old)"),
-        ("a certain token is NaN", "((1 - p_old + _EPS) / (1 - p + _EPS)).log()", "((1 - p_old) / (1 - p)).log()"),
-        ("the log ratio alone", "p_old * (old - policy.detach()) + others", "(old - policy.detach()).abs()"),
+        ("the other direction", "compute_binary_kl(policy.detach(), old)", "compute_binary_kl(old, policy.detach())"),
+        ("whichever way it moved", "far & (moved < 0), far & (moved > 0)", "far, far"),
+        ("the wrong way", "far & (moved < 0), far & (moved > 0)", "far & (moved > 0), far & (moved < 0)"),
+        ("the log ratio alone", "compute_binary_kl(policy.detach(), old)", "moved.abs()"),
         ("ratio upside down", "(advantages, policy - old, far", "(advantages, old - policy, far"),
         (
             "the old policy carries gradient",
-            "zero_outside_mask(old_log_probs.detach(), response_mask)\n    p, p_old",
-            "zero_outside_mask(old_log_probs, response_mask)\n    p, p_old",
+            "zero_outside_mask(old_log_probs.detach(), response_mask)\n    moved = policy.detach() - old\n",
+            "zero_outside_mask(old_log_probs, response_mask)\n    moved = policy.detach() - old\n",
         ),
     ),
     *breaks(

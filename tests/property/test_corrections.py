@@ -20,6 +20,7 @@ from tests.strategies import GARBAGE, SHAPES, floats, masks, response_masks, ten
 
 pytestmark = pytest.mark.usefixtures("each_way")
 
+MEASURES = pytest.mark.parametrize("measure", get_args(g.Divergence))
 LEVELS = pytest.mark.parametrize("level", get_args(g.ImportanceLevel))
 ESTIMATORS = pytest.mark.parametrize("estimator", get_args(g.KLEstimator))
 
@@ -80,6 +81,52 @@ def test_importance_of_samplers_own_log_probs_is_exactly_one(level, case):
     diagnosis = g.describe_mismatch(sampler, sampler.clone(), mask)
     assert diagnosis["mismatch_mean"] == diagnosis["mismatch_max"] == diagnosis["mismatch_kl"] == 0
     assert diagnosis["mismatch_ess"] == (1.0 if mask.any() else 0.0)
+
+
+def divergence_of(measure: str, p: float, q: float) -> float:
+    """How far two log-probs of a token are apart."""
+    d = held(p - q)
+    if measure == "binary_kl":
+        rest, other = 1 - math.exp(q) + 1e-8, 1 - math.exp(p) + 1e-8
+        return max(0.0, math.exp(q) * (q - p) + (1 - math.exp(q)) * math.log(rest / other))
+    return {
+        "total_variation": abs(math.exp(p) - math.exp(q)),
+        "k2": (p - q) ** 2 / 2,
+        "k3": math.exp(d) - 1 - d,
+    }[measure]
+
+
+@MEASURES
+@LEVELS
+@given(case=pairs())
+def test_compute_importance_divergences_by_definition(measure, level, case):
+    old, sampler, mask = case
+    sampler = torch.where(mask, sampler.clamp(max=0.0), math.nan)
+    found = g.compute_importance_divergences(old.requires_grad_(), sampler, mask, measure, level)
+    assert not found.requires_grad
+    assert (found >= 0).all()
+    for row, pair in enumerate(tokens(mask, old, sampler)):
+        values = [divergence_of(measure, p, q) for p, q in pair]
+        if level == "token":
+            expected = torch.zeros(mask.shape[1], dtype=torch.float64)
+            expected[mask[row]] = torch.tensor(values, dtype=torch.float64)
+        else:
+            total = math.fsum(values) / (max(1, len(values)) if level == "geometric" else 1)
+            expected = torch.tensor([total], dtype=torch.float64)
+        assert_close(found[row], expected, rtol=1e-7, atol=1e-12)
+
+
+@MEASURES
+@given(case=pairs(wild=True))
+def test_importance_divergences_of_equal_policies_are_zero(measure, case):
+    """And those of wild ratios finite, so that a gate with a bound of 0 keeps exactly what did not move."""
+    old, sampler, mask = case
+    same = g.compute_importance_divergences(old.float(), old.float(), mask, measure, "token")
+    assert (same == 0).all()
+    sampler = torch.where(mask, sampler.clamp(max=0.0), math.nan)
+    moved = g.compute_importance_divergences(old, sampler, mask, measure, "token")
+    assert moved.isfinite().all()
+    assert torch.equal(g.keep_within_bounds(moved, low=0.0, high=0.0)[mask], (old == sampler)[mask])
 
 
 BOUNDS = st.tuples(floats(0, 1), floats(1, 3))

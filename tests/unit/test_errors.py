@@ -93,6 +93,12 @@ ERRORS = {
     "level='word' is unknown: choose one of token, sequence, geometric": lambda: g.compute_importance_ratios(
         ONE, ONE, MASK, "word"
     ),
+    "level='tokens' is unknown: choose one of token, sequence, geometric (did you mean token?)": lambda: (
+        g.compute_importance_divergences(ONE, ONE, MASK, "k2", "tokens")
+    ),
+    "measure='k1' is unknown: choose one of binary_kl, total_variation, k2, k3": lambda: (
+        g.compute_importance_divergences(ONE, ONE, MASK, "k1", "token")
+    ),
     "low=3.0 must be between 0 and high=2.0": lambda: g.truncate_importance_weights(ONE, low=3.0, high=2.0),
     "low=-1.0 must be between 0 and high=2.0": lambda: g.mask_importance_weights(ONE, low=-1.0, high=2.0),
     "low=1.0 must be between 0 and high=nan": lambda: g.keep_within_bounds(ONE, low=1.0, high=math.nan),

@@ -559,6 +559,7 @@ MUTANTS = [
         ),
         ("always per token", "sampler_log_probs, mask, config.importance_level)", 'sampler_log_probs, mask, "token")'),
         ("no lower bound", '{"low": config.importance_low,', '{"low": 0.0,'),
+        ("always by the ratio", 'if config.importance_measure == "ratio":', "if True:"),
         ("no upper bound", '"high": config.importance_high}', '"high": 1e9}'),
     ),
     *breaks(
