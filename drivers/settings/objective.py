@@ -56,6 +56,8 @@ class ObjectiveSettings(Settings):
     """For `cispo`: upper bound of the ratio."""
     sapo_temperatures: tuple[float, float] = (1.0, 1.05)
     """For `sapo`: temperatures for positive and for other advantages."""
+    dro_penalty: NonNegativeFloat = 0.05
+    """For `dro`: weight of half the squared log ratio of each token."""
     covariance_fraction: Share = 2e-4
     """For `clip_cov` and `kl_cov`: share of an optimizer step's tokens that are dropped or penalized."""
     covariance_bounds: tuple[float, float] = (1.0, 5.0)

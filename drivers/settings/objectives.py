@@ -225,6 +225,12 @@ OBJECTIVES: dict[str, Objective] = {
         formula="-rho_it {A}, and 0 where the binary KL({old}, pi) > {cliprange:g} in the direction of {A}",
         paper="2602.04879",
     ),
+    "dro": Objective(
+        function="compute_dro_loss",
+        settings={"penalty": "dro_penalty"},
+        formula="-{A} log rho_it + {dro_penalty:g} / 2 (log rho_it)^2",
+        paper="2405.19107",
+    ),
     "clip_cov": Objective(
         **DUAL_CLIP,
         other_settings=("covariance_fraction", "covariance_bounds"),

@@ -56,6 +56,7 @@ from grpo_core.losses.token import (
     compute_cispo_loss,
     compute_dppo_kl_loss,
     compute_dppo_tv_loss,
+    compute_dro_loss,
     compute_kl_cov_loss,
     compute_sapo_loss,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "compute_cross_entropy_loss",
     "compute_dppo_kl_loss",
     "compute_dppo_tv_loss",
+    "compute_dro_loss",
     "compute_gmpo_loss",
     "compute_gradient_share",
     "compute_grpo_clip_loss",

@@ -257,6 +257,49 @@ def compute_kl_cov_loss(
     return zero_outside_mask(losses, response_mask), mask_flags({"is_penalized": penalized}, response_mask)
 
 
+@shape_checked
+def compute_dro_loss(
+    advantages: Advantages,
+    policy_log_probs: Float[Tensor, "batch seq"],
+    old_log_probs: Float[Tensor, "batch seq"],
+    penalty: float,
+    *,
+    response_mask: Bool[Tensor, "batch seq"] | None = None,
+) -> tuple[Float[Tensor, "batch seq"], Metadata]:
+    r"""Return $\ell_{it} = -A_i \log \rho_{it} + \frac{\beta}{2} \log^2 \rho_{it}$, a squared log ratio (DRO, OPMD).
+
+    The square holds the policy near the one that sampled, so no ratio multiplies the gradient and no bound cuts it
+    off: the gradient is $-A + \beta \log \rho$, which is 0 at $\log \rho = A / \beta$. Up to a constant, the loss is
+    the regression $\frac{1}{2 \beta} (A - \beta \log \rho)^2$. Differentiable in `policy_log_probs` only. At $\rho =
+    1$ the value is 0. The papers square the log ratio of the whole response, whose variance grows with its length;
+    this is the form per token.
+
+    Args:
+        advantages: $A$, in units of reward: one column, or one value per token.
+        policy_log_probs: $\log \pi_\theta$ of each token, in nats.
+        old_log_probs: $\log \pi_{\mathrm{old}}$ of each token, in nats, under the policy that sampled it.
+        penalty: $\beta \ge 0$, in units of reward per nat; with 0, the gradient is that of REINFORCE.
+        response_mask: if given, the loss is exactly 0 outside it and no value there is read.
+
+    Returns:
+        The loss of each token, and empty metadata, because nothing is clipped.
+
+    Raises:
+        ValueError: if `penalty` is negative.
+
+    Examples:
+        >>> compute_dro_loss(torch.ones(1, 1), torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -1.0]]), 2.0)[0]
+        tensor([[-0.2500,  2.0000]])
+
+    References:
+        Richemond et al. 2024, arXiv:2405.19107 (DRO); Kimi Team 2025, arXiv:2501.12599 (online policy mirror descent).
+    """
+    require(penalty >= 0, "penalty", penalty, "at least 0: it penalizes a distance")
+    log_ratio = compute_log_ratio(policy_log_probs, old_log_probs, response_mask)
+    losses = -advantages.detach() * log_ratio + penalty / 2 * log_ratio.square()
+    return zero_outside_mask(losses, response_mask), {}
+
+
 def _masked_ratio_loss(
     advantages: Advantages,
     log_ratio: Float[Tensor, "batch seq"],

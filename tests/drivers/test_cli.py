@@ -107,6 +107,7 @@ FLAGS = [
     "ratio_low",
     "ratio_high",
     "sapo_temperatures",
+    "dro_penalty",
     "covariance_fraction",
     "covariance_bounds",
     "kl_cov_coef",

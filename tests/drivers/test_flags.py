@@ -443,6 +443,7 @@ TRAIN_ROWS = {
     "ratio_low": Row("train", 0.99, CISPO),
     "ratio_high": Row("train", 1.01, CISPO),
     "sapo_temperatures": Row("train", (1.0, 3.0), SAPO),
+    "dro_penalty": Row("train", 5.0, EPOCHS | {"loss_type": "dro"}),
     "covariance_fraction": Row("train", 0.1, PENALIZED),
     "covariance_bounds": Row("train", (0.0, 5.0), COVARIANCE),
     "kl_cov_coef": Row("train", 5.0, PENALIZED),

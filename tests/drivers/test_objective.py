@@ -450,12 +450,14 @@ BY_HAND = {
     "vespo": lambda a, p, o, m, r: core.compute_vespo_loss(a, p, o, m),
     "dppo_tv": lambda a, p, o, m, r: core.compute_dppo_tv_loss(a, p, o, 0.1, 0.15, response_mask=m),
     "dppo_kl": lambda a, p, o, m, r: core.compute_dppo_kl_loss(a, p, o, 0.1, response_mask=m),
+    "dro": lambda a, p, o, m, r: core.compute_dro_loss(a, p, o, 0.3, response_mask=m),
     "kl_cov": lambda a, p, o, m, r: core.compute_kl_cov_loss(a, p, o, m, 0.3, response_mask=m),
 }
 BY_HAND_FLAGS = {
     "grpo_clip": {"dual_clip": 1.5},
     "cispo": {"ratio_low": 0.9, "ratio_high": 1.2},
     "sapo": {"sapo_temperatures": (0.5, 2.0)},
+    "dro": {"dro_penalty": 0.3},
     "kl_cov": {"kl_cov_coef": 0.3},
     "dppo_kl": {"cliprange": 0.1},
 }

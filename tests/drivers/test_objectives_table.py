@@ -36,6 +36,7 @@ READERS = {
     "ratio_low": {"cispo"},
     "ratio_high": {"cispo"},
     "sapo_temperatures": {"sapo"},
+    "dro_penalty": {"dro"},
     "covariance_fraction": {"clip_cov", "kl_cov"},
     "covariance_bounds": {"clip_cov"},
     "kl_cov_coef": {"kl_cov"},

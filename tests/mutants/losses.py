@@ -493,6 +493,30 @@ TOKEN_LOSSES = [
         ),
     ),
     *breaks(
+        "compute_dro_loss",
+        "losses/token.py",
+        in_family("compute_dro_loss"),
+        ("not halved", "penalty / 2 * log_ratio.square()", "penalty * log_ratio.square()"),
+        ("a distance, not its square", "penalty / 2 * log_ratio.square()", "penalty / 2 * log_ratio.abs()"),
+        ("a reward for moving", "* log_ratio + penalty / 2", "* log_ratio - penalty / 2"),
+        (
+            "the ratio, not its logarithm",
+            "-advantages.detach() * log_ratio + penalty",
+            "-advantages.detach() * log_ratio.exp() + penalty",
+        ),
+        (
+            "the penalty carries no gradient",
+            "penalty / 2 * log_ratio.square()",
+            "penalty / 2 * log_ratio.detach().square()",
+        ),
+        ("advantages carry gradient", "losses = -advantages.detach() * log_ratio", "losses = -advantages * log_ratio"),
+        (
+            "padding has a loss",
+            "log_ratio.square()\n    return zero_outside_mask(losses, response_mask), {}",
+            "log_ratio.square()\n    return losses, {}",
+        ),
+    ),
+    *breaks(
         "compute_kl_cov_loss",
         "losses/token.py",
         in_family("compute_kl_cov_loss"),

@@ -64,6 +64,9 @@ def token_oracle(name, p, old, a, penalized, hyper):
             low, high = far and a < 0 and new < was, far and a > 0 and new > was
             value = 0.0 if low or high else -ratio * a
             return value, value, clipped(low, high)
+        case "compute_dro_loss":
+            beta = hyper["penalty"]
+            return (p - old) * (beta * (p - old) / 2 - a), beta * (p - old) - a, {}
         case "compute_kl_cov_loss":
             coefficient = hyper["kl_coef"] if penalized else 0.0
             sign = math.copysign(1.0, p - old) if p != old else 0.0

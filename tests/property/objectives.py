@@ -49,6 +49,7 @@ HYPER = {
     "temperature_negative": st.sampled_from([1.05, 2.0]),
     "threshold_low": st.sampled_from([0.05, 0.2]),
     "threshold_high": st.sampled_from([0.05, 0.3]),
+    "penalty": st.sampled_from([0.0, 0.5, 2.0]),
     "threshold": st.sampled_from([0.01, 0.1]),
     "kl_coef": st.sampled_from([0.0, 0.1, 1.0]),
     "positive": st.sampled_from([(2.0, 3.0), (1.0, 1.0)]),

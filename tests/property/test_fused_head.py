@@ -241,6 +241,7 @@ def arguments_of(name, case, log_probs, entropy, take):
         "threshold_low": 0.1,
         "threshold_high": 0.1,
         "threshold": 0.05,
+        "penalty": 0.5,
         "penalized": take(case.mask),
         "kl_coef": 1.0,
     }

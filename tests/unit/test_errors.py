@@ -85,6 +85,7 @@ ERRORS = {
     "kl_coef=-1.0 must be at least 0: it penalizes tokens": lambda: g.compute_kl_cov_loss(
         ADVANTAGE, ONE, ONE, MASK, -1.0
     ),
+    "penalty=-1.0 must be at least 0: it penalizes a distance": lambda: g.compute_dro_loss(ADVANTAGE, ONE, ONE, -1.0),
     "fraction=1.5 must be between 0 and 1": lambda: g.select_high_entropy(ONE, MASK, 1.5),
     "fraction=-0.5 must be between 0 and 1": lambda: g.select_high_covariance(ADVANTAGE, ONE, MASK, -0.5),
     "threshold=-1.0 must be at least 0: it bounds a mean of squares": lambda: g.keep_within_second_moment(
