@@ -111,9 +111,10 @@ class AlgorithmSettings(
 
     @property
     def has_regularization_gradient(self) -> bool:
-        """Return whether a step of zero-signal groups has a gradient, from the KL penalty or entropy bonus alone."""
+        """Return whether a step of zero-signal groups has a gradient, from other terms of the loss alone."""
         has_signal = self.has_signal_in_equal_groups or self.length_penalty != "none"
-        return (self.has_entropy_bonus or self.kl_coef > 0) and not has_signal
+        has_terms = self.has_entropy_bonus or self.kl_coef > 0 or self.positive_nll_coef > 0
+        return has_terms and not has_signal
 
     @property
     def penalized_tokens(self) -> int:

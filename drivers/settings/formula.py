@@ -41,6 +41,9 @@ def formula(config: GrpoConfig) -> list[str]:
     if config.has_entropy_bonus:
         adaptive = "" if config.entropy_target is None else f" (adapted to {config.entropy_target:g} nats)"
         terms.append(f"- {config.entropy_coef:g}{adaptive} {token_weights} H_it")
+    if config.positive_nll_coef > 0:
+        positive = "sum_(i: r_i > 0)"
+        terms.append(f"- {config.positive_nll_coef:g} 1/({positive} |o_i|) {positive} sum_t log pi(o_it)")
     lines += [f"L        = {terms[0]}", *(f"           {term}" for term in terms[1:])]
     return lines + [f"  where  {note}" for note in _make_notes(config, objective)]
 

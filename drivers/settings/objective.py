@@ -65,6 +65,9 @@ class ObjectiveSettings(Settings):
     kl_cov_coef: PositiveFloat = 1.0
     """For `kl_cov`: weight of |log ratio| on the penalized tokens."""
 
+    positive_nll_coef: NonNegativeFloat = 0.0
+    """Weight of the mean negative log-likelihood, in nats, over the tokens of an optimizer step's responses with a
+    positive reward (VAPO uses 0.1)."""
     mask_truncated: bool = False
     """Exclude truncated responses from the loss and from token counts (overlong filtering); --empty-responses decides
     whether they count as responses."""

@@ -213,6 +213,8 @@ class WeightedBatch(RolloutBatch):
     """Weights that correct for the sampler; None if there are none, or if the loss's forward pass computes them."""
     penalized: Bool[Tensor, "batch seq"]
     """The tokens that `kl_cov` penalizes."""
+    imitation_weights: Float[Tensor, "batch seq"]
+    """Weight of each token's negative log-likelihood; 0 unless `--positive-nll-coef` imitates the response."""
 
     @classmethod
     def from_prepared(cls, batch: PreparedBatch, **weights: Tensor | None) -> Self:

@@ -95,8 +95,15 @@ def weigh_step(config: AlgorithmSettings, batch: PreparedBatch) -> tuple[Weighte
         ),
         importance_weights=importance_weights,
         penalized=penalized,
+        imitation_weights=weigh_imitation(config, batch, mask),
     )
     return weighted, metrics
+
+
+def weigh_imitation(config: AlgorithmSettings, batch: PreparedBatch, mask: Tensor) -> Tensor:
+    """Return the weight of each token's negative log-likelihood: of all tokens with a positive reward, the same."""
+    imitated = mask & (batch.rewards > 0) & (config.positive_nll_coef > 0)
+    return core.compute_token_weights(imitated, "token_mean")
 
 
 def select_trained_responses(config: AlgorithmSettings, batch: PreparedBatch) -> Tensor:
@@ -193,6 +200,7 @@ def find_responses_with_gradient(config: AlgorithmSettings, batch: WeightedBatch
         return list(rows)
     signal = batch.advantages if config.objective.uses_advantages else batch.rewards
     has_gradient = (signal * batch.objective_weights != 0).any(dim=1) | batch.penalized.any(dim=1)
+    has_gradient = has_gradient | (batch.imitation_weights > 0).any(dim=1)
     return [row for row in rows if has_gradient[row]]
 
 
@@ -234,6 +242,9 @@ def compute_loss(config: AlgorithmSettings, inputs: LossInputs) -> LossOutputs:
         token_entropy=inputs.token_entropy,
         entropy_coef=inputs.entropy_coef,
         token_weights=batch.token_weights,
+        nll=core.compute_cross_entropy_loss(log_probs, response_mask=mask),
+        nll_coef=config.positive_nll_coef,
+        nll_weights=batch.imitation_weights,
     )
     return LossOutputs(loss, metrics, statistics)
 

@@ -23,12 +23,19 @@ def compose_policy_loss(
     token_entropy: Float[Tensor, "batch seq"] | None = None,
     entropy_coef: float = 0.0,
     token_weights: Float[Tensor, "batch seq"] | None = None,
+    nll: Float[Tensor, "batch seq"] | None = None,
+    nll_coef: float = 0.0,
+    nll_weights: Float[Tensor, "batch seq"] | None = None,
 ) -> Float[Tensor, ""]:
     r"""Return $L = \sum w_{ij} \kappa_{ij} \ell_{ij} + \sum_{it} w'_{it} (\beta k_{it} - c H_{it})$, the full loss.
 
-    The importance weight multiplies the policy loss after its clip, but not KL and entropy, which the trainer computes
-    itself. Differentiable in `policy_losses`, `kl` and `token_entropy`; the gradient is exactly 0 where a weight is 0,
-    even at NaN or infinity. If the weights are those of the whole batch, the losses of its parts add up to its loss.
+    With `nll`, $\mu \sum_{it} v_{it} n_{it}$ is added, the negative log-likelihood of chosen responses. In VAPO, they
+    are those with a positive reward, and $v$ is `compute_token_weights` of their tokens alone.
+
+    The importance weight multiplies the policy loss after its clip, but no other term, because the trainer computes
+    those itself. Differentiable in `policy_losses`, `kl`, `token_entropy` and `nll`; the gradient is exactly 0 where a
+    weight is 0, even at NaN or infinity. If the weights are those of the whole batch, the losses of its parts add up
+    to its loss.
 
     Args:
         policy_losses: $\ell$, one per token or one per response.
@@ -40,12 +47,15 @@ def compose_policy_loss(
         token_entropy: $H$, the entropy of the distribution of each token, in nats, with its gradient.
         entropy_coef: $c$, in units of loss per nat.
         token_weights: $w'$ of `compute_token_weights`, required by `kl` and `token_entropy`.
+        nll: $n$ of `compute_cross_entropy_loss`, in nats.
+        nll_coef: $\mu \ge 0$, in units of loss per nat. VAPO uses 0.1.
+        nll_weights: $v$, required by `nll`; 0 for the responses that are not imitated.
 
     Returns:
         The loss.
 
     Raises:
-        ValueError: if weights do not match the losses, or `kl` or `token_entropy` is given without `token_weights`.
+        ValueError: if weights do not match the losses, or `kl`, `token_entropy` or `nll` is given without its weights.
 
     Examples:
         >>> losses, weights = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.5, 0.5]])
@@ -53,7 +63,8 @@ def compose_policy_loss(
         tensor(2.2500)
 
     References:
-        Shao et al. 2024, arXiv:2402.03300, eq. 3; Schulman et al. 2017, arXiv:1707.06347, eq. 9 (entropy bonus).
+        Shao et al. 2024, arXiv:2402.03300, eq. 3; Schulman et al. 2017, arXiv:1707.06347, eq. 9 (entropy bonus);
+        Yue et al. 2025, arXiv:2504.05118, eq. 10 and 11 (negative log-likelihood of positive examples).
     """
     if importance_weights is not None:
         if importance_weights.shape[1] not in (1, policy_losses.shape[1]):
@@ -68,6 +79,10 @@ def compose_policy_loss(
             if token_weights is None:
                 raise ValueError(f"{name} needs token_weights; got None")
             loss = loss + coefficient * sum_weighted_losses(values, token_weights)
+    if nll is not None and nll_coef != 0:
+        if nll_weights is None:
+            raise ValueError("nll needs nll_weights; got None")
+        loss = loss + nll_coef * sum_weighted_losses(nll, nll_weights)
     return loss
 
 

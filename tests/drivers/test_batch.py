@@ -177,6 +177,7 @@ def test_rollout_batch_select_keeps_columns_and_trims_tokens():
         token_weights=tokens,
         importance_weights=None,
         penalized=rollouts.response_mask,
+        imitation_weights=tokens,
     )
     part = rollouts.select([3, 1])
     assert part.advantages.tolist() == part.objective_weights.tolist() == [[9.0], [3.0]]

@@ -111,6 +111,7 @@ FLAGS = [
     "covariance_fraction",
     "covariance_bounds",
     "kl_cov_coef",
+    "positive_nll_coef",
     "mask_truncated",
     "top_entropy_fraction",
     "off_policy_threshold",

@@ -447,6 +447,7 @@ TRAIN_ROWS = {
     "covariance_fraction": Row("train", 0.1, PENALIZED),
     "covariance_bounds": Row("train", (0.0, 5.0), COVARIANCE),
     "kl_cov_coef": Row("train", 5.0, PENALIZED),
+    "positive_nll_coef": Row("train", 0.5),
     "mask_truncated": Row("train", True),
     "top_entropy_fraction": Row("train", 0.5),
     "rejected_tokens": Row("train", "drop", {"top_entropy_fraction": 0.5, "aggregation": "token_mean"}),

@@ -143,6 +143,7 @@ def test_check_zero_signal_groups_with_entropy_bonus_warns(tmp_path):
 def test_check_zero_signal_groups_with_gradient_is_silent(settings):
     assert not make_tiny_config(entropy_coef=0.01, **settings).has_regularization_gradient
     assert make_tiny_config(entropy_coef=0.01, loss_type="reinforce_with_baseline").has_regularization_gradient
+    assert make_tiny_config(positive_nll_coef=0.1, loss_type="reinforce_with_baseline").has_regularization_gradient
     assert not make_tiny_config(loss_type="reinforce_with_baseline").has_regularization_gradient
 
 

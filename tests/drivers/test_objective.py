@@ -57,7 +57,7 @@ EVERYTHING = [
     {"loss_type": "gmpo", "cliprange": 0.01, "kl_coef": 0.1, "entropy_coef": 0.01},
     {"loss_type": "cispo", "aggregation": "token_mean", "importance": "mask", "self_normalize": True},
     {"loss_type": "clip_cov", "covariance_fraction": 0.3, "covariance_bounds": (0.0, 5.0), "rejected_tokens": "drop"},
-    {"loss_type": "kl_cov", "covariance_fraction": 0.3, "aggregation": "prompt_mean"},
+    {"loss_type": "kl_cov", "covariance_fraction": 0.3, "aggregation": "prompt_mean", "positive_nll_coef": 0.5},
     {"loss_type": "vespo", "old_policy": "sampler", "aggregation": "constant", "second_moment_threshold": 0.001},
     {"loss_type": "dppo_tv", "cliprange": 0.01, "kl_coef": 0.1, "kl_estimator": "k1", "kl_in": "reward"},
     {"loss_type": "sapo", "top_entropy_fraction": 0.5, "off_policy_threshold": 0.001, "aggregation": "token_mean"},
@@ -585,6 +585,8 @@ def test_rows_with_gradient_cases():
     assert not answer(loss_type="no_baseline", rewards=torch.zeros(32))
     assert answer(kl_coef=0.1)
     assert answer(entropy_coef=0.01)
+    assert answer(positive_nll_coef=0.1)
+    assert not answer(positive_nll_coef=0.1, rewards=-silent)
     assert answer(kl_coef=0.1, kl_in="reward", kl_estimator="k1")
     assert not answer(loss_type="kl_cov", covariance_fraction=0.5)  # no covariance is positive if A is constant
     assert not answer(rewards=torch.arange(32.0), importance="reject", importance_high=1e-9, **TWO_UPDATES)
@@ -599,6 +601,28 @@ def test_rows_with_gradient_of_penalized_tokens_have_one():
     penalized[[2, 9], 0] = True
     batch = replace(batch, advantages=torch.zeros_like(batch.advantages), penalized=penalized)
     assert find_responses_with_gradient(config, batch, 0.0) == [2, 9]
+
+
+def test_positive_nll_is_mean_over_tokens_of_positive_responses():
+    """Groups of equal rewards have no other gradient; unscored and truncated responses are not imitated."""
+    parts = make_tiny_parts()
+    rewards = torch.tensor([1.0] * 8 + [0.0] * 8 + [-1.0] * 8 + [0.5] * 7 + [float("nan")])
+    config = make_tiny_config(positive_nll_coef=0.25, mask_truncated=True)
+    rollouts, scores = sample_rollouts(config, parts, rewards)
+    ends = ("stop", "stop", "length")
+    cut = [replace(one, finish_reason=ends[row % 3]) for row, one in enumerate(rollouts.completions)]
+    rollouts = replace(rollouts, completions=tuple(cut))
+    batch, _ = weigh_step(config, prepare_rollouts(config, parts.policy, None, rollouts, scores, None))
+    imitated = torch.tensor([not cut and r > 0 for cut, r in zip(rollouts.truncated.tolist(), rewards, strict=True)])
+    assert 0 < imitated.sum() < 15
+    assert find_responses_with_gradient(config, batch, 0.0) == imitated.nonzero().flatten().tolist()
+    loss = accumulate_gradients(parts.policy, batch, config, 0.0, UpdateMetrics())
+    log_probs = score(clone_policy(parts.policy), rollouts, 1.0)["log_probs"][
+        rollouts.response_mask & imitated[:, None]
+    ]
+    policy_loss = 0.0  # all advantages are 0
+    assert_close(loss.double(), policy_loss - 0.25 * log_probs.double().mean(), rtol=1e-5, atol=1e-6)
+    assert "- 0.25 1/(sum_(i: r_i > 0) |o_i|) sum_(i: r_i > 0) sum_t log pi(o_it)" in "\n".join(formula(config))
 
 
 def test_rejected_tokens_leave_token_counts_if_requested():

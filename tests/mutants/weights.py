@@ -230,6 +230,12 @@ STEP = [
         ("what costs nothing is read", "if values is not None and coefficient != 0:", "if values is not None:"),
         ("the last term alone", "loss = loss + coefficient", "loss = loss * 0 + coefficient"),
         ("costs alone, no bonus", "coefficient != 0:", "coefficient > 0:"),
+        ("imitation is avoided", "loss + nll_coef * sum", "loss - nll_coef * sum"),
+        (
+            "imitation of all tokens",
+            "sum_weighted_losses(nll, nll_weights)",
+            "sum_weighted_losses(nll, token_weights)",
+        ),
     ),
     *breaks(
         "grpo_microbatch_loss",

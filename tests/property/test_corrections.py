@@ -539,11 +539,13 @@ def test_compute_gradient_share_matches_definition(data):
 # All terms together.
 
 
-@given(data=st.data(), kl_coef=floats(0, 1), entropy_coef=floats(-1, 1))
-def test_compose_policy_loss_terms_add_up(data, kl_coef, entropy_coef):
+@given(data=st.data(), kl_coef=floats(0, 1), entropy_coef=floats(-1, 1), nll_coef=floats(0, 1))
+def test_compose_policy_loss_terms_add_up(data, kl_coef, entropy_coef, nll_coef):
     rows, seq = shape = data.draw(SHAPES)
     columns = data.draw(st.sampled_from([1, seq]))
-    parts = {name: data.draw(tensors(shape, floats(-2, 2))).requires_grad_() for name in ("kl", "token_entropy")}
+    names = ("kl", "token_entropy", "nll")
+    parts = {name: data.draw(tensors(shape, floats(-2, 2))).requires_grad_() for name in names}
+    nll_weights = data.draw(tensors(shape, floats(0, 1)))
     losses = data.draw(tensors((rows, columns), floats(-2, 2))).requires_grad_()
     weights, token_weights = data.draw(tensors((rows, columns), floats(0, 1))), data.draw(tensors(shape, floats(0, 1)))
     importance = data.draw(tensors((rows, data.draw(st.sampled_from([1, columns]))), floats(0, 3))).requires_grad_()
@@ -554,6 +556,8 @@ def test_compose_policy_loss_terms_add_up(data, kl_coef, entropy_coef):
         kl_coef=kl_coef,
         entropy_coef=entropy_coef,
         token_weights=token_weights,
+        nll_coef=nll_coef,
+        nll_weights=nll_weights,
         **parts,
     )
     total = 0.0
@@ -562,15 +566,17 @@ def test_compose_policy_loss_terms_add_up(data, kl_coef, entropy_coef):
             factor = importance[row, column if importance.shape[1] > 1 else 0].item()
             total += weights[row, column].item() * factor * losses[row, column].item()
         for column in range(seq):
-            kl, entropy = parts["kl"][row, column].item(), parts["token_entropy"][row, column].item()
+            kl, entropy, nll = (parts[name][row, column].item() for name in names)
             total += token_weights[row, column].item() * (kl_coef * kl - entropy_coef * entropy)
+            total += nll_weights[row, column].item() * nll_coef * nll
     assert_close(loss.item(), total, rtol=1e-9, atol=1e-9)
     loss.backward()
     assert importance.grad is None
     assert_close(losses.grad, weights * importance.detach())
-    for name, coefficient in (("kl", kl_coef), ("token_entropy", -entropy_coef)):
+    coefficients = {"kl": kl_coef * token_weights, "token_entropy": -entropy_coef * token_weights}
+    for name, expected in (coefficients | {"nll": nll_coef * nll_weights}).items():
         found = parts[name].grad
-        assert_close(torch.zeros(shape).double() if found is None else found, coefficient * token_weights)
+        assert_close(torch.zeros(shape).double() if found is None else found, expected)
 
 
 @given(data=st.data())
@@ -590,7 +596,7 @@ def test_compose_policy_loss_without_extra_terms_is_policy_loss():
     losses, weights = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 0.25]])
     assert g.compose_policy_loss(losses, weights) == 1.0
     unused = torch.full((1, 2), math.nan)
-    assert g.compose_policy_loss(losses, weights, kl=unused, token_entropy=unused) == 1.0
+    assert g.compose_policy_loss(losses, weights, kl=unused, token_entropy=unused, nll=unused) == 1.0
 
 
 @given(case=pairs(wild=True), data=st.data())

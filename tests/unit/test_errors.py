@@ -133,6 +133,7 @@ ERRORS = {
     "importance_weights have shape (1, 2) and losses (1, 1): losses of whole responses take one weight per"
     " response": lambda: g.compose_policy_loss(ONE, ONE, importance_weights=WIDE),
     "kl needs token_weights; got None": lambda: g.compose_policy_loss(WIDE, WIDE, kl=WIDE, kl_coef=0.1),
+    "nll needs nll_weights; got None": lambda: g.compose_policy_loss(WIDE, WIDE, nll=WIDE, nll_coef=0.1),
     "token_entropy needs token_weights; got None": lambda: g.compose_policy_loss(
         WIDE, WIDE, token_entropy=WIDE, entropy_coef=0.1
     ),

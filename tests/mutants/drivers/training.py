@@ -504,6 +504,15 @@ MUTANTS = [
         ),
     ),
     *breaks(
+        "weigh_imitation",
+        "drivers/training/objective.py",
+        f"{OBJECTIVE} -k positive_nll",
+        ("all responses", "mask & (batch.rewards > 0) &", "mask &"),
+        ("rewards of 0 too", "(batch.rewards > 0)", "(batch.rewards >= 0)"),
+        ("truncated responses too", "imitated = mask &", "imitated = batch.response_mask &"),
+        ("the mean of each response", 'weights(imitated, "token_mean")', 'weights(imitated, "sequence_mean")'),
+    ),
+    *breaks(
         "choose_old_log_probs",
         "drivers/training/objective.py",
         f"{OBJECTIVE} {DRIVERS}/test_train.py -k 'old_policy or ratio_on_policy'",
@@ -593,6 +602,7 @@ MUTANTS = [
             "entropy_coef > 0",
         ),
         ("penalized tokens have none", " | batch.penalized.any(dim=1)", ""),
+        ("imitated tokens have none", " | (batch.imitation_weights > 0).any(dim=1)", ""),
         (
             "the reward decides",
             "batch.advantages if config.objective.uses_advantages else batch.rewards",
