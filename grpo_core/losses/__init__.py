@@ -25,6 +25,7 @@ from grpo_core.losses.policy_gradient import (
     compute_naive_policy_gradient_loss,
     compute_policy_gradient_loss,
 )
+from grpo_core.losses.preference import compute_dpo_loss
 from grpo_core.losses.regularizers import (
     adapt_entropy_coefficient,
     compute_reward_to_go,
@@ -67,6 +68,7 @@ __all__ = [
     "compose_policy_loss",
     "compute_cispo_loss",
     "compute_cross_entropy_loss",
+    "compute_dpo_loss",
     "compute_dppo_kl_loss",
     "compute_dppo_tv_loss",
     "compute_dro_loss",

@@ -562,6 +562,34 @@ TOKEN_LOSSES = [
     ),
 ]
 
+PREFERENCES = [
+    *breaks(
+        "compute_dpo_loss",
+        "losses/preference.py",
+        f"{LAWS} -k dpo",
+        (
+            "the other is preferred",
+            "beta * (chosen.sum(dim=1, keepdim=True) - rejected.sum(dim=1, keepdim=True))",
+            "beta * (rejected.sum(dim=1, keepdim=True) - chosen.sum(dim=1, keepdim=True))",
+        ),
+        ("means, not sums", "beta * (chosen.sum(dim=1, keepdim=True) -", "beta * (chosen.mean(dim=1, keepdim=True) -"),
+        (
+            "no reference",
+            "chosen = compute_log_ratio(chosen_log_probs, reference_chosen_log_probs, chosen_mask)",
+            "chosen = torch.where(chosen_mask, chosen_log_probs, 0.0)",
+        ),
+        (
+            "the sigmoid, not its logarithm",
+            "-(1 - label_smoothing) * log_sigmoid(margin)",
+            "-(1 - label_smoothing) * margin.sigmoid()",
+        ),
+        ("not smoothed", " - label_smoothing * log_sigmoid(-margin)", ""),
+        ("smoothed twice", "-(1 - label_smoothing) * log_sigmoid", "-(1 - 2 * label_smoothing) * log_sigmoid"),
+        ("beta forgotten", "margin = beta * (chosen", "margin = (chosen"),
+        ("metadata carry gradient", "    margin = margin.detach()\n", ""),
+    ),
+]
+
 MEAN = "mean_over_response(log_ratio, response_mask)"
 
 SEQUENCE_LOSSES = [
@@ -732,4 +760,4 @@ SEQUENCE_LOSSES = [
     ),
 ]
 
-MUTANTS = [*RATIOS, *LOSSES, *TOKEN_LOSSES, *SEQUENCE_LOSSES]
+MUTANTS = [*RATIOS, *LOSSES, *TOKEN_LOSSES, *PREFERENCES, *SEQUENCE_LOSSES]

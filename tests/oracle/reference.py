@@ -102,3 +102,13 @@ def tokenized_row(prompt: list[int], output: list[int], width: int, pad: int) ->
         ]
         places.append((here, there, len(prompt) <= place + 1 < len(prompt) + len(output)))
     return places
+
+
+def dpo(
+    chosen: tuple[Row, Row], rejected: tuple[Row, Row], beta: float, smoothing: float
+) -> tuple[float, float, float]:
+    """Loss of one pair, its derivative in a log-prob of the chosen response, and the margin."""
+    rewards = [beta * (math.fsum(policy) - math.fsum(reference)) for policy, reference in (chosen, rejected)]
+    wins, loses = (math.exp(reward) / math.fsum(map(math.exp, rewards)) for reward in rewards)
+    value = -(1 - smoothing) * math.log(wins) - smoothing * math.log(loses)
+    return value, -beta * ((1 - smoothing) * loses - smoothing * wins), rewards[0] - rewards[1]

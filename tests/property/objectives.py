@@ -19,10 +19,12 @@ from tests.strategies import SHAPES, floats, masks, response_masks, tensors
 
 # The door to four of the others, by the name of a loss type: tests/property/test_steps.py.
 DOORS = {"compute_policy_gradient_loss"}
+# The loss of two responses, not of one: tests/property/test_losses.py.
+OF_PAIRS = {"compute_dpo_loss"}
 MEMBERS = {
     name: getattr(grpo_core, name)
     for name in grpo_core.__all__
-    if name.startswith("compute_") and name.endswith("_loss") and name not in DOORS
+    if name.startswith("compute_") and name.endswith("_loss") and name not in DOORS | OF_PAIRS
 }
 PARAMETERS = {name: set(inspect.signature(member).parameters) for name, member in MEMBERS.items()}
 OF_RESPONSES = {"compute_gspo_loss", "compute_gmpo_loss", "compute_luspo_loss"}

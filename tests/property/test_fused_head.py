@@ -36,6 +36,7 @@ NOT_LOCAL = {
     "compute_luspo_loss",
     "compute_vespo_loss",
     "compute_policy_gradient_loss",
+    "compute_dpo_loss",
 }
 LOCAL = sorted(
     name

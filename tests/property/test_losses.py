@@ -6,17 +6,20 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.testing import assert_close
 
 from grpo_core import (
     aggregate_token_losses,
+    compute_dpo_loss,
     compute_dppo_kl_loss,
     compute_dppo_tv_loss,
     compute_grpo_clip_loss,
     compute_grpo_no_clip_loss,
     compute_naive_policy_gradient_loss,
 )
-from tests.strategies import CLIPRANGES, Batch, batches
+from tests.oracle import reference
+from tests.strategies import CLIPRANGES, GARBAGE, Batch, batches, floats, response_masks, tensors
 
 pytestmark = pytest.mark.usefixtures("each_way")
 
@@ -155,3 +158,70 @@ def test_aggregate_token_losses_float16_sum_does_not_overflow(aggregation):
     losses, mask = torch.full((1, 4096), 32.0, dtype=torch.float16), torch.ones(1, 4096).bool()
     constant = 4096.0 if aggregation == "token_mean" else None
     assert aggregate_token_losses(losses, mask, aggregation, normalize_constant=constant) == 32.0
+
+
+# Pairs of responses.
+
+
+@st.composite
+def responses(draw, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs of one response per row under policy and reference, and its mask; garbage outside the mask."""
+    shape = (rows, draw(st.integers(1, 6)))
+    mask, garbage = draw(response_masks(shape)), draw(tensors(shape, GARBAGE))
+    policy, reference_policy = (torch.where(mask, draw(tensors(shape, floats(-4, 0))), garbage) for _ in range(2))
+    return policy, reference_policy, mask
+
+
+SMOOTHING = st.sampled_from([0.0, 0.1, 0.4])
+
+
+@given(data=st.data(), beta=st.sampled_from([0.1, 0.5, 2.0]), smoothing=SMOOTHING)
+def test_compute_dpo_loss_and_gradient_match_oracle(data, beta, smoothing):
+    rows = data.draw(st.integers(1, 3))
+    (chosen, ref_chosen, mask), (rejected, ref_rejected, other) = (data.draw(responses(rows)) for _ in range(2))
+    leaves = [tensor.clone().requires_grad_() for tensor in (chosen, rejected, ref_chosen, ref_rejected)]
+    losses, metadata = compute_dpo_loss(*leaves, mask, other, beta, label_smoothing=smoothing)
+    losses.sum().backward()
+    assert leaves[2].grad is leaves[3].grad is None
+    for row in range(rows):
+        gaps = [
+            (ours[row][own[row]].tolist(), theirs[row][own[row]].tolist())
+            for ours, theirs, own in ((chosen, ref_chosen, mask), (rejected, ref_rejected, other))
+        ]
+        value, slope, margin = reference.dpo(*gaps, beta, smoothing)
+        assert_close(losses[row, 0].item(), value, rtol=1e-10, atol=1e-12)
+        assert_close(metadata["margin"][row, 0].item(), margin, rtol=1e-10, atol=1e-12)
+        assert metadata["is_preferred"][row, 0].item() == (metadata["margin"][row, 0].item() > 0)
+        assert_close(leaves[0].grad[row], slope * mask[row].double(), rtol=1e-9, atol=1e-12)
+        assert_close(leaves[1].grad[row], -slope * other[row].double(), rtol=1e-9, atol=1e-12)
+    assert not any(value.requires_grad for value in metadata.values())
+
+
+@given(data=st.data(), smoothing=SMOOTHING)
+def test_compute_dpo_loss_laws(data, smoothing):
+    """log 2 at the reference; with both responses exchanged, the other outcome; and finite differences."""
+    rows = data.draw(st.integers(1, 3))
+    (chosen, ref_chosen, mask), (rejected, ref_rejected, other) = (data.draw(responses(rows)) for _ in range(2))
+    same, _ = compute_dpo_loss(ref_chosen, ref_rejected, ref_chosen, ref_rejected, mask, other, 0.5)
+    assert_close(same, torch.full((rows, 1), math.log(2), dtype=torch.float64))
+    loss, told = compute_dpo_loss(chosen, rejected, ref_chosen, ref_rejected, mask, other, 0.5)
+    swapped, _ = compute_dpo_loss(rejected, chosen, ref_rejected, ref_chosen, other, mask, 0.5)
+    # The probabilities of the two outcomes add up to 1, and their log-odds are the margin.
+    assert_close((-loss).exp() + (-swapped).exp(), torch.ones(rows, 1, dtype=torch.float64))
+    assert_close(swapped - loss, told["margin"])
+    clean = [torch.where(mask, chosen, 0.0).requires_grad_(), torch.where(other, rejected, 0.0).requires_grad_()]
+    assert torch.autograd.gradcheck(
+        lambda a, b: compute_dpo_loss(a, b, ref_chosen, ref_rejected, mask, other, 0.5, label_smoothing=smoothing)[0],
+        clean,
+        fast_mode=True,
+    )
+
+
+def test_compute_dpo_loss_of_wild_margins_is_finite():
+    far, near, mask = torch.full((1, 1), -1e9), torch.zeros(1, 1), torch.ones(1, 1).bool()
+    for chosen, rejected in ((far, near), (near, far)):
+        leaf = chosen.clone().requires_grad_()
+        losses, _ = compute_dpo_loss(leaf, rejected, near, near, mask, mask, 0.5)
+        losses.sum().backward()
+        assert losses.isfinite().all()
+        assert leaf.grad.isfinite().all()
