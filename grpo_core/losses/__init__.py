@@ -7,6 +7,11 @@ from grpo_core.losses.aggregation import (
     sum_weighted_losses,
 )
 from grpo_core.losses.diagnostics import compute_gradient_share
+from grpo_core.losses.distillation import (
+    compute_distillation_advantages,
+    compute_jensen_shannon_divergence,
+    compute_top_k_forward_kl,
+)
 from grpo_core.losses.fused_grpo import fused_linear_grpo_loss
 from grpo_core.losses.importance import (
     compute_importance_divergences,
@@ -68,6 +73,7 @@ __all__ = [
     "compose_policy_loss",
     "compute_cispo_loss",
     "compute_cross_entropy_loss",
+    "compute_distillation_advantages",
     "compute_dpo_loss",
     "compute_dppo_kl_loss",
     "compute_dppo_tv_loss",
@@ -80,6 +86,7 @@ __all__ = [
     "compute_gspo_token_loss",
     "compute_importance_divergences",
     "compute_importance_ratios",
+    "compute_jensen_shannon_divergence",
     "compute_kl_cov_loss",
     "compute_luspo_loss",
     "compute_naive_policy_gradient_loss",
@@ -88,6 +95,7 @@ __all__ = [
     "compute_sapo_loss",
     "compute_sequence_weights",
     "compute_token_weights",
+    "compute_top_k_forward_kl",
     "compute_vespo_loss",
     "describe_mismatch",
     "describe_policy_update",

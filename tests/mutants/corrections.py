@@ -647,4 +647,79 @@ DIAGNOSTICS = [
     ),
 ]
 
-MUTANTS = [*SELECTION, *IMPORTANCE, *KL, *SHAPING, *DIAGNOSTICS]
+TEACHER = "tests/property/test_distillation.py"
+DISTILLATION = [
+    *breaks(
+        "compute_distillation_advantages",
+        "losses/distillation.py",
+        f"{TEACHER} -k advantages",
+        ("the student teaches", "return -compute_log_ratio(policy", "return compute_log_ratio(policy"),
+        ("the policy carries gradient", "(policy_log_probs.detach(), teacher", "(policy_log_probs, teacher"),
+        ("padding is read", "teacher_log_probs, response_mask)", "teacher_log_probs, None)"),
+        (
+            "the ratio",
+            "return -compute_log_ratio(policy_log_probs.detach(), teacher_log_probs, response_mask)",
+            "return (-compute_log_ratio(policy_log_probs.detach(), teacher_log_probs, response_mask)).expm1()",
+        ),
+        (
+            "the teacher alone",
+            "-compute_log_ratio(policy_log_probs.detach(), teacher",
+            "-compute_log_ratio(0 * policy_log_probs.detach(), teacher",
+        ),
+    ),
+    *breaks(
+        "compute_jensen_shannon_divergence",
+        "losses/distillation.py",
+        f"{TEACHER} -k 'jensen_shannon or certain_teacher'",
+        ("weights exchanged", "new_tensor([beta, 1 - beta])", "new_tensor([1 - beta, beta])"),
+        (
+            "the arithmetic mean of log-probs",
+            "torch.logaddexp(teacher + weights[0], student + weights[1])",
+            "beta * teacher + (1 - beta) * student",
+        ),
+        ("the teacher's part forgotten", "return beta * of_teacher + (1 - beta)", "return (1 - beta)"),
+        ("the teacher carries gradient", "    teacher = teacher.detach()\n", ""),
+        ("the mixture carries none", "(student - mixture)).sum", "(student - mixture.detach())).sum"),
+        (
+            "always even",
+            "return beta * of_teacher + (1 - beta) * (student",
+            "return 0.5 * of_teacher + 0.5 * (student",
+        ),
+        ("impossible tokens are NaN", ".log_softmax(dim=-1).clamp(min=_MIN_LOG_PROB)", ".log_softmax(dim=-1)"),
+        ("no temperature", "(wide / temperature).log_softmax", "wide.log_softmax"),
+    ),
+    *breaks(
+        "compute_top_k_forward_kl",
+        "losses/distillation.py",
+        f"{TEACHER} -k 'top_k or certain_teacher'",
+        (
+            "without the other tokens",
+            "return divergence + torch.where(rest > 0, rest * (rest.clamp(min=1e-30).log() - others), 0.0)",
+            "return divergence",
+        ),
+        (
+            "the other direction",
+            "(best.exp() * (best - student.gather(-1, teacher_ids.long())))",
+            "(student.gather(-1, teacher_ids.long()).exp() * (student.gather(-1, teacher_ids.long()) - best))",
+        ),
+        (
+            "the others are all tokens",
+            "student.scatter(-1, teacher_ids.long(), _MIN_LOG_PROB).logsumexp",
+            "student.logsumexp",
+        ),
+        (
+            "the others carry no gradient",
+            "_MIN_LOG_PROB).logsumexp(dim=-1)",
+            "_MIN_LOG_PROB).logsumexp(dim=-1).detach()",
+        ),
+        (
+            "the whole vocabulary has others",
+            "if teacher_ids.shape[-1] == policy_logits.shape[-1]:",
+            "if teacher_ids.shape[-1] > policy_logits.shape[-1]:",
+        ),
+        ("the teacher carries gradient", "best = teacher_log_probs.detach().to", "best = teacher_log_probs.to"),
+        ("renormalized", "best = teacher_log_probs.detach()", "best = teacher_log_probs.detach().log_softmax(-1)"),
+    ),
+]
+
+MUTANTS = [*DISTILLATION, *SELECTION, *IMPORTANCE, *KL, *SHAPING, *DIAGNOSTICS]

@@ -112,3 +112,27 @@ def dpo(
     wins, loses = (math.exp(reward) / math.fsum(map(math.exp, rewards)) for reward in rewards)
     value = -(1 - smoothing) * math.log(wins) - smoothing * math.log(loses)
     return value, -beta * ((1 - smoothing) * loses - smoothing * wins), rewards[0] - rewards[1]
+
+
+def jensen_shannon(student: Row, teacher: Row, beta: float) -> tuple[float, Row]:
+    """The divergence of two rows of logits, and its derivative in each logit of the student."""
+    s, t = probabilities(student), probabilities(teacher)
+    m = [beta * b + (1 - beta) * a for a, b in zip(s, t, strict=True)]
+
+    def distance(p: Row) -> float:
+        return math.fsum(a * math.log(a / b) for a, b in zip(p, m, strict=True) if a > 0)
+
+    slopes = [(1 - beta) * a * (math.log(a / b) - distance(s)) if a > 0 else 0.0 for a, b in zip(s, m, strict=True)]
+    return beta * distance(t) + (1 - beta) * distance(s), slopes
+
+
+def top_k_forward_kl(student: Row, teacher: Row, ids: list[int]) -> tuple[float, Row]:
+    """The KL divergence in which all tokens outside `ids` are one, and its derivative in each logit of the student."""
+    s, t = probabilities(student), probabilities(teacher)
+    others = [token for token in range(len(s)) if token not in ids]
+    cells = [[token] for token in ids] + [others] * bool(others)
+    sums = [[math.fsum(p[token] for token in cell) for cell in cells] for p in (t, s)]
+    slopes = {
+        token: a * (1 - q / p) for cell, q, p in zip(cells, *sums, strict=True) for token in cell for a in [s[token]]
+    }
+    return kl(*sums), [slopes[token] for token in range(len(s))]

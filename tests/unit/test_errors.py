@@ -85,6 +85,10 @@ ERRORS = {
     "kl_coef=-1.0 must be at least 0: it penalizes tokens": lambda: g.compute_kl_cov_loss(
         ADVANTAGE, ONE, ONE, MASK, -1.0
     ),
+    "beta=1.0 must be between 0 and 1, both excluded": lambda: g.compute_jensen_shannon_divergence(ONE, ONE, 1.0),
+    "temperature=0.0 must be positive": lambda: g.compute_top_k_forward_kl(
+        ONE, ONE, torch.tensor([[0]]), temperature=0.0
+    ),
     "beta=0.0 must be positive": lambda: g.compute_dpo_loss(ONE, ONE, ONE, ONE, MASK, MASK, 0.0),
     "label_smoothing=0.5 must be at least 0 and below 0.5": lambda: g.compute_dpo_loss(
         ONE, ONE, ONE, ONE, MASK, MASK, 0.1, label_smoothing=0.5
