@@ -195,7 +195,7 @@ def _check_importance(settings: AlgorithmSettings) -> None:
             f"{settings.flag('importance_measure')}: needs a bound of its own, because the default of "
             "--importance-high bounds a ratio; pass --importance-high"
         )
-    if OBJECTIVES[settings.loss_type].has_response_loss and settings.second_moment_threshold is not None:
+    if settings.objective.has_response_loss and settings.second_moment_threshold is not None:
         raise UsageError(
             f"{settings.flag('second_moment_threshold')}: selects tokens, but {settings.flag('loss_type')} has one "
             "loss per response; pass a loss with one per token"
