@@ -63,6 +63,26 @@ def logits_and_labels(draw, unreachable: bool = False) -> tuple[Tensor, Tensor]:
 
 
 @st.composite
+def token_sets(draw, labels: Tensor, vocab: int) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Kept ids, excluded ids, either absent now and then, and which tokens are left; the label always is."""
+    kept, excluded = (draw(masks((*labels.shape, vocab))) for _ in range(2))
+    kept.scatter_(-1, labels[..., None], True)
+    excluded.scatter_(-1, labels[..., None], False)
+    with_kept, with_excluded = draw(st.sampled_from([(True, False), (False, True), (True, True)]))
+    members = (kept if with_kept else torch.ones_like(kept)) & ~(excluded & torch.tensor(with_excluded))
+    return _ids_of(draw, kept) if with_kept else None, _ids_of(draw, excluded) if with_excluded else None, members
+
+
+def _ids_of(draw, members: Tensor) -> Tensor:
+    """The ids of each row in any order, with padding anywhere."""
+    width = max(1, int(members.sum(dim=-1).max()) + draw(st.integers(0, 1)))
+    rows = [draw(st.permutations(row.nonzero()[:, 0].tolist())) for row in members.flatten(0, -2)]
+    padded = [[*([-1] * (width - len(row))), *row] if draw(st.booleans()) else [*row] for row in rows]
+    padded = [[*row, *([-1] * (width - len(row)))] for row in padded]
+    return torch.tensor(padded).view(*members.shape[:-1], width)
+
+
+@st.composite
 def grouped_rewards(draw) -> tuple[Tensor, int]:
     """Up to 4 groups of 2 to 6 rewards, and the size of a group; constant groups are not rare."""
     groups, members = draw(st.tuples(st.integers(1, 4), st.integers(2, 6)))

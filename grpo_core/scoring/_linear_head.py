@@ -15,6 +15,7 @@ from grpo_core.scoring._softmax_stats import (
     get_wide_dtype,
     split_range,
 )
+from grpo_core.scoring._token_sets import TokenSets
 
 # On a CPU, a matrix product of more than a thousand rows is not faster per row. On a GPU, each block reads and writes
 # the whole gradient of the weight, which a thousand rows do not hide.
@@ -57,10 +58,13 @@ class LinearHead(NamedTuple):
         rows = tokens if self.fits(tokens) else min(block_rows, self._max_rows())
         return split_range(tokens, max(1, rows)) if tokens else iter([slice(0, 0)])
 
-    def compute_logits(self, hidden: Float[Tensor, "rows width"]) -> Float[Tensor, "rows vocab"]:
-        """Return $W h + b$ in the type of the inputs, or on CUDA in the float32 of the product's sums."""
+    def compute_logits(self, hidden: Float[Tensor, "rows width"], sets: TokenSets) -> Float[Tensor, "rows vocab"]:
+        r"""Return $W h + b$ in the type of the inputs, or on CUDA in the float32 of the product's sums.
+
+        Logits outside of the sets are $-\infty$.
+        """
         product = _multiply_wide(hidden, self.weight.t()) if hidden.is_cuda else hidden @ self.weight.t()
-        return product if self.bias is None else product.add_(self.bias)
+        return sets.restrict_(product if self.bias is None else product.add_(self.bias))
 
 
 class HeadGradients:

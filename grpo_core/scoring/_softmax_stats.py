@@ -8,6 +8,7 @@ $$\frac{\partial L}{\partial z_v} = g\,(1[v = y] - p_v) - g_H\, p_v (\log p_v + 
 """
 
 import functools
+import math
 import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -30,7 +31,10 @@ _KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Scaling(NamedTuple):
-    r"""Map from logits to $z = c \tanh(\text{logits} / c) / T$; without the cap if it is None."""
+    r"""Map from logits to $z = c \tanh(\text{logits} / c) / T$; without the cap if it is None.
+
+    A logit of $-\infty$ stays $-\infty$ under a cap: the token is impossible.
+    """
 
     temperature: float = 1.0
     softcap: float | None = None
@@ -200,7 +204,8 @@ def backward_into(
             # log-probability is known.
             log_p.scatter_(1, tile_labels[:, None], tile_stats.log_probs)
             z = log_p + tile_stats.log_normalizer
-            cap_slope = 1 - z.mul_(scaling.temperature / scaling.softcap).square_()
+            # The slope of an impossible token is 0 instead of -inf.
+            cap_slope = (1 - z.mul_(scaling.temperature / scaling.softcap).square_()).clamp_(min=0)
         result = _logit_gradient(p, log_p, tile_labels, tile_stats, tile_grad)
         gradient[rows] = result if cap_slope is None else result.mul_(cap_slope)
 
@@ -360,7 +365,8 @@ def _scale_logits(
         return logits
     out.copy_(logits)
     if scaling.softcap is not None:
-        return out.div_(scaling.softcap).tanh_().mul_(scaling.softcap / scaling.temperature)
+        out.div_(scaling.softcap).tanh_().mul_(scaling.softcap / scaling.temperature)
+        return out.masked_fill_(logits == -math.inf, -math.inf)
     return out if scaling.temperature == 1 else out.div_(scaling.temperature)
 
 

@@ -158,7 +158,8 @@ def _gradient_kernel(
             result -= tl.load(grad_entropy + row) / temperature * p * log_p_plus_entropy
         if softcap is not None:
             capped = z * (temperature / softcap)
-            result *= 1 - capped * capped
+            # The slope of an impossible token is 0 instead of -inf, which would make its gradient NaN.
+            result *= tl.maximum(1 - capped * capped, 0.0)
         tl.store(gradient + row * gradient_stride + token, result.to(gradient.dtype.element_ty), mask=inside)
 
 
@@ -167,7 +168,7 @@ def _scale_logits(logits: tl.tensor, temperature: tl.tensor, softcap: tl.tensor)
     """Return $z$ as defined by `Scaling`."""
     z = logits.to(tl.float32)
     if softcap is not None:
-        z = softcap * _tanh(z / softcap)
+        z = tl.where(z > -float("inf"), softcap * _tanh(z / softcap), z)
     return z / temperature
 
 

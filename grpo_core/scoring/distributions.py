@@ -21,10 +21,17 @@ from grpo_core.scoring._softmax_stats import (
     get_wide_dtype,
     write_gradient,
 )
+from grpo_core.scoring._token_sets import EVERYTHING, TokenSets
 
 
 @shape_checked
-def compute_entropy(logits: Float[Tensor, "*batch vocab"], *, temperature: float = 1.0) -> Float[Tensor, "*batch"]:
+def compute_entropy(
+    logits: Float[Tensor, "*batch vocab"],
+    *,
+    temperature: float = 1.0,
+    kept_ids: Int[Tensor, "*batch kept"] | None = None,
+    excluded_ids: Int[Tensor, "*batch excluded"] | None = None,
+) -> Float[Tensor, "*batch"]:
     r"""Return $H = \log \sum_v e^{z_v} - \sum_v p_v z_v$ with $z = \text{logits} / T$, in nats.
 
     $p = \operatorname{softmax}(z)$. Differentiable in `logits`: $\partial H / \partial z_v = -p_v (\log p_v + H)$. A
@@ -34,66 +41,99 @@ def compute_entropy(logits: Float[Tensor, "*batch vocab"], *, temperature: float
     Args:
         logits: unnormalized log-probabilities over the vocabulary; bfloat16 and float16 are promoted to float32.
         temperature: $T > 0$ of the sampled distribution.
+        kept_ids: if given, the distribution is the softmax over these tokens, as in `select_log_probs`.
+        excluded_ids: tokens outside of the softmax, as in `select_log_probs`.
 
     Returns:
         The entropy of each distribution, in $[0, \log V]$ nats, in float32 or the wider type of `logits`.
 
     Raises:
-        ValueError: if `temperature` is not positive and finite.
+        ValueError: if `temperature` is not positive and finite, or an id lies outside the vocabulary (checked on a CPU
+            only).
 
     Examples:
         >>> compute_entropy(torch.tensor([[0.0, 0.0], [0.0, float("-inf")]]))
         tensor([0.6931, 0.0000])
+        >>> compute_entropy(torch.zeros(1, 9), kept_ids=torch.tensor([[3, 5, -1]]))
+        tensor([0.6931])
 
     References:
         Shannon 1948, "A Mathematical Theory of Communication", section 6.
     """
-    entropy: Tensor = compute_log_probs_and_entropy(logits, None, temperature, with_entropy=True)[1]
+    sets = TokenSets(kept_ids, excluded_ids)
+    entropy: Tensor = compute_log_probs_and_entropy(logits, None, temperature, with_entropy=True, sets=sets)[1]
     return entropy
 
 
 @shape_checked
 def select_log_probs(
-    logits: Float[Tensor, "*batch vocab"], labels: Int[Tensor, "*batch"], *, temperature: float = 1.0
+    logits: Float[Tensor, "*batch vocab"],
+    labels: Int[Tensor, "*batch"],
+    *,
+    temperature: float = 1.0,
+    kept_ids: Int[Tensor, "*batch kept"] | None = None,
+    excluded_ids: Int[Tensor, "*batch excluded"] | None = None,
 ) -> Float[Tensor, "*batch"]:
-    r"""Return $\log p_y = z_y - \log \sum_v e^{z_v}$ with $z = \text{logits} / T$, in nats.
+    r"""Return $\log p_y = z_y - \log \sum_{v \in S} e^{z_v}$ with $z = \text{logits} / T$, in nats.
 
     This is the log-probability of each label. Differentiable in `logits`: $\partial \log p_y / \partial z_v = 1[v = y]
     - p_v$. No log-softmax over the vocabulary is stored. A label whose logit is $-\infty$ has log-probability
     $-\infty$.
 
+    $S$ is the vocabulary. A sampler that truncates (top-k, top-p, min-p) or hides tokens draws from the softmax over
+    fewer. With its set as $S$, both sides of an importance ratio have the same support. Tokens outside of $S$ have
+    probability 0 and get gradient 0, because a set is a constant. Sets cost one copy of the logits.
+
     Args:
         logits: unnormalized log-probabilities over the vocabulary; bfloat16 and float16 are promoted to float32.
         labels: $y$, token ids in $[0, V)$. No label value is ignored; use masks instead.
         temperature: $T > 0$ of the sampled distribution.
+        kept_ids: if given, $S$ holds these tokens only. -1 is padding; a token may occur twice.
+        excluded_ids: if given, $S$ does not hold these tokens, even if `kept_ids` does. -1 is padding.
 
     Returns:
         The log-probability of each label, at most 0, in float32 or the wider type of `logits`.
 
     Raises:
-        ValueError: if `temperature` is not positive and finite, or a label lies outside the vocabulary (checked on a
-            CPU only, because the check would make a GPU wait; there, a device assertion fails).
+        ValueError: if `temperature` is not positive and finite, a label or another id lies outside the vocabulary, or
+            a label lies outside of its set, as in a row without kept ids. Ids are checked on a CPU only, because the
+            check would make a GPU wait. There, an id outside the vocabulary fails a device assertion, a label outside
+            of its set has log-probability $-\infty$, and an empty set gives NaN.
 
     Examples:
         >>> select_log_probs(torch.tensor([[0.0, 0.0], [0.0, float("-inf")]]), torch.tensor([1, 0]))
         tensor([-0.6931,  0.0000])
+        >>> select_log_probs(torch.zeros(2, 9), torch.tensor([3, 3]), kept_ids=torch.tensor([[3, 5, -1], [3, 5, 7]]))
+        tensor([-0.6931, -1.0986])
+        >>> select_log_probs(torch.zeros(1, 4), torch.tensor([3]), excluded_ids=torch.tensor([[0]]))
+        tensor([-1.0986])
+
+    References:
+        DeepSeek-AI 2025, arXiv:2512.02556, section 3.1 (keep sampling mask).
     """
-    log_probs: Tensor = compute_log_probs_and_entropy(logits, labels, temperature, with_entropy=False)[0]
+    sets = TokenSets(kept_ids, excluded_ids)
+    log_probs: Tensor = compute_log_probs_and_entropy(logits, labels, temperature, with_entropy=False, sets=sets)[0]
     return log_probs
 
 
 def compute_log_probs_and_entropy(
-    logits: Float[Tensor, "*batch vocab"], labels: Int[Tensor, "*batch"] | None, temperature: float, with_entropy: bool
+    logits: Float[Tensor, "*batch vocab"],
+    labels: Int[Tensor, "*batch"] | None,
+    temperature: float,
+    with_entropy: bool,
+    sets: TokenSets = EVERYTHING,
 ) -> tuple[Any, Any]:
     """Return log-probs (None without labels) and entropies (None if not requested) from one pass over the logits."""
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature={temperature} must be positive and finite: for greedy decoding, use the argmax")
     if is_traced():
-        return _compute_traceable(logits, labels, temperature, with_entropy)
+        return _compute_traceable(logits, labels, temperature, with_entropy, sets)
     flat_labels = None if labels is None else rearrange(labels, "... -> (...)").long()
     if flat_labels is not None:
         check_labels(flat_labels, logits.shape[-1])
-    outputs = _SoftmaxStatsOfLogits.apply(logits, flat_labels, temperature, with_entropy)  # type: ignore[no-untyped-call]
+    sets = sets.flatten()
+    sets.check(flat_labels, logits.shape[-1])
+    outputs = _SoftmaxStatsOfLogits.apply(logits, flat_labels, temperature, with_entropy, sets)  # type: ignore[no-untyped-call]
     log_probs, entropy = (None if output is None else output.view(logits.shape[:-1]) for output in outputs)
     return log_probs, entropy
 
@@ -103,9 +143,12 @@ class _SoftmaxStatsOfLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor | None, temperature: float, with_entropy: bool
+        ctx: Any, logits: Tensor, labels: Tensor | None, temperature: float, with_entropy: bool, sets: TokenSets
     ) -> tuple[Tensor | None, Tensor | None]:
         scaling = Scaling(temperature)
+        if not sets.is_everything:
+            logits = logits.clone(memory_format=torch.contiguous_format)
+            sets.restrict_(logits.view(-1, logits.shape[-1]))
         parts = [
             compute_softmax_stats(
                 row_logits, None if labels is None else labels[rows], scaling, with_entropy=with_entropy
@@ -123,7 +166,7 @@ class _SoftmaxStatsOfLogits(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_log_probs is None and grad_entropy is None:
-            return (None,) * 4
+            return (None,) * 5
         logits, labels, *columns = ctx.saved_tensors
         stats, grad = SoftmaxStats(*columns), StatsGrad.from_outputs(grad_log_probs, grad_entropy)
         gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
@@ -133,7 +176,7 @@ class _SoftmaxStatsOfLogits(torch.autograd.Function):
             write_gradient(
                 row_logits, gradient_rows[rows], row_labels, ctx.temperature, stats.select(rows), grad.select(rows)
             )
-        return gradient, None, None, None
+        return gradient, None, None, None, None
 
 
 def _iterate_row_views(logits: Float[Tensor, "*batch vocab"]) -> Iterator[tuple[slice, Float[Tensor, "rows vocab"]]]:
@@ -151,10 +194,16 @@ def _iterate_row_views(logits: Float[Tensor, "*batch vocab"]) -> Iterator[tuple[
 
 
 def _compute_traceable(
-    logits: Float[Tensor, "*batch vocab"], labels: Int[Tensor, "*batch"] | None, temperature: float, with_entropy: bool
+    logits: Float[Tensor, "*batch vocab"],
+    labels: Int[Tensor, "*batch"] | None,
+    temperature: float,
+    with_entropy: bool,
+    sets: TokenSets = EVERYTHING,
 ) -> tuple[Any, Any]:
     """Return the same values by plain expressions, for torch.compile and torch.func."""
     z = logits.to(get_wide_dtype(logits)) / temperature
+    if not sets.is_everything:
+        z = torch.where(sets.contains(z.shape[-1]), z, -math.inf)
     # A shift changes neither value, and with a maximum of 0 no digits are lost.
     z = z - z.amax(dim=-1, keepdim=True).detach()
     normalizer, log_probs, entropy = z.logsumexp(dim=-1), None, None

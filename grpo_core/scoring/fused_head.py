@@ -24,6 +24,7 @@ from grpo_core.scoring._softmax_stats import (
     get_wide_dtype,
     store_exponentials,
 )
+from grpo_core.scoring._token_sets import TokenSets
 from grpo_core.types import Metadata
 
 
@@ -40,6 +41,8 @@ def fused_linear_log_probs(
     logit_softcap: float | None = None,
     return_entropy: bool = True,
     max_logits_bytes: int | None = None,
+    kept_ids: Int[Tensor, "*batch kept"] | None = None,
+    excluded_ids: Int[Tensor, "*batch excluded"] | None = None,
 ) -> dict[str, Float[Tensor, "*batch"]]:
     r"""Return $\log p_y = z_y - \log \sum_v e^{z_v}$ and $H = -\sum_v p_v \log p_v$ of $z = (W h + b) / T$, in nats.
 
@@ -61,28 +64,38 @@ def fused_linear_log_probs(
             three matrix products in total. Otherwise only one block exists at a time and is computed again for the
             gradient, which takes four. Default: 512 MiB; on CUDA a quarter of the free memory if that is more, except
             under `torch.use_deterministic_algorithms`.
+        kept_ids: if given, the softmax is over these tokens only, as in `select_log_probs`. It costs a pass over the
+            logits and runs in the kernels too.
+        excluded_ids: tokens outside of the softmax, as in `select_log_probs`.
 
     Returns:
         `log_probs` and, if requested, `token_entropy`, in float32 or the wider type of `hidden`.
 
     Raises:
         ValueError: if `temperature`, `logit_softcap` or `max_logits_bytes` is not positive, the types of `hidden` and
-            `lm_head_weight` differ, or a label lies outside the vocabulary (checked on a CPU only, as in
-            `select_log_probs`).
+            `lm_head_weight` differ, or a label or another id lies outside the vocabulary or a label outside of its set
+            (checked on a CPU only, as in `select_log_probs`).
 
     Examples:
         >>> fused_linear_log_probs(torch.ones(1, 2), torch.zeros(4, 2), torch.tensor([3]))
         {'log_probs': tensor([-1.3863]), 'token_entropy': tensor([1.3863])}
+        >>> fused_linear_log_probs(
+        ...     torch.ones(1, 2), torch.zeros(4, 2), torch.tensor([3]), kept_ids=torch.tensor([[0, 3]])
+        ... )
+        {'log_probs': tensor([-0.6931]), 'token_entropy': tensor([0.6931])}
 
     References:
-        Wijmans et al. 2024, arXiv:2411.09009, section 3 (log-probabilities from blocks of logits).
+        Wijmans et al. 2024, arXiv:2411.09009, section 3 (log-probabilities from blocks of logits); DeepSeek-AI 2025,
+        arXiv:2512.02556, section 3.1 (keep sampling mask).
     """
     states, head = _prepare_inputs(hidden, lm_head_weight, bias, temperature, logit_softcap, max_logits_bytes)
     tokens = None if response_mask is None else _find_tokens(response_mask)
     selected = _select_tokens(states, tokens)
     targets = _select_tokens(rearrange(labels, "... -> (...)").long(), tokens)
+    sets = TokenSets(kept_ids, excluded_ids).flatten().select(tokens)
     check_labels(targets, len(lm_head_weight))
-    log_probs, entropy = _apply(_FusedLogProbs, selected, head, targets, return_entropy)
+    sets.check(targets, len(lm_head_weight))
+    log_probs, entropy = _apply(_FusedLogProbs, selected, head, targets, sets, return_entropy)
     values = {"log_probs": log_probs} | ({"token_entropy": entropy} if return_entropy else {})
     return {name: _scatter_tokens(value, tokens, labels.shape) for name, value in values.items()}
 
@@ -100,6 +113,8 @@ def fused_linear_token_loss(
     temperature: float = 1.0,
     logit_softcap: float | None = None,
     max_logits_bytes: int | None = None,
+    kept_ids: Int[Tensor, "batch seq kept"] | None = None,
+    excluded_ids: Int[Tensor, "batch seq excluded"] | None = None,
 ) -> tuple[Float[Tensor, ""], Metadata]:
     r"""Return $L = \sum_t f(\log p_{y_t}, H_t)$ over the response tokens, from one pass over blocks of logits.
 
@@ -120,6 +135,8 @@ def fused_linear_token_loss(
         temperature: $T > 0$ of the sampled distribution.
         logit_softcap: $c > 0$ of a model whose logits are $c \tanh((W h + b) / c)$.
         max_logits_bytes: maximum size of a block of logits; the default is that of `fused_linear_log_probs`.
+        kept_ids: if given, the softmax is over these tokens only, as in `select_log_probs`.
+        excluded_ids: tokens outside of the softmax, as in `select_log_probs`.
 
     Returns:
         The loss, in float32 or wider, and detached `log_probs` and `token_entropy`, 0 outside the mask.
@@ -141,14 +158,16 @@ def fused_linear_token_loss(
     tokens = _find_tokens(response_mask)
     selected = _select_tokens(states, tokens)
     targets = _select_tokens(rearrange(labels, "... -> (...)").long(), tokens)
+    sets = TokenSets(kept_ids, excluded_ids).flatten().select(tokens)
     check_labels(targets, len(lm_head_weight))
+    sets.check(targets, len(lm_head_weight))
 
     def block_loss(log_probs: Tensor, entropy: Tensor, block: slice) -> Tensor:
         place = tokens[block]
         row, column = place // labels.shape[1], place % labels.shape[1]
         return loss_fn(log_probs, entropy, lambda tensor: tensor[row, column if tensor.shape[1] > 1 else 0][None])
 
-    loss, log_probs, entropy = _apply(_FusedTokenLoss, selected, head, targets, block_loss)
+    loss, log_probs, entropy = _apply(_FusedTokenLoss, selected, head, targets, sets, block_loss)
     values = {"log_probs": log_probs, "token_entropy": entropy}
     return loss, {name: _scatter_tokens(value, tokens, labels.shape) for name, value in values.items()}
 
@@ -164,6 +183,7 @@ class _FusedLogProbs(torch.autograd.Function):
         bias: Float[Tensor, " vocab"] | None,
         labels: Int[Tensor, " tokens"],
         head: LinearHead,
+        sets: TokenSets,
         with_entropy: bool,
     ) -> tuple[Tensor | None, ...]:
         head = head._replace(weight=weight, bias=bias)
@@ -171,7 +191,7 @@ class _FusedLogProbs(torch.autograd.Function):
         keeps_logits = any(ctx.needs_input_grad) and head.fits(len(hidden))
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in head.iterate_blocks(len(hidden)):
-                logits = head.compute_logits(hidden[rows])
+                logits = head.compute_logits(hidden[rows], sets.select(rows))
                 parts.append(
                     compute_softmax_stats(
                         logits, labels[rows], head.scaling, with_entropy=with_entropy, store_exp=keeps_logits
@@ -181,6 +201,7 @@ class _FusedLogProbs(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, labels, *stats)
         ctx.head = head._replace(weight=weight.new_empty(0), bias=None)
+        ctx.sets = sets
         ctx.kept_exp = logits if keeps_logits else None
         return stats.as_outputs()
 
@@ -188,7 +209,7 @@ class _FusedLogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_log_probs is None and grad_entropy is None:
-            return (None,) * 6
+            return (None,) * 7
         hidden, weight, bias, labels, *columns = ctx.saved_tensors
         head, stats = ctx.head._replace(weight=weight, bias=bias), SoftmaxStats(*columns)
         grad = StatsGrad.from_outputs(grad_log_probs, grad_entropy)
@@ -199,10 +220,10 @@ class _FusedLogProbs(torch.autograd.Function):
             for rows in head.iterate_blocks(len(hidden)):
                 exp, block_stats = kept_exp, stats.select(rows)
                 if exp is None:
-                    exp = head.compute_logits(hidden[rows])
+                    exp = head.compute_logits(hidden[rows], ctx.sets.select(rows))
                     store_exponentials(exp, head.scaling, block_stats)
                 gradients.add(rows, exp, labels[rows], block_stats, grad.select(rows))
-        return *gradients.result(), None, None, None
+        return *gradients.result(), None, None, None, None
 
 
 class _FusedTokenLoss(torch.autograd.Function):
@@ -216,6 +237,7 @@ class _FusedTokenLoss(torch.autograd.Function):
         bias: Float[Tensor, " vocab"] | None,
         labels: Int[Tensor, " tokens"],
         head: LinearHead,
+        sets: TokenSets,
         block_loss: Callable[[Tensor, Tensor, slice], Tensor],
     ) -> tuple[Tensor | None, ...]:
         head = head._replace(weight=weight, bias=bias)
@@ -223,7 +245,7 @@ class _FusedTokenLoss(torch.autograd.Function):
         gradients = HeadGradients(head, hidden, ctx.needs_input_grad[:3])
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in head.iterate_blocks(len(hidden)):
-                exp = head.compute_logits(hidden[rows])
+                exp = head.compute_logits(hidden[rows], sets.select(rows))
                 stats = compute_softmax_stats(exp, labels[rows], head.scaling, with_entropy=True, store_exp=True)
                 share, grad = _differentiate_loss(block_loss, stats, rows)
                 loss += share
@@ -239,7 +261,7 @@ class _FusedTokenLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         scaled = (None if part is None else scale_gradient(part, grad_loss) for part in ctx.saved_tensors)
-        return *scaled, None, None, None
+        return *scaled, None, None, None, None
 
 
 def _differentiate_loss(
@@ -283,8 +305,8 @@ def _prepare_inputs(
     return states, LinearHead(weight, bias, Scaling(temperature, logit_softcap), max_logits_bytes)
 
 
-def _apply(function: Any, hidden: Tensor, head: LinearHead, labels: Tensor, argument: object) -> Any:
-    return function.apply(hidden, head.weight, head.bias, labels, head, argument)
+def _apply(function: Any, hidden: Tensor, head: LinearHead, labels: Tensor, sets: TokenSets, argument: object) -> Any:
+    return function.apply(hidden, head.weight, head.bias, labels, head, sets, argument)
 
 
 def _find_tokens(mask: Tensor) -> Int[Tensor, " tokens"]:

@@ -4,8 +4,78 @@ from tests.mutants.table import breaks
 
 HEAD = "tests/property/test_fused_head.py -k 'not loss'"
 LOSS = "tests/property/test_fused_head.py -k 'loss or products or float16 or backward or gradient'"
+SETS = "tests/property/test_token_sets.py"
+SETS_IN_HEAD = f"{SETS} -k fused"
 
 MUTANTS = [
+    *breaks(
+        "select_log_probs",
+        "scoring/_token_sets.py",
+        f"{SETS} tests/unit/test_errors.py",
+        (
+            "padding keeps token 0",
+            "logits.gather(1, ids).masked_fill_(self.kept < 0, -math.inf)",
+            "logits.gather(1, ids)",
+        ),
+        ("padding excludes token 0", "bounds.masked_fill_(self.excluded < 0, math.inf)", "pass"),
+        ("everything is kept", 'logits.fill_(-math.inf).scatter_reduce_(1, ids, values, "amax")', "pass"),
+        ("nothing is excluded", "if self.excluded is not None:\n            bounds", "if False:\n            bounds"),
+        ("labels outside of their sets", "if outside.any():", "if False:"),
+        ("only kept ids hold labels", "outside |= (self.excluded == labels[:, None]).any(dim=1)", "pass"),
+        ("any ids", "low >= PADDING and high < vocab", "True"),
+        ("padding of a traced set", "torch.where(ids < 0, vocab, ids.long())", "ids.clamp(min=0).long()"),
+        ("a traced set keeps what is excluded", "masks[0] & ~masks[1]", "masks[0]"),
+    ),
+    *breaks(
+        "select_log_probs",
+        "scoring/distributions.py",
+        SETS,
+        ("the caller's logits", "logits.clone(memory_format=torch.contiguous_format)", "logits.contiguous()"),
+        ("traced without sets", "torch.where(sets.contains(z.shape[-1]), z, -math.inf)", "z"),
+    ),
+    *breaks(
+        "compute_entropy",
+        "scoring/distributions.py",
+        SETS,
+        (
+            "an entropy without sets",
+            "None, temperature, with_entropy=True, sets=sets)",
+            "None, temperature, with_entropy=True)",
+        ),
+    ),
+    *breaks(
+        "fused_linear_log_probs",
+        "scoring/fused_head.py",
+        SETS_IN_HEAD,
+        (
+            "the sets of the first block",
+            "logits = head.compute_logits(hidden[rows], sets.select(rows))",
+            "logits = head.compute_logits(hidden[rows], sets.select(slice(0, rows.stop - rows.start)))",
+        ),
+        ("a block computed again without sets", "ctx.sets.select(rows)", "TokenSets()"),
+        (
+            "sets of masked tokens",
+            "flatten().select(tokens)\n    check_labels(targets, len(lm_head_weight))\n"
+            "    sets.check(targets, len(lm_head_weight))\n    log_probs",
+            "flatten()\n    log_probs",
+        ),
+    ),
+    *breaks(
+        "fused_linear_log_probs",
+        "scoring/_softmax_stats.py",
+        SETS_IN_HEAD,
+        ("a cap makes tokens possible", "out.masked_fill_(logits == -math.inf, -math.inf)", "out"),
+    ),
+    *breaks(
+        "fused_linear_token_loss",
+        "scoring/fused_head.py",
+        SETS_IN_HEAD,
+        (
+            "a loss without sets",
+            "exp = head.compute_logits(hidden[rows], sets.select(rows))\n                stats",
+            "exp = head.compute_logits(hidden[rows], TokenSets())\n                stats",
+        ),
+    ),
     *breaks(
         "fused_linear_log_probs",
         "scoring/_softmax_stats.py",
@@ -86,7 +156,11 @@ MUTANTS = [
             "tokens = None if response_mask is None else _find_tokens(response_mask)",
             "tokens = None",
         ),
-        ("labels not checked", "check_labels(targets, len(lm_head_weight))\n    log_probs", "\n    log_probs"),
+        (
+            "labels not checked",
+            "check_labels(targets, len(lm_head_weight))\n    sets.check(targets, len(lm_head_weight))\n    log_probs",
+            "\n    log_probs",
+        ),
         (
             "another order of the values",
             "values.new_zeros(shape.numel()).index_copy",

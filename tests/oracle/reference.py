@@ -35,6 +35,25 @@ def log_prob_gradient(logits: Row, label: int) -> Row:
     return [(1.0 if token == label else 0.0) - p for token, p in enumerate(probabilities(logits))]
 
 
+def log_prob_over(logits: Row, label: int, members: list[int]) -> tuple[float, Row]:
+    """Log-prob of the label under the softmax over `members`, and its gradient in all logits."""
+    log_sum = math.log(math.fsum(math.exp(logits[token] - logits[label]) for token in members))
+    shares = [
+        math.exp(logits[token] - logits[label] - log_sum) if token in members else 0.0 for token in range(len(logits))
+    ]
+    return -log_sum, [(token == label) - share for token, share in enumerate(shares)]
+
+
+def entropy_over(logits: Row, members: list[int]) -> tuple[float, Row]:
+    """Entropy of the softmax over `members`, and its gradient in all logits."""
+    surprise = {token: -log_prob_over(logits, token, members)[0] for token in members}
+    value = math.fsum(math.exp(-s) * s for s in surprise.values())
+    return value, [
+        math.exp(-surprise[token]) * (surprise[token] - value) if token in members else 0.0
+        for token in range(len(logits))
+    ]
+
+
 def kl(p: Row, q: Row) -> float:
     return math.fsum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
 

@@ -49,6 +49,60 @@ def expected_loss(loss_type, parameters, sampler, rewards) -> torch.Tensor:
     return aggregate_token_losses(weights * losses, MASK, "token_mean", normalize_constant=1.0)
 
 
+def truncated(parameters: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a sampler left of each context: the two likeliest tokens, and token 0 never first (a minimum length)."""
+    shortest = parameters.clone()
+    shortest[0, 0] = -torch.inf
+    kept = shortest.topk(2, dim=1).indices
+    contexts = torch.stack([torch.zeros(len(RESPONSES), dtype=torch.long), 1 + RESPONSES[:, 0]], dim=1)
+    return {"kept_ids": kept[contexts]}
+
+
+def gradients_under_truncation(parameters, rewards) -> dict[str, torch.Tensor]:
+    """E[grad loss] of REINFORCE over the responses of a truncated sampler, with its sets replayed and without."""
+    sets = truncated(parameters)
+    possible = (sets["kept_ids"] == RESPONSES[..., None]).any(dim=2).all(dim=1)
+    responses, kept = RESPONSES[possible], sets["kept_ids"][possible]
+    contexts = torch.stack([torch.zeros(len(responses), dtype=torch.long), 1 + responses[:, 0]], dim=1)
+    policy = parameters.clone().requires_grad_()
+    replayed = select_log_probs(policy[contexts], responses, kept_ids=kept)
+    whole = select_log_probs(policy[contexts], responses)
+    probabilities = replayed.sum(dim=1, keepdim=True).exp()
+    assert_close(probabilities.sum().item(), 1.0)
+    objectives = {"exact": -(probabilities * rewards[possible]).sum()}
+    for name, log_probs in (("replayed", replayed), ("whole", whole)):
+        losses = compute_naive_policy_gradient_loss(rewards[possible], log_probs)
+        objectives[name] = (probabilities.detach() * losses).sum()
+    # How much of the policy the sampler left, response by response.
+    left = (whole - replayed).sum(dim=1, keepdim=True)
+    objectives["lost"] = -(probabilities.detach() * rewards[possible] * left).sum()
+    ratios = (whole - replayed).exp()
+    gradients = {name: torch.autograd.grad(value, policy, retain_graph=True)[0] for name, value in objectives.items()}
+    return gradients | {"mean_ratio": (probabilities * ratios).sum(dim=0).detach()}
+
+
+@given(PARAMETERS, REWARDS)
+def test_replayed_sets_give_gradient_of_truncated_reward(parameters, rewards):
+    """With the sets, the policy-gradient theorem for the truncated policy; without, the pull of the sets is added."""
+    gradients = gradients_under_truncation(parameters, rewards)
+    assert_close(gradients["replayed"], gradients["exact"], rtol=1e-9, atol=1e-12)
+    assert_close(gradients["whole"], gradients["exact"] + gradients["lost"], rtol=1e-9, atol=1e-12)
+    assert (gradients["mean_ratio"] < 1).all()  # it would be 1 if the sampler drew from the policy
+
+
+@given(PARAMETERS)
+def test_equal_rewards_have_gradient_only_without_replay(parameters):
+    """What is lost: without any signal, unreplayed REINFORCE takes probability from what the sampler left out."""
+    gradients = gradients_under_truncation(parameters, torch.ones(len(RESPONSES), 1).double())
+    assert_close(gradients["replayed"], torch.zeros_like(parameters), rtol=0, atol=1e-12)
+    assert gradients["whole"].abs().max() > 1e-3
+    policy = parameters.clone().requires_grad_()
+    kept = truncated(parameters)["kept_ids"][0, 0]
+    left = policy[0].log_softmax(dim=0)[kept].exp().sum()
+    (direction,) = torch.autograd.grad(left, policy)
+    assert (direction[0] * -gradients["whole"][0]).sum() > 0
+
+
 def gradient_of_expected_reward(parameters, rewards) -> torch.Tensor:
     parameters = parameters.clone().requires_grad_()
     probabilities = log_probs_of(parameters, RESPONSES).sum(dim=1, keepdim=True).exp()

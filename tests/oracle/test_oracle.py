@@ -32,6 +32,7 @@ from tests.strategies import (
     grouped_rewards,
     logits_and_labels,
     masked_tensors,
+    token_sets,
 )
 from tests.tiny import CHARACTERS, make_tiny_policy, make_tiny_tokenizer
 
@@ -82,6 +83,24 @@ def test_log_probs_and_gradient_match_oracle(inputs, temperature):
     log_probs.sum().backward()
     close(log_probs, float64([reference.log_prob(*row) for row in rows]))
     close(logits.grad, float64([reference.log_prob_gradient(*row) for row in rows]) / temperature)
+
+
+@given(st.data(), TEMPERATURES)
+def test_values_over_token_sets_match_oracle(data, temperature):
+    leaf, labels = data.draw(logits_and_labels())
+    kept, excluded, members = data.draw(token_sets(labels, leaf.shape[-1]))
+    sets = {"temperature": temperature, "kept_ids": kept, "excluded_ids": excluded}
+    scaled, leaf = (leaf / temperature).tolist(), leaf.requires_grad_()
+    left = [row.nonzero()[:, 0].tolist() for row in members]
+    expected = [reference.log_prob_over(*row) for row in zip(scaled, labels.tolist(), left, strict=True)]
+    spread = [reference.entropy_over(*row) for row in zip(scaled, left, strict=True)]
+    for values, oracle in (
+        (select_log_probs(leaf, labels, **sets), expected),
+        (compute_entropy(leaf, **sets), spread),
+    ):
+        close(values, float64([value for value, _ in oracle]))
+        (gradient,) = torch.autograd.grad(values.sum(), leaf)
+        close(gradient, float64([row for _, row in oracle]) / temperature)
 
 
 @given(grouped_rewards(), st.sampled_from([0.0, 1e-6, 0.25]), st.booleans())

@@ -32,12 +32,14 @@ class Case:
         tensors = {"hidden": self.hidden, "weight": self.weight, "bias": self.bias}
         return {k: v.detach().clone().requires_grad_() for k, v in tensors.items() if v is not None}
 
-    def slow(self, leaves, labels=None) -> dict[str, torch.Tensor]:
-        """Through all logits, with the functions that are proven by themselves."""
+    def slow(self, leaves, labels=None, members=None) -> dict[str, torch.Tensor]:
+        """Through all logits, those outside of `members` -inf, with the functions that are proven by themselves."""
         logits = nn.functional.linear(leaves["hidden"], leaves["weight"], leaves.get("bias"))
         cap, temperature = self.options["logit_softcap"], self.options["temperature"]
         if cap is not None:
             logits = cap * torch.tanh(logits / cap)
+        if members is not None:
+            logits = logits.masked_fill(~members, -float("inf"))
         return {
             "log_probs": select_log_probs(logits, self.labels if labels is None else labels, temperature=temperature),
             "token_entropy": compute_entropy(logits, temperature=temperature),

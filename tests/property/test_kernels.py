@@ -30,7 +30,7 @@ from grpo_core.scoring._softmax_stats import (
     write_gradient,
 )
 from tests.property.heads import cases as head_cases
-from tests.strategies import fewer, floats, masks, tensors
+from tests.strategies import fewer, floats, masks, tensors, token_sets
 
 pytest.importorskip("triton", reason="there is no Triton")
 from grpo_core.scoring import _triton
@@ -91,8 +91,10 @@ class Case:
         self.slack = 1e-5 + 2.0**-21 * largest
 
     def z(self, logits):
+        """A token of -inf is impossible with a cap too."""
         cap = self.scaling.softcap
-        return (logits if cap is None else cap * torch.tanh(logits / cap)) / self.scaling.temperature
+        capped = logits if cap is None else torch.where(logits == NEVER, NEVER, cap * torch.tanh(logits / cap))
+        return capped / self.scaling.temperature
 
     def exact(self):
         """Values and gradient by plain formulas in float64."""
@@ -415,6 +417,25 @@ def test_fused_grpo_loss_with_kernels_matches_tiles(case, on_policy):
 
     for mine, theirs in zip(everything(), by_tiles(everything), strict=True):
         close(mine, theirs, 1e-4)
+
+
+@fewer
+@given(st.data())
+def test_fused_head_with_kernels_and_token_sets_matches_full_logits(data):
+    case = data.draw(head_cases())
+    kept, excluded, members = data.draw(token_sets(case.labels, case.vocab))
+    exact = narrow(case, torch.float32)
+    ours = case.leaves()
+    sets = {"kept_ids": kept, "excluded_ids": excluded}
+    fused = case.fused(ours, **{name: None if ids is None else ids.to(DEVICE) for name, ids in sets.items()})
+    case.labels = case.labels.cpu()
+    slow = case.slow(exact, members=members)
+    for name, slope in (("log_probs", case.g), ("token_entropy", case.g_entropy)):
+        expected = torch.where(case.mask.cpu(), slow[name], 0.0)
+        close(fused[name], expected.detach().to(DEVICE), 1e-4)
+        (expected * slope.cpu()).sum().backward(retain_graph=True)
+        (fused[name] * slope).sum().backward(retain_graph=True)
+    check_leaves(ours, exact, 4e-4)
 
 
 # The proof on the device

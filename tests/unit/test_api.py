@@ -13,7 +13,7 @@ SIGNATURES = {
     "compute_group_normalized_rewards": (
         "reward_fn rollout_responses repeated_ground_truths group_size advantage_eps normalize_by_std"
     ),
-    "compute_entropy": "logits | temperature=1.0",
+    "compute_entropy": "logits | temperature=1.0 kept_ids=None excluded_ids=None",
     "get_response_log_probs": (
         "model input_ids labels return_token_entropy=False | temperature=1.0 response_mask=None detach_entropy=False"
     ),

@@ -165,6 +165,20 @@ ERRORS = {
     " those of masked positions": lambda: g.select_log_probs(torch.zeros(2, 3), torch.tensor([-100, 1])),
     "labels run from 3 to 3 but the vocabulary has 3 tokens: every label must be in [0, 3), including those of masked"
     " positions": lambda: g.select_log_probs(torch.zeros(1, 3), torch.tensor([3])),
+    "labels[1]=2 is outside of its token set (flat rows): the sampler could not have drawn it; pass the set of the"
+    " same position": lambda: g.select_log_probs(
+        torch.zeros(2, 3), torch.tensor([1, 2]), kept_ids=torch.tensor([[1, -1], [0, 1]])
+    ),
+    "labels[0]=1 is outside of its token set (flat rows): the sampler could not have drawn it; pass the set of the"
+    " same position": lambda: g.fused_linear_log_probs(
+        torch.zeros(1, 2), torch.zeros(3, 2), torch.tensor([1]), excluded_ids=torch.tensor([[1]])
+    ),
+    "kept_ids=[0 to 3] must be token ids in [0, 3), or -1 as padding": lambda: g.select_log_probs(
+        torch.zeros(1, 3), torch.tensor([0]), kept_ids=torch.tensor([[0, 3]])
+    ),
+    "excluded_ids=[-100 to -100] must be token ids in [0, 3), or -1 as padding": lambda: g.compute_entropy(
+        torch.zeros(1, 3), excluded_ids=torch.tensor([[-100]])
+    ),
     "3 rollouts do not fill groups of group_sizes=2: give whole groups": lambda: g.normalize_group_rewards(
         torch.zeros(3), 2
     ),
