@@ -6,7 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from drivers.engines.protocol import Completion
+from drivers.engines.kept_tokens import KeptTokens
+from drivers.engines.protocol import Completion, end_token_ids, exclude_end
 from drivers.policy.weights import Checksum, PolicyWeights
 from drivers.settings.sampling import Sampling
 
@@ -19,7 +20,7 @@ class HFEngine:
     def __init__(self, policy: Any, tokenizer: Any) -> None:
         self._policy, self._tokenizer = policy, tokenizer
         self._version: int | None = None
-        self._end_ids = end_token_ids(policy, tokenizer)
+        self._end_ids = end_token_ids(policy, tokenizer.eos_token_id)
 
     def load_weights(self, version: int) -> None:
         self._version = version
@@ -64,8 +65,9 @@ class HFEngine:
         config = GenerationConfig(  # type: ignore[no-untyped-call]
             do_sample=not greedy,
             temperature=None if greedy else sampling.temperature,
-            top_k=None if greedy else 0,
+            top_k=None if greedy else sampling.top_k,
             top_p=1.0 if greedy else sampling.top_p,
+            min_p=None if greedy else sampling.min_p or None,
             min_new_tokens=sampling.min_tokens or None,
             max_new_tokens=sampling.max_tokens,
             stop_strings=list(sampling.stop) or None,
@@ -80,13 +82,20 @@ class HFEngine:
         )
         sampled = out.sequences[:, width:].cpu()
         log_probs = _log_probs_of(sampled, out.logits if greedy else out.scores)
+        replays = sampling.replays and sampling.truncates and not greedy
+        sets = _find_kept(out.scores) if replays else [None] * len(prompts)
         return [
-            self._truncate(p, ids, lp, sampling)
-            for p, ids, lp in zip(prompts, sampled.tolist(), log_probs.tolist(), strict=True)
+            self._truncate(p, ids, lp, sets_of_row, sampling)
+            for p, ids, lp, sets_of_row in zip(prompts, sampled.tolist(), log_probs.tolist(), sets, strict=True)
         ]
 
     def _truncate(
-        self, prompt: tuple[int, ...], ids: list[int], log_probs: list[float], sampling: Sampling
+        self,
+        prompt: tuple[int, ...],
+        ids: list[int],
+        log_probs: list[float],
+        sets: list[list[int]] | None,
+        sampling: Sampling,
     ) -> Completion:
         """Return a row of the padded batch up to its first end token or stop string."""
         length = len(ids)
@@ -101,14 +110,16 @@ class HFEngine:
             if stop in text:
                 text = text[: text.index(stop) + len(stop)]
         kept = tuple(ids[:length])
-        return Completion(text, prompt, kept, tuple(log_probs[:length]), finish_reason, self._version)
-
-
-def end_token_ids(policy: Any, tokenizer: Any) -> list[int]:
-    """Return the tokens that end a response: those of the model's configuration, and the tokenizer's."""
-    configured = policy.generation_config.eos_token_id
-    ids = configured if isinstance(configured, list) else [configured]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+        return Completion(
+            text,
+            prompt,
+            kept,
+            tuple(log_probs[:length]),
+            finish_reason,
+            self._version,
+            None if sets is None else KeptTokens.pack(sets[:length]),
+            exclude_end(sampling, self._end_ids, length),
+        )
 
 
 class HFReplica(HFEngine):
@@ -130,6 +141,12 @@ class HFReplica(HFEngine):
 
     def received(self) -> list[dict[str, Checksum]]:
         return [PolicyWeights(self._policy, self._policy.dtype).checksums()]
+
+
+def _find_kept(scores: Sequence[Tensor]) -> list[list[list[int]]]:
+    """Return for each row the tokens that each step could draw: their scores are finite."""
+    steps = [[row.nonzero()[:, 0].tolist() for row in (score > -torch.inf).cpu()] for score in scores]
+    return [list(row) for row in zip(*steps, strict=True)]
 
 
 def _log_probs_of(sampled: Tensor, scores: Sequence[Tensor]) -> Tensor:

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from drivers.common.errors import EngineDiedError
+from drivers.engines.kept_tokens import KeptTokens
 from drivers.policy.weights import Checksum
 from drivers.settings.sampling import Sampling
 
@@ -35,6 +36,24 @@ class Completion:
     """`length`: truncated at the token limit."""
     weight_version: int | None = None
     """Number of the push that brought the sampling weights; None if the engine does not report it."""
+    kept: KeptTokens | None = None
+    """The tokens that each token was drawn from, if the sampler truncates and its sets are replayed."""
+    excluded: tuple[tuple[int, ...], ...] = ()
+    """The tokens that the sampler hid from each of the first tokens, if they are replayed and not part of `kept`."""
+
+
+def end_token_ids(policy: Any, end_token_id: int | None) -> list[int]:
+    """Return the tokens that end a response: those of the model's configuration, and `end_token_id`."""
+    configured = policy.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({i for i in [*ids, end_token_id] if i is not None})
+
+
+def exclude_end(sampling: Sampling, end_ids: Sequence[int], length: int) -> tuple[tuple[int, ...], ...]:
+    """Return `Completion.excluded` of a response: the end tokens, for each token below the minimum length."""
+    if not sampling.replays or sampling.truncates:  # a truncated sampler's sets lack them
+        return ()
+    return (tuple(end_ids),) * min(sampling.min_tokens, length)
 
 
 def check_weight_version(version: int | None, engine: str, completions: list[Completion]) -> list[Completion]:

@@ -21,8 +21,9 @@ from vllm.distributed.weight_transfer.base import TrainerInitInfo
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from drivers.common.errors import EngineDiedError
+from drivers.engines.kept_tokens import KeptTokens
 from drivers.engines.options import EngineOptions
-from drivers.engines.protocol import Completion, check_weight_version
+from drivers.engines.protocol import Completion, check_weight_version, end_token_ids, exclude_end
 from drivers.engines.supervision import call_with_timeout, is_running
 from drivers.engines.vllm_startup import place, start_llm
 from drivers.engines.vllm_transfer import (
@@ -39,6 +40,8 @@ from drivers.policy.weights import Checksum, check_arrived, check_loaded
 from drivers.settings.sampling import Sampling
 
 T = TypeVar("T")
+_MAX_TIES = 16
+"""Tokens as likely as the last one of top-k, which vLLM keeps too. More than these are not replayed."""
 MAX_SETUP_S = 600.0
 """Longest wait for the handshake of the weight transfer, during which an error of the worker is not reported."""
 
@@ -48,7 +51,7 @@ class VLLMEngine:
 
     def __init__(self, options: EngineOptions, weights: WeightGatherer, end_token_id: int | None = None) -> None:
         """Start vLLM. A response ends at `end_token_id`, or at one that the model's folder names."""
-        self._policy_device, self._end_token_id = weights.device, end_token_id
+        self._policy, self._policy_device, self._end_token_id = weights.policy, weights.device, end_token_id
         self._placement, self._deadline_s = place(options, weights.device), options.deadline_s
         self._version: int | None = None
         self._is_asleep = False
@@ -92,14 +95,17 @@ class VLLMEngine:
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         # vLLM gives sample k of a request the seed s + k; prompts with the same s would share their noise.
         seeds = [seed + index * sampling.n for index in range(len(prompts))]
+        vocab, end_ids = self._llm.model_config.get_vocab_size(), end_token_ids(self._policy, self._end_token_id)
         parameters = [
-            SamplingParams(**sampling_parameters(sampling, own_seed, self._end_token_id), flat_logprobs=True)
+            SamplingParams(**sampling_parameters(sampling, own_seed, self._end_token_id, vocab), flat_logprobs=True)
             for own_seed in seeds
         ]
         outputs = self._call(
             f"sampling from {len(prompts)} prompts", lambda: self._llm.generate(requests, parameters, use_tqdm=False)
         )
-        completions = [_completion(output, sample) for output in outputs for sample in output.outputs]
+        completions = [
+            _completion(output, sample, sampling, end_ids) for output in outputs for sample in output.outputs
+        ]
         return check_weight_version(self._version, "vLLM", completions)
 
     def sleep(self) -> None:
@@ -165,24 +171,29 @@ class VLLMEngine:
         return all(is_running(process.pid) for process in self._processes)
 
 
-def sampling_parameters(sampling: Sampling, seed: int, end_token_id: int | None = None) -> dict[str, Any]:
-    """Return the fields of a request to vLLM."""
+def sampling_parameters(
+    sampling: Sampling, seed: int, end_token_id: int | None = None, vocab: int = 0
+) -> dict[str, Any]:
+    """Return the fields of a request to vLLM for a model of `vocab` tokens."""
+    reads_sets = sampling.replays and sampling.truncates
     return {
         "n": sampling.n,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
-        "top_k": 0,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
         "min_tokens": sampling.min_tokens,
         "max_tokens": sampling.max_tokens,
         "stop": list(sampling.stop),
         "stop_token_ids": [] if end_token_id is None else [end_token_id],
         "include_stop_str_in_output": True,
         "seed": seed,
-        "logprobs": 0,  # of the sampled token only
+        # Of the sampled token only, or of all that top-k kept: tokens that were not kept have a log-prob of -inf.
+        "logprobs": min(sampling.top_k + _MAX_TIES, vocab) if reads_sets else 0,
     }
 
 
-def _completion(output: Any, sample: Any) -> Completion:
+def _completion(output: Any, sample: Any, sampling: Sampling, end_ids: Sequence[int]) -> Completion:
     if sample.finish_reason not in ("stop", "length"):
         raise RuntimeError(
             f"vLLM ended a completion with finish_reason={sample.finish_reason!r}; expected 'stop' or 'length'"
@@ -191,7 +202,22 @@ def _completion(output: Any, sample: Any) -> Completion:
         text=sample.text,
         prompt_token_ids=tuple(output.prompt_token_ids),
         token_ids=tuple(sample.token_ids),
-        log_probs=tuple(sample.logprobs.logprobs),
+        log_probs=tuple(sample.logprobs.logprobs[start] for start in sample.logprobs.start_indices),
         finish_reason=sample.finish_reason,
         weight_version=version_of([span.version for span in sample.weight_versions or ()]),
+        kept=_read_kept(sample.logprobs) if sampling.replays and sampling.truncates else None,
+        excluded=exclude_end(sampling, end_ids, len(sample.token_ids)),
+    )
+
+
+def _read_kept(flat: Any) -> KeptTokens:
+    """Return the tokens with a finite log-prob, from the log-probs of each position; the first is the sampled one."""
+    return KeptTokens.pack(
+        [
+            list(dict.fromkeys(token for token, value in zip(ids, values, strict=True) if value > -math.inf))
+            for ids, values in (
+                (flat.token_ids[start:end], flat.logprobs[start:end])
+                for start, end in zip(flat.start_indices, flat.end_indices, strict=True)
+            )
+        ]
     )

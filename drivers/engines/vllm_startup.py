@@ -132,6 +132,7 @@ def _llm_arguments(options: EngineOptions, placement: Placement) -> dict[str, An
         "max_model_len": options.max_model_len,
         "seed": options.seed % 2**31,
         "load_format": "dummy",  # the first push brings the weights: the policy is their only source
+        "max_logprobs": -1,  # no limit: the sets of a truncated sampler are read from log-probs
         "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from, temperature included
         "weight_transfer_config": WeightTransferConfig(backend="checked_nccl" if placement.has_own_gpu else "host"),
         "worker_extension_cls": "drivers.engines.vllm_transfer.WorkerExtension",

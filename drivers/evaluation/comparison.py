@@ -27,7 +27,8 @@ class Evaluation(NamedTuple):
 
 _SAMPLING_SETTINGS = (
     "prompt_path", "chat_template", "system_prompt_path", "chat_template_args", "chat_date",
-    "sampling_temperature", "sampling_top_p", "sampling_min_tokens", "sampling_max_tokens", "sampling_stop",
+    "sampling_temperature", "sampling_top_p", "sampling_top_k", "sampling_min_p",
+    "sampling_min_tokens", "sampling_max_tokens", "sampling_stop",
 )  # fmt: skip
 """Settings that may differ between two evaluations, because their effect may be the question; a warning names them."""
 

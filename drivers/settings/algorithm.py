@@ -1,11 +1,11 @@
 """All settings that decide a gradient, and which of them may stand together."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from drivers.common.errors import UsageError
-from drivers.settings.base import check_multiple
+from drivers.settings.base import check_multiple, spell_flag
 from drivers.settings.groups import GradingSettings, RolloutSettings, UpdateSettings
 from drivers.settings.objective import ImportanceSettings, KLSettings, ObjectiveSettings
 from drivers.settings.objectives import ADVANTAGES, OBJECTIVES, Choice
@@ -52,7 +52,7 @@ class AlgorithmSettings(
     @property
     def sampling(self) -> Sampling:
         """Return the parameters that draw a group for each prompt."""
-        return make_sampling(self, self.reward, self.group_size)
+        return replace(make_sampling(self, self.reward, self.group_size), replays=self.sampling_replay)
 
     @property
     def passes_per_update(self) -> int:
@@ -229,16 +229,24 @@ def _check_kl(settings: AlgorithmSettings) -> None:
 
 def _check_sampler(settings: AlgorithmSettings) -> None:
     """Raise if a setting uses the sampler's log-probs and another one makes them differ from the policy's."""
+    if settings.sampling_replay:
+        if not settings.sampling.truncates and settings.sampling_min_tokens == 0:
+            raise UsageError(
+                "--sampling-replay: has no effect, because the sampler draws from all tokens; pass --sampling-top-k, "
+                "--sampling-top-p, --sampling-min-p or --sampling-min-tokens, or omit it"
+            )
+        return
     user = _find_use_of_sampler(settings)
-    if user and settings.sampling_top_p < 1:
-        raise UsageError(
-            f"{settings.flag('sampling_top_p')}: renormalizes the sampler's log-probs, which biases {user}; pass "
-            "--sampling-top-p 1"
-        )
+    for name, off in (("sampling_top_p", 1), ("sampling_top_k", 0), ("sampling_min_p", 0)):
+        if user and getattr(settings, name) != off:
+            raise UsageError(
+                f"{settings.flag(name)}: renormalizes the sampler's log-probs, which biases {user}; pass "
+                f"--sampling-replay, or {spell_flag(name, off)}"
+            )
     if user and settings.sampling_min_tokens > 0:
         raise UsageError(
             f"{settings.flag('sampling_min_tokens')}: hides the end token in the sampler alone, which biases {user}; "
-            "pass --sampling-min-tokens 0"
+            "pass --sampling-replay, or --sampling-min-tokens 0"
         )
 
 

@@ -48,7 +48,7 @@ class EvaluationSettings(SamplingSettings):
         """Return the parameters of evaluations, given those of training."""
         values = {"temperature": self.eval_temperature, "top_p": self.eval_top_p, "max_tokens": self.eval_max_tokens}
         given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
-        return replace(sampling, n=self.eval_samples, **given)
+        return replace(sampling, n=self.eval_samples, replays=False, **given)
 
 
 def split_name(entry: str) -> tuple[str | None, str]:

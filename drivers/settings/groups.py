@@ -157,6 +157,10 @@ class GradingSettings(Settings):
 class RolloutSettings(NucleusSettings):
     """The groups of a GRPO step, and when they are sampled."""
 
+    sampling_replay: bool = False
+    """Compute each log-prob and entropy over the tokens that the sampler could draw: what top-k, top-p and min-p kept,
+    without the end token below the minimum length. The policy is then the truncated one, and ratios to the sampler
+    are those of one set. It needs --sampling-top-k with --engine vllm, to bound the sets."""
     rollout_batch_size: PositiveInt = 256
     """Responses sampled per step: questions times group size."""
     group_size: PositiveInt = 8

@@ -38,6 +38,16 @@ class GrpoConfig(AlgorithmSettings, TrainingSettings):
                 "the policy's weights; pass --engine vllm, or --async-steps 0"
             )
 
+        if self.sampling_replay and self.engine == "vllm" and self.sampling.truncates and not self.sampling_top_k:
+            raise UsageError(
+                "--sampling-replay: vLLM returns the tokens that it kept as a list of limited length; pass "
+                "--sampling-top-k 100, or another bound"
+            )
+        if self.sampling_replay and self.rollout_url:
+            raise UsageError(
+                "--sampling-replay: the tokens that a server kept are not read; omit it, or omit --rollout-url"
+            )
+
     @property
     def collective_timeout_s(self) -> float:
         """Return how long other ranks wait for rank 0, which samples in rounds and may restart the engine."""

@@ -17,8 +17,8 @@ from drivers.settings.parser import parse
 
 _SAME = (
     "prompt_path", "chat_template", "system_prompt_path", "chat_template_args", "chat_date", "long_prompts", "reward",
-    "reward_mix", "grader_deadline_s", "sampling_temperature", "sampling_top_p", "sampling_min_tokens",
-    "sampling_max_tokens", "sampling_stop",
+    "reward_mix", "grader_deadline_s", "sampling_temperature", "sampling_top_p", "sampling_top_k", "sampling_min_p",
+    "sampling_min_tokens", "sampling_max_tokens", "sampling_stop",
 )  # fmt: skip
 TAKEN = {"data_path": "val_data_path", "n_examples": "n_val_examples", "n_samples": "eval_samples"} | {
     name: name for name in _SAME

@@ -1,7 +1,7 @@
 """Sampling parameters, and their flags."""
 
-from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar
 
 from drivers.common.errors import UsageError
 from drivers.settings.base import Bounds, NonNegativeInt, PositiveFloat, PositiveInt, Settings, Share
@@ -18,6 +18,21 @@ class Sampling:
     stop: tuple[str, ...] = ("</answer>",)
     top_p: float = 1.0
     """Below 1, the log-probs are renormalized over the tokens that were kept, so they differ from the policy's."""
+    top_k: int = 0
+    """Keep this many tokens; 0 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens with at least this share of the probability of the likeliest one."""
+    replays: bool = False
+    """Completions carry the set that each token was drawn from."""
+
+    @property
+    def truncates(self) -> bool:
+        """Return whether tokens are drawn from a part of the vocabulary that depends on the distribution."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+    def untruncated(self, **changes: Any) -> "Sampling":
+        """Return the same sampling of the whole vocabulary, with `changes`."""
+        return replace(self, **{"top_p": 1.0, "top_k": 0, "min_p": 0.0, "replays": False} | changes)
 
 
 def stop_strings(reward: str) -> tuple[str, ...]:
@@ -35,7 +50,7 @@ class SamplingSettings(Settings):
     """Temperature of rollouts and evaluations. Log-probs in the loss use the same temperature."""
     sampling_min_tokens: NonNegativeInt = 4
     """Minimum length of a response in tokens. The sampler alone hides the end token until then, so its log-probs
-    differ from the policy's there; the self-check skips those tokens."""
+    differ from the policy's there; the self-check skips those tokens unless they are replayed."""
     sampling_max_tokens: PositiveInt = 1024
     """Maximum length of a response in tokens; longer responses are truncated."""
     sampling_stop: tuple[str, ...] | None = None
@@ -63,7 +78,12 @@ class NucleusSettings(SamplingSettings):
 
     sampling_top_p: Share = 1.0
     """Sample only from the most probable tokens that together have this probability. Below 1 the sampler's log-probs
-    differ from the policy's, so settings that use their ratio are rejected."""
+    differ from the policy's, so settings that use their ratio need --sampling-replay."""
+    sampling_top_k: NonNegativeInt = 0
+    """Sample only from this many most probable tokens. Above 0, like --sampling-top-p below 1. 0 samples from all."""
+    sampling_min_p: Annotated[float, Bounds(at_least=0, at_most=1)] = 0.0
+    """Sample only from tokens with at least this share of the probability of the most probable one. Above 0, like
+    --sampling-top-p below 1. 0 samples from all."""
 
 
 def make_sampling(settings: NucleusSettings, reward: str, n: int) -> Sampling:
@@ -72,6 +92,8 @@ def make_sampling(settings: NucleusSettings, reward: str, n: int) -> Sampling:
         n=n,
         temperature=settings.sampling_temperature,
         top_p=settings.sampling_top_p,
+        top_k=settings.sampling_top_k,
+        min_p=settings.sampling_min_p,
         min_tokens=settings.sampling_min_tokens,
         max_tokens=settings.sampling_max_tokens,
         stop=stop_strings(reward) if settings.sampling_stop is None else settings.sampling_stop,

@@ -11,6 +11,7 @@ from beartype import beartype
 from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
 
+from drivers.engines.kept_tokens import KeptTokens
 from drivers.engines.protocol import Completion
 from drivers.tasks.demonstrations import Demonstration
 
@@ -51,7 +52,12 @@ class StepRollouts(NamedTuple):
         """Return the rollouts that `to_json` wrote."""
         ids = ("prompt_token_ids", "token_ids", "log_probs")
         kept: list[dict[str, Any]] = [
-            {k: tuple(v) if k in ids else v for k, v in completion.items()} for completion in values["completions"]
+            {k: tuple(v) if k in ids else v for k, v in completion.items()}
+            | {
+                "kept": KeptTokens.from_json(completion.get("kept")),
+                "excluded": tuple(map(tuple, completion.get("excluded", ()))),
+            }
+            for completion in values["completions"]
         ]
         return StepRollouts(
             [Completion(**completion) for completion in kept],

@@ -4,7 +4,6 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from itertools import compress
 from statistics import fmean
 from types import TracebackType
@@ -71,7 +70,7 @@ def collect(
     with timer.phase("rollout"):
         if config.estimator.uses_greedy_response:
             prompts = [question.prompt_token_ids for question in questions]
-            sampling = replace(config.sampling, n=1, temperature=0.0, top_p=1.0)
+            sampling = config.sampling.untruncated(n=1, temperature=0.0)
             greedy = components.engine.generate(prompts, sampling, seed=sampling_seed(config, step))
         components.engine.sleep()  # until the next push: everything is sampled
     with timer.phase("reward"):

@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from drivers.common import distributed
+from drivers.engines.protocol import Completion
 from drivers.policy import fsdp
 from drivers.settings.algorithm import AlgorithmSettings
 from drivers.training.batch import RolloutBatch
@@ -71,14 +72,16 @@ def _score_rows(
     if packs_rows(policy):
         packed = without_padding(packed)
     device = next(policy.parameters()).device
+    drawn_from = token_sets([rollouts.completions[member] for row in rows for member in row.members])
+    sets: dict[str, Any] = {name: ids.to(device, non_blocking=True) for name, ids in drawn_from.items()}
     inputs = model_inputs(policy, packed, shared=any(len(row.members) > 1 for row in rows), device=device)
     labels = packed["labels"].to(device, non_blocking=True)
     if head is None:
         logits = _compute_logits(policy, inputs, packed["sources"])
-        scored = {"log_probs": select_log_probs(logits, labels, temperature=temperature)}
+        scored = {"log_probs": select_log_probs(logits, labels, temperature=temperature, **sets)}
         if with_entropy:
             source = logits.detach() if detach_entropy else logits
-            scored["token_entropy"] = compute_entropy(source, temperature=temperature)
+            scored["token_entropy"] = compute_entropy(source, temperature=temperature, **sets)
         return scored
     states = rearrange(head.body(**inputs).last_hidden_state, "row column hidden -> (row column) hidden")
     scored = fused_linear_log_probs(  # it keeps the logits only if they fit into max_logits_bytes
@@ -89,8 +92,27 @@ def _score_rows(
         temperature=temperature,
         logit_softcap=head.softcap,
         return_entropy=with_entropy,
+        **sets,
     )
     return scored | ({"token_entropy": scored["token_entropy"].detach()} if with_entropy and detach_entropy else {})
+
+
+def token_sets(completions: Sequence[Completion]) -> dict[str, Tensor]:
+    """Return `kept_ids` and `excluded_ids` of the tokens of all completions, one row each, where they are replayed."""
+    sets: dict[str, Tensor] = {}
+    kept = [completion.kept for completion in completions if completion.kept is not None]
+    if kept:
+        width = max(max(one.counts, default=0) for one in kept)
+        sets["kept_ids"] = torch.cat([one.to_tensor(width) for one in kept])
+    width = max((len(ids) for completion in completions for ids in completion.excluded), default=0)
+    if width:
+        rows = [
+            [*ids, *[-1] * (width - len(ids))]
+            for one in completions
+            for ids in [*one.excluded, *[()] * (len(one.token_ids) - len(one.excluded))]
+        ]
+        sets["excluded_ids"] = torch.tensor(rows)
+    return sets
 
 
 def _compute_logits(policy: nn.Module, inputs: dict[str, Any], sources: Tensor) -> Tensor:

@@ -38,14 +38,15 @@ class Agreement:
 
 
 def self_check_sampling(config: GrpoConfig) -> Sampling:
-    """Return the sampling of the self-check: about 64 compared tokens per response, and no top-p.
+    """Return the sampling of the self-check: about 64 compared tokens per response, truncated only if replayed.
 
-    With top-p the sampler's log-probs belong to another distribution, even if the weights agree.
+    Without replay, a truncated sampler's log-probs belong to another distribution, even if the weights agree.
     """
     # The engine has room for a response of an evaluation, because the prompts are held-out questions.
     longest = min(config.sampling_max_tokens, config.eval_sampling.max_tokens)
+    sampling = config.sampling if config.sampling.replays else config.sampling.untruncated()
     max_tokens = min(longest, config.sampling_min_tokens + 64)
-    return replace(config.sampling, n=min(8, config.group_size), max_tokens=max_tokens, top_p=1.0)
+    return replace(sampling, n=min(8, config.group_size), max_tokens=max_tokens)
 
 
 def check_evaluation_engine(
@@ -55,11 +56,9 @@ def check_evaluation_engine(
 
     It samples at temperature 1 if the evaluation is greedy: the log-probs of a greedy sampler say nothing.
     """
-    sampling = replace(
-        config.sampling,
+    sampling = config.sampling.untruncated(
         n=1,
         temperature=config.sampling_temperature or 1.0,
-        top_p=1.0,
         min_tokens=0,
         max_tokens=min(64, config.sampling_max_tokens),
     )
@@ -83,14 +82,15 @@ def check_engine(
 ) -> Agreement:
     """Compare both sides' log-probs of the engine's samples; raise a TrainingAbortedError beyond `tolerance`.
 
-    The first `min_tokens` tokens of a response are not compared: only the sampler hides the end token there. The
-    samples must come from weight version `version`.
+    The first `min_tokens` tokens of a response are compared only if the sampling is replayed: otherwise only the
+    sampler hides the end token there. The samples must come from weight version `version`.
     """
     n_weights = check_weights(engine, policy, version)
     completions = run_with_engine(engine, lambda: engine.generate(prompts, sampling, seed=seed))
     rollouts = make_rollout_batch(completions, torch.zeros(len(completions))).to(next(policy.parameters()).device)
     is_compared = rollouts.response_mask.clone()
-    is_compared[:, : sampling.min_tokens] = False
+    if not sampling.replays:
+        is_compared[:, : sampling.min_tokens] = False
     log_probs = score(policy, rollouts, sampling.temperature)["log_probs"]
     difference = (log_probs - rollouts.sampler_log_probs).abs()[is_compared]
     if difference.numel() == 0:

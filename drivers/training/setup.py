@@ -15,9 +15,9 @@ from drivers.common.display import Display
 from drivers.common.errors import UsageError
 from drivers.common.own_functions import check_file
 from drivers.engines.factory import describe_start, make_engine
-from drivers.engines.hf import HFReplica, end_token_ids
+from drivers.engines.hf import HFReplica
 from drivers.engines.options import EngineOptions
-from drivers.engines.protocol import RolloutEngine
+from drivers.engines.protocol import RolloutEngine, end_token_ids
 from drivers.engines.rank_zero import EngineOnRankZero
 from drivers.grading.loading import BUILT_IN
 from drivers.grading.pool import start_grading
@@ -228,7 +228,7 @@ def load_policy_and_reference(
     policy = load(lora=config.lora_rank > 0)
     if config.chat_template:  # checkpoints store it, so that other programs stop at the same tokens
         generation: Any = policy.generation_config
-        generation.eos_token_id = end_token_ids(policy, tokenizer)
+        generation.eos_token_id = end_token_ids(policy, tokenizer.eos_token_id)
     if not config.needs_reference or config.lora_rank > 0:
         return policy, None
     return policy, load(lora=False).requires_grad_(False)

@@ -22,7 +22,8 @@ from drivers.training.objective import EntropyBonus
 
 _SAMPLED_WITH = (
     "rollout_batch_size", "group_size", "sampling_temperature", "sampling_min_tokens", "sampling_max_tokens",
-    "sampling_top_p", "sampling_stop", "max_refills", "reward", "reward_mix", "length_penalty", "overlong_buffer",
+    "sampling_top_p", "sampling_top_k", "sampling_min_p", "sampling_replay", "sampling_stop",
+    "max_refills", "reward", "reward_mix", "length_penalty", "overlong_buffer",
 )  # fmt: skip
 """Settings that rollouts depend on."""
 _KEPT = ("seed", "entropy_coef", "entropy_target", "advantage", *_SAMPLED_WITH)

@@ -8,12 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from drivers.common.errors import EngineDiedError, TrainingAbortedError, UsageError
 from drivers.engines.hf import HFEngine
 from drivers.policy.weight_gatherer import WeightGatherer
 from drivers.policy.weights import PolicyWeights, WeightShape, checksums
 from drivers.settings.sampling import Sampling
+from drivers.training.batch import make_rollout_batch
+from drivers.training.scoring import score
 from drivers.training.self_check import check_engine
 from tests.drivers.helpers.architectures import make_architecture
 from tests.drivers.helpers.engines import (
@@ -286,6 +289,32 @@ def test_vllm_on_shared_gpu_sleeps_and_wakes_in_two_parts(tmp_path, monkeypatch)
     # The model is freed: a second engine in this process needs its memory.
     gc.collect()
     assert model() is None
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 5}, {"top_k": 90, "top_p": 0.5}, {"top_k": 400, "min_p": 0.7}, {}], ids=str)
+def test_generate_replays_sets(subject, cut):
+    """The softmax over the sets that the engine returns gives the log-probs that it returns, also at the beginning."""
+    sampling = Sampling(n=4, min_tokens=3, max_tokens=6, temperature=0.7, stop=(), replays=True, **cut)
+    completions = subject.engine.generate(PROMPTS, sampling, seed=3)
+    eos, sizes = make_tiny_tokenizer().eos_token_id, set()
+    for c in completions:
+        if cut:
+            sets = c.kept.unpack()
+            assert c.excluded == ()
+            assert all(eos not in kept for kept in sets[:3])
+            assert all(token in kept for token, kept in zip(c.token_ids, sets, strict=True))
+            sizes |= set(map(len, sets))
+        else:
+            assert (c.kept, c.excluded) == (None, ((eos,),) * 3)
+    assert not sizes or max(sizes) < 98
+    if cut == {"top_k": 5}:
+        assert sizes == {5}
+    rollouts = make_rollout_batch(completions, torch.zeros(len(completions)))
+    replayed = score(subject.policy, rollouts, 0.7)["log_probs"].detach()
+    assert_close(replayed, rollouts.sampler_log_probs, rtol=0, atol=TOLERANCE)
+    agreement = run_self_check(subject, sampling=sampling)
+    assert agreement.largest < TOLERANCE
+    assert agreement.n_tokens >= 36  # those below the minimum length too
 
 
 def test_self_check_skips_tokens_below_min_tokens(subject):

@@ -766,6 +766,15 @@ ILLEGAL = [
     ({"loss_type": "luspo", "importance": "truncate"}, "pass --importance-level sequence or geometric"),
     ({"loss_type": "grpo_clip", "importance": "mask", "old_policy": "sampler"}, "corrects for the sampler twice"),
     ({"importance": "truncate", "sampling_top_p": 0.9}, "renormalizes the sampler"),
+    ({"importance": "truncate", "sampling_top_k": 9}, "pass --sampling-replay, or --sampling-top-k 0"),
+    ({"importance": "truncate", "sampling_min_p": 0.1}, "pass --sampling-replay, or --sampling-min-p 0"),
+    ({"sampling_min_p": 1.5}, "--sampling-min-p 1.5: must be at least 0 and at most 1"),
+    ({"sampling_replay": True}, "--sampling-replay: has no effect, because the sampler draws from all tokens"),
+    ({"sampling_replay": True, "sampling_top_p": 0.9, "engine": "vllm"}, "pass --sampling-top-k 100"),
+    (
+        {"sampling_replay": True, "sampling_top_k": 9, "engine": "vllm", "rollout_url": ("http://127.0.0.1:1",)},
+        "--sampling-replay: the tokens that a server kept are not read",
+    ),
     (
         {"loss_type": "grpo_clip", "old_policy": "sampler", "sampling_top_p": 0.9},
         "renormalizes the sampler",
@@ -824,9 +833,11 @@ def test_config_illegal_combination_raises_usage_error(settings, message):
 
 
 def test_config_sampling_is_that_of_the_flags():
-    drawn = {"temperature": 0.5, "top_p": 0.9, "min_tokens": 2, "max_tokens": 5, "stop": ("x",)}
+    drawn = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "min_tokens": 2, "max_tokens": 5}
+    drawn["stop"] = ("x",)
     config = make_tiny_config(group_size=4, **{f"sampling_{name}": value for name, value in drawn.items()})
     assert config.sampling == Sampling(n=4, **drawn)
+    assert replace(config, sampling_replay=True).sampling == Sampling(n=4, replays=True, **drawn)
 
 
 def test_config_derives_questions_and_micro_batches():

@@ -29,6 +29,8 @@ OTHER = {
     "grader_deadline_s": 3.0,
     "sampling_temperature": 0.7,
     "sampling_top_p": 0.9,
+    "sampling_top_k": 40,
+    "sampling_min_p": 0.05,
     "sampling_min_tokens": 2,
     "sampling_max_tokens": 48,
     "sampling_stop": ("###",),
@@ -63,8 +65,8 @@ def test_settings_of_run_are_taken_and_printed(tmp_path, capsys):
         "plus=data/plus/validation.jsonl --n-examples 64 --n-samples 8 --prompt-path data/prompts/r1_zero.prompt "
         "--chat-template --system-prompt-path system.txt --chat-template-args enable_thinking=false "
         "--chat-date 2026-02-03 --long-prompts drop --reward mine.py:reward --reward-mix format=0.2 answer=1 "
-        "--grader-deadline-s 3.0 --sampling-temperature 0.7 --sampling-top-p 0.9 --sampling-min-tokens 2 "
-        "--sampling-max-tokens 48 --sampling-stop ###"
+        "--grader-deadline-s 3.0 --sampling-temperature 0.7 --sampling-top-p 0.9 --sampling-top-k 40 "
+        "--sampling-min-p 0.05 --sampling-min-tokens 2 --sampling-max-tokens 48 --sampling-stop ###"
     )
 
 

@@ -473,8 +473,8 @@ TOKEN_LOSSES = [
         ("ratio upside down", "(advantages, policy - old, low, high", "(advantages, old - policy, low, high"),
         (
             "the old policy carries gradient",
-            "zero_outside_mask(old_log_probs.detach(), response_mask)\n    moved",
-            "zero_outside_mask(old_log_probs, response_mask)\n    moved",
+            "zero_outside_mask(old_log_probs.detach(), response_mask)\n    moved = policy.detach().exp()",
+            "zero_outside_mask(old_log_probs, response_mask)\n    moved = policy.detach().exp()",
         ),
     ),
     *breaks(

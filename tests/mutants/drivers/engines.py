@@ -51,6 +51,28 @@ MUTANTS = [
         ("the own config is lost", "            self._policy.generation_config = own\n", "            pass\n"),
     ),
     *breaks(
+        "HFEngine.generate",
+        HF,
+        f"tests/drivers/test_replay.py {ENGINES} -k 'replay'",
+        ("top-k is ignored", "top_k=None if greedy else sampling.top_k,", "top_k=None if greedy else 0,"),
+        ("min-p is ignored", "min_p=None if greedy else sampling.min_p or None,", "min_p=None,"),
+        ("sets of other steps", "sets[:length]", "sets[-length:]"),
+    ),
+    *breaks(
+        "KeptTokens",
+        "drivers/engines/kept_tokens.py",
+        "tests/drivers/test_replay.py",
+        ("padding is a token", "width), -1, dtype", "width), 0, dtype"),
+    ),
+    *breaks(
+        "exclude_end",
+        "drivers/engines/protocol.py",
+        f"tests/drivers/test_replay.py {ENGINES} -k replay",
+        ("beyond the end of a response", "min(sampling.min_tokens, length)", "sampling.min_tokens"),
+        ("the first token only", "min(sampling.min_tokens, length)", "min(sampling.min_tokens, 1)"),
+        ("without replay too", "if not sampling.replays or sampling.truncates:", "if sampling.truncates:"),
+    ),
+    *breaks(
         "HFReplica",
         HF,
         f"{RESUME} -k 'resume_after_stop'",

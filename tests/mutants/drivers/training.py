@@ -133,11 +133,11 @@ MUTANTS = [
         "Run.report",
         RUN,
         GRPO,
-        ("a learning rate of 0", '"learning_rate": self.config.learning_rate_at(step),', '"learning_rate": 0.0,'),
+        ("a learning rate of 0", '"learning_rate": self.config.learning_rate_at(step)}', '"learning_rate": 0.0}'),
         (
             "the full learning rate",
-            '"learning_rate": self.config.learning_rate_at(step),',
-            '"learning_rate": self.config.learning_rate,',
+            '"learning_rate": self.config.learning_rate_at(step)}',
+            '"learning_rate": self.config.learning_rate}',
         ),
         (
             "speed of the update over the sampling",
@@ -149,7 +149,7 @@ MUTANTS = [
             'metrics["sampled_tokens"] / seconds["rollout"]',
             'metrics["trained_tokens"] / (1 + seconds["rollout"])',
         ),
-        ("no times", "            **times,\n", ""),
+        ("no times", "**speeds, **times,", "**speeds,"),
     ),
     *breaks(
         "Run.summary",
@@ -296,8 +296,8 @@ MUTANTS = [
         f"{LOOP} -k remax",
         (
             "sampled, not greedy",
-            "replace(config.sampling, n=1, temperature=0.0, top_p=1.0)",
-            "replace(config.sampling, n=1)",
+            "config.sampling.untruncated(n=1, temperature=0.0)",
+            "config.sampling.untruncated(n=1)",
         ),
         (
             "questions in reverse",
@@ -652,13 +652,13 @@ MUTANTS = [
         ),
         (
             "the temperature is left out of log-probs of logits",
-            "select_log_probs(logits, labels, temperature=temperature)",
-            "select_log_probs(logits, labels)",
+            "select_log_probs(logits, labels, temperature=temperature, **sets)",
+            "select_log_probs(logits, labels, **sets)",
         ),
         (
             "the temperature is left out of entropies of logits",
-            "compute_entropy(source, temperature=temperature)",
-            "compute_entropy(source)",
+            "compute_entropy(source, temperature=temperature, **sets)",
+            "compute_entropy(source, **sets)",
         ),
         ("the entropy never has a gradient", "if with_entropy and detach_entropy else {}", "if with_entropy else {}"),
     ),
@@ -988,6 +988,50 @@ MUTANTS = [
         ),
     ),
     *breaks(
+        "token_sets",
+        "drivers/training/scoring.py",
+        f"{DRIVERS}/test_replay.py",
+        ("kept sets are not replayed", 'sets["kept_ids"] = torch.cat(', "torch.cat("),
+        ("the end token is not hidden", 'sets["excluded_ids"] = torch.tensor(rows)', "pass"),
+        (
+            "the head has all tokens",
+            "        return_entropy=with_entropy,\n        **sets,",
+            "        return_entropy=with_entropy,",
+        ),
+        (
+            "logits have all tokens",
+            "select_log_probs(logits, labels, temperature=temperature, **sets)",
+            "select_log_probs(logits, labels, temperature=temperature)",
+        ),
+        (
+            "an entropy over all tokens",
+            "compute_entropy(source, temperature=temperature, **sets)",
+            "compute_entropy(source, temperature=temperature)",
+        ),
+    ),
+    *breaks(
+        "StepRollouts",
+        "drivers/training/batch.py",
+        f"{DRIVERS}/test_replay.py -k checkpoint",
+        ("sets are lost", '"kept": KeptTokens.from_json(completion.get("kept")),', '"kept": None,'),
+        (
+            "hidden tokens are lost",
+            '"excluded": tuple(map(tuple, completion.get("excluded", ()))),',
+            '"excluded": (),',
+        ),
+    ),
+    *breaks(
+        "self_check_sampling",
+        "drivers/training/self_check.py",
+        f"{DRIVERS}/test_replay.py -k self_check",
+        (
+            "replayed log-probs are not checked",
+            "config.sampling if config.sampling.replays else",
+            "config.sampling if False else",
+        ),
+        ("a truncated sampler is compared", "else config.sampling.untruncated()", "else config.sampling"),
+    ),
+    *breaks(
         "check_evaluation_engine",
         "drivers/training/self_check.py",
         f"{DRIVERS}/test_evaluate.py {FLAGS} -k 'check_evaluation or (evaluate_flag and self_check)'",
@@ -996,7 +1040,11 @@ MUTANTS = [
             "temperature=config.sampling_temperature or 1.0,",
             "temperature=config.sampling_temperature,",
         ),
-        ("log-probs of top-p", "        top_p=1.0,\n        min_tokens=0,", "        min_tokens=0,"),
+        (
+            "log-probs of top-p",
+            "sampling = config.sampling.untruncated(\n        n=1,",
+            "sampling = replace(\n        config.sampling,\n        n=1,",
+        ),
         ("only the minimum", "        min_tokens=0,\n        max_tokens=min(64", "        max_tokens=min(64"),
         ("a fixed tolerance", "    tolerance = config.self_check_tolerance\n", "    tolerance = None\n"),
     ),
