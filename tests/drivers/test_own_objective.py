@@ -41,11 +41,17 @@ def first_column(advantages, policy_log_probs, response_mask):
 def batch_mean(policy_log_probs):
     return -policy_log_probs.mean()
 
+def centered(advantages, policy_log_probs, response_mask):
+    return torch.where(response_mask, -(advantages - advantages.mean()).detach() * policy_log_probs, 0.0)
+
 def with_beta(policy_log_probs, beta):
     return -beta * policy_log_probs
 
 def leave_one_out(rewards, group_sizes):
     return compute_leave_one_out_advantages(rewards, group_sizes)
+
+def batch_centered(rewards):
+    return rewards - rewards.mean()
 
 def signed(rewards):
     return (2 * rewards - 1).nan_to_num(0.0)
@@ -153,6 +159,8 @@ REFUSED = [
     ({"loss_type": "OWN:batch_mean"}, "batch_mean: returns shape (), but must return (4, 5), a loss per token"),
     ({"loss_type": "OWN:with_beta"}, "with_beta: its parameter beta needs a default, for it is none of"),
     ({"loss_type": "math:floor"}, "math:floor: its parameter x must be one that can be passed by name"),
+    ({"loss_type": "OWN:centered"}, "in another micro-batch; its rows must be independent"),
+    ({"advantage": "OWN:batch_centered"}, "gives a response without a reward (NaN) the advantage nan instead of 0"),
     ({"advantage": "OWN:batch_mean"}, "batch_mean: its parameter policy_log_probs needs a default"),
     ({"loss_type": "OWN:per_response", "cliprange": 0.1}, "--cliprange 0.1: has no effect with --loss-type"),
     ({"loss_type": "OWN:clip", "ratio_high": 3.0}, "--ratio-high 3.0: has no effect with --loss-type"),

@@ -39,7 +39,7 @@ MUTANTS = [
         ("every response is scored", "    rewards[1] = torch.nan\n", "    rewards[1] = 0.0\n"),
         ("neighbors may be NaN", 'return "gives other responses NaN', 'return None and "gives other responses NaN'),
         ("one order", "groups, advantages = torch.tensor([3, 1, 0, 4, 2])", "groups, advantages = torch.arange(5)"),
-        ("no group is equal", "if (advantages[8:12] != 0).any() or", "if"),
+        ("no group is equal", "if (advantages[8:12] != 0).any() or (advantages[16:] != 0).any():", "if False:"),
         ("gradients are free", 'the advantages" if advantages.requires_grad', 'the advantages" if False'),
     ),
 ]  # fmt: skip

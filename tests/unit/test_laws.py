@@ -118,7 +118,10 @@ BROKEN_ADVANTAGES = {
         (lambda rewards: rewards - rewards.nanmean(), "(NaN) the advantage nan instead of 0"),
         (lambda rewards: (rewards - rewards.mean()).where(~rewards.isnan(), 0.0), "gives other responses NaN"),
     ],
-    "order": [(lambda rewards: rewards * torch.arange(20), "depends on the order of the groups")],
+    "order": [
+        (lambda rewards: rewards * torch.arange(5).repeat_interleave(4), "depends on the order of the groups"),
+        (lambda rewards: rewards * torch.arange(4).repeat(5), "or of the responses in a group"),
+    ],
     "equal_rewards": [(lambda rewards: rewards - 0.5, "gives a group of equal rewards advantages other than 0")],
     "detached": [(lambda rewards: rewards - 0.5, "has a gradient in rewards; detach the advantages")],
 }
