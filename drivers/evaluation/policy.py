@@ -12,6 +12,9 @@ from drivers.runs.completions import describe_sample, describe_tokens
 from drivers.settings.sampling import Sampling
 from drivers.tasks.questions import Question
 
+EVALUATION_SEED = 1 << 30
+"""Every evaluation of a run uses the same random seeds, and evaluate.py with its default seed uses them too."""
+
 
 def evaluate_policy(
     engine: RolloutEngine,

@@ -21,7 +21,7 @@ from drivers.engines.options import EngineOptions
 from drivers.engines.protocol import RolloutEngine
 from drivers.evaluation.comparison import Evaluation, Rows, Values, count_asked, print_results, read_earlier
 from drivers.evaluation.outcomes import compare, number_questions, summarize
-from drivers.evaluation.policy import evaluate_policy
+from drivers.evaluation.policy import EVALUATION_SEED, evaluate_policy
 from drivers.grading.pool import start_grading
 from drivers.grading.verdicts import Grader
 from drivers.policy.devices import choose_device, choose_dtype, default_policy_device
@@ -178,7 +178,8 @@ def sample_and_grade(
             check(config, engine, policy, [question.prompt_token_ids for question in checked])
         for name, questions in inputs.questions.items():
             with display.stage(f"Asking {name}: {count_asked(len(questions), config.n_samples)}"):
-                values[name], responses = evaluate_policy(engine, questions, config.sampling, grade, seed=config.seed)
+                seed = EVALUATION_SEED + config.seed
+                values[name], responses = evaluate_policy(engine, questions, config.sampling, grade, seed=seed)
             rows[name] = [{"dataset": name, **row} for row in number_questions(responses, config.n_samples)]
     finally:
         engine.close()

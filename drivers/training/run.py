@@ -18,7 +18,7 @@ from drivers.common.signals import StepSignals, defer_signals
 from drivers.engines.factory import blame_engine
 from drivers.engines.rank_zero import run_with_engine
 from drivers.evaluation.outcomes import number_questions, summarize
-from drivers.evaluation.policy import evaluate_policy
+from drivers.evaluation.policy import EVALUATION_SEED, evaluate_policy
 from drivers.policy import fsdp
 from drivers.reports.curves import draw_curves
 from drivers.runs.checkpoint import STATE_TENSORS, read_state_values, read_tensors
@@ -40,9 +40,6 @@ from drivers.training.state import TrainingState
 from drivers.training.step_timer import StepTimer
 
 N_SELF_CHECK_PROMPTS = 4
-
-EVALUATION_SEED = 1 << 30
-"""Every evaluation uses the same random seeds."""
 
 
 class Run:

@@ -22,6 +22,7 @@ from drivers.evaluate import main
 from drivers.evaluation import standalone
 from drivers.evaluation.comparison import Evaluation, read_earlier
 from drivers.evaluation.outcomes import agresti_min_interval, category_of, compare, summarize, vote_of
+from drivers.evaluation.policy import EVALUATION_SEED
 from drivers.evaluation.standalone import load_sets
 from drivers.grading.verdicts import make_inline_grader
 from drivers.settings.evaluate import EvaluateConfig
@@ -425,7 +426,8 @@ def test_sample_and_grade_numbers_questions_and_asks_every_set(monkeypatch, caps
 
     found = standalone.sample_and_grade(config, inputs, torch.device("cpu"), grade, check, Display())
     checked = ("checked", [(1, 1), (2, 2), (3, 3)])
-    assert engine.calls == [0, checked, ([(1, 1), (2, 2)], 7), ([(3, 3)], 7), "closed"]
+    seed = EVALUATION_SEED + 7  # that of a run's evaluations, moved by --seed
+    assert engine.calls == [0, checked, ([(1, 1), (2, 2)], seed), ([(3, 3)], seed), "closed"]
     numbered = [(row["dataset"], row["question_number"], row["reward"]) for row in chain(*found.rows.values())]
     assert numbered == [
         *(("sums", k // 2, float(k == 1)) for k in range(4)),

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from drivers import expert_iteration, sft
 from drivers import train as train_program
+from drivers.evaluation.policy import EVALUATION_SEED
 from drivers.expert_iteration import iterate
 from drivers.grading.verdicts import Graded, GradeStatus, make_inline_grader
 from drivers.policy.optimizer import PolicyOptimizer
@@ -23,7 +24,6 @@ from drivers.settings.imitation import ExpertIterationConfig, SftConfig
 from drivers.sft import fine_tune
 from drivers.train import train
 from drivers.training.rollouts import Group, collect, describe_pass_at_k, sampling_seed
-from drivers.training.run import EVALUATION_SEED
 from tests.drivers.helpers.letters import letter_reward, make_tiny_config
 from tests.drivers.helpers.runs import (
     LETTER_RESPONSES,

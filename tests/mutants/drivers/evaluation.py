@@ -91,7 +91,8 @@ MUTANTS = [
         "evaluate",
         "drivers/evaluation/standalone.py",
         f"{EVALUATE} {FLAGS} -k 'sample_and_grade or with_the_other or test_evaluate_flag'",
-        ("another seed", "config.sampling, grade, seed=config.seed)", "config.sampling, grade, seed=0)"),
+        ("another seed", "seed = EVALUATION_SEED + config.seed", "seed = EVALUATION_SEED"),
+        ("other samples than in the run", "seed = EVALUATION_SEED + config.seed", "seed = config.seed"),
         (
             "all examples",
             'load_examples("--data-path", path)[: config.n_examples]',
