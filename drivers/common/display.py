@@ -162,7 +162,7 @@ def wrap(parts: Sequence[str], width: int) -> str:
     return wrapped.replace(_UNBROKEN, " ")
 
 
-_COMMAND = re.compile(r"(python drivers/|wandb sync ).*")
+_COMMAND = re.compile(r"(\S*python\S* \S*drivers/|\S*wandb sync ).*")
 _UNBROKEN = "\N{NO-BREAK SPACE}"
 """Stands for a space at which a line is not broken."""
 

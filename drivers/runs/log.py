@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from drivers.common.atomic_files import write_json, write_text
+from drivers.common.commands import spell_tool
 from drivers.common.signals import defer_signals
 from drivers.reports.logged_run import has_step, parse_object
 from drivers.settings.groups import RunSettings, TrainingSettings
@@ -231,7 +232,7 @@ def _open_wandb(
         run.define_metric(f"{phase}_step")
         run.define_metric(f"{phase}/*", step_metric=f"{phase}_step")
     if mode == "offline":
-        say(f"Weights & Biases is offline; to upload the run: wandb sync {folder}/wandb/offline-*")
+        say(f"Weights & Biases is offline; to upload the run: {spell_tool('wandb')} sync {folder}/wandb/offline-*")
     return run
 
 

@@ -9,6 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from drivers.common.commands import spell_program
 from drivers.common.errors import UsageError, first_line
 from drivers.common.paths import repository_path
 from drivers.tasks.chat import check_arguments, render
@@ -116,7 +117,7 @@ def how_to_convert(path: Path, *, demonstrations: bool = False) -> str:
     """Return the command that makes a data file of a file in another layout."""
     flags = " --demonstrations r1_zero" * demonstrations + f" --output {path.stem}-converted.jsonl"
     return (
-        f"convert it: python drivers/convert_dataset.py {path}{flags} (for unknown keys: --question-key and "
+        f"convert it: {spell_program('convert_dataset.py')} {path}{flags} (for unknown keys: --question-key and "
         "--answer-key)"
     )
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import nn
 
 from drivers.common import distributed
+from drivers.common.commands import spell_program
 from drivers.common.display import Display
 from drivers.common.errors import TrainingAbortedError
 from drivers.common.signals import defer_signals, terminate_as_interrupt
@@ -40,7 +41,7 @@ def run_training(
             loop(components, run)
             final = run.checkpointer.publish(run.state, FINAL)
         except BaseException:  # also after Ctrl-C, the steps so far are saved
-            save_on_abort(run, components.policy, f"python drivers/{settings.program} --resume {run.folder}")
+            save_on_abort(run, components.policy, f"{spell_program(settings.program)} --resume {run.folder}")
             raise
         finally:
             try:
@@ -63,6 +64,7 @@ def save_on_abort(run: Run, policy: nn.Module, resume_command: str) -> None:
     weights = None
     if distributed.size() == 1:
         step = run.state.saved_step if run.state.is_at_snapshot else run.step
+        run.display.say("Stopping: saving a checkpoint ...")
         try:
             with defer_signals():
                 run.finish_save()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tokenizers.processors import TemplateProcessing
 
+from drivers.common.commands import spell_program
 from drivers.common.errors import UsageError
 from drivers.policy.loading import embedded_model, load_tokenizer
 from drivers.tasks.demonstrations import WorkedExample, load_demonstrations, make_demonstrations
@@ -119,7 +120,9 @@ def test_load_examples_integer_answer_of_any_size(tmp_path, n_digits):
 def test_load_examples_other_layout_names_the_converter(tmp_path, name, content, message):
     file = tmp_path / name
     file.write_text(content)
-    command = f"convert it: python drivers/convert_dataset.py {file} --output a-converted.jsonl (for unknown keys: "
+    command = (
+        f"convert it: {spell_program('convert_dataset.py')} {file} --output a-converted.jsonl (for unknown keys: "
+    )
     with pytest.raises(UsageError) as raised:
         load_examples("--data-path", str(file))
     assert message.format(file=file, command=command) in str(raised.value)
