@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from drivers.common.errors import UsageError
+from drivers.common.errors import UsageError, suggest
 
 SPELLING = "your own function as my_module:function or path/to/file.py:function"
 
@@ -36,7 +36,9 @@ def import_function(flag: str, name: str) -> Callable[..., Any]:
         raise UsageError(f"{flag} {name}: cannot be imported ({type(error).__name__}: {error})") from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise UsageError(f"{flag} {name}: {module.__file__} has no function {function_name}")
+        raise UsageError(
+            f"{flag} {name}: {module.__file__} has no function {function_name}{suggest(function_name, vars(module))}"
+        )
     return function  # type: ignore[no-any-return]
 
 

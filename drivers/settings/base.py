@@ -90,7 +90,8 @@ def check_multiple(name: str, value: int, divisor_name: str, divisor: int) -> No
     """Raise a UsageError if one setting is not a multiple of another."""
     if value % divisor:
         lower = value - value % divisor
-        nearest = f"{lower} or {lower + divisor}" if lower else f"{divisor}"
+        other = f"--{divisor_name.replace('_', '-')}"
+        nearest = f"{lower} or {lower + divisor}" if lower else f"{divisor}, or a lower {other} too"
         raise UsageError(
             f"{spell_flag(name, value)}: must be a multiple of {spell_flag(divisor_name, divisor)}; pass {nearest}"
         )

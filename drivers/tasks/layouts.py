@@ -197,7 +197,7 @@ def _read_plain_answer(row: Mapping[str, Any], named: str | None, keys: dict[str
     if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
         value, is_solution = read_reply(key, value), True
     else:
-        is_solution = key.lower() == "solution"
+        is_solution = key.lower() == "solution" and named is None
     answer = read_answer(key, value, is_solution=is_solution, accepts_text=named is not None)
     if isinstance(value, str) and isinstance(answer, str) and halve_backslashes(value) != value:
         keys["repaired backslashes"] = key

@@ -51,7 +51,8 @@ def read_answer(key: str, value: Any, *, is_solution: bool = False, accepts_text
     if text is None:
         text = value.strip()
         if is_solution or not text or "####" in text or r"\boxed" in text or r"\fbox" in text:
-            raise BadRowError(f"`{key}` states no answer: none after ####, none in \\boxed{{}}")
+            hint = f"; if it is the answer itself, pass --answer-key {key}" if is_solution else ""
+            raise BadRowError(f"`{key}` states no answer: none after ####, none in \\boxed{{}}{hint}")
         listed = _parse_list(text)
         if listed is not None:
             return listed

@@ -128,8 +128,8 @@ def explain_missing_gradient(rewards: Sequence[float]) -> str:
     if reward > 0:
         return f"every response has the reward {reward:g}. Use harder questions"
     return (
-        f"every response has the reward {reward:g}. Read completions.jsonl: if the format is missing, fine-tune first "
-        "(sft.py); if the answers are wrong, use easier questions"
+        f"every response has the reward {reward:g}. If this lasts, read completions.jsonl: if the format is missing, "
+        "fine-tune first (sft.py); if the answers are wrong, use easier questions"
     )
 
 

@@ -355,7 +355,7 @@ def test_run_repeated_anomaly_warns_once(tmp_path, capsys):
        loss_type="reinforce_with_baseline")  # fmt: skip
     assert [row["step"] for row in train_on.rows["anomaly"]] == [1, 2, 3]
     output = capsys.readouterr().out
-    assert output.count("no response has a gradient: every response has the reward 0. Read completions.jsonl") == 1
+    assert output.count("no response has a gradient: every response has the reward 0. If this lasts, read") == 1
     assert "no step had a gradient" in train_on.run.summary()
 
 
@@ -364,7 +364,7 @@ def test_check_update_missing_gradient_says_what_helps():
         (anomaly,) = check_update(0.0, 0.0, [], NEAR, rewards)
         return anomaly.text.removeprefix("no response has a gradient: ")
 
-    assert explain(0.0, 0.0, math.nan).startswith("every response has the reward 0. Read completions.jsonl: if")
+    assert explain(0.0, 0.0, math.nan).startswith("every response has the reward 0. If this lasts, read ")
     assert explain(1.0, 1.0) == "every response has the reward 1. Use harder questions"
     for mixed in ((), (math.nan,), (0.0, 1.0)):
         assert explain(*mixed) == "every group has identical rewards, or filters exclude all other groups"
