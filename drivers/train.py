@@ -51,7 +51,7 @@ from drivers.training.update import update
 def train(config: GrpoConfig, components: Components, run: Run) -> None:
     """Train the policy with GRPO. `drivers.training.setup.setup_grpo_run` builds the components and the run."""
     policy, reference = components.policy, components.reference
-    state = run.start(TrainingState(config, policy), components)
+    state = run.start(TrainingState(config, policy, reference), components)
     collect_step = partial(collect, config, components, state.draw, run)
     with RolloutPrefetcher(collect_step, components.engine, state, run) as prefetcher:
         for step in run.steps():
@@ -83,6 +83,7 @@ def train(config: GrpoConfig, components: Components, run: Run) -> None:
             coefficient = {"entropy_coef": entropy_coef} if config.has_entropy_bonus else {}
             run.report(step, collected.metrics | metrics.summary() | coefficient)
             run.log_samples(step, collected.logged_rows, metrics.logged_token_values(), rollouts.advantages)
+            state.move_reference()
             run.end_step(policy)
 
 

@@ -172,6 +172,9 @@ def _make_notes(config: GrpoConfig, objective: Objective) -> list[str]:
             f"the {config.covariance_fraction:g} of the step's tokens with the highest covariance of A and log pi_old "
             f"are {fate}"
         )
+    if config.kl_reference_steps is not None:
+        share, period = config.kl_reference_share, config.kl_reference_steps
+        notes.append(f"pi_ref <- {share:g} pi + {1 - share:g} pi_ref after every {period} steps")
     if config.off_policy_threshold is not None:
         notes.append(
             f"responses with A < 0 and mean_t (log mu - log pi) > {config.off_policy_threshold:g} are excluded; they "

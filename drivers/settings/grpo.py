@@ -47,6 +47,11 @@ class GrpoConfig(AlgorithmSettings, TrainingSettings):
             raise UsageError(
                 "--sampling-replay: the tokens that a server kept are not read; omit it, or omit --rollout-url"
             )
+        if self.kl_reference_steps is not None and self.lora_rank > 0:
+            raise UsageError(
+                f"{self.flag('kl_reference_steps')}: moves a copy of the model, but with {self.flag('lora_rank')} the "
+                "reference is the model without its updates; pass --lora-rank 0"
+            )
 
     @property
     def collective_timeout_s(self) -> float:

@@ -201,6 +201,11 @@ class KLSettings(Settings):
     """Add the KL penalty to the loss, or subtract it from the advantages as reward-to-go, which needs k1."""
     kl_reference: Literal["model", "sampler"] = "model"
     """Reference of the KL: the model that training started from, or the policy that sampled."""
+    kl_reference_steps: PositiveInt | None = None
+    """With --kl-reference model: after every so many steps, move the reference to the policy. Default: never."""
+    kl_reference_share: Share = 1.0
+    """Share of the distance to the policy by which --kl-reference-steps moves each weight of the reference: 1 replaces
+    it, less keeps an exponential average. In bfloat16, small shares are lost in rounding."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus, per nat."""
     entropy_target: PositiveFloat | None = None
@@ -218,6 +223,17 @@ class KLSettings(Settings):
             raise UsageError(
                 f"{self.flag('kl_estimator')}: gives a biased gradient with --kl-in reward; pass --kl-estimator k1, "
                 "or --kl-in loss"
+            )
+
+        if self.kl_reference_steps is not None and not self.needs_reference:
+            raise UsageError(
+                f"{self.flag('kl_reference_steps')}: has no effect without a reference model; pass --kl-coef above 0 "
+                "with --kl-reference model"
+            )
+        if self.kl_reference_steps is None and self.is_changed("kl_reference_share"):
+            raise UsageError(
+                f"{self.flag('kl_reference_share')}: has no effect on a reference that never moves; pass "
+                "--kl-reference-steps too"
             )
 
     @property

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from drivers.common.errors import UsageError
+from drivers.policy import fsdp
 from drivers.policy.optimizer import PolicyOptimizer
+from drivers.policy.reference import mix_into_reference
 from drivers.settings.grpo import GrpoConfig
 from drivers.tasks.questions import Question, distinct
 from drivers.training.anomalies import N_NORMS, CollapseWatch
@@ -88,8 +90,10 @@ def fingerprint(questions: Sequence[Question]) -> str:
 class TrainingState:
     """Weights, optimizer, random generators, and other values that a step passes to the next."""
 
-    def __init__(self, config: GrpoConfig, policy: nn.Module) -> None:
-        self._config = config
+    def __init__(self, config: GrpoConfig, policy: nn.Module, reference: nn.Module | None = None) -> None:
+        """Begin with these models. The reference of the KL penalty is part of the state only if it moves."""
+        self._config, self._policy = config, policy
+        self._reference = None if config.kl_reference_steps is None else reference
         self.step = 0
         """The last step whose updates are all in the weights."""
         self.optimizer = PolicyOptimizer(policy, config)
@@ -116,6 +120,11 @@ class TrainingState:
         if 0 < grad_norm < math.inf:  # a median of zeros would make every norm a spike
             self.grad_norms.append(grad_norm)
         return apply
+
+    def move_reference(self) -> None:
+        """Move a reference that follows the policy, if it is due after the current step."""
+        if self._reference is not None and self.step % (self._config.kl_reference_steps or 1) == 0:
+            mix_into_reference(self._reference, self._policy, self._config.kl_reference_share)
 
     def snapshot(self) -> None:
         """Remember the state at the end of a step, which a checkpoint stores."""
@@ -150,8 +159,11 @@ class TrainingState:
         return values | {"pending": None if pending is None else pending.to_json()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the master weights and moments by name; writing into them restores them."""
-        return self.optimizer.tensors()
+        """Return the master weights, moments and moving reference by name; writing into them restores them."""
+        if self._reference is None:
+            return self.optimizer.tensors()
+        moving = fsdp.resharded(self._reference).named_parameters()
+        return self.optimizer.tensors() | {f"reference.{name}": weight.detach() for name, weight in moving}
 
     def restore(self, values: dict[str, Any]) -> None:
         """Restore the values of `values`, after `tensors` were filled from the same checkpoint.

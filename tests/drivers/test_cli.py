@@ -129,6 +129,8 @@ FLAGS = [
     "kl_estimator",
     "kl_in",
     "kl_reference",
+    "kl_reference_steps",
+    "kl_reference_share",
     "entropy_coef",
     "entropy_target",
     "sampling_top_p",

@@ -1,5 +1,6 @@
 """Every flag has an effect: a setting that is changed alone changes a call, a token, a number, a file or an error."""
 
+import copy
 import json
 import random
 import sys
@@ -143,7 +144,7 @@ def probes(shared, tmp_path, monkeypatch):
                 grade_by_first_character,
                 make_letter_questions(shared.tokenizer, n=6),
                 make_held_out_questions(shared.tokenizer, n=2),
-                shared.reference if config.needs_reference else None,
+                copy.deepcopy(shared.reference) if config.needs_reference else None,  # it may move
             )
             try:
                 loop(components, run)
@@ -468,6 +469,8 @@ TRAIN_ROWS = {
     "kl_estimator": Row("train", "k2", KL),
     "kl_in": Row("train", "reward", KL, {"kl_estimator": "k1"}),
     "kl_reference": Row("train", "sampler", KL),
+    "kl_reference_steps": Row("train", 1, KL | TWO_STEPS),
+    "kl_reference_share": Row("train", 0.5, KL | TWO_STEPS | {"kl_reference_steps": 1}),
     "entropy_coef": Row("train", 0.1),
     "entropy_target": Row("train", 9.0),
     # the update

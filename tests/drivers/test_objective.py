@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 import grpo_core as core
 from drivers.common.errors import TrainingAbortedError, UsageError
+from drivers.policy.reference import mix_into_reference
 from drivers.settings.command_line import parse_train_config
 from drivers.settings.formula import formula, show
 from drivers.settings.grpo import GrpoConfig
@@ -266,6 +267,28 @@ def test_kl_penalty_limits_drift(tmp_path):
     in_reward, reward_steps, _ = run_training(tmp_path / "r", kl_coef=5.0, kl_estimator="k1", kl_in="reward")
     assert reward_steps[-1]["reward"] < steps[-1]["reward"]
     del free, held, in_reward
+
+
+def test_reference_is_replaced_every_second_step(tmp_path):
+    """The divergence is 0 again in the step after, and nowhere else."""
+    settings = {"kl_coef": 0.01, "kl_reference_steps": 2, "n_grpo_steps": 5, "learning_rate": 1e-2}
+    _, steps, _ = run_training(tmp_path, **settings)
+    assert [row["kl"] < 1e-9 for row in steps] == [True, False, True, False, True]
+    notes = "\n".join(formula(make_tiny_config(**settings, kl_reference_share=0.25)))
+    assert "pi_ref <- 0.25 pi + 0.75 pi_ref after every 2 steps" in notes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("share", [0.25, 0.6, 1.0])
+def test_mix_into_reference_matches_definition(share, dtype):
+    reference, policy = make_tiny_policy(0).to(dtype), make_tiny_policy(1)
+    before = [weight.clone() for weight in reference.parameters()]
+    mix_into_reference(reference, policy, share)
+    for old, new, mixed in zip(before, policy.parameters(), reference.parameters(), strict=True):
+        expected = (1 - share) * old.double() + share * new.to(dtype).double()
+        assert_close(mixed.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-3 * torch.finfo(dtype).eps)
+        if share == 1.0:
+            assert torch.equal(mixed, new.to(dtype))
 
 
 @pytest.mark.slow
@@ -798,6 +821,12 @@ ILLEGAL = [
         "--importance-measure k3: has no effect with --importance mask",
     ),
     ({"importance": "reject", "importance_measure": "k2"}, "--importance-measure k2: needs a bound of its own"),
+    ({"kl_reference_steps": 2}, "--kl-reference-steps 2: has no effect without a reference model"),
+    ({"kl_coef": 0.1, "kl_reference_share": 0.5}, "--kl-reference-share 0.5: has no effect on a reference that never"),
+    (
+        {"kl_coef": 0.1, "kl_reference_steps": 2, "lora_rank": 4},
+        "the reference is the model without its updates; pass --lora-rank 0",
+    ),
     ({"kl_coef": 0.1, "kl_estimator": "k1"}, "expected gradient of 0"),
     ({"kl_coef": 0.1, "kl_in": "reward"}, "--kl-estimator k3: gives a biased gradient with --kl-in reward"),
     ({"kl_coef": 0.1, "kl_in": "reward", "kl_estimator": "k1", "loss_type": "gspo"}, "pass --kl-in loss"),

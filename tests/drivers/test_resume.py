@@ -77,6 +77,15 @@ def test_resume_after_stop_anywhere_is_bit_identical(tmp_path, kind, number):
     assert (folder / "completions.jsonl").read_bytes() == (tmp_path / "whole/completions.jsonl").read_bytes()
 
 
+def test_state_holds_the_weights_of_a_reference_only_if_it_moves():
+    policy, reference = make_tiny_parts().policy, make_tiny_parts().policy
+    fixed = TrainingState(make_tiny_config(kl_coef=0.1), policy, reference).tensors()
+    moving = TrainingState(make_tiny_config(kl_coef=0.1, kl_reference_steps=2), policy, reference).tensors()
+    names = {f"reference.{name}": weight for name, weight in reference.named_parameters()}
+    assert moving.keys() - fixed.keys() == names.keys()
+    assert all(moving[name].data_ptr() == weight.data_ptr() for name, weight in names.items())
+
+
 @pytest.mark.slow
 def test_checkpoints_only_newest_two_are_resumable(tmp_path):
     run_grpo(tmp_path / "run")

@@ -49,6 +49,7 @@ RUN_KINDS = {
     "ahead": {"async_steps": 1, "importance": "truncate", "engine": "vllm"},
     "bfloat16": {"dtype": "bfloat16", "self_check_tolerance": 1.0},
     "curriculum": {"curriculum_steps": 5, "rollout_batch_size": 16, "train_batch_size": 16},
+    "following": {"kl_coef": 0.1, "kl_reference_steps": 2, "kl_reference_share": 0.6},
     "refills": {"max_refills": 2, "kl_coef": 0.1, "kl_in": "reward", "kl_estimator": "k1"},
 }
 TINY_IMITATION = {

@@ -626,6 +626,27 @@ MUTANTS = [
         ),
     ),
     *breaks(
+        "mix_into_reference",
+        "drivers/policy/reference.py",
+        f"{OBJECTIVE} -k reference",
+        ("always replaced", "old.lerp_(new.detach().to(old.dtype), share)", "old.copy_(new)"),
+        ("the rest of the distance", ".to(old.dtype), share)", ".to(old.dtype), 1 - share)"),
+        ("nothing moves", "old.lerp_(", "old.lerp("),
+    ),
+    *breaks(
+        "move_reference",
+        "drivers/training/state.py",
+        f"{OBJECTIVE} {DRIVERS}/test_resume.py -k reference",
+        ("after every step", "self.step % (self._config.kl_reference_steps or 1) == 0", "self.step > 0"),
+        ("a step late", "(self._config.kl_reference_steps or 1) == 0", "(self._config.kl_reference_steps or 1) == 1"),
+        (
+            "not saved",
+            "        if self._reference is None:\n            return self.opt",
+            "        if True:\n            return self.opt",
+        ),
+        ("always saved", "None if config.kl_reference_steps is None else reference", "reference"),
+    ),
+    *breaks(
         "EntropyBonus",
         "drivers/training/objective.py",
         f"{OBJECTIVE} -k adaptive",
