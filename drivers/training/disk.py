@@ -38,6 +38,8 @@ def check_disk(config: GrpoConfig, policy: nn.Module, folder: Path, step: int) -
     ranks take part, and rank 0 decides.
     """
     model, whole = model_bytes(policy), checkpoint_bytes(policy)
+    if config.kl_reference_steps is not None:  # a moving reference is part of the training state
+        whole += model
     return distributed.run_on_rank_zero(partial(_check_room, config, model, whole, folder, step))
 
 

@@ -48,7 +48,7 @@ from tests.drivers.helpers.letters import (
     make_tiny_parts,
     sample_rollouts,
 )
-from tests.drivers.helpers.processes import call_program, restore_interrupt
+from tests.drivers.helpers.processes import call_program, restore_interrupt, wait_until
 from tests.drivers.helpers.runs import read_rows, run_training
 from tests.tiny import save_tiny
 
@@ -155,8 +155,7 @@ def test_grading_pool_closes_descriptors(pool):
     folders = [Path("/proc/self/fd"), Path(f"/proc/{pool._server.process.pid}/fd")]
     before = [len(list(folder.iterdir())) for folder in folders]
     pool(["exit"] * 30, ["1"] * 30)
-    list_workers(pool)
-    assert [len(list(folder.iterdir())) for folder in folders] == before
+    wait_until(lambda: [len(list(folder.iterdir())) for folder in folders] == before)
 
 
 def test_grading_pool_several_hang_each_costs_one_deadline(pool):

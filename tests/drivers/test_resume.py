@@ -611,6 +611,7 @@ def test_checkpoint_failure_warns_once_while_it_lasts(tmp_path, monkeypatch):
         ({"n_grpo_steps": 9, "checkpoint_steps": 4}, 3, 0),
         ({"n_grpo_steps": 9, "keep_checkpoints": 1}, 3, 0),
         ({"n_grpo_steps": 9, "keep_checkpoints": 4}, 3, 3),
+        ({"n_grpo_steps": 9, "kl_coef": 0.1, "kl_reference_steps": 1}, 3, 6),  # each state with the reference
     ],
 )
 def test_check_disk_warns_or_refuses_before_run(tmp_path, monkeypatch, changes, n_states, n_models):
@@ -619,7 +620,7 @@ def test_check_disk_warns_or_refuses_before_run(tmp_path, monkeypatch, changes, 
     policy, config = make_tiny_parts().policy, make_tiny_config(**{"checkpoint_steps": 1} | changes)
     n_parameters, free = sum(p.numel() for p in policy.parameters()), []
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
-    state, model = 12 * n_parameters, 4 * n_parameters
+    state, model = (16 if "kl_reference_steps" in changes else 12) * n_parameters, 4 * n_parameters
     for free[:] in ([n_states * (state + model) + n_models * model], [10**15]):
         assert disk.check_disk(config, policy, tmp_path, step=0) is None
     free[:] = [n_states * (state + model) + n_models * model - 1]

@@ -129,6 +129,15 @@ def test_importance_divergences_of_equal_policies_are_zero(measure, case):
     assert torch.equal(g.keep_within_bounds(moved, low=0.0, high=0.0)[mask], (old == sampler)[mask])
 
 
+@MEASURES
+def test_importance_divergences_of_close_policies_are_not_negative(measure):
+    """In float32, the two terms of the binary KL almost cancel; a gate from 0 on must not reject what did not move."""
+    old = torch.linspace(-4, -0.01, 4000)[None]
+    mask = torch.ones_like(old, dtype=torch.bool)
+    for gap in (1e-7, 1e-6, 1e-5, 1e-4):
+        assert (g.compute_importance_divergences(old, old + gap, mask, measure, "token") >= 0).all()
+
+
 BOUNDS = st.tuples(floats(0, 1), floats(1, 3))
 
 

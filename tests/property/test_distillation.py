@@ -126,6 +126,17 @@ def test_compute_top_k_forward_kl_and_gradient_match_oracle(case, temperature):
     )
 
 
+@given(pairs_of_logits())
+def test_compute_top_k_forward_kl_of_whole_vocabulary_is_exact_in_float32(logits):
+    """The sum of float32 probabilities is not exactly 1, and the rest must not count as another token."""
+    student, teacher = (one.float() for one in logits)
+    ids = torch.arange(student.shape[1]).expand(student.shape)
+    found = g.compute_top_k_forward_kl(student, teacher.log_softmax(-1), ids)
+    for row in range(len(student)):
+        p, q = (reference.probabilities(one[row].tolist()) for one in (student, teacher))
+        assert_close(found[row].item(), reference.kl(q, p), rtol=1e-4, atol=2e-5)
+
+
 @given(case=top_k_cases())
 def test_compute_top_k_forward_kl_of_the_teacher_itself_is_zero(case):
     _, teacher, ids = case

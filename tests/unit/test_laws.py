@@ -16,7 +16,7 @@ SETTINGS = {
     **{"cliprange": 0.2, "cliprange_high": 0.28, "dual_clip": 3.0, "ratio_low": 0.0, "ratio_high": 5.0},
     **{"temperature_positive": 1.0, "temperature_negative": 1.05, "threshold": 0.05, "threshold_low": 0.2},
     **{"threshold_high": 0.2, "kl_coef": 1.0, "positive": (2.0, 3.0), "negative": (3.0, 2.0)},
-    **{"advantage_eps": 1e-6, "k": 2},
+    **{"advantage_eps": 1e-6, "k": 2, "penalty": 0.5},
 }
 
 

@@ -1137,6 +1137,7 @@ MUTANTS = [
         ("without moments", "+ 12 * sum", "+ 4 * sum"),
         ("without the one that is written", "N_RESUMABLE + 1)", "N_RESUMABLE)"),
         ("models are free", " + n_models * model", ""),
+        ("a moving reference is free", "        whole += model\n", "        pass\n"),
         ("the best is forgotten", "config.keep_checkpoints + 1 -", "config.keep_checkpoints -"),
         ("one that does not fit is a warning", "    if free < whole:", "    if False:"),
     ),
