@@ -228,6 +228,7 @@ OBJECTIVES: dict[str, Objective] = {
     "dro": Objective(
         function="compute_dro_loss",
         settings={"penalty": "dro_penalty"},
+        has_gradient_without_signal=True,  # the square pulls every token back
         formula="-{A} log rho_it + {dro_penalty:g} / 2 (log rho_it)^2",
         paper="2405.19107",
     ),

@@ -608,6 +608,7 @@ def test_rows_with_gradient_cases():
     assert not answer(loss_type="no_baseline", rewards=torch.zeros(32))
     assert answer(kl_coef=0.1)
     assert answer(entropy_coef=0.01)
+    assert answer(loss_type="dro")
     assert answer(positive_nll_coef=0.1)
     assert not answer(positive_nll_coef=0.1, rewards=-silent)
     assert answer(kl_coef=0.1, kl_in="reward", kl_estimator="k1")

@@ -171,6 +171,16 @@ MUTANTS = [
         ),
     ),
     *breaks(
+        "OBJECTIVES",
+        "drivers/settings/objectives.py",
+        f"{OBJECTIVE} -k rows_with_gradient_cases",
+        (
+            "responses without advantage are left out of DRO",
+            "        has_gradient_without_signal=True,",
+            "        has_gradient_without_signal=False,",
+        ),
+    ),
+    *breaks(
         "resolve_values",
         "drivers/settings/objectives.py",
         f"{OBJECTIVE} {FLAGS} tests/drivers/test_recipes.py -k 'calls_its_function or cliprange'",
