@@ -594,7 +594,7 @@ MUTANTS = [
     *breaks(
         "find_responses_with_gradient",
         "drivers/training/objective.py",
-        f"{OBJECTIVE} {DRIVERS}/test_train.py -k 'find_responses_with_gradient or skipping'",
+        f"{OBJECTIVE} {DRIVERS}/test_train.py -k 'rows_with_gradient or skipping'",
         ("the entropy bonus has none", "if entropy_coef > 0 or (config.kl_coef", "if (config.kl_coef"),
         (
             "the KL penalty has none",
