@@ -40,7 +40,7 @@ from tests.tiny import save_tiny
 
 SCRIPT = Path(rank_process.__file__)
 ROOT = Path(__file__).resolve().parents[2]
-# Several updates per step with old log-probs, a reference, an importance correction and rows of very different length.
+# Several updates per step with old log-probs, a moving reference, an importance correction, rows of different lengths.
 RICH = {
     "n_grpo_steps": 3,
     "loss_type": "grpo_clip",
@@ -50,6 +50,8 @@ RICH = {
     "epochs_per_rollout_batch": 2,
     "micro_batch_tokens": 40,
     "kl_coef": 0.05,
+    "kl_reference_steps": 1,
+    "kl_reference_share": 0.5,
     "importance": "truncate",
     "entropy_coef": 0.01,
     "learning_rate": 1e-3,
