@@ -8,6 +8,7 @@ from dataclasses import replace
 import drivers.common.environment  # noqa: F401  before torch: OpenMP reads its settings once
 from drivers.common.arguments import parse_arguments
 from drivers.common.cli import exit_on_user_error
+from drivers.common.wrapping import print_line
 from drivers.sweeps.plan import SweepConfig, folder_of, keep_plan, plan
 from drivers.sweeps.presets import SWEEPS
 from drivers.sweeps.results import write_results
@@ -22,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # With unknown flags, tyro 1.0 returns "[]" for the positional argument that was not given.
         config = replace(config, sweep=None if config.sweep == "[]" else config.sweep)
         if config.list and config.sweep is None and not config.grid:
-            print("\n".join(f"{name:22} {(variants.__doc__ or '').strip()}" for name, variants in SWEEPS.items()))
+            for name, variants in SWEEPS.items():
+                print_line(f"{name:22} {(variants.__doc__ or '').strip()}")
             return
         planned = plan(config, shared)
         if config.list:

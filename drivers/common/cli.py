@@ -11,16 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 
 from drivers.common.errors import GrpoError, UsageError, shorten
+from drivers.common.wrapping import print_line
 
 
 def exit_with(program: str, error: Exception, status: int) -> None:
     """Print one line instead of a traceback and exit; with several ranks, rank 0 prints first."""
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:
-        print(f"{program}: {error}", file=sys.stderr, flush=True)
+        print_line(f"{program}: {error}", sys.stderr)
     else:
         time.sleep(5.0)  # torchrun ends the other ranks once rank 0 has exited with the same error
-        print(f"{program}, rank {rank}: {error}", file=sys.stderr, flush=True)
+        print_line(f"{program}, rank {rank}: {error}", sys.stderr)
     raise SystemExit(status)
 
 

@@ -1,7 +1,6 @@
 """Show the progress of a run: a live panel on a terminal, plain lines elsewhere."""
 
 import re
-import textwrap
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -14,6 +13,8 @@ from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from drivers.common.wrapping import wrap
 
 COLUMNS = {
     "reward": "reward {:.3f}",
@@ -57,6 +58,9 @@ class Display:
         self._phase = "working"
         self._begin = self._phase_begin = self._step_begin = time.monotonic()
         self._step_seconds: list[float] = []
+        self._is_in_step = False
+        self._held_lines: list[str] = []
+        """Lines about the state after a step, which follow the line of the step."""
         self._figures: list[str] = []
         self._live = Live(console=self.console, transient=True, get_renderable=self._panel)
 
@@ -66,6 +70,7 @@ class Display:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._print_held_lines()
         with suppress(OSError):
             self._live.stop()
 
@@ -97,10 +102,10 @@ class Display:
 
     def begin_step(self) -> None:
         """Start the clock of a step."""
-        self._step_begin = time.monotonic()
+        self._step_begin, self._is_in_step = time.monotonic(), True
 
     def end_step(self, step: int, values: Mapping[str, float]) -> None:
-        """Print the step's line and update the panel."""
+        """Print the step's line, then those of its evaluation, and update the panel."""
         self._step_seconds.append(time.monotonic() - self._step_begin)
         left = clock((self._n_steps - step) * fmean(self._step_seconds[-5:]))
         self._n_done = step
@@ -110,14 +115,21 @@ class Display:
         last = f"{self._step_seconds[-1]:.1f} s, {left} left"
         head = f"step {step:>{len(str(self._n_steps))}}/{self._n_steps}"
         self.say(head, *shown, last)
+        self._is_in_step = False
+        self._print_held_lines()
+
+    def _print_held_lines(self) -> None:
+        for line in self._held_lines:
+            self.say(line)
+        self._held_lines.clear()
 
     def show_evaluation(
         self, step: int, values: Mapping[str, float], rows: Sequence[Mapping[str, Any]], name: str | None = None
     ) -> None:
-        """Print the accuracy on the set `name` and some completions with their rewards."""
+        """Print the accuracy on the set `name` and some completions with their rewards, after the line of the step."""
         of_set = "" if name is None else f" on {name}"
         rates = "".join(f", {label} {values[key]:.3f}" for label, key in rates_at_most(values).items())
-        self.say(
+        self._held_lines.append(
             f"eval at step {step}{of_set}: accuracy {_number(values, 'accuracy')} "
             f"(+-{_number(values, 'accuracy_stderr')}){rates}, "
             f"format {_number(values, 'format_reward')}, {values['response_tokens']:.1f} tokens, "
@@ -125,8 +137,10 @@ class Display:
         )
         for row in rows[:4]:
             reward = "-" if row["reward"] is None else f"{row['reward']:g}"
-            self.say(f"  {reward}  {one_line(str(row['question']))}")
-            self.say(f"     {one_line(str(row['response']))}  (answer: {row['answer']})")
+            self._held_lines.append(f"  {reward}  {one_line(str(row['question']))}")
+            self._held_lines.append(f"     {one_line(str(row['response']))}  (answer: {row['answer']})")
+        if not self._is_in_step:
+            self._print_held_lines()
 
     def _panel(self) -> Panel:
         """Draw the panel; it is drawn again four times a second."""
@@ -145,26 +159,6 @@ class Display:
         grid.add_row(bar)
         grid.add_row(Text("   ".join([*self._figures, f"elapsed {clock(now - self._begin)}"])))
         return Panel(grid, title=self._title, title_align="left")
-
-
-def wrap(parts: Sequence[str], width: int) -> str:
-    """Wrap a line between its parts, or a single part between words, and indent what follows.
-
-    A command stays in one piece. So does a word that is longer than a line, such as a path: the terminal breaks it,
-    and it can still be copied.
-    """
-    line = parts[0] if len(parts) == 1 else "  ".join(part.replace(" ", _UNBROKEN) for part in parts)
-    command = _COMMAND.search(line)
-    if command:
-        line = line[: command.start()] + command[0].replace(" ", _UNBROKEN)
-    indent = " " * (len(line) - len(line.lstrip(" ")) + 4)
-    wrapped = textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-    return wrapped.replace(_UNBROKEN, " ")
-
-
-_COMMAND = re.compile(r"(\S*python\S* \S*drivers/|\S*wandb sync ).*")
-_UNBROKEN = "\N{NO-BREAK SPACE}"
-"""Stands for a space at which a line is not broken."""
 
 
 def _number(values: Mapping[str, float], name: str) -> str:

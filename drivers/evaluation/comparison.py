@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from drivers.common.display import Screen, one_line
 from drivers.common.errors import UsageError
+from drivers.common.wrapping import print_line
 from drivers.evaluation.outcomes import CATEGORIES, Row
 from drivers.settings.base import spell_flag
 from drivers.settings.evaluate import EvaluateConfig
@@ -69,7 +70,7 @@ def _check_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, A
     differing = [name for name in _SAMPLING_SETTINGS if before[name] != now[name]]
     if differing:
         listed = ", ".join(f"{_spell(name, before[name])} (here {now[name]})" for name in differing)
-        print(f"warning: --compare-to {folder}: was sampled with {listed}", file=sys.stderr)
+        print_line(f"warning: --compare-to {folder}: was sampled with {listed}", sys.stderr)
 
 
 def _spell(name: str, value: Any) -> str:

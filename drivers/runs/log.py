@@ -20,6 +20,7 @@ from typing import Any
 from drivers.common.atomic_files import write_json, write_text
 from drivers.common.commands import spell_tool
 from drivers.common.signals import defer_signals
+from drivers.common.wrapping import print_line
 from drivers.reports.logged_run import has_step, parse_object
 from drivers.settings.groups import RunSettings, TrainingSettings
 from drivers.settings.grpo import GrpoConfig
@@ -51,7 +52,7 @@ def describe_environment() -> dict[str, Any]:
 def print_warning(text: str) -> None:
     """Print a warning. A closed terminal or a full disk must not end the run."""
     with suppress(OSError, ValueError):
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print_line(f"warning: {text}", sys.stderr)
 
 
 class JsonlWriter:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from drivers.common.cli import exit_on_user_error
 from drivers.common.errors import UsageError
+from drivers.common.wrapping import print_line
 from drivers.settings.base import Settings
 from drivers.settings.groups import TrainingSettings
 from drivers.settings.grpo import GrpoConfig
@@ -63,7 +64,7 @@ def parse_train_config(arguments: Sequence[str]) -> GrpoConfig:
         return resolve_micro_batching(arguments, parse(GrpoConfig, arguments, earlier))
     has_model = names_model(arguments)
     if recipe is None and not has_model and not HELP & set(arguments):
-        print("No --model-path and no --recipe: this is the embedded quickstart (--recipe quickstart).", flush=True)
+        print_line("No --model-path and no --recipe: this is the embedded quickstart (--recipe quickstart).")
         recipe = "quickstart"
     settings: dict[str, Any] = {}
     if recipe in RECIPES:
@@ -148,7 +149,7 @@ def parse_settings(kind: type[Imitation], arguments: Sequence[str]) -> Imitation
         return parse(kind, arguments, earlier)
     is_quickstart = flag_given(arguments, "--model-path") is None and not HELP & set(arguments)
     if is_quickstart:
-        print("No --model-path: this is the embedded quickstart.", flush=True)
+        print_line("No --model-path: this is the embedded quickstart.")
     settings = parse(kind, arguments, kind(**(QUICKSTARTS[kind] if is_quickstart else {})))
     if settings.model_path is None:
         raise UsageError("--model-path: is missing; pass a folder or hub name")

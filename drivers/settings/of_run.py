@@ -9,6 +9,7 @@ from typing import Any
 from drivers.common.display import Screen
 from drivers.common.errors import UsageError
 from drivers.common.paths import repository_path
+from drivers.common.wrapping import print_line
 from drivers.settings.base import spell_flag
 from drivers.settings.command_line import HELP, check_types, flag_given, is_run
 from drivers.settings.evaluate import EvaluateConfig
@@ -150,8 +151,8 @@ def _warn_of_other_run(config: EvaluateConfig, arguments: Sequence[str]) -> None
         if value != getattr(config, name) and not (_is_given(name, arguments) or _is_part_of_given(name, arguments))
     ]
     if differing:
-        print(
+        print_line(
             f"warning: --compare-to {config.compare_to}: its run has {', '.join(differing)}; both models are asked "
             "and graded with the settings here",
-            file=sys.stderr,
+            sys.stderr,
         )

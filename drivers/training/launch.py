@@ -9,6 +9,7 @@ from drivers.common.commands import spell_program
 from drivers.common.display import Display
 from drivers.common.errors import TrainingAbortedError
 from drivers.common.signals import defer_signals, terminate_as_interrupt
+from drivers.common.wrapping import print_line
 from drivers.runs.checkpoint import read_state_values
 from drivers.runs.folder import find_newest_checkpoint
 from drivers.runs.resume import FINAL, find_finished_model
@@ -31,7 +32,7 @@ def run_training(
     finished = find_finished_model(config)
     if finished is not None:
         steps = f"{config.n_grpo_steps}/{config.n_grpo_steps} steps"
-        print(f"{finished}/ is already complete ({steps}). Increase {settings.extend_flag} to continue.")
+        print_line(f"{finished}/ is already complete ({steps}). Increase {settings.extend_flag} to continue.")
         return
     distributed.start(config.collective_timeout_s, on_gpus=config.policy_device != "cpu")
     display = Display(config.n_grpo_steps, quiet=not distributed.is_rank_zero(), title=settings.title)

@@ -8,6 +8,7 @@ from torch import nn
 
 from drivers.common import distributed
 from drivers.common.errors import TrainingAbortedError
+from drivers.common.wrapping import print_line
 from drivers.engines.protocol import RolloutEngine
 from drivers.engines.rank_zero import run_with_engine
 from drivers.policy import fsdp
@@ -66,7 +67,7 @@ def check_evaluation_engine(
     if tolerance is None:
         tolerance = DEFAULT_TOLERANCE[fsdp.computing_dtype(policy)]
     agreement = check_engine(engine, policy, prompts, sampling, version=0, tolerance=tolerance, seed=config.seed)
-    print(f"self-check: {agreement}; {tolerance:g} mean allowed")
+    print_line(f"self-check: {agreement}; {tolerance:g} mean allowed")
 
 
 @torch.no_grad()

@@ -6,11 +6,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from drivers.common.cli import fit_help
-from drivers.common.display import Display, Screen, wrap
+from drivers.common.display import Display, Screen
+from drivers.common.wrapping import print_line, wrap
 from drivers.settings.evaluate import EvaluateConfig
 from drivers.settings.grpo import GrpoConfig
 from drivers.settings.imitation import ExpertIterationConfig, SftConfig
@@ -74,6 +76,19 @@ def test_evaluation_line_names_set_and_rates(capsys):
     ]
 
 
+def test_evaluation_follows_the_line_of_its_step(capsys):
+    values = {"response_tokens": 9.0, "n_examples": 8.0}
+    with Display(15) as display:
+        display.show_evaluation(0, values, [])
+        display.begin_step()
+        display.show_evaluation(1, values, [])
+        display.end_step(1, STEP)
+        display.begin_step()
+        display.show_evaluation(2, values, [])  # the run ends within the step
+    starts = [line.split(":")[0].split("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert starts == ["eval at step 0", "step", "eval at step 1", "eval at step 2"]
+
+
 @pytest.mark.parametrize("program", ["python drivers/train.py --resume", "wandb sync"])
 @pytest.mark.parametrize("width", [30, 80])
 def test_wrap_keeps_words_commands_and_indents(width, program):
@@ -86,6 +101,27 @@ def test_wrap_keeps_words_commands_and_indents(width, program):
     assert all(line.startswith("      ") for line in lines[1:])
     assert sum(command in line for line in lines) == 1
     assert all(len(line) <= width for line in lines if command not in line)
+
+
+def test_wrap_keeps_what_follows_a_command():
+    text = "a.csv is no jsonl; convert it: python drivers/convert_dataset.py a.csv (for unknown keys: --question-key)"
+    lines = wrap([text], 60).splitlines()
+    assert " ".join(" ".join(lines).split()) == text
+    assert any(line.strip().startswith("python drivers/convert_dataset.py a.csv") for line in lines)
+    assert all(len(line) <= 60 for line in lines)
+
+
+def test_print_line_is_wrapped_on_a_terminal_only(monkeypatch):
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: SimpleNamespace(columns=40))
+    text = "train.py: --train-batch-size 48: must be a multiple of --rollout-batch-size 32; pass 32 or 64"
+    for is_terminal in (False, True):
+        file = io.StringIO()
+        file.isatty = lambda is_terminal=is_terminal: is_terminal
+        print_line(text, file)
+        lines = file.getvalue().splitlines()
+        assert (len(lines) > 1) == is_terminal
+        assert " ".join(" ".join(lines).split()) == text
+        assert not is_terminal or max(map(len, lines)) <= 40
 
 
 def test_panel_shows_phase_steps_and_labeled_times(monkeypatch):
