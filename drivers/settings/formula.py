@@ -185,6 +185,8 @@ def _make_notes(config: GrpoConfig, objective: Objective) -> list[str]:
             f"in the denominators, rejected tokens {config.rejected_tokens} and empty responses "
             f"{config.empty_responses}"
         )
+    if config.sampling_replay:
+        notes.append("pi is the softmax over the tokens that the sampler could draw (arXiv:2512.02556, section 3.1)")
     if config.max_refills:
         notes.append(
             f"groups of equal rewards are replaced, in at most {config.max_refills} further rounds of sampling"

@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from drivers.engines.kept_tokens import KeptTokens
+from drivers.settings.formula import show
 from drivers.training import scoring
 from drivers.training.batch import StepRollouts, make_rollout_batch
 from drivers.training.micro_batches import Row
@@ -92,3 +93,9 @@ def test_self_check_sampling_truncates_only_if_replayed():
 def test_minimum_length_without_replay_excludes_nothing():
     config, parts = make_tiny_config(sampling_min_tokens=4), make_tiny_parts()
     assert {completion.excluded for completion in sample(config, parts).completions} == {()}
+
+
+def test_show_states_the_softmax_of_replay():
+    words = "pi is the softmax over the tokens that the sampler could draw"
+    shown = [show(make_tiny_config(sampling_top_p=0.5, sampling_replay=on)) for on in (False, True)]
+    assert [words in " ".join(text.split()) for text in shown] == [False, True]
