@@ -373,7 +373,9 @@ def test_train_from_any_folder_writes_run_and_resumes(tmp_path, monkeypatch, cap
     assert {"torch", "transformers", "grpo_core"} <= resolved["environment"]["versions"].keys()
     phases = [json.loads(line)["phase"] for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     phases = [phase for phase in phases if phase != "anomaly"]  # a tiny model that learns nothing gives a warning
-    assert phases == ["check", "eval", "check", "train", "save", "eval", "train", "save"]
+    assert phases.count("save") == 2  # each line is written when its thread is done, during a later step
+    in_order = ["check", "eval", "check", "train", "eval", "train"]
+    assert [phase for phase in phases if phase != "save"] == in_order
     assert "reward" in done.stdout
     assert "self-check at step 0" in done.stdout
     assert json.loads((tmp_path / "out/checkpoint-2/trainer_state.json").read_text())["step"] == 2
