@@ -487,6 +487,7 @@ def test_evaluation_asks_each_set_with_its_own_settings(tmp_path):
     """Metrics of sets after the first have their name; only the first decides which checkpoint is the best."""
     config = make_tiny_config(**OWN_EVALUATION)
     second = make_held_out_questions(make_tiny_tokenizer(), n=7)[5:]
+    second = [replace(q, example=replace(q.example, answer="")) for q in second]  # which every response contains
     recorded = run_recorded(
         tmp_path,
         lambda components, run: train(config, components, run),
@@ -502,9 +503,10 @@ def test_evaluation_asks_each_set_with_its_own_settings(tmp_path):
         assert (plain.n, plain.temperature, plain.top_p, plain.max_tokens) == (8, 1.0, 1.0, 6)
     rows = read_phase(recorded, "eval")
     assert recorded.run.state.accuracies == {row["step"]: row["accuracy"] for row in rows}
+    assert all(row["accuracy"] < row["second/accuracy"] == 1 for row in rows)
     for number, row in enumerate(rows):
         for prefix, call in (("", asked[2 * number]), ("second/", asked[2 * number + 1])):
-            right = ["b" in one.text for one in call.completions]
+            right = [("" if prefix else "b") in one.text for one in call.completions]
             groups = [right[start : start + 4] for start in range(0, len(right), 4)]
             expected = {
                 "accuracy": fmean(right),
