@@ -5,10 +5,12 @@ Needs torch alone, so a test, a notebook or a program can call it. The batches a
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from grpo_core._checks import require
 
 LENGTHS = (5, 3, 1, 0)
 """Response tokens per row of the batch; the last response has lost all its tokens to a mask."""
@@ -56,7 +58,7 @@ def check_objective(
     laws: Sequence[str] | None = None,
     token_advantages: bool = False,
     **settings: Any,
-) -> bool:
+) -> Literal["token", "response"]:
     r"""Raise an AssertionError that says in one sentence which law of the objectives `function` breaks.
 
     The function is called by the names of its parameters: `policy_log_probs`, `old_log_probs` (Float "batch seq"),
@@ -77,22 +79,22 @@ def check_objective(
 
     Args:
         function: the objective.
-        laws: names of the laws to check, in this order. Default: all. `REQUIRED_LAWS` are those without which
-            drivers/train.py refuses the objective; an objective may break the others on purpose.
+        laws: names of the laws to check. Default: all. drivers/train.py requires `REQUIRED_LAWS` and warns of others.
         token_advantages: give each token an advantage of its own, instead of one to each response.
         settings: other arguments of the function, by parameter.
 
     Returns:
-        True if the function has one loss per response, False if it has one per token.
+        What has one loss: "token" or "response".
 
     Raises:
         AssertionError: a law is broken, or the function raises an error.
+        ValueError: a law has another name, or a setting is no parameter of the function.
 
     Examples:
         >>> def reinforce(advantages, policy_log_probs):
         ...     return -advantages.detach() * policy_log_probs
         >>> check_objective(reinforce, laws=REQUIRED_LAWS)
-        False
+        'token'
         >>> check_objective(lambda policy_log_probs: -policy_log_probs.mean())
         Traceback (most recent call last):
             ...
@@ -100,9 +102,9 @@ def check_objective(
     """
     objective, batch = _Function(function, settings), _make_batch(token_advantages=token_advantages)
     _check_parameters(objective, batch)
-    for law in OBJECTIVE_LAWS if laws is None else laws:
+    for law in _choose(laws, OBJECTIVE_LAWS):
         _refuse(objective, OBJECTIVE_LAWS[law](objective, batch))
-    return bool(objective.describe(batch).losses.shape[1] == 1)
+    return "response" if objective.describe(batch).losses.shape[1] == 1 else "token"
 
 
 def check_advantage(function: Callable[..., Any], *, laws: Sequence[str] | None = None, **settings: Any) -> None:
@@ -140,8 +142,15 @@ def check_advantage(function: Callable[..., Any], *, laws: Sequence[str] | None 
         "greedy_rewards": torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0]),
     }
     _check_parameters(estimator, inputs)
-    for law in ADVANTAGE_LAWS if laws is None else laws:
+    for law in _choose(laws, ADVANTAGE_LAWS):
         _refuse(estimator, ADVANTAGE_LAWS[law](estimator, inputs))
+
+
+def _choose(laws: Sequence[str] | None, table: Mapping[str, Any]) -> Sequence[str]:
+    """Return the names of the laws to check; raise ValueError for an unknown one."""
+    unknown = [law for law in laws or () if law not in table]
+    require(not unknown, "laws", unknown, f"among {', '.join(table)}")
+    return list(table) if laws is None else laws
 
 
 def _refuse(function: _Function, problem: str | None) -> None:
@@ -151,20 +160,20 @@ def _refuse(function: _Function, problem: str | None) -> None:
 
 def _check_parameters(function: _Function, offered: Mapping[str, Any]) -> None:
     """Raise an AssertionError if a parameter has neither a default nor an argument."""
-    known = [*offered, *function.settings]
+    for name in function.settings.keys() - function.parameters.keys():
+        raise ValueError(f"{name}: is no parameter of {function.name}")
     for name, parameter in function.parameters.items():
         if parameter.kind is parameter.POSITIONAL_ONLY:
             raise AssertionError(f"{function.name}: its parameter {name} must be one that can be passed by name")
         is_required = parameter.default is parameter.empty and "VAR" not in parameter.kind.name
-        if is_required and name not in known:
-            raise AssertionError(f"{function.name}: its parameter {name} needs a default, for it is none of {known}")
+        if is_required and name not in {**offered, **function.settings}:
+            raise AssertionError(f"{function.name}: its parameter {name} needs a value or a default")
 
 
 def _is_close(value: Tensor, expected: Tensor) -> bool:
     return torch.allclose(value, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
-# --- objectives ------------------------------------------------------------------------------------------------------
 def _make_batch(*, token_advantages: bool) -> _Batch:
     generator = torch.Generator().manual_seed(0)
     shape = rows, seq = len(LENGTHS), max(LENGTHS)
@@ -306,12 +315,14 @@ def _check_on_policy(objective: _Function, batch: _Batch) -> str | None:
     outcome = objective.describe({**batch, "policy_log_probs": batch["old_log_probs"]})
     mask = batch["response_mask"]
     signal = next((batch[name] for name in _SIGNALS if name in objective.parameters), torch.ones(len(mask), 1))
-    shares = [torch.ones(len(mask), 1)]
-    if outcome.losses.shape != mask.shape:
-        shares.append(1 / mask.sum(dim=1, keepdim=True).clamp(min=1))
+    whole, of_mean = torch.ones(()), 1 / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    shares = [whole] if outcome.losses.shape == mask.shape else [whole, of_mean]
     gradient = torch.where(mask, outcome.gradient, 0.0)
-    if not any(_is_close(gradient, torch.where(mask, -signal * share, 0.0)) for share in shares):
-        return "has another gradient than REINFORCE (-A for each token) where policy_log_probs equals old_log_probs"
+    expected = torch.where(mask, -signal, 0.0)
+    if not any(_is_close(gradient, expected * share) for share in shares):
+        place = tuple(((gradient - expected).abs() > 1e-5).nonzero()[0])
+        found = f"{gradient[place].item():.3g}, not {expected[place].item():.3g}"
+        return f"has another gradient than REINFORCE (-A for each token) where no policy has moved: {found}"
     return None
 
 
@@ -332,7 +343,6 @@ REQUIRED_LAWS = ("shape", "gradient", "finite", "rows", "padding")
 """The laws of objectives without which a run would train on something else than it says."""
 
 
-# --- advantages ------------------------------------------------------------------------------------------------------
 _Inputs = Mapping[str, Any]
 
 

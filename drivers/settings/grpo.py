@@ -70,7 +70,7 @@ class GrpoConfig(AlgorithmSettings, TrainingSettings):
     @property
     def warnings(self) -> list[str]:
         """Return a warning for each setting that is legal but probably a mistake."""
-        found = []
+        found = [f"{self.flag('loss_type')} {text}" for text in self.objective.broken_laws]
         if self.passes_per_update > 1:
             found.append(
                 f"{self.flag('train_batch_size')} is {self.passes_per_update} passes over the rollout batch from the "

@@ -50,30 +50,32 @@ def find_advantage(advantage: str) -> Advantage:
 def _describe_own_loss(name: str) -> Objective:
     """Return the row of an own loss; its kind and its laws are those that it shows on a tiny batch."""
     function = _import("--loss-type", name, OBJECTIVES)
-    from grpo_core.testing import REQUIRED_LAWS, check_objective
+    from grpo_core.testing import OBJECTIVE_LAWS, REQUIRED_LAWS, check_objective
 
     row = _describe("--loss-type", name, function, LOSS_SYMBOLS, LOSS_SETTINGS)
     values = {setting: LOSS_SETTINGS[setting] for setting in row["settings"]}
 
-    def holds(*laws: str, **options: bool) -> bool:
+    def find_break(law: str, **options: bool) -> str:
         try:
-            check_objective(function, laws=laws, **options, **values)
-        except AssertionError:
-            return False
-        return True
+            check_objective(function, laws=[law], **options, **values)
+        except AssertionError as error:
+            return str(error).partition(": ")[2]
+        return ""
 
     try:
-        per_response = check_objective(function, laws=REQUIRED_LAWS, **values)
+        per_response = check_objective(function, laws=REQUIRED_LAWS, **values) == "response"
     except AssertionError as error:
         raise UsageError(f"--loss-type {name}: {str(error).partition(': ')[2]}") from error
     uses_advantages = "advantages" in row["inputs"]
+    broken = {law: find_break(law) for law in OBJECTIVE_LAWS if law not in REQUIRED_LAWS}
     return Objective(
         **row,
         other_settings=("off_policy_threshold",) if uses_advantages else (),
         has_response_loss=per_response,
         has_response_ratio=per_response,
-        accepts_token_advantages=not per_response and holds("shape", token_advantages=True),
-        has_gradient_without_signal=not holds("signal"),
+        accepts_token_advantages=not per_response and not find_break("shape", token_advantages=True),
+        has_gradient_without_signal=bool(broken["signal"]),
+        broken_laws=tuple(filter(None, broken.values())),
     )
 
 
@@ -114,6 +116,11 @@ def _describe(
         raise UsageError(f"{flag} {name}: its parameters cannot be read ({error}); wrap it in a def") from error
     inputs = {parameter: parameter for parameter in symbols if parameter in parameters}
     read = {parameter: parameter for parameter in settings if parameter in parameters}
+    for parameter in parameters.values():
+        is_required = parameter.default is parameter.empty and "VAR" not in parameter.kind.name
+        if is_required and parameter.kind is not parameter.POSITIONAL_ONLY and parameter.name not in inputs | read:
+            known = ", ".join((*symbols, *settings))
+            raise UsageError(f"{flag} {name}: its parameter {parameter.name} needs a default; known are {known}")
     arguments = [symbols[parameter] for parameter in inputs] + [f"{setting}={{{setting}}}" for setting in read]
     return {
         "function": name,

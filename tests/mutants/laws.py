@@ -27,9 +27,9 @@ MUTANTS = [
             '{**batch, "policy_log_probs": batch["old_log_probs"]})',
             '{**batch, "policy_log_probs": batch["policy_log_probs"]})',
         ),
-        ("the sum of a response alone", "    if outcome.losses.shape != mask.shape:\n", "    if False:\n"),
+        ("the sum of a response alone", "[whole] if outcome.losses.shape == mask.shape else", "[whole] if True else"),
         ("settings are not passed", "offered = {**batch, **self.settings}", "offered = {**batch}"),
-        ("the kind is forgotten", "losses.shape[1] == 1)", "losses.shape[1] == 0)"),
+        ("the kind is forgotten", "losses.shape[1] == 1 else", "losses.shape[1] == 0 else"),
     ),
     *breaks(
         "check_advantage",

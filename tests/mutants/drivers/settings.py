@@ -214,8 +214,12 @@ MUTANTS = [
         ("no law of advantages", 'laws=("shape", "unscored", "order"), **values)', "laws=(), **values)"),
         ("every loss is of tokens", "        has_response_loss=per_response,\n", ""),
         ("responses may be weighted by length", "        has_response_ratio=per_response,\n", ""),
-        ("any loss takes advantages of tokens", 'not per_response and holds("shape", token_advantages=True)', "True"),
-        ("silent responses are skipped", '        has_gradient_without_signal=not holds("signal"),\n', ""),
+        (
+            "any loss takes advantages of tokens",
+            'not per_response and not find_break("shape", token_advantages=True)',
+            "True",
+        ),
+        ("silent responses are skipped", '        has_gradient_without_signal=bool(broken["signal"]),\n', ""),
         (
             "equal groups are silent",
             "        compares_within_group = False\n",
