@@ -4,10 +4,13 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import drivers.common.environment  # noqa: F401  before torch: OpenMP reads its settings once
 from drivers.common.arguments import parse_arguments
 from drivers.common.cli import exit_on_user_error
+from drivers.common.commands import spell_program
+from drivers.common.errors import UsageError
 from drivers.common.wrapping import print_line
 from drivers.sweeps.plan import SweepConfig, folder_of, keep_plan, plan
 from drivers.sweeps.presets import SWEEPS
@@ -26,9 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for name, variants in SWEEPS.items():
                 print_line(f"{name:22} {(variants.__doc__ or '').strip()}")
             return
+        if "--show" in shared:
+            raise UsageError("--show: belongs to train.py; pass --list to see the commands of the sweep")
         planned = plan(config, shared)
         if config.list:
-            print("\n".join(shlex.join(run.command[1:]) for run in planned))
+            for run in planned:
+                print(spell_program(Path(run.command[1]).name), shlex.join(run.command[2:]))
             return
         folder = folder_of(config)
         keep_plan(folder, planned)

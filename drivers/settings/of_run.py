@@ -145,8 +145,9 @@ def _warn_of_other_run(config: EvaluateConfig, arguments: Sequence[str]) -> None
     if run is None:
         return
     other = take_settings(f"--compare-to {config.compare_to}", run)
+    spelled = {name: spell_flag(name, getattr(config, name)) for name in other}
     differing = [
-        f"{spell_flag(name, value)} (here {getattr(config, name)})"
+        f"{spell_flag(name, value)} (here {spelled[name].partition(' ')[2] or spelled[name]})"
         for name, value in other.items()
         if value != getattr(config, name) and not (_is_given(name, arguments) or _is_part_of_given(name, arguments))
     ]

@@ -171,7 +171,12 @@ def test_sweep_dry_run_prints_commands(capsys):
     assert all(name in output for name in SWEEPS)
     main(["methods", "--list"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0].rsplit("/", 1)[1] for line in lines] == ["sft.py", "expert_iteration.py", "train.py"]
+    names = ["drivers/sft.py", "drivers/expert_iteration.py", "drivers/train.py"]
+    assert [line.split()[1] for line in lines] == names
+    assert all(line.split()[0].endswith("python") for line in lines)
+    with pytest.raises(SystemExit):
+        main(["methods", "--show"])
+    assert "--show: belongs to train.py; pass --list" in " ".join(capsys.readouterr().err.split())
     main(["--grid", "learning_rate=1e-5,3e-5", "--list", *OWN, "--group-size", "4"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
