@@ -8,7 +8,9 @@ import torch
 from torch.testing import assert_close
 
 from drivers.engines.kept_tokens import KeptTokens
+from drivers.engines.protocol import exclude_end
 from drivers.settings.formula import show
+from drivers.settings.sampling import Sampling
 from drivers.training import scoring
 from drivers.training.batch import StepRollouts, make_rollout_batch
 from drivers.training.micro_batches import Row
@@ -93,6 +95,11 @@ def test_self_check_sampling_truncates_only_if_replayed():
 def test_minimum_length_without_replay_excludes_nothing():
     config, parts = make_tiny_config(sampling_min_tokens=4), make_tiny_parts()
     assert {completion.excluded for completion in sample(config, parts).completions} == {()}
+
+
+def test_exclude_end_ends_with_a_short_response():
+    sampling = Sampling(min_tokens=3, replays=True)
+    assert [exclude_end(sampling, [9], length) for length in (1, 5)] == [((9,),), ((9,),) * 3]
 
 
 def test_show_states_the_softmax_of_replay():

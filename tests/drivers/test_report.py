@@ -299,7 +299,7 @@ def test_panels_of_several_held_out_sets(tmp_path):
     """Intervals that were logged are drawn; otherwise an accuracy has that of one response per question."""
     first = {"accuracy": 0.5, "n_examples": 100.0, "pass_at_2": 0.7, "pass_at_10": 0.9, "maj_at_2": 0.5}
     first |= {"pass_at_10_low": 0.8, "pass_at_10_high": 0.95, "format_reward": 1.0}
-    second = {"accuracy": 0.25, "n_examples": 200.0, "unscored": 0.5, "pass_at_10": 0.3, "accuracy_stderr": 0.1}
+    second = {"accuracy": 0.25, "n_examples": 300.0, "unscored": 0.5, "pass_at_10": 0.3, "accuracy_stderr": 0.1}
     row = {"phase": "eval", "step": 0, **first, **{f"gsm/{key}": value for key, value in second.items()}}
     (run,) = read_runs([write_run(tmp_path, [row])])
     accuracy, several = make_panels(group_runs([run]))
@@ -312,12 +312,15 @@ def test_panels_of_several_held_out_sets(tmp_path):
         for name, line in zip(panel.quantities, panel.lines, strict=True)
     }
     assert drawn["accuracy"] == pytest.approx((0.5, *solve_wilson(0.5, 100)), abs=1e-12)
-    assert drawn["accuracy, gsm"] == pytest.approx((0.25, *solve_wilson(0.25, 100)), abs=1e-12)
+    assert drawn["accuracy, gsm"] == pytest.approx((0.25, *solve_wilson(0.25, 150)), abs=1e-12)
     assert drawn["pass@10"] == (0.9, 0.8, 0.95)
     assert drawn["pass@10, gsm"] == (0.3, None, None)
     row |= {"accuracy_low": 0.45, "accuracy_high": 0.55}
     (run,) = read_runs([write_run(tmp_path, [row])])
     assert run.accuracies[0] == (0.5, 0.45, 0.55)
+    clipped = {"clip_fraction": 0.1, "clip_fraction_low": 0.04, "clip_fraction_high": 0.06}  # by bound, no interval
+    (run,) = read_runs([write_run(tmp_path, [{"phase": "train", "step": 1, **clipped}])])
+    assert run.estimates("train/clip_fraction")[1] == (0.1, None, None)
 
 
 def test_panels_include_named_reward_parts(tmp_path):

@@ -67,7 +67,7 @@ MUTANTS = [
     *breaks(
         "exclude_end",
         "drivers/engines/protocol.py",
-        f"tests/drivers/test_replay.py {ENGINES} -k replay",
+        f"tests/drivers/test_replay.py {ENGINES} -k 'replay or exclude_end'",
         ("beyond the end of a response", "min(sampling.min_tokens, length)", "sampling.min_tokens"),
         ("the first token only", "min(sampling.min_tokens, length)", "min(sampling.min_tokens, 1)"),
         ("without replay too", "if not sampling.replays or sampling.truncates:", "if sampling.truncates:"),

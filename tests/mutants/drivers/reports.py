@@ -27,7 +27,6 @@ MUTANTS = [
             "(run, estimates.get(step, [*estimates.values()][0])) for run, estimates in estimates_of if estimates]",
         ),
         ("of one set", "others = [key.removesuffix", "others = [] and [key.removesuffix"),
-        ("rates of all sets", "if key.startswith(prefix)]", "]"),
         ("constants are drawn", "if spec.hides_constants and all(", "if False and all("),
         ("nothing is drawn", "if spec.hides_constants and all(", "if spec.hides_constants or all("),
         ("the last point is lost", "    if (len(items) - 1) % stride:\n        kept.append(items[-1])\n", ""),
