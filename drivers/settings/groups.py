@@ -195,7 +195,7 @@ class OptimizerSettings(Settings):
     learning_rate: PositiveFloat = 1e-5
     """Learning rate of AdamW, after --warmup-steps and before it falls with --lr-schedule."""
     warmup_steps: NonNegativeInt = 0
-    """Steps over which the learning rate rises to --learning-rate. All updates of a step have the same rate."""
+    """Steps with a lower, rising learning rate at the start; the next one has --learning-rate."""
     lr_schedule: Schedule = "constant"
     """Learning rate after the warm-up: constant, or falling along a line or half a cosine to 0 after the last step of
     the run. A run that is resumed with more steps continues at the rate of the longer run."""

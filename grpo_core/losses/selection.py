@@ -150,13 +150,13 @@ def keep_within_second_moment(
     enough, none is kept. Detached; False outside the mask, where no value is read.
 
     Args:
-        policy_log_probs: $\log \pi$ of each token, in nats, under the current policy.
+        policy_log_probs: $\log \pi$ of each token, in nats, under the trainer's policy before the update.
         behavior_log_probs: $\log \pi_b$ of each token, in nats, under the policy that sampled it.
         response_mask: True where a token belongs to a response.
         threshold: $\tau \ge 0$, in nats squared. The paper uses 0.04.
 
     Returns:
-        True for the tokens to keep.
+        True for the tokens to keep, for `compute_token_weights(kept=...)`.
 
     Raises:
         ValueError: if `threshold` is negative.
