@@ -8,7 +8,7 @@ One step samples G responses to each of P prompts, N = P * G responses of up to 
     2. grade    rollouts.collect -> grade_completions   N texts and P answers -> N verdicts
     3. reward   rollouts.collect -> compute_rewards     N verdicts -> rewards (N,), with the length penalty
     4. batch    batch.make_rollout_batch                N completions -> mask and sampler log-probs (N, T)
-    5. prepare  advantages.prepare_rollouts             old and reference log-probs (N, T), where the loss needs them;
+    5. prepare  advantages.prepare_rollouts             old, reference and teacher log-probs (N, T), where needed;
                                                         rewards in groups of G -> advantages (N, 1) or (N, T)
     6. update   update.update, for each train batch of B <= N responses:
          weigh    objective.weigh_step                  weights of its tokens in the loss (B, T)
@@ -50,7 +50,7 @@ from drivers.training.update import update
 
 def train(config: GrpoConfig, components: Components, run: Run) -> None:
     """Train the policy with GRPO. `drivers.training.setup.setup_grpo_run` builds the components and the run."""
-    policy, reference = components.policy, components.reference
+    policy, reference, teacher = components.policy, components.reference, components.teacher
     state = run.start(TrainingState(config, policy, reference), components)
     collect_step = partial(collect, config, components, state.draw, run)
     with RolloutPrefetcher(collect_step, components.engine, state, run) as prefetcher:
@@ -68,7 +68,7 @@ def train(config: GrpoConfig, components: Components, run: Run) -> None:
             with run.timer.phase("update"):
                 rollouts = make_rollout_batch(collected.completions, collected.rewards, config.group_size)
                 rollouts = prepare_rollouts(
-                    config, policy, reference, rollouts, collected.scores, collected.greedy_rewards
+                    config, policy, reference, rollouts, collected.scores, collected.greedy_rewards, teacher
                 )
                 for _ in range(config.epochs_per_rollout_batch // config.passes_per_update):
                     for train_batch in rollouts.shuffled(state.shuffle).split(config.train_batch_size):

@@ -1,8 +1,7 @@
 """Evaluate a model on question sets."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import chain, islice
@@ -14,7 +13,6 @@ from torch import nn
 
 from drivers.common.atomic_files import write_json, write_jsonl
 from drivers.common.display import Display
-from drivers.common.errors import UsageError
 from drivers.common.own_functions import check_file
 from drivers.engines.factory import blame_engine, describe_start, make_engine
 from drivers.engines.options import EngineOptions
@@ -25,7 +23,14 @@ from drivers.evaluation.policy import EVALUATION_SEED, evaluate_policy
 from drivers.grading.pool import start_grading
 from drivers.grading.verdicts import Grader
 from drivers.policy.devices import choose_device, choose_dtype, default_policy_device
-from drivers.policy.loading import check_token_ids, context_length, load_policy, load_tokenizer, resolve_model
+from drivers.policy.loading import (
+    check_token_ids,
+    context_length,
+    load_policy,
+    load_tokenizer,
+    name_flag,
+    resolve_model,
+)
 from drivers.policy.weight_gatherer import WeightGatherer
 from drivers.runs.folder import abandon_run_folder, create_run_folder
 from drivers.runs.log import describe_environment
@@ -84,15 +89,6 @@ def evaluate(config: EvaluateConfig, check: EngineCheck) -> Path:
     write_results(folder, config, evaluation, compared)
     print(f"Written to {folder}/: results.json, completions.jsonl")
     return folder
-
-
-@contextmanager
-def name_flag(flag: str) -> Iterator[None]:
-    """Make an error about the model name the flag that the model was given by."""
-    try:
-        yield
-    except UsageError as error:
-        raise UsageError(str(error).replace("--model-path", flag, 1)) from error
 
 
 def write_results(folder: Path, config: EvaluateConfig, evaluation: Evaluation, compared: Evaluation | None) -> None:

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,15 @@ def resolve_model(path: str) -> str:
     elif path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise UsageError(f"--model-path {path}: no such folder; pass an existing folder or a Hub name")
     return path
+
+
+@contextlib.contextmanager
+def name_flag(flag: str) -> Iterator[None]:
+    """Make an error about the model name the flag that the model was given by."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(str(error).replace("--model-path", flag, 1)) from error
 
 
 def embedded_model(cache: Path = CACHE) -> Path:
@@ -112,16 +121,22 @@ def context_length(model_path: str) -> int | None:
     return getattr(_load("AutoConfig", "model configuration", model_path), "max_position_embeddings", None)
 
 
+def count_embeddings(model_path: str) -> float:
+    """Return how many token ids the model has an embedding for, or infinity if its configuration does not say."""
+    config = _load("AutoConfig", "model configuration", model_path).get_text_config()
+    return getattr(config, "vocab_size", None) or math.inf
+
+
 def check_token_ids(model_path: str, tokenizer: Any, questions: Iterable[Question]) -> None:
     """Raise a UsageError if the model has no embedding for a token of the questions."""
-    config = _load("AutoConfig", "model configuration", model_path).get_text_config()
+    n_embeddings = count_embeddings(model_path)
     largest = max((max(question.token_ids, default=0) for question in questions), default=0)
     largest = max(largest, tokenizer.eos_token_id)
-    if largest >= (getattr(config, "vocab_size", None) or math.inf):
+    if largest >= n_embeddings:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise UsageError(
             f"--model-path {model_path}: the tokenizer's {token!r} has id {largest}, but the model has "
-            f"{config.vocab_size} embeddings; use the tokenizer that belongs to the model, or resize the model's "
+            f"{n_embeddings} embeddings; use the tokenizer that belongs to the model, or resize the model's "
             "embeddings and train them"
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 from drivers.common.errors import UsageError
 from drivers.settings.base import check_multiple, spell_flag
 from drivers.settings.groups import GradingSettings, RolloutSettings, UpdateSettings
-from drivers.settings.objective import ImportanceSettings, KLSettings, ObjectiveSettings
+from drivers.settings.objective import ImportanceSettings, KLSettings, ObjectiveSettings, TeacherSettings
 from drivers.settings.objectives import ADVANTAGES, OBJECTIVES, Choice
 from drivers.settings.reward_spec import parse_mix
 from drivers.settings.sampling import Sampling, make_sampling
@@ -35,7 +35,13 @@ OPTIONS_READ_BY_LOSS = {
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmSettings(
-    UpdateSettings, KLSettings, ImportanceSettings, ObjectiveSettings, RolloutSettings, GradingSettings
+    UpdateSettings,
+    TeacherSettings,
+    KLSettings,
+    ImportanceSettings,
+    ObjectiveSettings,
+    RolloutSettings,
+    GradingSettings,
 ):
     """The settings that decide a step's gradient, given the model and the data."""
 
@@ -45,7 +51,8 @@ class AlgorithmSettings(
         _check_unread_options(self)
         _check_advantage(self)
         _check_importance(self)
-        _check_kl(self)
+        _check_token_advantages(self)
+        _check_teacher(self)
         _check_sampler(self)
         _check_refills(self)
 
@@ -86,8 +93,13 @@ class AlgorithmSettings(
             self.objective.high_covariance != "train"
             or self.top_entropy_fraction is not None
             or self.second_moment_threshold is not None
-            or self.has_kl_in_reward
+            or self.has_token_advantages
         )
+
+    @property
+    def has_token_advantages(self) -> bool:
+        """Return whether each token has its own advantage, which depends on the policy before the first update."""
+        return self.has_kl_in_reward or self.teacher is not None
 
     @property
     def computes_importance_weights_in_forward(self) -> bool:
@@ -107,7 +119,7 @@ class AlgorithmSettings(
     def has_signal_in_equal_groups(self) -> bool:
         """Return whether a batch has a policy gradient even if the rewards of every group are equal."""
         needs_no_signal = not self.objective.uses_advantages or self.objective.has_gradient_without_signal
-        return needs_no_signal or self.estimator.has_gradient_in_equal_groups
+        return needs_no_signal or self.teacher is not None or self.estimator.has_gradient_in_equal_groups
 
     @property
     def has_regularization_gradient(self) -> bool:
@@ -155,13 +167,14 @@ def _check_unread_options(settings: AlgorithmSettings) -> None:
 
 
 def _check_advantage(settings: AlgorithmSettings) -> None:
-    if settings.group_size == 1 and settings.use_std_normalization and settings.advantage == "group":
+    is_single = settings.group_size == 1 and not settings.teacher_only
+    if is_single and settings.use_std_normalization and settings.advantage == "group":
         raise UsageError(
             "--group-size 1: one response has no standard deviation; pass at least 2, or --no-use-std-normalization "
             "with --loss-type no_baseline"
         )
     advantage, uses_advantages = settings.estimator, settings.objective.uses_advantages
-    if settings.group_size == 1 and uses_advantages and advantage.compares_within_group:
+    if is_single and uses_advantages and advantage.compares_within_group:
         raise UsageError(
             f"--group-size 1: makes every advantage 0 with {settings.flag('loss_type')}; pass at least 2, or "
             "--loss-type no_baseline"
@@ -212,19 +225,31 @@ def _check_importance(settings: AlgorithmSettings) -> None:
         )
 
 
-def _check_kl(settings: AlgorithmSettings) -> None:
-    if not settings.has_kl_in_reward:
+def _check_token_advantages(settings: AlgorithmSettings) -> None:
+    if not settings.has_token_advantages:
         return
+    flag, remedy = "--kl-in reward", "pass --kl-in loss"
+    if not settings.has_kl_in_reward:
+        flag, remedy = settings.flag("teacher"), "pass --loss-type reinforce_with_baseline"
     if not settings.objective.accepts_token_advantages:
         raise UsageError(
-            f"--kl-in reward: gives each token its own advantage, which {settings.flag('loss_type')} does not accept; "
-            "pass --kl-in loss"
+            f"{flag}: gives each token its own advantage, which {settings.flag('loss_type')} does not accept; {remedy}"
         )
     if settings.off_policy_threshold is not None:
         raise UsageError(
-            f"{settings.flag('off_policy_threshold')}: uses the advantage of a response, but --kl-in reward gives "
-            "each token its own; pass --kl-in loss"
+            f"{settings.flag('off_policy_threshold')}: uses the advantage of a response, but {flag} gives "
+            "each token its own; omit one of the two"
         )
+
+
+def _check_teacher(settings: AlgorithmSettings) -> None:
+    """Raise if a setting shapes the advantage of the rewards, but only the teacher gives one."""
+    for name in ("advantage", "length_penalty", *settings.estimator.reads) if settings.teacher_only else ():
+        if settings.is_changed(name):
+            raise UsageError(
+                f"{settings.flag(name)}: has no effect with --teacher-only, which gives rewards no advantage; omit "
+                "one of the two"
+            )
 
 
 def _check_sampler(settings: AlgorithmSettings) -> None:
@@ -267,6 +292,7 @@ def _find_use_of_sampler(settings: AlgorithmSettings) -> str | None:
 def _check_refills(settings: AlgorithmSettings) -> None:
     if settings.max_refills and (settings.has_signal_in_equal_groups or settings.group_size == 1):
         cause = "advantage" if settings.objective.uses_advantages else "loss_type"
+        cause = "teacher" if settings.teacher is not None else cause
         reason = f"with {settings.flag(cause)} they have a gradient too"
         if settings.group_size == 1:
             reason = "with --group-size 1 every group has equal rewards"

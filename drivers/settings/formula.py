@@ -29,7 +29,7 @@ def formula(config: GrpoConfig) -> list[str]:
         lines += _format_advantages(config, config.estimator)
     if config.uses_ratio:
         lines.append(f"rho_it   = pi(o_it) / {_format_old_policy(config)}(o_it)")
-    symbols = {"A": "A_it" if config.has_kl_in_reward else "A_i", "old": _format_old_policy(config)}
+    symbols = {"A": "A_it" if config.has_token_advantages else "A_i", "old": _format_old_policy(config)}
     lines.append(f"{'loss_' + unit:8} = {objective.format_formula(resolve_values(config) | symbols)}")
     if kappa:
         lines.append(f"kappa    = {_format_importance(config)}")
@@ -72,19 +72,20 @@ def _format_advantages(config: GrpoConfig, advantage: Advantage) -> list[str]:
     parts = {name.removesuffix("_reward"): weight for name, weight in config.weights_of_parts.items()}
     sum_of_parts = " + ".join(f"{weight:g} A_i^{name}" for name, weight in parts.items()).replace("+ -", "- ")
     estimate = advantage.format_formula(resolve_values(config) | {"sum_of_parts": sum_of_parts})
-    whitened, penalized = advantage.whitens_over_tokens, config.has_kl_in_reward
-    if not (whitened or penalized):
-        return [f"A_i      = {estimate}"]
-    lines, last = [f"B_i      = {estimate}"], "B_i"
-    if penalized:
-        last = "C_it" if whitened else "A_it"
+    taught = f"{config.teacher_coef:g} [log pi_T(o_it) - log pi_old(o_it)]"
+    stages = [("it", taught)] if config.teacher_only else [("i", estimate)]
+    if config.has_kl_in_reward:
         kl = f"[log pi_old(o_is) - log {_format_reference(config)}(o_is)]"
-        lines.append(f"{last}     = B_i - {config.kl_coef:g} sum_(s >= t) {kl}")
-    if whitened:
-        name = "A_it" if penalized else "A_i "
-        lines.append(
-            f"{name}     = ({last} - mean) / (std + 1e-08),  both over all response tokens of the rollout batch"
-        )
+        stages.append(("it", f"{{last}} - {config.kl_coef:g} sum_(s >= t) {kl}"))
+    if advantage.whitens_over_tokens:
+        whitened = "({last} - mean) / (std + 1e-08),  both over all response tokens of the rollout batch"
+        stages.append((stages[-1][0], whitened))
+    if config.teacher is not None and not config.teacher_only:
+        stages.append(("it", f"{{last}} + {taught}"))
+    lines, last = [], ""
+    for letter, (index, form) in zip([*"BCD"[: len(stages) - 1], "A"], stages, strict=True):
+        lines.append(f"{f'{letter}_{index}':8} = {form.replace('{last}', last)}")
+        last = f"{letter}_{index}"
     return lines
 
 
@@ -172,6 +173,8 @@ def _make_notes(config: GrpoConfig, objective: Objective) -> list[str]:
             f"the {config.covariance_fraction:g} of the step's tokens with the highest covariance of A and log pi_old "
             f"are {fate}"
         )
+    if config.teacher is not None:
+        notes.append(f"pi_T is the teacher, {config.teacher}")
     if config.kl_reference_steps is not None:
         share, period = config.kl_reference_share, config.kl_reference_steps
         notes.append(f"pi_ref <- {share:g} pi + {1 - share:g} pi_ref after every {period} steps")
@@ -197,5 +200,7 @@ def _make_notes(config: GrpoConfig, objective: Objective) -> list[str]:
 def _cite_papers(config: GrpoConfig, objective: Objective) -> list[str]:
     papers = {f"--loss-type {config.loss_type}": objective.paper}
     if objective.uses_advantages:
-        papers[f"--advantage {config.advantage}"] = config.estimator.paper
+        papers[f"--advantage {config.advantage}"] = None if config.teacher_only else config.estimator.paper
+    if config.teacher is not None:
+        papers["--teacher"] = "2306.13649"
     return [f"{choice} is defined in arXiv:{paper}" for choice, paper in papers.items() if paper is not None]

@@ -250,3 +250,25 @@ class KLSettings(Settings):
     def needs_reference(self) -> bool:
         """Return whether a frozen copy of the model is needed."""
         return self.kl_coef > 0 and self.kl_reference == "model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSettings(Settings):
+    """On-policy distillation."""
+
+    heading: ClassVar[str] = "teacher"
+
+    teacher: str | None = None
+    """Model that scores the policy's responses: a folder or Hugging Face hub name, with the policy's tokenizer. Adds
+    --teacher-coef (log pi_teacher - log pi) to the advantage of each token. Keeps a second model in memory. Default:
+    none."""
+    teacher_coef: PositiveFloat = 1.0
+    """Weight of the teacher's advantage, per nat."""
+    teacher_only: bool = False
+    """Learn from the teacher alone: rewards are logged, but give no advantage."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("teacher_coef", "teacher_only"):
+            if self.teacher is None and self.is_changed(name):
+                raise UsageError(f"{self.flag(name)}: has no effect without a teacher; pass --teacher too")

@@ -25,7 +25,7 @@ MOST_USED = (
 """Flags that stand first in `--help`, under a heading of their own."""
 HEADINGS = (
     "most used", "model", "data", "grading", "sampling", "objective", "importance correction", "KL and entropy",
-    "optimizer", "evaluation", "engine", "run", "safety",
+    "teacher", "optimizer", "evaluation", "engine", "run", "safety",
 )  # fmt: skip
 SHOWN = {
     str | None: "STR",  # None is a default, and not worth a place in `--help`

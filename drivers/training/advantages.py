@@ -48,6 +48,7 @@ def prepare_rollouts(
     rollouts: RolloutBatch,
     scores: Sequence[Mapping[str, float | None]],
     greedy_rewards: Tensor | None,
+    teacher: nn.Module | None = None,
 ) -> PreparedBatch:
     """Compute everything that has one value per rollout batch: log-probs before the first update, then advantages."""
     known: dict[str, Tensor] = {}
@@ -62,6 +63,10 @@ def prepare_rollouts(
             )
         with nullcontext(reference) if reference is not None else without_lora(policy) as initial:
             known["reference_log_probs"] = score_all(initial, rollouts, config)["log_probs"]
+    if config.teacher is not None:
+        if teacher is None:
+            raise ValueError(f"{config.flag('teacher')} needs teacher, its model; got None")
+        known["teacher_log_probs"] = score_all(teacher, rollouts, config)["log_probs"]
     try:
         advantages = rearrange(estimate_advantages(config, rollouts, scores, greedy_rewards), "response -> response 1")
         batch = PreparedBatch.from_rollouts(rollouts, advantages, **known)
@@ -76,8 +81,10 @@ def estimate_advantages(
     scores: Sequence[Mapping[str, float | None]],
     greedy_rewards: Tensor | None,
 ) -> Tensor:
-    """Return the advantage of each response by the estimator of `--advantage`."""
+    """Return the advantage of each response by the estimator of `--advantage`; 0 with `--teacher-only`."""
     estimator, rewards = config.estimator, rollouts.rewards[:, 0]
+    if config.teacher_only:
+        return torch.zeros_like(rewards)
     if estimator.function is None:
         return rewards
     inputs = {
@@ -95,15 +102,19 @@ def estimate_advantages(
 
 
 def finish_advantages(config: AlgorithmSettings, batch: PreparedBatch) -> Tensor:
-    """Return the advantages, minus the KL penalty if it is part of the reward, and whitened if the estimator asks."""
+    """Return the advantages, minus a KL penalty in the reward, whitened if the estimator asks, plus the teacher's."""
     advantages = batch.advantages
     # A response without a reward is excluded from statistics over tokens too. The function drops any responses.
     mask = core.drop_truncated_responses(batch.response_mask, batch.unscored)
     if config.has_kl_in_reward:
         kl = core.estimate_kl(batch.old_log_probs, batch.reference_log_probs, "k1", response_mask=mask)
         advantages = advantages - config.kl_coef * core.compute_reward_to_go(kl, mask)
-    whitens = config.estimator.whitens_over_tokens
-    return core.whiten_over_tokens(advantages, mask) if whitens else advantages
+    if config.estimator.whitens_over_tokens:
+        advantages = core.whiten_over_tokens(advantages, mask)
+    if config.teacher is not None:
+        taught = core.compute_distillation_advantages(batch.old_log_probs, batch.teacher_log_probs, mask)
+        advantages = advantages + config.teacher_coef * taught
+    return advantages
 
 
 def _stack_reward_parts(scores: Sequence[Mapping[str, float | None]], names: Sequence[str]) -> Tensor:

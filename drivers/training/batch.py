@@ -179,13 +179,15 @@ class PreparedBatch(RolloutBatch):
     """Rollouts with what is computed once per rollout batch, before the first update."""
 
     advantages: Float[Tensor, "batch _"]
-    """Advantage of each response, or of each token if the KL penalty is part of the reward."""
+    """Advantage of each response, or of each token if the reward has a KL penalty, or with a teacher."""
     old_log_probs: Float[Tensor, "batch seq"]
     """Log-probs under the policy before the first update; NaN if no setting needs them."""
     old_entropy: Float[Tensor, "batch seq"]
     """Entropy of the policy before the first update; NaN if no setting needs it."""
     reference_log_probs: Float[Tensor, "batch seq"]
     """Log-probs under the policy that the KL penalty refers to; the sampler's unless the reference is a model."""
+    teacher_log_probs: Float[Tensor, "batch seq"]
+    """Log-probs under the teacher; NaN if there is none."""
 
     @classmethod
     def from_rollouts(cls, rollouts: RolloutBatch, advantages: Tensor, **log_probs: Tensor) -> Self:
@@ -195,6 +197,7 @@ class PreparedBatch(RolloutBatch):
             "old_log_probs": unknown,
             "old_entropy": unknown,
             "reference_log_probs": rollouts.sampler_log_probs,
+            "teacher_log_probs": unknown,
         }
         return cls.extending(rollouts, advantages=advantages, **(defaults | log_probs))
 

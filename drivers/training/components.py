@@ -25,6 +25,8 @@ class Components:
     """Frozen copy of the initial policy, for the KL penalty. None if none is needed, or with LoRA."""
     other_val_sets: Mapping[str, Sequence[Question]] = field(default_factory=dict)
     """Further sets of held-out questions by name."""
+    teacher: nn.Module | None = None
+    """Frozen model of `--teacher`."""
 
     def close(self) -> None:
         """End the processes that sample and grade."""

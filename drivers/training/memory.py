@@ -30,7 +30,7 @@ class MemoryPlan:
     """Bytes on the policy's device; the engine counts only if it shares that device."""
 
     states: int
-    """Weights, float32 master weights, gradients, both moments of AdamW, and the reference if there is one."""
+    """Weights, float32 master weights, gradients, both moments of AdamW, and any reference and teacher."""
     activations: int
     """Activations that one micro-batch keeps for its backward pass."""
     logits: int
@@ -72,7 +72,7 @@ class MemoryPlan:
 
 
 def configure_memory(
-    config: GrpoConfig, policy: Any, longest_prompt: int, reference_bytes: int, rollout_device: torch.device
+    config: GrpoConfig, policy: Any, longest_prompt: int, frozen_bytes: int, rollout_device: torch.device
 ) -> MemoryPlan:
     """Return the memory plan of this run, and enable gradient checkpointing if it is requested or needed to fit."""
     here = config.engine == "vllm" and rollout_device.type == "cpu" and not config.rollout_url
@@ -81,7 +81,7 @@ def configure_memory(
     size = sum(p.numel() for p in policy.parameters()) * fsdp.computing_dtype(policy).itemsize
     engine_bytes = copies * size + VLLM_ON_CPU if here else 0
     make_plan = partial(
-        plan_memory, config, policy, longest_prompt, reference_bytes=reference_bytes, engine_bytes=engine_bytes
+        plan_memory, config, policy, longest_prompt, frozen_bytes=frozen_bytes, engine_bytes=engine_bytes
     )
     plan, share = make_plan(), None
     if max(distributed.gather(plan.states > plan.available > 0)):
@@ -91,7 +91,7 @@ def configure_memory(
         )
     all_fit = all(distributed.gather(plan.fits))  # all ranks must decide alike, even on different machines
     if shares_gpu(config, next(policy.parameters()).device, rollout_device):
-        left = engine_memory_fraction(training_state_bytes(policy) + reference_bytes, plan.available)
+        left = engine_memory_fraction(training_state_bytes(policy) + frozen_bytes, plan.available)
         share = min(config.gpu_memory_utilization, left)
     if config.gradient_checkpointing == "on" or (config.gradient_checkpointing == "auto" and not all_fit):
         enable_checkpointing(policy)
@@ -118,7 +118,7 @@ def plan_memory(
     policy: Any,
     longest_prompt: int,
     *,
-    reference_bytes: int = 0,
+    frozen_bytes: int = 0,
     engine_bytes: int = 0,
     checkpointed: bool = False,
 ) -> MemoryPlan:
@@ -133,7 +133,7 @@ def plan_memory(
     hidden = policy.config.get_text_config().hidden_size * fsdp.computing_dtype(policy).itemsize
     kept = (layers * hidden + per_layer) if checkpointed else layers * per_layer
     return MemoryPlan(
-        states=training_state_bytes(policy) + reference_bytes + gathered_bytes(policy),
+        states=training_state_bytes(policy) + frozen_bytes + gathered_bytes(policy),
         activations=tokens * kept,
         logits=head_bytes(policy, tokens),
         engine=engine_bytes,

@@ -86,6 +86,9 @@ def weigh_step(config: AlgorithmSettings, batch: PreparedBatch) -> tuple[Weighte
     if config.kl_coef > 0 and config.kl_in == "reward":
         difference = core.masked_sum(batch.old_log_probs - batch.reference_log_probs, batch.response_mask)
         metrics["kl"] = (difference / _count_tokens(batch.response_mask)).item()
+    if config.teacher is not None:
+        difference = core.masked_sum(batch.old_log_probs - batch.teacher_log_probs, batch.response_mask)
+        metrics["teacher_kl"] = (difference / _count_tokens(batch.response_mask)).item()
     weighted = WeightedBatch.from_prepared(
         batch,
         old_log_probs=choose_old_log_probs(config, batch),

@@ -29,11 +29,13 @@ from drivers.policy.loading import (
     context_length,
     load_policy,
     load_tokenizer,
+    name_flag,
     resolve_model,
     tune_malloc,
 )
 from drivers.policy.lora import add_lora
 from drivers.policy.optimizer import training_state_bytes
+from drivers.policy.teacher import resolve_teacher
 from drivers.policy.weight_gatherer import WeightGatherer
 from drivers.runs.checkpoint import check_saving, read_dtype, read_state_values
 from drivers.runs.folder import abandon_run_folder
@@ -109,7 +111,12 @@ def setup_run(
     assert config.model_path is not None  # the command line refuses that
     model_path = distributed.run_on_rank_zero(partial(resolve_model, config.model_path))
     tokenizer = load_tokenizer(model_path, for_chat=config.chat_template)
-    fit = partial(fit_context, context=context_length(model_path), long_prompts=config.long_prompts, say=display.say)
+    teacher_path, context = None, context_length(model_path)
+    if config.teacher is not None:
+        find = partial(resolve_teacher, config.teacher, model_path, tokenizer)
+        teacher_path = distributed.run_on_rank_zero(find)
+        context = min(filter(None, (context, context_length(teacher_path))), default=None)
+    fit = partial(fit_context, context=context, long_prompts=config.long_prompts, say=display.say)
     train_set = fit(make_train_set(tokenizer), max_new_tokens=config.sampling_max_tokens)
     eval_tokens = config.eval_sampling.max_tokens
     flag = "--sampling-max-tokens" if config.eval_max_tokens is None else "--eval-max-tokens"
@@ -132,10 +139,11 @@ def setup_run(
             longest = max(question.n_tokens(config.sampling_max_tokens) for question in (*different, *held_out))
             trained = max(question.n_tokens(config.sampling_max_tokens) for question in different)
             asked = max(question.n_tokens(eval_tokens) for question in held_out)
-            policy, reference, engine = load_models(
+            policy, reference, teacher, engine = load_models(
                 config,
                 display,
                 model_path,
+                teacher_path,
                 tokenizer,
                 devices,
                 longest_prompt=longest - config.sampling_max_tokens,
@@ -158,31 +166,34 @@ def setup_run(
         run.warn(warning)
     val_set, *_ = val_sets.values()
     others = dict(list(val_sets.items())[1:])
-    return run, Components(policy, engine, grade, train_set, val_set, reference, others)
+    return run, Components(policy, engine, grade, train_set, val_set, reference, others, teacher)
 
 
 def load_models(
     config: GrpoConfig,
     display: Display,
     model_path: str,
+    teacher_path: str | None,
     tokenizer: Any,
     devices: tuple[torch.device, torch.device],
     *,
     longest_prompt: int,
     max_model_len: int,
     checkpoint_dtype: str | None,
-) -> tuple[nn.Module, nn.Module | None, RolloutEngine]:
-    """Load the policy, the reference if one is needed, and the engine, and return them; print what they are."""
+) -> tuple[nn.Module, nn.Module | None, nn.Module | None, RolloutEngine]:
+    """Load the policy, the reference and the teacher if they are needed, and the engine; print what they are."""
     policy_device, rollout_device = devices
     dtype = resolve_dtype(config, policy_device, checkpoint_dtype)
     set_up_device(config, policy_device)
     longest_row = longest_prompt + config.group_size * config.sampling_max_tokens
-    loader = partial(load_sharded, config, model_path, policy_device, dtype, longest_row)
+    loader = partial(load_sharded, config, device=policy_device, dtype=dtype, longest_row=longest_row)
     with display.stage("Loading the model"):
-        policy, reference = load_policy_and_reference(config, tokenizer, loader)
+        policy, reference = load_policy_and_reference(config, tokenizer, partial(loader, model_path))
+        with name_flag("--teacher"):
+            teacher = None if teacher_path is None else loader(teacher_path, lora=False).requires_grad_(False)
     distributed.run_on_rank_zero(partial(check_saving, model_path, policy, tokenizer))
-    reference_bytes = 0 if reference is None else training_state_bytes(reference)
-    plan = configure_memory(config, policy, longest_prompt, reference_bytes, rollout_device)
+    frozen_bytes = sum(training_state_bytes(model) for model in (reference, teacher) if model is not None)
+    plan = configure_memory(config, policy, longest_prompt, frozen_bytes, rollout_device)
     options = EngineOptions(
         model_path=model_path,
         device=rollout_device,
@@ -190,7 +201,7 @@ def load_models(
         max_model_len=max_model_len,
         seed=config.seed,
         gpu_memory_utilization=config.gpu_memory_utilization,
-        reserved_bytes=training_state_bytes(policy) + reference_bytes,
+        reserved_bytes=training_state_bytes(policy) + frozen_bytes,
         may_sleep=True,
         own_process=config.rollout_process == "own" or distributed.size() > 1,
         deadline_s=config.engine_deadline_s,
@@ -202,7 +213,7 @@ def load_models(
         engine = make_engine_for_rank(config, options, weights, tokenizer, load_copy, display.say)
     for line in describe_setup(config, policy, dtype, devices, plan):
         display.say(line)
-    return policy, reference, engine
+    return policy, reference, teacher, engine
 
 
 def resolve_dtype(config: GrpoConfig, device: torch.device, checkpoint_dtype: str | None) -> torch.dtype:

@@ -131,6 +131,9 @@ FLAGS = [
     "kl_reference",
     "kl_reference_steps",
     "kl_reference_share",
+    "teacher",
+    "teacher_coef",
+    "teacher_only",
     "entropy_coef",
     "entropy_target",
     "sampling_top_p",
@@ -520,7 +523,7 @@ def test_train_help_shows_headings_and_most_used_flags_first(capsys):
     text = capsys.readouterr().out
     headings = re.findall(r"^\W*(\w[\w ]*) options\W*$", text, flags=re.MULTILINE)
     assert headings == ["most used", "model", "data", "grading", "sampling", "objective", "importance correction",
-                        "KL and entropy", "optimizer", "evaluation", "engine", "run", "safety"]  # fmt: skip
+                        "KL and entropy", "teacher", "optimizer", "evaluation", "engine", "run", "safety"]  # fmt: skip
     assert len(sort_by_heading(GrpoConfig)["most used"]) == 20
 
 

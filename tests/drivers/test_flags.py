@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import random
 import sys
 from dataclasses import dataclass, field, fields
@@ -145,6 +146,7 @@ def probes(shared, tmp_path, monkeypatch):
                 make_letter_questions(shared.tokenizer, n=6),
                 make_held_out_questions(shared.tokenizer, n=2),
                 copy.deepcopy(shared.reference) if config.needs_reference else None,  # it may move
+                teacher=shared.reference if config.teacher else None,
             )
             try:
                 loop(components, run)
@@ -242,7 +244,10 @@ def probes(shared, tmp_path, monkeypatch):
         for name in ("train_set", "val_set"):
             seen[name] = [(question.prompt_token_ids, question.answer) for question in getattr(parts, name)]
         seen["other_val_sets"] = {name: len(questions) for name, questions in parts.other_val_sets.items()}
-        policy = parts.policy
+        policy, teacher = parts.policy, parts.teacher
+        if teacher is not None:
+            seen["teacher"] = sum(p.double().sum().item() for p in teacher.parameters())
+            seen["teacher_is_frozen"] = not any(p.requires_grad for p in teacher.parameters())
         seen["policy"] = {name: (tuple(p.shape), p.requires_grad) for name, p in policy.named_parameters()}
         seen["weights"] = sum(p.double().sum().item() for p in policy.parameters())
         seen["ends"] = policy.generation_config.eos_token_id
@@ -382,6 +387,7 @@ KL = EPOCHS | {"kl_coef": 0.5}
 TWO_STEPS = {"n_grpo_steps": 2}
 OWN_PROCESS = {"rollout_process": "own"}
 LORA = {"lora_rank": 2}
+TAUGHT = {"teacher": "somewhere"}
 TRAIN_ROWS = {
     # what is built before the loop
     "model_path": Row("setup", "other-model"),
@@ -471,6 +477,9 @@ TRAIN_ROWS = {
     "kl_reference": Row("train", "sampler", KL),
     "kl_reference_steps": Row("train", 1, KL | TWO_STEPS),
     "kl_reference_share": Row("train", 0.5, KL | TWO_STEPS | {"kl_reference_steps": 1}),
+    "teacher": Row("train", "somewhere"),
+    "teacher_coef": Row("train", 0.5, TAUGHT),
+    "teacher_only": Row("train", True, TAUGHT),
     "entropy_coef": Row("train", 0.1),
     "entropy_target": Row("train", 9.0),
     # the update
@@ -652,6 +661,17 @@ def test_setup_of_several_held_out_sets(probes, capsys):
     problem = probes["setup"]({"eval_max_tokens": 600})["error"]
     assert "4 of 4 questions do not fit into the model's context of 512 tokens with --eval-max-tokens 600" in problem
     assert problem.endswith("; lower --eval-max-tokens or remove them")
+
+
+def test_setup_teacher_is_a_second_frozen_model_that_memory_is_left_for(probes):
+    alone, other = probes["setup"]({}), probes["setup"]({"model_path": "other-model"})
+    for lora in ({}, LORA):
+        seen = probes["setup"]({"teacher": "other-model"} | lora)
+        assert (seen["teacher"], seen["teacher_is_frozen"]) == (other["weights"], True)
+    seen = probes["setup"]({"teacher": "other-model"})
+    assert seen["weights"] == alone["weights"] != seen["teacher"]
+    more = seen["engine"][1].reserved_bytes - alone["engine"][1].reserved_bytes
+    assert more == 4 * sum(math.prod(shape) for shape, _ in seen["policy"].values())
 
 
 def test_setup_tells_how_many_questions_are_different(probes, capsys):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from drivers.common.errors import suggest
 from drivers.engines.hf import HFEngine
-from tests.tiny import save_tiny
+from tests.tiny import make_tiny_policy, make_tiny_tokenizer, save_tiny
 
 TESTS = Path(__file__).parents[1]
 COVERED = {
@@ -123,6 +123,18 @@ WRONG = {
         ("train", TRAIN + "--model-path nan", "--engine hf: cannot sample from nan (RuntimeError: probability tensor"),
         ("evaluate", TINY + "--model-path nan --output-dir new", "--engine hf: cannot sample from nan (RuntimeError"),
     ],
+    "model: a teacher that cannot score the policy's tokens": [
+        ("train", TRAIN + "--teacher short", "--teacher short: the model cannot be loaded (SafetensorError: "),
+        ("train", TRAIN + "--teacher run", "--teacher run: is the folder of a run; pass run/final_model or one"),
+        ("train", TRAIN + "--teacher http://one:8000", "--teacher http://one:8000: no such folder"),
+        ("train", TRAIN + "--teacher wide", "--teacher wide: its tokenizer is not the policy's ('<0>' has id 98 in"),
+        (
+            "train",
+            TRAIN + "--model-path room --teacher tiny",
+            "--teacher tiny: has 98 embeddings, fewer than the policy's 100; pass",
+        ),
+        ("train", TRAIN + "--teacher near", "do not fit into the model's context of 6 tokens"),
+    ],
     "model: attention that it or the machine lacks": [
         (
             "train",
@@ -188,6 +200,12 @@ def inputs(tmp_path_factory):
         Path("bare/tokenizer_config.json").unlink()
         shutil.copytree("tiny", "short")
         Path("short/model.safetensors").write_bytes(Path("tiny/model.safetensors").read_bytes()[:-4000])
+        copy_model(
+            "near", "config.json", config.replace('"max_position_embeddings": 512', '"max_position_embeddings": 6')
+        )
+        for name, n_tokens in (("room", 98), ("wide", 100)):
+            make_tiny_policy(vocab_size=100).save_pretrained(name)
+            make_tiny_tokenizer(n_tokens).save_pretrained(name)
         shutil.copytree("tiny", "nan")
         weights = {name: torch.full_like(w, torch.nan) for name, w in load_file("tiny/model.safetensors").items()}
         save_file(weights, "nan/model.safetensors", {"format": "pt"})

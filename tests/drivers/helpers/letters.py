@@ -99,6 +99,14 @@ def clone_policy(policy):
     return twin
 
 
+def make_tiny_teacher():
+    """Return the policy of `make_tiny_parts`, but sure of its tokens: steps suffice to learn that."""
+    teacher = make_tiny_policy()
+    with torch.no_grad():
+        teacher.model.norm.weight.mul_(4.0)
+    return teacher
+
+
 def flatten_weights(policy):
     """Return all weights of a policy as one vector."""
     return torch.cat([p.detach().flatten() for p in policy.parameters()])

@@ -33,6 +33,7 @@ from tests.drivers.helpers.letters import (
     make_run,
     make_tiny_config,
     make_tiny_parts,
+    make_tiny_teacher,
 )
 from tests.tiny import make_tiny_tokenizer
 
@@ -50,6 +51,7 @@ RUN_KINDS = {
     "bfloat16": {"dtype": "bfloat16", "self_check_tolerance": 1.0},
     "curriculum": {"curriculum_steps": 5, "rollout_batch_size": 16, "train_batch_size": 16},
     "following": {"kl_coef": 0.1, "kl_reference_steps": 2, "kl_reference_share": 0.6},
+    "taught": {"teacher": "tiny-teacher", "teacher_coef": 0.1},
     "refills": {"max_refills": 2, "kl_coef": 0.1, "kl_in": "reward", "kl_estimator": "k1"},
 }
 TINY_IMITATION = {
@@ -157,7 +159,8 @@ def run_training(folder, reward_fn=letter_reward, other_val_sets=None, **changes
     reference = clone_policy(parts.policy) if config.needs_reference else None
     try:
         grade, sets = make_inline_grader(reward_fn), (parts.questions, parts.questions)
-        components = Components(parts.policy, parts.engine, grade, *sets, reference, other_val_sets or {})
+        teacher = make_tiny_teacher() if config.teacher else None
+        components = Components(parts.policy, parts.engine, grade, *sets, reference, other_val_sets or {}, teacher)
         train(config, components, run)
     finally:
         run.finish()
@@ -303,12 +306,14 @@ def run_grpo(folder, checkpoint=None, stop_at=None, publish=False, **settings):
     parts, dtype = make_tiny_parts(), getattr(torch, config.dtype)
     policy = parts.policy.to(dtype)
     reference = make_tiny_parts().policy.to(dtype) if config.needs_reference else None
+    teacher = make_tiny_teacher() if config.teacher else None
     engine, answers = make_stopping_engine(policy, parts.tokenizer, stop_at)
     folder.mkdir(exist_ok=True)
     run = Run(config, folder, parts.tokenizer, Display(1, quiet=True), checkpoint)
 
     def loop():
-        train(config, Components(policy, engine, letter_grader, parts.questions, parts.questions, reference), run)
+        sets = (parts.questions, parts.questions)
+        train(config, Components(policy, engine, letter_grader, *sets, reference, teacher=teacher), run)
         if publish:
             run.checkpointer.publish(run.state, "final_model")
 

@@ -156,8 +156,16 @@ MUTANTS = [
         "check_token_ids",
         "drivers/policy/loading.py",
         "tests/drivers/test_loading.py -k 'check_token_ids'",
-        ("one id too many", "if largest >= (", "if largest > ("),
+        ("one id too many", "if largest >= n_embeddings", "if largest > n_embeddings"),
         ("the smallest id", "(max(question.token_ids", "(min(question.token_ids"),
+    ),
+    *breaks(
+        "resolve_teacher",
+        "drivers/policy/teacher.py",
+        "tests/drivers/test_one_line.py -k teacher",
+        ("another vocabulary is taken", "    if different:", "    if False:"),
+        ("too few embeddings are taken", "if n_embeddings < count_embeddings(model_path):", "if False:"),
+        ("the flag is not named", 'with name_flag("--teacher"):', 'with name_flag("--model-path"):'),
     ),
     *breaks(
         "devices",

@@ -33,6 +33,38 @@ MUTANTS = [
         ("no beginning", "if start and name.startswith(start)]", "if False]"),
     ),
     *breaks(
+        "teacher",
+        ALGORITHM,
+        "tests/drivers/test_teacher.py",
+        ("only a penalty is per token", "self.has_kl_in_reward or self.teacher is not None", "self.has_kl_in_reward"),
+        ("equal groups have no signal", "or self.teacher is not None or self.estimator", "or self.estimator"),
+        (
+            "a group of one is refused",
+            "settings.group_size == 1 and not settings.teacher_only",
+            "settings.group_size == 1",
+        ),
+        ("settings of the rewards are ignored", "if settings.teacher_only else ():", "if False else ():"),
+        (
+            "the advantage's own settings are ignored",
+            '"length_penalty", *settings.estimator.reads)',
+            '"length_penalty")',
+        ),
+        ("the cause is the advantage", 'cause = "teacher" if', "cause = cause if"),
+    ),
+    *breaks(
+        "teacher",
+        "drivers/settings/formula.py",
+        "tests/drivers/test_teacher.py",
+        ("rewards beside a teacher alone", '[("it", taught)] if config.teacher_only else', "[] if False else"),
+        ("not added", "if config.teacher is not None and not config.teacher_only:", "if False:"),
+        ("no coefficient", 'f"{config.teacher_coef:g} [log', 'f"[log'),
+        (
+            "the advantage of rewards is cited",
+            "None if config.teacher_only else config.estimator.paper",
+            "config.estimator.paper",
+        ),
+    ),
+    *breaks(
         "make_sampling",
         SAMPLING,
         f"{OBJECTIVE} -k config_sampling",

@@ -5,6 +5,7 @@ from tests.mutants.table import breaks
 DRIVERS = "tests/drivers"
 LOOP, FLAGS = f"{DRIVERS}/test_loop.py", f"{DRIVERS}/test_flags.py"
 GRPO = f"{LOOP} -k 'not sft and not expert and not fine_tuning'"
+TEACHER = f"{DRIVERS}/test_teacher.py"
 OBJECTIVE, BATCH = f"{DRIVERS}/test_objective.py", f"{DRIVERS}/test_batch.py"
 RESUME, GUARDS, SAMPLES = f"{DRIVERS}/test_resume.py", f"{DRIVERS}/test_guards.py", f"{DRIVERS}/test_samples.py"
 RUN_FILES, GRADING = f"{DRIVERS}/test_run_files.py", f"{DRIVERS}/test_grading.py"
@@ -455,9 +456,53 @@ MUTANTS = [
         ("the penalty of the token alone", "core.compute_reward_to_go(kl, mask)", "kl"),
         (
             "not whitened",
-            "return core.whiten_over_tokens(advantages, mask) if whitens else advantages",
-            "return advantages",
+            "        advantages = core.whiten_over_tokens(advantages, mask)\n",
+            "        pass\n",
         ),
+    ),
+    *breaks(
+        "teacher",
+        "drivers/training/advantages.py",
+        TEACHER,
+        (
+            "the opposite direction",
+            "advantages + config.teacher_coef * taught",
+            "advantages - config.teacher_coef * taught",
+        ),
+        ("no coefficient", "advantages + config.teacher_coef * taught", "advantages + taught"),
+        ("unscored responses too", "batch.teacher_log_probs, mask)", "batch.teacher_log_probs, batch.response_mask)"),
+        ("rewards count too", "    if config.teacher_only:\n", "    if False:\n"),
+        ("the policy teaches itself", "score_all(teacher, rollouts, config)", "score_all(policy, rollouts, config)"),
+        (
+            "the sampler is the policy",
+            "(batch.old_log_probs, batch.teacher_log",
+            "(batch.sampler_log_probs, batch.teacher_log",
+        ),
+    ),
+    *breaks(
+        "teacher",
+        "drivers/training/objective.py",
+        TEACHER,
+        (
+            "the reverse of the divergence",
+            "(batch.old_log_probs - batch.teacher_log_probs,",
+            "(batch.teacher_log_probs - batch.old_log_probs,",
+        ),
+    ),
+    *breaks(
+        "teacher",
+        "drivers/training/setup.py",
+        f"tests/drivers/test_one_line.py {FLAGS} -k teacher",
+        ("the policy's model", "loader(teacher_path, lora=False)", "loader(model_path, lora=False)"),
+        (
+            "it is trained",
+            "loader(teacher_path, lora=False).requires_grad_(False)",
+            "loader(teacher_path, lora=False)",
+        ),
+        ("with adapters", "loader(teacher_path, lora=False)", "loader(teacher_path, lora=config.lora_rank > 0)"),
+        ("no memory for it", "for model in (reference, teacher)", "for model in (reference,)"),
+        ("its context is not read", "(context, context_length(teacher_path))", "(context,)"),
+        ("another model's flag", 'with name_flag("--teacher"):', 'with name_flag("--model-path"):'),
     ),
     *breaks(
         "weigh_step",
