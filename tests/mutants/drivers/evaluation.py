@@ -9,10 +9,15 @@ POLICY, OUTCOMES = "drivers/evaluation/policy.py", "drivers/evaluation/outcomes.
 
 MUTANTS = [
     *breaks(
+        "name_flag",
+        "drivers/policy/loading.py",
+        "tests/drivers/test_one_line.py -k 'second_model or compare'",
+        ("the wrong flag", '.replace("--model-path", flag, 1)', ".strip()"),
+    ),
+    *breaks(
         "evaluate",
         "drivers/evaluation/standalone.py",
         "tests/drivers/test_one_line.py -k 'second_model or compare'",
-        ("the wrong flag", '.replace("--model-path", flag, 1)', ".strip()"),
         ("the first results are lost", "                    write_results(folder, config, evaluation, None)\n", ""),
         (
             "no results at all",
