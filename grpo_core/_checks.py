@@ -1,6 +1,7 @@
 """The run-time shape checker and the checks of argument values that many functions share."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any, ParamSpec, TypeVar, get_args
@@ -39,6 +40,10 @@ def shape_checked(fn: Callable[P, R]) -> Callable[P, R]:
             return fn(*args, **kwargs)
         args = tuple(map(to_plain_number, args))  # type: ignore[assignment]
         kwargs = {name: to_plain_number(value) for name, value in kwargs.items()}  # type: ignore[assignment]
+        try:
+            inspect.signature(fn).bind(*args, **kwargs)
+        except TypeError as error:  # jaxtyping would raise it without the name of the function
+            raise TypeError(f"{fn.__name__}: {error}") from None
         try:
             result = checked(*args, **kwargs)
         except TypeCheckError as error:

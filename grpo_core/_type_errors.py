@@ -34,7 +34,8 @@ def explain_type_error(
     if found is None or f"{fn.__module__}.{fn.__qualname__}." not in message:  # of a function that `fn` has called
         return None
     name = found[1]
-    value, annotation = inspect.signature(fn).bind(*args, **kwargs).arguments[name], fn.__annotations__[name]
+    arguments = inspect.signature(fn).bind(*args, **kwargs).arguments
+    value, annotation = arguments[name], fn.__annotations__[name]
     axes = {axis: int(size) for axis, size in _AXES.findall(message.rpartition("axis annotation")[2])}
     wanted = _list_tensors(annotation)
     shapes = [shape for tensor in wanted if (shape := _resolve(tensor, axes)) is not None]
@@ -43,6 +44,10 @@ def explain_type_error(
         change for change, new in _list_changes(name, value) if any(_fits(new, tensor, axes) for tensor in wanted)
     )
     remedy = next((f"; pass {change}" for change in fitting), "")
+    if not wanted and isinstance(value, torch.Tensor):
+        remedy = f"; pass {name}.{'item' if value.numel() == 1 else 'tolist'}()"
+    earlier = {other: (arguments[other], fn.__annotations__[other]) for other in arguments if other != name}
+    remedy = remedy or "".join(_list_conflicts(value, wanted, axes, earlier))
     return f"{fn.__name__}: {name} is {_describe(value)}, but must be {_spell(annotation)}{here}{remedy}"
 
 
@@ -59,6 +64,26 @@ def _resolve(tensor: Any, axes: Mapping[str, int]) -> tuple[int, ...] | None:
     return None if None in sizes else tuple(size for size in sizes if size is not None)
 
 
+def _list_conflicts(
+    value: Any, wanted: Sequence[Any], axes: Mapping[str, int], others: Mapping[str, tuple[Any, Any]]
+) -> Iterator[str]:
+    """Yield which other argument has another size of an axis."""
+    for axis, size in _list_axes(value, wanted):
+        if axes.get(axis, size) != size:
+            for other, (given, annotation) in others.items():
+                if (axis, axes[axis]) in _list_axes(given, _list_tensors(annotation)):
+                    yield f"; {axis} is {axes[axis]} in {other}"
+                    break
+
+
+def _list_axes(value: Any, tensors: Sequence[Any]) -> list[tuple[str, int]]:
+    """Return the named axes of a tensor with their sizes, by the first type that has as many."""
+    for words in (tensor.dim_str.split() for tensor in tensors):
+        if isinstance(value, torch.Tensor) and len(words) == value.ndim and not any("*" in word for word in words):
+            return [pair for pair in zip(words, value.shape, strict=True) if pair[0].isidentifier()]
+    return []
+
+
 def _list_changes(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield simple changes of an argument as code, with what they make of it."""
     if not isinstance(value, torch.Tensor):
@@ -67,8 +92,8 @@ def _list_changes(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
         return
     if value.ndim == 1:
         yield f"{name}[:, None]", value[:, None]
-    if value.ndim == 2 and value.shape[1] == 1:
-        yield f"{name}[:, 0]", value[:, 0]
+    if value.ndim == 2:
+        yield (f"{name}[:, 0]", value[:, 0]) if value.shape[1] == 1 else (f"{name}.flatten()", value.flatten())
     for method in ("bool", "float", "long"):
         yield f"{name}.{method}()", getattr(value, method)()
 

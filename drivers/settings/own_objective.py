@@ -15,6 +15,7 @@ from typing import Any
 from drivers.common.errors import UsageError, suggest
 from drivers.common.own_functions import SPELLING, import_function, is_own
 from drivers.settings.objectives import ADVANTAGES, OBJECTIVES, Advantage, Choice, Objective
+from drivers.settings.recipes import RECIPES
 
 LOSS_SYMBOLS = {
     "advantages": "{A}",
@@ -102,7 +103,9 @@ def _describe_own_advantage(name: str) -> Advantage:
 def _import(flag: str, name: str, table: Mapping[str, Choice]) -> Callable[..., Any]:
     """Import an own function; raise a UsageError for a name that is neither in the table nor spelled like one."""
     if not is_own(name):
-        raise UsageError(f"{flag} {name}: must be one of {', '.join(table)}, or {SPELLING}{suggest(name, table)}")
+        recipe = name.replace("_", "-")
+        hint = f"; it is a recipe: pass --recipe {recipe}" if recipe in RECIPES else suggest(name, table)
+        raise UsageError(f"{flag} {name}: must be one of {', '.join(table)}, or {SPELLING}{hint}")
     return import_function(flag, name)
 
 

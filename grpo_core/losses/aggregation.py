@@ -260,7 +260,12 @@ def _count_parts(tokens: Float[Tensor, " part"], empty: str) -> Float[Tensor, ""
 
 def _check_normalize_constant(normalize_constant: float | None, aggregation: str) -> float:
     if normalize_constant is None:
-        raise ValueError(f"aggregation={aggregation!r} needs normalize_constant; got None")
+        meaning = (
+            "the length limit of a response"
+            if aggregation == "constant"
+            else "the response tokens of the optimizer step"
+        )
+        raise ValueError(f"aggregation={aggregation!r} needs normalize_constant, {meaning}; got None")
     if not 0 < normalize_constant < math.inf:
         raise ValueError(f"normalize_constant={normalize_constant} must be positive and finite: it divides the loss")
     return normalize_constant

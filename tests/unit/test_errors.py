@@ -229,8 +229,12 @@ ERRORS = {
     "loss_type='grpo_no_clip' needs old_log_probs; got None": lambda: step(loss_type="grpo_no_clip"),
     "aggregation='mean' is unknown: choose one of sequence_mean, token_mean, prompt_mean, sequence_sum,"
     " constant": lambda: step(aggregation="mean"),
-    "aggregation='token_mean' needs normalize_constant; got None": lambda: step(aggregation="token_mean"),
-    "aggregation='constant' needs normalize_constant; got None": lambda: step(aggregation="constant"),
+    "aggregation='token_mean' needs normalize_constant, the response tokens of the optimizer step; got None": lambda: (
+        step(aggregation="token_mean")
+    ),
+    "aggregation='constant' needs normalize_constant, the length limit of a response; got None": lambda: step(
+        aggregation="constant"
+    ),
     "normalize_constant=0.0 must be positive and finite: it divides the loss": lambda: step(
         aggregation="token_mean", normalize_constant=0.0
     ),
@@ -286,13 +290,24 @@ TYPE_ERRORS = {
     "sft_microbatch_loss: response_mask is float32 of shape (2, 3), but must be Bool[Tensor, 'batch seq'], here of"
     " shape (2, 3); pass response_mask.bool()": lambda: g.sft_microbatch_loss(LOG_PROBS, LOG_PROBS, 1),
     "sft_microbatch_loss: response_mask is bool of shape (1, 2), but must be Bool[Tensor, 'batch seq'], here of shape"
-    " (2, 3)": lambda: g.sft_microbatch_loss(LOG_PROBS, WIDE_MASK, 1),
+    " (2, 3); batch is 2 in policy_log_probs; seq is 3 in policy_log_probs": lambda: g.sft_microbatch_loss(
+        LOG_PROBS, WIDE_MASK, 1
+    ),
     "normalize_group_rewards: rewards is float32 of shape (2, 1), but must be Float[Tensor, 'rollout']; pass"
     " rewards[:, 0]": lambda: g.normalize_group_rewards(TWO[:, None], 2),
     "normalize_group_rewards: rewards is int64 of shape (2,), but must be Float[Tensor, 'rollout']; pass"
     " rewards.float()": lambda: g.normalize_group_rewards(TWO.long(), 2),
     "normalize_group_rewards: rewards is [1.0, 0.0], of type list, but must be Float[Tensor, 'rollout']; pass"
     " torch.as_tensor(rewards)": lambda: g.normalize_group_rewards([1.0, 0.0], 2),
+    "compute_grpo_clip_loss: policy_log_probs is float32 of shape (2, 3), but must be Float[Tensor, 'batch seq'];"
+    " batch is 3 in advantages": lambda: g.compute_grpo_clip_loss(torch.ones(3, 1), LOG_PROBS, LOG_PROBS, 0.2),
+    "normalize_group_rewards: rewards is float32 of shape (2, 3), but must be Float[Tensor, 'rollout']; pass"
+    " rewards.flatten()": lambda: g.normalize_group_rewards(LOG_PROBS, 3),
+    "normalize_group_rewards: group_sizes is float32 of shape (2,), but must be int | Sequence[int]; pass"
+    " group_sizes.tolist()": lambda: g.normalize_group_rewards(TWO, TWO),
+    "compute_grpo_clip_loss: cliprange is float32 of shape (), but must be float; pass cliprange.item()": lambda: (
+        g.compute_grpo_clip_loss(TWO[:, None], LOG_PROBS, LOG_PROBS, torch.tensor(0.2))
+    ),
     "normalize_group_rewards: group_sizes is 2.0, of type float, but must be int | Sequence[int]": lambda: (
         g.normalize_group_rewards(TWO, 2.0)
     ),
@@ -305,6 +320,14 @@ def test_invalid_type_raises_one_line_with_the_change(message):
         TYPE_ERRORS[message]()
     assert raised.value.__suppress_context__
     assert raised.value.__cause__ is None  # jaxtyping's own sixty lines would stand above it
+
+
+def test_wrong_arguments_name_the_function():
+    with pytest.raises(TypeError, match=r"^masked_mean: got an unexpected keyword argument 'axis'$") as raised:
+        g.masked_mean(ONE, MASK, axis=1)
+    assert raised.value.__suppress_context__
+    with pytest.raises(TypeError, match=r"^masked_mean: missing a required argument: 'mask'$"):
+        g.masked_mean(ONE)
 
 
 def test_type_error_of_the_users_own_function_is_left_alone():
