@@ -112,7 +112,7 @@ class TrainingState:
         self.snapshot()
 
     def finish_update(self, grad_norm: float, *, apply: bool) -> bool:
-        """Make an optimizer step of the next step, or discard its gradient, and remember the norm. Return `apply`."""
+        """Apply the gradient at the rate of the next step, or discard it, and record its norm. Return `apply`."""
         if apply:
             self.optimizer.step(self._config.learning_rate_at(self.step + 1))
         else:
