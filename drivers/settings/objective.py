@@ -202,7 +202,7 @@ class KLSettings(Settings):
     kl_reference: Literal["model", "sampler"] = "model"
     """Reference of the KL: the model that training started from, or the policy that sampled."""
     kl_reference_steps: PositiveInt | None = None
-    """With --kl-reference model: after every so many steps, move the reference to the policy. Default: never."""
+    """Steps after which the reference of --kl-reference model moves to the policy, again and again. Default: never."""
     kl_reference_share: Share = 1.0
     """Share of the distance to the policy by which --kl-reference-steps moves each weight of the reference: 1 replaces
     it, less keeps an exponential average. In bfloat16, small shares are lost in rounding."""
