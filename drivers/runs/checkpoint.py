@@ -51,7 +51,7 @@ Entries = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class CheckpointContent:
-    """What a checkpoint will hold, in host memory: the next step may change the policy while it is written."""
+    """Content of a checkpoint, copied to host memory because the next step may change the policy during the write."""
 
     policy: Any
     """Its configuration is written, not its weights."""

@@ -1,4 +1,4 @@
-"""How the policy is evaluated during training, and the names of question sets."""
+"""Settings of evaluations during training, and names of question sets."""
 
 import re
 from collections.abc import Sequence

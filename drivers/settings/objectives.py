@@ -83,7 +83,7 @@ class Objective(Choice):
     has_gradient_without_signal: bool = False
     """A response has a gradient even if its advantage or reward is 0."""
     broken_laws: tuple[str, ...] = ()
-    """What an own function does otherwise than the objectives of `grpo_core`, which may be on purpose."""
+    """Sentences about the laws of `grpo_core.testing` that an own function breaks, perhaps on purpose."""
     high_covariance: Literal["train", "drop", "penalize"] = "train"
     """Treatment of the tokens with the highest covariance of advantage and log-prob."""
 

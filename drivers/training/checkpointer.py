@@ -39,7 +39,7 @@ ABORT_WAIT_S = 10.0
 
 
 NICENESS = 10
-"""What the thread that writes adds to its niceness: a step whose threads wait for one another loses most."""
+"""Increase of the niceness of the writing thread, which would otherwise delay the training step."""
 
 
 class SavedCheckpoint(NamedTuple):

@@ -1,4 +1,4 @@
-"""What Triton's compiler makes of the kernels for each GPU: `python -m tests.benchmarks kernels`. No GPU is needed.
+"""Registers and memory of the compiled kernels, by GPU: `python -m tests.benchmarks kernels`. No GPU is needed.
 
 Registers say how many programs a multiprocessor runs at once; stack and local memory above 0 would be spills. Another
 Triton is compiled with if it stands first on PYTHONPATH.

@@ -53,12 +53,12 @@ ANCHORS = (
     ("ten steps of 64 responses, the runs that this project grew from, two H100", "30 minutes"),
     ("a step of 256 responses of up to 512 tokens, 1B, two B200: the budget of CS336 2026", "4.5 s"),
 )
-"""What others took, to stand beside the section `training`."""
+"""Published times, printed below the section `training`."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured."""
+    """Sizes of the measured shapes and runs."""
 
     device: str = "cuda"
     engine: str = "vllm"
