@@ -37,6 +37,7 @@ class HFEngine:
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[Completion]:
         """Sample `sampling.n` completions of each prompt, padded on the left; greedy at temperature 0."""
         repeated = [tuple(prompt) for prompt in prompts for _ in range(sampling.n)]
+        limits = [sampling.for_prompt(index).max_tokens for index in range(len(prompts)) for _ in range(sampling.n)]
         devices = [self._policy.device] if self._policy.device.type == "cuda" else []
         completions: list[Completion] = []
         training = self._policy.training  # on while gradient checkpointing is
@@ -48,13 +49,16 @@ class HFEngine:
             with torch.random.fork_rng(devices=devices), torch.no_grad():
                 torch.manual_seed(seed)
                 for start in range(0, len(repeated), BATCH_SIZE):
-                    completions += self._generate_batch(repeated[start : start + BATCH_SIZE], sampling)
+                    part = slice(start, start + BATCH_SIZE)
+                    completions += self._generate_batch(repeated[part], limits[part], sampling)
         finally:
             self._policy.generation_config = own
             self._policy.train(training)
         return completions
 
-    def _generate_batch(self, prompts: list[tuple[int, ...]], sampling: Sampling) -> list[Completion]:
+    def _generate_batch(
+        self, prompts: list[tuple[int, ...]], limits: list[int], sampling: Sampling
+    ) -> list[Completion]:
         from transformers import GenerationConfig
 
         width = max(map(len, prompts))
@@ -69,7 +73,7 @@ class HFEngine:
             top_p=1.0 if greedy else sampling.top_p,
             min_p=None if greedy else sampling.min_p or None,
             min_new_tokens=sampling.min_tokens or None,
-            max_new_tokens=sampling.max_tokens,
+            max_new_tokens=max(limits),
             stop_strings=list(sampling.stop) or None,
             eos_token_id=self._end_ids,
             pad_token_id=pad,
@@ -85,8 +89,10 @@ class HFEngine:
         replays = sampling.replays and sampling.truncates and not greedy
         sets = _find_kept(out.scores) if replays else [None] * len(prompts)
         return [
-            self._truncate(p, ids, lp, sets_of_row, sampling)
-            for p, ids, lp, sets_of_row in zip(prompts, sampled.tolist(), log_probs.tolist(), sets, strict=True)
+            self._truncate(p, ids[:limit], lp, sets_of_row, sampling)
+            for p, limit, ids, lp, sets_of_row in zip(
+                prompts, limits, sampled.tolist(), log_probs.tolist(), sets, strict=True
+            )
         ]
 
     def _truncate(

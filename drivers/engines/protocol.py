@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, Literal, Protocol
 
 import torch
@@ -29,9 +30,9 @@ class Completion:
     """Decoded response, including the stop string that ended it."""
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
-    """Sampled tokens, including the end token: training uses these."""
+    """Sampled tokens, including the end token: training uses these. In a conversation, also the inserted tokens."""
     log_probs: tuple[float, ...]
-    """Log-prob of each sampled token under the distribution that it was drawn from, in nats."""
+    """Log-prob of each sampled token under the distribution that it was drawn from, in nats; 0 for an inserted one."""
     finish_reason: Literal["stop", "length"]
     """`length`: truncated at the token limit."""
     weight_version: int | None = None
@@ -40,6 +41,18 @@ class Completion:
     """The tokens that each token was drawn from, if the sampler truncates and its sets are replayed."""
     excluded: tuple[tuple[int, ...], ...] = ()
     """The tokens that the sampler hid from each of the first tokens, if they are replayed and not part of `kept`."""
+    sampled: tuple[bool, ...] = ()
+    """Whether each token of a conversation was sampled, or inserted. Empty: all were sampled."""
+
+    @property
+    def is_sampled(self) -> tuple[bool, ...]:
+        """Return whether each token was sampled."""
+        return self.sampled or (True,) * len(self.token_ids)
+
+    @property
+    def n_sampled(self) -> int:
+        """Return the number of sampled tokens."""
+        return sum(self.sampled) if self.sampled else len(self.token_ids)
 
 
 def end_token_ids(policy: Any, end_token_id: int | None) -> list[int]:
@@ -87,11 +100,15 @@ class RolloutEngine(Protocol):
 
 def describe_completions(completions: Sequence[Completion]) -> dict[str, float]:
     """Return lengths, the share of truncated responses, and the entropy that the sampler's log-probs estimate."""
-    lengths = torch.tensor([len(completion.token_ids) for completion in completions], dtype=torch.float64)
+    lengths = torch.tensor([completion.n_sampled for completion in completions], dtype=torch.float64)
     log_probs = torch.tensor(
-        [value for completion in completions for value in completion.log_probs], dtype=torch.float64
+        [value for completion in completions for value in compress(completion.log_probs, completion.is_sampled)],
+        dtype=torch.float64,
     )
+    n_inserted = sum(completion.sampled.count(False) for completion in completions)
+    inserted = {"inserted_tokens": n_inserted / len(completions)}
     return {
+        **(inserted if any(completion.sampled for completion in completions) else {}),
         "response_tokens": lengths.mean().item(),
         "response_tokens_max": lengths.max().item(),
         "truncated": sum(completion.finish_reason == "length" for completion in completions) / len(completions),

@@ -97,8 +97,11 @@ class VLLMEngine:
         seeds = [seed + index * sampling.n for index in range(len(prompts))]
         vocab, end_ids = self._llm.model_config.get_vocab_size(), end_token_ids(self._policy, self._end_token_id)
         parameters = [
-            SamplingParams(**sampling_parameters(sampling, own_seed, self._end_token_id, vocab), flat_logprobs=True)
-            for own_seed in seeds
+            SamplingParams(
+                **sampling_parameters(sampling.for_prompt(index), own_seed, self._end_token_id, vocab),
+                flat_logprobs=True,
+            )
+            for index, own_seed in enumerate(seeds)
         ]
         outputs = self._call(
             f"sampling from {len(prompts)} prompts", lambda: self._llm.generate(requests, parameters, use_tqdm=False)

@@ -151,9 +151,10 @@ class ServerEngine:
     async def _generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[Completion]:
         async def sample_group(index: int, prompt: Sequence[int]) -> list[Completion]:
             url = self._servers.urls[index % len(self._servers.urls)]
+            own = sampling.for_prompt(index)
             body = {
                 "token_ids": list(prompt),
-                "sampling_params": sampling_parameters(sampling, seed + index * sampling.n, self._end_token_id),
+                "sampling_params": sampling_parameters(own, seed + index * sampling.n, self._end_token_id),
                 "output_mode": "text",
             }
             answer = await client.post(f"{url}/inference/v1/generate", json=body)

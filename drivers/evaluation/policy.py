@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from drivers.engines.conversations import Rollout, sample_responses
 from drivers.engines.protocol import Completion, RolloutEngine, describe_completions
 from drivers.grading.summary import STANDARD, describe_grades
 from drivers.grading.verdicts import Graded, Grader, grade_all
@@ -25,13 +26,14 @@ def evaluate_policy(
     seed: int,
     n_shown: int = 0,
     tokenizer: Any = None,
+    rollout: Rollout | None = None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Sample and grade responses. Return the metrics and a row per response.
 
     Metrics are over all scored responses, and the standard error of the accuracy is over questions. The rows of the
     first responses to the first `n_shown` questions include their tokens.
     """
-    completions = engine.generate([question.prompt_token_ids for question in questions], sampling, seed=seed)
+    completions = sample_responses(engine, rollout, questions, sampling, seed=seed)
     question_of = [question for question in questions for _ in range(sampling.n)]
     graded = grade_completions(grade, completions, question_of)
     rows = [

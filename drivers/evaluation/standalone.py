@@ -14,6 +14,7 @@ from torch import nn
 from drivers.common.atomic_files import write_json, write_jsonl
 from drivers.common.display import Display
 from drivers.common.own_functions import check_file
+from drivers.engines.conversations import load_rollout
 from drivers.engines.factory import blame_engine, describe_start, make_engine
 from drivers.engines.options import EngineOptions
 from drivers.engines.protocol import RolloutEngine
@@ -149,6 +150,7 @@ def sample_and_grade(
     display: Display,
 ) -> Evaluation:
     """Load a model, check its engine, and sample and grade its responses to each data set."""
+    rollout = load_rollout(config, inputs.tokenizer)
     dtype = choose_dtype(config.dtype, device)
     with display.stage(f"Loading {inputs.model_path}"):
         policy = load_policy(inputs.model_path, device, dtype, attention=config.attention)
@@ -175,7 +177,9 @@ def sample_and_grade(
         for name, questions in inputs.questions.items():
             with display.stage(f"Asking {name}: {count_asked(len(questions), config.n_samples)}"):
                 seed = EVALUATION_SEED + config.seed
-                values[name], responses = evaluate_policy(engine, questions, config.sampling, grade, seed=seed)
+                values[name], responses = evaluate_policy(
+                    engine, questions, config.sampling, grade, seed=seed, rollout=rollout
+                )
             rows[name] = [{"dataset": name, **row} for row in number_questions(responses, config.n_samples)]
     finally:
         engine.close()

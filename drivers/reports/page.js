@@ -399,15 +399,18 @@
     return element;
   }
 
-  const valueAt = (row, name, k) => (Array.isArray(row[name]) ? row[name][k] : row[name]);
+  const isInserted = (row, k) => row.sampled?.[k] === false;
+  const valueAt = (row, name, k) => (isInserted(row, k) ? null : Array.isArray(row[name]) ? row[name][k] : row[name]);
 
   function tokensOf(row) {
-    const spans = row.tokens.map((token, k) =>
-      html("span", { "data-k": k, class: token ? "" : "part" }, token.replace(/\n/g, "↵\n") || "·"),
-    );
+    const spans = row.tokens.map((token, k) => {
+      const kind = [token ? "" : "part", isInserted(row, k) ? "inserted" : ""].join(" ").trim();
+      return html("span", { "data-k": k, class: kind }, token.replace(/\n/g, "↵\n") || "·");
+    });
     const named = { class: "tokens", tabindex: 0, role: "group", "aria-label": "Response, token by token" };
     const text = html("div", named, ...spans);
-    const hint = "Point at a token, or step through them with the arrow keys.";
+    const underlined = row.sampled?.includes(false) ? " Underlined tokens were inserted, not sampled." : "";
+    const hint = `Point at a token, or step through them with the arrow keys.${underlined}`;
     const readout = html("p", { class: "readout", "aria-live": "polite" }, hint);
 
     const kinds = Object.keys(COLORINGS).filter((kind) =>
@@ -436,7 +439,7 @@
       current = k;
       const values = kinds.map((kind) => `${COLORINGS[kind].name} ${valueAt(row, kind, k) ?? "none"}`);
       const which = `token ${k + 1} of ${spans.length}, ${JSON.stringify(row.tokens[k])}`;
-      readout.textContent = `${which}: ${values.join(", ") || "no values"}`;
+      readout.textContent = `${which}: ${isInserted(row, k) ? "inserted" : values.join(", ") || "no values"}`;
     };
     const point = (event) => event.target.dataset.k && select(Number(event.target.dataset.k));
     text.addEventListener("pointerover", point);

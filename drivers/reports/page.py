@@ -303,11 +303,14 @@ def _response(run: int, row: Row) -> Row:
     }
     if "reward" in row:
         response["reward"] = reward if is_number(reward) else None
-    shown = {*response, "tokens", *TOKEN_VALUES}
+    shown = {*response, "tokens", "sampled", *TOKEN_VALUES}
     response["details"] = {name: format_setting(value) for name, value in row.items() if name not in shown}
     if isinstance(tokens, list) and all(isinstance(token, str) for token in tokens):
         response["tokens"] = tokens
         response |= {name: row[name] for name in TOKEN_VALUES if _is_token_value(row.get(name), len(tokens))}
+        sampled = row.get("sampled")
+        if isinstance(sampled, list) and list(map(type, sampled)) == [bool] * len(tokens):
+            response["sampled"] = sampled
     return response
 
 

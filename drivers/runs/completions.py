@@ -24,7 +24,7 @@ def describe_sample(question: Question, completion: Completion, verdict: Graded)
         "why": verdict.status,
         **({"detail": verdict.detail} if verdict.detail else {}),
         "finish_reason": completion.finish_reason,
-        "response_tokens": len(completion.token_ids),
+        "response_tokens": completion.n_sampled,
     }
 
 
@@ -41,16 +41,22 @@ def describe_demonstration(demonstration: Demonstration, tokenizer: Any) -> dict
 
 
 def describe_tokens(completion: Completion, tokenizer: Any) -> dict[str, Any]:
-    """Return the text and the sampler's log-prob of each token."""
+    """Return the text and the sampler's log-prob of each token, and in a conversation whether it was sampled."""
     return {
         "tokens": token_texts(tokenizer, completion.token_ids),
-        "sampler_log_probs": round_for_log(completion.log_probs),
+        "sampler_log_probs": _keep_sampled(round_for_log(completion.log_probs), completion.sampled),
+        **({"sampled": list(completion.sampled)} if completion.sampled else {}),
     }
 
 
 def round_for_log(values: Iterable[float]) -> list[float | None]:
     """Round values for the log; return None for values that are not finite."""
     return [round(value, DIGITS) if math.isfinite(value) else None for value in values]
+
+
+def _keep_sampled(values: list[float | None], sampled: Sequence[bool]) -> list[float | None]:
+    """Return the values, with None for the inserted tokens of a conversation."""
+    return [value if flag else None for value, flag in zip(values, sampled, strict=True)] if sampled else values
 
 
 def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
@@ -76,8 +82,11 @@ def with_values(
     row: Mapping[str, Any], values: Mapping[str, Iterable[float]], advantages: Sequence[float] | None
 ) -> dict[str, Any]:
     """Add the policy's token values and the advantage of the response, or of each of its tokens, to a row."""
-    row = {**row, **{name: round_for_log(token_values) for name, token_values in values.items()}}
-    if advantages is not None:
-        rounded = round_for_log(advantages[: len(row["tokens"])])
-        row["advantage"] = rounded[0] if len(advantages) == 1 else rounded
+    sampled = row.get("sampled", ())
+    logged = {name: _keep_sampled(round_for_log(token_values), sampled) for name, token_values in values.items()}
+    row = {**row, **logged}
+    if advantages is not None and len(advantages) == 1:
+        row["advantage"] = round_for_log(advantages)[0]
+    elif advantages is not None:
+        row["advantage"] = _keep_sampled(round_for_log(advantages[: len(row["tokens"])]), sampled)
     return row

@@ -18,7 +18,7 @@ from drivers.settings.base import (
 from drivers.settings.chat_args import ChatValue, parse_chat_args
 from drivers.settings.evaluation import EvaluationSettings, name_sets
 from drivers.settings.reward_spec import check_reward
-from drivers.settings.sampling import NucleusSettings
+from drivers.settings.sampling import ConversationSettings
 from drivers.settings.schedule import Schedule
 
 
@@ -154,7 +154,7 @@ class GradingSettings(Settings):
 
 # --- sampling --------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, kw_only=True)
-class RolloutSettings(NucleusSettings):
+class RolloutSettings(ConversationSettings):
     """The groups of a GRPO step, and when they are sampled."""
 
     sampling_replay: bool = False

@@ -19,7 +19,7 @@ from drivers.settings.parser import parse
 _SAME = (
     "prompt_path", "chat_template", "system_prompt_path", "chat_template_args", "chat_date", "long_prompts", "reward",
     "reward_mix", "grader_deadline_s", "sampling_temperature", "sampling_top_p", "sampling_top_k", "sampling_min_p",
-    "sampling_min_tokens", "sampling_max_tokens", "sampling_stop",
+    "sampling_min_tokens", "sampling_max_tokens", "sampling_stop", "rollout", "rollout_deadline_s",
 )  # fmt: skip
 TAKEN = {"data_path": "val_data_path", "n_examples": "n_val_examples", "n_samples": "eval_samples"} | {
     name: name for name in _SAME
@@ -36,6 +36,7 @@ _SHOWN = ("data_path", "n_examples", "prompt_path", "reward")
 _PARTS = {
     "n_examples": "--data-path",
     "reward_mix": "--reward",
+    "rollout_deadline_s": "--rollout",
     "chat_template": "--no-chat-template",
     "system_prompt_path": "--no-chat-template",
     "chat_template_args": "--no-chat-template",
@@ -106,9 +107,10 @@ def take_settings(flag: str, run: Path) -> dict[str, Any]:
             settings[name] = _find_file(settings[name], started_in)
     if "data_path" in settings:
         settings["data_path"] = tuple(_find_set(entry, started_in) for entry in settings["data_path"])
-    where, colon, function = settings.get("reward", "").rpartition(":")
-    if where.endswith(".py"):
-        settings["reward"] = f"{_find_file(where, started_in)}{colon}{function}"
+    for name in ("reward", "rollout"):
+        where, colon, function = (settings.get(name) or "").rpartition(":")
+        if where.endswith(".py"):
+            settings[name] = f"{_find_file(where, started_in)}{colon}{function}"
     return settings
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 from drivers.common.errors import UsageError
+from drivers.common.own_functions import SPELLING, is_own
 from drivers.settings.base import Bounds, NonNegativeInt, PositiveFloat, PositiveInt, Settings, Share
 
 
@@ -24,11 +25,17 @@ class Sampling:
     """Keep tokens with at least this share of the probability of the likeliest one."""
     replays: bool = False
     """Completions carry the set that each token was drawn from."""
+    limits: tuple[int, ...] = ()
+    """Maximum length of the completions of each prompt, none above `max_tokens`. Empty: all have `max_tokens`."""
 
     @property
     def truncates(self) -> bool:
         """Return whether tokens are drawn from a part of the vocabulary that depends on the distribution."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+    def for_prompt(self, index: int) -> "Sampling":
+        """Return the parameters of one prompt of the call."""
+        return replace(self, max_tokens=self.limits[index], limits=()) if self.limits else self
 
     def untruncated(self, **changes: Any) -> "Sampling":
         """Return the same sampling of the whole vocabulary, with `changes`."""
@@ -84,6 +91,25 @@ class NucleusSettings(SamplingSettings):
     sampling_min_p: Annotated[float, Bounds(at_least=0, at_most=1)] = 0.0
     """Sample only from tokens with at least this share of the probability of the most probable one. Above 0, like
     --sampling-top-p below 1. 0 samples from all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversationSettings(NucleusSettings):
+    """Responses that a function of the user's own composes."""
+
+    rollout: str | None = None
+    """Your own `async` function as my_module:function or path/to/file.py:function, which composes a response of what
+    the policy samples and of other tokens, such as the results of a tool (docs/tutorials/conversation.md). Default:
+    a response is one completion."""
+    rollout_deadline_s: PositiveFloat = 60.0
+    """Longest wait for the --rollout function between two samples, in seconds; after it the program ends."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rollout is not None and not is_own(self.rollout):
+            raise UsageError(f"--rollout {self.rollout}: must be {SPELLING}")
+        if self.rollout is None and self.is_changed("rollout_deadline_s"):
+            raise UsageError(f"{self.flag('rollout_deadline_s')}: has no effect without --rollout; omit it")
 
 
 def make_sampling(settings: NucleusSettings, reward: str, n: int) -> Sampling:

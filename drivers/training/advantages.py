@@ -24,7 +24,7 @@ def compute_rewards(
 ) -> Tensor:
     """Return the reward of each response, with its length penalty; NaN for a response that could not be scored."""
     rewards = core.read_rewards(list(scores))
-    lengths = torch.tensor([len(completion.token_ids) for completion in completions])
+    lengths = torch.tensor([completion.n_sampled for completion in completions])
     longest = config.sampling_max_tokens
     match config.length_penalty:
         case "none":

@@ -50,7 +50,7 @@ class StepRollouts(NamedTuple):
     @staticmethod
     def from_json(values: dict[str, Any]) -> "StepRollouts":
         """Return the rollouts that `to_json` wrote."""
-        ids = ("prompt_token_ids", "token_ids", "log_probs")
+        ids = ("prompt_token_ids", "token_ids", "log_probs", "sampled")
         kept: list[dict[str, Any]] = [
             {k: tuple(v) if k in ids else v for k, v in completion.items()}
             | {
@@ -100,7 +100,8 @@ class RolloutBatch:
 
     completions: tuple[Completion, ...]
     response_mask: Bool[Tensor, "batch seq"]
-    """True on the sampled tokens, including the end token; column 0 is the first token of a response."""
+    """True on the sampled tokens, including the end token; column 0 is the first token of a response. False on the
+    tokens that a conversation inserts."""
     rewards: Float[Tensor, "batch 1"]
     """Reward of each response; NaN if it could not be scored."""
     group_ids: Int[Tensor, "batch 1"]
@@ -124,8 +125,8 @@ class RolloutBatch:
 
     @property
     def lengths(self) -> Int[Tensor, " batch"]:
-        """Return the number of tokens of each response."""
-        return torch.tensor([len(completion.token_ids) for completion in self.completions])
+        """Return the number of sampled tokens of each response."""
+        return torch.tensor([completion.n_sampled for completion in self.completions])
 
     @property
     def truncated(self) -> Bool[Tensor, " batch"]:
@@ -234,16 +235,17 @@ class WeightedBatch(RolloutBatch):
 def make_rollout_batch(completions: Sequence[Completion], rewards: Tensor, group_size: int = 1) -> RolloutBatch:
     """Make a batch from the sampled token ids, without tokenizing text again. The rows of a group are consecutive."""
     lengths = torch.tensor([len(completion.token_ids) for completion in completions])
-    response_mask = torch.arange(max(1, int(lengths.max())))[None] < lengths[:, None]
-    sampled = torch.tensor(
+    has_token = torch.arange(max(1, int(lengths.max())))[None] < lengths[:, None]
+    is_sampled = torch.tensor([flag for completion in completions for flag in completion.is_sampled], dtype=torch.bool)
+    log_probs = torch.tensor(
         [value for completion in completions for value in completion.log_probs], dtype=torch.float32
     )
     return RolloutBatch(
         completions=tuple(completions),
-        response_mask=response_mask,
+        response_mask=torch.zeros_like(has_token).masked_scatter(has_token, is_sampled),
         rewards=rewards[:, None],
         group_ids=torch.arange(len(completions))[:, None] // group_size,
-        sampler_log_probs=torch.zeros(response_mask.shape).masked_scatter(response_mask, sampled),
+        sampler_log_probs=torch.zeros(has_token.shape).masked_scatter(has_token, log_probs),
     )
 
 

@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from drivers.engines.protocol import RolloutEngine
+from drivers.engines.conversations import Rollout, sample_responses
+from drivers.engines.protocol import Completion, RolloutEngine
 from drivers.grading.pool import GradingPool
 from drivers.grading.verdicts import Grader
+from drivers.settings.sampling import Sampling
 from drivers.tasks.questions import Question
 
 
@@ -27,6 +29,12 @@ class Components:
     """Further sets of held-out questions by name."""
     teacher: nn.Module | None = None
     """Frozen model of `--teacher`."""
+    rollout: Rollout | None = None
+    """The function of `--rollout`."""
+
+    def sample(self, questions: Sequence[Question], sampling: Sampling, *, seed: int) -> list[Completion]:
+        """Return `sampling.n` responses to each question: completions, or conversations with `--rollout`."""
+        return sample_responses(self.engine, self.rollout, questions, sampling, seed=seed)
 
     def close(self) -> None:
         """End the processes that sample and grade."""

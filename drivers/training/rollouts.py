@@ -69,9 +69,8 @@ def collect(
     greedy: list[Completion] = []
     with timer.phase("rollout"):
         if config.estimator.uses_greedy_response:
-            prompts = [question.prompt_token_ids for question in questions]
             sampling = config.sampling.untruncated(n=1, temperature=0.0)
-            greedy = components.engine.generate(prompts, sampling, seed=sampling_seed(config, step))
+            greedy = components.sample(questions, sampling, seed=sampling_seed(config, step))
         components.engine.sleep()  # until the next push: everything is sampled
     with timer.phase("reward"):
         completions, verdicts = flatten(groups.kept)
@@ -128,8 +127,7 @@ def sample_round(
     """Sample and grade G responses to each question, and return the groups and the reward of each response."""
     size = config.group_size
     with timer.phase("rollout"):
-        prompts = [question.prompt_token_ids for question in questions]
-        completions = components.engine.generate(prompts, config.sampling, seed=sampling_seed(config, step, refill))
+        completions = components.sample(questions, config.sampling, seed=sampling_seed(config, step, refill))
     with timer.phase("reward"):
         repeated = [question for question in questions for _ in range(size)]
         verdicts = grade_completions(components.grade, completions, repeated)
@@ -165,7 +163,7 @@ def rollout_metrics(
         **describe_pass_at_k(groups.sampled),
         **describe_silent_groups(read_rewards(scores), config.group_size),
         **describe_completions(completions),
-        "sampled_tokens": float(sum(len(completion.token_ids) for completion in (*completions, *greedy))),
+        "sampled_tokens": float(sum(completion.n_sampled for completion in (*completions, *greedy))),
     }
     versions = [completion.weight_version for group in groups.kept for completion in group.completions]
     known_versions = [version for version in versions if version is not None]

@@ -236,6 +236,7 @@ class Run:
             seed=EVALUATION_SEED,
             n_shown=self.config.n_logged_completions,
             tokenizer=self.tokenizer,
+            rollout=components.rollout,
         )
         metrics, rows = run_with_engine(components.engine, call)
         if self.config.eval_samples > 1:

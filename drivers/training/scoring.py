@@ -27,10 +27,10 @@ def score(
     with_entropy: bool = False,
     detach_entropy: bool = True,
 ) -> dict[str, Tensor]:
-    """Return `log_probs` of each response token under `policy`, and on request `token_entropy`, from one forward pass.
+    """Return `log_probs` of each sampled token under `policy`, and on request `token_entropy`, from one forward pass.
 
-    Both are Float "batch seq" and 0 after the end of a response. `rows` are those of a `MicroBatch`; by default they
-    are planned here.
+    Both are Float "batch seq", and 0 after the end of a response and at the inserted tokens of a conversation. `rows`
+    are those of a `MicroBatch`; by default they are planned here.
     """
     if rows is None:
         rows = plan_rows(policy, rollouts, range(len(rollouts)))
@@ -42,18 +42,20 @@ def score(
     scored = fsdp.with_unsharded_params(
         policy, lambda: _score_rows(policy, head, rollouts, rows, temperature, with_entropy, detach_entropy)
     )
-    index = torch.tensor(flat_response_index(rows, shape[1]), dtype=torch.long).to(device, non_blocking=True)
+    places = flat_token_index(rows, rollouts.completions, shape[1])
+    index = torch.tensor(places, dtype=torch.long).to(device, non_blocking=True)
     flat = {name: values.new_zeros(shape.numel()).index_copy(0, index, values) for name, values in scored.items()}
     return {name: rearrange(x, "(response token) -> response token", token=shape[1]) for name, x in flat.items()}
 
 
-def flat_response_index(rows: Sequence[Row], width: int) -> list[int]:
-    """Return the place of each response token of `rows`, row after row, in a flattened batch of `width` columns."""
+def flat_token_index(rows: Sequence[Row], completions: Sequence[Completion], width: int) -> list[int]:
+    """Return the place of each sampled token of `rows`, row after row, in a flattened batch of `width` columns."""
     return [
         member * width + token
         for row in rows
-        for member, length in zip(row.members, row.lengths, strict=True)
-        for token in range(length)
+        for member in row.members
+        for token, is_sampled in enumerate(completions[member].is_sampled)
+        if is_sampled
     ]
 
 
@@ -66,13 +68,14 @@ def _score_rows(
     with_entropy: bool,
     detach_entropy: bool,
 ) -> dict[str, Tensor]:
-    """Return the scores of the response tokens, row after row. Nothing is copied back from the device to the host."""
+    """Return the scores of the sampled tokens, row after row. Nothing is copied back from the device to the host."""
     responses = [[rollouts.completions[member].token_ids for member in row.members] for row in rows]
     packed = pack_group_rows([row.prompt for row in rows], responses)
     if packs_rows(policy):
         packed = without_padding(packed)
     device = next(policy.parameters()).device
-    drawn_from = token_sets([rollouts.completions[member] for row in rows for member in row.members])
+    completions = [rollouts.completions[member] for row in rows for member in row.members]
+    packed, drawn_from = only_sampled(packed, token_sets(completions), completions)
     sets: dict[str, Any] = {name: ids.to(device, non_blocking=True) for name, ids in drawn_from.items()}
     inputs = model_inputs(policy, packed, shared=any(len(row.members) > 1 for row in rows), device=device)
     labels = packed["labels"].to(device, non_blocking=True)
@@ -95,6 +98,17 @@ def _score_rows(
         **sets,
     )
     return scored | ({"token_entropy": scored["token_entropy"].detach()} if with_entropy and detach_entropy else {})
+
+
+def only_sampled(
+    packed: dict[str, Tensor], sets: dict[str, Tensor], completions: Sequence[Completion]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return what is scored without the inserted tokens of conversations; these stay in the context of the others."""
+    if not any(completion.sampled for completion in completions):
+        return packed, sets
+    flags = torch.tensor([flag for completion in completions for flag in completion.is_sampled])
+    scored = {name: packed[name][flags] for name in ("sources", "labels")}
+    return packed | scored, {name: ids[flags] for name, ids in sets.items()}
 
 
 def token_sets(completions: Sequence[Completion]) -> dict[str, Tensor]:

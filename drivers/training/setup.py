@@ -14,6 +14,7 @@ from drivers.common import distributed
 from drivers.common.display import Display
 from drivers.common.errors import UsageError
 from drivers.common.own_functions import check_file
+from drivers.engines.conversations import load_rollout
 from drivers.engines.factory import describe_start, make_engine
 from drivers.engines.hf import HFReplica
 from drivers.engines.options import EngineOptions
@@ -111,6 +112,7 @@ def setup_run(
     assert config.model_path is not None  # the command line refuses that
     model_path = distributed.run_on_rank_zero(partial(resolve_model, config.model_path))
     tokenizer = load_tokenizer(model_path, for_chat=config.chat_template)
+    rollout = load_rollout(config, tokenizer)
     teacher_path, context = None, context_length(model_path)
     if config.teacher is not None:
         find = partial(resolve_teacher, config.teacher, model_path, tokenizer)
@@ -166,7 +168,7 @@ def setup_run(
         run.warn(warning)
     val_set, *_ = val_sets.values()
     others = dict(list(val_sets.items())[1:])
-    return run, Components(policy, engine, grade, train_set, val_set, reference, others, teacher)
+    return run, Components(policy, engine, grade, train_set, val_set, reference, others, teacher, rollout)
 
 
 def load_models(

@@ -1,6 +1,7 @@
 """Rollouts as tensors: every layout of scoring equals one forward pass per response, in values and gradients."""
 
 import doctest
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from drivers.training import batch, micro_batches, scoring, shortcuts
 from drivers.training.batch import PreparedBatch, WeightedBatch, make_rollout_batch
 from drivers.training.memory import plan_memory
 from drivers.training.micro_batches import MASKED_ATTENTION_COST, Row, plan_micro_batches, plan_rows
-from drivers.training.scoring import flat_response_index, score, score_all
+from drivers.training.scoring import flat_token_index, score, score_all
 from drivers.training.shortcuts import find_head, shares_rows
 from tests.drivers.helpers.letters import clone_policy, make_batch, make_completion, make_tiny_config
 from tests.tiny import make_tiny_policy
@@ -106,9 +107,12 @@ def test_docstring_examples_run(module):
     assert results.failed == 0
 
 
-def test_flat_response_index_locates_tokens_row_after_row():
+def test_flat_token_index_locates_sampled_tokens_row_after_row():
     rows = [Row((1, 2), (2, 0), (1, 3)), Row((9,), (1,), (2,))]
-    assert flat_response_index(rows, 4) == [8, 0, 1, 2, 4, 5]
+    completions = [make_completion([1], [5] * n) for n in (3, 2, 1)]
+    assert flat_token_index(rows, completions, 4) == [8, 0, 1, 2, 4, 5]
+    completions[0] = replace(completions[0], sampled=(True, False, True))
+    assert flat_token_index(rows, completions, 4) == [8, 0, 2, 4, 5]
 
 
 def test_rollout_batch_select_trims_to_longest_response():

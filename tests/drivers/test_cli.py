@@ -140,6 +140,8 @@ FLAGS = [
     "sampling_top_k",
     "sampling_min_p",
     "sampling_replay",
+    "rollout",
+    "rollout_deadline_s",
     "micro_batch_tokens",
     "attention",
     "gradient_checkpointing",

@@ -11,14 +11,17 @@ import torch
 from torch.testing import assert_close
 
 from drivers.common.errors import EngineDiedError, TrainingAbortedError, UsageError
+from drivers.engines.conversations import sample_responses
 from drivers.engines.hf import HFEngine
 from drivers.policy.weight_gatherer import WeightGatherer
 from drivers.policy.weights import PolicyWeights, WeightShape, checksums
 from drivers.settings.sampling import Sampling
+from drivers.tasks.questions import Example, Question
 from drivers.training.batch import make_rollout_batch
 from drivers.training.scoring import score
 from drivers.training.self_check import check_engine
 from tests.drivers.helpers.architectures import make_architecture
+from tests.drivers.helpers.conversations import INSERTED, interrupt, make_rollout
 from tests.drivers.helpers.engines import (
     PROMPTS,
     FaultyWeights,
@@ -80,6 +83,18 @@ def test_generate_log_probs_equal_policy(subject):
     for temperature in (1.0, 0.6):
         for c in subject.engine.generate(PROMPTS, Sampling(n=2, max_tokens=6, temperature=temperature), seed=2):
             assert c.log_probs == pytest.approx(compute_log_probs(subject.policy, c, temperature), abs=TOLERANCE)
+
+
+def test_conversation_log_probs_equal_policy(subject):
+    questions = [Question(Example(f"{k}?", "a", f"here:{k}"), prompt) for k, prompt in enumerate(PROMPTS)]
+    rollout = make_rollout(interrupt, make_tiny_tokenizer())
+    responses = sample_responses(subject.engine, rollout, questions, Sampling(n=2, max_tokens=8, stop=()), seed=2)
+    assert {one.sampled.count(False) for one in responses} == {len(INSERTED)}
+    assert max(len(one.token_ids) for one in responses) == 8
+    for one in responses:
+        of_policy = compute_log_probs(subject.policy, one)
+        expected = [value if flag else 0.0 for value, flag in zip(of_policy, one.sampled, strict=True)]
+        assert one.log_probs == pytest.approx(expected, abs=TOLERANCE)
 
 
 def test_generate_same_seed_gives_same_tokens(subject):

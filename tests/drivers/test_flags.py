@@ -15,6 +15,7 @@ import torch
 from drivers import train as train_program
 from drivers.common.display import Display
 from drivers.common.errors import TrainingAbortedError, UsageError
+from drivers.engines.conversations import load_rollout
 from drivers.evaluation import standalone
 from drivers.expert_iteration import iterate
 from drivers.grading import pool
@@ -147,10 +148,11 @@ def probes(shared, tmp_path, monkeypatch):
                 make_held_out_questions(shared.tokenizer, n=2),
                 copy.deepcopy(shared.reference) if config.needs_reference else None,  # it may move
                 teacher=shared.reference if config.teacher else None,
+                rollout=load_rollout(config, shared.tokenizer),
             )
             try:
                 loop(components, run)
-            except TrainingAbortedError as error:
+            except (UsageError, TrainingAbortedError) as error:
                 seen["error"] = str(error)
             finally:
                 run.finish()
@@ -388,6 +390,7 @@ TWO_STEPS = {"n_grpo_steps": 2}
 OWN_PROCESS = {"rollout_process": "own"}
 LORA = {"lora_rank": 2}
 TAUGHT = {"teacher": "somewhere"}
+CONVERSATIONS = "tests.drivers.helpers.conversations"
 TRAIN_ROWS = {
     # what is built before the loop
     "model_path": Row("setup", "other-model"),
@@ -430,6 +433,8 @@ TRAIN_ROWS = {
     "sampling_top_k": Row("train", 3),
     "sampling_min_p": Row("train", 0.5),
     "sampling_replay": Row("train", True, {"sampling_top_p": 0.5}),
+    "rollout": Row("train", f"{CONVERSATIONS}:interrupt"),
+    "rollout_deadline_s": Row("train", 0.01, {"rollout": f"{CONVERSATIONS}:hesitate"}),
     "seed": Row("train", 1),
     "rollout_batch_size": Row("train", 32),
     "group_size": Row("train", 8),
@@ -545,6 +550,8 @@ EVALUATE_ROWS = {
     "sampling_top_p": Row("evaluate", 0.5),
     "sampling_top_k": Row("evaluate", 3),
     "sampling_min_p": Row("evaluate", 0.5),
+    "rollout": Row("evaluate", f"{CONVERSATIONS}:interrupt"),
+    "rollout_deadline_s": Row("evaluate", 0.01, {"rollout": f"{CONVERSATIONS}:hesitate"}),
     "seed": Row("evaluate", 1),
     "engine": Row("evaluate", "hf"),
     "gpu_memory_utilization": Row("evaluate", 0.25),
@@ -561,6 +568,7 @@ EVALUATE_ROWS = {
 
 SEEN_BY_AN_ERROR = (
     *("policy_device", "rollout_device", "device", "resume", "on_anomaly", "self_check_tolerance", "long_prompts"),
+    "rollout_deadline_s",
 )
 """Settings whose changed value ends the run with an error, on any machine."""
 

@@ -149,6 +149,7 @@ def test_logged_metrics_are_documented(tmp_path, monkeypatch):
             "off_policy_threshold": 0.1,
         },
         {"teacher": "tiny-teacher", "epochs_per_rollout_batch": 1},
+        {"rollout": "tests.drivers.helpers.conversations:interrupt", "n_grpo_steps": 1},
     ]
     logged = set()
     for number, some in enumerate(settings):

@@ -34,6 +34,8 @@ OTHER = {
     "sampling_min_tokens": 2,
     "sampling_max_tokens": 48,
     "sampling_stop": ("###",),
+    "rollout": "mine.py:play",
+    "rollout_deadline_s": 5.0,
 }
 """A value of each setting that is the default of no program."""
 
@@ -66,7 +68,8 @@ def test_settings_of_run_are_taken_and_printed(tmp_path, capsys):
         "--chat-template --system-prompt-path system.txt --chat-template-args enable_thinking=false "
         "--chat-date 2026-02-03 --long-prompts drop --reward mine.py:reward --reward-mix format=0.2 answer=1 "
         "--grader-deadline-s 3.0 --sampling-temperature 0.7 --sampling-top-p 0.9 --sampling-top-k 40 "
-        "--sampling-min-p 0.05 --sampling-min-tokens 2 --sampling-max-tokens 48 --sampling-stop ###"
+        "--sampling-min-p 0.05 --sampling-min-tokens 2 --sampling-max-tokens 48 --sampling-stop ### "
+        "--rollout mine.py:play --rollout-deadline-s 5.0"
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from drivers.common.display import Display
+from drivers.engines.conversations import load_rollout
 from drivers.engines.hf import HFEngine, HFReplica
 from drivers.engines.protocol import Completion
 from drivers.expert_iteration import iterate
@@ -160,7 +161,9 @@ def run_training(folder, reward_fn=letter_reward, other_val_sets=None, **changes
     try:
         grade, sets = make_inline_grader(reward_fn), (parts.questions, parts.questions)
         teacher = make_tiny_teacher() if config.teacher else None
-        components = Components(parts.policy, parts.engine, grade, *sets, reference, other_val_sets or {}, teacher)
+        rollout = load_rollout(config, parts.tokenizer)
+        others = other_val_sets or {}
+        components = Components(parts.policy, parts.engine, grade, *sets, reference, others, teacher, rollout)
         train(config, components, run)
     finally:
         run.finish()
@@ -313,7 +316,9 @@ def run_grpo(folder, checkpoint=None, stop_at=None, publish=False, **settings):
 
     def loop():
         sets = (parts.questions, parts.questions)
-        train(config, Components(policy, engine, letter_grader, *sets, reference, teacher=teacher), run)
+        models = {"reference": reference, "teacher": teacher}
+        rollout = load_rollout(config, parts.tokenizer)
+        train(config, Components(policy, engine, letter_grader, *sets, **models, rollout=rollout), run)
         if publish:
             run.checkpointer.publish(run.state, "final_model")
 

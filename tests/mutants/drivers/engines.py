@@ -7,6 +7,7 @@ SUPERVISION, MEMORY, OBJECTIVE, RESUME = (
     f"tests/drivers/test_{name}.py" for name in ("supervision", "memory", "objective", "resume")
 )
 HF = "drivers/engines/hf.py"
+CONVERSATIONS = "tests/drivers/test_conversations.py -k 'not example'"
 
 MUTANTS = [
     *breaks(
@@ -42,6 +43,58 @@ MUTANTS = [
         ),
         ("top-p is ignored", "top_p=1.0 if greedy else sampling.top_p,", "top_p=1.0,"),
         ("never greedy", "greedy = sampling.temperature == 0", "greedy = False"),
+    ),
+    *breaks(
+        "Sampler",
+        "drivers/engines/sampler.py",
+        CONVERSATIONS,
+        ("a turn has the room of a whole response", "room = len(self._prompt) + self", "room = len(context) + self"),
+        ("the response's own stop strings are lost", "stop=(*self._sampling.stop, *stop)", "stop=(*stop,)"),
+        ("each turn has the minimum length", "max(0, n_missing)", "max(0, self._sampling.min_tokens)"),
+        ("a full response is sampled again", "if self._is_full:", "if False:"),
+        ("the whole response's stop ends a turn", "for text in stop if", "for text in sampling.stop if"),
+        ("any context", "self._samples.get(self._prompt + context, ())", "sum(self._samples.values(), [])"),
+        ("log-probs of a whole sample", "log_probs=sample.log_probs[:length]", "log_probs=sample.log_probs"),
+        ("sets of other tokens", "sample.kept.unpack()[:length]", "sample.kept.unpack()[-length:]"),
+        ("a part has the sets of the whole", "excluded=sample.excluded[:length],", "excluded=sample.excluded,"),
+        (
+            "inserted tokens have no set",
+            "return [*map(tuple, sets), *[()] * (length - len(sets))]",
+            "return [*map(tuple, sets)]",
+        ),
+        ("hidden tokens are lost", "excluded=excluded if any(excluded) else ()", "excluded=()"),
+        ("nothing is cut off", "tuple(token_ids[:longest])", "tuple(token_ids)"),
+        ("a full response has ended", "is_truncated = ends_without_room or", "is_truncated = False or"),
+        ("a truncated turn ends the response", 'or last.finish_reason == "length"\n', "\n"),
+        ("all tokens count as sampled", "            sampled=flags,\n", ""),
+    ),
+    *breaks(
+        "sample_responses",
+        "drivers/engines/conversations.py",
+        CONVERSATIONS,
+        ("one response to each question", "for _ in range(sampling.n)]", "for _ in range(1)]"),
+        ("turns share their seeds", "seed if turn == 0 else", "seed if turn >= 0 else"),
+        ("all have the longest limit", "limits=limits)", "limits=())"),
+        ("a function may wait forever", "timeout=rollout.deadline_s", "timeout=None"),
+        ("any flags", "if not all(isinstance(flag, bool) for flag in sampled):", "if False:"),
+        ("any token", "or not (flag or 0 <= token < vocab)", ""),
+    ),
+    *breaks(
+        "conversations in engines",
+        HF,
+        CONVERSATIONS,
+        ("limits are ignored", "self._truncate(p, ids[:limit], lp", "self._truncate(p, ids, lp"),
+    ),
+    *breaks(
+        "describe_completions",
+        "drivers/engines/protocol.py",
+        CONVERSATIONS,
+        (
+            "inserted tokens have an entropy",
+            "compress(completion.log_probs, completion.is_sampled)]",
+            "completion.log_probs]",
+        ),
+        ("inserted tokens count", "return sum(self.sampled) if self.sampled else", "return"),
     ),
     *breaks(
         "HFEngine.generate",

@@ -92,8 +92,8 @@ MUTANTS = [
         ("tokens one by one", "context_start, text_end = text_end, end", "context_start, text_end = end, end"),
         (
             "the advantage is a list",
-            'row["advantage"] = rounded[0] if len(advantages) == 1 else rounded',
-            'row["advantage"] = rounded',
+            'row["advantage"] = round_for_log(advantages)[0]',
+            'row["advantage"] = round_for_log(advantages)',
         ),
     ),
     *breaks(

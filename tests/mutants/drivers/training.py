@@ -211,8 +211,8 @@ MUTANTS = [
         ),
         (
             "sampling counts as grading",
-            '    with timer.phase("rollout"):\n        prompts',
-            '    with timer.phase("reward"):\n        prompts',
+            '    with timer.phase("rollout"):\n        completions',
+            '    with timer.phase("reward"):\n        completions',
         ),
     ),
     *breaks(
@@ -302,8 +302,8 @@ MUTANTS = [
         ),
         (
             "questions in reverse",
-            "prompts = [question.prompt_token_ids for question in questions]\n            sampling",
-            "prompts = [question.prompt_token_ids for question in questions[::-1]]\n            sampling",
+            "greedy = components.sample(questions, sampling,",
+            "greedy = components.sample(questions[::-1], sampling,",
         ),
         (
             "graded with the first question",
@@ -1051,6 +1051,33 @@ MUTANTS = [
             "the hidden end token is compared",
             "is_compared[:, : sampling.min_tokens] = False",
             "is_compared[:, :0] = False",
+        ),
+    ),
+    *breaks(
+        "only_sampled",
+        "drivers/training/scoring.py",
+        "tests/drivers/test_conversations.py tests/drivers/test_batch.py -k 'not example'",
+        (
+            "inserted tokens are scored",
+            "    if not any(completion.sampled for completion",
+            "    if any(completion.sampled for completion",
+        ),
+        ("their sets are not left out", "{name: ids[flags] for name, ids in sets.items()}", "sets"),
+        ("their places are not left out", "        if is_sampled\n", ""),
+    ),
+    *breaks(
+        "make_rollout_batch",
+        "drivers/training/batch.py",
+        "tests/drivers/test_conversations.py -k 'not example'",
+        (
+            "inserted tokens are trained on",
+            "for flag in completion.is_sampled], dtype",
+            "for flag in [True] * len(completion.token_ids)], dtype",
+        ),
+        (
+            "lengths with inserted tokens",
+            "torch.tensor([completion.n_sampled for completion in self",
+            "torch.tensor([len(completion.token_ids) for completion in self",
         ),
     ),
     *breaks(
