@@ -1,1 +1,1 @@
-"""Everything that samples completions: vLLM, vLLM servers, Hugging Face."""
+"""Everything that samples completions: vLLM, vLLM servers, Hugging Face; the server of a teacher."""

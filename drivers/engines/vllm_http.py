@@ -11,12 +11,13 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from drivers.common.errors import EngineDiedError
+from drivers.common.errors import EngineDiedError, UsageError
 from drivers.engines.supervision import in_thread
 
 CONNECT_S = 60.0
 """Longest time to connect, and longest silence of a host before it counts as lost."""
 _POLL_INTERVAL_S = 0.2
+_MAX_CONNECTIONS = 512
 
 
 def keepalive_options() -> list[tuple[int, int, int]]:
@@ -36,6 +37,37 @@ def keepalive_options() -> list[tuple[int, int, int]]:
         if hasattr(socket, name):
             options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
     return options
+
+
+def open_client(deadline_s: float) -> httpx.AsyncClient:
+    """Return a client that sends many requests at once; each may take `deadline_s` once it is sent."""
+    limits = httpx.Limits(max_connections=_MAX_CONNECTIONS)
+    timeout = httpx.Timeout(deadline_s, connect=min(deadline_s, CONNECT_S), pool=None)
+    transport = httpx.AsyncHTTPTransport(limits=limits, socket_options=keepalive_options())
+    return httpx.AsyncClient(timeout=timeout, transport=transport, trust_env=False)
+
+
+@contextmanager
+def report_failures(flag: str, servers: str, operation: str, deadline_s: float, remedy: str) -> Iterator[None]:
+    """Turn every failure of a server into one line that names the server and the operation.
+
+    `flag` gave the server, and `remedy` is for one that refuses a request.
+    """
+    try:
+        yield
+    except TimeoutError as error:
+        raise EngineDiedError(
+            f"{servers} did not finish {operation} within {deadline_s:g} s (--engine-deadline-s)"
+        ) from error
+    except httpx.HTTPStatusError as error:
+        url, status, text = error.request.url, error.response.status_code, error.response.text
+        if error.response.is_server_error:
+            raise EngineDiedError(f"{url}: responds with {status}: {text[:300]}") from error
+        raise UsageError(f"{flag} {url}: responds with {status}: {text[:300]}; {remedy}") from error
+    except httpx.HTTPError as error:
+        raise EngineDiedError(
+            f"{servers}: no response during {operation} ({type(error).__name__} {error})".rstrip()
+        ) from error
 
 
 class Servers:

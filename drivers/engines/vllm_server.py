@@ -21,7 +21,7 @@ from drivers.engines.options import EngineOptions
 from drivers.engines.protocol import Completion, check_weight_version
 from drivers.engines.supervision import call_with_timeout
 from drivers.engines.vllm import sampling_parameters
-from drivers.engines.vllm_http import CONNECT_S, Servers
+from drivers.engines.vllm_http import Servers
 from drivers.engines.vllm_transfer import (
     HostTrainerInit,
     WeightSender,
@@ -40,7 +40,6 @@ START_S = 600.0
 CLOSE_S = 10.0
 """Longest wait for the servers to disconnect; a dead one never does."""
 RESET_TRIES, RESET_WAIT_S = 20, 0.25
-MAX_CONNECTIONS = 512
 
 
 def format_command(dtype: torch.dtype, policy_device: torch.device) -> str:
@@ -162,10 +161,7 @@ class ServerEngine:
             choices = sorted(answer.json()["choices"], key=lambda choice: choice["index"])
             return check_weight_version(self._version, url, [_completion(prompt, choice) for choice in choices])
 
-        limits = httpx.Limits(max_connections=MAX_CONNECTIONS)
-        timeout = httpx.Timeout(self._deadline_s, connect=min(self._deadline_s, CONNECT_S), pool=None)
-        transport = httpx.AsyncHTTPTransport(limits=limits, socket_options=vllm_http.keepalive_options())
-        async with httpx.AsyncClient(timeout=timeout, transport=transport, trust_env=False) as client:
+        async with vllm_http.open_client(self._deadline_s) as client:
             groups = await asyncio.gather(*starmap(sample_group, enumerate(prompts)))
         return [completion for group in groups for completion in group]
 
@@ -201,27 +197,12 @@ class ServerEngine:
 
     def _call(self, operation: str, call: Callable[[], T]) -> T:
         """Return `call()`; turn every failure of a server into one line that names the server and the operation."""
-        named = ", ".join(self._servers.urls)
-        try:
+        named, remedy = ", ".join(self._servers.urls), f"start it with: {self._command}"
+        with vllm_http.report_failures("--rollout-url", named, operation, self._deadline_s, remedy):
             try:
                 return call_with_timeout(self._deadline_s, call, lambda: self._servers.failure is None, self.close)
             except EngineDiedError as error:
                 raise self._servers.failure or error from None
-        except TimeoutError as error:
-            raise EngineDiedError(
-                f"{named} did not finish {operation} within {self._deadline_s:g} s (--engine-deadline-s)"
-            ) from error
-        except httpx.HTTPStatusError as error:
-            url, status, text = error.request.url, error.response.status_code, error.response.text
-            if error.response.is_server_error:
-                raise EngineDiedError(f"{url}: responds with {status}: {text[:300]}") from error
-            raise UsageError(
-                f"--rollout-url {url}: responds with {status}: {text[:300]}; start it with: {self._command}"
-            ) from error
-        except httpx.HTTPError as error:
-            raise EngineDiedError(
-                f"{named}: no response during {operation} ({type(error).__name__} {error})".rstrip()
-            ) from error
 
 
 def _completion(prompt: Sequence[int], choice: dict[str, Any]) -> Completion:

@@ -243,13 +243,23 @@ def _check_token_advantages(settings: AlgorithmSettings) -> None:
 
 
 def _check_teacher(settings: AlgorithmSettings) -> None:
-    """Raise if a setting shapes the advantage of the rewards, but only the teacher gives one."""
+    """Raise if a setting has no effect with `--teacher-only`, or asks a server for what vLLM does not return."""
     for name in ("advantage", "length_penalty", *settings.estimator.reads) if settings.teacher_only else ():
         if settings.is_changed(name):
             raise UsageError(
                 f"{settings.flag(name)}: has no effect with --teacher-only, which gives rewards no advantage; omit "
                 "one of the two"
             )
+    if settings.has_teacher_server and settings.sampling_temperature != 1:
+        raise UsageError(
+            f"{settings.flag('sampling_temperature')}: a server gives the teacher's log-probs at temperature 1 only; "
+            f"pass --sampling-temperature 1, or a folder or Hub name instead of {settings.flag('teacher')}"
+        )
+    if settings.has_teacher_server and settings.sampling_replay:
+        raise UsageError(
+            "--sampling-replay: a server gives the teacher's log-probs over all tokens only; omit it, or pass a "
+            f"folder or Hub name instead of {settings.flag('teacher')}"
+        )
 
 
 def _check_sampler(settings: AlgorithmSettings) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, ClassVar, get_args, get_type_hints
+from urllib.parse import urlsplit
 
 from drivers.common.errors import UsageError
 
@@ -72,6 +73,11 @@ def spell_flag(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return f"--{words}" if value else f"--no-{words}"
     return " ".join([f"--{words}", *map(str, value if isinstance(value, tuple) else (value,))])
+
+
+def is_server_address(text: str) -> bool:
+    """Return whether the text is the URL of a server, such as `http://127.0.0.1:8000`."""
+    return urlsplit(text).scheme in ("http", "https") and bool(urlsplit(text).hostname)
 
 
 @cache

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from datetime import date
 from typing import ClassVar, Literal
-from urllib.parse import urlsplit
 
 from drivers.common.errors import UsageError
 from drivers.settings.base import (
@@ -14,6 +13,7 @@ from drivers.settings.base import (
     Settings,
     Share,
     check_multiple,
+    is_server_address,
 )
 from drivers.settings.chat_args import ChatValue, parse_chat_args
 from drivers.settings.evaluation import EvaluationSettings, name_sets
@@ -274,7 +274,7 @@ class RolloutEngineSettings(EngineSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         for url in self.rollout_url:
-            if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+            if not is_server_address(url):
                 raise UsageError(f"--rollout-url {url}: must be a server's address, such as http://127.0.0.1:8000")
         if self.rollout_url and self.is_changed("gpu_memory_utilization"):
             raise UsageError(

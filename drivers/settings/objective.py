@@ -4,7 +4,15 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from drivers.common.errors import UsageError
-from drivers.settings.base import Bounds, NonNegativeFloat, PositiveFloat, PositiveInt, Settings, Share
+from drivers.settings.base import (
+    Bounds,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Settings,
+    Share,
+    is_server_address,
+)
 from drivers.settings.choices import Aggregation, Counting, Divergence, ImportanceLevel, KLEstimator
 from drivers.settings.objectives import Advantage, AdvantageName, Objective, ObjectiveName
 from drivers.settings.own_objective import find_advantage, find_objective
@@ -259,9 +267,9 @@ class TeacherSettings(Settings):
     heading: ClassVar[str] = "teacher"
 
     teacher: str | None = None
-    """Model that scores the policy's responses: a folder or Hugging Face hub name, with the policy's tokenizer. Adds
-    --teacher-coef (log pi_teacher - log pi) to the advantage of each token. Keeps a second model in memory. Default:
-    none."""
+    """Model that scores the policy's responses: a folder or Hugging Face hub name, which is loaded as a second model,
+    or http://HOST:PORT of a vLLM server. It has the policy's tokenizer. Adds --teacher-coef (log pi_teacher - log pi)
+    to the advantage of each token. Default: none."""
     teacher_coef: PositiveFloat = 1.0
     """Weight of the teacher's advantage, per nat."""
     teacher_only: bool = False
@@ -272,3 +280,13 @@ class TeacherSettings(Settings):
         for name in ("teacher_coef", "teacher_only"):
             if self.teacher is None and self.is_changed(name):
                 raise UsageError(f"{self.flag(name)}: has no effect without a teacher; pass --teacher too")
+        if "://" in (self.teacher or "") and not self.has_teacher_server:
+            raise UsageError(
+                f"{self.flag('teacher')}: is not a server's address; pass one such as http://127.0.0.1:8000, a folder "
+                "or a Hub name"
+            )
+
+    @property
+    def has_teacher_server(self) -> bool:
+        """Return whether the teacher is a vLLM server instead of a model that is loaded."""
+        return self.teacher is not None and is_server_address(self.teacher)

@@ -3,14 +3,17 @@
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 import grpo_core as core
+from drivers.common import distributed
 from drivers.common.errors import TrainingAbortedError
 from drivers.engines.protocol import Completion
+from drivers.engines.teacher_server import TeacherServer
 from drivers.policy.lora import without_lora
 from drivers.settings.algorithm import AlgorithmSettings
 from drivers.settings.grpo import GrpoConfig
@@ -48,7 +51,7 @@ def prepare_rollouts(
     rollouts: RolloutBatch,
     scores: Sequence[Mapping[str, float | None]],
     greedy_rewards: Tensor | None,
-    teacher: nn.Module | None = None,
+    teacher: nn.Module | TeacherServer | None = None,
 ) -> PreparedBatch:
     """Compute everything that has one value per rollout batch: log-probs before the first update, then advantages."""
     known: dict[str, Tensor] = {}
@@ -65,14 +68,22 @@ def prepare_rollouts(
             known["reference_log_probs"] = score_all(initial, rollouts, config)["log_probs"]
     if config.teacher is not None:
         if teacher is None:
-            raise ValueError(f"{config.flag('teacher')} needs teacher, its model; got None")
-        known["teacher_log_probs"] = score_all(teacher, rollouts, config)["log_probs"]
+            raise ValueError(f"{config.flag('teacher')} needs teacher, its model or server; got None")
+        known["teacher_log_probs"] = score_by_teacher(config, teacher, rollouts)
     try:
         advantages = rearrange(estimate_advantages(config, rollouts, scores, greedy_rewards), "response -> response 1")
         batch = PreparedBatch.from_rollouts(rollouts, advantages, **known)
         return replace(batch, advantages=finish_advantages(config, batch))
     except ValueError as error:  # the estimator does not accept these rewards
         raise TrainingAbortedError(f"--advantage {config.advantage}: {error}") from error
+
+
+def score_by_teacher(config: GrpoConfig, teacher: nn.Module | TeacherServer, rollouts: RolloutBatch) -> Tensor:
+    """Return the teacher's log-prob of each response token. Of several ranks, the first asks a server."""
+    if isinstance(teacher, nn.Module):
+        return score_all(teacher, rollouts, config)["log_probs"]
+    log_probs = torch.tensor(distributed.run_on_rank_zero(partial(teacher.score, rollouts.completions)))
+    return torch.zeros(rollouts.response_mask.shape).masked_scatter(rollouts.response_mask, log_probs)
 
 
 def estimate_advantages(

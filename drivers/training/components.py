@@ -7,6 +7,7 @@ from torch import nn
 
 from drivers.engines.conversations import Rollout, sample_responses
 from drivers.engines.protocol import Completion, RolloutEngine
+from drivers.engines.teacher_server import TeacherServer
 from drivers.grading.pool import GradingPool
 from drivers.grading.verdicts import Grader
 from drivers.settings.sampling import Sampling
@@ -27,8 +28,8 @@ class Components:
     """Frozen copy of the initial policy, for the KL penalty. None if none is needed, or with LoRA."""
     other_val_sets: Mapping[str, Sequence[Question]] = field(default_factory=dict)
     """Further sets of held-out questions by name."""
-    teacher: nn.Module | None = None
-    """Frozen model of `--teacher`."""
+    teacher: nn.Module | TeacherServer | None = None
+    """Frozen model of `--teacher`, or the server that has it."""
     rollout: Rollout | None = None
     """The function of `--rollout`."""
 

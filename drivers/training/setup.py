@@ -1,5 +1,6 @@
 """Build the components of a run from its settings."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -20,6 +21,7 @@ from drivers.engines.hf import HFReplica
 from drivers.engines.options import EngineOptions
 from drivers.engines.protocol import RolloutEngine, end_token_ids
 from drivers.engines.rank_zero import EngineOnRankZero
+from drivers.engines.teacher_server import TeacherServer
 from drivers.grading.loading import BUILT_IN
 from drivers.grading.pool import start_grading
 from drivers.grading.verdicts import Grader, make_inline_grader
@@ -28,6 +30,7 @@ from drivers.policy.devices import choose_devices, choose_dtype
 from drivers.policy.loading import (
     check_token_ids,
     context_length,
+    count_embeddings,
     load_policy,
     load_tokenizer,
     name_flag,
@@ -114,7 +117,7 @@ def setup_run(
     tokenizer = load_tokenizer(model_path, for_chat=config.chat_template)
     rollout = load_rollout(config, tokenizer)
     teacher_path, context = None, context_length(model_path)
-    if config.teacher is not None:
+    if config.teacher is not None and not config.has_teacher_server:
         find = partial(resolve_teacher, config.teacher, model_path, tokenizer)
         teacher_path = distributed.run_on_rank_zero(find)
         context = min(filter(None, (context, context_length(teacher_path))), default=None)
@@ -141,6 +144,9 @@ def setup_run(
             longest = max(question.n_tokens(config.sampling_max_tokens) for question in (*different, *held_out))
             trained = max(question.n_tokens(config.sampling_max_tokens) for question in different)
             asked = max(question.n_tokens(eval_tokens) for question in held_out)
+            server = (
+                connect_teacher(config, model_path, tokenizer, trained, display) if config.has_teacher_server else None
+            )
             policy, reference, teacher, engine = load_models(
                 config,
                 display,
@@ -168,7 +174,18 @@ def setup_run(
         run.warn(warning)
     val_set, *_ = val_sets.values()
     others = dict(list(val_sets.items())[1:])
-    return run, Components(policy, engine, grade, train_set, val_set, reference, others, teacher, rollout)
+    return run, Components(policy, engine, grade, train_set, val_set, reference, others, server or teacher, rollout)
+
+
+def connect_teacher(
+    config: GrpoConfig, model_path: str, tokenizer: Any, longest: int, display: Display
+) -> TeacherServer:
+    """Return the server of `--teacher`, which was checked. `longest` is the longest prompt with its response."""
+    server = TeacherServer(str(config.teacher), config.engine_deadline_s, display.say)
+    n_ids = count_embeddings(model_path)
+    last_id = int(n_ids) - 1 if math.isfinite(n_ids) else max(tokenizer.get_vocab().values())
+    distributed.run_on_rank_zero(partial(server.check, tokenizer, last_id, longest))
+    return server
 
 
 def load_models(

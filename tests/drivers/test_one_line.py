@@ -127,7 +127,11 @@ WRONG = {
     "model: a teacher that cannot score the policy's tokens": [
         ("train", TRAIN + "--teacher short", "--teacher short: the model cannot be loaded (SafetensorError: "),
         ("train", TRAIN + "--teacher run", "--teacher run: is the folder of a run; pass run/final_model or one"),
-        ("train", TRAIN + "--teacher http://one:8000", "--teacher http://one:8000: no such folder"),
+        (
+            "train",
+            TRAIN + "--teacher http://127.0.0.1:1",
+            "--teacher http://127.0.0.1:1: no response during the check",
+        ),
         ("train", TRAIN + "--teacher wide", "--teacher wide: its tokenizer is not the policy's ('<0>' has id 98 in"),
         (
             "train",

@@ -15,6 +15,7 @@ import torch
 
 from drivers.common.errors import EngineDiedError, TrainingAbortedError, UsageError
 from drivers.engines import supervision
+from drivers.engines.teacher_server import TeacherServer
 from drivers.policy.weight_gatherer import WeightGatherer
 from drivers.settings.sampling import Sampling
 from drivers.training.components import Components
@@ -37,7 +38,7 @@ from tests.drivers.helpers.forked import ForkedProgram
 from tests.drivers.helpers.letters import flatten_weights, letter_grader, make_run, make_tiny_config, make_tiny_parts
 from tests.drivers.helpers.processes import find_free_port, list_descendants, wait_until
 from tests.drivers.helpers.runs import read_rows
-from tests.tiny import make_tiny_policy, save_tiny
+from tests.tiny import make_tiny_policy, make_tiny_tokenizer, save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
@@ -68,6 +69,7 @@ def test_server_engine_two_servers_equal_one_engine(tmp_path):
             assert c.log_probs == pytest.approx(compute_log_probs(policy, c, 0.7), abs=1e-4)
         assert engine.generate(PROMPTS, sampling, seed=2) == completions
         assert engine.generate(PROMPTS, sampling, seed=900) != completions
+        check_teacher(tmp_path, urls[0], policy, completions)
 
         # The samples equal those of an engine in this process.
         alone = make_vllm_engine(policy, tmp_path)
@@ -140,19 +142,38 @@ def check_training(folder, urls):
     assert not torch.equal(before, flatten_weights(parts.policy))
 
 
-def check_program(folder, urls):
-    """Run train.py with servers from its command line."""
-    from drivers import train
+def check_teacher(folder, url, policy, completions):
+    """Check that a server is a teacher: it scores as the model that was pushed to it does."""
+    teacher = TeacherServer(url, 60.0)
+    teacher.check(make_tiny_tokenizer(), last_id=97, longest=511)
+    expected = [value for completion in completions for value in compute_log_probs(policy, completion)]
+    assert teacher.score(completions) == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(UsageError, match=rf"--teacher {url}/v1/completions: responds with 400: .*out of vocabulary"):
+        teacher.check(make_tiny_tokenizer(), last_id=98, longest=511)
+    rows = run_program(folder, "taught", f"--teacher {url} --teacher-only --engine hf")
+    divergences = [row["teacher_kl"] for row in rows if row["phase"] == "train"]
+    assert len(divergences) == 2
+    assert divergences[0] > 0
 
-    flags = (
-        f"--recipe quickstart --model-path {folder} --dtype float32 --n-grpo-steps 2 --rollout-batch-size 8 "
-        "--group-size 4 --train-batch-size 8 --gradient-accumulation-steps 2 --sampling-max-tokens 4 "
-        f"--n-val-examples 4 --save-dir {folder / 'out'} --wandb-project None --rollout-url {' '.join(urls)}"
-    )
-    train.main(flags.split())
-    rows = read_rows(folder / "out")
+
+def check_program(folder, urls):
+    """Check that train.py runs with servers."""
+    rows = run_program(folder, "out", f"--rollout-url {' '.join(urls)}")
     assert [row["step"] for row in rows if row["phase"] == "train"] == [1, 2]
     assert [row["n_weights"] for row in rows if row["phase"] == "check"] == [20, 20]
+
+
+def run_program(folder, name, flags):
+    """Return the log of a run of train.py from its command line."""
+    from drivers import train
+
+    small = (
+        f"--recipe quickstart --model-path {folder} --dtype float32 --n-grpo-steps 2 --rollout-batch-size 8 "
+        "--group-size 4 --train-batch-size 8 --gradient-accumulation-steps 2 --sampling-max-tokens 4 "
+        f"--n-val-examples 4 --save-dir {folder / name} --wandb-project None"
+    )
+    train.main([*small.split(), *flags.split()])
+    return read_rows(folder / name)
 
 
 @pytest.mark.vllm

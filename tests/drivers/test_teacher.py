@@ -1,5 +1,6 @@
 """On-policy distillation: a teacher scores the policy's responses, token by token."""
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -7,15 +8,18 @@ import torch
 from torch.testing import assert_close
 
 import grpo_core as core
-from drivers.common.errors import UsageError
+from drivers.common.errors import EngineDiedError, UsageError
+from drivers.engines import teacher_server
+from drivers.engines.teacher_server import TeacherServer
 from drivers.settings.command_line import parse_train_config
 from drivers.settings.formula import formula
 from drivers.training.advantages import prepare_rollouts
 from drivers.training.objective import find_responses_with_gradient, weigh_step
 from drivers.training.scoring import score
+from tests.drivers.helpers.engines import StubTeacher, run_stub_server
 from tests.drivers.helpers.letters import make_tiny_config, make_tiny_parts, sample_rollouts
 from tests.drivers.helpers.runs import run_training
-from tests.tiny import make_tiny_policy
+from tests.tiny import make_tiny_policy, make_tiny_tokenizer
 
 TAUGHT = {"teacher": "tiny-teacher"}
 ONLY = TAUGHT | {"teacher_only": True}
@@ -70,7 +74,7 @@ def test_teacher_gives_equal_groups_a_gradient(teacher):
 def test_teacher_without_its_model_raises():
     config, parts = make_tiny_config(**TAUGHT), make_tiny_parts()
     rollouts, scores = sample_rollouts(config, parts)
-    with pytest.raises(ValueError, match=r"--teacher tiny-teacher needs teacher, its model; got None"):
+    with pytest.raises(ValueError, match=r"--teacher tiny-teacher needs teacher, its model or server; got None"):
         prepare_rollouts(config, parts.policy, None, rollouts, scores, None)
 
 
@@ -113,9 +117,123 @@ def test_formula_with_a_teacher_names_each_stage():
         ("--teacher t --teacher-only --no-use-std-normalization", "--no-use-std-normalization: has no effect with"),
         ("--teacher t --teacher-only --length-penalty cosine", "--length-penalty cosine: has no effect with"),
         ("--teacher t --group-size 1", "--group-size 1: one response has no standard deviation"),
+        (
+            "--teacher http://one --sampling-temperature 0.7",
+            "--sampling-temperature 0.7: a server gives the teacher's",
+        ),
+        (
+            "--teacher http://one --sampling-top-p 0.5 --sampling-replay",
+            "--sampling-replay: a server gives the teacher's",
+        ),
+        (
+            "--teacher ftp://one",
+            "--teacher ftp://one: is not a server's address; pass one such as http://127.0.0.1:8000",
+        ),
     ],
 )
 def test_settings_that_do_not_go_with_a_teacher_are_refused(arguments, message):
     with pytest.raises(UsageError) as raised:
         parse_train_config(arguments.split())
     assert message in str(raised.value)
+
+
+# A teacher behind a URL; tests/drivers/test_server.py asks a real server.
+
+
+@pytest.fixture
+def stub(teacher):
+    with run_stub_server(StubTeacher(teacher)) as server:
+        yield server
+
+
+def check(url, last_id=97, longest=20, deadline_s=60.0):
+    TeacherServer(url, deadline_s).check(make_tiny_tokenizer(), last_id, longest)
+
+
+def test_server_gives_the_advantages_of_the_model_that_it_holds(teacher, stub):
+    config, parts = make_tiny_config(**TAUGHT), make_tiny_parts()
+    rollouts, scores = sample_rollouts(config, parts)
+    server = TeacherServer(f"{stub.url}/v1/", 60.0)
+    theirs, ours = (
+        prepare_rollouts(config, parts.policy, None, rollouts, scores, None, one) for one in (server, teacher)
+    )
+    assert_close(theirs.teacher_log_probs, ours.teacher_log_probs, rtol=0, atol=1e-5)
+    assert_close(theirs.advantages, ours.advantages, rtol=0, atol=1e-5)
+    assert (theirs.teacher_log_probs[rollouts.response_mask] < 0).all()
+
+
+def test_server_that_fits_is_accepted(stub):
+    check(stub.url, longest=63)
+    asked = [(path, (body or {}).get("prompt")) for path, body in stub.asked]
+    assert asked == [("v1/models", None), ("detokenize", None), ("v1/completions", [1, 97])]
+
+
+def drop_last_token(answer):
+    answer["choices"][0]["prompt_logprobs"].pop()
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "message"),
+    [
+        ("v1/models", lambda _: 404, "/v1/models: responds with 404: .*; pass the URL of a server that `vllm serve`"),
+        ("v1/models", lambda _: "<html>", "/v1/models: returned no max_model_len; pass the URL of a server"),
+        ("v1/models", lambda _: {"data": []}, "returned no max_model_len"),
+        ("v1/models", lambda _: 500, "responds with 500: .*; pass the URL"),
+        ("v1/models", lambda _: None, "no response during the check of the teacher .*; pass the URL"),
+        (
+            "v1/models",
+            lambda _: {"data": [{"max_model_len": 20}]},
+            "its --max-model-len is 20, but a prompt, its response and one more token take up to 21; start it with",
+        ),
+        (
+            "detokenize",
+            lambda answer: {"prompt": answer["prompt"].replace("b", "B")},
+            r"its tokenizer is not the policy's \(id 13 is 'B' instead of 'b'\); pass a teacher with the tokenizer",
+        ),
+        ("v1/completions", lambda _: 400, "/v1/completions: responds with 400"),
+        ("v1/completions", drop_last_token, "returned no log-prob for each of the 2 tokens of a prompt; pass the URL"),
+        ("v1/completions", lambda _: {"choices": [{"text": "a"}]}, "returned no log-prob for each of the 2 tokens"),
+        (
+            "v1/completions",
+            lambda _: {"choices": [{"prompt_logprobs": [None, {"97": {"logprob": 3.0}}]}]},
+            "returned a log-prob of 3; start it without --logprobs-mode",
+        ),
+    ],
+)
+def test_server_that_cannot_score_is_refused_in_one_line(stub, path, change, message):
+    stub.changes[path] = change
+    with pytest.raises(UsageError, match=rf"--teacher {stub.url}.*{message}") as raised:
+        check(stub.url)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.fixture
+def scored(stub):
+    """Return rollouts and the teacher's log-probs of them."""
+    rollouts, _ = sample_rollouts(make_tiny_config(), make_tiny_parts())
+    return rollouts.completions, TeacherServer(stub.url, 60.0).score(rollouts.completions)
+
+
+def test_server_that_returns_is_asked_again(stub, scored):
+    completions, expected = scored
+    failures, messages = [503], []
+    stub.changes["v1/completions"] = lambda answer: failures.pop() if failures else answer
+    assert TeacherServer(stub.url, 60.0, messages.append).score(completions) == expected
+    (message,) = messages
+    assert message.startswith(f"warning: --teacher {stub.url}/v1/completions: responds with 503")
+    assert message.endswith("; waiting for the server to respond again")
+    stub.changes["v1/completions"] = lambda _: 503
+    with pytest.raises(EngineDiedError, match="responds with 503"):
+        TeacherServer(stub.url, 60.0, messages.append).score(completions)
+
+
+def test_server_that_hangs_or_stays_away_ends_the_run(stub, scored, monkeypatch):
+    completions, _ = scored
+    monkeypatch.setattr(teacher_server, "RETURN_S", 0.1)
+    end, messages = threading.Event(), []
+    stub.changes |= {"v1/completions": lambda _: end.wait(20) and {}, "health": lambda _: 500}
+    with pytest.raises(EngineDiedError, match=r"/health did not respond within 0.1 s"):
+        TeacherServer(stub.url, 0.3, messages.append).score(completions)
+    end.set()
+    assert "did not finish scoring 32 responses within 0.3 s (--engine-deadline-s)" in messages[0]

@@ -141,6 +141,7 @@ class StubServer(ThreadingHTTPServer):
     """A server that answers as vLLM's does; a test changes `answers`: a status, a body or a function."""
 
     daemon_threads = True
+    request_queue_size = 128
 
     def handle_error(self, *_):
         """Ignore a client that has disconnected."""
@@ -160,22 +161,51 @@ class StubServer(ThreadingHTTPServer):
         """Return what our extension of a worker answers."""
         return {"received_checksums": self.received, "unloaded_weights": self.unloaded}[method]
 
+    def answer(self, path, body):
+        """Return the answer to a request."""
+        answer = self.answers.get(path, {})
+        return answer() if callable(answer) else answer
+
+
+class StubTeacher(StubServer):
+    """A server that scores prompts as vLLM's does; a test changes an answer by a function in `changes`."""
+
+    def __init__(self, teacher):
+        super().__init__()
+        self.teacher, self.tokenizer, self.changes = teacher, make_tiny_tokenizer(), {}
+
+    def answer(self, path, body):
+        return self.changes.get(path, lambda answer: answer)(self.make_answer(path, body))
+
+    def make_answer(self, path, body):
+        """Return vLLM's answer."""
+        if path == "detokenize":
+            return {"prompt": self.tokenizer.decode(body["tokens"])}
+        if path != "v1/completions":
+            return super().answer(path, body)
+        assert (body["max_tokens"], body["prompt_logprobs"]) == (1, 0)
+        first, *others = body["prompt"]
+        values = compute_log_probs(self.teacher, make_completion([first], others))
+        entries = [{str(token): {"logprob": value}} for token, value in zip(others, values, strict=True)]
+        return {"choices": [{"prompt_logprobs": [None, *entries]}]}
+
 
 class StubHandler(BaseHTTPRequestHandler):
     """The handler of StubServer's requests."""
 
     def do_GET(self):
         path, body = self.path.strip("/"), self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.server.asked.append((path, json.loads(body or "null")))
-        if path == "update_weights" and (file := self.server.asked[-1][1]["update_info"].get("path")):
+        body = json.loads(body or "null")
+        self.server.asked.append((path, body))
+        if path == "update_weights" and (file := body["update_info"].get("path")):
             self.server.received = checksums(load_file(file).items())
-        answer = self.server.answers.get(path, {})
-        answer = answer() if callable(answer) else answer
+        answer = self.server.answer(path, body)
         if answer is None:  # close the connection without an answer
             return
         self.send_response(answer if isinstance(answer, int) else 200)
         self.end_headers()
-        self.wfile.write(json.dumps(answer if isinstance(answer, dict) else {"error": "no"}).encode())
+        text = json.dumps(answer if isinstance(answer, dict) else {"error": "no"})
+        self.wfile.write((answer if isinstance(answer, str) else text).encode())
 
     do_POST = do_GET
 
@@ -184,9 +214,9 @@ class StubHandler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def run_stub_server():
+def run_stub_server(server=None):
     """Run a stub of a vLLM server in a thread."""
-    server = StubServer()
+    server = server or StubServer()
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
         yield server

@@ -179,6 +179,17 @@ MUTANTS = [
         ("what was loaded is not asked", "        check_loaded(self._unloaded(), version)\n", ""),
     ),
     *breaks(
+        "TeacherServer",
+        "drivers/engines/teacher_server.py",
+        "tests/drivers/test_teacher.py -k server",
+        ("tokens of the prompt", '["prompt_logprobs"][len(prompt) :]', '["prompt_logprobs"][1 : len(response) + 1]'),
+        ("logits are log-probs", "if highest > _MAX_LOG_PROB:", "if False:"),
+        ("no room for vLLM's own token", "if room <= longest:", "if room < longest:"),
+        ("any tokenizer is taken", "if await decode(ids) == tokenizer.decode(ids):", "if True:"),
+        ("another token is named", "ids = ids[len(half) :] if await", "ids = half if await"),
+        ("no deadline for all responses", "asyncio.timeout(self._deadline_s)", "asyncio.timeout(None)"),
+    ),
+    *breaks(
         "describe_completions",
         "drivers/engines/protocol.py",
         f"{RUN_FILES} -k describe_completions",

@@ -50,6 +50,8 @@ MUTANTS = [
             '"length_penalty")',
         ),
         ("the cause is the advantage", 'cause = "teacher" if', "cause = cause if"),
+        ("a server has any temperature", "server and settings.sampling_temperature != 1:", "server and False:"),
+        ("a server has any set", "server and settings.sampling_replay:", "server and False:"),
     ),
     *breaks(
         "teacher",
