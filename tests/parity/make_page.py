@@ -24,7 +24,8 @@ one change, our call equals theirs. {summary}
 
 The calls are in `tests/parity/members.py` and `tests/parity/claims.py`. These have no counterpart in any of the
 three: `compute_pass_at_k_advantages`, `compute_pkpo_advantages`, `compute_maxrl_advantages`,
-`compute_cosine_length_reward`, and the aggregation prompt_mean.
+`compute_cosine_length_reward`, `keep_within_second_moment`, the aggregation prompt_mean, and log-probs over the tokens
+that a sampler kept.
 """
 
 CLAIMS_INTRODUCTION = """## Claims of the specification, checked

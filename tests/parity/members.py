@@ -144,6 +144,40 @@ def without_row(case: Case, row: int = 1) -> Tensor:
     return case.mask & (torch.arange(len(case.mask)) != row)[:, None]
 
 
+def dpo(case: Case, label_smoothing: float = 0.0, sign: float = 1.0) -> Tensor:
+    """Return the mean loss of pairs; with `sign` -1, the second half of the responses is the preferred one."""
+    pairs = len(case.mask) // 2
+    halves = [(x[:pairs], x[pairs : 2 * pairs])[:: int(sign)] for x in (case.policy, case.reference, case.mask)]
+    losses, _ = g.compute_dpo_loss(*(half for both in halves for half in both), 0.1, label_smoothing=label_smoothing)
+    return losses.mean()
+
+
+def imitation(case: Case) -> Tensor:
+    """Return the mean negative log-likelihood of the tokens of the first half of the responses."""
+    first = (torch.arange(len(case.mask)) < len(case.mask) // 2)[:, None]
+    losses = g.compute_cross_entropy_loss(case.policy, response_mask=case.mask)
+    return g.sum_weighted_losses(losses, g.compute_token_weights(case.mask & first, "token_mean"))
+
+
+def student_logits(case: Case) -> Tensor:
+    """Return logits that depend on the policy, so that their gradient is one of the policy."""
+    return case.logits + case.policy[..., None] * torch.linspace(-0.2, 0.2, case.logits.shape[-1])
+
+
+def teacher_logits(case: Case) -> Tensor:
+    return case.logits.flip(-1)
+
+
+def best_tokens(case: Case, k: int) -> tuple[Tensor, Tensor]:
+    """Return the teacher's k largest log-probs of each token, and whose they are."""
+    return tuple(teacher_logits(case).log_softmax(dim=-1).topk(k))
+
+
+def forward_kl_without_tail(case: Case, k: int) -> Tensor:
+    log_probs, ids = best_tokens(case, k)
+    return (log_probs.exp() * (log_probs - student_logits(case).log_softmax(dim=-1).gather(-1, ids))).sum(dim=-1)
+
+
 ADVANTAGES = [
     Row(
         "`normalize_group_rewards`, ε 1e-4",
@@ -521,6 +555,18 @@ TOKEN_LOSSES = [
         changed=lambda c: mean(c, dppo_as_verl(c, g.compute_dppo_kl_loss, (0.2,), 1e9)),
     ),
     Row(
+        "`compute_dro_loss`, 0.5",
+        "verl",
+        "`dro`, `dro_beta=0.5`",
+        lambda c: mean(c, g.compute_dro_loss(c.advantages, c.policy, c.old, 0.5, response_mask=c.mask)[0]),
+        lambda c: peers.verl_loss(c, "dro", dro_beta=0.5),
+        because="verl computes -A log p, not -A log ρ, which has the same gradient",
+        changed=lambda c: mean(
+            c,
+            g.compute_dro_loss(c.advantages, c.policy, c.old, 0.5, response_mask=c.mask)[0] - c.advantages * c.old,
+        ),
+    ),
+    Row(
         "`compute_kl_cov_loss`, a tenth penalized by 0.1",
         "verl",
         "`kl_cov`, `kl_cov_ratio=0.1`",
@@ -865,6 +911,26 @@ SAMPLER = [
         because="its k1 is -log κ, so the bounds apply to 1/κ",
         changed=lambda c: kept(c, 1 / 1.1, 1 / 0.8) & c.mask,
     ),
+    *(
+        Row(
+            f"`keep_within_bounds` of `compute_importance_divergences`, {measure}, {level}, {high}",
+            "verl",
+            f"`{theirs}`, {high}",
+            lambda c, measure=measure, level=level, high=high: (
+                g.keep_within_bounds(
+                    g.compute_importance_divergences(c.old, c.sampler, c.mask, measure, level), low=0.0, high=high
+                )
+                & c.mask
+            ),
+            lambda c, theirs=theirs, high=high: peers.verl_rejection(c, theirs, str(high)),
+        )
+        for measure, level, theirs, high in [
+            ("k2", "token", "token_k2", 0.05),
+            ("k3", "token", "token_k3", 0.05),
+            ("k3", "sequence", "seq_sum_k3", 0.3),
+            ("k2", "geometric", "seq_mean_k2", 0.06),
+        ]
+    ),
     Row(
         "`self_normalize_weights`, token",
         "verl",
@@ -1002,6 +1068,93 @@ REST = [
     ),
 ]
 
+TEACHERS = [
+    *(
+        Row(
+            f"`compute_dpo_loss`, β 0.1{note}",
+            "TRL",
+            setting,
+            lambda c, share=share: dpo(c) + share * imitation(c),
+            lambda c, options=options: peers.trl_dpo_loss(c, len(c.mask) // 2, beta=0.1, **options),
+        )
+        for note, setting, share, options in [
+            ("", "`DPOTrainer`", 0.0, {}),
+            (
+                " + 0.5 `compute_cross_entropy_loss` of the preferred responses",
+                '`DPOTrainer`, `loss_type=["sigmoid", "sft"]`, `loss_weights=[1, 0.5]`',
+                0.5,
+                {"loss_type": ("sigmoid", "sft"), "loss_weights": (1.0, 0.5)},
+            ),
+        ]
+    ),
+    Row(
+        "`compute_dpo_loss`, β 0.1, label smoothing 0.2",
+        "TRL",
+        '`DPOTrainer`, `loss_type="robust"`, `label_smoothing=0.2`',
+        lambda c: dpo(c, 0.2),
+        lambda c: peers.trl_dpo_loss(c, len(c.mask) // 2, beta=0.1, loss_type="robust", label_smoothing=0.2),
+        because="`robust` subtracts the loss of the flipped preference, and divides by 1 - 2ε",
+        changed=lambda c: (0.8 * dpo(c) - 0.2 * dpo(c, sign=-1.0)) / 0.6,
+    ),
+    Row(
+        "`compute_dpo_loss`, β 0.1",
+        "Liger",
+        "`LigerFusedLinearDPOFunction`",
+        dpo,
+        lambda c: peers.liger_dpo_loss(c, len(c.mask) // 2, beta=0.1),
+    ),
+    Row(
+        "`compute_jensen_shannon_divergence`, β 0.3, τ 0.7",
+        "TRL",
+        "`GKDTrainer`",
+        lambda c: mean(
+            c, g.compute_jensen_shannon_divergence(student_logits(c), teacher_logits(c), 0.3, temperature=0.7)
+        ),
+        lambda c: peers.trl_jsd(student_logits(c), teacher_logits(c), c.mask, 0.3, 0.7),
+    ),
+    Row(
+        "`compute_jensen_shannon_divergence`, β 0.3",
+        "Liger",
+        "`LigerFusedLinearJSDFunction`",
+        lambda c: mean(c, g.compute_jensen_shannon_divergence(student_logits(c), teacher_logits(c), 0.3)) * tokens(c),
+        lambda c: peers.liger_jsd(student_logits(c), teacher_logits(c), c.mask, 0.3),
+    ),
+    Row(
+        "`compute_top_k_forward_kl`, k 2",
+        "TRL",
+        "`ServerDistillationTrainer`, `loss_add_tail=True`",
+        lambda c: mean(c, g.compute_top_k_forward_kl(student_logits(c), *best_tokens(c, 2))),
+        lambda c: peers.trl_forward_kl(student_logits(c), best_tokens(c, 2), c.mask, add_tail=True),
+    ),
+    Row(
+        "`compute_top_k_forward_kl`, k of the vocabulary",
+        "verl",
+        "`forward_kl_topk`",
+        lambda c: mean(c, g.compute_top_k_forward_kl(student_logits(c), *best_tokens(c, 5))),
+        lambda c: peers.verl_aggregate(
+            peers.verl_forward_kl(student_logits(c), best_tokens(c, 5)), c.mask, "token-mean"
+        ),
+    ),
+    Row(
+        "`compute_top_k_forward_kl`, k 2",
+        "verl",
+        "`forward_kl_topk`",
+        lambda c: mean(c, g.compute_top_k_forward_kl(student_logits(c), *best_tokens(c, 2))),
+        lambda c: peers.verl_aggregate(
+            peers.verl_forward_kl(student_logits(c), best_tokens(c, 2)), c.mask, "token-mean"
+        ),
+        because="verl leaves out the term of all other tokens",
+        changed=lambda c: mean(c, forward_kl_without_tail(c, 2)),
+    ),
+    Row(
+        "`compute_distillation_advantages`",
+        "verl",
+        "`k1`, `use_policy_gradient=True`",
+        lambda c: g.compute_distillation_advantages(c.policy, c.reference, c.mask),
+        lambda c: torch.where(c.mask, -peers.verl_kl(c, "k1").detach(), 0.0),
+    ),
+]
+
 SECTIONS = {
     "Advantages": ADVANTAGES,
     "Token losses": TOKEN_LOSSES,
@@ -1010,6 +1163,7 @@ SECTIONS = {
     "Aggregation": AGGREGATION,
     "Importance correction": SAMPLER,
     "Selection, entropy, length": REST,
+    "Preferences and teachers": TEACHERS,
 }
 
 

@@ -33,15 +33,20 @@ if not MISSING:
         warnings.simplefilter("ignore")
         import verl.utils.torch_functional as verl_functional
         from datasets import Dataset
+        from liger_kernel.chunked_loss.dpo_loss import LigerFusedLinearDPOFunction
         from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOFunction
+        from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
         from omegaconf import OmegaConf
-        from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+        from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+        from trl.experimental.gkd import GKDTrainer
         from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
+        from trl.experimental.server_distillation import ServerDistillationTrainer
         from trl.rewards import get_soft_overlong_punishment
         from verl import DataProto
         from verl.trainer.config import AlgoConfig, RolloutCorrectionConfig
+        from verl.trainer.distillation.fsdp.losses import compute_forward_kl_topk
         from verl.trainer.ppo import core_algos, rollout_corr_helper
-        from verl.workers.config import ActorConfig, PolicyLossConfig
+        from verl.workers.config import ActorConfig, DistillationLossConfig, PolicyLossConfig
         from verl.workers.reward_manager.dapo import DAPORewardManager
 
     logging.getLogger("trl").setLevel(logging.ERROR)
@@ -91,8 +96,12 @@ class _Returning:
 
     def __init__(self, log_probs: Tensor, entropy: Tensor):
         prompt = torch.zeros(len(log_probs), 1, dtype=log_probs.dtype)
+        whole = torch.cat([prompt, log_probs], dim=1)
         self.output = SimpleNamespace(
-            log_probs=torch.cat([prompt, log_probs], dim=1), entropy=torch.cat([prompt, entropy], dim=1)
+            log_probs=whole,
+            entropy=torch.cat([prompt, entropy], dim=1),
+            mean_logits=torch.zeros_like(whole),
+            is_top1=torch.zeros_like(whole, dtype=torch.bool),
         )
 
     def __call__(self, **_):
@@ -259,6 +268,51 @@ def trl_overlong(lengths: list[int], longest: int, buffer: int) -> Tensor:
     return torch.tensor(get_soft_overlong_punishment(longest, buffer)([[0] * length for length in lengths]))
 
 
+@functools.cache
+def trl_dpo_trainer(**config):
+    """Return a DPO trainer of TRL in training mode."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return DPOTrainer(
+            model=make_tiny_policy().train(),
+            ref_model=make_tiny_policy(),
+            args=DPOConfig(output_dir=tempfile.gettempdir(), report_to="none", use_cpu=True, bf16=False, **config),
+            train_dataset=Dataset.from_dict({"prompt": ["1"], "chosen": ["2"], "rejected": ["3"]}),
+            processing_class=make_tiny_tokenizer(),
+        )
+
+
+def trl_dpo_loss(case: Case, pairs: int, **config) -> Tensor:
+    """Return `_compute_loss` of the trainer: the first `pairs` responses are preferred to the next ones."""
+    mask = torch.nn.functional.pad(case.mask[: 2 * pairs].long(), (1, 0))
+    inputs = {"completion_mask": mask, "input_ids": torch.ones_like(mask), "attention_mask": torch.ones_like(mask)}
+    entropy = entropy_of(case)[: 2 * pairs]
+    policy, reference = (
+        _Returning(torch.where(case.mask, log_probs, 0.0)[: 2 * pairs], entropy)
+        for log_probs in (case.policy, case.reference)
+    )
+    trainer = trl_dpo_trainer(**config)
+    with _set(trainer, ref_model=reference):
+        return trainer._compute_loss(policy, inputs, return_outputs=False)
+
+
+def trl_jsd(student: Tensor, teacher: Tensor, mask: Tensor, beta: float, temperature: float) -> Tensor:
+    """Return the loss of the GKD trainer: a mean over tokens."""
+    labels = torch.where(mask, 0, -100)
+    return GKDTrainer.generalized_jsd_loss(student, teacher, labels, beta, temperature)
+
+
+def trl_forward_kl(student: Tensor, best: tuple[Tensor, Tensor], mask: Tensor, *, add_tail: bool) -> Tensor:
+    """Return the loss of the trainer whose teacher is a server, which returns the best log-probs and their tokens."""
+    trainer = SimpleNamespace(
+        loss_add_tail=add_tail, _reduce_divergence_loss=ServerDistillationTrainer._reduce_divergence_loss
+    )
+    result = {"topk_logprobs": best[0], "topk_token_ids": best[1]}
+    return ServerDistillationTrainer._compute_server_forward_kl_loss(
+        trainer, result, student.log_softmax(dim=-1), torch.where(mask, 0, -100)
+    )
+
+
 # verl
 
 
@@ -350,6 +404,19 @@ def verl_kl(case: Case, estimator: str) -> Tensor:
     return core_algos.kl_penalty(case.policy, case.reference, estimator)
 
 
+def verl_forward_kl(student: Tensor, best: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the loss of each token from the teacher's best log-probs and their tokens."""
+    log_probs, ids = (torch.nested.nested_tensor(list(values), layout=torch.jagged) for values in best)
+    found = compute_forward_kl_topk(
+        student.flatten(0, 1)[None],
+        log_probs,
+        ids,
+        SimpleNamespace(distillation_loss=DistillationLossConfig()),
+        data_format="thd",
+    )
+    return found["distillation_losses"].view(student.shape[:2])
+
+
 def verl_whiten(values: Tensor, mask: Tensor) -> Tensor:
     return verl_functional.masked_whiten(values, mask.long())
 
@@ -401,6 +468,28 @@ def verl_default_of(estimator: str, argument: str):
 
 
 # Liger
+
+
+def liger_dpo_loss(case: Case, pairs: int, **options) -> Tensor:
+    """Return the loss inside the fused kernel, which takes the log-prob of each response."""
+    policy, reference = (torch.where(case.mask, x, 0.0).sum(dim=1) for x in (case.policy, case.reference))
+    loss, *_ = LigerFusedLinearDPOFunction.preference_loss_fn(
+        policy[:pairs],
+        policy[pairs : 2 * pairs],
+        torch.zeros(2 * pairs, 1),
+        reference[:pairs],
+        reference[pairs : 2 * pairs],
+        **options,
+    )
+    return loss
+
+
+def liger_jsd(student: Tensor, teacher: Tensor, mask: Tensor, beta: float) -> Tensor:
+    """Return the loss inside the fused kernel: a sum over tokens."""
+    target = torch.where(mask, 0, -100).flatten()
+    return LigerFusedLinearJSDFunction.distillation_loss_fn(
+        student.flatten(0, 1), teacher.flatten(0, 1), beta=beta, target=target
+    )
 
 
 def liger_loss(case: Case, loss_type: str, **options) -> Tensor:
