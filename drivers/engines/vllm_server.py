@@ -17,8 +17,9 @@ from vllm.distributed.weight_transfer.base import TrainerInitInfo
 
 from drivers.common.errors import EngineDiedError, UsageError
 from drivers.engines import vllm_http
+from drivers.engines.kept_tokens import KeptTokens
 from drivers.engines.options import EngineOptions
-from drivers.engines.protocol import Completion, check_weight_version
+from drivers.engines.protocol import Completion, check_weight_version, end_token_ids, exclude_end
 from drivers.engines.supervision import call_with_timeout
 from drivers.engines.vllm import sampling_parameters
 from drivers.engines.vllm_http import Servers
@@ -40,6 +41,8 @@ START_S = 600.0
 CLOSE_S = 10.0
 """Longest wait for the servers to disconnect; a dead one never does."""
 RESET_TRIES, RESET_WAIT_S = 20, 0.25
+_EXCLUDED_LOG_PROB = -9999.0
+"""What a server's JSON has for -inf."""
 
 
 def format_command(dtype: torch.dtype, policy_device: torch.device) -> str:
@@ -48,6 +51,7 @@ def format_command(dtype: torch.dtype, policy_device: torch.device) -> str:
     backend, head = ("checked_nccl", """ --hf-overrides '{"head_dtype": "float32"}'""") if on_gpu else ("host", "")
     return (
         "VLLM_SERVER_DEV_MODE=1 PYTHONPATH=. vllm serve MODEL --enable-scale-out --logprobs-mode processed_logprobs "
+        "--max-logprobs -1 --return-tokens-as-token-ids "
         f"--load-format dummy --dtype {str(dtype).removeprefix('torch.')} --max-model-len TOKENS{head} "
         f"""--weight-transfer-config '{{"backend": "{backend}"}}' """
         "--worker-extension-cls drivers.engines.vllm_transfer.WorkerExtension"
@@ -67,6 +71,7 @@ class ServerEngine:
     ) -> None:
         """Wait for the servers at `options.urls` and connect to them. A response ends at `end_token_id`."""
         self._deadline_s, self._device, self._end_token_id = options.deadline_s, weights.device, end_token_id
+        self._policy: Any = weights.policy
         self._command = format_command(options.dtype, weights.device)
         self._version: int | None = None
         self._sender: WeightSender | None = None
@@ -148,18 +153,23 @@ class ServerEngine:
         )
 
     async def _generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[Completion]:
+        vocab = self._policy.config.get_text_config().vocab_size
+        end_ids = end_token_ids(self._policy, self._end_token_id)
+
         async def sample_group(index: int, prompt: Sequence[int]) -> list[Completion]:
-            url = self._servers.urls[index % len(self._servers.urls)]
-            own = sampling.for_prompt(index)
+            url, own_seed = self._servers.urls[index % len(self._servers.urls)], seed + index * sampling.n
             body = {
                 "token_ids": list(prompt),
-                "sampling_params": sampling_parameters(own, seed + index * sampling.n, self._end_token_id),
+                "sampling_params": sampling_parameters(
+                    sampling.for_prompt(index), own_seed, self._end_token_id, vocab
+                ),
                 "output_mode": "text",
             }
             answer = await client.post(f"{url}/inference/v1/generate", json=body)
             answer.raise_for_status()
             choices = sorted(answer.json()["choices"], key=lambda choice: choice["index"])
-            return check_weight_version(self._version, url, [_completion(prompt, choice) for choice in choices])
+            completions = [_completion(prompt, choice, sampling, end_ids) for choice in choices]
+            return check_weight_version(self._version, url, completions)
 
         async with vllm_http.open_client(self._deadline_s) as client:
             groups = await asyncio.gather(*starmap(sample_group, enumerate(prompts)))
@@ -205,14 +215,38 @@ class ServerEngine:
                 raise self._servers.failure or error from None
 
 
-def _completion(prompt: Sequence[int], choice: dict[str, Any]) -> Completion:
+def _completion(
+    prompt: Sequence[int], choice: dict[str, Any], sampling: Sampling, end_ids: Sequence[int]
+) -> Completion:
     if choice["finish_reason"] not in ("stop", "length"):
         raise EngineDiedError(f"a server ended a completion with finish_reason={choice['finish_reason']!r}")
+    positions = choice["logprobs"]["content"]
     return Completion(
         text=choice["text"],
         prompt_token_ids=tuple(prompt),
         token_ids=tuple(choice["token_ids"]),
-        log_probs=tuple(token["logprob"] for token in choice["logprobs"]["content"]),
+        log_probs=tuple(token["logprob"] for token in positions),
         finish_reason=choice["finish_reason"],
         weight_version=version_of([span["version"] for span in choice["weight_versions"] or ()]),
+        kept=_read_kept(positions) if sampling.replays and sampling.truncates else None,
+        excluded=exclude_end(sampling, end_ids, len(choice["token_ids"])),
     )
+
+
+def _read_kept(positions: Sequence[dict[str, Any]]) -> KeptTokens:
+    """Return the tokens that the sampler kept, from the log-probs of each position."""
+    try:
+        return KeptTokens.pack(
+            [
+                [
+                    int(token["token"].split("token_id:")[1])
+                    for token in position["top_logprobs"]
+                    if token["logprob"] > _EXCLUDED_LOG_PROB
+                ]
+                for position in positions
+            ]
+        )
+    except IndexError as error:
+        raise UsageError(
+            "--sampling-replay: a server names tokens by their text; start it with --return-tokens-as-token-ids"
+        ) from error

@@ -43,10 +43,6 @@ class GrpoConfig(AlgorithmSettings, TrainingSettings):
                 "--sampling-replay: vLLM returns the tokens that it kept as a list of limited length; pass "
                 "--sampling-top-k 100, or another bound"
             )
-        if self.sampling_replay and self.rollout_url:
-            raise UsageError(
-                "--sampling-replay: the tokens that a server kept are not read; omit it, or omit --rollout-url"
-            )
         if self.kl_reference_steps is not None and self.lora_rank > 0:
             raise UsageError(
                 f"{self.flag('kl_reference_steps')}: moves a copy of the model, but with {self.flag('lora_rank')} the "

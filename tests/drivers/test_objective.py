@@ -796,10 +796,6 @@ ILLEGAL = [
     ({"sampling_replay": True}, "--sampling-replay: has no effect, because the sampler draws from all tokens"),
     ({"sampling_replay": True, "sampling_top_p": 0.9, "engine": "vllm"}, "pass --sampling-top-k 100"),
     (
-        {"sampling_replay": True, "sampling_top_k": 9, "engine": "vllm", "rollout_url": ("http://127.0.0.1:1",)},
-        "--sampling-replay: the tokens that a server kept are not read",
-    ),
-    (
         {"loss_type": "grpo_clip", "old_policy": "sampler", "sampling_top_p": 0.9},
         "renormalizes the sampler",
     ),

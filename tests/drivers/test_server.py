@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,8 +45,15 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
 
 
-def run_self_check(engine, policy, version):
-    return check_engine(engine, policy, PROMPTS, Sampling(n=4, max_tokens=8), version=version, tolerance=1e-3, seed=11)
+def run_self_check(engine, policy, version, sampling=None):
+    sampling = sampling or Sampling(n=4, max_tokens=8)
+    return check_engine(engine, policy, PROMPTS, sampling, version=version, tolerance=1e-3, seed=11)
+
+
+def describe(completion):
+    """Return what was sampled, and the sets that it was drawn from."""
+    kept = completion.kept and [frozenset(ids) for ids in completion.kept.unpack()]
+    return completion.token_ids, completion.text, completion.finish_reason, kept, completion.excluded
 
 
 @pytest.mark.vllm
@@ -75,11 +83,12 @@ def test_server_engine_two_servers_equal_one_engine(tmp_path):
         alone = make_vllm_engine(policy, tmp_path)
         alone.load_weights(0)
         stopping = Sampling(n=2, max_tokens=6, stop=(completions[0].text[1:2],))
-        for one in (sampling, stopping):
-            ours, theirs = (some.generate(PROMPTS, one, seed=2) for some in (engine, alone))
-            assert [(c.token_ids, c.text, c.finish_reason) for c in ours] == [
-                (c.token_ids, c.text, c.finish_reason) for c in theirs
-            ]
+        replayed = Sampling(n=2, max_tokens=6, stop=(), min_tokens=3, replays=True)
+        truncated = replace(replayed, top_k=90, top_p=0.5)
+        for one in (sampling, stopping, replayed, truncated):
+            ours, theirs = (list(map(describe, some.generate(PROMPTS, one, seed=2))) for some in (engine, alone))
+            assert ours == theirs
+        assert run_self_check(engine, policy, 0, truncated).n_tokens > 0
         alone.close()
 
         # Faults: a push that is skipped, cut short, or has the previous weights.
@@ -328,6 +337,17 @@ def test_server_engine_other_weight_version_fails(stub, version):
     stub.answers["inference/v1/generate"] = {"choices": [choice | {"weight_versions": spans}]}
     with pytest.raises(EngineDiedError, match="expected 7: it was restarted"):
         engine.generate([[1]], Sampling(), seed=0)
+    engine.close()
+
+
+def test_server_engine_replay_without_token_ids_raises_usage_error(stub):
+    token = {"token": "7", "logprob": -1.0}  # a text that could be an id
+    choice = {"index": 0, "text": "a", "token_ids": [1], "finish_reason": "stop", "weight_versions": []}
+    choice["logprobs"] = {"content": [token | {"top_logprobs": [token]}]}
+    stub.answers["inference/v1/generate"] = {"choices": [choice]}
+    engine = connect_to_stubs(stub)
+    with pytest.raises(UsageError, match="start it with --return-tokens-as-token-ids"):
+        engine.generate([[1]], Sampling(top_k=5, replays=True), seed=0)
     engine.close()
 
 

@@ -107,7 +107,7 @@ def run_server(folder, port, *flags, development="1"):
     command += ["--host", "127.0.0.1", "--port", str(port), "--enable-scale-out", "--enforce-eager"]
     command += ["--dtype", "float32", "--logprobs-mode", "processed_logprobs", "--load-format", "dummy"]
     command += ["--max-model-len", "512", "--block-size", "32", "--kv-cache-memory-bytes", str(64 << 20)]
-    command += ["--no-enable-chunked-prefill"]
+    command += ["--no-enable-chunked-prefill", "--max-logprobs", "-1", "--return-tokens-as-token-ids"]
     command += ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
     environment = os.environ | {
         "VLLM_SERVER_DEV_MODE": development,

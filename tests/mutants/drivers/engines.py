@@ -179,6 +179,12 @@ MUTANTS = [
         ("what was loaded is not asked", "        check_loaded(self._unloaded(), version)\n", ""),
     ),
     *breaks(
+        "ServerEngine",
+        "drivers/engines/vllm_server.py",
+        "tests/drivers/test_server.py -k replay",
+        ("a text is an id", '.split("token_id:")[1]', '.removeprefix("token_id:")'),
+    ),
+    *breaks(
         "TeacherServer",
         "drivers/engines/teacher_server.py",
         "tests/drivers/test_teacher.py -k server",
