@@ -472,7 +472,7 @@ MUTANTS = [
         ("no coefficient", "advantages + config.teacher_coef * taught", "advantages + taught"),
         ("unscored responses too", "batch.teacher_log_probs, mask)", "batch.teacher_log_probs, batch.response_mask)"),
         ("rewards count too", "    if config.teacher_only:\n", "    if False:\n"),
-        ("the policy teaches itself", "score_all(teacher, rollouts, config)", "score_all(policy, rollouts, config)"),
+        ("the policy teaches itself", "score_by_teacher(config, teacher,", "score_by_teacher(config, policy,"),
         (
             "the sampler is the policy",
             "(batch.old_log_probs, batch.teacher_log",
