@@ -4,7 +4,7 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
-from itertools import chain
+from itertools import chain, compress
 from typing import Any, TypeVar
 
 import httpx
@@ -71,7 +71,7 @@ class TeacherServer:
         )
 
     def score(self, completions: Sequence[Completion]) -> list[float]:
-        """Return the teacher's log-prob of each token of each response, one response after the other."""
+        """Return the teacher's log-prob of each sampled token, one response after the other."""
         try:
             return self._score(completions)
         except EngineDiedError as error:
@@ -83,7 +83,8 @@ class TeacherServer:
     def _score(self, completions: Sequence[Completion]) -> list[float]:
         async def score_all(client: httpx.AsyncClient) -> list[list[float]]:
             requests = [self._score_one(client, one.prompt_token_ids, one.token_ids) for one in completions]
-            return await asyncio.gather(*requests)
+            scored = await asyncio.gather(*requests)
+            return [[*compress(values, one.is_sampled)] for one, values in zip(completions, scored, strict=True)]
 
         return list(chain(*self._call(f"scoring {len(completions)} responses", score_all)))
 

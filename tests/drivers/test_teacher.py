@@ -14,6 +14,7 @@ from drivers.engines.teacher_server import TeacherServer
 from drivers.settings.command_line import parse_train_config
 from drivers.settings.formula import formula
 from drivers.training.advantages import prepare_rollouts
+from drivers.training.batch import make_rollout_batch
 from drivers.training.objective import find_responses_with_gradient, weigh_step
 from drivers.training.scoring import score
 from tests.drivers.helpers.engines import StubTeacher, run_stub_server
@@ -150,9 +151,14 @@ def check(url, last_id=97, longest=20, deadline_s=60.0):
     TeacherServer(url, deadline_s).check(make_tiny_tokenizer(), last_id, longest)
 
 
-def test_server_gives_the_advantages_of_the_model_that_it_holds(teacher, stub):
+@pytest.mark.parametrize("inserts", [False, True], ids=["completions", "conversations"])
+def test_server_gives_the_advantages_of_the_model_that_it_holds(teacher, stub, inserts):
     config, parts = make_tiny_config(**TAUGHT), make_tiny_parts()
     rollouts, scores = sample_rollouts(config, parts)
+    if inserts:
+        flags = [tuple(k % 3 != 1 for k in range(len(one.token_ids))) for one in rollouts.completions]
+        pairs = zip(rollouts.completions, flags, strict=True)
+        rollouts = make_rollout_batch([replace(one, sampled=some) for one, some in pairs], rollouts.rewards[:, 0], 8)
     server = TeacherServer(f"{stub.url}/v1/", 60.0)
     theirs, ours = (
         prepare_rollouts(config, parts.policy, None, rollouts, scores, None, one) for one in (server, teacher)
