@@ -77,7 +77,7 @@ class PolicyWeights:
         if update is None:
             return weight.to(entry.dtype)
         merged = weight.float() + update
-        return stochastic_round(merged, entry.name) if entry.dtype == torch.bfloat16 else merged.to(entry.dtype)
+        return stochastic_round(merged, entry.name, entry.dtype)
 
     def checksums(self) -> dict[str, Checksum]:
         """Return the checksum of each tensor on rank 0; the other ranks help to gather and return none."""
@@ -121,16 +121,24 @@ def _lora_update(layer: Any) -> Tensor:
     return update
 
 
-def stochastic_round(weight: Tensor, name: str) -> Tensor:
-    """Round float32 to bfloat16 up or down at random, so that the mean is exact. The seed depends on `name` alone.
+_DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
+"""Bits of a float32 mantissa that a narrower type has no place for."""
+
+
+def stochastic_round(weight: Tensor, name: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Round float32 up or down at random, so that the mean is exact. The seed depends on `name` alone.
 
     Rounding to nearest loses most of a small update, such as LoRA's to a bfloat16 model: the engine would never get an
-    update below half a unit in the last place. A value that bfloat16 represents exactly is kept.
+    update below half a unit in the last place. A value that `dtype` represents exactly is kept. float16 has fewer bits
+    below 6e-5, where the rest is rounded to nearest.
     """
+    if dtype not in _DROPPED_BITS:
+        return weight.to(dtype)
+    unit = 1 << _DROPPED_BITS[dtype]
     generator = torch.Generator(weight.device).manual_seed(zlib.crc32(name.encode()))
-    noise = torch.randint(1 << 16, weight.shape, generator=generator, device=weight.device, dtype=torch.int32)
+    noise = torch.randint(unit, weight.shape, generator=generator, device=weight.device, dtype=torch.int32)
     bits = weight.contiguous().view(torch.int32)
-    return ((bits + noise) & ~0xFFFF).view(torch.float32).to(torch.bfloat16)
+    return ((bits + noise) & -unit).view(torch.float32).to(dtype)
 
 
 def checksum(tensor: Tensor) -> Tensor:

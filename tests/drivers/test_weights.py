@@ -304,39 +304,42 @@ def test_lora_without_adapters_is_the_reference(dtype):
         prepare_rollouts(replace(config, lora_rank=0), policy, None, rollouts, scores, None)
 
 
-def test_stochastic_round_is_unbiased_and_exact_if_representable():
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 8), (torch.float16, 11)])
+def test_stochastic_round_is_unbiased_and_exact_if_representable(dtype, bits):
     """The oracle uses exact fractions of the gap between the two neighbors."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(400, 500, generator=generator).bfloat16().float()
-    assert torch.equal(stochastic_round(weight, "a"), weight.bfloat16())
+    weight = torch.randn(400, 500, generator=generator).to(dtype).float()
+    weight = weight.where(weight.abs() > 1e-3, 1.0)  # where the gaps of float16 are those of its exponent
+    assert torch.equal(stochastic_round(weight, "a", dtype), weight.to(dtype))
     for share in (0.004, 0.1, 0.5, 0.9):
-        gap = 2.0 ** (torch.frexp(weight).exponent.float() - 8)  # the bfloat16 gap at each weight
+        gap = 2.0 ** (torch.frexp(weight).exponent.float() - bits)  # at each weight
         update = share * gap * torch.randint(0, 2, weight.shape, generator=generator).mul(2).sub(1)
-        moved = stochastic_round(weight + update, "a").float() - weight
+        moved = stochastic_round(weight + update, "a", dtype).float() - weight
         grows = (update * weight) > 0  # the next gap towards 0 may be half as wide
         assert set((moved / gap)[grows].abs().unique().tolist()) == {0.0, 1.0}
         kept = (moved * update)[grows].sum() / (update * update)[grows].sum()
         count = int(grows.sum())
         assert abs(kept - 1) < 5 * ((1 - share) / share / count) ** 0.5
-    nearest = (weight + 0.1 * 2.0 ** (torch.frexp(weight).exponent.float() - 8)).bfloat16().float() - weight
+    nearest = (weight + 0.1 * 2.0 ** (torch.frexp(weight).exponent.float() - bits)).to(dtype).float() - weight
     assert nearest.abs().max() == 0  # hence stochastic rounding
-    one, other, same = (stochastic_round(weight * 1.001, name) for name in "aba")
+    one, other, same = (stochastic_round(weight * 1.001, name, dtype) for name in "aba")
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     extreme = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), 1e-45])
-    assert torch.equal(stochastic_round(extreme, "a")[:4].float(), extreme[:4])
+    assert torch.equal(stochastic_round(extreme, "a", dtype)[:4].float(), extreme[:4])
 
 
-def test_lora_bfloat16_push_keeps_small_updates():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lora_bfloat16_push_keeps_small_updates(dtype):
     """Updates of a hundredth of the gap between neighboring weights survive on average in the merged tensors."""
-    policy = make_tiny_policy(0).bfloat16()
+    policy = make_tiny_policy(0).to(dtype)
     add_lora(policy, 2, 2, seed=5, base="tiny")
-    before = {name: weight.float() for name, weight in PolicyWeights(policy, torch.bfloat16)}
+    before = {name: weight.float() for name, weight in PolicyWeights(policy, dtype)}
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if ".lora_B" in name:
                 parameter.fill_(1e-4)
-    weights = PolicyWeights(policy, torch.bfloat16)
+    weights = PolicyWeights(policy, dtype)
     asked = got = 0.0
     for (name, exact), (_, pushed) in zip(PolicyWeights(policy, torch.float32), weights, strict=True):
         update = exact - before[name]

@@ -56,11 +56,12 @@ MUTANTS = [
             "update = None if entry.lora_layer is None else _lora_update(entry.lora_layer)",
             "update = None",
         ),
+        ("bits are kept", "unit = 1 << _DROPPED_BITS[dtype]", "unit = 1 << 13"),
         ("LoRA without its scale", "product = layer.scaling[name] * (up @ down)", "product = up @ down"),
         ("LoRA twice", "merged = weight.float() + update", "merged = weight.float() + 2 * update"),
         (
             "rounded to nearest",
-            "return stochastic_round(merged, entry.name) if entry.dtype == torch.bfloat16 else merged.to(entry.dtype)",
+            "return stochastic_round(merged, entry.name, entry.dtype)",
             "return merged.to(entry.dtype)",
         ),
     ),
