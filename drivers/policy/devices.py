@@ -136,7 +136,8 @@ def _n_local_ranks() -> int:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype that `--dtype` names; `auto` is bfloat16 where it is fast, which is measured on a CPU."""
     if name != "auto":
-        return torch.float32 if name == "float32" else torch.bfloat16
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
     # Older GPUs emulate bfloat16, which is slow, and vLLM refuses it there.
     is_native = partial(torch.cuda.is_bf16_supported, including_emulation=False)
     is_fast = is_native() if device.type == "cuda" else cpu_bfloat16_is_fast()

@@ -173,6 +173,7 @@ def load_policy(
         raise UsageError(f"--attention {attention}: {error}; pass --attention auto if that is the reason") from error
     assert isinstance(policy, nn.Module)
     check_loaded_weights(model_path, report)
+    check_range(model_path, policy)
     repair_generation_config(model_path, policy)
     return policy.to(device).eval()
 
@@ -192,6 +193,17 @@ def check_loaded_weights(model_path: str, report: Mapping[str, Any]) -> None:
         )
     if unexpected:
         _warn_once(f"--model-path {model_path}: the model has no place for {_shorten(unexpected)}")
+
+
+def check_range(model_path: str, policy: nn.Module) -> None:
+    """Refuse a float16 model with weights beyond the range of float16, which were loaded as infinity."""
+    half = (pair for pair in policy.named_parameters() if pair[1].dtype == torch.float16)
+    infinite = [name for name, weight in half if weight.isinf().any()]
+    if infinite:
+        raise UsageError(
+            f"--dtype float16: {model_path} has weights beyond 65504, the largest number of float16 "
+            f"({_shorten(infinite)}); pass bfloat16 or float32"
+        )
 
 
 def _shorten(names: Sequence[str]) -> str:

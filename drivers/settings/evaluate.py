@@ -44,7 +44,7 @@ class EvaluateConfig(EngineSettings, ConversationSettings, GradingSettings, Prom
     asked them: reports the paired difference with an interval and a test. Default: no comparison."""
     self_check_tolerance: float | None = None
     """Largest mean absolute log-prob difference, in nats, between the engine and the model on some of the engine's
-    samples; above it nothing is evaluated. Default: 0.001 in float32, 0.08 in bfloat16."""
+    samples; above it nothing is evaluated. Default: 0.001 in float32, 0.08 in bfloat16, 0.01 in float16."""
     n_shown: NonNegativeInt = 2
     """Responses of each category (correct, correct format only, neither) to print."""
 

@@ -31,9 +31,10 @@ class ModelSettings(Settings):
 
     model_path: str | None = None
     """Model to load: a folder or Hugging Face hub name of a causal language model. Default: the quickstart's model."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type that the models compute in; master weights and optimizer state are always float32. `auto` uses bfloat16 on
-    a GPU, and on a CPU where bfloat16 measures faster."""
+    a GPU, and on a CPU where bfloat16 measures faster. float16 rounds less than bfloat16, so that policy and sampler
+    agree better, but it overflows above 65504: training scales the loss. It is slow on most CPUs."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
     """Attention of the model. In training, flash attention, if installed, packs responses into one sequence without
     padding; the others compute a group's prompt once where that is cheaper. `auto` is sdpa, or eager for models
@@ -324,7 +325,8 @@ class SafetySettings(Settings):
     warn. docs/reliability.md lists the ranges. `auto` stops at numbers that are not finite and warns otherwise."""
     self_check_tolerance: float | None = None
     """Largest mean absolute log-prob difference, in nats, between vLLM and the policy on vLLM's samples, before and
-    after the first update; above it the run stops. Default: 0.001 in float32, 0.08 in bfloat16."""
+    after the first update; above it the run stops. Default: 0.001 in float32, 0.08 in bfloat16, 0.01
+    in float16."""
     deterministic: bool = False
     """Make the same command give the same bits on the same machine. It uses torch's deterministic algorithms on a GPU,
     and float32 where --dtype is auto."""

@@ -213,7 +213,7 @@ class KLSettings(Settings):
     """Steps after which the reference of --kl-reference model moves to the policy, again and again. Default: never."""
     kl_reference_share: Share = 1.0
     """Share of the distance to the policy by which --kl-reference-steps moves each weight of the reference: 1 replaces
-    it, less keeps an exponential average. In bfloat16, small shares are lost in rounding."""
+    it, less keeps an exponential average. In bfloat16 and float16, small shares are lost in rounding."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus, per nat."""
     entropy_target: PositiveFloat | None = None

@@ -139,16 +139,18 @@ def check_update(
     earlier_norms: Sequence[float],
     drift: Mapping[str, float],
     rewards: Sequence[float] = (),
+    *,
+    is_overflow: bool = False,
 ) -> list[Anomaly]:
     """Return the anomalies of an optimizer step before it is made.
 
     `drift` maps names of distances between the policy and the sampler to their values; `rewards` are those of the
-    responses.
+    responses. With `is_overflow`, the loss scale explains a norm that is not finite, which is then no anomaly.
     """
     anomalies = []
     if not math.isfinite(loss):
         anomalies.append(Anomaly("loss", loss, math.inf, f"the loss is {loss}"))
-    if not math.isfinite(grad_norm):
+    if not math.isfinite(grad_norm) and not is_overflow:
         anomalies.append(Anomaly("grad_norm", grad_norm, math.inf, f"the gradient norm is {grad_norm}"))
     if grad_norm == 0:
         text = f"no response has a gradient: {explain_missing_gradient(rewards)}"

@@ -175,8 +175,9 @@ def head_bytes(policy: Any, tokens: int) -> int:
     wide = 4 if weight.is_cuda else size
     logits = min(tokens * vocab * wide, LOGITS_BYTES)
     gradient = logits // wide * size if wide > size else 0
-    several = tokens * vocab * wide > LOGITS_BYTES
-    return logits + gradient + _tile_bytes(weight, tokens) + int(weight.numel()) * (size + (4 if several else 0))
+    # The weight's gradient is summed over blocks in float32, and in float16 it is rescaled in float32.
+    is_summed = tokens * vocab * wide > LOGITS_BYTES or fsdp.computing_dtype(policy) == torch.float16
+    return logits + gradient + _tile_bytes(weight, tokens) + int(weight.numel()) * (size + (4 if is_summed else 0))
 
 
 def _tile_bytes(weight: Tensor, tokens: int) -> int:

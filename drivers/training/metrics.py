@@ -42,8 +42,12 @@ class UpdateMetrics:
         scored: Mapping[str, Tensor],
         metadata: Mapping[str, Tensor],
         correction: Mapping[str, Tensor] | None = None,
+        loss_scale: float = 1.0,
     ) -> None:
-        """Record a micro-batch after its backward pass; `metadata` has means over its response tokens."""
+        """Record a micro-batch after its backward pass, in which the loss was multiplied by `loss_scale`.
+
+        `metadata` has means over its response tokens.
+        """
         if correction:
             self._correction_parts.append(correction)
         log_probs, entropies = scored["log_probs"].detach(), scored["token_entropy"].detach()
@@ -63,7 +67,7 @@ class UpdateMetrics:
         ]
         gradients = scored["log_probs"].grad
         if gradients is not None:
-            sums, lengths = gradients.abs().sum(dim=1, keepdim=True), micro.response_mask.sum(dim=1)
+            sums, lengths = gradients.abs().sum(dim=1, keepdim=True) / loss_scale, micro.response_mask.sum(dim=1)
             self._gradients.append((sums, micro.advantages[:, 0] > 0, lengths))
 
     def drift(self) -> dict[str, float]:
@@ -87,13 +91,13 @@ class UpdateMetrics:
         return means
 
     def add_update(
-        self, loss: Tensor, grad_norm: Tensor, batch_metrics: Mapping[str, float], *, made: bool = True
+        self, loss: Tensor, grad_norm: Tensor | None, batch_metrics: Mapping[str, float], *, made: bool = True
     ) -> None:
-        """Record an optimizer step (`made=False` if it was skipped)."""
+        """Record an optimizer step (`made=False` if it was skipped); `grad_norm` is None after an overflow."""
         self._n_earlier_micro_batches = len(self._micro_batches)
         self.skipped_updates += not made
         self._losses.append(loss)
-        self._grad_norms.append(grad_norm)
+        self._grad_norms += [] if grad_norm is None else [grad_norm]
         self._batch_metrics.append(batch_metrics)
 
     def summary(self) -> dict[str, float]:
@@ -108,7 +112,8 @@ class UpdateMetrics:
         }
         if not self._losses:
             return counts
-        updates = {"loss": torch.stack(self._losses).mean(), "grad_norm": torch.stack(self._grad_norms).mean()}
+        known = {"loss": self._losses, "grad_norm": self._grad_norms}
+        updates = {name: torch.stack(values).mean() for name, values in known.items() if values}
         means = updates | self._token_means() | self._gradient_shares()
         numbers = torch.stack([value.float() for value in means.values()]).tolist()  # one wait for the device
         correction = describe_correction(self._correction_parts) if self._correction_parts else {}

@@ -297,8 +297,10 @@ class Run:
         if "rollout" in seconds:  # absent if the rollouts came with the checkpoint
             speeds["rollout_tokens_per_s"] = metrics["sampled_tokens"] / seconds["rollout"]
         times = {f"time_{name}_s": value for name, value in seconds.items()}
-        rate = {"learning_rate": self.config.learning_rate_at(step)}
-        metrics = {**metrics, **speeds, **times, **pop_peak_memory(), **rate}
+        of_optimizer = {"learning_rate": self.config.learning_rate_at(step)}
+        if self.state.optimizer.scales_loss:
+            of_optimizer["loss_scale"] = self.state.optimizer.loss_scale
+        metrics = {**metrics, **speeds, **times, **pop_peak_memory(), **of_optimizer}
         self.log("train", step, metrics)
         self.display.end_step(step, metrics)
 

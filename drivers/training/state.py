@@ -96,7 +96,7 @@ class TrainingState:
         self._reference = None if config.kl_reference_steps is None else reference
         self.step = 0
         """The last step whose updates are all in the weights."""
-        self.optimizer = PolicyOptimizer(policy, config)
+        self.optimizer = PolicyOptimizer(policy, config, scales_loss=fsdp.computing_dtype(policy) == torch.float16)
         self.bonus = EntropyBonus(config)
         self.draw = random.Random(config.seed)
         """Draws questions, on rank 0."""
@@ -116,7 +116,7 @@ class TrainingState:
         if apply:
             self.optimizer.step(self._config.learning_rate_at(self.step + 1))
         else:
-            self.optimizer.zero_grad()
+            self.optimizer.skip()
         if 0 < grad_norm < math.inf:  # a median of zeros would make every norm a spike
             self.grad_norms.append(grad_norm)
         return apply
@@ -132,6 +132,7 @@ class TrainingState:
         values: dict[str, Any] = {
             "step": self.step,
             "updates": self.optimizer.n_updates,
+            "loss_scale": self.optimizer.scaler_state(),
             "entropy_coef": self.bonus.value,
             "draw": [version, list(words), gauss],
             "shuffle": self.shuffle.get_state().tolist(),
@@ -172,7 +173,7 @@ class TrainingState:
         """
         validate_resume(self._config, values)
         self.step = values["step"]
-        self.optimizer.finish_loading(values["updates"])
+        self.optimizer.finish_loading(values["updates"], values.get("loss_scale", {}))  # an older checkpoint has none
         # A constant coefficient is a setting, which may change; an adapted one is part of the state.
         was_adapted = _saved_settings(values).get("entropy_target", True) is not None
         if self._config.entropy_target is not None and was_adapted:

@@ -1,5 +1,6 @@
 """Make one optimizer step."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -30,15 +31,24 @@ def update(
     """Make one optimizer step on a train batch, unless its own anomalies or those of the rollouts forbid it."""
     state = run.state
     weighted_batch, batch_metrics = weigh_step(config, train_batch)
-    loss = accumulate_gradients(policy, weighted_batch, config, entropy_coef, metrics)
+    loss_scale = state.optimizer.loss_scale
+    loss = accumulate_gradients(policy, weighted_batch, config, entropy_coef, metrics, loss_scale)
     norm = state.optimizer.clip_gradient(config.max_grad_norm)
     drift = metrics.drift()
     rewards = train_batch.rewards[:, 0].tolist()
-    anomalies = [*rollout_anomalies, *check_update(loss.item(), norm.item(), state.grad_norms, drift, rewards)]
+    # If a scale of 1 is still too large, something else is wrong.
+    is_overflow = loss_scale > 1 and math.isfinite(loss.item()) and not math.isfinite(norm.item())
+    found = check_update(loss.item(), norm.item(), state.grad_norms, drift, rewards, is_overflow=is_overflow)
+    is_allowed = run.anomalies.should_apply_update(step, [*rollout_anomalies, *found])
     run.hold_signals()
     with defer_signals():
-        is_made = state.finish_update(norm.item(), apply=run.anomalies.should_apply_update(step, anomalies))
-        metrics.add_update(loss, norm, batch_metrics, made=is_made)
+        is_made = state.finish_update(norm.item(), apply=is_allowed and not is_overflow)
+        metrics.add_update(loss, None if is_overflow else norm, batch_metrics, made=is_made)
+    if is_overflow:
+        run.display.say(
+            f"step {step}: a gradient overflowed float16; the update is skipped, and the loss scale falls from "
+            f"{loss_scale:g} to {state.optimizer.loss_scale:g}"
+        )
 
 
 def accumulate_gradients(
@@ -47,8 +57,12 @@ def accumulate_gradients(
     config: AlgorithmSettings,
     entropy_coef: float,
     metrics: UpdateMetrics,
+    loss_scale: float = 1.0,
 ) -> torch.Tensor:
-    """Add up the gradient over micro-batches of any size, and return the loss of the train batch."""
+    """Add up the gradient over micro-batches of any size, and return the loss of the train batch.
+
+    The gradient is `loss_scale` times that of the loss, which is returned and recorded without the scale.
+    """
     device = next(policy.parameters()).device
     total = torch.zeros((), device=device)
     metrics.trained_tokens += weighted_batch.n_response_tokens
@@ -70,8 +84,8 @@ def accumulate_gradients(
         inputs = LossInputs(micro, scored["log_probs"], scored["token_entropy"], entropy_coef)
         outputs = compute_loss(config, inputs)
         # A rank without a micro-batch of its own repeats another with weight 0, because all ranks gather the layers.
-        (outputs.loss if is_counted else 0 * outputs.loss).backward()  # type: ignore[no-untyped-call]
+        ((loss_scale if is_counted else 0.0) * outputs.loss).backward()  # type: ignore[no-untyped-call]
         if is_counted:
             total += outputs.loss.detach()
-            metrics.add_micro_batch(micro, scored, outputs.metrics, outputs.correction_statistics)
+            metrics.add_micro_batch(micro, scored, outputs.metrics, outputs.correction_statistics, loss_scale)
     return distributed.all_reduce_sum_(total)

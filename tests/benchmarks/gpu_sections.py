@@ -185,7 +185,7 @@ def run_step(sizes: dict[str, Any]) -> Iterator[Result]:
 
     def run() -> None:
         step()
-        optimizer.zero_grad()
+        optimizer.skip()
 
     result = measure_or_explain(lambda: device.time(run, repeats=3))
     facts = {"tokens": rollouts.tokens, "slots": sum(slots), "micro_batches": len(slots), "flops": flops}

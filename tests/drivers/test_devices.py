@@ -44,6 +44,11 @@ def test_choose_dtype_emulated_bfloat16_is_not_chosen(is_native, dtype, monkeypa
     assert choose_dtype("auto", torch.device("cuda")) == dtype
 
 
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_choose_dtype_named_type_is_taken(name):
+    assert choose_dtype(name, torch.device("cpu")) == getattr(torch, name)
+
+
 def test_sharded_weight_is_gathered_on_default_stream_before_it_is_sent(monkeypatch):
     """On the sender's stream, a gather could wait for a broadcast that waits for it."""
     events, current = [], ["sender"]

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from drivers.train import train
 from drivers.training.components import Components
@@ -33,6 +34,26 @@ def test_train_tiny_policy_with_vllm_learns(tmp_path):
     assert sum(row["reward"] for row in steps[-3:]) / 3 > 0.9
     assert max(row["sampler_log_prob_diff"] for row in steps if "sampler_log_prob_diff" in row) < 1e-3
     assert [row["step"] for row in rows if row["phase"] == "check"] == [0, 1]
+
+
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore")
+def test_train_tiny_policy_in_float16_with_vllm(tmp_path):
+    """The default tolerance of the self-check holds, with weights that the first updates have changed too."""
+    config, parts = make_tiny_config(engine="vllm", dtype="float16", n_grpo_steps=3), make_tiny_parts()
+    parts.policy.half()
+    engine = start_vllm(tmp_path / "tiny", parts.policy, dtype=torch.float16)
+    run = make_run(config, tmp_path / "run", parts.tokenizer)
+    try:
+        train(config, Components(parts.policy, engine, letter_grader, parts.questions, parts.questions), run)
+    finally:
+        engine.close()
+        run.finish()
+    steps = read_rows(tmp_path / "run", "train")
+    assert [row["skipped_updates"] for row in steps] == [0, 0, 0]
+    assert [row["loss_scale"] for row in steps] == [2**16] * 3
+    assert 1e-6 < max(row["sampler_log_prob_diff"] for row in steps) < 2e-3
+    assert [row["step"] for row in read_rows(tmp_path / "run", "check")] == [0, 1]
 
 
 @pytest.mark.vllm

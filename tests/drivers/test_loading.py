@@ -127,6 +127,15 @@ def test_load_policy_unexpected_weights_warn_once(tiny, capsys):
     assert capsys.readouterr().out == f"warning: --model-path {tiny}: the model has no place for {names}\n"
 
 
+def test_load_policy_weights_beyond_float16_are_refused(tiny):
+    change_weights(tiny, lambda weights: weights | {"model.norm.weight": 1e5 * weights["model.norm.weight"]})
+    with pytest.raises(
+        UsageError, match=r"--dtype float16: .* beyond 65504, .* \(model\.norm\.weight\); pass bfloat16 or"
+    ):
+        load_policy(str(tiny), torch.device("cpu"), torch.float16)
+    load_policy(str(tiny), torch.device("cpu"), torch.bfloat16)
+
+
 @pytest.mark.parametrize(
     ("program", "flags"),
     [

@@ -76,7 +76,7 @@ def test_plan_memory_is_near_measured_activations(attention, dtype):
 
 
 def test_training_state_bytes_is_exact():
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         policy = make_policy(dtype=dtype)
         optimizer = PolicyOptimizer(policy, OptimizerSettings())
         policy(torch.tensor([[1, 2]])).logits.sum().backward()
@@ -176,6 +176,7 @@ def test_plan_memory_head_follows_computation():
     weight, tiles = 500 * 256 * 2, 2 * 100 * 500 * 4
     assert head_bytes(policy, 100) == 100 * 500 * 2 + tiles + weight
     assert head_bytes(policy, 10**7) == (1 << 29) + 2 * (3 << 20) + weight + 2 * weight
+    assert head_bytes(make_policy(dtype=torch.float16), 100) == 100 * 500 * 2 + tiles + weight + 2 * weight
     shortcuts._HEADS[policy] = None
     assert head_bytes(policy, 100) == 2 * 100 * 500 * 2 + tiles
 

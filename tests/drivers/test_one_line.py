@@ -84,7 +84,7 @@ WRONG = {
         ("train", "--recipe grop", "verl-default; did you mean grpo?"),
         ("train", "--loss-type GRPO", "file.py:function; did you mean grpo_clip or grpo_no_clip?"),
         ("train", "--loss-type dr_grpo", "file.py:function; it is a recipe: pass --recipe dr-grpo"),
-        ("train", "--dtype fp16", "--dtype fp16: must be one of auto, float32, bfloat16"),
+        ("train", "--dtype fp16", "--dtype fp16: must be one of auto, float32, bfloat16, float16"),
         ("train", "--group-size 8.5", "--group-size 8.5: must be a whole number, like 8"),
         ("train", "--micro_batch_tokens=many", "--micro-batch-tokens many: must be a whole number, like 8"),
         ("train", "--learning-rate abc", "--learning-rate abc: must be a number, like 0.1"),

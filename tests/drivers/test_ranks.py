@@ -165,6 +165,19 @@ def test_ranks_bfloat16_equals_one_rank(tmp_path):
 
 
 @pytest.mark.slow
+def test_ranks_float16_skip_the_same_updates_as_one_rank(tmp_path):
+    """A gradient of this entropy bonus overflows until the scale has fallen, in the shard of any rank."""
+    settings = PLAIN | {"entropy_coef": 300.0, "train_batch_size": 8, "self_check_tolerance": 0.5}
+    one, two = (read_rows(run_ranks(n, tmp_path / str(n), settings, dtype="float16"), "train") for n in (1, 2))
+    for ours, theirs in zip(two, one, strict=True):
+        assert (ours["loss_scale"], ours["skipped_updates"]) == (theirs["loss_scale"], theirs["skipped_updates"])
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
+    assert one[0]["skipped_updates"] > 0
+    assert one[-1]["skipped_updates"] == 0
+    assert one[-1]["grad_norm"] == pytest.approx(two[-1]["grad_norm"], rel=1e-2)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change", [{"gradient_checkpointing": "on"}, {"lora_rank": 2, "lora_alpha": 8, "kl_coef": 0.05}]
 )

@@ -710,7 +710,7 @@ def test_resume_changed_setting_takes_effect():
     restore_state(make_tiny_config(advantage="leave_one_out"), values)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_training_state_restored_from_json_goes_on_alike(dtype):
     """The next questions, the next order of groups, the next update and everything that is remembered are the same."""
     config = make_tiny_config(entropy_target=2.0, entropy_coef=0.01)
@@ -720,6 +720,7 @@ def test_training_state_restored_from_json_goes_on_alike(dtype):
         for number in range(n_updates):
             for parameter in state.optimizer._masters:
                 parameter.grad.fill_(0.25 + number)
+            state.optimizer.clip_gradient(1e9)
             state.finish_update(5.0 + number, apply=True)
     one.step, one.accuracies = 7, {0: 0.25, 5: 0.5}
     one.bonus.adapt(1.0)
@@ -745,7 +746,9 @@ def test_training_state_restored_from_json_goes_on_alike(dtype):
     for state in states:
         for parameter in state.optimizer._masters:
             parameter.grad.fill_(-0.5)
+        state.optimizer.clip_gradient(1e9)
         state.finish_update(1.0, apply=True)
+    assert one.optimizer.scaler_state() == other.optimizer.scaler_state()
     assert not one.is_at_snapshot
     for name, tensor in one.tensors().items():
         assert torch.equal(tensor, other.tensors()[name]), name

@@ -148,7 +148,7 @@ def test_logged_metrics_are_documented(tmp_path, monkeypatch):
             "top_entropy_fraction": 0.5,
             "off_policy_threshold": 0.1,
         },
-        {"teacher": "tiny-teacher", "epochs_per_rollout_batch": 1},
+        {"teacher": "tiny-teacher", "epochs_per_rollout_batch": 1, "dtype": "float16"},
         {"rollout": "tests.drivers.helpers.conversations:interrupt", "n_grpo_steps": 1},
     ]
     logged = set()

@@ -79,7 +79,7 @@ def make_vllm_engine(policy, model_path="unused", *, tokenizer=None, weights=Non
     return make_engine("vllm", options, weights, tokenizer or make_tiny_tokenizer(), say)
 
 
-def start_vllm(folder, policy, own_process=False):
+def start_vllm(folder, policy, own_process=False, dtype=torch.float32):
     """Start vLLM on a tiny model without supervision."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -87,7 +87,8 @@ def start_vllm(folder, policy, own_process=False):
 
         policy.save_pretrained(folder)
         make_tiny_tokenizer().save_pretrained(folder)
-        return VLLMEngine(make_options(folder, own_process=own_process), WeightGatherer(policy, torch.float32))
+        options = make_options(folder, own_process=own_process, dtype=dtype)
+        return VLLMEngine(options, WeightGatherer(policy, dtype))
 
 
 # vLLM servers

@@ -157,6 +157,7 @@ def run_training(folder, reward_fn=letter_reward, other_val_sets=None, **changes
     """Train the tiny policy with GRPO. Return the policy, its training rows and its evaluation rows."""
     config, parts = make_tiny_config(**changes), make_tiny_parts()
     run = make_run(config, folder, parts.tokenizer)
+    parts.policy.to(getattr(torch, config.dtype))
     reference = clone_policy(parts.policy) if config.needs_reference else None
     try:
         grade, sets = make_inline_grader(reward_fn), (parts.questions, parts.questions)

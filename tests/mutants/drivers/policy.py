@@ -18,9 +18,19 @@ MUTANTS = [
         ("a fixed rate", 'group["lr"] = learning_rate', 'group["lr"] = 1e-2'),
         (
             "gradients are kept after the step",
-            "        self._copy_to_policy()\n        self.zero_grad()\n\n    @torch.no_grad()",
-            "        self._copy_to_policy()\n\n    @torch.no_grad()",
+            "        self._copy_to_policy()\n        self.skip()\n",
+            "        self._copy_to_policy()\n",
         ),
+    ),
+    *breaks(
+        "PolicyOptimizer",
+        OPTIMIZER,
+        "tests/drivers/test_loss_scale.py tests/drivers/test_resume.py -k 'float16 or first_update or goes_on_alike'",
+        ("the gradient keeps the scale", "        self._scaler.unscale_(self._adamw)\n", ""),
+        ("the scale never changes", "            self._scaler.update()\n", "            pass\n"),
+        ("a float16 policy has no scale", "enabled=scales_loss", "enabled=False"),
+        ("no scale before a loss", "        self._scaler.scale(torch.zeros((), device=device))", "        pass"),
+        ("a resumed run begins with a new scale", "        if scaler_state:\n", "        if False:\n"),
     ),
     *breaks(
         "PolicyOptimizer.tensors",

@@ -8,6 +8,7 @@ GRPO = f"{LOOP} -k 'not sft and not expert and not fine_tuning'"
 TEACHER = f"{DRIVERS}/test_teacher.py"
 OBJECTIVE, BATCH = f"{DRIVERS}/test_objective.py", f"{DRIVERS}/test_batch.py"
 RESUME, GUARDS, SAMPLES = f"{DRIVERS}/test_resume.py", f"{DRIVERS}/test_guards.py", f"{DRIVERS}/test_samples.py"
+LOSS_SCALE = f"{DRIVERS}/test_loss_scale.py"
 RUN_FILES, GRADING = f"{DRIVERS}/test_run_files.py", f"{DRIVERS}/test_grading.py"
 
 RUN = "drivers/training/run.py"
@@ -779,15 +780,26 @@ MUTANTS = [
         ),
         (
             "every update is made",
-            "apply=run.anomalies.should_apply_update(step, anomalies))",
-            "apply=run.anomalies.should_apply_update(step, anomalies) or True)",
+            "apply=is_allowed and not is_overflow)",
+            "apply=True)",
         ),
-        ("anomalies of rollouts are forgotten", "[*rollout_anomalies, *check_update", "[*check_update"),
+        ("anomalies of rollouts are forgotten", "[*rollout_anomalies, *found]", "found"),
+        ("skipped updates are not counted", "batch_metrics, made=is_made)", "batch_metrics)"),
+    ),
+    *breaks(
+        "update",
+        "drivers/training/update.py",
+        LOSS_SCALE,
+        ("the loss is not scaled", "((loss_scale if is_counted", "((1.0 if is_counted"),
         (
-            "skipped updates are not counted",
-            "metrics.add_update(loss, norm, batch_metrics, made=is_made)",
-            "metrics.add_update(loss, norm, batch_metrics)",
+            "the loss is reported with its scale",
+            "total += outputs.loss.detach()",
+            "total += loss_scale * outputs.loss.detach()",
         ),
+        ("an overflow is an update", "apply=is_allowed and not is_overflow)", "apply=is_allowed)"),
+        ("an overflow is an anomaly", "rewards, is_overflow=is_overflow)", "rewards)"),
+        ("no overflow is an anomaly", "is_overflow = loss_scale > 1 and", "is_overflow ="),
+        ("an infinite norm is reported", "None if is_overflow else norm", "norm"),
     ),
     *breaks(
         "UpdateMetrics",
@@ -804,7 +816,11 @@ MUTANTS = [
             "torch.where(tokens > 0, values * tokens, 0.0).sum() / tokens.sum().clamp(min=1)",
             "values.mean()",
         ),
-        ("the sum of losses", '"loss": torch.stack(self._losses).mean()', '"loss": torch.stack(self._losses).sum()'),
+        (
+            "the sum of losses",
+            "torch.stack(values).mean() for name, values in known",
+            "torch.stack(values).sum() for name, values in known",
+        ),
     ),
     *breaks(
         "RolloutBatch",
@@ -903,9 +919,10 @@ MUTANTS = [
         ("the step is not restored", '        self.step = values["step"]\n', ""),
         (
             "updates are not restored",
-            '        self.optimizer.finish_loading(values["updates"])\n',
-            "        self.optimizer.finish_loading(0)\n",
+            'self.optimizer.finish_loading(values["updates"], ',
+            "self.optimizer.finish_loading(0, ",
         ),
+        ("the loss scale is not restored", 'values.get("loss_scale", {})', "{}"),
         ("the watch is not restored", 'CollapseWatch(**values.get("collapse", {}))', "CollapseWatch()"),
         ("the order of questions is not restored", "        self.draw.setstate((version, tuple(words), gauss))\n", ""),
         (
