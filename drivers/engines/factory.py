@@ -58,9 +58,8 @@ def make_engine(
     except UsageError:
         raise
     except Exception as error:  # an unknown architecture, a kernel that is not built, too little memory, a full disk
-        raise UsageError(
-            f"--engine vllm: vLLM cannot start: {shorten(error, 600)}; --engine hf takes any model"
-        ) from error
+        remedy = "--engine hf takes any model" if options.adapter is None else "pass --lora-push merged"
+        raise UsageError(f"--engine vllm: vLLM cannot start: {shorten(error, 600)}; {remedy}") from error
 
 
 @contextmanager

@@ -2,8 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,3 +33,5 @@ class EngineOptions:
     """Longest wait for an answer of a separate process."""
     urls: Sequence[str] = ()
     """vLLM servers to use instead of a local engine."""
+    adapter: "LoraConfig | None" = None
+    """The policy's LoRA settings, for an engine that gets the adapter itself. Default: pushes bring merged weights."""

@@ -5,6 +5,8 @@ Weights travel by vLLM's own weight-transfer API (`start_weight_update`, `update
 - two GPUs: vLLM is a separate process on its own GPU, and the `nccl` backend broadcasts to it;
 - one GPU, or a CPU: vLLM lives in this process, and the `host` backend hands it the tensors by reference;
 - a CPU with `--rollout-process own`: a separate process, which the `host` backend gives a file in memory.
+
+With `--lora-push adapter` they travel so only until the engine has the frozen ones; see `vllm_adapter`.
 """
 
 import math
@@ -25,6 +27,7 @@ from drivers.engines.kept_tokens import KeptTokens
 from drivers.engines.options import EngineOptions
 from drivers.engines.protocol import Completion, check_weight_version, end_token_ids, exclude_end
 from drivers.engines.supervision import call_with_timeout, is_running
+from drivers.engines.vllm_adapter import AdapterSender
 from drivers.engines.vllm_startup import place, start_llm
 from drivers.engines.vllm_transfer import (
     HostTrainerInit,
@@ -57,6 +60,8 @@ class VLLMEngine:
         self._is_asleep = False
         self._busy = threading.Lock()
         self._llm, self._processes = start_llm(options, self._placement, weights.device)
+        self._adapter = None if options.adapter is None else AdapterSender(self._llm, weights)
+        self._base: dict[str, Checksum] = {}
         self._sender: WeightSender | None = None
         self._sender = self._call(
             "the setup of the weight transfer",
@@ -74,12 +79,11 @@ class VLLMEngine:
         self._call("the weight push", lambda: self._load_weights(version))
 
     def _load_weights(self, version: int) -> None:
-        assert self._sender is not None
         synchronize_device(self._policy_device)
         if self._is_asleep:
             torch.cuda.empty_cache()
             self._llm.wake_up(tags=["weights"])
-        sent = self._sender.send()
+        sent = self._send()
         self._version = version
         self._llm.update_weight_version(str(version))
         check_arrived(sent, self._received(), version)
@@ -89,6 +93,15 @@ class VLLMEngine:
             self._is_asleep = False
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM refused to drop its prefix cache after a weight push: it has keys of old weights")
+
+    def _send(self) -> dict[str, Checksum]:
+        """Send what the workers lack, and return the checksums of all that they must have then."""
+        assert self._sender is not None
+        if self._adapter is None:
+            return self._sender.send()
+        if self._is_asleep or not self._base:  # sleep has dropped the frozen weights too
+            self._base = self._sender.send()
+        return self._base | self._adapter.send()
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[Completion]:
         """Sample `sampling.n` completions of each prompt, in the order of the prompts."""
@@ -103,8 +116,10 @@ class VLLMEngine:
             )
             for index, own_seed in enumerate(seeds)
         ]
+        adapter = None if self._adapter is None else self._adapter.request
         outputs = self._call(
-            f"sampling from {len(prompts)} prompts", lambda: self._llm.generate(requests, parameters, use_tqdm=False)
+            f"sampling from {len(prompts)} prompts",
+            lambda: self._llm.generate(requests, parameters, use_tqdm=False, lora_request=adapter),
         )
         completions = [
             _completion(output, sample, sampling, end_ids) for output in outputs for sample in output.outputs
@@ -122,7 +137,11 @@ class VLLMEngine:
         return self._call("the request for checksums", self._received)
 
     def _received(self) -> list[dict[str, Checksum]]:
-        return read_checksums(self._llm.collective_rpc("received_checksums"))
+        received = read_checksums(self._llm.collective_rpc("received_checksums"))
+        if self._adapter is None:
+            return received
+        adapters = read_checksums(self._adapter.received())
+        return [base | adapter for base, adapter in zip(received, adapters, strict=True)]
 
     def _unloaded(self) -> list[str]:
         """Return what each worker has not loaded of the last push."""

@@ -24,6 +24,7 @@ from drivers.common.errors import EngineDiedError, UsageError
 from drivers.engines.options import EngineOptions
 from drivers.engines.placement import engine_memory_fraction
 from drivers.engines.supervision import TRAINER
+from drivers.engines.vllm_adapter import adapter_arguments
 
 T = TypeVar("T")
 KV_CACHE_BYTES_ON_CPU = 512 << 20
@@ -139,6 +140,7 @@ def _llm_arguments(options: EngineOptions, placement: Placement) -> dict[str, An
         # On CUDA the policy keeps the float32 sums of its logits. vLLM would round them to bfloat16, which moves a
         # log-prob by up to 0.06 nats, in the self-check and in every ratio to the sampler.
         **({"hf_overrides": {"head_dtype": "float32"}} if options.device.type == "cuda" else {}),
+        **({} if options.adapter is None else adapter_arguments(options.adapter)),
         **device_arguments(
             options.device,
             sleeps=placement.shares_gpu and options.may_sleep,

@@ -24,8 +24,9 @@ from vllm.utils.network_utils import get_open_port
 
 from drivers.common.errors import first_line
 from drivers.engines.supervision import exit_when_trainer_exits
+from drivers.engines.vllm_adapter import find_held
 from drivers.policy.weight_gatherer import WeightGatherer
-from drivers.policy.weights import Checksum, copy_to_host, record_checksums
+from drivers.policy.weights import Checksum, checksums, copy_to_host, record_checksums
 
 MIN_BUFFER_BYTES = 256 << 20
 """Smallest size of each of NCCL's two send buffers."""
@@ -240,6 +241,11 @@ class WorkerExtension:
         """Return which of the model's parameters the last push has not loaded, or an empty text."""
         received = self.weight_transfer_engine.received  # type: ignore[attr-defined]
         return "" if received is None else str(received.describe_unloaded())
+
+    def adapter_checksums(self, number: int, names: Sequence[str]) -> dict[str, Checksum]:
+        """Return the checksums of the named tensors of the adapter with this number, as the kernels read them."""
+        manager = self.model_runner.lora_manager._adapter_manager  # type: ignore[attr-defined]
+        return checksums(find_held(manager, number, names).items())
 
     def release_model(self) -> None:
         """Drop the references that would keep the model in memory after the engine has shut down.

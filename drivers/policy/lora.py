@@ -73,6 +73,18 @@ def adapter_weights(policy: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def scaled_adapter(policy: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return A and `alpha / rank * B` in `dtype`, gathered by all ranks: an adapter whose own scale is 1.
+
+    vLLM multiplies B by the scale when it loads an adapter. With a scale of 1 it keeps what was sent, bit for bit.
+    """
+    scale = policy.lora_settings.lora_alpha / policy.lora_settings.r
+    weights = adapter_weights(fsdp.resharded(policy))
+    return {
+        name: (weight.float() * scale if ".lora_B." in name else weight).to(dtype) for name, weight in weights.items()
+    }
+
+
 def save_adapter(policy: Any, weights: Mapping[str, Tensor], folder: Path) -> None:
     """Save the adapter as peft loads it, beside the merged model."""
     folder.mkdir()

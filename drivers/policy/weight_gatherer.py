@@ -8,13 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from drivers.common import distributed
+from drivers.policy.lora import scaled_adapter
 from drivers.policy.weights import Checksum, PolicyWeights, WeightShape, copy_to_host, record_checksums
 
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
 class _Gather:
-    """Message of rank 0: gather all weights now."""
+    """Message of rank 0: gather all weights now, or the adapter."""
+
+    is_adapter: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,11 @@ class WeightGatherer:
     With one process there are no messages, and iterating yields the weights.
     """
 
-    def __init__(self, policy: nn.Module, dtype: torch.dtype, *, as_files: bool = True) -> None:
+    def __init__(
+        self, policy: nn.Module, dtype: torch.dtype, *, as_files: bool = True, merges_lora: bool = True
+    ) -> None:
         self.policy, self.dtype = policy, dtype
-        self._weights = PolicyWeights(policy, dtype, as_files=as_files)
+        self._weights = PolicyWeights(policy, dtype, as_files=as_files, merges_lora=merges_lora)
         self._current: Iterator[tuple[str, Tensor]] = iter(())
         self._checksums: dict[str, Tensor] = {}
 
@@ -74,8 +80,11 @@ class WeightGatherer:
             message: _Gather | _Done = distributed.broadcast_object(None)
             if isinstance(message, _Done):
                 return message.result
-            for _ in self._weights:
-                pass
+            if message.is_adapter:
+                scaled_adapter(self.policy, self.dtype)
+            else:
+                for _ in self._weights:
+                    pass
 
     def _send(self, message: _Gather | _Done) -> None:
         if distributed.size() > 1:
@@ -93,6 +102,11 @@ class WeightGatherer:
         self._current = iter(self._weights)
         self._checksums = {}
         return record_checksums(self._current, self._checksums)
+
+    def adapter(self) -> dict[str, Tensor]:
+        """Return the LoRA updates as an engine loads them, on rank 0 inside `run_on_rank_zero`."""
+        self._send(_Gather(is_adapter=True))
+        return scaled_adapter(self.policy, self.dtype)
 
     def metadata(self) -> list[WeightShape]:
         """Return what an iteration yields, without gathering. vLLM's sender calls this method by its name."""

@@ -40,11 +40,15 @@ class PolicyWeights:
     """(name, tensor) pairs of the policy's current weights. If they are sharded, all ranks iterate together.
 
     Names and shapes are those of the model's files, or with `as_files=False` those of the module's parameters. LoRA
-    updates are merged into a copy: weights that are merged in place and unmerged again drift.
+    updates are merged into a copy: weights that are merged in place and unmerged again drift. With
+    `merges_lora=False` they are left out.
     """
 
-    def __init__(self, policy: nn.Module, dtype: torch.dtype, *, as_files: bool = True) -> None:
+    def __init__(
+        self, policy: nn.Module, dtype: torch.dtype, *, as_files: bool = True, merges_lora: bool = True
+    ) -> None:
         self._policy, self._dtype, self._as_files = policy, dtype, as_files
+        self._merges_lora = merges_lora
 
     def metadata(self) -> list[WeightShape]:
         """Return what an iteration yields, without gathering."""
@@ -92,7 +96,7 @@ class PolicyWeights:
             if ".lora_" in name:
                 continue
             if child == "base_layer":
-                layer = modules[parent_name] if last == "weight" else None
+                layer = modules[parent_name] if self._merges_lora and last == "weight" else None
                 yield _Entry(f"{parent_name}.{last}", parameter, self._dtype, layer)
             else:
                 yield _Entry(name, parameter, self._dtype)

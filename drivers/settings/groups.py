@@ -55,11 +55,16 @@ class PolicySettings(ModelSettings):
     updates in a folder `adapter`. 0 trains all weights."""
     lora_alpha: PositiveInt = 32
     """Scale LoRA updates by --lora-alpha / --lora-rank."""
+    lora_push: Literal["merged", "adapter"] = "merged"
+    """What a push of LoRA weights sends to vLLM: the `merged` model, or the `adapter` alone, after the frozen weights
+    were sent once. A push of the adapter is faster; sampling with it is slower."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.lora_rank == 0 and self.is_changed("lora_alpha"):
             raise UsageError(f"{self.flag('lora_alpha')}: has no effect without LoRA; pass --lora-rank too")
+        if self.lora_rank == 0 and self.is_changed("lora_push"):
+            raise UsageError(f"{self.flag('lora_push')}: has no effect without LoRA; pass --lora-rank too")
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -346,3 +351,12 @@ class TrainingSettings(
     """Name of the algorithm, as the display shows it."""
     extend_flag: ClassVar[str]
     """The flag that makes a run longer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_push == "adapter" and (self.engine == "hf" or self.rollout_url):
+            other = self.flag("engine") if self.engine == "hf" else self.flag("rollout_url")
+            raise UsageError(
+                f"{self.flag('lora_push')}: only a vLLM of this program takes an adapter; pass --lora-push merged, or "
+                f"omit {other}"
+            )

@@ -193,6 +193,7 @@ class Run:
                 version=version,
                 tolerance=tolerance,
                 seed=EVALUATION_SEED - 1,
+                merges_lora=self.config.lora_push == "merged",
             )
         if self._checkpoint is None:  # a resumed run logs the same rows as a run without interruption
             self.log("check", version, asdict(agreement))

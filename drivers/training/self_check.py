@@ -12,7 +12,8 @@ from drivers.common.wrapping import print_line
 from drivers.engines.protocol import RolloutEngine
 from drivers.engines.rank_zero import run_with_engine
 from drivers.policy import fsdp
-from drivers.policy.weights import PolicyWeights, check_arrived
+from drivers.policy.lora import scaled_adapter
+from drivers.policy.weights import PolicyWeights, check_arrived, checksums
 from drivers.settings.evaluate import EvaluateConfig
 from drivers.settings.grpo import GrpoConfig
 from drivers.settings.sampling import Sampling
@@ -81,13 +82,14 @@ def check_engine(
     version: int,
     tolerance: float,
     seed: int,
+    merges_lora: bool = True,
 ) -> Agreement:
     """Compare both sides' log-probs of the engine's samples; raise a TrainingAbortedError beyond `tolerance`.
 
     The first `min_tokens` tokens of a response are compared only if the sampling is replayed: otherwise only the
     sampler hides the end token there. The samples must come from weight version `version`.
     """
-    n_weights = check_weights(engine, policy, version)
+    n_weights = check_weights(engine, policy, version, merges_lora=merges_lora)
     completions = run_with_engine(engine, lambda: engine.generate(prompts, sampling, seed=seed))
     rollouts = make_rollout_batch(completions, torch.zeros(len(completions))).to(next(policy.parameters()).device)
     is_compared = rollouts.response_mask.clone()
@@ -116,11 +118,14 @@ def check_engine(
     return agreement
 
 
-def check_weights(engine: RolloutEngine, policy: nn.Module, version: int) -> int:
+def check_weights(engine: RolloutEngine, policy: nn.Module, version: int, *, merges_lora: bool = True) -> int:
     """Return how many tensors each worker received; raise a TrainingAbortedError unless they equal the policy's."""
     received = run_with_engine(engine, engine.received)
     if not received:
         return 0
-    expected = PolicyWeights(policy, fsdp.computing_dtype(policy)).checksums()
+    dtype = fsdp.computing_dtype(policy)
+    expected = PolicyWeights(policy, dtype, merges_lora=merges_lora).checksums()
+    if not merges_lora:
+        expected |= checksums(scaled_adapter(policy, dtype).items())
     distributed.run_on_rank_zero(lambda: check_arrived(expected, received, version))
     return len(received[0])

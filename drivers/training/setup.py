@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -225,9 +225,11 @@ def load_models(
         own_process=config.rollout_process == "own" or distributed.size() > 1,
         deadline_s=config.engine_deadline_s,
         urls=config.rollout_url,
+        adapter=cast(Any, policy).lora_settings if config.lora_push == "adapter" else None,
     )
     load_copy = partial(load_policy, model_path, policy_device, dtype, longest_row, config.attention)
-    weights = WeightGatherer(policy, dtype, as_files=config.engine == "vllm")
+    merges_lora = config.lora_push == "merged"
+    weights = WeightGatherer(policy, dtype, as_files=config.engine == "vllm", merges_lora=merges_lora)
     with display.stage(describe_start(config.engine, rollout_device)):
         engine = make_engine_for_rank(config, options, weights, tokenizer, load_copy, display.say)
     for line in describe_setup(config, policy, dtype, devices, plan):

@@ -151,6 +151,7 @@ FLAGS = [
     "rollout_url",
     "lora_rank",
     "lora_alpha",
+    "lora_push",
     "reward_mix",
     "grader_workers",
     "grader_deadline_s",

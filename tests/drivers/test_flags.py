@@ -400,6 +400,7 @@ TRAIN_ROWS = {
     "gradient_checkpointing": Row("setup", "on"),
     "lora_rank": Row("setup", 2),
     "lora_alpha": Row("setup", 5, LORA),
+    "lora_push": Row("setup", "adapter", LORA),
     "prompt_path": Row("setup", "polite.prompt"),
     "chat_template": Row("setup", True),
     "system_prompt_path": Row("setup", "system.prompt", {"chat_template": True}),

@@ -769,6 +769,12 @@ ILLEGAL = [
     ),
     ({"sampling_min_tokens": 7}, "--sampling-min-tokens 7: must not exceed --sampling-max-tokens 6"),
     ({"lora_alpha": 5}, "--lora-alpha 5: has no effect without LoRA"),
+    ({"lora_push": "adapter"}, "--lora-push adapter: has no effect without LoRA; pass --lora-rank too"),
+    ({"lora_push": "adapter", "lora_rank": 4}, "pass --lora-push merged, or omit --engine hf"),
+    (
+        {"lora_push": "adapter", "lora_rank": 4, "engine": "vllm", "rollout_url": ("http://a:1", "http://b:2")},
+        "only a vLLM of this program takes an adapter; pass --lora-push merged, or omit --rollout-url http://a:1",
+    ),
     ({"learning_rate": float("inf")}, "--learning-rate inf: must be a finite number"),
     ({"learning_rate": 0.0}, "--learning-rate 0.0: must be greater than 0"),
     ({"max_refills": 2, "advantage": "remax"}, "with --advantage remax they have a gradient too"),

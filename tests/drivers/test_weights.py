@@ -16,7 +16,7 @@ from drivers.common.errors import TrainingAbortedError, UsageError
 from drivers.engines.factory import make_engine
 from drivers.engines.hf import HFReplica
 from drivers.policy import fsdp
-from drivers.policy.lora import adapter_weights, add_lora
+from drivers.policy.lora import adapter_weights, add_lora, scaled_adapter
 from drivers.policy.weight_gatherer import WeightGatherer
 from drivers.policy.weights import (
     PolicyWeights,
@@ -242,6 +242,21 @@ def test_weight_gatherer_other_rank_serves_until_done(events, monkeypatch):
     assert not messages
 
 
+def test_weight_gatherer_adapter_is_gathered_by_all_ranks(events, monkeypatch):
+    policy, messages = make_lora_policy(), []
+    n_adapter = sum(".lora_" in name for name, _ in policy.named_parameters())
+    gatherer = WeightGatherer(policy, torch.float32, merges_lora=False)
+    monkeypatch.setattr(distributed, "broadcast_object", messages.append)
+    adapter = gatherer.run_on_rank_zero(gatherer.adapter)
+    assert len(adapter) == len(events) == n_adapter
+    events.clear()
+    monkeypatch.setattr(distributed, "is_rank_zero", lambda: False)
+    monkeypatch.setattr(distributed, "broadcast_object", lambda _: messages.pop(0))
+    assert gatherer.run_on_rank_zero(lambda: 1 / 0).keys() == adapter.keys()
+    assert events == ["gather"] * n_adapter
+    assert not messages
+
+
 def make_lora_policy(seed=0, rank=2, alpha=8.0, sharper=1.0):
     """Return a tiny policy with LoRA; `sharper` scales the fixed output layer, so that tokens can be likely."""
     policy = make_tiny_policy(seed)
@@ -381,6 +396,24 @@ def test_lora_checkpoint_loads_in_peft(tmp_path):
     assert torch.allclose(AutoModelForCausalLM.from_pretrained(folder)(ids).logits, expected, atol=1e-5)
     adapted = PeftModel.from_pretrained(make_tiny_policy(0), folder / "adapter")
     assert torch.allclose(adapted(ids).logits, expected, atol=1e-5)
+
+
+def test_lora_base_and_scaled_adapter_make_the_merged_weights():
+    """`--lora-push adapter` sends both; the adapter's own scale is 1, whatever that of LoRA is."""
+    policy = make_lora_policy(alpha=7)
+    perturb(policy)
+    base, merged = (dict(PolicyWeights(policy, torch.float32, merges_lora=merges)) for merges in (False, True))
+    adapter = scaled_adapter(policy, torch.float32)
+    prefix, updates = "base_model.model.", {name: weight for name, weight in adapter.items() if ".lora_A." in name}
+    for name, down in updates.items():
+        weight = name.removeprefix(prefix).replace(".lora_A.", ".")
+        update = adapter[name.replace(".lora_A.", ".lora_B.")] @ down
+        torch.testing.assert_close(base.pop(weight) + update, merged.pop(weight))
+        assert update.abs().max() > 0.1
+    assert len(updates) == 14
+    assert base.keys() == merged.keys()
+    assert all(torch.equal(weight, merged[name]) for name, weight in base.items())
+    assert {weight.dtype for weight in scaled_adapter(policy, torch.bfloat16).values()} == {torch.bfloat16}
 
 
 @pytest.mark.slow

@@ -121,6 +121,7 @@ IMITATION_FLAGS = [
     "self_check_tolerance",
     "lora_rank",
     "lora_alpha",
+    "lora_push",
     "reward_mix",
     "grader_workers",
     "grader_deadline_s",

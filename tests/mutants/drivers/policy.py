@@ -100,6 +100,28 @@ MUTANTS = [
         ("any result", "    if found != {", "    if False and found != {"),
     ),
     *breaks(
+        "scaled_adapter",
+        LORA,
+        f"{WEIGHTS} -k 'scaled_adapter or adapter_is_gathered'",
+        ("no scale", "weight.float() * scale if", "weight.float() if"),
+        ("A is scaled too", 'if ".lora_B." in name else weight)', 'if ".lora_" in name else weight)'),
+        ("the type of training", "else weight).to(dtype)", "else weight)"),
+    ),
+    *breaks(
+        "PolicyWeights",
+        PUSHED,
+        f"{WEIGHTS} -k 'scaled_adapter'",
+        ("always merged", "if self._merges_lora and last ==", "if last =="),
+    ),
+    *breaks(
+        "WeightGatherer",
+        "drivers/policy/weight_gatherer.py",
+        f"{WEIGHTS} -k 'adapter_is_gathered'",
+        ("other ranks gather all", "            if message.is_adapter:\n", "            if False:\n"),
+        ("rank 0 asks for all", "self._send(_Gather(is_adapter=True))", "self._send(_Gather())"),
+        ("rank 0 gathers alone", "        self._send(_Gather(is_adapter=True))\n", ""),
+    ),
+    *breaks(
         "add_lora",
         LORA,
         f"{WEIGHTS} {FLAGS} -k lora",
