@@ -12,6 +12,7 @@ from grpo_core.advantages import (
     compute_leave_one_out_advantages,
     compute_maxrl_advantages,
     compute_opo_advantages,
+    compute_otb_advantages,
     compute_pass_at_k_advantages,
     compute_pkpo_advantages,
     compute_remax_advantages,
@@ -93,6 +94,7 @@ from grpo_core.masking import (
     masked_sum,
 )
 from grpo_core.scoring import (
+    compute_collision_probs,
     compute_entropy,
     fused_linear_log_probs,
     fused_linear_token_loss,
@@ -138,6 +140,7 @@ __all__ = [
     "compute_batch_std_advantages",
     "compute_best_of_advantages",
     "compute_cispo_loss",
+    "compute_collision_probs",
     "compute_cosine_length_reward",
     "compute_cross_entropy_loss",
     "compute_distillation_advantages",
@@ -165,6 +168,7 @@ __all__ = [
     "compute_maxrl_advantages",
     "compute_naive_policy_gradient_loss",
     "compute_opo_advantages",
+    "compute_otb_advantages",
     "compute_pass_at_k_advantages",
     "compute_pkpo_advantages",
     "compute_policy_gradient_loss",

@@ -99,7 +99,12 @@ class AlgorithmSettings(
     @property
     def has_token_advantages(self) -> bool:
         """Return whether each token has its own advantage, which depends on the policy before the first update."""
-        return self.has_kl_in_reward or self.teacher is not None
+        return self.has_kl_in_reward or self.teacher is not None or self.has_token_baselines
+
+    @property
+    def has_token_baselines(self) -> bool:
+        """Return whether the estimator of the rewards gives each token its own advantage."""
+        return self.estimator.is_per_token and self.objective.uses_advantages and not self.teacher_only
 
     @property
     def computes_importance_weights_in_forward(self) -> bool:
@@ -230,7 +235,8 @@ def _check_token_advantages(settings: AlgorithmSettings) -> None:
         return
     flag, remedy = "--kl-in reward", "pass --kl-in loss"
     if not settings.has_kl_in_reward:
-        flag, remedy = settings.flag("teacher"), "pass --loss-type reinforce_with_baseline"
+        name = "teacher" if settings.teacher is not None else "advantage"
+        flag, remedy = settings.flag(name), "pass --loss-type reinforce_with_baseline"
     if not settings.objective.accepts_token_advantages:
         raise UsageError(
             f"{flag}: gives each token its own advantage, which {settings.flag('loss_type')} does not accept; {remedy}"

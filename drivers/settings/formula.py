@@ -73,7 +73,7 @@ def _format_advantages(config: GrpoConfig, advantage: Advantage) -> list[str]:
     sum_of_parts = " + ".join(f"{weight:g} A_i^{name}" for name, weight in parts.items()).replace("+ -", "- ")
     estimate = advantage.format_formula(resolve_values(config) | {"sum_of_parts": sum_of_parts})
     taught = f"{config.teacher_coef:g} [log pi_T(o_it) - log pi_old(o_it)]"
-    stages = [("it", taught)] if config.teacher_only else [("i", estimate)]
+    stages = [("it", taught)] if config.teacher_only else [("it" if advantage.is_per_token else "i", estimate)]
     if config.has_kl_in_reward:
         kl = f"[log pi_old(o_is) - log {_format_reference(config)}(o_is)]"
         stages.append(("it", f"{{last}} - {config.kl_coef:g} sum_(s >= t) {kl}"))

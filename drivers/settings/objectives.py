@@ -119,6 +119,11 @@ class Advantage(Choice):
         return "reward_parts" in self.inputs.values()
 
     @property
+    def is_per_token(self) -> bool:
+        """Return whether each token has its own advantage, which depends on the policy before the first update."""
+        return "collision_probs" in self.inputs.values()
+
+    @property
     def uses_greedy_response(self) -> bool:
         """Return whether one greedy response to each question is the baseline."""
         return "greedy_rewards" in self.inputs.values()
@@ -300,6 +305,15 @@ ADVANTAGES: dict[str, Advantage] = {
         inputs=GROUP_INPUTS | _same("lengths"),
         formula="r_i - sum_group(|o| r) / sum_group(|o|)",
         paper="2505.23585",
+    ),
+    "otb": Advantage(
+        function="compute_otb_advantages",
+        inputs=GROUP_INPUTS | {"log_probs": "old_log_probs"} | _same("collision_probs", "response_mask"),
+        formula=(
+            "r_i - sum_group(W_jt r_j) / sum_group(W_jt),  "
+            "W_jt = sum_(s <= t) [1 - 2 pi_old(o_js) + sum_v pi_old(v)^2]"
+        ),
+        paper="2602.07078",
     ),
     "gpg": Advantage(
         function="compute_gpg_advantages",

@@ -55,10 +55,16 @@ def prepare_rollouts(
 ) -> PreparedBatch:
     """Compute everything that has one value per rollout batch: log-probs before the first update, then advantages."""
     known: dict[str, Tensor] = {}
+    of_tokens: dict[str, Tensor] = {"response_mask": rollouts.response_mask}
     if config.needs_old_log_probs:
-        scored = score_all(policy, rollouts, config, with_entropy=config.top_entropy_fraction is not None)
+        requested = {
+            "with_entropy": config.top_entropy_fraction is not None,
+            "with_collisions": config.has_token_baselines,
+        }
+        scored = score_all(policy, rollouts, config, **requested)
         names = {"log_probs": "old_log_probs", "token_entropy": "old_entropy"}
-        known |= {names[name]: values for name, values in scored.items()}
+        known |= {names[name]: values for name, values in scored.items() if name in names}
+        of_tokens |= {"old_log_probs": scored["log_probs"]} | scored
     if config.needs_reference:
         if reference is None and config.lora_rank == 0:
             raise ValueError(
@@ -71,7 +77,7 @@ def prepare_rollouts(
             raise ValueError(f"{config.flag('teacher')} needs teacher, its model or server; got None")
         known["teacher_log_probs"] = score_by_teacher(config, teacher, rollouts)
     try:
-        advantages = rearrange(estimate_advantages(config, rollouts, scores, greedy_rewards), "response -> response 1")
+        advantages = estimate_advantages(config, rollouts, scores, greedy_rewards, of_tokens)
         batch = PreparedBatch.from_rollouts(rollouts, advantages, **known)
         return replace(batch, advantages=finish_advantages(config, batch))
     except ValueError as error:  # the estimator does not accept these rewards
@@ -91,14 +97,19 @@ def estimate_advantages(
     rollouts: RolloutBatch,
     scores: Sequence[Mapping[str, float | None]],
     greedy_rewards: Tensor | None,
+    of_tokens: Mapping[str, Tensor],
 ) -> Tensor:
-    """Return the advantage of each response by the estimator of `--advantage`; 0 with `--teacher-only`."""
+    """Return the advantages by the estimator of `--advantage`: in one column, or of each token. `--teacher-only`: 0.
+
+    `of_tokens` has values of each token by name.
+    """
     estimator, rewards = config.estimator, rollouts.rewards[:, 0]
     if config.teacher_only:
-        return torch.zeros_like(rewards)
+        return torch.zeros_like(rollouts.rewards)
     if estimator.function is None:
-        return rewards
+        return rollouts.rewards
     inputs = {
+        **of_tokens,
         "rewards": rewards,
         "group_sizes": config.group_size,
         "lengths": rollouts.lengths,
@@ -109,7 +120,7 @@ def estimate_advantages(
     # For `--advantage group`, normalize_group_rewards; the table ADVANTAGES names the others.
     function = estimator.own_function or getattr(core, estimator.function)
     advantages: Tensor = function(**estimator.get_arguments(inputs, resolve_values(config)))
-    return advantages
+    return advantages if estimator.is_per_token else rearrange(advantages, "response -> response 1")
 
 
 def finish_advantages(config: AlgorithmSettings, batch: PreparedBatch) -> Tensor:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,13 @@ from drivers.settings.algorithm import AlgorithmSettings
 from drivers.training.batch import RolloutBatch
 from drivers.training.micro_batches import Row, plan_micro_batches, plan_rows
 from drivers.training.shortcuts import Head, find_head, model_inputs, packs_rows, without_padding
-from grpo_core import compute_entropy, fused_linear_log_probs, pack_group_rows, select_log_probs
+from grpo_core import (
+    compute_collision_probs,
+    compute_entropy,
+    fused_linear_log_probs,
+    pack_group_rows,
+    select_log_probs,
+)
 
 
 def score(
@@ -26,26 +33,33 @@ def score(
     *,
     with_entropy: bool = False,
     detach_entropy: bool = True,
+    with_collisions: bool = False,
 ) -> dict[str, Tensor]:
-    """Return `log_probs` of each sampled token under `policy`, and on request `token_entropy`, from one forward pass.
+    """Return `log_probs` of each sampled token under `policy`, and on request more, from one forward pass.
 
-    Both are Float "batch seq", and 0 after the end of a response and at the inserted tokens of a conversation. `rows`
-    are those of a `MicroBatch`; by default they are planned here.
+    That is `token_entropy`, and the detached `collision_probs` of each token's distribution. All are Float "batch seq"
+    and 0 where no token was sampled: after the end of a response, and at what a conversation inserts. `rows` are those
+    of a `MicroBatch`; by default they are planned here.
     """
     if rows is None:
         rows = plan_rows(policy, rollouts, range(len(rollouts)))
     shape, device = rollouts.response_mask.shape, next(policy.parameters()).device
     if not rows:
-        names = ("log_probs", "token_entropy") if with_entropy else ("log_probs",)
+        names = _list_scores(with_entropy, with_collisions)
         return {name: torch.zeros(shape, device=device) for name in names}
     head = find_head(policy)  # before the pass, because its trial is a forward pass too
     scored = fsdp.with_unsharded_params(
-        policy, lambda: _score_rows(policy, head, rollouts, rows, temperature, with_entropy, detach_entropy)
+        policy,
+        lambda: _score_rows(policy, head, rollouts, rows, temperature, with_entropy, detach_entropy, with_collisions),
     )
     places = flat_token_index(rows, rollouts.completions, shape[1])
     index = torch.tensor(places, dtype=torch.long).to(device, non_blocking=True)
     flat = {name: values.new_zeros(shape.numel()).index_copy(0, index, values) for name, values in scored.items()}
     return {name: rearrange(x, "(response token) -> response token", token=shape[1]) for name, x in flat.items()}
+
+
+def _list_scores(with_entropy: bool, with_collisions: bool) -> list[str]:
+    return ["log_probs", *["token_entropy"] * with_entropy, *["collision_probs"] * with_collisions]
 
 
 def flat_token_index(rows: Sequence[Row], completions: Sequence[Completion], width: int) -> list[int]:
@@ -67,6 +81,7 @@ def _score_rows(
     temperature: float,
     with_entropy: bool,
     detach_entropy: bool,
+    with_collisions: bool,
 ) -> dict[str, Tensor]:
     """Return the scores of the sampled tokens, row after row. Nothing is copied back from the device to the host."""
     responses = [[rollouts.completions[member].token_ids for member in row.members] for row in rows]
@@ -85,18 +100,24 @@ def _score_rows(
         if with_entropy:
             source = logits.detach() if detach_entropy else logits
             scored["token_entropy"] = compute_entropy(source, temperature=temperature, **sets)
+        if with_collisions:
+            sharpened = select_log_probs(logits, labels, temperature=temperature / 2, **sets)
+            scored["collision_probs"] = compute_collision_probs(scored["log_probs"], sharpened)
         return scored
     states = rearrange(head.body(**inputs).last_hidden_state, "row column hidden -> (row column) hidden")
-    scored = fused_linear_log_probs(  # it keeps the logits only if they fit into max_logits_bytes
+    score_states = partial(  # it keeps the logits only if they fit into max_logits_bytes
+        fused_linear_log_probs,
         states.index_select(0, packed["sources"].to(device, non_blocking=True)),
         head.output.weight,
         labels,
         bias=head.output.bias,
-        temperature=temperature,
         logit_softcap=head.softcap,
-        return_entropy=with_entropy,
         **sets,
     )
+    scored = score_states(temperature=temperature, return_entropy=with_entropy)
+    if with_collisions:
+        sharpened = score_states(temperature=temperature / 2, return_entropy=False)["log_probs"]
+        scored["collision_probs"] = compute_collision_probs(scored["log_probs"], sharpened)
     return scored | ({"token_entropy": scored["token_entropy"].detach()} if with_entropy and detach_entropy else {})
 
 
@@ -143,14 +164,19 @@ def _compute_logits(policy: nn.Module, inputs: dict[str, Any], sources: Tensor) 
 
 @torch.no_grad()
 def score_all(
-    policy: nn.Module, rollouts: RolloutBatch, config: AlgorithmSettings, *, with_entropy: bool = False
+    policy: nn.Module,
+    rollouts: RolloutBatch,
+    config: AlgorithmSettings,
+    *,
+    with_entropy: bool = False,
+    with_collisions: bool = False,
 ) -> dict[str, Tensor]:
     """Return `score` of a whole rollout batch in host memory, computed in micro-batches, like those of training."""
-    names = ("log_probs", "token_entropy") if with_entropy else ("log_probs",)
-    whole = {name: torch.zeros(rollouts.response_mask.shape) for name in names}
+    requested = {"with_entropy": with_entropy, "with_collisions": with_collisions}
+    whole = {name: torch.zeros(rollouts.response_mask.shape) for name in _list_scores(**requested)}
     parts = list(plan_micro_batches(config, policy, rollouts, range(len(rollouts))))
     for (members, rows), is_counted in distributed.shard_across_ranks(parts):
-        part = score(policy, rollouts.select(members), config.sampling_temperature, rows, with_entropy=with_entropy)
+        part = score(policy, rollouts.select(members), config.sampling_temperature, rows, **requested)
         for name, values in part.items() if is_counted else ():
             whole[name][members, : values.shape[1]] = values.to("cpu", torch.float32)
     return {name: distributed.all_reduce_sum_(values) for name, values in whole.items()}

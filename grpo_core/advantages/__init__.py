@@ -29,6 +29,7 @@ from grpo_core.advantages.shaping import (
     compute_cosine_length_reward,
     compute_soft_overlong_penalty,
 )
+from grpo_core.advantages.token_baseline import compute_otb_advantages
 
 __all__ = [
     "compute_batch_std_advantages",
@@ -40,6 +41,7 @@ __all__ = [
     "compute_leave_one_out_advantages",
     "compute_maxrl_advantages",
     "compute_opo_advantages",
+    "compute_otb_advantages",
     "compute_pass_at_k_advantages",
     "compute_pkpo_advantages",
     "compute_remax_advantages",

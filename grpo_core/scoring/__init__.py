@@ -1,6 +1,7 @@
 """Scoring: log-probabilities and entropies of tokens under a model."""
 
 from grpo_core.scoring.distributions import (
+    compute_collision_probs,
     compute_entropy,
     select_log_probs,
 )
@@ -17,6 +18,7 @@ from grpo_core.scoring.response_log_probs import get_response_log_probs
 from grpo_core.scoring.tokenization import tokenize_prompt_and_output
 
 __all__ = [
+    "compute_collision_probs",
     "compute_entropy",
     "fused_linear_log_probs",
     "fused_linear_token_loss",

@@ -116,6 +116,32 @@ def select_log_probs(
     return log_probs
 
 
+@shape_checked
+def compute_collision_probs(
+    log_probs: Float[Tensor, "*batch"], sharpened_log_probs: Float[Tensor, "*batch"]
+) -> Float[Tensor, "*batch"]:
+    r"""Return $\sum_v \pi_v^2 = \pi(y)^2 / \pi'(y)$, the probability that two samples are equal; $\pi' \propto \pi^2$.
+
+    $\pi'$ is the distribution at half the temperature, so two log-probs of any one token give the sum over the
+    vocabulary, and every function that returns log-probs can serve. Detached, and at most 1. NaN for a token of
+    probability 0.
+
+    Args:
+        log_probs: $\log \pi(y)$ of a token of each distribution, in nats, at temperature $\tau$.
+        sharpened_log_probs: $\log \pi'(y)$ of the same token, in nats, at temperature $\tau / 2$.
+
+    Returns:
+        The probability for each distribution, from $1 / V$ where all tokens are equally likely to 1.
+
+    Examples:
+        >>> logits, labels = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([1])
+        >>> log_probs, sharpened = (select_log_probs(logits, labels, temperature=tau) for tau in (1.0, 0.5))
+        >>> compute_collision_probs(log_probs, sharpened)
+        tensor([0.3750])
+    """
+    return (2 * log_probs.detach() - sharpened_log_probs.detach()).exp().clamp(max=1.0)
+
+
 def compute_log_probs_and_entropy(
     logits: Float[Tensor, "*batch vocab"],
     labels: Int[Tensor, "*batch"] | None,

@@ -149,6 +149,23 @@ def test_score_divides_logits_by_the_temperature(has_head, monkeypatch):
         assert not scored["log_probs"][~rollouts.response_mask].any()
 
 
+@pytest.mark.parametrize("has_head", [True, False])
+def test_score_sums_the_squares_of_each_distribution(has_head, monkeypatch):
+    policy = make_tiny_policy(1)
+    if not has_head:
+        monkeypatch.setattr(scoring, "find_head", lambda _: None)
+    rollouts = make_batch((LONG_PROMPT, [4, 9, 5]), (LONG_PROMPT, [8]), (SHORT_PROMPT, [6, 6]))
+    scored = score(policy, rollouts, 0.5, with_collisions=True)
+    assert scored.keys() == {"log_probs", "collision_probs"}
+    expected = []
+    for item in rollouts.completions:
+        ids = torch.tensor([[*item.prompt_token_ids, *item.token_ids]])
+        probabilities = (policy(ids).logits[0] / 0.5).softmax(dim=-1)
+        expected.append(probabilities.square().sum(dim=-1)[-1 - len(item.token_ids) : -1])
+    assert_close(scored["collision_probs"][rollouts.response_mask], torch.cat(expected), rtol=1e-4, atol=1e-6)
+    assert not scored["collision_probs"].requires_grad
+
+
 def test_score_all_in_micro_batches_sorted_by_length_keeps_rows():
     """The order of the batch, the temperature of the sampler and the last token of each response are kept."""
     config = make_tiny_config(micro_batch_tokens=20, sampling_temperature=0.5)

@@ -26,7 +26,7 @@ from drivers.training.components import Components
 from drivers.training.metrics import UpdateMetrics
 from drivers.training.objective import EntropyBonus, compute_objective, find_responses_with_gradient, weigh_step
 from drivers.training.rollouts import collect
-from drivers.training.scoring import score
+from drivers.training.scoring import score, score_all
 from drivers.training.update import accumulate_gradients
 from grpo_core import LossType, grpo_microbatch_train_step, normalize_group_rewards
 from grpo_core.types import Aggregation
@@ -438,7 +438,8 @@ def test_formula_exists_for_every_objective(loss_type, aggregation):
 @pytest.mark.parametrize("advantage", ADVANTAGES)
 def test_formula_exists_for_every_advantage(advantage):
     lines = formula(make_tiny_config(advantage=advantage))
-    assert lines[1].startswith(("A_i      = ", "B_i      = "))
+    assert lines[1].startswith(("A_i      = ", "B_i      = ", "A_it     = "))
+    assert lines[1].startswith("A_it") == ADVANTAGES[advantage].is_per_token
 
 
 def test_show_prints_formula_and_settings(capsys):
@@ -506,6 +507,13 @@ def test_loss_type_calls_its_function(loss_type):
     assert losses.abs().max() > 0
 
 
+def estimate_by_token(rewards, rollouts):
+    """Return the advantages of the optimal token baseline, from what the policy scores."""
+    scored = score_all(make_tiny_parts().policy, rollouts, make_tiny_config(), with_collisions=True)
+    inputs = scored["log_probs"], scored["collision_probs"], rollouts.response_mask
+    return core.compute_otb_advantages(rewards, 8, *inputs)
+
+
 # Each advantage must equal its function of grpo_core, on rewards for which all of them differ.
 REWARDS = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0] * 2 + [1.0] * 8 + [1.0, 1.0, 1.0, 0.0] * 2)
 ESTIMATES = {
@@ -520,6 +528,7 @@ ESTIMATES = {
         torch.stack([1 - r, r], dim=1), 8, reward_weights=[0.5, 2.0], advantage_eps=0.1
     ),
     "opo": lambda r, b: core.compute_opo_advantages(r, 8, b.lengths),
+    "otb": lambda r, b: estimate_by_token(r, b),
     "gpg": lambda r, b: core.compute_gpg_advantages(r, 8),
     "maxrl": lambda r, b: core.compute_maxrl_advantages(r, 8),
     "remax": lambda r, b: core.compute_remax_advantages(r, 8, torch.tensor([0.5, 0.0, 1.0, 0.25])),
@@ -544,7 +553,8 @@ def test_advantage_calls_its_function(advantage):
     rollouts = make_rollout_batch(completions, REWARDS, 8)
     greedy = torch.tensor([0.5, 0.0, 1.0, 0.25])
     batch = prepare_rollouts(config, parts.policy, None, rollouts, scores, greedy)
-    assert_close(batch.advantages[:, 0], ESTIMATES[advantage](REWARDS, rollouts), rtol=0, atol=0)
+    expected = ESTIMATES[advantage](REWARDS, rollouts)
+    assert_close(batch.advantages, expected.view(len(REWARDS), -1), rtol=0, atol=0)
     assert batch.advantages.abs().max() > 0 or advantage == "best_of"
 
 
@@ -793,6 +803,11 @@ ILLEGAL = [
     ({"loss_type": "gspo", "aggregation": "token_mean"}, "pass --aggregation sequence_mean"),
     ({"loss_type": "gspo_token", "aggregation": "constant"}, "pass --aggregation sequence_mean"),
     ({"loss_type": "gmpo", "top_entropy_fraction": 0.2}, "has one loss per response"),
+    (
+        {"advantage": "otb", "loss_type": "gspo"},
+        "--advantage otb: gives each token its own advantage, which --loss-type gspo does not accept; pass",
+    ),
+    ({"advantage": "otb", "off_policy_threshold": 1.0}, "but --advantage otb gives each token its own; omit one"),
     ({"loss_type": "luspo", "importance": "truncate"}, "pass --importance-level sequence or geometric"),
     ({"loss_type": "grpo_clip", "importance": "mask", "old_policy": "sampler"}, "corrects for the sampler twice"),
     ({"importance": "truncate", "sampling_top_p": 0.9}, "renormalizes the sampler"),

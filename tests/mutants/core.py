@@ -97,6 +97,20 @@ MUTANTS = [
         ),
     ),
     *breaks(
+        "compute_collision_probs",
+        "scoring/distributions.py",
+        "tests/property/test_token_baseline.py -k collision",
+        (
+            "the token's own square",
+            "(2 * log_probs.detach() - sharpened_log_probs.detach())",
+            "(2 * log_probs.detach())",
+        ),
+        ("not squared", "(2 * log_probs.detach()", "(log_probs.detach()"),
+        ("the sign", "- sharpened_log_probs.detach())", "+ sharpened_log_probs.detach())"),
+        ("a gradient", "(2 * log_probs.detach()", "(2 * log_probs"),
+        ("above 1", ".exp().clamp(max=1.0)", ".exp()"),
+    ),
+    *breaks(
         "compute_entropy",
         "scoring/distributions.py",
         DISTRIBUTIONS,

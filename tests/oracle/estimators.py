@@ -100,6 +100,30 @@ def gdpo(columns: list[list[Group]], weights: list[float], eps: float) -> list[f
     return [value if counts else 0.0 for value, counts in zip(centered, counted, strict=True)]
 
 
+def otb(
+    groups: list[Group], log_probs: list[list[float]], collisions: list[list[float]], masks: list[list[bool]]
+) -> list[list[float]]:
+    """The advantage of each token, against the rewards weighed by the squared gradient so far."""
+    result, start = [], 0
+    for group in groups:
+        rows = range(start, start + len(group))
+        start += len(group)
+        for row, reward in zip(rows, group, strict=True):
+            result.append([])
+            for place, is_token in enumerate(masks[row]):
+                weighed = []
+                for other, value in zip(rows, group, strict=True):
+                    if value is not None and masks[other][place]:
+                        steps = [s for s in range(place + 1) if masks[other][s]]
+                        squares = (1 - 2 * math.exp(log_probs[other][s]) + collisions[other][s] for s in steps)
+                        weighed.append((math.fsum(squares), value))
+                total = math.fsum(weight for weight, _ in weighed)
+                counts = is_token and reward is not None and not is_silent(group) and len(weighed) > 1 and total > 0
+                baseline = math.fsum(weight * value for weight, value in weighed) / total if counts else 0.0
+                result[-1].append(reward - baseline if counts else 0.0)
+    return result
+
+
 def whiten(values: list[list[float]], masks: list[list[bool]], eps: float, correction: int) -> list[list[float]]:
     kept = [v for row, mask in zip(values, masks, strict=True) for v, m in zip(row, mask, strict=True) if m]
     if len(kept) < 2 or max(kept) - min(kept) <= 1e-6 * max(map(abs, kept)):

@@ -10,11 +10,13 @@ from torch.testing import assert_close
 from grpo_core import (
     aggregate_token_losses,
     compose_policy_loss,
+    compute_collision_probs,
     compute_group_normalized_rewards,
     compute_importance_ratios,
     compute_leave_one_out_advantages,
     compute_maxrl_advantages,
     compute_naive_policy_gradient_loss,
+    compute_otb_advantages,
     compute_pkpo_advantages,
     compute_policy_gradient_loss,
     compute_remax_advantages,
@@ -224,6 +226,39 @@ def test_maxrl_gradient_is_that_of_truncated_log_success(parameters, rewards, si
     (expected,) = torch.autograd.grad(-sum((1 - success) ** k / k for k in range(1, size)), policy)
     actual = grouped_gradient(compute_maxrl_advantages, parameters, rewards, size)
     assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+POSSIBLE = torch.tensor([0.5, 0.25, 0.25]).log().double().expand(1 + VOCAB, VOCAB)
+# Each response as often in a group of 16 as under this policy: sums over the group are expectations.
+POPULATION = RESPONSES.repeat_interleave(
+    (16 * log_probs_of(POSSIBLE, RESPONSES).sum(dim=1).exp()).round().long(), dim=0
+)
+
+
+@given(tensors((len(RESPONSES),), floats(-2, 2)))
+@fewer
+def test_token_baseline_keeps_gradient_and_has_least_variance_at_first_token(by_response):
+    """In a group that equals its expectation, a token's baseline is a constant, which adds nothing to a gradient."""
+    policy = POSSIBLE.clone().requires_grad_()
+    rewards = by_response[3 * POPULATION[:, 0] + POPULATION[:, 1]]
+    contexts = torch.stack([torch.zeros(16, dtype=torch.long), 1 + POPULATION[:, 0]], dim=1)
+    log_probs, sharpened = (select_log_probs(policy[contexts], POPULATION, temperature=tau) for tau in (1.0, 0.5))
+    collisions = compute_collision_probs(log_probs, sharpened)
+    advantages = compute_otb_advantages(rewards, 16, log_probs, collisions, torch.ones(16, 2).bool())
+    (actual,) = torch.autograd.grad((advantages * log_probs).sum() / 16, policy, retain_graph=True)
+    assert_close(actual, gradient_of_expected_reward(policy.detach(), by_response[:, None]), rtol=1e-9, atol=1e-9)
+
+    scores = [torch.autograd.grad(log_probs[k, 0], policy, retain_graph=True)[0][0] for k in range(16)]
+    squares = torch.stack(scores).square().sum(dim=1)
+
+    def second_moment(baseline):
+        return (squares * (rewards - baseline).square()).sum().item()
+
+    if rewards.max() - rewards.min() > 1e-3:
+        best = (rewards - advantages[:, 0]).mean()
+        moments = [second_moment(best + shift) for shift in (-0.1, 0.1)]
+        assert second_moment(best) < min(moments)
+        assert second_moment(best) <= second_moment(rewards.mean()) + 1e-12
 
 
 def kl_gradient(estimator, policy, reference, sampler):

@@ -144,6 +144,22 @@ def without_row(case: Case, row: int = 1) -> Tensor:
     return case.mask & (torch.arange(len(case.mask)) != row)[:, None]
 
 
+def collisions(case: Case) -> Tensor:
+    """Return any sums of squared probabilities that the tokens' own probabilities allow."""
+    own = case.old.exp()
+    return own.square() + 0.5 * (1 - own).square()
+
+
+def longest_tail(case: Case) -> Tensor:
+    """Return the tokens at places that exceed the number of tokens of every other response of the group."""
+    rows = []
+    for lengths in case.lengths.split(case.group_sizes):
+        for index in range(len(lengths)):
+            others = torch.cat([lengths[:index], lengths[index + 1 :]])
+            rows.append(torch.arange(case.mask.shape[1]) >= (others.max() if lengths[index] > others.max() else 99))
+    return torch.stack(rows) & case.mask
+
+
 def dpo(case: Case, label_smoothing: float = 0.0, sign: float = 1.0) -> Tensor:
     """Return the mean loss of pairs; with `sign` -1, the second half of the responses is the preferred one."""
     pairs = len(case.mask) // 2
@@ -321,6 +337,30 @@ ADVANTAGES = [
         "`opo`",
         lambda c: over_tokens(c, g.compute_opo_advantages(c.rewards, c.group_sizes, c.lengths)),
         lambda c: peers.verl_advantages(c, "opo"),
+    ),
+    Row(
+        "`compute_otb_advantages`",
+        "verl",
+        "`optimal_token_baseline`, `handle_zero_tail=False`",
+        lambda c: g.compute_otb_advantages(c.rewards, c.group_sizes, c.old, collisions(c), c.mask),
+        lambda c: peers.verl_advantages(
+            c, "optimal_token_baseline", old_log_probs=c.old, sum_pi_squared=collisions(c), handle_zero_tail=False
+        ),
+    ),
+    Row(
+        "`compute_otb_advantages`",
+        "verl",
+        "`optimal_token_baseline`",
+        lambda c: g.compute_otb_advantages(c.rewards, c.group_sizes, c.old, collisions(c), c.mask),
+        lambda c: peers.verl_advantages(
+            c, "optimal_token_baseline", old_log_probs=c.old, sum_pi_squared=collisions(c)
+        ),
+        because="where one response is longer than all others, its baseline is 0",
+        changed=lambda c: torch.where(
+            longest_tail(c),
+            c.rewards[:, None],
+            g.compute_otb_advantages(c.rewards, c.group_sizes, c.old, collisions(c), c.mask),
+        ),
     ),
     Row(
         "`compute_gpg_advantages`",

@@ -12,8 +12,8 @@ import grpo_core
 from tests.oracle import estimators as oracle
 from tests.strategies import floats
 
-# Several rewards in one call: tested by itself, below.
-OWN_TESTS = {"compute_gdpo_advantages"}
+# Several rewards in one call, and an advantage of each token: each is tested by itself.
+OWN_TESTS = {"compute_gdpo_advantages", "compute_otb_advantages"}
 MEMBERS = {
     name: getattr(grpo_core, name)
     for name in grpo_core.__all__

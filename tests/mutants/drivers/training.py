@@ -420,7 +420,7 @@ MUTANTS = [
         ),
         (
             "the sampler's log-probs are the old ones",
-            "known |= {names[name]: values for name, values in scored.items()}",
+            "known |= {names[name]: values for name, values in scored.items() if name in names}",
             'known["old_log_probs"] = rollouts.sampler_log_probs',
         ),
         (
@@ -433,7 +433,7 @@ MUTANTS = [
         "prepare_rollouts",
         "drivers/training/advantages.py",
         f"{OBJECTIVE} -k top_entropy",
-        ("no entropies", "with_entropy=config.top_entropy_fraction is not None)", "with_entropy=False)"),
+        ("no entropies", '"with_entropy": config.top_entropy_fraction is not None,', '"with_entropy": False,'),
     ),
     *breaks(
         "estimate_advantages",
@@ -447,6 +447,11 @@ MUTANTS = [
         ("one group", '"group_sizes": config.group_size,', '"group_sizes": len(rewards),'),
         ("groups of two", '"group_sizes": config.group_size,', '"group_sizes": 2,'),
         ("no lengths", '"lengths": rollouts.lengths,', '"lengths": torch.ones_like(rollouts.lengths),'),
+        (
+            "the first token's alone",
+            "return advantages if estimator.is_per_token",
+            "return advantages[:, :1] if estimator.is_per_token",
+        ),
     ),
     *breaks(
         "finish_advantages",
@@ -711,11 +716,11 @@ MUTANTS = [
     *breaks(
         "score",
         "drivers/training/scoring.py",
-        f"{BATCH} -k 'score_divides or flat_response'",
+        f"{BATCH} -k 'score_divides or score_sums or flat_response'",
         (
             "the temperature is left out",
-            "        temperature=temperature,\n        logit_softcap",
-            "        temperature=1.0,\n        logit_softcap",
+            "score_states(temperature=temperature, return_entropy",
+            "score_states(temperature=1.0, return_entropy",
         ),
         (
             "the temperature is left out of log-probs of logits",
@@ -728,6 +733,16 @@ MUTANTS = [
             "compute_entropy(source, **sets)",
         ),
         ("the entropy never has a gradient", "if with_entropy and detach_entropy else {}", "if with_entropy else {}"),
+        (
+            "the head is not sharpened",
+            "score_states(temperature=temperature / 2",
+            "score_states(temperature=temperature",
+        ),
+        (
+            "logits are not sharpened",
+            "select_log_probs(logits, labels, temperature=temperature / 2,",
+            "select_log_probs(logits, labels, temperature=temperature,",
+        ),
     ),
     *breaks(
         "score_all",
@@ -1105,8 +1120,8 @@ MUTANTS = [
         ("the end token is not hidden", 'sets["excluded_ids"] = torch.tensor(rows)', "pass"),
         (
             "the head has all tokens",
-            "        return_entropy=with_entropy,\n        **sets,",
-            "        return_entropy=with_entropy,",
+            "        logit_softcap=head.softcap,\n        **sets,",
+            "        logit_softcap=head.softcap,",
         ),
         (
             "logits have all tokens",
