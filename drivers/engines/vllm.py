@@ -6,7 +6,7 @@ Weights travel by vLLM's own weight-transfer API (`start_weight_update`, `update
 - one GPU, or a CPU: vLLM lives in this process, and the `host` backend hands it the tensors by reference;
 - a CPU with `--rollout-process own`: a separate process, which the `host` backend gives a file in memory.
 
-With `--lora-push adapter` they travel so only until the engine has the frozen ones; see `vllm_adapter`.
+With `--lora-push adapter`, only the frozen weights travel this way; `vllm_adapter` sends the updates.
 """
 
 import math
