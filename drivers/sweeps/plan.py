@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from io import StringIO
 from itertools import product
 from pathlib import Path
@@ -83,8 +84,12 @@ def plan(config: SweepConfig, shared: Sequence[str]) -> list[PlannedRun]:
         """Return all flags of a run. The last flag of a name wins: those of the run are the strongest."""
         return [*as_flags(SHORT[program] if is_short else {}), *shared, *as_flags(own)]
 
+    @cache
+    def base(program: str) -> TrainingSettings:
+        return parse_program_flags(program, flags_of(program, {}))
+
     planned = []
-    for variant in _variants(config, lambda program: parse_program_flags(program, flags_of(program, {}))):
+    for variant in _variants(config, base):
         for name in SWEEP_SETTINGS:  # the flag of the sweep would override it and contradict the label
             if name in variant.flags:
                 raise UsageError(f"{config.sweep or '--grid'}, {variant.label}: {_flag(name)} {_IS_SET}")

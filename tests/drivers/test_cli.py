@@ -13,7 +13,7 @@ import pytest
 import grpo_core
 from drivers import train as train_program
 from drivers.common.errors import UsageError
-from drivers.settings import choices
+from drivers.settings import choices, parser
 from drivers.settings.command_line import flag_given, parse_train_config
 from drivers.settings.evaluate import EvaluateConfig
 from drivers.settings.groups import EngineSettings
@@ -204,6 +204,20 @@ def test_gradient_accumulation_steps_override_recipe_token_budget(capsys):
 def test_flags_override_recipe():
     config = parse_train_config(["--recipe", "quickstart", "--n_grpo_steps", "3", "--model-path", "mine"])
     assert (config.n_grpo_steps, config.model_path, config.learning_rate) == (3, "mine", QUICKSTART["learning_rate"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--model-path x --val-data-path a b=c --adam-betas 0.8 0.9 --max-grad-norm=0.3",
+        "--recipe dapo --no-use-std-normalization --deterministic --kl_coef 0.1 --seed -3",
+        "--recipe gspo --wandb-project None --sampling_stop a b --no_mask_truncated --seed 1 --seed 2",
+    ],
+)
+def test_flags_parsed_alone_equal_those_parsed_among_all(arguments, monkeypatch):
+    alone = parse_train_config(arguments.split())
+    monkeypatch.setattr(parser, "_find_given", lambda every, _: every)
+    assert alone == parse_train_config(arguments.split())
 
 
 @pytest.mark.parametrize(
