@@ -7,10 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.drivers.helpers import preloaded
-
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload([preloaded.__name__])
+_CONTEXT.set_forkserver_preload(["tests.drivers.helpers.preloaded"])  # by name: this process may never need vLLM
 
 
 class ForkedProgram:
