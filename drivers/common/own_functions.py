@@ -1,5 +1,6 @@
 """Import a function of the user's own, which a flag names as `my_module:function` or `path/to/file.py:function`."""
 
+import hashlib
 import importlib
 import importlib.util
 import os
@@ -40,6 +41,12 @@ def import_function(flag: str, name: str) -> Callable[..., Any]:
             f"{flag} {name}: {module.__file__} has no function {function_name}{suggest(function_name, vars(module))}"
         )
     return function  # type: ignore[no-any-return]
+
+
+def hash_source(function: Callable[..., Any]) -> str | None:
+    """Return the SHA-256 of the file that defines the function, or None if there is no such file."""
+    file = getattr(sys.modules.get(getattr(function, "__module__", "")), "__file__", None)
+    return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def _import_module(name: str) -> Any:

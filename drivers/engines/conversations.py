@@ -6,9 +6,12 @@ answers all that wait in one call. So every engine can sample them, and a run th
 
 import asyncio
 import inspect
+import time
+import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -70,8 +73,9 @@ async def _converse(
     tasks = [asyncio.create_task(_play(rollout, sampler)) for sampler in samplers]
     try:
         for turn in count():
+            end = time.monotonic() + rollout.deadline_s
             for sampler, task in zip(samplers, tasks, strict=True):
-                await _wait_until_idle(rollout, sampler, task)
+                await _wait_until_idle(rollout, sampler, task, end)
             requests = [request for sampler in samplers for request in sampler.take_requests()]
             if not requests:
                 return [task.result() for task in tasks]
@@ -83,10 +87,11 @@ async def _converse(
     raise AssertionError("count() does not end")
 
 
-async def _wait_until_idle(rollout: Rollout, sampler: Sampler, task: "asyncio.Task[Completion]") -> None:
-    """Wait until a conversation waits for the engine or has ended; raise its error."""
+async def _wait_until_idle(rollout: Rollout, sampler: Sampler, task: "asyncio.Task[Completion]", end: float) -> None:
+    """Wait until a conversation waits for the engine or has ended, at most until `end`; raise its error."""
     asked = asyncio.ensure_future(sampler.asked.wait())
-    await asyncio.wait({task, asked}, timeout=rollout.deadline_s, return_when=asyncio.FIRST_COMPLETED)
+    timeout_s = max(0.0, end - time.monotonic())
+    await asyncio.wait({task, asked}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
     asked.cancel()
     if task.done():
         task.result()
@@ -117,7 +122,8 @@ async def _play(rollout: Rollout, sampler: Sampler) -> Completion:
         returned = await rollout.play(sampler, sampler.question)
     except Exception as error:
         cause = f"{type(error).__name__}: {shorten(error)}" if str(error) else type(error).__name__
-        raise rollout.error(f"failed in a response to {_quote(sampler.question)} ({cause})") from error
+        where = _find_line(error, rollout.play)
+        raise rollout.error(f"failed{where} in a response to {_quote(sampler.question)} ({cause})") from error
     try:
         token_ids, sampled = _check_returned(returned, len(rollout.tokenizer))
         return sampler.compose(token_ids, sampled)
@@ -139,6 +145,13 @@ def _check_returned(returned: Any, vocab: int) -> tuple[list[int], list[bool]]:
         if not isinstance(token, int) or not (flag or 0 <= token < vocab):
             raise ValueError(f"returned the token {token!r}, but token ids are integers from 0 to {vocab - 1}")
     return token_ids, sampled
+
+
+def _find_line(error: Exception, play: Play) -> str:
+    """Return the innermost line of the function's file that led to an error."""
+    file = getattr(getattr(play, "__code__", None), "co_filename", None)
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f" at {Path(file).name}:{lines[-1]}" if file and lines else ""
 
 
 def _quote(question: Question) -> str:

@@ -11,6 +11,9 @@ from drivers.engines.protocol import Completion
 from drivers.settings.sampling import Sampling
 from drivers.tasks.questions import Question
 
+MAX_EMPTY_TURNS = 100
+"""Turns without a token that a conversation may ask for once its response is full."""
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -24,7 +27,8 @@ class Turn:
     finish_reason: Literal["stop", "length"]
     """`length`: the turn has `max_tokens` tokens, or the response is full."""
     stop: str | None = None
-    """The string of the call's own `stop` that ended the turn. Otherwise the response is over."""
+    """The string of the call's own `stop` that ended the turn. Otherwise the end token, a string of --sampling-stop or
+    the limit has ended it."""
 
 
 class Request(NamedTuple):
@@ -48,7 +52,7 @@ class Sampler:
         self._prompt, self._sampling = question.prompt_token_ids, sampling
         self._waiting: list[Request] = []
         self._samples: dict[tuple[int, ...], list[Completion]] = {}
-        self._is_full = False
+        self._n_empty = 0
 
     async def __call__(
         self, token_ids: Sequence[int], *, stop: Sequence[str] = (), max_tokens: int | None = None
@@ -58,11 +62,14 @@ class Sampler:
         The turn ends where a response ends, at a string of `stop`, or after `max_tokens` tokens.
         """
         context = tuple(token_ids)
+        _check_call(context, stop, max_tokens)
         room = len(self._prompt) + self._sampling.max_tokens - len(context)
         if room < 1:
-            if self._is_full:
-                raise ValueError("sampled again after a turn with finish_reason 'length'; return the response then")
-            self._is_full = True
+            self._n_empty += 1
+            if self._n_empty > MAX_EMPTY_TURNS:  # a loop that nothing else would end
+                raise ValueError(
+                    f"got {MAX_EMPTY_TURNS} empty turns; return the response after finish_reason 'length'"
+                )
             return Turn((), (), "", "length")
         limit = room if max_tokens is None else min(room, max_tokens)
         n_missing = self._sampling.min_tokens - (len(context) - len(self._prompt))
@@ -144,6 +151,16 @@ class Sampler:
         text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True)
         stop = next((stop for stop in self._sampling.stop if last.text.endswith(stop)), None)
         return text if stop is None or stop not in text else text[: text.rindex(stop) + len(stop)]
+
+
+def _check_call(context: Sequence[int], stop: Sequence[str], max_tokens: int | None) -> None:
+    """Raise a TypeError or ValueError unless an engine can answer the call."""
+    if not context or not all(isinstance(token, int) for token in context):
+        raise TypeError("sample takes a list of token ids: those of the prompt, and of the response so far")
+    if isinstance(stop, str):  # its letters would be taken one by one
+        raise TypeError(f"stop must be a list of strings: pass stop=[{stop!r}]")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}, but a turn has at least one token; omit it to use all room")
 
 
 def _insert(token_ids: tuple[int, ...]) -> Completion:

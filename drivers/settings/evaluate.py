@@ -8,11 +8,13 @@ from drivers.settings.base import NonNegativeFloat, NonNegativeInt, PositiveInt
 from drivers.settings.evaluation import name_sets
 from drivers.settings.groups import EngineSettings, GradingSettings, ModelSettings, PromptSettings
 from drivers.settings.recipes import EMBEDDED_MODEL
-from drivers.settings.sampling import ConversationSettings, Sampling, make_sampling
+from drivers.settings.sampling import ConversationSettings, NucleusSettings, Sampling, make_sampling
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(EngineSettings, ConversationSettings, GradingSettings, PromptSettings, ModelSettings):
+class EvaluateConfig(
+    EngineSettings, ConversationSettings, NucleusSettings, GradingSettings, PromptSettings, ModelSettings
+):
     """Grade a model's responses to questions, and write all of them down.
 
     The model of a run is asked as in that run: unless a flag sets them, questions, prompt, reward and sampling are

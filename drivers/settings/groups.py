@@ -18,7 +18,7 @@ from drivers.settings.base import (
 from drivers.settings.chat_args import ChatValue, parse_chat_args
 from drivers.settings.evaluation import EvaluationSettings, name_sets
 from drivers.settings.reward_spec import check_reward
-from drivers.settings.sampling import ConversationSettings
+from drivers.settings.sampling import ConversationSettings, NucleusSettings
 from drivers.settings.schedule import Schedule
 
 
@@ -160,7 +160,7 @@ class GradingSettings(Settings):
 
 # --- sampling --------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, kw_only=True)
-class RolloutSettings(ConversationSettings):
+class RolloutSettings(ConversationSettings, NucleusSettings):
     """The groups of a GRPO step, and when they are sampled."""
 
     sampling_replay: bool = False

@@ -8,6 +8,7 @@ from drivers.settings.choices import Aggregation
 from drivers.settings.groups import TrainingSettings
 from drivers.settings.grpo import GrpoConfig
 from drivers.settings.recipes import QUICKSTART
+from drivers.settings.sampling import ConversationSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ class SftConfig(ImitationSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertIterationConfig(ImitationSettings):
+class ExpertIterationConfig(ConversationSettings, ImitationSettings):
     """Train a language model on its own correct responses (expert iteration)."""
 
     program: ClassVar[str] = "expert_iteration.py"

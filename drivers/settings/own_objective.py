@@ -4,16 +4,13 @@ An own function gets what its parameters ask for by name. It is imported and che
 are made, because the flags that have an effect depend on it. Only then do settings load torch.
 """
 
-import hashlib
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from drivers.common.errors import UsageError, suggest
-from drivers.common.own_functions import SPELLING, import_function, is_own
+from drivers.common.own_functions import SPELLING, hash_source, import_function, is_own
 from drivers.settings.objectives import ADVANTAGES, OBJECTIVES, Advantage, Choice, Objective
 from drivers.settings.recipes import RECIPES
 
@@ -128,14 +125,8 @@ def _describe(
     return {
         "function": name,
         "own_function": function,
-        "source_hash": _hash_source(function),
+        "source_hash": hash_source(function),
         "inputs": inputs,
         "settings": read,
         "formula": f"{name.rpartition(':')[2]}({', '.join(arguments)})",
     }
-
-
-def _hash_source(function: Callable[..., Any]) -> str | None:
-    """Return the SHA-256 of the file that defines the function, or None if there is no such file."""
-    file = getattr(sys.modules.get(getattr(function, "__module__", "")), "__file__", None)
-    return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()

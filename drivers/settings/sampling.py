@@ -94,8 +94,10 @@ class NucleusSettings(SamplingSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConversationSettings(NucleusSettings):
+class ConversationSettings(Settings):
     """Responses that a function of the user's own composes."""
+
+    heading: ClassVar[str] = "sampling"
 
     rollout: str | None = None
     """Your own `async` function as my_module:function or path/to/file.py:function, which composes a response of what

@@ -5,12 +5,11 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from drivers.engines.conversations import Rollout, sample_responses
-from drivers.engines.protocol import Completion, RolloutEngine
+from drivers.engines.conversations import Rollout
+from drivers.engines.protocol import RolloutEngine
 from drivers.engines.teacher_server import TeacherServer
 from drivers.grading.pool import GradingPool
 from drivers.grading.verdicts import Grader
-from drivers.settings.sampling import Sampling
 from drivers.tasks.questions import Question
 
 
@@ -32,10 +31,6 @@ class Components:
     """Frozen model of `--teacher`, or the server that has it."""
     rollout: Rollout | None = None
     """The function of `--rollout`."""
-
-    def sample(self, questions: Sequence[Question], sampling: Sampling, *, seed: int) -> list[Completion]:
-        """Return `sampling.n` responses to each question: completions, or conversations with `--rollout`."""
-        return sample_responses(self.engine, self.rollout, questions, sampling, seed=seed)
 
     def close(self) -> None:
         """End the processes that sample and grade."""

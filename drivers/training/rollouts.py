@@ -13,6 +13,7 @@ from torch import Tensor
 
 from drivers.common import distributed
 from drivers.common.errors import EngineDiedError, TrainingAbortedError
+from drivers.engines.conversations import sample_responses
 from drivers.engines.protocol import Completion, RolloutEngine, describe_completions
 from drivers.engines.rank_zero import run_with_engine
 from drivers.evaluation.outcomes import correctness_values, pass_at_k_of_questions
@@ -70,7 +71,9 @@ def collect(
     with timer.phase("rollout"):
         if config.estimator.uses_greedy_response:
             sampling = config.sampling.untruncated(n=1, temperature=0.0)
-            greedy = components.sample(questions, sampling, seed=sampling_seed(config, step))
+            greedy = sample_responses(
+                components.engine, components.rollout, questions, sampling, seed=sampling_seed(config, step)
+            )
         components.engine.sleep()  # until the next push: everything is sampled
     with timer.phase("reward"):
         completions, verdicts = flatten(groups.kept)
@@ -127,7 +130,8 @@ def sample_round(
     """Sample and grade G responses to each question, and return the groups and the reward of each response."""
     size = config.group_size
     with timer.phase("rollout"):
-        completions = components.sample(questions, config.sampling, seed=sampling_seed(config, step, refill))
+        seed = sampling_seed(config, step, refill)
+        completions = sample_responses(components.engine, components.rollout, questions, config.sampling, seed=seed)
     with timer.phase("reward"):
         repeated = [question for question in questions for _ in range(size)]
         verdicts = grade_completions(components.grade, completions, repeated)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from drivers.common.errors import UsageError
+from drivers.common.own_functions import hash_source, import_function
 from drivers.policy import fsdp
 from drivers.policy.optimizer import PolicyOptimizer
 from drivers.policy.reference import mix_into_reference
@@ -24,7 +25,7 @@ from drivers.training.objective import EntropyBonus
 
 _SAMPLED_WITH = (
     "rollout_batch_size", "group_size", "sampling_temperature", "sampling_min_tokens", "sampling_max_tokens",
-    "sampling_top_p", "sampling_top_k", "sampling_min_p", "sampling_replay", "sampling_stop",
+    "sampling_top_p", "sampling_top_k", "sampling_min_p", "sampling_replay", "sampling_stop", "rollout",
     "max_refills", "reward", "reward_mix", "length_penalty", "overlong_buffer",
 )  # fmt: skip
 """Settings that rollouts depend on."""
@@ -69,7 +70,10 @@ def _settings(config: GrpoConfig) -> dict[str, Any]:
     """Return the settings that the state depends on, as JSON would return them."""
     settings: dict[str, Any] = json.loads(json.dumps({name: getattr(config, name) for name in _KEPT}))
     rows = {config.flag("loss_type"): config.objective, config.flag("advantage"): config.estimator}
-    return settings | {"own_functions": {flag: row.source_hash for flag, row in rows.items() if row.own_function}}
+    sources = {flag: row.source_hash for flag, row in rows.items() if row.own_function}
+    if config.rollout is not None:
+        sources[config.flag("rollout")] = hash_source(import_function("--rollout", config.rollout))
+    return settings | {"own_functions": sources}
 
 
 def _saved_settings(saved: Mapping[str, Any]) -> dict[str, Any]:

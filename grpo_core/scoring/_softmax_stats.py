@@ -196,7 +196,7 @@ def backward_into(
             gradient[rows] = _log_prob_gradient(p, tile_labels, tile_stats.exp_sum, tile_grad)
             continue
         p.div_(tile_stats.exp_sum)
-        torch.log(p, out=log_p).clamp_(min=_MIN_LOG_PROB)
+        torch.log(p, out=log_p)
         cap_slope = None
         if scaling.softcap is not None:
             assert tile_stats.log_probs is not None

@@ -20,13 +20,14 @@ from drivers.engines.sampler import Sampler
 from drivers.runs.folder import find_checkpoint
 from drivers.settings.sampling import ConversationSettings, Sampling
 from drivers.tasks.questions import Example, Question
-from drivers.training import scoring
+from drivers.training import scoring, state
 from drivers.training.batch import StepRollouts, make_rollout_batch
 from drivers.training.micro_batches import Row
 from drivers.training.scoring import score
+from drivers.training.state import validate_resume
 from tests.drivers.helpers.conversations import INSERTED, interrupt, make_rollout
 from tests.drivers.helpers.engines import compute_log_probs
-from tests.drivers.helpers.letters import clone_policy, make_completion, make_tiny_parts
+from tests.drivers.helpers.letters import clone_policy, make_completion, make_tiny_config, make_tiny_parts
 from tests.drivers.helpers.processes import ROOT
 from tests.drivers.helpers.runs import RecordingEngine, run_grpo, run_training
 from tests.tiny import make_tiny_policy, make_tiny_tokenizer
@@ -310,6 +311,18 @@ def test_pending_conversations_survive_a_checkpoint(parts):
     assert StepRollouts.from_json(json.loads(json.dumps(pending.to_json()))).completions == responses
 
 
+def test_resume_with_a_changed_function_is_refused(tmp_path):
+    file = tmp_path / "turn_taking.py"
+    source = "async def play(sample, question): return [], []"
+    file.write_text(source)
+    config = make_tiny_config(rollout=f"{file}:play")
+    saved = {"settings": state._settings(config)}
+    validate_resume(config, saved)
+    file.write_text(source + "\n")
+    with pytest.raises(UsageError, match=r"--rollout .*turn_taking\.py:play: its file has changed"):
+        validate_resume(config, saved)
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 async def fail(sample, question):
     raise RuntimeError("the tool is broken")
@@ -339,20 +352,43 @@ async def insert_all(sample, question):
 
 
 async def never_stop(sample, question):
-    for _ in range(3):
+    for _ in range(200):
         await sample([*question.prompt_token_ids, *[5] * 9])
+
+
+async def sample_text(sample, question):
+    await sample("What is 1 + 1?")
+
+
+async def sample_nothing(sample, question):
+    await sample([])
+
+
+async def stop_at_text(sample, question):
+    await sample(question.prompt_token_ids, stop="</answer>")
+
+
+async def sample_no_token(sample, question):
+    await sample(question.prompt_token_ids, max_tokens=0)
 
 
 @pytest.mark.parametrize(
     ("play", "message"),
     [
-        (fail, r"failed in a response to 'say it 1' \(RuntimeError: the tool is broken\)"),
+        (
+            fail,
+            r"failed at test_conversations.py:\d+ in a response to 'say it 1' \(RuntimeError: the tool is",
+        ),
         (return_one_list, "must return two lists"),
         (return_unequal, "returned 9 token ids, but 1 flags"),
         (return_numbers, "must return True or False"),
         (insert_unknown, "returned the token 1000, but token ids are integers from 0 to"),
         (insert_all, "no token of the response was sampled"),
-        (never_stop, "sampled again after a turn with finish_reason 'length'"),
+        (never_stop, "got 100 empty turns; return the response after finish_reason 'length'"),
+        (sample_text, "sample takes a list of token ids"),
+        (sample_nothing, "sample takes a list of token ids"),
+        (stop_at_text, r"stop must be a list of strings: pass stop=\['</answer>'\]"),
+        (sample_no_token, "max_tokens is 0, but a turn has at least one token"),
     ],
 )
 def test_conversation_function_that_fails_is_named_in_one_line(parts, play, message):
@@ -365,9 +401,13 @@ def test_conversation_that_waits_too_long_is_an_error(parts):
     async def wait(sample, question):
         await asyncio.sleep(60)
 
-    rollout = make_rollout(wait, parts.tokenizer, deadline_s=0.05)
-    with pytest.raises(UsageError, match=r"did not continue for 0\.05 s .*raise --rollout-deadline-s"):
-        sample_responses(parts.engine, rollout, parts.questions, Sampling(), seed=0)
+    async def wait_in_turns(sample, question):
+        await asyncio.sleep(0.1 * int(question.example.question[-1]))
+
+    for play in (wait, wait_in_turns):  # the deadline is one for all conversations, which wait at the same time
+        rollout = make_rollout(play, parts.tokenizer, deadline_s=0.15)
+        with pytest.raises(UsageError, match=r"did not continue for 0\.15 s .*raise --rollout-deadline-s"):
+            sample_responses(parts.engine, rollout, parts.questions, Sampling(), seed=0)
 
 
 @pytest.mark.parametrize(

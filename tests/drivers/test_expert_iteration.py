@@ -68,12 +68,29 @@ def test_expert_iteration_imitates_sampled_tokens_of_right_responses(tmp_path, m
     assert step["trained_tokens"] == 2 * sum(len(one.token_ids) for one in right)
 
 
+def test_expert_iteration_imitates_what_conversations_sampled(tmp_path, monkeypatch):
+    trained = []
+    original = program.update
+
+    def recorded(config, policy, batch, *others):
+        trained.append(batch)
+        return original(config, policy, batch, *others)
+
+    monkeypatch.setattr(program, "update", recorded)
+    function = "tests.drivers.helpers.conversations:interrupt"
+    run_expert_iteration(tmp_path, n_ei_steps=1, rollout=function, sampling_max_tokens=8)
+    (step,) = read_rows(tmp_path, "train")
+    assert step["inserted_tokens"] == 2
+    assert step["trained_tokens"] == sum(int(batch.response_mask.sum()) for batch in trained) > 0
+    assert all((~one.response_mask).sum() >= 2 * len(one) for one in trained)
+
+
 def test_expert_iteration_loss_ignores_sampling_temperature(tmp_path, monkeypatch):
     """The loss of the first batch equals -log pi by hand, at temperature 1."""
     seen = {}
     compute = update_step.accumulate_gradients
 
-    def recorded(policy, train_batch, config, entropy_coef, metrics):
+    def recorded(policy, train_batch, config, entropy_coef, metrics, *others):
         if not seen:
             with torch.no_grad():
                 rows = [one.prompt_token_ids + one.token_ids for one in train_batch.completions]
@@ -149,7 +166,7 @@ def test_imitation_batch_groups_may_differ_in_size():
 
 
 def test_expert_iteration_flags_are_fixed():
-    own = ["n_ei_steps", "question_batch_size", "group_size", "epochs"]
+    own = ["n_ei_steps", "question_batch_size", "group_size", "epochs", "rollout", "rollout_deadline_s"]
     assert sorted(field.name for field in fields(ExpertIterationConfig)) == sorted([*IMITATION_FLAGS, *own])
     config = ExpertIterationConfig(model_path="m").as_grpo()
     assert (config.n_grpo_steps, config.n_prompts_per_rollout_batch, config.group_size) == (5, 512, 8)

@@ -97,7 +97,6 @@ MUTANTS = [
             "        p.div_(tile_stats.exp_sum)\n",
             "",
         ),
-        ("0 times infinity in the slope", "out=log_p).clamp_(min=_MIN_LOG_PROB)", "out=log_p)"),
         ("entropy of weights, not probabilities", "weighted_sum.div_(exp_sum)", "weighted_sum"),
         ("slope without 1/T", "tile_stats.exp_sum, tile_grad)", "tile_stats.exp_sum, grad.select(rows))"),
         (

@@ -367,7 +367,8 @@ def run_expert_iteration(folder, reward=has_letter, checkpoint=None, stop_at=Non
     run = Run(settings.as_grpo(), folder, parts.tokenizer, Display(1, quiet=True), checkpoint, settings)
 
     def loop():
-        components = Components(parts.policy, engine, make_inline_grader(reward), parts.questions, parts.questions)
+        sets, rollout = (parts.questions, parts.questions), load_rollout(settings, parts.tokenizer)
+        components = Components(parts.policy, engine, make_inline_grader(reward), *sets, rollout=rollout)
         iterate(settings, components, run)
 
     return *finish_run(run, parts.policy, loop), answers

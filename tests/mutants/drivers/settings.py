@@ -260,12 +260,12 @@ MUTANTS = [
             "        compares_within_group = True\n",
         ),
         ("settings are not passed", '        "settings": read,\n', '        "settings": {},\n'),
-        ("files are never compared", "return None if file is None else", "return None if file else"),
     ),
     *breaks(
         "import_function",
         "drivers/common/own_functions.py",
         "tests/drivers/test_own_objective.py tests/drivers/test_grading.py -k '(own or reward) and not tutorial'",
+        ("files are never compared", "return None if file is None else", "return None if file else"),
         ("a file replaces a module", "name = file.stem if known is None or", "name = file.stem if True or"),
         (
             "errors end in a traceback",

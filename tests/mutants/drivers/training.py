@@ -212,8 +212,8 @@ MUTANTS = [
         ),
         (
             "sampling counts as grading",
-            '    with timer.phase("rollout"):\n        completions',
-            '    with timer.phase("reward"):\n        completions',
+            '    with timer.phase("rollout"):\n        seed',
+            '    with timer.phase("reward"):\n        seed',
         ),
     ),
     *breaks(
@@ -264,7 +264,7 @@ MUTANTS = [
         "sample_round",
         ROLLOUTS,
         f"{LOOP} {SAMPLES} -k 'collect or steps_ask or trained_values or rewards'",
-        ("another seed than the step's", "seed=sampling_seed(config, step, refill))", "seed=config.seed)"),
+        ("another seed than the step's", "seed = sampling_seed(config, step, refill)", "seed = config.seed"),
         (
             "graded with the questions in turn",
             "repeated = [question for question in questions for _ in range(size)]",
@@ -303,8 +303,8 @@ MUTANTS = [
         ),
         (
             "questions in reverse",
-            "greedy = components.sample(questions, sampling,",
-            "greedy = components.sample(questions[::-1], sampling,",
+            "components.rollout, questions, sampling, seed",
+            "components.rollout, questions[::-1], sampling, seed",
         ),
         (
             "graded with the first question",
@@ -1084,6 +1084,12 @@ MUTANTS = [
             "is_compared[:, : sampling.min_tokens] = False",
             "is_compared[:, :0] = False",
         ),
+    ),
+    *breaks(
+        "_settings",
+        "drivers/training/state.py",
+        "tests/drivers/test_conversations.py -k changed_function",
+        ("another function on resume", "    if config.rollout is not None:\n", "    if False:\n"),
     ),
     *breaks(
         "only_sampled",
