@@ -403,6 +403,7 @@ def test_conversation_that_waits_too_long_is_an_error(parts):
 
     async def wait_in_turns(sample, question):
         await asyncio.sleep(0.1 * int(question.example.question[-1]))
+        return await interrupt(sample, question)
 
     for play in (wait, wait_in_turns):  # the deadline is one for all conversations, which wait at the same time
         rollout = make_rollout(play, parts.tokenizer, deadline_s=0.15)
