@@ -339,8 +339,16 @@ def test_ranks_with_vllm_equals_one_rank(tmp_path):
     assert (tmp_path / "2/said.txt").read_text().count("restarting the engine") == 2
     assert_same_run(two, one, 2e-6)
     assert read_rows(two, "check")[-1]["n_weights"] == 20
-    ahead = settings | {"async_steps": 1, "importance": "truncate"}
-    one, two = (run_ranks(n, tmp_path / f"ahead-{n}", ahead) for n in (1, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "stand_in", [True, pytest.param(False, marks=[pytest.mark.vllm, pytest.mark.nightly])], ids=["replica", "vllm"]
+)
+def test_ranks_sampling_ahead_equals_one_rank(tmp_path, stand_in):
+    """A replica that stands in for vLLM samples in a thread too, with weights of its own."""
+    ahead = PLAIN | {"engine": "vllm", "async_steps": 1, "importance": "truncate"}
+    one, two = (run_ranks(n, tmp_path / f"ahead-{n}", ahead, stand_in=stand_in) for n in (1, 2))
     assert_same_run(two, one, 2e-6)
 
 

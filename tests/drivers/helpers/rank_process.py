@@ -108,8 +108,9 @@ def main(
     kill_engine_at: int | None = None,
     break_push: tuple[int, int] | None = None,
     fault: str | None = None,
+    stand_in: bool = False,
 ) -> None:
-    """Train the tiny policy, with a fault of the engine or of a push if given."""
+    """Train the tiny policy, with a fault of the engine or of a push if given, or with a stand-in for vLLM."""
     torch.set_num_threads(1)
     distributed.start(seconds)
     config, precision, parts = make_tiny_config(**settings), getattr(torch, dtype), make_tiny_parts()
@@ -117,7 +118,7 @@ def main(
     weights = WeightGatherer(policy, precision)
     if not distributed.is_rank_zero():
         engine = None
-    elif config.engine == "vllm":
+    elif config.engine == "vllm" and not stand_in:
         model = save_tiny(Path(folder) / "model")
         own_process = distributed.size() > 1
         engine = make_vllm_engine(policy, model, weights=weights, dtype=precision, own_process=own_process)
