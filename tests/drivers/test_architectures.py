@@ -99,6 +99,7 @@ def examine(name):
     return name, shared, "yes" if may_share else "no", split, "yes" if may_split else "no"
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", MIXED)
 def test_shortcuts_of_an_architecture_keep_its_scores(name):
     examine(name)

@@ -510,6 +510,7 @@ def loading(monkeypatch):
     return model
 
 
+@pytest.mark.medium
 def test_receiving_model_names_parameters_without_a_weight(loading):
     """A layer of which all is loaded, one of which a half is, and a head that may be tied."""
     from drivers.engines.vllm_transfer import ReceivingModel
@@ -531,6 +532,7 @@ def test_receiving_model_names_parameters_without_a_weight(loading):
     assert len(received.checksums()) == 4
 
 
+@pytest.mark.medium
 def test_receiving_model_error_is_reported_after_all_arrived(loading):
     """The sender of NCCL would wait for a receiver that raises an error."""
     from drivers.engines.vllm_transfer import ReceivingModel
@@ -550,6 +552,7 @@ def test_receiving_model_error_is_reported_after_all_arrived(loading):
     assert received.describe_unloaded() == "Loading.load_weights raises ValueError: no place for nobody.weight"
 
 
+@pytest.mark.medium
 def test_nccl_engine_reports_unloaded_weights(loading, monkeypatch):
     """Before vLLM ends the push, and through the method that the trainer calls."""
     from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
@@ -581,6 +584,7 @@ class RecordingModel:
         self.loaded |= dict(weights)
 
 
+@pytest.mark.medium
 def test_nccl_engine_checksums_each_chunk(monkeypatch):
     """A fake receiver delivers the tensors, so no GPU is needed. After a failure the engine's model is restored."""
     from vllm.distributed.weight_transfer import nccl_engine
@@ -615,6 +619,7 @@ def test_nccl_engine_checksums_each_chunk(monkeypatch):
     assert list(engine.received.checksums()) == names[:7]
 
 
+@pytest.mark.medium
 def test_nccl_transfer_trainer_is_rank_zero():
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
@@ -638,6 +643,7 @@ def test_nccl_transfer_trainer_is_rank_zero():
     assert engine._transfer_init(weights) == HostTrainerInit(rank=0, by_file=True)
 
 
+@pytest.mark.medium
 def test_placement_uses_requested_device():
     from drivers.engines.vllm_startup import device_arguments
 
@@ -654,6 +660,7 @@ def test_placement_uses_requested_device():
     assert "device_ids" not in on_cpu
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("may_sleep", "same_gpu"), [(True, True), (False, True), (True, False)])
 def test_engine_sleeps_only_in_training_on_shared_gpu(may_sleep, same_gpu, monkeypatch):
     """Two models of an evaluation follow each other in one process, where vLLM allows one engine that sleeps."""
@@ -667,6 +674,7 @@ def test_engine_sleeps_only_in_training_on_shared_gpu(may_sleep, same_gpu, monke
     assert arguments["enable_sleep_mode"] is (may_sleep and same_gpu)
 
 
+@pytest.mark.medium
 def test_engine_on_cuda_keeps_float32_logits_as_the_policy_does(tmp_path, monkeypatch):
     """On a CPU both round logits to the model's type. vLLM takes the override into its configuration."""
     from vllm.engine.arg_utils import EngineArgs
@@ -681,6 +689,7 @@ def test_engine_on_cuda_keeps_float32_logits_as_the_policy_does(tmp_path, monkey
         assert EngineArgs(**overrides).create_model_config().head_dtype == dtype
 
 
+@pytest.mark.medium
 def test_handshake_of_weight_transfer_has_a_limit():
     """An error of the worker reaches nobody, so the deadline of an hour would pass in silence."""
     from drivers.engines.vllm import VLLMEngine
@@ -695,6 +704,7 @@ def test_handshake_of_weight_transfer_has_a_limit():
     assert closed
 
 
+@pytest.mark.medium
 def test_vllm_wrong_build_raises_usage_error():
     from drivers.engines.vllm import VLLMEngine
 
@@ -702,6 +712,7 @@ def test_vllm_wrong_build_raises_usage_error():
         VLLMEngine(make_options(device=torch.device("cuda", 0)), WeightGatherer(make_tiny_policy(), torch.float32))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("own_process", [False, True])
 def test_vllm_head_size_without_a_kernel_is_refused_before_the_start(tmp_path, own_process, monkeypatch):
     save_tiny(tmp_path)

@@ -607,6 +607,7 @@ def test_sft_flag_has_an_effect(name, probes, shared):
     assert_has_effect(name, SFT_ROWS[name], probes, shared)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", list_own_flags(ExpertIterationConfig, "group_size", "train_batch_size"))
 def test_expert_iteration_flag_has_an_effect(name, probes, shared):
     assert_has_effect(name, EXPERT_ROWS[name], probes, shared)
@@ -625,6 +626,7 @@ def test_imitation_flag_that_train_has_reaches_its_parts(kind):
         assert getattr(config, name) == row.value, name
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", [one.name for one in fields(EvaluateConfig)])
 def test_evaluate_flag_has_an_effect(name, probes, shared):
     assert_has_effect(name, EVALUATE_ROWS[name], probes, shared)

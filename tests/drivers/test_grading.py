@@ -217,6 +217,7 @@ def test_grading_worker_child_in_other_session_ends(tmp_path):
     assert_gone(pids, within=2.0)
 
 
+@pytest.mark.medium
 def test_grading_pool_first_failures_warn():
     warnings = []
     with open_pool(warn=warnings.append) as pool:
@@ -500,6 +501,7 @@ def test_grading_pool_not_finite_warns(pool):
     assert verdict == Graded({"reward": None}, "not_finite", "reward is nan: a finite number is required")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("function", ["about", "async_about"])
 def test_grader_reward_with_question_parameter_gets_question(function):
     """A parameter named `question` receives it, in the pool and in this process."""

@@ -82,6 +82,7 @@ def test_judge_grades_retries_and_leaves_failures_without_a_reward(judge):
     assert "<correct_answer>\n37\n" in body["messages"][0]["content"]
 
 
+@pytest.mark.medium
 def test_judge_without_a_server_is_an_error_not_a_zero(monkeypatch):
     monkeypatch.setenv("JUDGE_URL", "http://127.0.0.1:1/v1")
     with GradingPool(f"{JUDGE}:score", n_workers=1, deadline_s=DEADLINE_S) as grade:

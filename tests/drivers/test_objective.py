@@ -182,6 +182,7 @@ def test_importance_weights_are_trainer_over_sampler():
     assert (rejected.objective_weights == 0).all()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("importance", ["truncate", "mask", "reject"])
 @pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
 @pytest.mark.parametrize("mask_truncated", [False, True])

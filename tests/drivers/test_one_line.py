@@ -238,6 +238,7 @@ def read_files(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("program", "arguments", "message"),
     [pytest.param(*row, id=f"{name} {number}") for name, rows in WRONG.items() for number, row in enumerate(rows)],
@@ -255,6 +256,7 @@ def test_wrong_input_is_one_line_and_costs_nothing(inputs, program, arguments, m
     assert read_files(inputs) == before  # also: no folder that would block the next try
 
 
+@pytest.mark.medium
 def test_failed_start_leaves_no_files_but_those_of_the_user(inputs, monkeypatch, capsys):
     """An error before the first evaluation; a later one keeps the run."""
     monkeypatch.chdir(inputs)
@@ -287,6 +289,7 @@ def test_failed_start_leaves_no_files_but_those_of_the_user(inputs, monkeypatch,
     shutil.rmtree("mine")
 
 
+@pytest.mark.medium
 def test_evaluate_second_model_that_fails_keeps_results_of_the_first(inputs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(inputs)
     evaluate = importlib.import_module("drivers.evaluate").main

@@ -177,6 +177,7 @@ def read_checkpoint(folder):
     return tensors, read_state_values(folder)
 
 
+@pytest.mark.medium
 def test_checkpoint_written_during_later_steps_has_its_own_step(tmp_path, monkeypatch):
     """Two more steps have changed weights and moments before a byte of checkpoint 2 is written."""
     settings = {"n_grpo_steps": 4, "checkpoint_steps": 2, "eval_steps": 100}

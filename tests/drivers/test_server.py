@@ -42,7 +42,10 @@ from tests.drivers.helpers.runs import read_rows
 from tests.tiny import make_tiny_policy, make_tiny_tokenizer, save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # vLLM's own deprecations
+    pytest.mark.medium,  # all import vLLM
+]
 
 
 def run_self_check(engine, policy, version, sampling=None):

@@ -170,6 +170,7 @@ def write_lines(folder, *rows):
     return str(path)
 
 
+@pytest.mark.medium
 def test_load_demonstrations_reads_assignment_format(tmp_path):
     """The format has prompt, response and ground_truth; `answer` of our own layout has precedence."""
     row = {"prompt": "User: 1?\nAssistant: <think>", "response": " </think> <answer> 2 </answer>"}

@@ -255,6 +255,7 @@ def test_is_running_reaped_or_zombie_is_false():
     zombie.wait()
 
 
+@pytest.mark.medium
 def test_exit_reason_names_signal_or_status():
     from drivers.engines.vllm import VLLMEngine
 

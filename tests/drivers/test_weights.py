@@ -142,6 +142,7 @@ def test_policy_weights_are_those_that_the_saver_writes(name, is_loaded, tmp_pat
     assert bool(kept) is (name == "Glm4Moe")
 
 
+@pytest.mark.medium
 def test_policy_weights_lora_update_reaches_the_names_of_the_files():
     plain, policy = make_architecture("Qwen3Moe"), make_architecture("Qwen3Moe")
     add_lora(policy, 2, 8.0, seed=5, base="tiny")

@@ -171,6 +171,7 @@ def test_kernel_with_large_offset_keeps_digits(case, offset):
 # The gradient
 
 
+@pytest.mark.medium
 @given(cases(), st.booleans())
 def test_kernel_gradient_matches_formula(case, in_place):
     stats, (_, _, exact) = case.measured(), case.exact()

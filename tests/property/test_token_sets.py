@@ -205,6 +205,7 @@ def test_sets_outside_mask_are_not_read(hidden, weight):
     }
 
 
+@pytest.mark.medium
 def test_sets_in_compiled_function_match_eager():
     logits, labels = torch.randn(2, 5, dtype=torch.float64), torch.tensor([1, 2])
     sets = {"kept_ids": torch.tensor([[1, 4, -1], [2, 0, 1]]), "excluded_ids": torch.tensor([[0], [1]])}

@@ -90,6 +90,7 @@ def _compiled_gradient(function, leaf):
     return torch.autograd.grad(compiled(leaf), leaf)[0]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("transform", sorted(TRANSFORMS))
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
 def test_garbage_outside_mask_reaches_no_derivative(transform, garbage):

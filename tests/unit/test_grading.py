@@ -642,6 +642,7 @@ def test_each_thread_has_its_own_arithmetic():
     assert contexts[1] is not contexts[0]
 
 
+@pytest.mark.medium
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Python 3.12 warns of forking a process with threads
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_daemonic_child_process_grades(method):
