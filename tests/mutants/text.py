@@ -123,7 +123,7 @@ MUTANTS = [
         (
             "a right answer without the format",
             "return _rewards(formatted=False, right=False)\n    boxes",
-            "return _rewards(formatted=False, right=_any_match(response, references))\n    boxes",
+            "return _rewards(formatted=False, right=_any_match(rest, references))\n    boxes",
         ),
         ("the box is not opened", "boxes[0] if boxes else answer", "answer"),
         (
