@@ -90,7 +90,7 @@ def test_expert_iteration_loss_ignores_sampling_temperature(tmp_path, monkeypatc
     seen = {}
     compute = update_step.accumulate_gradients
 
-    def recorded(policy, train_batch, config, entropy_coef, metrics, *others):
+    def recorded(policy, train_batch, *arguments):
         if not seen:
             with torch.no_grad():
                 rows = [one.prompt_token_ids + one.token_ids for one in train_batch.completions]
@@ -100,9 +100,9 @@ def test_expert_iteration_loss_ignores_sampling_temperature(tmp_path, monkeypatc
                     for log_probs, row, one in zip(logits, rows, train_batch.completions, strict=True)
                 ]
             seen["tokens"] = train_batch.n_response_tokens
-            seen["loss"] = compute(policy, train_batch, config, entropy_coef, metrics)
+            seen["loss"] = compute(policy, train_batch, *arguments)
             return seen["loss"]
-        return compute(policy, train_batch, config, entropy_coef, metrics)
+        return compute(policy, train_batch, *arguments)
 
     monkeypatch.setattr(update_step, "accumulate_gradients", recorded)
     run_expert_iteration(tmp_path, n_ei_steps=1, sampling_temperature=0.5)

@@ -69,8 +69,8 @@ def test_sft_loss_is_mean_negative_log_likelihood(tmp_path, monkeypatch, aggrega
     demonstrations, seen = make_letter_demonstrations(*LETTER_RESPONSES), {}
     compute = update_step.accumulate_gradients
 
-    def recorded(policy, train_batch, config, entropy_coef, metrics):
-        loss = compute(policy, train_batch, config, entropy_coef, metrics)
+    def recorded(policy, *arguments):
+        loss = compute(policy, *arguments)
         seen["loss"] = loss.item()
         seen["gradients"] = {name: p.grad.clone() for name, p in policy.named_parameters()}
         return loss
