@@ -70,7 +70,7 @@ def build(way: str, *, model: str, dtype: str, rank: int, questions: int, group_
     return {"push": lambda: engine.load_weights(0), "sampling": sample}, check
 
 
-def main(arguments: list[str]) -> dict[str, str]:
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks lora", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=EMBEDDED_MODEL, help="a folder in Hugging Face format")
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
@@ -99,9 +99,7 @@ def main(arguments: list[str]) -> dict[str, str]:
         f"{chosen['group_size']} responses of {chosen['max_tokens']} tokens; {rounds} rounds"
     )
     header = ["way", "push, s", "", "sampling, s", "", "tokens/s", "mean log-prob difference", "largest"]
-    table = f"{describe('cpu', facts)}\n\n{make_table(header, rows)}"
-    print(f"\n{table}")
-    return {"lora": table}
+    print(f"\n{describe('cpu', facts)}\n\n{make_table(header, rows)}")
 
 
 def _seconds(result) -> tuple[str, str]:
