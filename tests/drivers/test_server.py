@@ -587,7 +587,7 @@ def test_push_from_gpu_sets_device_and_synchronizes(monkeypatch):
 
     device = torch.device("cuda", 1)
     ours, theirs = object.__new__(VLLMEngine), object.__new__(ServerEngine)
-    ours._is_asleep, ours._policy_device, ours._llm = False, device, Anything()
+    ours._is_asleep, ours._policy_device, ours._llm, ours._adapter = False, device, Anything(), None
     theirs._device, theirs._servers = device, Anything()
     theirs._servers.urls = ["http://one:8000"]
     sender = object.__new__(WeightSender)

@@ -17,9 +17,13 @@ def strike(number: int) -> None:
 
 
 def strike_during_start(number: int) -> None:
-    """Send the signal as soon as the engine's process exists."""
+    """Send the signal soon after the engine's process exists.
+
+    For the first milliseconds it waits for the trainer's answer to its greeting, and gives up after five minutes.
+    """
     while not any(one.name() == "VLLM::EngineCore" for one in list_engine_processes()):
         time.sleep(0.05)
+    time.sleep(0.5)
     strike(number)
 
 
