@@ -37,7 +37,7 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 # No deadline: the first call of a torch operation takes longer than any useful deadline.
-settings.register_profile("quick", max_examples=5, deadline=None)
+settings.register_profile("quick", max_examples=3, deadline=None)
 settings.register_profile("dev", max_examples=20, deadline=None)
 settings.register_profile("ci", max_examples=40, deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("nightly", max_examples=2000, deadline=None, print_blob=True)

@@ -278,6 +278,7 @@ def test_batch_counts_sampled_tokens_alone():
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
+@pytest.mark.medium
 def test_train_with_conversations_learns_and_logs_who_wrote_what(tmp_path):
     """The letter that the function inserts is no reward for the policy, which learns to write it in its own turns."""
     settings = {"rollout": INTERRUPT, "sampling_max_tokens": 8, "loss_type": "grpo_clip", "importance": "truncate"}
@@ -296,6 +297,7 @@ def test_train_with_conversations_learns_and_logs_who_wrote_what(tmp_path):
             assert [value is None for value in row[name]] == [not flag for flag in row["sampled"]]
 
 
+@pytest.mark.medium
 def test_train_with_conversations_resumes_exactly(tmp_path):
     settings = {"rollout": INTERRUPT, "async_steps": 1, "importance": "truncate", "engine": "vllm"}
     whole, _, _ = run_grpo(tmp_path / "whole", **settings)

@@ -102,6 +102,7 @@ def check_that_device_tells_host_apart():
     assert not pretend_device.synchronizations
 
 
+@pytest.mark.medium
 def test_pretend_device_refuses_mixed_devices_and_counts_waits(tmp_path):
     program = ForkedProgram(check_that_device_tells_host_apart, output=tmp_path / "said.txt")
     assert program.wait(120) == 0, program.output

@@ -42,11 +42,17 @@ def test_forward_and_reverse_mode_agree_with_eager(name, data):
     assert_close(tangent, (expected * direction).sum(), rtol=1e-9, atol=1e-9)
 
 
+def is_smooth(case):
+    """Return whether a small step crosses no kink: kl_cov's penalty is the absolute log ratio."""
+    penalized = (case.policy - case.old)[case.mask & case.penalized]
+    return far_from_kinks(case) and ("kl_coef" not in case.hyper or (penalized.abs() > 1e-3).all())
+
+
 @EACH_MEMBER
 @few
 @given(st.data())
 def test_second_derivative_matches_finite_differences(name, data):
-    case = data.draw(cases(name).filter(far_from_kinks))
+    case = data.draw(cases(name).filter(is_smooth))
     step, direction, loss = 1e-5, case.old + 1.0, total(name, case)
     first = torch.func.grad(loss)
     _, found = torch.func.jvp(first, (case.policy,), (direction,))
