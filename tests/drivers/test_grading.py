@@ -158,6 +158,7 @@ def test_grading_pool_closes_descriptors(pool):
     wait_until(lambda: [len(list(folder.iterdir())) for folder in folders] == before)
 
 
+@pytest.mark.medium
 def test_grading_pool_several_hang_each_costs_one_deadline(pool):
     """Chunks return to the queue, and each hanging response costs one worker one deadline."""
     verdicts, seconds = grade_with(pool, "sleep", "1", "exit", "loop", "sleep", "2", "raise", before=100)
@@ -254,6 +255,7 @@ def test_grading_pool_equals_inline_grader(built_in_pool):
         built_in_pool(["1"], [])
 
 
+@pytest.mark.medium
 def test_grading_pool_invalid_ground_truth_is_an_error(built_in_pool):
     good, bad = built_in_pool(["</think> <answer> 1 </answer>"] * 2, ["1", ""])
     assert good.scores["reward"] == 1.0

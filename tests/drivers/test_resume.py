@@ -297,6 +297,7 @@ def test_interrupt_during_write_waits_for_it_and_keeps_the_lock(tmp_path, monkey
     assert find_checkpoint(folder) == folder / "checkpoint-2"
 
 
+@pytest.mark.medium
 def test_kill_during_write_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     """The thread has written half of checkpoint 2 when step 3 is killed; the resumed run is exact."""
     folder, settings = tmp_path / "run", {"n_grpo_steps": 4}
@@ -632,6 +633,7 @@ def test_check_disk_warns_or_refuses_before_run(tmp_path, monkeypatch, changes, 
         disk.check_disk(config, policy, tmp_path, step=0)
 
 
+@pytest.mark.medium
 def test_resume_damaged_checkpoint_repeats_steps_exactly(tmp_path):
     """The repeated steps give the same bits."""
     folder = tmp_path / "run"

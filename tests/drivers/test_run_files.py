@@ -387,6 +387,7 @@ def test_wandb_resumed_run_keeps_its_id(tmp_path, monkeypatch, capsys):
     RunLog(tmp_path, make_tiny_config(wandb_project="p"), after=2).close()
 
 
+@pytest.mark.medium
 @pytest.mark.curves
 def test_draw_curves_any_log_is_drawn(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")

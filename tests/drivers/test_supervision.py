@@ -41,6 +41,7 @@ def start_tiny(folder, policy, **options):
 # Without vLLM
 
 
+@pytest.mark.medium
 def test_call_with_timeout_returns_or_raises():
     assert call_with_timeout(5.0, lambda: 3) == 3
     with pytest.raises(KeyError):

@@ -195,6 +195,7 @@ def test_accumulate_gradients_never_waits_for_device(cut, loss, monkeypatch):
     assert metrics.summary()["micro_batches"] >= 2
 
 
+@pytest.mark.medium
 def test_train_same_seed_is_bit_identical(tmp_path):
     first, second = train_weights(tmp_path / "a"), train_weights(tmp_path / "b")
     assert torch.equal(first, second)
@@ -292,6 +293,7 @@ def test_train_interrupted_inside_step_keeps_checkpoints(tmp_path, monkeypatch):
     assert not torch.equal(flatten_weights(kept), flatten_weights(stopped))
 
 
+@pytest.mark.medium
 @pytest.mark.curves
 def test_train_full_disk_exits_with_one_line_and_keeps_log(tmp_path, monkeypatch, capsys):
     import drivers.training.checkpointer
