@@ -10,7 +10,6 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -72,7 +71,8 @@ async def _converse(
     samplers = [Sampler(question, replace(sampling, n=1), rollout.tokenizer) for question in repeated]
     tasks = [asyncio.create_task(_play(rollout, sampler)) for sampler in samplers]
     try:
-        for turn in count():
+        turn = 0
+        while True:
             end = time.monotonic() + rollout.deadline_s
             for sampler, task in zip(samplers, tasks, strict=True):
                 await _wait_until_idle(rollout, sampler, task, end)
@@ -81,10 +81,10 @@ async def _converse(
                 return [task.result() for task in tasks]
             # Later turns have seeds far from those of the first turns, which count up from `seed` in each step.
             _answer(engine, requests, seed if turn == 0 else Random(f"{seed} {turn}").getrandbits(61))
+            turn += 1
     finally:
         for task in tasks:
             task.cancel()
-    raise AssertionError("count() does not end")
 
 
 async def _wait_until_idle(rollout: Rollout, sampler: Sampler, task: "asyncio.Task[Completion]", end: float) -> None:

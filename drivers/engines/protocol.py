@@ -42,7 +42,7 @@ class Completion:
     excluded: tuple[tuple[int, ...], ...] = ()
     """The tokens that the sampler hid from each of the first tokens, if they are replayed and not part of `kept`."""
     sampled: tuple[bool, ...] = ()
-    """Whether each token of a conversation was sampled, or inserted. Empty: all were sampled."""
+    """For each token of a conversation, True if sampled and False if inserted. Empty: all were sampled."""
 
     @property
     def is_sampled(self) -> tuple[bool, ...]:

@@ -1,4 +1,4 @@
-"""What a function of `--rollout` is given: a sampler, which also keeps what it sampled for one response."""
+"""Sample for a function of `--rollout`, and compose its response from the samples."""
 
 import asyncio
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ MAX_EMPTY_TURNS = 100
 
 @dataclass(frozen=True)
 class Turn:
-    """What the policy sampled in one call of a `Sampler`."""
+    """The tokens that the policy sampled in one call of a `Sampler`."""
 
     token_ids: tuple[int, ...]
     log_probs: tuple[float, ...]
@@ -164,7 +164,7 @@ def _check_call(context: Sequence[int], stop: Sequence[str], max_tokens: int | N
 
 
 def _insert(token_ids: tuple[int, ...]) -> Completion:
-    """Return tokens that nobody sampled."""
+    """Return inserted tokens as a part of a response."""
     n = len(token_ids)
     return Completion("", (), token_ids, (0.0,) * n, "stop", sampled=(False,) * n)
 

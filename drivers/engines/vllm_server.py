@@ -42,7 +42,7 @@ CLOSE_S = 10.0
 """Longest wait for the servers to disconnect; a dead one never does."""
 RESET_TRIES, RESET_WAIT_S = 20, 0.25
 _EXCLUDED_LOG_PROB = -9999.0
-"""What a server's JSON has for -inf."""
+"""The value that stands for -inf in a server's JSON."""
 
 
 def format_command(dtype: torch.dtype, policy_device: torch.device) -> str:

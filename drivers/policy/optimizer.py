@@ -68,7 +68,7 @@ class PolicyOptimizer:
 
     @property
     def scales_loss(self) -> bool:
-        """Whether the loss is scaled."""
+        """Return whether the loss is scaled."""
         return self._scaler.is_enabled()
 
     @property

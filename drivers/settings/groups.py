@@ -56,7 +56,7 @@ class PolicySettings(ModelSettings):
     lora_alpha: PositiveInt = 32
     """Scale LoRA updates by --lora-alpha / --lora-rank."""
     lora_push: Literal["merged", "adapter"] = "merged"
-    """What a push of LoRA weights sends to vLLM: the `merged` model, or the `adapter` alone, after the frozen weights
+    """Weights that a push of LoRA sends to vLLM: the `merged` model, or the `adapter` alone, after the frozen weights
     were sent once. A push of the adapter is faster; sampling with it is slower."""
 
     def __post_init__(self) -> None:

@@ -97,6 +97,7 @@ class TrainingState:
     def __init__(self, config: GrpoConfig, policy: nn.Module, reference: nn.Module | None = None) -> None:
         """Begin with these models. The reference of the KL penalty is part of the state only if it moves."""
         self._config, self._policy = config, policy
+        self._settings = _settings(config)  # with the files of own functions as they are now, when they are imported
         self._reference = None if config.kl_reference_steps is None else reference
         self.step = 0
         """The last step whose updates are all in the weights."""
@@ -143,7 +144,7 @@ class TrainingState:
             "grad_norms": list(self.grad_norms),
             "accuracies": list(self.accuracies.items()),
             "collapse": asdict(self.collapse),
-            "settings": _settings(self._config),
+            "settings": self._settings,
         }
         # One assignment: a Ctrl-C before it leaves the last snapshot complete.
         self._snapshot = (self.optimizer.n_updates, values, self.pending)

@@ -314,15 +314,20 @@ def test_pending_conversations_survive_a_checkpoint(parts):
 
 
 def test_resume_with_a_changed_function_is_refused(tmp_path):
+    """A run saves the file as it was at the start, even if it is changed or removed meanwhile."""
     file = tmp_path / "turn_taking.py"
     source = "async def play(sample, question): return [], []"
     file.write_text(source)
     config = make_tiny_config(rollout=f"{file}:play")
-    saved = {"settings": state._settings(config)}
-    validate_resume(config, saved)
+    running = state.TrainingState(config, make_tiny_policy())
+    file.unlink()
+    running.snapshot()
+    file.write_text(source)
+    validate_resume(config, running.values())
     file.write_text(source + "\n")
+    running.snapshot()
     with pytest.raises(UsageError, match=r"--rollout .*turn_taking\.py:play: its file has changed"):
-        validate_resume(config, saved)
+        validate_resume(config, running.values())
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
