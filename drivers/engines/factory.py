@@ -14,7 +14,7 @@ from drivers.engines.hf import HFEngine
 from drivers.engines.options import EngineOptions
 from drivers.engines.protocol import RolloutEngine
 from drivers.engines.supervision import SupervisedEngine
-from drivers.policy.weight_gatherer import WeightGatherer
+from drivers.policy.weights import WeightGatherer
 
 
 def describe_start(kind: Literal["vllm", "hf"], device: torch.device) -> str:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from drivers.engines.kept_tokens import KeptTokens
 from drivers.engines.protocol import Completion, end_token_ids, exclude_end
-from drivers.policy.weights import Checksum, PolicyWeights
+from drivers.policy.checksums import Checksum
+from drivers.policy.weights import PolicyWeights
 from drivers.settings.sampling import Sampling
 
 BATCH_SIZE = 64

@@ -9,7 +9,7 @@ import torch
 
 from drivers.common.errors import EngineDiedError
 from drivers.engines.kept_tokens import KeptTokens
-from drivers.policy.weights import Checksum
+from drivers.policy.checksums import Checksum
 from drivers.settings.sampling import Sampling
 
 

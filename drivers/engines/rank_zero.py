@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from drivers.engines.protocol import Completion, RolloutEngine
-from drivers.policy.weight_gatherer import WeightGatherer
-from drivers.policy.weights import Checksum
+from drivers.policy.checksums import Checksum
+from drivers.policy.weights import WeightGatherer
 from drivers.settings.sampling import Sampling
 
 T = TypeVar("T")

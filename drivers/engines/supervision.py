@@ -12,7 +12,7 @@ from typing import TypeVar
 from drivers.common.errors import EngineDiedError
 from drivers.common.signals import allow_second_signal
 from drivers.engines.protocol import Completion, RolloutEngine
-from drivers.policy.weights import Checksum
+from drivers.policy.checksums import Checksum
 from drivers.settings.sampling import Sampling
 
 T = TypeVar("T")

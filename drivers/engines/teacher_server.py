@@ -23,14 +23,14 @@ _REMEDY = "pass the URL of a server that `vllm serve` has started"
 
 
 class TeacherServer:
-    """A teacher that a vLLM server holds. It scores tokens at temperature 1, over the whole vocabulary."""
+    """A teacher that a vLLM server holds. It computes log-probs at temperature 1, over the whole vocabulary."""
 
     def __init__(self, url: str, deadline_s: float, say: Callable[[str], None] = print) -> None:
         self._url = url.rstrip("/").removesuffix("/v1")
         self._deadline_s, self._say = deadline_s, say
 
     def check(self, tokenizer: Any, last_id: int, longest: int) -> None:
-        """Raise a UsageError if the server cannot score every token of the policy.
+        """Raise a UsageError if the server does not know every token of the policy.
 
         `tokenizer` is the policy's, `last_id` the largest id that it can sample, and `longest` the number of tokens of
         the longest prompt with its response.
@@ -49,7 +49,7 @@ class TeacherServer:
                 f"take up to {longest + 1}; start it with --max-model-len {longest + 1}"
             )
         await self._check_vocabulary(client, tokenizer)
-        await self._score_one(client, (tokenizer.eos_token_id,), (last_id,))
+        await self._ask_one(client, (tokenizer.eos_token_id,), (last_id,))
 
     async def _check_vocabulary(self, client: httpx.AsyncClient, tokenizer: Any) -> None:
         """Raise a UsageError that names a token if the server decodes the policy's ids to another text."""
@@ -70,27 +70,25 @@ class TeacherServer:
             "; pass a teacher with the tokenizer of --model-path"
         )
 
-    def score(self, completions: Sequence[Completion]) -> list[float]:
+    def compute_log_probs(self, completions: Sequence[Completion]) -> list[float]:
         """Return the teacher's log-prob of each sampled token, one response after the other."""
         try:
-            return self._score(completions)
+            return self._ask(completions)
         except EngineDiedError as error:
             self._say(f"warning: --teacher {error}; waiting for the server to respond again")
         with closing(Servers([self._url], self._deadline_s)) as server:
             server.wait_until_healthy(RETURN_S)
-        return self._score(completions)
+        return self._ask(completions)
 
-    def _score(self, completions: Sequence[Completion]) -> list[float]:
-        async def score_all(client: httpx.AsyncClient) -> list[list[float]]:
-            requests = [self._score_one(client, one.prompt_token_ids, one.token_ids) for one in completions]
-            scored = await asyncio.gather(*requests)
-            return [[*compress(values, one.is_sampled)] for one, values in zip(completions, scored, strict=True)]
+    def _ask(self, completions: Sequence[Completion]) -> list[float]:
+        async def ask_all(client: httpx.AsyncClient) -> list[list[float]]:
+            requests = [self._ask_one(client, one.prompt_token_ids, one.token_ids) for one in completions]
+            answers = await asyncio.gather(*requests)
+            return [[*compress(values, one.is_sampled)] for one, values in zip(completions, answers, strict=True)]
 
-        return list(chain(*self._call(f"scoring {len(completions)} responses", score_all)))
+        return list(chain(*self._call(f"computing log-probs of {len(completions)} responses", ask_all)))
 
-    async def _score_one(
-        self, client: httpx.AsyncClient, prompt: Sequence[int], response: Sequence[int]
-    ) -> list[float]:
+    async def _ask_one(self, client: httpx.AsyncClient, prompt: Sequence[int], response: Sequence[int]) -> list[float]:
         ids = [*prompt, *response]
         answer = await self._post(client, "v1/completions", {"prompt": ids, "max_tokens": 1, "prompt_logprobs": 0})
 

@@ -38,8 +38,8 @@ from drivers.engines.vllm_transfer import (
     synchronize_device,
     version_of,
 )
-from drivers.policy.weight_gatherer import WeightGatherer
-from drivers.policy.weights import Checksum, check_arrived, check_loaded
+from drivers.policy.checksums import Checksum, check_arrived, check_loaded
+from drivers.policy.weights import WeightGatherer
 from drivers.settings.sampling import Sampling
 
 T = TypeVar("T")

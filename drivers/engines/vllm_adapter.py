@@ -19,8 +19,8 @@ from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from drivers.common.errors import UsageError, first_line
-from drivers.policy.weight_gatherer import WeightGatherer
-from drivers.policy.weights import Checksum, checksums
+from drivers.policy.checksums import Checksum, checksums
+from drivers.policy.weights import WeightGatherer
 
 if TYPE_CHECKING:
     from peft import LoraConfig

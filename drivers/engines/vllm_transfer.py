@@ -25,8 +25,8 @@ from vllm.utils.network_utils import get_open_port
 from drivers.common.errors import first_line
 from drivers.engines.supervision import exit_when_trainer_exits
 from drivers.engines.vllm_adapter import find_held
-from drivers.policy.weight_gatherer import WeightGatherer
-from drivers.policy.weights import Checksum, checksums, copy_to_host, record_checksums
+from drivers.policy.checksums import Checksum, checksums, copy_to_host, record_checksums
+from drivers.policy.weights import WeightGatherer
 
 MIN_BUFFER_BYTES = 256 << 20
 """Smallest size of each of NCCL's two send buffers."""

@@ -32,7 +32,7 @@ from drivers.policy.loading import (
     name_flag,
     resolve_model,
 )
-from drivers.policy.weight_gatherer import WeightGatherer
+from drivers.policy.weights import WeightGatherer
 from drivers.runs.folder import abandon_run_folder, create_run_folder
 from drivers.runs.log import describe_environment
 from drivers.settings.evaluate import EvaluateConfig

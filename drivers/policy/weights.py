@@ -1,20 +1,21 @@
 """The policy's weights as an engine loads them: unsharded, merged, in one dtype, under the names of its files."""
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from drivers.common import distributed
-from drivers.common.errors import TrainingAbortedError
 from drivers.policy import fsdp
+from drivers.policy.checksums import Checksum, checksum, copy_to_host, record_checksums
 from drivers.policy.file_names import WeightGroup, group_weights, to_files
+from drivers.policy.lora import scaled_adapter
 
-Checksum = tuple[int, int]
-_WORDS_PER_ROW = 256
+T = TypeVar("T")
 
 
 class WeightShape(NamedTuple):
@@ -145,64 +146,105 @@ def stochastic_round(weight: Tensor, name: str, dtype: torch.dtype = torch.bfloa
     return ((bits + noise) & -unit).view(torch.float32).to(dtype)
 
 
-def checksum(tensor: Tensor) -> Tensor:
-    """Return int64 "2": the sum of the tensor's 64-bit words, and that of its rows times their position, modulo 2^64.
+@dataclass(frozen=True)
+class _Gather:
+    """Message of rank 0: gather all weights now, or the adapter."""
 
-    It takes one pass at the speed of memory. A word that changes, or moves to another row of 256 words, changes it.
+    is_adapter: bool = False
+
+
+@dataclass(frozen=True)
+class _Done:
+    """Message of rank 0: the call has returned `result`."""
+
+    result: Any
+
+
+class WeightGatherer:
+    """The policy's weights as rank 0 pushes them to the engine, gathered with the help of the other ranks.
+
+    All ranks must take part when a sharded tensor is gathered. But only rank 0 has an engine, and only rank 0 knows
+    when the engine needs weights: at a push, or because it died while it sampled and was started again. So rank 0
+    calls the engine inside `run_on_rank_zero`, and the other ranks serve its requests until the call has returned:
+
+        rank 0: run_on_rank_zero(call)            other ranks: run_on_rank_zero(call)
+        ------------------------------            -----------------------------------
+        call() starts                             wait for a message
+        iter(gatherer)  ------ _Gather ---------> start to gather
+            tensor 1   <----- all-gather ------>  tensor 1
+              ...                                   ...
+            tensor n   <----- all-gather ------>  tensor n
+                                                  wait for a message
+        call() returns r ----- _Done(r) --------> return r
+        return r
+
+    If the engine dies while tensors are being sent, the other ranks still wait in the all-gather of the next tensor.
+    `complete_gather` gathers the rest on rank 0. It runs before each new message.
+
+    With one process there are no messages, and iterating yields the weights.
     """
-    octets = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    if octets.data_ptr() % 8:
-        octets = octets.clone()
-    row = 8 * _WORDS_PER_ROW
-    whole = len(octets) // row * row
-    rows = octets[:whole].view(torch.int64).view(-1, _WORDS_PER_ROW).sum(dim=1) if whole else octets[:0].long()
-    # The octets that do not fill a row make one more row.
-    rest = octets[whole:].to(torch.int64)
-    places = torch.arange(1, len(rest) + 1, device=rest.device)
-    rows = torch.cat([rows, (rest * places).sum()[None]])
-    return torch.stack([rows.sum(), (rows * torch.arange(1, len(rows) + 1, device=rows.device)).sum()])
 
+    def __init__(
+        self, policy: nn.Module, dtype: torch.dtype, *, as_files: bool = True, merges_lora: bool = True
+    ) -> None:
+        self.policy, self.dtype = policy, dtype
+        self._weights = PolicyWeights(policy, dtype, as_files=as_files, merges_lora=merges_lora)
+        self._current: Iterator[tuple[str, Tensor]] = iter(())
+        self._checksums: dict[str, Tensor] = {}
 
-def checksums(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Checksum]:
-    """Return the checksum of each tensor by its name."""
-    return copy_to_host({name: checksum(tensor) for name, tensor in weights})
+    @property
+    def device(self) -> torch.device:
+        """Device of the policy."""
+        return next(self.policy.parameters()).device
 
+    def run_on_rank_zero(self, call: Callable[[], T]) -> T:
+        """Return the result of `call()` on rank 0, on every rank; `call` may push weights."""
+        if distributed.size() == 1:
+            return call()
+        if not distributed.is_rank_zero():
+            return cast(T, self._serve_until_done())
+        result = call()
+        self._send(_Done(result))
+        return result
 
-def record_checksums(weights: Iterable[tuple[str, Tensor]], sums: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield `weights`, and store the checksum of each tensor in `sums` before it is passed on."""
-    for name, weight in weights:
-        sums[name] = checksum(weight)
-        yield name, weight
+    def _serve_until_done(self) -> Any:
+        while True:
+            message: _Gather | _Done = distributed.broadcast_object(None)
+            if isinstance(message, _Done):
+                return message.result
+            if message.is_adapter:
+                scaled_adapter(self.policy, self.dtype)
+            else:
+                for _ in self._weights:
+                    pass
 
+    def _send(self, message: _Gather | _Done) -> None:
+        if distributed.size() > 1:
+            self.complete_gather()
+            distributed.broadcast_object(message)
 
-def copy_to_host(sums: Mapping[str, Tensor]) -> dict[str, Checksum]:
-    """Return checksums as Python numbers; the host waits for the device once."""
-    host = torch.stack(list(sums.values())).tolist() if sums else []
-    return {name: (first, second) for name, (first, second) in zip(sums, host, strict=True)}
+    def complete_gather(self) -> None:
+        """Gather what an engine that died has not taken, so that the other ranks leave their gather."""
+        for _ in self._current:
+            pass
 
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor) pairs, on rank 0 inside `run_on_rank_zero`."""
+        self._send(_Gather())
+        self._current = iter(self._weights)
+        self._checksums = {}
+        return record_checksums(self._current, self._checksums)
 
-def find_differing(expected: Mapping[str, Checksum], received: Mapping[str, Checksum]) -> list[str]:
-    """Return the names whose checksums differ or that one side lacks."""
-    return sorted(name for name in expected.keys() | received.keys() if expected.get(name) != received.get(name))
+    def adapter(self) -> dict[str, Tensor]:
+        """Return the LoRA updates as an engine loads them, on rank 0 inside `run_on_rank_zero`."""
+        self._send(_Gather(is_adapter=True))
+        return scaled_adapter(self.policy, self.dtype)
 
+    def metadata(self) -> list[WeightShape]:
+        """Return what an iteration yields, without gathering. vLLM's sender calls this method by its name."""
+        return self._weights.metadata()
 
-def check_arrived(expected: Mapping[str, Checksum], received: Sequence[Mapping[str, Checksum]], version: int) -> None:
-    """Raise TrainingAbortedError unless each worker has received the tensors of this push, bit for bit."""
-    for worker, sums in enumerate(received):
-        wrong = find_differing(expected, sums)
-        if wrong:
-            raise TrainingAbortedError(
-                f"self-check: of the {len(expected)} tensors of push {version}, {len(wrong)} differ between the "
-                f"policy and worker {worker} of the engine: {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}. "
-                "A push was skipped, incomplete or of other weights"
-            )
-
-
-def check_loaded(unloaded: Sequence[str], version: int) -> None:
-    """Raise TrainingAbortedError if a worker reports that a push did not reach all of its model's parameters."""
-    for worker, problem in enumerate(unloaded):
-        if problem:
-            raise TrainingAbortedError(
-                f"self-check: push {version} did not load into worker {worker} of the engine: {problem}. vLLM expects "
-                "other weights than transformers writes for this architecture; pass --engine hf"
-            )
+    def take_checksums(self) -> dict[str, Checksum]:
+        """Return the checksums of what the last iteration yielded, once: a push that never iterates has none."""
+        sums, self._checksums = self._checksums, {}
+        return copy_to_host(sums)

@@ -8,9 +8,9 @@ from drivers.common.errors import UsageError
 from drivers.settings.base import check_multiple, spell_flag
 from drivers.settings.groups import GradingSettings, RolloutSettings, UpdateSettings
 from drivers.settings.objective import ImportanceSettings, KLSettings, ObjectiveSettings, TeacherSettings
-from drivers.settings.objectives import ADVANTAGES, OBJECTIVES, Choice
 from drivers.settings.reward_spec import parse_mix
 from drivers.settings.sampling import Sampling, make_sampling
+from drivers.settings.tables import ADVANTAGES, OBJECTIVES, Choice
 
 
 def _find_readers(decider: str, table: Mapping[Any, Choice]) -> dict[str, tuple[str, tuple[str, ...]]]:

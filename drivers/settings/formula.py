@@ -1,9 +1,9 @@
 """`--show`: print the resolved settings, and the loss that they define as formulas."""
 
 from drivers.settings.grpo import GrpoConfig
-from drivers.settings.objectives import Advantage, Objective, resolve_values
 from drivers.settings.parser import sort_by_heading
 from drivers.settings.reward_spec import parse_mix
+from drivers.settings.tables import Advantage, Objective, resolve_values
 
 _DIVERGENCES = {
     "binary_kl": "binary KL(mu, pi_old)",

@@ -14,8 +14,8 @@ from drivers.settings.base import (
     is_server_address,
 )
 from drivers.settings.choices import Aggregation, Counting, Divergence, ImportanceLevel, KLEstimator
-from drivers.settings.objectives import Advantage, AdvantageName, Objective, ObjectiveName
 from drivers.settings.own_objective import find_advantage, find_objective
+from drivers.settings.tables import Advantage, AdvantageName, Objective, ObjectiveName
 
 
 @dataclass(frozen=True, kw_only=True)

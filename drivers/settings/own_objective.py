@@ -11,8 +11,8 @@ from typing import Any
 
 from drivers.common.errors import UsageError, suggest
 from drivers.common.own_functions import SPELLING, hash_source, import_function, is_own
-from drivers.settings.objectives import ADVANTAGES, OBJECTIVES, Advantage, Choice, Objective
 from drivers.settings.recipes import RECIPES
+from drivers.settings.tables import ADVANTAGES, OBJECTIVES, Advantage, Choice, Objective
 
 LOSS_SYMBOLS = {
     "advantages": "{A}",

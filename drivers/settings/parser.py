@@ -14,7 +14,7 @@ import tyro
 from drivers.common.arguments import parse_arguments
 from drivers.common.errors import UsageError
 from drivers.settings.base import Settings
-from drivers.settings.objectives import ADVANTAGES, OBJECTIVES, AdvantageName, ObjectiveName
+from drivers.settings.tables import ADVANTAGES, OBJECTIVES, AdvantageName, ObjectiveName
 
 Config = TypeVar("Config", bound=Settings)
 MOST_USED = (

@@ -17,9 +17,9 @@ from drivers.engines.teacher_server import TeacherServer
 from drivers.policy.lora import without_lora
 from drivers.settings.algorithm import AlgorithmSettings
 from drivers.settings.grpo import GrpoConfig
-from drivers.settings.objectives import resolve_values
+from drivers.settings.tables import resolve_values
 from drivers.training.batch import PreparedBatch, RolloutBatch
-from drivers.training.scoring import score_all
+from drivers.training.forward import forward_all
 
 
 def compute_rewards(
@@ -61,21 +61,21 @@ def prepare_rollouts(
             "with_entropy": config.top_entropy_fraction is not None,
             "with_collisions": config.has_token_baselines,
         }
-        scored = score_all(policy, rollouts, config, **requested)
+        token_values = forward_all(policy, rollouts, config, **requested)
         names = {"log_probs": "old_log_probs", "token_entropy": "old_entropy"}
-        known |= {names[name]: values for name, values in scored.items() if name in names}
-        of_tokens |= {"old_log_probs": scored["log_probs"]} | scored
+        known |= {names[name]: values for name, values in token_values.items() if name in names}
+        of_tokens |= {"old_log_probs": token_values["log_probs"]} | token_values
     if config.needs_reference:
         if reference is None and config.lora_rank == 0:
             raise ValueError(
                 f"kl_coef={config.kl_coef} needs reference, a frozen copy of the initial policy; got None"
             )
         with nullcontext(reference) if reference is not None else without_lora(policy) as initial:
-            known["reference_log_probs"] = score_all(initial, rollouts, config)["log_probs"]
+            known["reference_log_probs"] = forward_all(initial, rollouts, config)["log_probs"]
     if config.teacher is not None:
         if teacher is None:
             raise ValueError(f"{config.flag('teacher')} needs teacher, its model or server; got None")
-        known["teacher_log_probs"] = score_by_teacher(config, teacher, rollouts)
+        known["teacher_log_probs"] = compute_teacher_log_probs(config, teacher, rollouts)
     try:
         advantages = estimate_advantages(config, rollouts, scores, greedy_rewards, of_tokens)
         batch = PreparedBatch.from_rollouts(rollouts, advantages, **known)
@@ -84,11 +84,13 @@ def prepare_rollouts(
         raise TrainingAbortedError(f"--advantage {config.advantage}: {error}") from error
 
 
-def score_by_teacher(config: GrpoConfig, teacher: nn.Module | TeacherServer, rollouts: RolloutBatch) -> Tensor:
+def compute_teacher_log_probs(
+    config: GrpoConfig, teacher: nn.Module | TeacherServer, rollouts: RolloutBatch
+) -> Tensor:
     """Return the teacher's log-prob of each response token. Of several ranks, the first asks a server."""
     if isinstance(teacher, nn.Module):
-        return score_all(teacher, rollouts, config)["log_probs"]
-    log_probs = torch.tensor(distributed.run_on_rank_zero(partial(teacher.score, rollouts.completions)))
+        return forward_all(teacher, rollouts, config)["log_probs"]
+    log_probs = torch.tensor(distributed.run_on_rank_zero(partial(teacher.compute_log_probs, rollouts.completions)))
     return torch.zeros(rollouts.response_mask.shape).masked_scatter(rollouts.response_mask, log_probs)
 
 

@@ -39,7 +39,7 @@ class UpdateMetrics:
     def add_micro_batch(
         self,
         micro: WeightedBatch,
-        scored: Mapping[str, Tensor],
+        token_values: Mapping[str, Tensor],
         metadata: Mapping[str, Tensor],
         correction: Mapping[str, Tensor] | None = None,
         loss_scale: float = 1.0,
@@ -50,7 +50,7 @@ class UpdateMetrics:
         """
         if correction:
             self._correction_parts.append(correction)
-        log_probs, entropies = scored["log_probs"].detach(), scored["token_entropy"].detach()
+        log_probs, entropies = token_values["log_probs"].detach(), token_values["token_entropy"].detach()
         means = {**metadata, "entropy": masked_mean(entropies, micro.response_mask)}
         if self._has_sampler:
             difference = (log_probs - micro.sampler_log_probs).abs()
@@ -65,7 +65,7 @@ class UpdateMetrics:
             for index, logged in enumerate(self._logged)
             if logged is completion
         ]
-        gradients = scored["log_probs"].grad
+        gradients = token_values["log_probs"].grad
         if gradients is not None:
             sums, lengths = gradients.abs().sum(dim=1, keepdim=True) / loss_scale, micro.response_mask.sum(dim=1)
             self._gradients.append((sums, micro.advantages[:, 0] > 0, lengths))

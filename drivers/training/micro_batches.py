@@ -1,4 +1,4 @@
-"""Plan the rows and the micro-batches in which responses are scored.
+"""Plan the rows and the micro-batches of the forward passes.
 
 A *row* is a prompt followed by the responses that share it. Responses to one prompt share a row, or have one row each,
 whichever needs fewer operations.
@@ -21,7 +21,7 @@ a mask rules out flash attention. The factor of the memory-efficient kernel is a
 
 
 class Row(NamedTuple):
-    """One prompt and the responses to it that are scored side by side.
+    """One prompt and the responses to it, side by side.
 
     Two responses of 2 and 1 tokens, the first and the third of a batch, in one row of 5 tokens:
 
@@ -44,7 +44,7 @@ class Row(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """The responses that are scored in one forward pass.
+    """The responses of one forward pass.
 
     The responses 4 and 7 of a batch, which have one prompt and one row; in the micro-batch they are 0 and 1:
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import grpo_core as core
 from drivers.settings.algorithm import AlgorithmSettings
-from drivers.settings.objectives import resolve_values
+from drivers.settings.tables import resolve_values
 from drivers.training.batch import PreparedBatch, WeightedBatch
 
 

@@ -12,13 +12,14 @@ from drivers.common.wrapping import print_line
 from drivers.engines.protocol import RolloutEngine
 from drivers.engines.rank_zero import run_with_engine
 from drivers.policy import fsdp
+from drivers.policy.checksums import check_arrived, checksums
 from drivers.policy.lora import scaled_adapter
-from drivers.policy.weights import PolicyWeights, check_arrived, checksums
+from drivers.policy.weights import PolicyWeights
 from drivers.settings.evaluate import EvaluateConfig
 from drivers.settings.grpo import GrpoConfig
 from drivers.settings.sampling import Sampling
 from drivers.training.batch import make_rollout_batch
-from drivers.training.scoring import score
+from drivers.training.forward import forward
 
 DEFAULT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.08, torch.float16: 0.01}
 """Largest mean difference in nats. Measured: 6e-6 in float32, 0.02-0.05 in bfloat16, 0.002-0.004 in float16 (other
@@ -95,7 +96,7 @@ def check_engine(
     is_compared = rollouts.response_mask.clone()
     if not sampling.replays:
         is_compared[:, : sampling.min_tokens] = False
-    log_probs = score(policy, rollouts, sampling.temperature)["log_probs"]
+    log_probs = forward(policy, rollouts, sampling.temperature)["log_probs"]
     difference = (log_probs - rollouts.sampler_log_probs).abs()[is_compared]
     if difference.numel() == 0:
         raise TrainingAbortedError(

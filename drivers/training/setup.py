@@ -40,7 +40,7 @@ from drivers.policy.loading import (
 from drivers.policy.lora import add_lora
 from drivers.policy.optimizer import training_state_bytes
 from drivers.policy.teacher import resolve_teacher
-from drivers.policy.weight_gatherer import WeightGatherer
+from drivers.policy.weights import WeightGatherer
 from drivers.runs.checkpoint import check_saving, read_dtype, read_state_values
 from drivers.runs.folder import abandon_run_folder
 from drivers.runs.lock import release_run_lock

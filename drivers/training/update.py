@@ -11,11 +11,11 @@ from drivers.common.signals import defer_signals
 from drivers.settings.algorithm import AlgorithmSettings
 from drivers.training.anomalies import Anomaly, check_update
 from drivers.training.batch import PreparedBatch, WeightedBatch
+from drivers.training.forward import forward
 from drivers.training.metrics import UpdateMetrics
 from drivers.training.micro_batches import plan_micro_batches
 from drivers.training.objective import LossInputs, compute_loss, find_responses_with_gradient, weigh_step
 from drivers.training.run import Run
-from drivers.training.scoring import score
 
 
 def update(
@@ -72,7 +72,7 @@ def accumulate_gradients(
     plan = list(plan_micro_batches(config, policy, weighted_batch, responses))
     for (members, rows), is_counted in distributed.shard_across_ranks(plan):
         micro = weighted_batch.select(members).to(device)
-        scored = score(
+        token_values = forward(
             policy,
             micro,
             config.sampling_temperature,
@@ -80,12 +80,12 @@ def accumulate_gradients(
             with_entropy=True,
             detach_entropy=is_entropy_only_logged,
         )
-        scored["log_probs"].retain_grad()  # for metrics: the share of the gradient by sign of the advantage
-        inputs = LossInputs(micro, scored["log_probs"], scored["token_entropy"], entropy_coef)
+        token_values["log_probs"].retain_grad()  # for metrics: the share of the gradient by sign of the advantage
+        inputs = LossInputs(micro, token_values["log_probs"], token_values["token_entropy"], entropy_coef)
         outputs = compute_loss(config, inputs)
         # A rank without a micro-batch of its own repeats another with weight 0, because all ranks gather the layers.
         ((loss_scale if is_counted else 0.0) * outputs.loss).backward()  # type: ignore[no-untyped-call]
         if is_counted:
             total += outputs.loss.detach()
-            metrics.add_micro_batch(micro, scored, outputs.metrics, outputs.correction_statistics, loss_scale)
+            metrics.add_micro_batch(micro, token_values, outputs.metrics, outputs.correction_statistics, loss_scale)
     return distributed.all_reduce_sum_(total)

@@ -18,7 +18,7 @@ from drivers.engines.options import EngineOptions
 from drivers.engines.vllm import VLLMEngine
 from drivers.policy.loading import load_policy, load_tokenizer, resolve_model
 from drivers.policy.lora import add_lora
-from drivers.policy.weight_gatherer import WeightGatherer
+from drivers.policy.weights import WeightGatherer
 from drivers.settings.recipes import EMBEDDED_MODEL, QUICKSTART
 from drivers.settings.sampling import Sampling
 from drivers.tasks.questions import load_examples, load_prompt_template

@@ -227,7 +227,7 @@ def run_vllm(sizes: dict[str, Any]) -> Iterator[Result]:
     from drivers.engines.factory import make_engine
     from drivers.engines.options import EngineOptions
     from drivers.policy.optimizer import training_state_bytes
-    from drivers.policy.weight_gatherer import WeightGatherer
+    from drivers.policy.weights import WeightGatherer
     from drivers.settings.sampling import Sampling
 
     device, dtype = Device(sizes["device"]), torch.bfloat16

@@ -9,7 +9,7 @@ import torch
 
 from drivers.common.errors import TrainingAbortedError, UsageError
 from drivers.policy.lora import add_lora
-from drivers.policy.weight_gatherer import WeightGatherer
+from drivers.policy.weights import WeightGatherer
 from drivers.settings.sampling import Sampling
 from drivers.train import train
 from drivers.training.components import Components

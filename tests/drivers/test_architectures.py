@@ -1,12 +1,12 @@
-"""Shared rows and the head apart, for many architectures: allowed only where they give the scores of plain passes."""
+"""Shared rows and the head apart, in many architectures: allowed only if log-probs are those of plain passes."""
 
 import pytest
 import torch
 
 from drivers.training import shortcuts
 from drivers.training.batch import make_rollout_batch
+from drivers.training.forward import forward
 from drivers.training.memory import plan_memory
-from drivers.training.scoring import score
 from drivers.training.setup import describe_setup
 from drivers.training.shortcuts import ARCHITECTURES_THAT_SHARE, describe_shortcuts, find_head, shares_rows
 from tests.drivers.helpers.architectures import ARCHITECTURES, make_architecture, make_config
@@ -39,7 +39,7 @@ def draw_completions():
 
 
 @torch.no_grad()
-def score_alone(model, completions):
+def forward_alone(model, completions):
     """Return the log-probs of each response from the model's own logits, in float64, and the largest logit."""
     rows, largest = [], 0.0
     for item in completions:
@@ -53,16 +53,16 @@ def score_alone(model, completions):
 
 @torch.no_grad()
 def measure_error(model, completions, expected):
-    """Return the differences between `score` and `expected`."""
-    log_probs = score(model, make_rollout_batch(completions, torch.zeros(4), 4), 1.0)["log_probs"].double()
+    """Return the differences between `forward` and `expected`."""
+    log_probs = forward(model, make_rollout_batch(completions, torch.zeros(4), 4), 1.0)["log_probs"].double()
     found = torch.cat([log_probs[row, : len(item.token_ids)] for row, item in enumerate(completions)])
     return (found - expected).abs()
 
 
 def is_exact_if_forced(name, *, sharing, head):
-    """Return whether the scores in float32 are right with a shortcut that nothing has checked."""
+    """Return whether the log-probs in float32 are right with a shortcut that nothing has checked."""
     model, completions = make_architecture(name, sharper=4.0), draw_completions()
-    expected, _ = score_alone(model, completions)
+    expected, _ = forward_alone(model, completions)
     shortcuts._SHARING[model], shortcuts._HEADS[model] = sharing, None
     try:
         if head:
@@ -89,7 +89,7 @@ def examine(name):
         notes = "\n".join(describe_shortcuts(model))
         assert ("a row of its own" in notes) is not shares
         assert ("all logits are computed" in notes) is not splits
-        expected, largest = score_alone(model, completions)
+        expected, largest = forward_alone(model, completions)
         error = measure_error(model, completions, expected)
         assert error.mean() <= 2 * torch.finfo(dtype).eps * largest
         assert largest > 5.0
@@ -101,7 +101,7 @@ def examine(name):
 
 @pytest.mark.medium
 @pytest.mark.parametrize("name", MIXED)
-def test_shortcuts_of_an_architecture_keep_its_scores(name):
+def test_shortcuts_of_an_architecture_keep_its_log_probs(name):
     examine(name)
 
 
@@ -111,7 +111,7 @@ def test_architectures_that_share_are_in_the_table():
 
 
 @pytest.mark.nightly
-def test_shortcuts_of_all_architectures_keep_their_scores(capsys):
+def test_shortcuts_of_all_architectures_keep_their_log_probs(capsys):
     """Print the table of docs/performance.md."""
     rows = [examine(name) for name in ARCHITECTURES]
     assert len(rows) >= 40

@@ -1,4 +1,4 @@
-"""Rollouts as tensors: every layout of scoring equals one forward pass per response, in values and gradients."""
+"""Rollouts as tensors: every layout of rows equals one forward pass per response, in values and gradients."""
 
 import doctest
 from dataclasses import replace
@@ -20,11 +20,11 @@ from transformers import (
 )
 
 from drivers.engines import protocol
-from drivers.training import batch, micro_batches, scoring, shortcuts
+from drivers.training import batch, micro_batches, shortcuts
 from drivers.training.batch import PreparedBatch, WeightedBatch, make_rollout_batch
+from drivers.training.forward import flat_token_index, forward, forward_all
 from drivers.training.memory import plan_memory
 from drivers.training.micro_batches import MASKED_ATTENTION_COST, Row, plan_micro_batches, plan_rows
-from drivers.training.scoring import flat_token_index, score, score_all
 from drivers.training.shortcuts import find_head, shares_rows
 from tests.drivers.helpers.letters import clone_policy, make_batch, make_completion, make_tiny_config
 from tests.tiny import make_tiny_policy
@@ -37,7 +37,7 @@ SMALL = {
 LONG_PROMPT, SHORT_PROMPT = list(range(5, 17)), [7, 8]
 
 
-def score_one_by_one(policy, rollouts, temperature):
+def forward_one_by_one(policy, rollouts, temperature):
     """Return log-probs and entropies of each response from its own forward pass, by log_softmax over the whole row."""
     log_probs, entropies = [], []
     for item in rollouts.completions:
@@ -57,36 +57,36 @@ def score_one_by_one(policy, rollouts, temperature):
     other=TOKENS,
     temperature=st.sampled_from([0.7, 1.0]),
 )
-def test_score_any_layout_equals_one_forward_per_response(prompt, responses, other, temperature):
+def test_forward_any_layout_equals_one_forward_per_response(prompt, responses, other, temperature):
     """LONG_PROMPT gives a group row and SHORT_PROMPT padded rows; `other` has a third prompt."""
     policy = make_tiny_policy(1).double()
     twin = clone_policy(policy)
     rollouts = make_batch(*[(prompt, response) for response in responses], ([9, 9, 9], other))
-    scored = score(policy, rollouts, temperature, with_entropy=True)
-    assert not scored["token_entropy"].requires_grad
-    expected, entropies = score_one_by_one(twin, rollouts, temperature)
+    token_values = forward(policy, rollouts, temperature, with_entropy=True)
+    assert not token_values["token_entropy"].requires_grad
+    expected, entropies = forward_one_by_one(twin, rollouts, temperature)
     for row, (values, entropy) in enumerate(zip(expected, entropies, strict=True)):
-        assert_close(scored["log_probs"][row, : len(values)], values, rtol=0, atol=1e-12)
-        assert_close(scored["token_entropy"][row, : len(values)], entropy, rtol=0, atol=1e-12)
-    assert (scored["log_probs"][~rollouts.response_mask] == 0).all()
-    weight = torch.arange(1.0, scored["log_probs"].numel() + 1).view_as(scored["log_probs"]).double()
-    (scored["log_probs"] * weight).sum().backward()
+        assert_close(token_values["log_probs"][row, : len(values)], values, rtol=0, atol=1e-12)
+        assert_close(token_values["token_entropy"][row, : len(values)], entropy, rtol=0, atol=1e-12)
+    assert (token_values["log_probs"][~rollouts.response_mask] == 0).all()
+    weight = torch.arange(1.0, token_values["log_probs"].numel() + 1).view_as(token_values["log_probs"]).double()
+    (token_values["log_probs"] * weight).sum().backward()
     sum((values * weight[row, : len(values)]).sum() for row, values in enumerate(expected)).backward()
     for ours, theirs in zip(policy.parameters(), twin.parameters(), strict=True):
         assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)  # Llama norms are always float32
 
 
-def test_score_empty_response_is_a_row_of_zeros():
+def test_forward_empty_response_is_a_row_of_zeros():
     rollouts = make_batch((SHORT_PROMPT, []), (SHORT_PROMPT, [5]), (LONG_PROMPT, []), (LONG_PROMPT, [6]))
-    scored = score(make_tiny_policy(), rollouts, 1.0)["log_probs"]
+    token_values = forward(make_tiny_policy(), rollouts, 1.0)["log_probs"]
     assert rollouts.response_mask.tolist() == [[False], [True], [False], [True]]
-    assert (scored[[0, 2]] == 0).all()
-    assert (scored[[1, 3]] < 0).all()
+    assert (token_values[[0, 2]] == 0).all()
+    assert (token_values[[1, 3]] < 0).all()
 
 
-def test_score_group_of_empty_responses_has_no_tokens():
-    scored = score(make_tiny_policy(), make_batch((LONG_PROMPT, []), (LONG_PROMPT, [])), 1.0)
-    assert scored["log_probs"].tolist() == [[0], [0]]
+def test_forward_group_of_empty_responses_has_no_tokens():
+    token_values = forward(make_tiny_policy(), make_batch((LONG_PROMPT, []), (LONG_PROMPT, [])), 1.0)
+    assert token_values["log_probs"].tolist() == [[0], [0]]
 
 
 def test_rollout_batch_holds_sampled_tokens_and_log_probs():
@@ -135,56 +135,56 @@ def test_rollout_batch_shuffled_keeps_groups_and_rows():
 
 
 @pytest.mark.parametrize("has_head", [True, False])
-def test_score_divides_logits_by_the_temperature(has_head, monkeypatch):
+def test_forward_divides_logits_by_the_temperature(has_head, monkeypatch):
     """This holds for log-probs and entropies, with the fused head and with the model's own logits."""
     policy = make_tiny_policy(1)
     if not has_head:
-        monkeypatch.setattr(scoring, "find_head", lambda _: None)
+        monkeypatch.setattr("drivers.training.forward.find_head", lambda _: None)
     rollouts = make_batch((LONG_PROMPT, [4, 9, 5]), (LONG_PROMPT, [8]), (SHORT_PROMPT, [6, 6]))
     for attached in (True, False):
-        scored = score(policy, rollouts, 0.5, with_entropy=True, detach_entropy=not attached)
-        assert scored["token_entropy"].requires_grad is attached
-        for name, rows in zip(("log_probs", "token_entropy"), score_one_by_one(policy, rollouts, 0.5), strict=True):
-            assert_close(scored[name][rollouts.response_mask], torch.cat(rows), rtol=1e-4, atol=1e-4)
-        assert not scored["log_probs"][~rollouts.response_mask].any()
+        token_values = forward(policy, rollouts, 0.5, with_entropy=True, detach_entropy=not attached)
+        assert token_values["token_entropy"].requires_grad is attached
+        for name, rows in zip(("log_probs", "token_entropy"), forward_one_by_one(policy, rollouts, 0.5), strict=True):
+            assert_close(token_values[name][rollouts.response_mask], torch.cat(rows), rtol=1e-4, atol=1e-4)
+        assert not token_values["log_probs"][~rollouts.response_mask].any()
 
 
 @pytest.mark.parametrize("has_head", [True, False])
-def test_score_sums_the_squares_of_each_distribution(has_head, monkeypatch):
+def test_forward_sums_the_squares_of_each_distribution(has_head, monkeypatch):
     policy = make_tiny_policy(1)
     if not has_head:
-        monkeypatch.setattr(scoring, "find_head", lambda _: None)
+        monkeypatch.setattr("drivers.training.forward.find_head", lambda _: None)
     rollouts = make_batch((LONG_PROMPT, [4, 9, 5]), (LONG_PROMPT, [8]), (SHORT_PROMPT, [6, 6]))
-    scored = score(policy, rollouts, 0.5, with_collisions=True)
-    assert scored.keys() == {"log_probs", "collision_probs"}
+    token_values = forward(policy, rollouts, 0.5, with_collisions=True)
+    assert token_values.keys() == {"log_probs", "collision_probs"}
     expected = []
     for item in rollouts.completions:
         ids = torch.tensor([[*item.prompt_token_ids, *item.token_ids]])
         probabilities = (policy(ids).logits[0] / 0.5).softmax(dim=-1)
         expected.append(probabilities.square().sum(dim=-1)[-1 - len(item.token_ids) : -1])
-    assert_close(scored["collision_probs"][rollouts.response_mask], torch.cat(expected), rtol=1e-4, atol=1e-6)
-    assert not scored["collision_probs"].requires_grad
+    assert_close(token_values["collision_probs"][rollouts.response_mask], torch.cat(expected), rtol=1e-4, atol=1e-6)
+    assert not token_values["collision_probs"].requires_grad
 
 
-def test_score_all_in_micro_batches_sorted_by_length_keeps_rows():
+def test_forward_all_in_micro_batches_sorted_by_length_keeps_rows():
     """The order of the batch, the temperature of the sampler and the last token of each response are kept."""
     config = make_tiny_config(micro_batch_tokens=20, sampling_temperature=0.5)
     policy, lengths = make_tiny_policy(1), (1, 5, 2, 6, 3, 4)
     rollouts = make_batch(*[([7, 8 + k], [4 + k] * n) for k, n in enumerate(lengths)])
     members = [part.members for part in plan_micro_batches(config, policy, rollouts, range(6))]
     assert sorted(members[0]) != members[0]
-    whole = score_all(policy, rollouts, config, with_entropy=True)
-    for name, rows in zip(("log_probs", "token_entropy"), score_one_by_one(policy, rollouts, 0.5), strict=True):
+    whole = forward_all(policy, rollouts, config, with_entropy=True)
+    for name, rows in zip(("log_probs", "token_entropy"), forward_one_by_one(policy, rollouts, 0.5), strict=True):
         assert_close(whole[name][rollouts.response_mask], torch.cat(rows), rtol=1e-4, atol=1e-4)
 
 
-def test_score_all_equals_policy_without_gradient():
+def test_forward_all_equals_policy_without_gradient():
     config = make_tiny_config(rollout_batch_size=8, group_size=4, train_batch_size=8, gradient_accumulation_steps=4)
     policy = make_tiny_policy(2)
     rollouts = make_batch(*[(LONG_PROMPT, [3 + k] * (1 + k % 3)) for k in range(8)])
-    old = score_all(policy, rollouts, config)["log_probs"]
+    old = forward_all(policy, rollouts, config)["log_probs"]
     assert not old.requires_grad
-    assert_close(old, score(policy, rollouts, 1.0)["log_probs"].detach(), rtol=0, atol=1e-6)
+    assert_close(old, forward(policy, rollouts, 1.0)["log_probs"].detach(), rtol=0, atol=1e-6)
 
 
 def test_rollout_batch_select_keeps_columns_and_trims_tokens():
@@ -210,24 +210,24 @@ def test_rollout_batch_select_keeps_columns_and_trims_tokens():
 
 def pack_rows(patch, packed):
     """Pack rows, or pad them, independently of the attention implementation."""
-    for module in (shortcuts, micro_batches, scoring):
-        patch.setattr(module, "packs_rows", lambda policy: packed)
+    for module in ("shortcuts", "micro_batches", "forward"):
+        patch.setattr(f"drivers.training.{module}.packs_rows", lambda policy: packed)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_score_packed_rows_equals_padded_rows(attention, monkeypatch):
+def test_forward_packed_rows_equals_padded_rows(attention, monkeypatch):
     """One sequence without padding, whose responses are separated only by positions, as with flash attention."""
     policy = make_tiny_policy(3).double()
     policy.set_attn_implementation(attention)
     rollouts = make_batch(
         (LONG_PROMPT, [3, 4, 5]), (LONG_PROMPT, [6]), (SHORT_PROMPT, [7, 8]), ([9], []), ([4], [2, 2])
     )
-    expected = score(policy, rollouts, 0.7, with_entropy=True)
+    expected = forward(policy, rollouts, 0.7, with_entropy=True)
     pack_rows(monkeypatch, True)
     assert all(len(row.members) == 1 for row in plan_rows(policy, rollouts, range(len(rollouts))))
     seen = []
     policy.model.register_forward_pre_hook(lambda *call: seen.append(call[2]), with_kwargs=True)
-    for name, values in score(policy, rollouts, 0.7, with_entropy=True).items():
+    for name, values in forward(policy, rollouts, 0.7, with_entropy=True).items():
         assert_close(values, expected[name], rtol=0, atol=1e-9)
     assert seen[0]["input_ids"].shape == (1, 15 + 13 + 4 + 3)
     assert "attention_mask" not in seen[0]
@@ -258,21 +258,21 @@ def test_plan_micro_batches_covers_each_response_once_within_budget(pairs, budge
             assert slots <= budget or len(members) == 1
 
 
-def test_score_uses_planned_rows():
+def test_forward_uses_planned_rows():
     """A second plan could make longer rows for the responses of a micro-batch than the budget allows."""
     prompt = [5] * 12
     rollouts, policy = make_batch(*[(prompt, [6] * n) for n in (30, 9, 8, 20, 5, 3)]), make_tiny_policy(4).double()
     config, seen = make_tiny_config(micro_batch_tokens=100), []
     policy.model.register_forward_pre_hook(lambda *call: seen.append(call[2]["input_ids"].shape), with_kwargs=True)
-    expected = score(policy, rollouts, 1.0)["log_probs"].detach()
+    expected = forward(policy, rollouts, 1.0)["log_probs"].detach()
     shares_rows(policy)
     seen.clear()
     for members, rows in plan_micro_batches(config, policy, rollouts, range(6)):
-        found = score(policy, rollouts.select(members), 1.0, rows)["log_probs"]
+        found = forward(policy, rollouts.select(members), 1.0, rows)["log_probs"]
         assert_close(found.detach(), expected[members, : found.shape[1]], rtol=0, atol=1e-9)
         assert seen.pop() == (len(rows), max(row.n_tokens for row in rows))
     assert not seen
-    assert_close(score_all(policy, rollouts, config)["log_probs"], expected.float())
+    assert_close(forward_all(policy, rollouts, config)["log_probs"], expected.float())
 
 
 def test_plan_rows_picks_cheaper_of_shared_and_separate(monkeypatch):
@@ -286,7 +286,7 @@ def test_plan_rows_picks_cheaper_of_shared_and_separate(monkeypatch):
     assert len(plan_rows(policy, shared, range(4))) == 4
 
 
-def test_shares_rows_only_if_trial_gives_equal_scores():
+def test_shares_rows_only_if_trial_gives_equal_log_probs():
     assert shares_rows(make_tiny_policy())
     windowed = MistralForCausalLM(MistralConfig(**SMALL, sliding_window=4))
     assert not shares_rows(windowed.eval())
@@ -301,7 +301,7 @@ def test_shares_rows_only_if_trial_gives_equal_scores():
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "mistral", "opt", "qwen2"])
-def test_score_other_architectures_equals_one_forward_per_response(kind):
+def test_forward_other_architectures_equals_one_forward_per_response(kind):
     """Learned positions, a sliding window, dropout and a bias need their own plans, rows and heads."""
     torch.manual_seed(0)
     policy = {
@@ -314,8 +314,8 @@ def test_score_other_architectures_equals_one_forward_per_response(kind):
         "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
     }[kind]().eval().double()  # fmt: skip
     rollouts = make_batch((LONG_PROMPT, [3, 4, 5]), (LONG_PROMPT, [6, 7]), (SHORT_PROMPT, [7, 8]))
-    expected, _ = score_one_by_one(policy, rollouts, 1.0)
-    found = score(policy, rollouts, 1.0)["log_probs"]
+    expected, _ = forward_one_by_one(policy, rollouts, 1.0)
+    found = forward(policy, rollouts, 1.0)["log_probs"]
     for row, values in enumerate(expected):
         assert_close(found[row, : len(values)], values, rtol=0, atol=1e-6)
     plan = plan_memory(make_tiny_config(), policy, 16)
@@ -323,14 +323,14 @@ def test_score_other_architectures_equals_one_forward_per_response(kind):
     assert plan.logits > 0
 
 
-def test_score_without_head_makes_response_logits_only():
+def test_forward_without_head_makes_response_logits_only():
     policy, seen = make_tiny_policy(2), []
     policy.lm_head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
     rollouts = make_batch((LONG_PROMPT, [3, 4, 5]), (LONG_PROMPT, [6]))
-    expected = score(policy, rollouts, 1.0)["log_probs"]
+    expected = forward(policy, rollouts, 1.0)["log_probs"]
     shortcuts._HEADS[policy] = None
     seen.clear()
-    assert_close(score(policy, rollouts, 1.0)["log_probs"], expected, rtol=0, atol=1e-6)
+    assert_close(forward(policy, rollouts, 1.0)["log_probs"], expected, rtol=0, atol=1e-6)
     assert seen == [
         3
     ]  # of a row of 16: the last prompt token, shared by both responses, and the tokens before 4 and 5
@@ -340,16 +340,16 @@ def test_find_head_scaled_logits_is_none():
     policy = make_tiny_policy(2).double()
     assert find_head(policy) is not None
     scaled = clone_policy(policy)
-    forward = scaled.forward
+    undivided = scaled.forward
 
     def divided(*args, **kwargs):
-        out = forward(*args, **kwargs)
+        out = undivided(*args, **kwargs)
         out.logits = out.logits / 3
         return out
 
     scaled.forward = divided
     assert find_head(scaled) is None
     rollouts = make_batch((LONG_PROMPT, [3, 4, 5]), (LONG_PROMPT, [6]), (SHORT_PROMPT, [7]))
-    expected = score(policy, rollouts, 3.0, with_entropy=True)
-    for name, values in score(scaled, rollouts, 1.0, with_entropy=True).items():
+    expected = forward(policy, rollouts, 3.0, with_entropy=True)
+    for name, values in forward(scaled, rollouts, 1.0, with_entropy=True).items():
         assert_close(values, expected[name], rtol=0, atol=1e-9)

@@ -20,10 +20,10 @@ from drivers.engines.sampler import Sampler
 from drivers.runs.folder import find_checkpoint
 from drivers.settings.sampling import ConversationSettings, Sampling
 from drivers.tasks.questions import Example, Question
-from drivers.training import scoring, state
+from drivers.training import state
 from drivers.training.batch import StepRollouts, make_rollout_batch
+from drivers.training.forward import forward
 from drivers.training.micro_batches import Row
-from drivers.training.scoring import score
 from drivers.training.state import validate_resume
 from tests.drivers.helpers.conversations import INSERTED, interrupt, make_rollout
 from tests.drivers.helpers.engines import compute_log_probs
@@ -142,10 +142,10 @@ def test_conversation_replays_the_sets_of_its_samples(parts, truncated):
     sampling = Sampling(n=3, max_tokens=9, stop=(), replays=True, **truncated)
     responses = [one for play in (interrupt, drop_end) for one in converse(parts, play, sampling)[0]]
     rollouts = make_rollout_batch(responses, torch.zeros(len(responses)), 3)
-    scored = score(parts.policy, rollouts, 1.0)["log_probs"].detach()
-    assert_close(scored, rollouts.sampler_log_probs, rtol=0, atol=1e-5)
+    token_values = forward(parts.policy, rollouts, 1.0)["log_probs"].detach()
+    assert_close(token_values, rollouts.sampler_log_probs, rtol=0, atol=1e-5)
     bare = replace(rollouts, completions=tuple(replace(c, kept=None, excluded=()) for c in responses))
-    assert (score(parts.policy, bare, 1.0)["log_probs"].detach() - scored).abs().max() > 1e-3
+    assert (forward(parts.policy, bare, 1.0)["log_probs"].detach() - token_values).abs().max() > 1e-3
 
 
 # --- what is composed ------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def test_conversation_token_that_was_not_sampled_there_is_an_error(parts, change
 # --- what is learned -------------------------------------------------------------------------------------------------
 @settings(max_examples=15)
 @given(data=st.data(), has_head=st.booleans())
-def test_score_leaves_inserted_tokens_out_in_every_layout(data, has_head):
+def test_forward_leaves_inserted_tokens_out_in_every_layout(data, has_head):
     """Values and gradients are those of one forward pass per response, over the sampled tokens alone."""
     policy = make_tiny_policy(1).double()
     twin, prompt = clone_policy(policy), tuple(range(5, 17))
@@ -213,8 +213,8 @@ def test_score_leaves_inserted_tokens_out_in_every_layout(data, has_head):
     apart = [Row(c.prompt_token_ids, (i,), (len(c.token_ids),)) for i, c in enumerate(completions)]
     with pytest.MonkeyPatch.context() as patch:
         if not has_head:
-            patch.setattr(scoring, "find_head", lambda _: None)
-        both = [score(policy, rollouts, 0.7, rows, with_entropy=True) for rows in (None, apart)]
+            patch.setattr("drivers.training.forward.find_head", lambda _: None)
+        both = [forward(policy, rollouts, 0.7, rows, with_entropy=True) for rows in (None, apart)]
     loss = 0.0
     for number, one in enumerate(completions):
         logits = twin(torch.tensor([[*prompt, *one.token_ids]])).logits[0, len(prompt) - 1 : -1] / 0.7
@@ -222,12 +222,12 @@ def test_score_leaves_inserted_tokens_out_in_every_layout(data, has_head):
         mask = torch.tensor(one.sampled)
         values = torch.where(mask, table[range(len(one.token_ids)), list(one.token_ids)], 0.0)
         entropy = torch.where(mask, -(table.exp() * table).sum(dim=-1), 0.0)
-        for scored in both:
+        for outputs in both:
             for name, expected in (("log_probs", values), ("token_entropy", entropy)):
-                assert_close(scored[name][number, : len(expected)], expected.to(scored[name]), rtol=0, atol=1e-6)
+                assert_close(outputs[name][number, : len(expected)], expected.to(outputs[name]), rtol=0, atol=1e-6)
         loss = loss + (values * (1.0 + torch.arange(len(values)))).sum()
-    for scored in both:
-        (scored["log_probs"] * (1.0 + torch.arange(scored["log_probs"].shape[1]))).sum().backward()
+    for outputs in both:
+        (outputs["log_probs"] * (1.0 + torch.arange(outputs["log_probs"].shape[1]))).sum().backward()
     loss.backward()
     for ours, theirs in zip(policy.parameters(), twin.parameters(), strict=True):
         assert_close(ours.grad, 2 * theirs.grad, rtol=1e-4, atol=1e-5)
@@ -256,7 +256,7 @@ def test_gradient_with_a_tool_is_that_of_the_expected_reward():
 
     sets = KeptTokens.pack([list(vocab), [], list(vocab)])
     batch = make_rollout_batch([replace(one, kept=sets) for one in completions], rewards.float())
-    log_probs = score(policy, batch, 1.0)["log_probs"]
+    log_probs = forward(policy, batch, 1.0)["log_probs"]
     probability = log_probs.detach().sum(dim=1).exp()
     assert_close(probability.sum(), torch.ones_like(probability.sum()), rtol=0, atol=1e-6)
     (probability * rewards * log_probs.sum(dim=1)).sum().backward()

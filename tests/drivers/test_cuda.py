@@ -10,9 +10,9 @@ from drivers.policy.optimizer import training_state_bytes
 from drivers.train import train
 from drivers.training.advantages import prepare_rollouts
 from drivers.training.components import Components
+from drivers.training.forward import forward
 from drivers.training.metrics import UpdateMetrics
 from drivers.training.objective import weigh_step
-from drivers.training.scoring import score
 from drivers.training.update import accumulate_gradients
 from grpo_core import compute_entropy, compute_grpo_clip_loss, grpo_microbatch_loss, normalize_group_rewards
 from tests.drivers.helpers.engines import make_vllm_engine
@@ -61,12 +61,12 @@ def test_core_functions_on_cuda_equal_cpu():
 
 
 @pytest.mark.parametrize("prompt", [LONG_PROMPT, SHORT_PROMPT], ids=["group row", "padded rows"])
-def test_score_on_cuda_equals_cpu(prompt):
+def test_forward_on_cuda_equals_cpu(prompt):
     policy = make_tiny_parts().policy
     rollouts = make_batch((prompt, [5, 6, 7]), (prompt, [8]))
-    expected = score(policy, rollouts, 1.0)["log_probs"]
-    scored = score(clone_policy(policy).cuda(), rollouts.to(torch.device("cuda")), 1.0)["log_probs"]
-    assert_close(scored.cpu(), expected, rtol=0, atol=1e-4)
+    expected = forward(policy, rollouts, 1.0)["log_probs"]
+    token_values = forward(clone_policy(policy).cuda(), rollouts.to(torch.device("cuda")), 1.0)["log_probs"]
+    assert_close(token_values.cpu(), expected, rtol=0, atol=1e-4)
 
 
 def test_accumulate_gradients_on_cuda_never_synchronizes():
@@ -77,7 +77,7 @@ def test_accumulate_gradients_on_cuda_never_synchronizes():
     policy = parts.policy.cuda()
     rollouts, scores = sample_rollouts(config, make_tiny_parts())
     batch, _ = weigh_step(config, prepare_rollouts(config, policy, None, rollouts, scores, None))
-    score(policy, batch.select([0]), 1.0)  # the trial of the head is not part of the loop
+    forward(policy, batch.select([0]), 1.0)  # the trial of the head is not part of the loop
     torch.cuda.set_sync_debug_mode("error")
     try:
         accumulate_gradients(policy, batch, config, 0.0, UpdateMetrics())

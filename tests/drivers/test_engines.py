@@ -13,12 +13,12 @@ from torch.testing import assert_close
 from drivers.common.errors import EngineDiedError, TrainingAbortedError, UsageError
 from drivers.engines.conversations import sample_responses
 from drivers.engines.hf import HFEngine
-from drivers.policy.weight_gatherer import WeightGatherer
-from drivers.policy.weights import PolicyWeights, WeightShape, checksums
+from drivers.policy.checksums import checksums
+from drivers.policy.weights import PolicyWeights, WeightGatherer, WeightShape
 from drivers.settings.sampling import Sampling
 from drivers.tasks.questions import Example, Question
 from drivers.training.batch import make_rollout_batch
-from drivers.training.scoring import score
+from drivers.training.forward import forward
 from drivers.training.self_check import check_engine
 from tests.drivers.helpers.architectures import make_architecture
 from tests.drivers.helpers.conversations import INSERTED, interrupt, make_rollout
@@ -325,7 +325,7 @@ def test_generate_replays_sets(subject, cut):
     if cut == {"top_k": 5}:
         assert sizes == {5}
     rollouts = make_rollout_batch(completions, torch.zeros(len(completions)))
-    replayed = score(subject.policy, rollouts, 0.7)["log_probs"].detach()
+    replayed = forward(subject.policy, rollouts, 0.7)["log_probs"].detach()
     assert_close(replayed, rollouts.sampler_log_probs, rtol=0, atol=TOLERANCE)
     agreement = run_self_check(subject, sampling=sampling)
     assert agreement.largest < TOLERANCE

@@ -16,6 +16,7 @@ from drivers.settings.groups import OptimizerSettings
 from drivers.settings.sampling import Sampling
 from drivers.training import memory, shortcuts
 from drivers.training.batch import make_rollout_batch
+from drivers.training.forward import forward
 from drivers.training.memory import (
     GIB,
     MemoryPlan,
@@ -24,7 +25,6 @@ from drivers.training.memory import (
     max_micro_batch_tokens,
     plan_memory,
 )
-from drivers.training.scoring import score
 from tests.drivers.helpers.letters import clone_policy, make_completion, make_tiny_config, make_tiny_parts
 
 
@@ -58,7 +58,7 @@ def measure_kept_bytes(policy, rows, row):
         [make_completion([5 + k] * (row - 8), [9] * 8) for k in range(rows)], torch.zeros(rows)
     )
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        score(policy, rollouts, 1.0, with_entropy=True)["log_probs"].sum()
+        forward(policy, rollouts, 1.0, with_entropy=True)["log_probs"].sum()
     return sum(size for size, _ in kept.values())
 
 
@@ -190,7 +190,7 @@ def test_gradient_checkpointing_saves_memory_and_keeps_gradient():
     assert measure_kept_bytes(checkpointed, 2, 64) < 0.5 * measure_kept_bytes(plain, 2, 64)
     rollouts = make_rollout_batch([make_completion([5, 6, 7], [8, 9]), make_completion([5, 6], [3])], torch.zeros(2))
     for policy in (plain, checkpointed):
-        score(policy, rollouts, 1.0)["log_probs"].sum().backward()
+        forward(policy, rollouts, 1.0)["log_probs"].sum().backward()
     for ours, theirs in zip(checkpointed.parameters(), plain.parameters(), strict=True):
         assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
 

@@ -16,17 +16,17 @@ from drivers.policy.reference import mix_into_reference
 from drivers.settings.command_line import parse_train_config
 from drivers.settings.formula import formula, show
 from drivers.settings.grpo import GrpoConfig
-from drivers.settings.objectives import ADVANTAGES, OBJECTIVES
 from drivers.settings.recipes import QUICKSTART, RECIPES
 from drivers.settings.sampling import Sampling
+from drivers.settings.tables import ADVANTAGES, OBJECTIVES
 from drivers.training import update as update_step
 from drivers.training.advantages import compute_rewards, prepare_rollouts
 from drivers.training.batch import make_rollout_batch
 from drivers.training.components import Components
+from drivers.training.forward import forward, forward_all
 from drivers.training.metrics import UpdateMetrics
 from drivers.training.objective import EntropyBonus, compute_objective, find_responses_with_gradient, weigh_step
 from drivers.training.rollouts import collect
-from drivers.training.scoring import score, score_all
 from drivers.training.update import accumulate_gradients
 from grpo_core import LossType, grpo_microbatch_train_step, normalize_group_rewards
 from grpo_core.types import Aggregation
@@ -109,7 +109,7 @@ def test_gradient_equals_grpo_microbatch_train_step(loss_type, aggregation):
     batch = prepare_rollouts(config, parts.policy, None, rollouts, scores, None)
     weighed, _ = weigh_step(config, batch)
     loss = accumulate_gradients(parts.policy, weighed, config, 0.0, UpdateMetrics())
-    log_probs = score(twin, rollouts, 1.0)["log_probs"]
+    log_probs = forward(twin, rollouts, 1.0)["log_probs"]
     advantages = normalize_group_rewards(rollouts.rewards[:, 0], 8)[:, None]
     constant = {"token_mean": float(rollouts.n_response_tokens), "constant": float(config.sampling_max_tokens)}
     expected, _ = grpo_microbatch_train_step(
@@ -145,7 +145,7 @@ def test_old_policy_trainer_uses_log_probs_before_the_first_update():
     batch, _ = weigh_step(config, prepare_rollouts(config, before, first, rollouts, scores, None))
     mask = rollouts.response_mask
     for found, model in ((batch.old_log_probs, before), (batch.reference_log_probs, first)):
-        assert_close(found[mask], score(model, rollouts, 1.0)["log_probs"].detach()[mask], rtol=1e-4, atol=1e-5)
+        assert_close(found[mask], forward(model, rollouts, 1.0)["log_probs"].detach()[mask], rtol=1e-4, atol=1e-5)
 
 
 def test_rejected_responses_have_no_weight_in_losses_of_responses():
@@ -510,7 +510,7 @@ def test_loss_type_calls_its_function(loss_type):
 
 def estimate_by_token(rewards, rollouts):
     """Return the advantages of the optimal token baseline, from what the policy scores."""
-    scored = score_all(make_tiny_parts().policy, rollouts, make_tiny_config(), with_collisions=True)
+    scored = forward_all(make_tiny_parts().policy, rollouts, make_tiny_config(), with_collisions=True)
     inputs = scored["log_probs"], scored["collision_probs"], rollouts.response_mask
     return core.compute_otb_advantages(rewards, 8, *inputs)
 
@@ -587,7 +587,7 @@ def test_kl_in_reward_is_sum_of_future_tokens(advantage):
     reference = make_tiny_policy(5)
     batch = prepare_rollouts(config, parts.policy, reference, rollouts, scores, None)
     mask = rollouts.response_mask
-    gap = (score(parts.policy, rollouts, 1.0)["log_probs"] - score(reference, rollouts, 1.0)["log_probs"]).detach()
+    gap = (forward(parts.policy, rollouts, 1.0)["log_probs"] - forward(reference, rollouts, 1.0)["log_probs"]).detach()
     ahead = torch.stack([torch.where(mask, gap, 0.0)[:, t:].sum(1) for t in range(mask.shape[1])], dim=1)
     base = rollouts.rewards
     if advantage == "group":
@@ -652,7 +652,7 @@ def test_positive_nll_is_mean_over_tokens_of_positive_responses():
     assert 0 < imitated.sum() < 15
     assert find_responses_with_gradient(config, batch, 0.0) == imitated.nonzero().flatten().tolist()
     loss = accumulate_gradients(parts.policy, batch, config, 0.0, UpdateMetrics())
-    log_probs = score(clone_policy(parts.policy), rollouts, 1.0)["log_probs"][
+    log_probs = forward(clone_policy(parts.policy), rollouts, 1.0)["log_probs"][
         rollouts.response_mask & imitated[:, None]
     ]
     policy_loss = 0.0  # all advantages are 0
@@ -704,7 +704,7 @@ def test_top_entropy_fraction_trains_on_the_tokens_of_highest_entropy():
     config, parts = make_tiny_config(top_entropy_fraction=0.25), make_tiny_parts()
     rollouts, scores = sample_rollouts(config, parts)
     prepared = prepare_rollouts(config, parts.policy, None, rollouts, scores, None)
-    entropy = score(parts.policy, rollouts, 1.0, with_entropy=True)["token_entropy"].detach()
+    entropy = forward(parts.policy, rollouts, 1.0, with_entropy=True)["token_entropy"].detach()
     mask = rollouts.response_mask
     assert_close(prepared.old_entropy[mask], entropy[mask], rtol=1e-5, atol=1e-5)
     weighed, step_metrics = weigh_step(config, prepared)
@@ -903,7 +903,7 @@ def test_top_p_samples_likeliest_tokens_only():
     )
     assert len({t for one in narrow for t in one.token_ids}) < len({t for one in wide for t in one.token_ids})
     rollouts = make_rollout_batch(narrow, torch.zeros(len(narrow)))
-    own = score(policy, rollouts, 1.0)["log_probs"].detach()[rollouts.response_mask]
+    own = forward(policy, rollouts, 1.0)["log_probs"].detach()[rollouts.response_mask]
     assert (rollouts.sampler_log_probs[rollouts.response_mask] > own + 1).all()
 
 

@@ -14,7 +14,7 @@ import grpo_core as core
 from drivers.settings.algorithm import OPTIONS_READ_BY_LOSS
 from drivers.settings.formula import formula
 from drivers.settings.grpo import GrpoConfig
-from drivers.settings.objectives import ADVANTAGES, OBJECTIVES, AdvantageName, Objective, ObjectiveName
+from drivers.settings.tables import ADVANTAGES, OBJECTIVES, AdvantageName, Objective, ObjectiveName
 from drivers.training.advantages import prepare_rollouts
 from drivers.training.metrics import UpdateMetrics
 from drivers.training.objective import weigh_step

@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from drivers.settings.objectives import OBJECTIVES
+from drivers.settings.tables import OBJECTIVES
 from tests.drivers.helpers import pretend_device, pretend_runs
 from tests.drivers.helpers.forked import ForkedProgram
 

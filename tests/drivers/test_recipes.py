@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from drivers.settings.objectives import OBJECTIVES
 from drivers.settings.recipes import QUICKSTART, RECIPES
+from drivers.settings.tables import OBJECTIVES
 from drivers.training.advantages import compute_rewards, prepare_rollouts
 from drivers.training.batch import make_rollout_batch
 from drivers.training.metrics import UpdateMetrics

@@ -1,4 +1,4 @@
-"""Replayed sets: a truncated sampler and the policy have one distribution, in scores, losses and checkpoints."""
+"""Replayed sets: a truncated sampler and the policy have one distribution, in log-probs, losses and checkpoints."""
 
 import json
 from dataclasses import replace
@@ -11,10 +11,9 @@ from drivers.engines.kept_tokens import KeptTokens
 from drivers.engines.protocol import exclude_end
 from drivers.settings.formula import show
 from drivers.settings.sampling import Sampling
-from drivers.training import scoring
 from drivers.training.batch import StepRollouts, make_rollout_batch
+from drivers.training.forward import forward
 from drivers.training.micro_batches import Row
-from drivers.training.scoring import score
 from drivers.training.self_check import self_check_sampling
 from tests.drivers.helpers.letters import make_tiny_config, make_tiny_parts
 from tests.drivers.helpers.runs import run_training
@@ -39,20 +38,20 @@ def sample(config, parts):
 def test_replayed_log_probs_equal_those_of_sampler(name, has_head, monkeypatch):
     """In rows of a group and in rows of one response, by the fused head and from all logits."""
     if not has_head:
-        monkeypatch.setattr(scoring, "find_head", lambda policy: None)
+        monkeypatch.setattr("drivers.training.forward.find_head", lambda policy: None)
     config, parts = make_tiny_config(sampling_replay=True, **SAMPLERS[name]), make_tiny_parts()
     rollouts = sample(config, parts)
     completions = rollouts.completions
     apart = [Row(c.prompt_token_ids, (i,), (len(c.token_ids),)) for i, c in enumerate(completions)]
     for rows in (None, apart, apart[::-1]):
-        scored = score(parts.policy, rollouts, 1.0, rows, with_entropy=True)
-        assert_close(scored["log_probs"].detach(), rollouts.sampler_log_probs, rtol=0, atol=1e-5)
-        assert (scored["token_entropy"] >= -1e-6).all()
+        token_values = forward(parts.policy, rollouts, 1.0, rows, with_entropy=True)
+        assert_close(token_values["log_probs"].detach(), rollouts.sampler_log_probs, rtol=0, atol=1e-5)
+        assert (token_values["token_entropy"] >= -1e-6).all()
     bare = replace(rollouts, completions=tuple(replace(c, kept=None, excluded=()) for c in completions))
-    whole = score(parts.policy, bare, 1.0, with_entropy=True)
+    whole = forward(parts.policy, bare, 1.0, with_entropy=True)
     # What the sampler left out had a share of the probability.
-    assert (whole["log_probs"] < scored["log_probs"] - 1e-3)[:, 0].all()
-    assert (whole["token_entropy"] > scored["token_entropy"])[:, 0].all()
+    assert (whole["log_probs"] < token_values["log_probs"] - 1e-3)[:, 0].all()
+    assert (whole["token_entropy"] > token_values["token_entropy"])[:, 0].all()
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from drivers.engines.protocol import Completion
 from drivers.runs.completions import round_for_log, token_texts, with_values
 from drivers.training.batch import StepRollouts
+from drivers.training.forward import forward
 from drivers.training.metrics import UpdateMetrics
-from drivers.training.scoring import score
 from grpo_core import normalize_group_rewards
 from tests.drivers.helpers.letters import (
     letter_reward,
@@ -102,14 +102,14 @@ def test_logged_completions_hold_first_pass_values(tmp_path):
     """Micro-batches reorder responses, and later epochs have other weights."""
     config, parts = make_tiny_config(), make_tiny_parts()
     rollouts, _ = sample_rollouts(config, parts)
-    expected = score(parts.policy, rollouts, 1.0, with_entropy=True)
+    expected = forward(parts.policy, rollouts, 1.0, with_entropy=True)
     metrics = UpdateMetrics(rollouts.completions[:3])
     for epoch in range(2):
         for rows in ([9, 2, 0], [1, 5]):
             micro = rollouts.select(rows)
-            scored = score(parts.policy, micro, 1.0, with_entropy=True)
-            scored = {name: values.detach() + epoch for name, values in scored.items()}
-            metrics.add_micro_batch(micro, scored, {"response_tokens": micro.response_mask.sum().float()})
+            token_values = forward(parts.policy, micro, 1.0, with_entropy=True)
+            token_values = {name: values.detach() + epoch for name, values in token_values.items()}
+            metrics.add_micro_batch(micro, token_values, {"response_tokens": micro.response_mask.sum().float()})
         metrics.add_update(torch.zeros(()), torch.zeros(()), {})
     metrics.summary()
     found = metrics.logged_token_values()

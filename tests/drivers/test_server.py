@@ -17,7 +17,7 @@ import torch
 from drivers.common.errors import EngineDiedError, TrainingAbortedError, UsageError
 from drivers.engines import supervision
 from drivers.engines.teacher_server import TeacherServer
-from drivers.policy.weight_gatherer import WeightGatherer
+from drivers.policy.weights import WeightGatherer
 from drivers.settings.sampling import Sampling
 from drivers.training.components import Components
 from drivers.training.self_check import check_engine
@@ -159,7 +159,7 @@ def check_teacher(folder, url, policy, completions):
     teacher = TeacherServer(url, 60.0)
     teacher.check(make_tiny_tokenizer(), last_id=97, longest=511)
     expected = [value for completion in completions for value in compute_log_probs(policy, completion)]
-    assert teacher.score(completions) == pytest.approx(expected, abs=1e-4)
+    assert teacher.compute_log_probs(completions) == pytest.approx(expected, abs=1e-4)
     with pytest.raises(UsageError, match=rf"--teacher {url}/v1/completions: responds with 400: .*out of vocabulary"):
         teacher.check(make_tiny_tokenizer(), last_id=98, longest=511)
     rows = run_program(folder, "taught", f"--teacher {url} --teacher-only --engine hf")

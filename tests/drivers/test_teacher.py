@@ -15,8 +15,8 @@ from drivers.settings.command_line import parse_train_config
 from drivers.settings.formula import formula
 from drivers.training.advantages import prepare_rollouts
 from drivers.training.batch import make_rollout_batch
+from drivers.training.forward import forward
 from drivers.training.objective import find_responses_with_gradient, weigh_step
-from drivers.training.scoring import score
 from tests.drivers.helpers.engines import StubTeacher, run_stub_server
 from tests.drivers.helpers.letters import make_tiny_config, make_tiny_parts, sample_rollouts
 from tests.drivers.helpers.runs import run_training
@@ -33,7 +33,9 @@ def teacher():
 
 def measure_gap(parts, teacher, rollouts, temperature=1.0):
     """Return log pi_T - log pi of each token."""
-    of_teacher, own = (score(model, rollouts, temperature)["log_probs"].detach() for model in (teacher, parts.policy))
+    of_teacher, own = (
+        forward(model, rollouts, temperature)["log_probs"].detach() for model in (teacher, parts.policy)
+    )
     return of_teacher - own
 
 
@@ -218,20 +220,20 @@ def test_server_that_cannot_score_is_refused_in_one_line(stub, path, change, mes
 def scored(stub):
     """Return rollouts and the teacher's log-probs of them."""
     rollouts, _ = sample_rollouts(make_tiny_config(), make_tiny_parts())
-    return rollouts.completions, TeacherServer(stub.url, 60.0).score(rollouts.completions)
+    return rollouts.completions, TeacherServer(stub.url, 60.0).compute_log_probs(rollouts.completions)
 
 
 def test_server_that_returns_is_asked_again(stub, scored):
     completions, expected = scored
     failures, messages = [503], []
     stub.changes["v1/completions"] = lambda answer: failures.pop() if failures else answer
-    assert TeacherServer(stub.url, 60.0, messages.append).score(completions) == expected
+    assert TeacherServer(stub.url, 60.0, messages.append).compute_log_probs(completions) == expected
     (message,) = messages
     assert message.startswith(f"warning: --teacher {stub.url}/v1/completions: responds with 503")
     assert message.endswith("; waiting for the server to respond again")
     stub.changes["v1/completions"] = lambda _: 503
     with pytest.raises(EngineDiedError, match="responds with 503"):
-        TeacherServer(stub.url, 60.0, messages.append).score(completions)
+        TeacherServer(stub.url, 60.0, messages.append).compute_log_probs(completions)
 
 
 def test_server_that_hangs_or_stays_away_ends_the_run(stub, scored, monkeypatch):
@@ -240,6 +242,6 @@ def test_server_that_hangs_or_stays_away_ends_the_run(stub, scored, monkeypatch)
     end, messages = threading.Event(), []
     stub.changes |= {"v1/completions": lambda _: end.wait(20) and {}, "health": lambda _: 500}
     with pytest.raises(EngineDiedError, match=r"/health did not respond within 0.1 s"):
-        TeacherServer(stub.url, 0.3, messages.append).score(completions)
+        TeacherServer(stub.url, 0.3, messages.append).compute_log_probs(completions)
     end.set()
-    assert "did not finish scoring 32 responses within 0.3 s (--engine-deadline-s)" in messages[0]
+    assert "did not finish computing log-probs of 32 responses within 0.3 s (--engine-deadline-s)" in messages[0]

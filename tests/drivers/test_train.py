@@ -15,9 +15,9 @@ from drivers.train import train
 from drivers.training import update as update_step
 from drivers.training.advantages import prepare_rollouts
 from drivers.training.components import Components
+from drivers.training.forward import forward
 from drivers.training.metrics import UpdateMetrics
 from drivers.training.objective import find_responses_with_gradient, weigh_step
-from drivers.training.scoring import score
 from drivers.training.update import accumulate_gradients
 from grpo_core.types import Aggregation, LossType
 from tests.drivers.helpers.letters import (
@@ -115,8 +115,8 @@ def test_old_log_probs_are_computed_once_per_step_if_needed(tmp_path, monkeypatc
     from drivers.training import advantages as program
 
     calls = []
-    compute = program.score_all
-    monkeypatch.setattr(program, "score_all", lambda *a, **k: calls.append(1) or compute(*a, **k))
+    compute = program.forward_all
+    monkeypatch.setattr(program, "forward_all", lambda *a, **k: calls.append(1) or compute(*a, **k))
     run_training(tmp_path, n_grpo_steps=2, loss_type=loss_type, **TWO_EPOCHS)
     assert len(calls) == passes
 
@@ -186,7 +186,7 @@ def test_accumulate_gradients_never_waits_for_device(cut, loss, monkeypatch):
     batch = prepare_rollouts(config, parts.policy, None, rollouts, scores, None)
     batch, step_metrics = weigh_step(config, batch)
     metrics = UpdateMetrics()
-    score(parts.policy, batch.select([0, 1]), 1.0)  # the trials of head and rows precede the loop
+    forward(parts.policy, batch.select([0, 1]), 1.0)  # the trials of head and rows precede the loop
     pulling = find_responses_with_gradient(config, batch, config.entropy_coef)  # read on the host before the loop
     monkeypatch.setattr(update_step, "find_responses_with_gradient", lambda *_: pulling)
     with NeverWaits():

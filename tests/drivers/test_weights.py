@@ -16,19 +16,12 @@ from drivers.common.errors import TrainingAbortedError, UsageError
 from drivers.engines.factory import make_engine
 from drivers.engines.hf import HFReplica
 from drivers.policy import fsdp
+from drivers.policy.checksums import check_loaded, checksum, checksums, find_differing
 from drivers.policy.lora import adapter_weights, add_lora, scaled_adapter
-from drivers.policy.weight_gatherer import WeightGatherer
-from drivers.policy.weights import (
-    PolicyWeights,
-    check_loaded,
-    checksum,
-    checksums,
-    find_differing,
-    stochastic_round,
-)
+from drivers.policy.weights import PolicyWeights, WeightGatherer, stochastic_round
 from drivers.training.advantages import prepare_rollouts
 from drivers.training.components import Components
-from drivers.training.scoring import score_all
+from drivers.training.forward import forward_all
 from tests.drivers.helpers.architectures import make_architecture
 from tests.drivers.helpers.engines import make_options
 from tests.drivers.helpers.letters import make_tiny_config, make_tiny_parts, sample_rollouts
@@ -313,7 +306,7 @@ def test_lora_without_adapters_is_the_reference(dtype):
         for reference in (None, make_tiny_policy(0).to(dtype))
     )
     assert torch.equal(found.reference_log_probs, expected.reference_log_probs)
-    now = score_all(policy, rollouts, config)["log_probs"]
+    now = forward_all(policy, rollouts, config)["log_probs"]
     assert (now - found.reference_log_probs).abs().max() > 1e-2  # adapters are on again
     assert trained == [name for name, p in policy.named_parameters() if p.requires_grad]
     with pytest.raises(ValueError, match="needs reference, a frozen copy of the initial policy; got None"):

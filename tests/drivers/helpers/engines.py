@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from drivers.common.errors import EngineDiedError
 from drivers.engines.factory import make_engine
 from drivers.engines.options import EngineOptions
-from drivers.policy.weight_gatherer import WeightGatherer
-from drivers.policy.weights import checksums
+from drivers.policy.checksums import checksums
+from drivers.policy.weights import WeightGatherer
 from tests.drivers.helpers.letters import make_completion
 from tests.drivers.helpers.processes import ROOT, list_descendants
 from tests.tiny import make_tiny_policy, make_tiny_tokenizer

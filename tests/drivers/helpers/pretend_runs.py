@@ -14,10 +14,10 @@ from drivers.train import train
 from drivers.training import run as run_module
 from drivers.training.advantages import prepare_rollouts
 from drivers.training.components import Components
+from drivers.training.forward import forward
 from drivers.training.metrics import UpdateMetrics
 from drivers.training.objective import weigh_step
 from drivers.training.run import Run
-from drivers.training.scoring import score
 from drivers.training.update import accumulate_gradients
 from tests.benchmarks.spread_reward import spread_reward
 from tests.drivers.helpers import pretend_device
@@ -46,7 +46,7 @@ def compare_updates(folder, settings):
         gradients = []
         for policy in policies:
             batch, _ = weigh_step(config, prepare_rollouts(config, policy, None, rollouts, scores, None))
-            score(policy, batch.select([0]), 1.0)  # the trials of shortcuts are not part of the loop
+            forward(policy, batch.select([0]), 1.0)  # the trials of shortcuts are not part of the loop
             policy.zero_grad()
             pretend_device.synchronizations.clear()
             accumulate_gradients(policy, batch, config, config.entropy_coef, UpdateMetrics())

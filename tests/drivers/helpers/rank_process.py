@@ -19,7 +19,7 @@ from drivers.common.display import Display
 from drivers.engines.hf import HFReplica
 from drivers.engines.rank_zero import EngineOnRankZero
 from drivers.policy.lora import add_lora
-from drivers.policy.weight_gatherer import WeightGatherer
+from drivers.policy.weights import WeightGatherer
 from drivers.runs.folder import find_checkpoint
 from drivers.train import train
 from drivers.training.memory import enable_checkpointing

@@ -88,6 +88,11 @@ MUTANTS = [
         ),
         ("rounded buffers", "torch.float32 if buffer.is_floating_point() else buffer.dtype", "self._dtype"),
         ("files for all", "self._as_files = policy, dtype, as_files", "self._as_files = policy, dtype, True"),
+    ),
+    *breaks(
+        "check_loaded",
+        "drivers/policy/checksums.py",
+        f"{WEIGHTS} -k check_loaded",
         ("all is loaded", "        if problem:\n", "        if False:\n"),
     ),
     *breaks(
@@ -115,7 +120,7 @@ MUTANTS = [
     ),
     *breaks(
         "WeightGatherer",
-        "drivers/policy/weight_gatherer.py",
+        PUSHED,
         f"{WEIGHTS} -k 'adapter_is_gathered'",
         ("other ranks gather all", "            if message.is_adapter:\n", "            if False:\n"),
         ("rank 0 asks for all", "self._send(_Gather(is_adapter=True))", "self._send(_Gather())"),

@@ -206,7 +206,7 @@ MUTANTS = [
     ),
     *breaks(
         "OBJECTIVES",
-        "drivers/settings/objectives.py",
+        "drivers/settings/tables.py",
         f"{OBJECTIVE} -k rows_with_gradient_cases",
         (
             "responses without advantage are left out of DRO",
@@ -216,7 +216,7 @@ MUTANTS = [
     ),
     *breaks(
         "resolve_values",
-        "drivers/settings/objectives.py",
+        "drivers/settings/tables.py",
         f"{OBJECTIVE} {FLAGS} tests/drivers/test_recipes.py -k 'calls_its_function or cliprange'",
         (
             "one bound for both sides",

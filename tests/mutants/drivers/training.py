@@ -410,17 +410,17 @@ MUTANTS = [
         ),
         (
             "the policy is the reference",
-            'known["reference_log_probs"] = score_all(initial,',
-            'known["reference_log_probs"] = score_all(policy,',
+            'known["reference_log_probs"] = forward_all(initial,',
+            'known["reference_log_probs"] = forward_all(policy,',
         ),
         (
             "the sampler is the reference",
-            'score_all(initial, rollouts, config)["log_probs"]',
+            'forward_all(initial, rollouts, config)["log_probs"]',
             "rollouts.sampler_log_probs",
         ),
         (
             "the sampler's log-probs are the old ones",
-            "known |= {names[name]: values for name, values in scored.items() if name in names}",
+            "known |= {names[name]: values for name, values in token_values.items() if name in names}",
             'known["old_log_probs"] = rollouts.sampler_log_probs',
         ),
         (
@@ -478,7 +478,11 @@ MUTANTS = [
         ("no coefficient", "advantages + config.teacher_coef * taught", "advantages + taught"),
         ("unscored responses too", "batch.teacher_log_probs, mask)", "batch.teacher_log_probs, batch.response_mask)"),
         ("rewards count too", "    if config.teacher_only:\n", "    if False:\n"),
-        ("the policy teaches itself", "score_by_teacher(config, teacher,", "score_by_teacher(config, policy,"),
+        (
+            "the policy teaches itself",
+            "compute_teacher_log_probs(config, teacher,",
+            "compute_teacher_log_probs(config, policy,",
+        ),
         (
             "the sampler is the policy",
             "(batch.old_log_probs, batch.teacher_log",
@@ -714,13 +718,13 @@ MUTANTS = [
         ),
     ),
     *breaks(
-        "score",
-        "drivers/training/scoring.py",
-        f"{BATCH} -k 'score_divides or score_sums or flat_response'",
+        "forward",
+        "drivers/training/forward.py",
+        f"{BATCH} -k 'forward_divides or forward_sums or flat_response'",
         (
             "the temperature is left out",
-            "score_states(temperature=temperature, return_entropy",
-            "score_states(temperature=1.0, return_entropy",
+            "apply_head(temperature=temperature, return_entropy",
+            "apply_head(temperature=1.0, return_entropy",
         ),
         (
             "the temperature is left out of log-probs of logits",
@@ -735,8 +739,8 @@ MUTANTS = [
         ("the entropy never has a gradient", "if with_entropy and detach_entropy else {}", "if with_entropy else {}"),
         (
             "the head is not sharpened",
-            "score_states(temperature=temperature / 2",
-            "score_states(temperature=temperature",
+            "apply_head(temperature=temperature / 2",
+            "apply_head(temperature=temperature",
         ),
         (
             "logits are not sharpened",
@@ -745,9 +749,9 @@ MUTANTS = [
         ),
     ),
     *breaks(
-        "score_all",
-        "drivers/training/scoring.py",
-        f"{BATCH} -k score_all",
+        "forward_all",
+        "drivers/training/forward.py",
+        f"{BATCH} -k forward_all",
         (
             "at temperature 1",
             "rollouts.select(members), config.sampling_temperature, rows",
@@ -1072,7 +1076,7 @@ MUTANTS = [
         "check_engine",
         "drivers/training/self_check.py",
         f"{DRIVERS}/test_engines.py {LOOP} -k 'self_check or check_asks'",
-        ("at temperature 1", "score(policy, rollouts, sampling.temperature)", "score(policy, rollouts, 1.0)"),
+        ("at temperature 1", "forward(policy, rollouts, sampling.temperature)", "forward(policy, rollouts, 1.0)"),
         ("any difference is fine", "if not agreement.mean <= tolerance:", "if False:"),
         (
             "the largest difference decides",
@@ -1093,10 +1097,10 @@ MUTANTS = [
     ),
     *breaks(
         "only_sampled",
-        "drivers/training/scoring.py",
+        "drivers/training/forward.py",
         "tests/drivers/test_conversations.py tests/drivers/test_batch.py -k 'not example'",
         (
-            "inserted tokens are scored",
+            "inserted tokens too",
             "    if not any(completion.sampled for completion",
             "    if any(completion.sampled for completion",
         ),
@@ -1120,7 +1124,7 @@ MUTANTS = [
     ),
     *breaks(
         "token_sets",
-        "drivers/training/scoring.py",
+        "drivers/training/forward.py",
         f"{DRIVERS}/test_replay.py",
         ("kept sets are not replayed", 'sets["kept_ids"] = torch.cat(', "torch.cat("),
         ("the end token is not hidden", 'sets["excluded_ids"] = torch.tensor(rows)', "pass"),

@@ -1,4 +1,4 @@
-"""Score responses: compute the log-probs of their tokens, and the entropies, in forward passes of the policy."""
+"""Compute log-probs and entropies of response tokens in forward passes of the policy."""
 
 import inspect
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from grpo_core import (
 )
 
 
-def score(
+def forward(
     policy: nn.Module,
     rollouts: RolloutBatch,
     temperature: float,
@@ -45,20 +45,22 @@ def score(
         rows = plan_rows(policy, rollouts, range(len(rollouts)))
     shape, device = rollouts.response_mask.shape, next(policy.parameters()).device
     if not rows:
-        names = _list_scores(with_entropy, with_collisions)
+        names = _list_outputs(with_entropy, with_collisions)
         return {name: torch.zeros(shape, device=device) for name in names}
     head = find_head(policy)  # before the pass, because its trial is a forward pass too
-    scored = fsdp.with_unsharded_params(
+    outputs = fsdp.with_unsharded_params(
         policy,
-        lambda: _score_rows(policy, head, rollouts, rows, temperature, with_entropy, detach_entropy, with_collisions),
+        lambda: _forward_rows(
+            policy, head, rollouts, rows, temperature, with_entropy, detach_entropy, with_collisions
+        ),
     )
     places = flat_token_index(rows, rollouts.completions, shape[1])
     index = torch.tensor(places, dtype=torch.long).to(device, non_blocking=True)
-    flat = {name: values.new_zeros(shape.numel()).index_copy(0, index, values) for name, values in scored.items()}
+    flat = {name: values.new_zeros(shape.numel()).index_copy(0, index, values) for name, values in outputs.items()}
     return {name: rearrange(x, "(response token) -> response token", token=shape[1]) for name, x in flat.items()}
 
 
-def _list_scores(with_entropy: bool, with_collisions: bool) -> list[str]:
+def _list_outputs(with_entropy: bool, with_collisions: bool) -> list[str]:
     return ["log_probs", *["token_entropy"] * with_entropy, *["collision_probs"] * with_collisions]
 
 
@@ -73,7 +75,7 @@ def flat_token_index(rows: Sequence[Row], completions: Sequence[Completion], wid
     ]
 
 
-def _score_rows(
+def _forward_rows(
     policy: Any,
     head: Head | None,
     rollouts: RolloutBatch,
@@ -83,7 +85,7 @@ def _score_rows(
     detach_entropy: bool,
     with_collisions: bool,
 ) -> dict[str, Tensor]:
-    """Return the scores of the sampled tokens, row after row. Nothing is copied back from the device to the host."""
+    """Return `forward` of the sampled tokens, row after row. Nothing is copied back from the device to the host."""
     responses = [[rollouts.completions[member].token_ids for member in row.members] for row in rows]
     packed = pack_group_rows([row.prompt for row in rows], responses)
     if packs_rows(policy):
@@ -96,16 +98,16 @@ def _score_rows(
     labels = packed["labels"].to(device, non_blocking=True)
     if head is None:
         logits = _compute_logits(policy, inputs, packed["sources"])
-        scored = {"log_probs": select_log_probs(logits, labels, temperature=temperature, **sets)}
+        outputs = {"log_probs": select_log_probs(logits, labels, temperature=temperature, **sets)}
         if with_entropy:
             source = logits.detach() if detach_entropy else logits
-            scored["token_entropy"] = compute_entropy(source, temperature=temperature, **sets)
+            outputs["token_entropy"] = compute_entropy(source, temperature=temperature, **sets)
         if with_collisions:
             sharpened = select_log_probs(logits, labels, temperature=temperature / 2, **sets)
-            scored["collision_probs"] = compute_collision_probs(scored["log_probs"], sharpened)
-        return scored
+            outputs["collision_probs"] = compute_collision_probs(outputs["log_probs"], sharpened)
+        return outputs
     states = rearrange(head.body(**inputs).last_hidden_state, "row column hidden -> (row column) hidden")
-    score_states = partial(  # it keeps the logits only if they fit into max_logits_bytes
+    apply_head = partial(  # it keeps the logits only if they fit into max_logits_bytes
         fused_linear_log_probs,
         states.index_select(0, packed["sources"].to(device, non_blocking=True)),
         head.output.weight,
@@ -114,22 +116,22 @@ def _score_rows(
         logit_softcap=head.softcap,
         **sets,
     )
-    scored = score_states(temperature=temperature, return_entropy=with_entropy)
+    outputs = apply_head(temperature=temperature, return_entropy=with_entropy)
     if with_collisions:
-        sharpened = score_states(temperature=temperature / 2, return_entropy=False)["log_probs"]
-        scored["collision_probs"] = compute_collision_probs(scored["log_probs"], sharpened)
-    return scored | ({"token_entropy": scored["token_entropy"].detach()} if with_entropy and detach_entropy else {})
+        sharpened = apply_head(temperature=temperature / 2, return_entropy=False)["log_probs"]
+        outputs["collision_probs"] = compute_collision_probs(outputs["log_probs"], sharpened)
+    return outputs | ({"token_entropy": outputs["token_entropy"].detach()} if with_entropy and detach_entropy else {})
 
 
 def only_sampled(
     packed: dict[str, Tensor], sets: dict[str, Tensor], completions: Sequence[Completion]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return what is scored without the inserted tokens of conversations; these stay in the context of the others."""
+    """Return the inputs without the inserted tokens of conversations; these stay in the context of the others."""
     if not any(completion.sampled for completion in completions):
         return packed, sets
     flags = torch.tensor([flag for completion in completions for flag in completion.is_sampled])
-    scored = {name: packed[name][flags] for name in ("sources", "labels")}
-    return packed | scored, {name: ids[flags] for name, ids in sets.items()}
+    sampled = {name: packed[name][flags] for name in ("sources", "labels")}
+    return packed | sampled, {name: ids[flags] for name, ids in sets.items()}
 
 
 def token_sets(completions: Sequence[Completion]) -> dict[str, Tensor]:
@@ -163,7 +165,7 @@ def _compute_logits(policy: nn.Module, inputs: dict[str, Any], sources: Tensor) 
 
 
 @torch.no_grad()
-def score_all(
+def forward_all(
     policy: nn.Module,
     rollouts: RolloutBatch,
     config: AlgorithmSettings,
@@ -171,12 +173,12 @@ def score_all(
     with_entropy: bool = False,
     with_collisions: bool = False,
 ) -> dict[str, Tensor]:
-    """Return `score` of a whole rollout batch in host memory, computed in micro-batches, like those of training."""
+    """Return `forward` of a whole rollout batch in host memory, computed in micro-batches, like those of training."""
     requested = {"with_entropy": with_entropy, "with_collisions": with_collisions}
-    whole = {name: torch.zeros(rollouts.response_mask.shape) for name in _list_scores(**requested)}
+    whole = {name: torch.zeros(rollouts.response_mask.shape) for name in _list_outputs(**requested)}
     parts = list(plan_micro_batches(config, policy, rollouts, range(len(rollouts))))
     for (members, rows), is_counted in distributed.shard_across_ranks(parts):
-        part = score(policy, rollouts.select(members), config.sampling_temperature, rows, **requested)
+        part = forward(policy, rollouts.select(members), config.sampling_temperature, rows, **requested)
         for name, values in part.items() if is_counted else ():
             whole[name][members, : values.shape[1]] = values.to("cpu", torch.float32)
     return {name: distributed.all_reduce_sum_(values) for name, values in whole.items()}
