@@ -111,15 +111,20 @@ def pytest_collection_modifyitems(config, items) -> None:
     items.sort(key=order_by_duration)
 
 
+unfreeze = gc.unfreeze
+
+
 def pytest_collection_finish() -> None:
     """Have the garbage collector skip the modules and tests, which live to the end: each pass takes half a second."""
     gc.collect()
     gc.freeze()
+    gc.unfreeze = lambda: None  # vLLM calls it at the end of each engine
 
 
 def pytest_sessionfinish() -> None:
     """Undo it, because some libraries complain of objects that are left at the end of the process."""
-    gc.unfreeze()
+    gc.unfreeze = unfreeze
+    unfreeze()
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

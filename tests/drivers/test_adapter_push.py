@@ -155,6 +155,7 @@ def test_train_with_adapter_pushes_learns(subject, tmp_path):
     assert [row["step"] for row in read_rows(tmp_path / "run", "check")] == [0, 1]
 
 
+@pytest.mark.usefixtures("forked_engine")
 def test_adapter_engine_that_died_gets_base_and_adapter(tmp_path):
     """In a process of its own, to which the frozen weights go by a file in memory."""
     import vllm.envs

@@ -10,6 +10,7 @@ from tests.tiny import make_tiny_policy, save_tiny
 
 @pytest.mark.vllm
 @pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
+@pytest.mark.usefixtures("forked_engine")
 def test_nccl_push_in_chunks_arrives_and_survives_a_kill(tmp_path, monkeypatch):
     """Three pushes of fused and tied weights, in chunks; in the second, vLLM is killed and started again."""
     from drivers.engines import vllm, vllm_startup, vllm_transfer

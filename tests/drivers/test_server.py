@@ -1,7 +1,6 @@
 """vLLM servers as the engine: the samples of a local engine, checked pushes, and a server that dies."""
 
 import os
-import signal
 import socket
 import threading
 import time
@@ -118,8 +117,8 @@ def test_server_engine_two_servers_equal_one_engine(tmp_path):
         expected = engine.generate(PROMPTS, sampling, seed=2)
         family = list_descendants(second.pid)  # a dead process has none
         assert family
-        second.send_signal(signal.SIGKILL)
-        second.wait()
+        second.kill()
+        second.join()
         for child in family:
             child.kill()
         begin = time.monotonic()

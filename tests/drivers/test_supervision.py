@@ -298,44 +298,37 @@ def test_vllm_slow_start_is_ended_at_deadline(tmp_path):
     wait_until(lambda: not list_engine_processes())
 
 
-@pytest.fixture(scope="module")
-def own(tmp_path_factory):
-    """Return a policy, a supervised vLLM in its own process, and the list of what the supervisor says."""
-    parts, messages = make_tiny_parts(), []
-    engine = start_tiny(tmp_path_factory.mktemp("tiny"), parts.policy, say=messages.append, deadline_s=60.0)
-    yield SimpleNamespace(parts=parts, engine=engine, messages=messages)
-    engine.close()
-    wait_until(lambda: not list_engine_processes())
-
-
 @pytest.mark.vllm
-def test_vllm_in_own_process_equals_shared_process(own, tmp_path):
+def test_vllm_in_own_process_equals_shared_process(tmp_path):
     """The same seed and data give the same samples and weights."""
     from drivers.train import train
 
-    shared = make_tiny_parts()
-    start = flatten_weights(shared.policy)
-    own.parts.policy.load_state_dict(shared.policy.state_dict())
-    alone = start_tiny(tmp_path / "model", shared.policy, own_process=False)
-    for name, parts, engine in (("shared", shared, alone), ("own", own.parts, own.engine)):
+    start, weights = flatten_weights(make_tiny_parts().policy), []
+    for name, own_process in (("shared", False), ("own", True)):
+        parts = make_tiny_parts()
+        engine = start_tiny(tmp_path / f"{name}-model", parts.policy, own_process=own_process, deadline_s=60.0)
         config = make_tiny_config(engine="vllm", n_grpo_steps=3, learning_rate=1e-3, eval_steps=2)
         run = make_run(config, tmp_path / name, parts.tokenizer)
         try:
             train(config, Components(parts.policy, engine, letter_grader, parts.questions, parts.questions), run)
         finally:
             run.finish()
-    alone.close()
-    assert torch.equal(flatten_weights(shared.policy), flatten_weights(own.parts.policy))
-    assert not torch.equal(start, flatten_weights(shared.policy))
+            engine.close()
+        weights.append(flatten_weights(parts.policy))
+    assert torch.equal(*weights)
+    assert not torch.equal(start, weights[0])
+    wait_until(lambda: not list_engine_processes())
 
 
 @pytest.mark.vllm
-def test_vllm_killed_or_hanging_restarts_with_same_samples(own):
+@pytest.mark.usefixtures("forked_engine")
+def test_vllm_killed_or_hanging_restarts_with_same_samples(tmp_path):
     """It is killed during an answer and then suspended: the samples stay the same, and no process is left.
 
     test_ranks.py kills it during a push.
     """
-    engine, messages = own.engine, own.messages
+    messages = []
+    engine = start_tiny(tmp_path, make_tiny_policy(3), say=messages.append, deadline_s=60.0)
     engine.load_weights(0)
     expected = engine.generate(PROMPTS, LONG, seed=1)
     first = list_engine_processes()
@@ -359,7 +352,8 @@ def test_vllm_killed_or_hanging_restarts_with_same_samples(own):
     assert engine.generate(PROMPTS, LONG, seed=1) == expected
     assert "did not finish sampling from 3 prompts within 3 s" in messages[1]
     assert not list_engine_threads()
-    wait_until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in second))
+    engine.close()
+    wait_until(lambda: not list_engine_processes())
 
 
 @pytest.mark.vllm

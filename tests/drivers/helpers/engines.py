@@ -1,13 +1,12 @@
 """Engines for tests: scripted, vLLM in one or two processes, vLLM servers and a stub of a server."""
 
 import json
-import os
-import subprocess
+import runpy
 import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -20,8 +19,9 @@ from drivers.engines.factory import make_engine
 from drivers.engines.options import EngineOptions
 from drivers.policy.checksums import checksums
 from drivers.policy.weights import WeightGatherer
+from tests.drivers.helpers.forked import EngineContext, ForkedProgram
 from tests.drivers.helpers.letters import make_completion
-from tests.drivers.helpers.processes import ROOT, list_descendants
+from tests.drivers.helpers.processes import list_descendants
 from tests.tiny import make_tiny_policy, make_tiny_tokenizer
 
 PROMPTS = ((5, 6, 7, 8), (9, 10), (11, 12, 13))
@@ -103,31 +103,36 @@ TRANSFER_FLAGS = (
 
 @contextmanager
 def run_server(folder, port, *flags, development="1"):
-    """Run a vLLM server as docs/scaling.md starts it. The wheel for CPUs has no working `vllm` command."""
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--enable-scale-out", "--enforce-eager"]
-    command += ["--dtype", "float32", "--logprobs-mode", "processed_logprobs", "--load-format", "dummy"]
-    command += ["--max-model-len", "512", "--block-size", "32", "--kv-cache-memory-bytes", str(64 << 20)]
-    command += ["--no-enable-chunked-prefill", "--max-logprobs", "-1", "--return-tokens-as-token-ids"]
+    """Run a vLLM server as docs/scaling.md starts it, in a fork of the process that has imported vLLM."""
+    command = ["api_server", "--model", str(folder), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--enable-scale-out", "--enforce-eager", "--dtype", "float32", "--logprobs-mode", "processed_logprobs"]
+    command += ["--load-format", "dummy", "--max-model-len", "512", "--block-size", "32"]
+    command += ["--kv-cache-memory-bytes", str(64 << 20), "--no-enable-chunked-prefill", "--max-logprobs", "-1"]
+    command += ["--return-tokens-as-token-ids"]
     command += ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
-    environment = os.environ | {
-        "VLLM_SERVER_DEV_MODE": development,
-        "PYTHONPATH": str(ROOT),
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    }
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([*command, *(flags or TRANSFER_FLAGS)], env=environment, cwd=folder, **silent)
+    variables = {"VLLM_SERVER_DEV_MODE": development, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    output = folder / f"server-{port}"
+    program = ForkedProgram(serve, [*command, *(flags or TRANSFER_FLAGS)], output=output, variables=variables)
+    process = program.process
     try:
         yield process
     finally:
         children = list_descendants(process.pid)
         process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(30)
+        process.join(30)
         process.kill()
         for child in children:
             if child.is_running():
                 child.kill()
+
+
+def serve(command):
+    """Run `python -m vllm.entrypoints.openai.api_server`; the wheel for CPUs has no working `vllm` command."""
+    import vllm.v1.engine.utils
+
+    vllm.v1.engine.utils.get_mp_context = lambda: EngineContext("fork")
+    sys.argv = command
+    runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
 
 
 def is_up(url):

@@ -1,11 +1,16 @@
 """Programs in processes that are forked from one which has imported everything, so that they start at once."""
 
+import gc
 import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from drivers.engines.supervision import exit_when_trainer_exits
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.drivers.helpers.preloaded"])  # by name: this process may never need vLLM
@@ -52,3 +57,36 @@ def _run(
     if folder is not None:
         os.chdir(folder)
     function(*arguments)
+
+
+class EngineContext:
+    """Fork vLLM's engine, as vLLM does on a GPU. On a CPU it starts Python anew, which takes ten seconds."""
+
+    def __init__(self, method: str = "forkserver") -> None:
+        """Fork from the process that has imported everything, or from this one with the method `fork`."""
+        self._context = _CONTEXT if method == "forkserver" else multiprocessing.get_context(method)
+
+    def Process(self, *, target: Callable[..., Any], name: str, kwargs: Mapping[str, Any]) -> BaseProcess:
+        """Return a process with the environment and the blocked signals that this one has now."""
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        arguments = (target, kwargs, dict(os.environ), blocked)
+        return self._context.Process(target=_run_engine, name=name, args=arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+
+def _run_engine(
+    target: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    environment: Mapping[str, str],
+    blocked: Iterable[signal.Signals],
+) -> None:
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    exit_when_trainer_exits()  # a new Python does so when it imports drivers.engines.vllm_transfer
+    gc.freeze()
+    gc.unfreeze = lambda: None  # at its end vLLM would search all imported modules for garbage, twice
+    target(**arguments)

@@ -4,6 +4,11 @@ import os
 import warnings
 from contextlib import suppress
 
+with suppress(ImportError):
+    import setproctitle
+
+    setproctitle.getproctitle()  # it looks for the title of the process once, beside the environment of its start
+
 from drivers.engines.supervision import TRAINER
 
 # This process is no engine, even if the test process has started one: an engine ends with its trainer.
