@@ -2,6 +2,8 @@
 
 import pytest
 
+from tests.drivers.helpers.forked import EngineContext
+
 
 @pytest.fixture(autouse=True)
 def no_curves(request, monkeypatch):
@@ -13,6 +15,4 @@ def no_curves(request, monkeypatch):
 @pytest.fixture
 def forked_engine(monkeypatch):
     """Fork vLLM's own process, which saves ten seconds of imports; the other tests start it as vLLM does on a CPU."""
-    from tests.drivers.helpers.forked import EngineContext
-
     monkeypatch.setattr("vllm.v1.engine.utils.get_mp_context", EngineContext)

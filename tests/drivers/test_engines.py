@@ -30,6 +30,7 @@ from tests.drivers.helpers.engines import (
     make_vllm_engine,
     start_vllm,
 )
+from tests.drivers.helpers.forked import EngineContext
 from tests.tiny import make_tiny_policy, make_tiny_tokenizer, save_tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
@@ -63,7 +64,9 @@ def subject(request, tmp_path_factory):
     if request.param == "hf":
         engine = HFEngine(policy, make_tiny_tokenizer())
     else:
-        engine = start_vllm(tmp_path_factory.mktemp("tiny"), policy, own_process=has_own_process)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("vllm.v1.engine.utils.get_mp_context", EngineContext)
+            engine = start_vllm(tmp_path_factory.mktemp("tiny"), policy, own_process=has_own_process)
     subject = Subject(request.param, policy, engine)
     subject.push()
     yield subject
