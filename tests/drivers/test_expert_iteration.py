@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_expert_iteration_learns_the_letter(tmp_path):
-    run_expert_iteration(tmp_path, n_ei_steps=6, eval_steps=6)
+    run_expert_iteration(tmp_path, n_ei_steps=12, eval_steps=12)
     before, after = (row["accuracy"] for row in read_rows(tmp_path, "eval"))
     assert before < 0.25
     assert after >= 0.75

@@ -30,7 +30,7 @@ from tests.drivers.helpers.runs import read_rows
 from tests.tiny import make_tiny_policy, save_tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
-LONG = Sampling(n=8, max_tokens=400, stop=())
+LONG = Sampling(n=8, max_tokens=200, stop=())
 
 
 def start_tiny(folder, policy, **options):

@@ -19,7 +19,7 @@ from drivers.engines.factory import make_engine
 from drivers.engines.options import EngineOptions
 from drivers.policy.checksums import checksums
 from drivers.policy.weights import WeightGatherer
-from tests.drivers.helpers.forked import EngineContext, ForkedProgram
+from tests.drivers.helpers.forked import ForkedProgram, fork_engine_from_here
 from tests.drivers.helpers.letters import make_completion
 from tests.drivers.helpers.processes import list_descendants
 from tests.tiny import make_tiny_policy, make_tiny_tokenizer
@@ -128,9 +128,7 @@ def run_server(folder, port, *flags, development="1"):
 
 def serve(command):
     """Run `python -m vllm.entrypoints.openai.api_server`; the wheel for CPUs has no working `vllm` command."""
-    import vllm.v1.engine.utils
-
-    vllm.v1.engine.utils.get_mp_context = lambda: EngineContext("fork")
+    fork_engine_from_here()
     sys.argv = command
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
 

@@ -76,6 +76,13 @@ class EngineContext:
         return getattr(self._context, name)
 
 
+def fork_engine_from_here() -> None:
+    """Have vLLM fork its engine from this process, until the process ends."""
+    import vllm.v1.engine.utils
+
+    vllm.v1.engine.utils.get_mp_context = lambda: EngineContext("fork")
+
+
 def _run_engine(
     target: Callable[..., Any],
     arguments: Mapping[str, Any],

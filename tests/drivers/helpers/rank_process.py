@@ -1,6 +1,7 @@
 """Train the tiny policy as one of the ranks that torchrun starts, or alone: `rank_process.py ARGUMENTS_AS_JSON`."""
 
 import json
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -25,17 +26,17 @@ from drivers.train import train
 from drivers.training.memory import enable_checkpointing
 from drivers.training.run import Run
 from tests.drivers.helpers.engines import make_vllm_engine
+from tests.drivers.helpers.forked import EngineContext
 from tests.drivers.helpers.letters import letter_grader, make_tiny_config, make_tiny_parts
-from tests.drivers.helpers.processes import list_engine_processes
 from tests.tiny import save_tiny
 
 
 def kill_vllm(wait=False):
     """Kill all processes of vLLM."""
-    for process in list_engine_processes():
+    for process in multiprocessing.active_children():
         process.kill()
         if wait:
-            process.wait()
+            process.join()
 
 
 def kill_before_answer(engine, number):
@@ -119,8 +120,11 @@ def main(
     if not distributed.is_rank_zero():
         engine = None
     elif config.engine == "vllm" and not stand_in:
+        import vllm.v1.engine.utils
+
         model = save_tiny(Path(folder) / "model")
         own_process = distributed.size() > 1
+        vllm.v1.engine.utils.get_mp_context = EngineContext  # a fork of this process would have its process group
         engine = make_vllm_engine(policy, model, weights=weights, dtype=precision, own_process=own_process)
         if kill_engine_at is not None:
             kill_before_answer(engine, kill_engine_at)

@@ -5,6 +5,7 @@ import threading
 import time
 
 from drivers import train
+from tests.drivers.helpers.forked import fork_engine_from_here
 from tests.drivers.helpers.processes import list_engine_processes, list_shared_memory
 
 
@@ -42,14 +43,11 @@ def strike_in_fourth_call(owner: type, name: str, number: int) -> None:
 
 def main(where: str, number: int, flags: list[str]) -> None:
     """Train with `flags`; `where` is a push, a generation or the start of the engine."""
-    import vllm.v1.engine.utils
-
     from drivers.engines.vllm_transfer import LLM, LocalClient
-    from tests.drivers.helpers.forked import EngineContext
 
     if where == "start":
         threading.Thread(target=strike_during_start, args=(number,), daemon=True).start()
     else:
-        vllm.v1.engine.utils.get_mp_context = lambda: EngineContext("fork")
+        fork_engine_from_here()
         strike_in_fourth_call(*((LocalClient, "update_weights") if where == "push" else (LLM, "generate")), number)
     train.main(flags)
