@@ -1,6 +1,7 @@
 """Hypothesis strategies for the tensors of GRPO: float64, up to 4 responses of 8 tokens; drawn, so they shrink."""
 
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -13,34 +14,44 @@ from torch import Tensor
 fewer = settings(max_examples=min(settings.default.max_examples, max(10, settings.default.max_examples // 6)))
 
 CLIPRANGES = st.sampled_from([0.0, 0.1, 0.2, 0.5, 1.0])
+BINARY = st.sampled_from([0.0, 1.0])
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 8))
 GARBAGE = st.sampled_from([float("nan"), float("inf"), -float("inf"), 1e300, -1e300, 0.0])
 
 
+# Hypothesis validates each new strategy, which takes longer than to draw from it.
+kept = lru_cache(maxsize=4096)
+
+
+@kept
 def floats(low: float, high: float) -> st.SearchStrategy[float]:
     """Floats of ordinary size: steps of 1/64 shrink to readable numbers, and two that differ, differ visibly."""
     return st.integers(round(low * 64), round(high * 64)).map(lambda n: n / 64)
 
 
-@st.composite
-def tensors(draw, shape: tuple[int, ...], elements: st.SearchStrategy[float]) -> Tensor:
-    return torch.tensor(draw(hnp.arrays(np.float64, shape, elements=elements)), dtype=torch.float64)
+@kept
+def tensors(shape: tuple[int, ...], elements: st.SearchStrategy[float]) -> st.SearchStrategy[Tensor]:
+    """Tensors of float64."""
+    return hnp.arrays(np.float64, shape, elements=elements).map(torch.tensor)
 
 
-@st.composite
-def masks(draw, shape: tuple[int, ...]) -> Tensor:
+@kept
+def masks(shape: tuple[int, ...]) -> st.SearchStrategy[Tensor]:
     """Any mask at all, the empty and the full one included."""
-    return torch.tensor(draw(hnp.arrays(np.bool_, shape)))
+    return hnp.arrays(np.bool_, shape).map(torch.tensor)
 
 
-@st.composite
-def response_masks(draw, shape: tuple[int, int]) -> Tensor:
+@kept
+def response_masks(shape: tuple[int, int]) -> st.SearchStrategy[Tensor]:
     """One run of True per row, as prompt, response and padding leave it; now and then an empty one."""
     rows, seq = shape
-    starts = [draw(st.integers(0, seq - 1)) for _ in range(rows)]
-    ends = [draw(st.integers(start, seq)) for start in starts]
     places = torch.arange(seq)
-    return torch.stack([(places >= start) & (places < end) for start, end in zip(starts, ends, strict=True)])
+
+    def fill(runs: list[tuple[int, int]]) -> Tensor:
+        bounds = torch.tensor([sorted(run) for run in runs])
+        return (places >= bounds[:, :1]) & (places < bounds[:, 1:])
+
+    return st.lists(st.tuples(st.integers(0, seq), st.integers(0, seq)), min_size=rows, max_size=rows).map(fill)
 
 
 @st.composite
@@ -86,7 +97,7 @@ def _ids_of(draw, members: Tensor) -> Tensor:
 def grouped_rewards(draw) -> tuple[Tensor, int]:
     """Up to 4 groups of 2 to 6 rewards, and the size of a group; constant groups are not rare."""
     groups, members = draw(st.tuples(st.integers(1, 4), st.integers(2, 6)))
-    reward = st.sampled_from([0.0, 1.0]) if draw(st.booleans()) else floats(-4, 4)
+    reward = BINARY if draw(st.booleans()) else floats(-4, 4)
     return draw(tensors((groups * members,), reward)), members
 
 
