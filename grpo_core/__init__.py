@@ -1,124 +1,130 @@
-"""Pure, shape-typed PyTorch functions for GRPO and its family."""
+"""Pure, shape-typed PyTorch functions for GRPO and its family.
+
+A name is imported when it is first used, so that grading answers loads no torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from grpo_core.advantages import (
-    compute_batch_std_advantages,
-    compute_best_of_advantages,
-    compute_cosine_length_reward,
-    compute_gdpo_advantages,
-    compute_gpg_advantages,
-    compute_group_normalized_rewards,
-    compute_leave_one_out_advantages,
-    compute_maxrl_advantages,
-    compute_opo_advantages,
-    compute_otb_advantages,
-    compute_pass_at_k_advantages,
-    compute_pkpo_advantages,
-    compute_remax_advantages,
-    compute_soft_overlong_penalty,
-    describe_rewards,
-    describe_silent_groups,
-    find_signal_groups,
-    normalize_group_rewards,
-    read_rewards,
-    whiten_over_tokens,
-)
-from grpo_core.evaluation import (
-    compute_majority_accuracy,
-    compute_sign_flip_p_value,
-    estimate_mean_interval,
-    estimate_pass_at_k,
-)
-from grpo_core.grading import (
-    answers_match,
-    extract_boxed_answer,
-    normalize_answer,
-    question_only_reward_fn,
-    r1_zero_reward_fn,
-    think_answer_reward_fn,
-)
-from grpo_core.losses import (
-    adapt_entropy_coefficient,
-    aggregate_token_losses,
-    compose_policy_loss,
-    compute_cispo_loss,
-    compute_cross_entropy_loss,
-    compute_distillation_advantages,
-    compute_dpo_loss,
-    compute_dppo_kl_loss,
-    compute_dppo_tv_loss,
-    compute_dro_loss,
-    compute_gmpo_loss,
-    compute_gradient_share,
-    compute_grpo_clip_loss,
-    compute_grpo_no_clip_loss,
-    compute_gspo_loss,
-    compute_gspo_token_loss,
-    compute_importance_divergences,
-    compute_importance_ratios,
-    compute_jensen_shannon_divergence,
-    compute_kl_cov_loss,
-    compute_luspo_loss,
-    compute_naive_policy_gradient_loss,
-    compute_policy_gradient_loss,
-    compute_reward_to_go,
-    compute_sapo_loss,
-    compute_sequence_weights,
-    compute_token_weights,
-    compute_top_k_forward_kl,
-    compute_vespo_loss,
-    describe_mismatch,
-    describe_policy_update,
-    drop_truncated_responses,
-    effective_sample_size,
-    estimate_kl,
-    fused_linear_grpo_loss,
-    grpo_microbatch_loss,
-    grpo_microbatch_train_step,
-    keep_on_policy_sequences,
-    keep_within_bounds,
-    keep_within_second_moment,
-    mask_importance_weights,
-    select_high_covariance,
-    select_high_entropy,
-    self_normalize_weights,
-    sft_microbatch_loss,
-    sft_microbatch_train_step,
-    sum_weighted_losses,
-    truncate_importance_weights,
-)
-from grpo_core.masking import (
-    masked_mean,
-    masked_normalize,
-    masked_sum,
-)
-from grpo_core.scoring import (
-    compute_collision_probs,
-    compute_entropy,
-    fused_linear_log_probs,
-    fused_linear_token_loss,
-    get_group_log_probs,
-    get_response_log_probs,
-    mask_group_rows,
-    pack_group_rows,
-    select_log_probs,
-    tokenize_prompt_and_output,
-)
-from grpo_core.types import (
-    Advantages,
-    Aggregation,
-    Counting,
-    Divergence,
-    GroundTruth,
-    GroupSizes,
-    ImportanceLevel,
-    KLEstimator,
-    LossType,
-    Metadata,
-    RewardFn,
-    Tokenizer,
-)
+if TYPE_CHECKING:
+    from grpo_core.advantages import (
+        compute_batch_std_advantages,
+        compute_best_of_advantages,
+        compute_cosine_length_reward,
+        compute_gdpo_advantages,
+        compute_gpg_advantages,
+        compute_group_normalized_rewards,
+        compute_leave_one_out_advantages,
+        compute_maxrl_advantages,
+        compute_opo_advantages,
+        compute_otb_advantages,
+        compute_pass_at_k_advantages,
+        compute_pkpo_advantages,
+        compute_remax_advantages,
+        compute_soft_overlong_penalty,
+        describe_rewards,
+        describe_silent_groups,
+        find_signal_groups,
+        normalize_group_rewards,
+        read_rewards,
+        whiten_over_tokens,
+    )
+    from grpo_core.evaluation import (
+        compute_majority_accuracy,
+        compute_sign_flip_p_value,
+        estimate_mean_interval,
+        estimate_pass_at_k,
+    )
+    from grpo_core.grading import (
+        answers_match,
+        extract_boxed_answer,
+        normalize_answer,
+        question_only_reward_fn,
+        r1_zero_reward_fn,
+        think_answer_reward_fn,
+    )
+    from grpo_core.losses import (
+        adapt_entropy_coefficient,
+        aggregate_token_losses,
+        compose_policy_loss,
+        compute_cispo_loss,
+        compute_cross_entropy_loss,
+        compute_distillation_advantages,
+        compute_dpo_loss,
+        compute_dppo_kl_loss,
+        compute_dppo_tv_loss,
+        compute_dro_loss,
+        compute_gmpo_loss,
+        compute_gradient_share,
+        compute_grpo_clip_loss,
+        compute_grpo_no_clip_loss,
+        compute_gspo_loss,
+        compute_gspo_token_loss,
+        compute_importance_divergences,
+        compute_importance_ratios,
+        compute_jensen_shannon_divergence,
+        compute_kl_cov_loss,
+        compute_luspo_loss,
+        compute_naive_policy_gradient_loss,
+        compute_policy_gradient_loss,
+        compute_reward_to_go,
+        compute_sapo_loss,
+        compute_sequence_weights,
+        compute_token_weights,
+        compute_top_k_forward_kl,
+        compute_vespo_loss,
+        describe_mismatch,
+        describe_policy_update,
+        drop_truncated_responses,
+        effective_sample_size,
+        estimate_kl,
+        fused_linear_grpo_loss,
+        grpo_microbatch_loss,
+        grpo_microbatch_train_step,
+        keep_on_policy_sequences,
+        keep_within_bounds,
+        keep_within_second_moment,
+        mask_importance_weights,
+        select_high_covariance,
+        select_high_entropy,
+        self_normalize_weights,
+        sft_microbatch_loss,
+        sft_microbatch_train_step,
+        sum_weighted_losses,
+        truncate_importance_weights,
+    )
+    from grpo_core.masking import (
+        masked_mean,
+        masked_normalize,
+        masked_sum,
+    )
+    from grpo_core.scoring import (
+        compute_collision_probs,
+        compute_entropy,
+        fused_linear_log_probs,
+        fused_linear_token_loss,
+        get_group_log_probs,
+        get_response_log_probs,
+        mask_group_rows,
+        pack_group_rows,
+        select_log_probs,
+        tokenize_prompt_and_output,
+    )
+    from grpo_core.tensor_types import Advantages, Metadata
+    from grpo_core.types import (
+        Aggregation,
+        Counting,
+        Divergence,
+        GroundTruth,
+        GroupSizes,
+        ImportanceLevel,
+        KLEstimator,
+        LossType,
+        RewardFn,
+        Tokenizer,
+    )
 
 __all__ = [
     "Advantages",
@@ -225,3 +231,21 @@ __all__ = [
     "truncate_importance_weights",
     "whiten_over_tokens",
 ]
+
+_NAMESPACES = ("types", "grading", "tensor_types", "masking", "evaluation", "advantages", "scoring", "losses")
+"""Those without torch come first."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for module in map(importlib.import_module, (f"{__name__}.{namespace}" for namespace in _NAMESPACES)):
+            if hasattr(module, name):
+                value = globals()[name] = getattr(module, name)
+                return value
+    if name in _NAMESPACES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_NAMESPACES})

@@ -1,10 +1,7 @@
-"""Type names that the signatures of several functions share."""
+"""Types that the signatures of several functions share; those of tensors are in tensor_types.py."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, runtime_checkable
-
-from jaxtyping import Float
-from torch import Tensor
 
 LossType = Literal["no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_clip"]
 """Per-token objectives of `compute_policy_gradient_loss`."""
@@ -26,12 +23,6 @@ Divergence = Literal["binary_kl", "total_variation", "k2", "k3"]
 
 GroupSizes = int | Sequence[int]
 """Number of responses to each question: one number for all groups, or one number per group."""
-
-Advantages = Float[Tensor, "batch #seq"]
-"""One column, constant over the tokens of a response, or one value per token."""
-
-Metadata = dict[str, Tensor]
-"""Named, detached tensors returned beside a result; each function documents its keys."""
 
 GroundTruth = str | int | float | list[str | int | float] | list[str] | list[int] | list[float]
 """A reference answer, or a list of alternatives, each of which is accepted."""

@@ -80,7 +80,7 @@ def find_stated_answer(text: str) -> str | None:
 
 def find_boxed_answer(text: str) -> str | None:
     r"""Return the text in the last \boxed{}, or None."""
-    from grpo_core import extract_boxed_answer  # it loads torch, which --help does without
+    from grpo_core import extract_boxed_answer  # here, because --help does without it
 
     return extract_boxed_answer(text)
 

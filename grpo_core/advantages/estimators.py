@@ -9,7 +9,8 @@ from torch import Tensor
 
 from grpo_core._checks import require, shape_checked
 from grpo_core._groups import RELATIVE_NOISE, list_group_sizes, split_groups
-from grpo_core.types import Advantages, GroupSizes
+from grpo_core.tensor_types import Advantages
+from grpo_core.types import GroupSizes
 
 
 @shape_checked

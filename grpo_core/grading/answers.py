@@ -13,7 +13,6 @@ import math
 import re
 from fractions import Fraction
 
-from grpo_core._checks import shape_checked
 from grpo_core.grading import _symbolic
 from grpo_core.grading._answer import Answer, digits
 from grpo_core.grading._evaluation import Budget
@@ -22,6 +21,7 @@ from grpo_core.grading._numbers import is_number
 from grpo_core.grading._references import float_digits, is_mark, meanings, own_words
 from grpo_core.grading._spelling import clean, closing_brace, tighten, without_thousands
 from grpo_core.grading._structure import readings
+from grpo_core.grading._type_checks import type_checked
 from grpo_core.grading._units import split_letter, split_unit
 from grpo_core.grading._wording import is_prose
 from grpo_core.grading.comparison import Comparison
@@ -34,7 +34,7 @@ _BOX = re.compile(
 )
 
 
-@shape_checked
+@type_checked
 def extract_boxed_answer(text: str) -> str | None:
     r"""Return the content of the last `\boxed{...}` with balanced braces, or of `\boxed 5`, which TeX allows.
 
@@ -77,7 +77,7 @@ def boxed_answers(text: str) -> list[str]:
     return boxes
 
 
-@shape_checked
+@type_checked
 def normalize_answer(answer: str) -> str:
     r"""Apply all string rules: remove wrappers, units and thousands separators, unify signs, lower the case of words.
 
@@ -101,7 +101,7 @@ def normalize_answer(answer: str) -> str:
     return text.casefold() if is_prose(text) else text
 
 
-@shape_checked
+@type_checked
 def answers_match(first: str | int | float, second: str | int | float) -> bool:
     r"""Return whether two answers are mathematically equal.
 

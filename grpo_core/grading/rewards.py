@@ -2,12 +2,12 @@ r"""Rewards for answers to mathematics questions: a format, and an answer that m
 
 import re
 
-from grpo_core._checks import shape_checked
+from grpo_core.grading._type_checks import type_checked
 from grpo_core.grading.answers import answer_text, boxed_answers, extract_boxed_answer, is_right
 from grpo_core.types import GroundTruth
 
 
-@shape_checked
+@type_checked
 def r1_zero_reward_fn(response: str, ground_truth: GroundTruth) -> dict[str, float]:
     r"""Return the reward of a response to the r1-zero prompt: `... </think> <answer> ... </answer>`.
 
@@ -41,7 +41,7 @@ def r1_zero_reward_fn(response: str, ground_truth: GroundTruth) -> dict[str, flo
     return _grade_block(tag, rest, _references(ground_truth))
 
 
-@shape_checked
+@type_checked
 def think_answer_reward_fn(response: str, ground_truth: GroundTruth) -> dict[str, float]:
     r"""Return the reward of `... </think>`, white space, `<answer> ... </answer>`, as chat models write it.
 
@@ -83,7 +83,7 @@ def _grade_block(tag: str, rest: str, references: list[str]) -> dict[str, float]
     return _rewards(formatted=True, right=_any_match(boxes[0] if boxes else answer, references))
 
 
-@shape_checked
+@type_checked
 def question_only_reward_fn(response: str, ground_truth: GroundTruth) -> dict[str, float]:
     r"""Return the reward of a response to a bare question: a correct answer in the last `\boxed{}`.
 

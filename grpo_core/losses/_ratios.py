@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from grpo_core._checks import is_traced, require
-from grpo_core.types import Metadata
+from grpo_core.tensor_types import Metadata
 
 # exp(20) is 5e8, far outside any trust region and far inside the range of float32.
 MAX_LOG_RATIO = 20.0

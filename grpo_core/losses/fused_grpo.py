@@ -10,7 +10,7 @@ from grpo_core._checks import disable_compile, shape_checked
 from grpo_core.losses.aggregation import compute_token_weights, sum_weighted_losses
 from grpo_core.losses.policy_gradient import compute_grpo_clip_loss
 from grpo_core.scoring.fused_head import fused_linear_token_loss
-from grpo_core.types import Advantages, Metadata
+from grpo_core.tensor_types import Advantages, Metadata
 
 
 @disable_compile

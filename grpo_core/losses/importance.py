@@ -14,7 +14,8 @@ from grpo_core.losses._ratios import (
     zero_outside_mask,
 )
 from grpo_core.masking import masked_sum
-from grpo_core.types import Divergence, DivergenceName, ImportanceLevel, ImportanceLevelName, Metadata
+from grpo_core.tensor_types import Metadata
+from grpo_core.types import Divergence, DivergenceName, ImportanceLevel, ImportanceLevelName
 
 
 @shape_checked

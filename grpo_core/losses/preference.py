@@ -6,7 +6,7 @@ from torch import Tensor
 
 from grpo_core._checks import require, shape_checked
 from grpo_core.losses._ratios import compute_log_ratio
-from grpo_core.types import Metadata
+from grpo_core.tensor_types import Metadata
 
 
 @shape_checked

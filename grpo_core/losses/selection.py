@@ -8,7 +8,7 @@ from torch import Tensor
 
 from grpo_core._checks import require, shape_checked
 from grpo_core.losses._ratios import compute_log_ratio, mean_over_response, zero_outside_mask
-from grpo_core.types import Advantages
+from grpo_core.tensor_types import Advantages
 
 
 @shape_checked

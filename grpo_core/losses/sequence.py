@@ -14,7 +14,7 @@ from grpo_core.losses._ratios import (
     resolve_clip_bounds,
     zero_outside_mask,
 )
-from grpo_core.types import Advantages, Metadata
+from grpo_core.tensor_types import Advantages, Metadata
 
 
 @shape_checked

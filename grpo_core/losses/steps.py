@@ -9,7 +9,8 @@ from grpo_core.losses._ratios import clamp_log_ratio
 from grpo_core.losses.aggregation import aggregate_token_losses, sum_weighted_losses
 from grpo_core.losses.policy_gradient import compute_cross_entropy_loss, compute_policy_gradient_loss
 from grpo_core.masking import masked_sum
-from grpo_core.types import AggregationName, GroupSizes, LossTypeName, Metadata
+from grpo_core.tensor_types import Metadata
+from grpo_core.types import AggregationName, GroupSizes, LossTypeName
 
 
 @shape_checked

@@ -12,7 +12,7 @@ from grpo_core.losses._ratios import (
     mask_flags,
     zero_outside_mask,
 )
-from grpo_core.types import Advantages, Metadata
+from grpo_core.tensor_types import Advantages, Metadata
 
 
 @shape_checked

@@ -25,7 +25,7 @@ from grpo_core.scoring._softmax_stats import (
     store_exponentials,
 )
 from grpo_core.scoring._token_sets import TokenSets
-from grpo_core.types import Metadata
+from grpo_core.tensor_types import Metadata
 
 
 @disable_compile

@@ -653,11 +653,12 @@ def test_a_daemonic_child_process_grades(method):
             assert not pool.apply_async(answers_match, (answer, r"2\sqrt{2}")).get(timeout=20)
 
 
-@pytest.mark.medium
-def test_the_plain_path_imports_no_symbolic_library():
+def test_the_plain_path_imports_no_torch_and_no_symbolic_library():
     code = (
-        "import sys; from grpo_core.grading.answers import answers_match; assert answers_match('1/2', '0.5');"
-        "assert not {'mpmath', 'sympy', 'math_verify', 'latex2sympy2_extended'} & set(sys.modules), 'heavy import'"
+        "import sys; from grpo_core import r1_zero_reward_fn as reward;"
+        "assert reward(' </think> <answer> 1/2 </answer>', '0.5')['reward'] == 1;"
+        "heavy = {'torch', 'mpmath', 'sympy', 'math_verify', 'latex2sympy2_extended'};"
+        "assert not heavy & set(sys.modules), 'heavy import'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

@@ -17,7 +17,7 @@ def deepen():
 def fill_memory():
     kept = []
     while True:
-        kept.append(bytearray(b"x") * (64 << 20))
+        kept.append(bytes(64 << 20))
 
 
 def scribble(message=b'["Grade",1,0,[{},"parsed",""],false]'):
