@@ -10,9 +10,9 @@ One step samples G responses to each of P prompts, N = P * G responses of up to 
     4. batch    batch.make_rollout_batch                N completions -> mask and sampler log-probs (N, T)
     5. prepare  advantages.prepare_rollouts             old, reference and teacher log-probs (N, T), where needed;
                                                         rewards in groups of G -> advantages (N, 1) or (N, T)
-    6. update   update.update, for each train batch of B <= N responses:
+    6. update   update.update, for each train batch of B <= N responses, in micro-batches of b <= B:
          weigh    objective.weigh_step                  weights of its tokens in the loss (B, T)
-         forward  forward.forward, per micro-batch of b logits (b, T, V), in pieces -> log-probs, entropies (b, T)
+         forward  forward.forward                       logits (b, T, V), in pieces -> log-probs, entropies (b, T)
          loss     objective.compute_loss                log-probs, advantages, weights -> a number; then backward()
          step     state.finish_update                   one AdamW step of the optimizer
     7. push     engine.load_weights                     policy weights -> engine

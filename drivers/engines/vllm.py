@@ -30,7 +30,7 @@ from drivers.engines.supervision import call_with_timeout, is_running
 from drivers.engines.vllm_adapter import AdapterSender
 from drivers.engines.vllm_startup import place, start_llm
 from drivers.engines.vllm_transfer import (
-    HostTrainerInit,
+    HostSenderInit,
     LocalClient,
     WeightSender,
     nccl_init,
@@ -71,7 +71,7 @@ class VLLMEngine:
 
     def _transfer_init(self, weights: WeightGatherer) -> TrainerInitInfo:
         if not self._placement.has_own_gpu:
-            return HostTrainerInit(rank=0, by_file=self._placement.has_own_process)
+            return HostSenderInit(rank=0, by_file=self._placement.has_own_process)
         return nccl_init("127.0.0.1", self._llm.get_world_size(), weights)
 
     def load_weights(self, version: int) -> None:

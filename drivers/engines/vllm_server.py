@@ -24,7 +24,7 @@ from drivers.engines.supervision import call_with_timeout
 from drivers.engines.vllm import sampling_parameters
 from drivers.engines.vllm_http import Servers
 from drivers.engines.vllm_transfer import (
-    HostTrainerInit,
+    HostSenderInit,
     WeightSender,
     nccl_init,
     read_checksums,
@@ -116,7 +116,7 @@ class ServerEngine:
 
     def _transfer_init(self, weights: WeightGatherer) -> TrainerInitInfo:
         if self._device.type == "cpu":
-            return HostTrainerInit(rank=0, by_file=True)
+            return HostSenderInit(rank=0, by_file=True)
         addresses = {vllm_http.local_address_towards(url) for url in self._servers.urls}
         # Servers on different networks reach this machine at different addresses: then listen on all.
         return nccl_init(addresses.pop() if len(addresses) == 1 else "0.0.0.0", sum(self._servers.n_workers), weights)

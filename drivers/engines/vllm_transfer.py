@@ -52,7 +52,7 @@ class ReceivingModel:
         except Exception as error:  # models reject unknown names and shapes each in their own way
             reason = f"{type(self._model).__name__}.load_weights raises {type(error).__name__}: {first_line(error)}"
             self._failure = self._failure or reason
-        for _ in arriving:  # what the model left, so that its sender ends too
+        for _ in arriving:  # drain what the model did not consume, so that the sender can finish
             pass
 
     def checksums(self) -> dict[str, Checksum]:
@@ -100,7 +100,7 @@ def _is_tied(model_config: Any) -> bool:
     )
 
 
-class CheckedNCCLEngine(NCCLWeightTransferEngine):  # type: ignore[misc]
+class CheckedNCCLReceiver(NCCLWeightTransferEngine):  # type: ignore[misc]
     """vLLM's NCCL receiver, with a checksum of each tensor that it receives."""
 
     model: Any
@@ -130,13 +130,13 @@ class HostInit(WeightTransferInitInfo):  # type: ignore[misc]
 class HostUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]
     """The policy's weights: by reference in one process, as a safetensors file for another."""
 
-    tensors: Any = None
+    weights: Any = None
     """The WeightGatherer itself; the worker iterates it while it loads."""
     path: str | None = None
 
 
-class HostWorkerEngine(WeightTransferEngine[HostInit, HostUpdate]):  # type: ignore[misc]
-    """The receiver: it loads what the trainer hands over."""
+class HostReceiver(WeightTransferEngine[HostInit, HostUpdate]):  # type: ignore[misc]
+    """The receiver: vLLM calls it in each worker, with what the sender hands over."""
 
     init_info_cls, update_info_cls = HostInit, HostUpdate
     received: ReceivingModel | None = None
@@ -164,7 +164,7 @@ class HostWorkerEngine(WeightTransferEngine[HostInit, HostUpdate]):  # type: ign
     def receive_weights(self, update_info: HostUpdate) -> None:
         self.received = ReceivingModel(self.model)
         if update_info.path is None:
-            self.received.load_weights(update_info.tensors)
+            self.received.load_weights(update_info.weights)
             return
         with safe_open(update_info.path, "pt") as file:
             names = file.keys()  # the file itself cannot be iterated
@@ -186,7 +186,7 @@ class HostWorkerEngine(WeightTransferEngine[HostInit, HostUpdate]):  # type: ign
 
 
 @dataclass
-class HostTrainerInit(TrainerInitInfo):  # type: ignore[misc]
+class HostSenderInit(TrainerInitInfo):  # type: ignore[misc]
     """Settings of the sender."""
 
     backend: ClassVar[str] = "host"
@@ -194,14 +194,14 @@ class HostTrainerInit(TrainerInitInfo):  # type: ignore[misc]
     """Send through a file in memory, to an engine in a separate process."""
 
 
-class HostTrainerEngine(TrainerWeightTransferEngine[HostTrainerInit]):  # type: ignore[misc]
-    """The sender: one call per push."""
+class HostSender(TrainerWeightTransferEngine[HostSenderInit]):  # type: ignore[misc]
+    """The sender: one call per push, after which vLLM calls `HostReceiver.receive_weights` in each worker."""
 
-    init_info_cls = HostTrainerInit
+    init_info_cls = HostSenderInit
     file: BinaryIO | None = None
 
     @classmethod
-    def trainer_init(cls, init_info: HostTrainerInit, *, client: Any, source: Any = None) -> "HostTrainerEngine":
+    def trainer_init(cls, init_info: HostSenderInit, *, client: Any, source: Any = None) -> "HostSender":
         engine = cls(client=client, source=source, is_sender=init_info.is_sender)
         client.init_weight_transfer_engine({})
         # Anonymous memory with a name under /proc: the kernel frees it when this process exits, even by a kill.
@@ -210,7 +210,7 @@ class HostTrainerEngine(TrainerWeightTransferEngine[HostTrainerInit]):  # type: 
 
     @torch.no_grad()
     def send_weights(self) -> None:
-        update: dict[str, Any] = {"tensors": self.source}
+        update: dict[str, Any] = {"weights": self.source}
         file = self.file
         if file is not None:  # not a file number: after a shutdown in another thread it could be another file's
             file.write(save({name: tensor.detach().contiguous() for name, tensor in self.source}))
@@ -259,9 +259,9 @@ class WorkerExtension:
 
 
 if "host" not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine("host", HostWorkerEngine)
-    WeightTransferEngineFactory.register_engine("checked_nccl", CheckedNCCLEngine)
-    WeightTransferTrainerFactory.register_engine("host", HostTrainerEngine)
+    WeightTransferEngineFactory.register_engine("host", HostReceiver)
+    WeightTransferEngineFactory.register_engine("checked_nccl", CheckedNCCLReceiver)
+    WeightTransferTrainerFactory.register_engine("host", HostSender)
 
 
 class LocalClient:

@@ -1,6 +1,6 @@
 """Names and shapes that weights have in a model's files.
 
-transformers may hold them otherwise in memory: all experts of a layer in one tensor, for example.
+transformers may store them differently in memory: all experts of a layer in one tensor, for example.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""All settings that decide a gradient, and which of them may stand together."""
+"""All settings that decide a gradient, and which of them can be combined."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

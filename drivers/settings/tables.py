@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 
 def _same(*names: str) -> dict[str, str]:
-    """Return the names by themselves: the parameters of a function are often called like their values."""
+    """Map each name to itself, because parameters often have the names of their values."""
     return dict(zip(names, names, strict=True))
 
 

@@ -138,7 +138,7 @@ class Run:
         if distributed.is_rank_zero():
             try:
                 draw_curves(self.folder)
-            except Exception as error:  # no error of a picture may end a run
+            except Exception as error:  # a plotting error must not end a run
                 self.warn(f"curves.png could not be drawn ({type(error).__name__}: {error})")
 
     def discard_without_result(self) -> None:

@@ -560,9 +560,9 @@ def test_nccl_engine_reports_unloaded_weights(loading, monkeypatch):
     """Before vLLM ends the push, and through the method that the trainer calls."""
     from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
-    from drivers.engines.vllm_transfer import CheckedNCCLEngine, ReceivingModel, WorkerExtension
+    from drivers.engines.vllm_transfer import CheckedNCCLReceiver, ReceivingModel, WorkerExtension
 
-    engine, config = object.__new__(CheckedNCCLEngine), SimpleNamespace(tie_word_embeddings=False)
+    engine, config = object.__new__(CheckedNCCLReceiver), SimpleNamespace(tie_word_embeddings=False)
     engine.received = ReceivingModel(loading)
     engine.model_config = SimpleNamespace(hf_config=config, hf_text_config=config)
     worker = WorkerExtension()
@@ -592,7 +592,7 @@ def test_nccl_engine_checksums_each_chunk(monkeypatch):
     """A fake receiver delivers the tensors, so no GPU is needed. After a failure the engine's model is restored."""
     from vllm.distributed.weight_transfer import nccl_engine
 
-    from drivers.engines.vllm_transfer import CheckedNCCLEngine
+    from drivers.engines.vllm_transfer import CheckedNCCLReceiver
 
     tensors, model, asked = dict(make_tiny_policy().named_parameters()), RecordingModel(), []
     names, fails = list(tensors), False
@@ -605,7 +605,7 @@ def test_nccl_engine_checksums_each_chunk(monkeypatch):
         post_unpack_func([(name, tensors[name]) for name in names[7:]])
 
     monkeypatch.setattr(nccl_engine, "packed_nccl_broadcast_consumer", consume)
-    engine = object.__new__(CheckedNCCLEngine)
+    engine = object.__new__(CheckedNCCLReceiver)
     engine.model, engine.model_update_group, engine.device = model, "group", torch.device("cpu")
     engine.packed, engine.packed_buffer_size_bytes, engine.packed_num_buffers = True, 1000, 2
     shapes = [list(tensors[name].shape) for name in names]
@@ -628,7 +628,7 @@ def test_nccl_transfer_trainer_is_rank_zero():
 
     from drivers.engines.vllm import VLLMEngine
     from drivers.engines.vllm_startup import Placement
-    from drivers.engines.vllm_transfer import MIN_BUFFER_BYTES, HostTrainerInit
+    from drivers.engines.vllm_transfer import MIN_BUFFER_BYTES, HostSenderInit
 
     weights = WeightGatherer(make_tiny_policy(), torch.float32)
     engine = object.__new__(VLLMEngine)
@@ -643,7 +643,7 @@ def test_nccl_transfer_trainer_is_rank_zero():
     assert engine._transfer_init(weights).packed_buffer_size_bytes == 2 * 300 << 20
     assert 1024 <= ours.master_port < 65536
     engine._placement = Placement(has_own_gpu=False, shares_gpu=False, has_own_process=True)
-    assert engine._transfer_init(weights) == HostTrainerInit(rank=0, by_file=True)
+    assert engine._transfer_init(weights) == HostSenderInit(rank=0, by_file=True)
 
 
 @pytest.mark.medium

@@ -545,7 +545,7 @@ def test_server_engine_death_in_push_is_raised_while_sender_waits(stub, impatien
 
 def test_host_sender_after_shutdown_writes_nothing():
     """The descriptor of a closed file belongs to the next file that is opened."""
-    from drivers.engines.vllm_transfer import HostTrainerEngine, HostTrainerInit
+    from drivers.engines.vllm_transfer import HostSender, HostSenderInit
 
     class Client:
         def init_weight_transfer_engine(self, _):
@@ -558,8 +558,8 @@ def test_host_sender_after_shutdown_writes_nothing():
         assert others == [number]
 
     others = []
-    sender = HostTrainerEngine.trainer_init(
-        HostTrainerInit(rank=0, by_file=True), client=Client(), source=CountingSource(shut_down)
+    sender = HostSender.trainer_init(
+        HostSenderInit(rank=0, by_file=True), client=Client(), source=CountingSource(shut_down)
     )
     with pytest.raises(ValueError, match="closed file"):
         sender.send_weights()

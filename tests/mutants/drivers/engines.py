@@ -166,7 +166,7 @@ MUTANTS = [
         ),
         (
             "the rest does not arrive",
-            "        for _ in arriving:  # what the model left, so that its sender ends too\n            pass\n",
+            "        for _ in arriving:  # drain what the model did not consume, so that the sender can finish\n            pass\n",
             "",
         ),
         ("the last error", "self._failure = self._failure or reason", "self._failure = reason"),
