@@ -82,6 +82,16 @@ def test_generate_returns_completions_in_prompt_order(subject):
     assert all(len(c.log_probs) == len(c.token_ids) for c in completions)
 
 
+def test_generate_keeps_the_limit_of_each_prompt(subject):
+    """The prompts of a conversation's round have as many tokens left as their inserted tokens left them."""
+    sampling = Sampling(n=2, max_tokens=6, stop=(), limits=(1, 6, 3))
+    completions = subject.engine.generate(PROMPTS, sampling, seed=1)
+    lengths = [len(completion.token_ids) for completion in completions]
+    assert all(length <= limit for length, limit in zip(lengths, (1, 1, 6, 6, 3, 3), strict=True))
+    assert lengths[:2] == [1, 1]
+    assert max(lengths) > 3
+
+
 def test_generate_log_probs_equal_policy(subject):
     for temperature in (1.0, 0.6):
         for c in subject.engine.generate(PROMPTS, Sampling(n=2, max_tokens=6, temperature=temperature), seed=2):
