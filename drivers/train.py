@@ -15,7 +15,7 @@ One step samples G responses to each of P prompts, N = P * G responses of up to 
          forward  forward.forward                       logits (b, T, V), in pieces -> log-probs, entropies (b, T)
          loss     objective.compute_loss                log-probs, advantages, weights -> a number; then backward()
          step     state.finish_update                   one AdamW step of the optimizer
-    7. push     engine.load_weights                     policy weights -> engine
+    7. push     run.push_weights -> engine.load_weights policy weights -> engine
 
 Files are in drivers/training/, except grade_completions (drivers/evaluation/policy.py) and the engine
 (drivers/engines/). The formulas are functions of grpo_core. docs/algorithm.md follows a reward, a token id and a

@@ -45,7 +45,7 @@ class ReceivingModel:
         self._untouched: list[str] = []
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Load some weights. A failure ends no push, because the sender would wait: the check after it reports it."""
+        """Load some weights. A failure does not abort the push, or the sender would wait; the check reports it."""
         arriving = record_checksums(weights, self._sums)
         try:
             self._model.load_weights(arriving)
@@ -195,7 +195,7 @@ class HostSenderInit(TrainerInitInfo):  # type: ignore[misc]
 
 
 class HostSender(TrainerWeightTransferEngine[HostSenderInit]):  # type: ignore[misc]
-    """The sender: one call per push, after which vLLM calls `HostReceiver.receive_weights` in each worker."""
+    """The sender. During its update, vLLM calls `HostReceiver.receive_weights` in each worker."""
 
     init_info_cls = HostSenderInit
     file: BinaryIO | None = None

@@ -101,7 +101,7 @@ def estimate_advantages(
     greedy_rewards: Tensor | None,
     of_tokens: Mapping[str, Tensor],
 ) -> Tensor:
-    """Return the advantages by the estimator of `--advantage`: in one column, or of each token. `--teacher-only`: 0.
+    """Return the advantages by `--advantage`, one per response or per token; zeros with `--teacher-only`.
 
     `of_tokens` has values of each token by name.
     """
@@ -128,8 +128,8 @@ def estimate_advantages(
 def finish_advantages(config: AlgorithmSettings, batch: PreparedBatch) -> Tensor:
     """Return the advantages, minus a KL penalty in the reward, whitened if the estimator asks, plus the teacher's."""
     advantages = batch.advantages
-    # A response without a reward is excluded from statistics over tokens too. The function drops any responses.
-    mask = core.drop_truncated_responses(batch.response_mask, batch.unscored)
+    # A response without a reward is excluded from statistics over tokens too.
+    mask = batch.response_mask & ~batch.unscored[:, None]
     if config.has_kl_in_reward:
         kl = core.estimate_kl(batch.old_log_probs, batch.reference_log_probs, "k1", response_mask=mask)
         advantages = advantages - config.kl_coef * core.compute_reward_to_go(kl, mask)

@@ -82,7 +82,8 @@ def _from_json(rewards: list[float | None]) -> Tensor:
 class RolloutBatch:
     """Rollouts as tensors in host memory; row i of each field is response i.
 
-    A field has one column per token of the longest response, or one column if each response has a single value.
+    A field has one column per token of the longest response, or one column if each response has a single value. Token
+    ids stay in `completions`: `forward` packs them.
 
     Two responses to one prompt, with token ids (4, 5) and (6,):
 
@@ -180,7 +181,7 @@ class PreparedBatch(RolloutBatch):
     """Rollouts with what is computed once per rollout batch, before the first update."""
 
     advantages: Float[Tensor, "batch _"]
-    """Advantage of each response, or of each token if the reward has a KL penalty, or with a teacher."""
+    """Advantage of each response, or of each token: by `otb`, or with a KL penalty in the reward or a teacher."""
     old_log_probs: Float[Tensor, "batch seq"]
     """Log-probs under the policy before the first update; NaN if no setting needs them."""
     old_entropy: Float[Tensor, "batch seq"]

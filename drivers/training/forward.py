@@ -85,7 +85,7 @@ def _forward_rows(
     detach_entropy: bool,
     with_collisions: bool,
 ) -> dict[str, Tensor]:
-    """Return `forward` of the sampled tokens, row after row. Nothing is copied back from the device to the host."""
+    """Run the forward pass for the sampled tokens, row after row. Nothing is copied back to the host."""
     responses = [[rollouts.completions[member].token_ids for member in row.members] for row in rows]
     packed = pack_group_rows([row.prompt for row in rows], responses)
     if packs_rows(policy):
@@ -96,7 +96,7 @@ def _forward_rows(
     sets: dict[str, Any] = {name: ids.to(device, non_blocking=True) for name, ids in drawn_from.items()}
     inputs = model_inputs(policy, packed, shared=any(len(row.members) > 1 for row in rows), device=device)
     labels = packed["labels"].to(device, non_blocking=True)
-    if head is None:
+    if head is None:  # the architecture gives only logits
         logits = _compute_logits(policy, inputs, packed["sources"])
         outputs = {"log_probs": select_log_probs(logits, labels, temperature=temperature, **sets)}
         if with_entropy:

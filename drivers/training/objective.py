@@ -104,7 +104,7 @@ def weigh_step(config: AlgorithmSettings, batch: PreparedBatch) -> tuple[Weighte
 
 
 def weigh_imitation(config: AlgorithmSettings, batch: PreparedBatch, mask: Tensor) -> Tensor:
-    """Return the weight of each token's negative log-likelihood: of all tokens with a positive reward, the same."""
+    """Return the weight of each token's negative log-likelihood, equal for all tokens of rewarded responses."""
     imitated = mask & (batch.rewards > 0) & (config.positive_nll_coef > 0)
     return core.compute_token_weights(imitated, "token_mean")
 
@@ -114,9 +114,8 @@ def select_trained_responses(config: AlgorithmSettings, batch: PreparedBatch) ->
 
     A response without a reward is excluded because a reward of 0 would teach that it is bad.
     """
-    # The core's function drops any responses, whatever the reason.
     excluded = batch.unscored | batch.truncated if config.mask_truncated else batch.unscored
-    return core.drop_truncated_responses(batch.response_mask, excluded)
+    return batch.response_mask & ~excluded[:, None]
 
 
 def select_high_covariance(config: AlgorithmSettings, batch: PreparedBatch, mask: Tensor) -> Tensor:
@@ -195,7 +194,7 @@ def describe_correction(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, floa
 
 
 def find_responses_with_gradient(config: AlgorithmSettings, batch: WeightedBatch, entropy_coef: float) -> list[int]:
-    """Return the responses that have a gradient. With advantage 0, only other terms of the loss have one."""
+    """Return the responses that have a gradient. With advantage 0, only `dro` and other terms of the loss have one."""
     rows = range(len(batch))
     if entropy_coef > 0 or (config.kl_coef > 0 and config.kl_in == "loss"):
         return list(rows)
