@@ -353,3 +353,9 @@ def test_numpy_numbers_are_numbers():
 def test_nan_advantage_makes_the_loss_nan():
     loss, _ = g.grpo_microbatch_loss(ONE, MASK, 1, "reinforce_with_baseline", advantages=ADVANTAGE * math.nan)
     assert loss.isnan()
+
+
+def test_aggregate_token_losses_constant_of_token_mean_is_required():
+    """A mean over the tokens of a micro-batch would be a different objective."""
+    with pytest.raises(ValueError, match="aggregation='token_mean' needs normalize_constant"):
+        g.aggregate_token_losses(torch.ones(1, 2), torch.ones(1, 2).bool(), "token_mean")
