@@ -202,11 +202,11 @@ class HostSender(TrainerWeightTransferEngine[HostSenderInit]):  # type: ignore[m
 
     @classmethod
     def trainer_init(cls, init_info: HostSenderInit, *, client: Any, source: Any = None) -> "HostSender":
-        engine = cls(client=client, source=source, is_sender=init_info.is_sender)
+        sender = cls(client=client, source=source, is_sender=init_info.is_sender)
         client.init_weight_transfer_engine({})
         # Anonymous memory with a name under /proc: the kernel frees it when this process exits, even by a kill.
-        engine.file = open(os.memfd_create("weights"), "wb") if init_info.by_file else None  # noqa: SIM115
-        return engine
+        sender.file = open(os.memfd_create("weights"), "wb") if init_info.by_file else None  # noqa: SIM115
+        return sender
 
     @torch.no_grad()
     def send_weights(self) -> None:
@@ -230,7 +230,7 @@ class HostSender(TrainerWeightTransferEngine[HostSenderInit]):  # type: ignore[m
 
 
 class WorkerExtension:
-    """Methods that vLLM adds to each worker. To find this class, a worker imports this module, with its backends."""
+    """Methods that vLLM adds to each worker. A worker that finds this class has imported the backends above."""
 
     def received_checksums(self) -> dict[str, Checksum]:
         """Return the checksums of the last push."""

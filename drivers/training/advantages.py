@@ -64,7 +64,8 @@ def prepare_rollouts(
         token_values = forward_all(policy, rollouts, config, **requested)
         names = {"log_probs": "old_log_probs", "token_entropy": "old_entropy"}
         known |= {names[name]: values for name, values in token_values.items() if name in names}
-        of_tokens |= {"old_log_probs": token_values["log_probs"]} | token_values
+        of_tokens |= token_values
+        of_tokens["old_log_probs"] = token_values["log_probs"]
     if config.needs_reference:
         if reference is None and config.lora_rank == 0:
             raise ValueError(

@@ -107,7 +107,7 @@ def _forward_rows(
             outputs["collision_probs"] = compute_collision_probs(outputs["log_probs"], sharpened)
         return outputs
     states = rearrange(head.body(**inputs).last_hidden_state, "row column hidden -> (row column) hidden")
-    apply_head = partial(  # it keeps the logits only if they fit into max_logits_bytes
+    apply_head = partial(  # it keeps logits only if they are small: the default of its max_logits_bytes
         fused_linear_log_probs,
         states.index_select(0, packed["sources"].to(device, non_blocking=True)),
         head.output.weight,
