@@ -37,7 +37,7 @@ test: $(INSTALLED)  ## The whole test suite: what CI runs
 	.ci/test $(ARGS)
 
 quick: $(INSTALLED)  ## The fast tests, with few examples of each property
-	HYPOTHESIS_PROFILE=quick .ci/test -n 2 -m "not slow and not medium" $(ARGS)
+	HYPOTHESIS_PROFILE=quick .ci/test -m "not slow and not medium" $(ARGS)
 
 lint: $(INSTALLED)  ## Formatting, style and layers of imports
 	$(BIN)/ruff format --check .

@@ -80,16 +80,16 @@ LONGEST = (
     "test_quickstart_learns_and_its_model_evaluates",
     "test_ranks_with_vllm_equals_one_rank",
     "test_server_engine_two_servers_equal_one_engine",
-    "test_train_killed_leaves_no_process_and_a_good_checkpoint",
-    "test_vllm_killed_or_hanging_restarts_with_same_samples",
-    "test_nccl_push_in_chunks_arrives_and_survives_a_kill",
     "test_train_under_torchrun_runs_and_resumes",
-    "test_resume_with_vllm_is_bit_identical",
+    "test_train_killed_leaves_no_process_and_a_good_checkpoint",
     "test_sweep_runs_reports_and_skips_finished_runs",
-    "test_ranks_sigterm_ends_all_and_keeps_checkpoint",
+    "test_vllm_killed_or_hanging_restarts_with_same_samples",
+    "test_vllm_in_own_process_equals_shared_process",
     "test_rank_death_ends_all_and_keeps_checkpoint",
+    "test_ranks_sigterm_ends_all_and_keeps_checkpoint",
+    "test_sweep_stopped_leaves_no_process_and_resumes",
 )
-"""The tests that take twenty seconds or more, longest first."""
+"""The tests that take ten seconds or more, longest first."""
 
 
 def order_by_duration(item) -> int:
