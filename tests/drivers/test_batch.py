@@ -50,6 +50,7 @@ def forward_one_by_one(policy, rollouts, temperature):
     return log_probs, entropies
 
 
+@pytest.mark.medium
 @settings(max_examples=25)
 @given(
     prompt=st.sampled_from([LONG_PROMPT, SHORT_PROMPT]),

@@ -186,6 +186,7 @@ def test_prompts_tokenized_together_equal_single_ones():
         assert list(demonstration.prompt_token_ids) == tokenizer.encode("q" if k % 2 == 0 else "q!")
 
 
+@pytest.mark.medium
 def test_repeated_rows_take_little_memory(tmp_path):
     """20,000 rows of 20 different ones: no row costs more than its place in two lists."""
     lines = [json.dumps({"question": f"{k % 20}" + "?" * 500, "answer": "1", "index": k}) for k in range(20_000)]

@@ -31,6 +31,7 @@ from tests.tiny import save_tiny
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.medium
 def test_expert_iteration_learns_the_letter(tmp_path):
     run_expert_iteration(tmp_path, n_ei_steps=12, eval_steps=12)
     before, after = (row["accuracy"] for row in read_rows(tmp_path, "eval"))

@@ -100,6 +100,7 @@ def grade_with(pool, *deeds, before=30, after=30):
 # --- hostile rewards and their verdicts ------------------------------------------------------------------------------
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("deed", "why", "detail"),
     [
@@ -573,6 +574,7 @@ def test_async_reward_awaits_concurrently(async_pool):
     ]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("deed", "why", "detail"),
     [
@@ -757,6 +759,7 @@ UNSCORED = torch.zeros(32, dtype=torch.bool)
 UNSCORED[[1, 3, 9, *range(16, 24)]] = True  # parts of two groups and all of a third
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "settings",
     [

@@ -200,6 +200,7 @@ def test_check_update_single_token_drift_is_named(tmp_path):
     assert "max_log_ratio" not in metrics.drift()  # in the next update
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("choice", ["skip", "auto"])
 def test_check_rollouts_missing_sampler_log_probs_is_named(tmp_path, choice):
     """An adaptive entropy coefficient keeps its value in such a step."""
@@ -287,6 +288,7 @@ def train_on(folder, reward_fn, **settings):
     return parts.policy, moments
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("choice", ["skip", "warn"])
 def test_run_not_finite_update_is_skipped_exactly(tmp_path, choice, capsys):
     """Weights, moments and their count stay bit-identical to the step before; then training continues."""
@@ -300,6 +302,7 @@ def test_run_not_finite_update_is_skipped_exactly(tmp_path, choice, capsys):
     assert "warning: step 2: the loss is" in capsys.readouterr().out
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("choice", ["auto", "stop"])
 def test_run_not_finite_update_with_stop_aborts(tmp_path, choice):
     with pytest.raises(

@@ -572,6 +572,7 @@ def test_logged_step_has_its_rate_times_and_speeds(name, request):
 RISING_AND_FALLING = {"warmup_steps": 1, "lr_schedule": "linear", "learning_rate": 1e-2}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("record", "settings", "n_updates"),
     [

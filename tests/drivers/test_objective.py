@@ -99,6 +99,7 @@ def test_gradient_is_independent_of_micro_batches(settings, monkeypatch):
             assert summary[name] == pytest.approx(gradients[0][2][name], rel=1e-3, abs=1e-5), name
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("loss_type", get_args(LossType))
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "constant", "sequence_sum"])
 def test_gradient_equals_grpo_microbatch_train_step(loss_type, aggregation):

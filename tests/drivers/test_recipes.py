@@ -286,6 +286,7 @@ def test_recipe_gradient_equals_oracle(recipe, recorded):
     assert not torch.allclose(*gradients)
 
 
+@pytest.mark.medium
 def test_objectives_off_policy_differ(recorded):
     """No two objectives have the same gradient, unless their papers say so."""
     gradients = {}

@@ -554,6 +554,7 @@ def test_checkpoint_full_disk_warns_and_run_continues(tmp_path, monkeypatch, cap
     assert find_checkpoint(tmp_path / "last").name == "checkpoint-2"
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("room", "left"),
     [

@@ -63,6 +63,7 @@ def compute_likelihood(demonstrations, aggregation):
     return loss.item(), {name: p.grad for name, p in policy.named_parameters()}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "sequence_sum"])
 def test_sft_loss_is_mean_negative_log_likelihood(tmp_path, monkeypatch, aggregation):
     """The sampling temperature and the micro-batches do not matter."""

@@ -53,6 +53,7 @@ def test_call_with_timeout_returns_or_raises():
             call_with_timeout(60.0, lambda: time.sleep(1), lambda lives=lives: bool(lives) and lives.pop())
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("seconds", [0.05, 60.0], ids=["late", "dead"])
 def test_call_with_timeout_waits_for_caller_before_raising(seconds):
     """Its work on the policy's weights must end before a restarted engine reads them."""
@@ -83,6 +84,7 @@ def test_call_with_timeout_abandons_stuck_caller(monkeypatch):
     never.set()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_hanging_push_second_signal_interrupts(number):
     """The first signal waits for the push; the second interrupts it."""

@@ -181,6 +181,7 @@ def drop_last_token(answer):
     return answer
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("path", "change", "message"),
     [
@@ -223,6 +224,7 @@ def scored(stub):
     return rollouts.completions, TeacherServer(stub.url, 60.0).compute_log_probs(rollouts.completions)
 
 
+@pytest.mark.medium
 def test_server_that_returns_is_asked_again(stub, scored):
     completions, expected = scored
     failures, messages = [503], []
@@ -236,6 +238,7 @@ def test_server_that_returns_is_asked_again(stub, scored):
         TeacherServer(stub.url, 60.0, messages.append).compute_log_probs(completions)
 
 
+@pytest.mark.medium
 def test_server_that_hangs_or_stays_away_ends_the_run(stub, scored, monkeypatch):
     completions, _ = scored
     monkeypatch.setattr(teacher_server, "RETURN_S", 0.1)

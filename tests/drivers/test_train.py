@@ -58,6 +58,7 @@ def train_weights(folder, **changes):
     return flatten_weights(run_training(folder, **(SHORT | changes))[0])
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("aggregation", get_args(Aggregation))
 def test_accumulation_steps_do_not_change_the_gradient(aggregation):
     """One micro-batch, whole groups and single responses split the same gradient."""
@@ -88,6 +89,7 @@ def test_aggregations_differ(tmp_path):
     assert not torch.allclose(results[0], results[1], rtol=0, atol=2e-5)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("loss_type", ["grpo_clip", "grpo_no_clip"])
 def test_ratio_losses_on_policy_equal_reinforce(tmp_path, loss_type):
     reinforce = train_weights(tmp_path / "a", loss_type="reinforce_with_baseline")
@@ -100,6 +102,7 @@ def test_ratio_on_policy_is_exactly_one(tmp_path):
     assert [row["clip_fraction"] for row in steps] == [0.0] * 3
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("schedule", [TWO_UPDATES, TWO_EPOCHS], ids=["two-updates", "two-epochs"])
 def test_ratio_off_policy_is_to_policy_before_first_update(tmp_path, schedule):
     """With old log-probs from each update, every ratio would be 1 and nothing would clip."""
@@ -108,6 +111,7 @@ def test_ratio_off_policy_is_to_policy_before_first_update(tmp_path, schedule):
     assert max(row.get("approx_kl", 0) for row in steps) > 1e-4
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("loss_type", "passes"), [("reinforce_with_baseline", 0), ("grpo_clip", 2), ("grpo_no_clip", 2)]
 )
@@ -147,6 +151,7 @@ def test_gradient_of_repeated_passes_is_that_of_one(aggregation):
     assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6 * gradients[0].abs().max().item())
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("size", "updates"), [(128, 1), (64, 2)])
 def test_update_across_passes_is_one_pass(tmp_path, size, updates):
     """Four passes over 32 rollouts in train batches of 128 are one update; of 64, two updates of a pass each."""

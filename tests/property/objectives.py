@@ -35,7 +35,14 @@ STOPPED = {"compute_cispo_loss", "compute_vespo_loss", "compute_gspo_token_loss"
 PAIRS = [(name, "sequence") for name in sorted(OF_RESPONSES)] + [
     (name, aggregation) for name in sorted(MEMBERS.keys() - OF_RESPONSES) for aggregation in get_args(Aggregation)
 ]
-EACH = pytest.mark.parametrize(("name", "aggregation"), PAIRS)
+# `make quick` tries one aggregation of token losses.
+EACH = pytest.mark.parametrize(
+    ("name", "aggregation"),
+    [
+        pair if pair[1] in ("sequence", "token_mean") else pytest.param(*pair, marks=pytest.mark.medium)
+        for pair in PAIRS
+    ],
+)
 EACH_MEMBER = pytest.mark.parametrize("name", sorted(MEMBERS))
 CONSTANT = 7.0
 # Each law runs once per objective and aggregation: as a whole it sees five times the examples of a profile.

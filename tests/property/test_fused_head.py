@@ -250,6 +250,7 @@ def arguments_of(name, case, log_probs, entropy, take):
     return {key: value for key, value in offered.items() if key in wanted}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", LOCAL)
 @fewer
 @given(case=cases(), entropy_coef=st.sampled_from([0.0, 0.5]), scale=st.sampled_from([1.0, -3.0]))

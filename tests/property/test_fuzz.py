@@ -163,6 +163,7 @@ def run_of_one_step(tmp_path_factory):
     return folder
 
 
+@pytest.mark.medium
 @given(st.data())
 @shared_folder
 def test_a_checkpoint_that_was_touched_is_refused(run_of_one_step, tmp_path, data):
@@ -283,6 +284,7 @@ def test_any_row_is_one_line_of_json(tmp_path, row):
     assert found.keys() == {json.loads(json.dumps(key)) for key in row}
 
 
+@pytest.mark.medium
 def test_there_is_a_state_to_fuzz(run_of_one_step):
     assert find_damage(run_of_one_step / "checkpoint-1") is None
     state = begin(run_of_one_step, Path(run_of_one_step / "checkpoint-1"))

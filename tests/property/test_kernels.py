@@ -213,6 +213,7 @@ def test_kernel_accepts_expanded_gradient():
 # What is special
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("place", [0, 5, 8])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -453,6 +454,7 @@ def proof(monkeypatch):
     return monkeypatch
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_verified_kernels_are_used(proof, dtype):
     assert _softmax_stats._measure_kernel_error(DEVICE, dtype) <= 1
@@ -469,6 +471,7 @@ def changed(change):
     return lambda *args: change(*true(*args))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("name", "kernel", "seen"),
     [

@@ -118,6 +118,7 @@ def test_garbage_outside_mask_reaches_no_derivative(transform, garbage):
         assert_close(found, expected, msg=name)
 
 
+@pytest.mark.medium
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's, at a graph break
 def test_fused_head_under_compile_is_eager_and_under_functorch_raises():
     """Blocks and tiles are no graph: torch.compile breaks around it, torch.func gets an error."""

@@ -257,6 +257,7 @@ def loss_by_hand(policy, tokenizer, old, settings):
     return total
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("n_parts", [1, 2, 3], ids=["one", "equal", "unequal"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_2026_grpo_train_step(variant, n_parts):
