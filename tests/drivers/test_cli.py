@@ -363,6 +363,7 @@ def test_train_missing_data_names_the_command_that_makes_it(capsys):
     assert "convert_dataset.py" in capsys.readouterr().err
 
 
+@pytest.mark.medium
 def test_train_without_vllm_names_the_extra(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "drivers.engines.vllm", None)

@@ -12,6 +12,7 @@ from drivers.common.commands import spell_program, spell_tool
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("folder", [ROOT, ROOT.parent, Path("/")])
 def test_spell_program_runs_from_the_current_folder(monkeypatch, folder):
     monkeypatch.chdir(folder)

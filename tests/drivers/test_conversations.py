@@ -198,6 +198,7 @@ def test_conversation_token_that_was_not_sampled_there_is_an_error(parts, change
 
 
 # --- what is learned -------------------------------------------------------------------------------------------------
+@pytest.mark.medium
 @settings(max_examples=15)
 @given(data=st.data(), has_head=st.booleans())
 def test_forward_leaves_inserted_tokens_out_in_every_layout(data, has_head):

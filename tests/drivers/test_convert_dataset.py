@@ -356,6 +356,7 @@ def hub(monkeypatch, load):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load))
 
 
+@pytest.mark.medium
 def test_convert_hub_subsets_become_one_file(tmp_path, capsys, monkeypatch):
     """MATH as EleutherAI/hendrycks_math stores it: 7,500 and 5,000 problems by subject."""
 

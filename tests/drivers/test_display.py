@@ -159,6 +159,7 @@ def test_stage_without_terminal_is_one_line(capsys):
     assert capsys.readouterr().out == "Loading [b]some[/b] model ...\n"
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("width", [60, 80, 132])
 @pytest.mark.parametrize("kind", [GrpoConfig, SftConfig, ExpertIterationConfig, EvaluateConfig])
 def test_help_fits_terminal(kind, width, monkeypatch, capsys):

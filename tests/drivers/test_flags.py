@@ -632,6 +632,7 @@ def test_evaluate_flag_has_an_effect(name, probes, shared):
     assert_has_effect(name, EVALUATE_ROWS[name], probes, shared)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["train", "sft", "expert", "setup", "evaluate"])
 def test_probe_of_equal_settings_is_equal(name, probes):
     """Otherwise any setting would seem to have an effect."""

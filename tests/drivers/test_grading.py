@@ -823,6 +823,7 @@ def test_gdpo_unscored_parts_are_excluded():
     assert_close(batch.advantages[scored, 0], core.compute_gdpo_advantages(known, sizes, advantage_eps=1e-6))
 
 
+@pytest.mark.medium
 def test_run_logs_unscored_responses(tmp_path):
     """If all are unscored, the step has no signal, and metrics without a meaning are absent."""
 

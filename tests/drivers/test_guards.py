@@ -107,6 +107,7 @@ def test_collapse_without_format_or_reward_is_silent(missing):
         assert len(watch.check(values)) == n_found
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("program", ["train", "expert_iteration"])
 def test_run_collapse_is_logged_and_kept_in_the_state(tmp_path, monkeypatch, program):
     """From a first step of 1,000 tokens, which a tiny policy does not have."""
@@ -124,6 +125,7 @@ def test_run_collapse_is_logged_and_kept_in_the_state(tmp_path, monkeypatch, pro
 SILENT = {"reward": 1.0, "format_reward": 0.0, "answer_reward": 0.0}
 
 
+@pytest.mark.medium
 def test_check_zero_signal_groups_with_entropy_bonus_warns(tmp_path):
     """With an entropy bonus updates continue, and nothing else would show that the reward gives no signal."""
     train_on(tmp_path, lambda *_: SILENT, loss_type="reinforce_with_baseline", entropy_coef=0.01)
@@ -352,6 +354,7 @@ def test_run_gradient_spike_with_stop_aborts(tmp_path):
         train_on(tmp_path, HugeReward(1e5, {12}), on_anomaly="stop", n_grpo_steps=13, learning_rate=1e-4)
 
 
+@pytest.mark.medium
 def test_run_repeated_anomaly_warns_once(tmp_path, capsys):
     """Every step still logs it."""
     train_on(tmp_path, lambda *_: {"reward": 0.0, "format_reward": 0.0, "answer_reward": 0.0},
@@ -373,6 +376,7 @@ def test_check_update_missing_gradient_says_what_helps():
         assert explain(*mixed) == "every group has identical rewards, or filters exclude all other groups"
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("failure", [ValueError("no such key"), None])
 def test_run_reward_that_always_fails_ends_before_first_step(tmp_path, failure):
     """One that abstains from everything does not fail."""

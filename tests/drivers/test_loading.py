@@ -136,6 +136,7 @@ def test_load_policy_weights_beyond_float16_are_refused(tiny):
     load_policy(str(tiny), torch.device("cpu"), torch.bfloat16)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("program", "flags"),
     [

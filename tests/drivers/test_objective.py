@@ -271,6 +271,7 @@ def test_kl_penalty_limits_drift(tmp_path):
     del free, held, in_reward
 
 
+@pytest.mark.medium
 def test_reference_is_replaced_every_second_step(tmp_path):
     """The divergence is 0 again in the step after, and nowhere else."""
     settings = {"kl_coef": 0.01, "kl_reference_steps": 2, "n_grpo_steps": 5, "learning_rate": 1e-2}
@@ -310,6 +311,7 @@ def test_adaptive_entropy_coefficient_follows_rollout_entropy():
     assert EntropyBonus(make_tiny_config(entropy_coef=0.02)).adapt(9.0) == 0.02
 
 
+@pytest.mark.medium
 def test_adaptive_entropy_coefficient_is_logged_as_applied(tmp_path):
     _, steps, _ = run_training(tmp_path, entropy_target=4.0, learning_rate=3e-2, n_grpo_steps=12)
     applied = [row["entropy_coef"] for row in steps]
@@ -489,6 +491,7 @@ BY_HAND_FLAGS = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("loss_type", OBJECTIVES)
 def test_loss_type_calls_its_function(loss_type):
     flags = BY_HAND_FLAGS.get(loss_type, {})

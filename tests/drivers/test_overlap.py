@@ -141,6 +141,7 @@ def test_async_engine_death_samples_batch_again(tmp_path, monkeypatch):
     assert sampled[0] == sampled[1]
 
 
+@pytest.mark.medium
 def test_resume_with_shared_gpu_sleeps_engine_before_first_update(tmp_path, monkeypatch):
     """The checkpoint holds the sampled batch, so the engine has nothing to do and must free its memory."""
     from drivers import train as program

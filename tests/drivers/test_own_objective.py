@@ -87,6 +87,7 @@ def gradients_of(**settings):
     return [parameter.grad for parameter in parts.policy.parameters()]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("ours", "own_flags"),
     [

@@ -33,6 +33,7 @@ def sample(config, parts):
     return make_rollout_batch(completions, torch.zeros(len(completions)), config.group_size)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("has_head", [True, False], ids=["fused", "logits"])
 def test_replayed_log_probs_equal_those_of_sampler(name, has_head, monkeypatch):

@@ -75,6 +75,7 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.mark.medium
 def test_page_holds_logged_numbers(trained):
     page, rows = parse_page(trained / "grpo"), read_metrics(trained / "grpo")
     panels = get_panels(page)
@@ -187,6 +188,7 @@ def test_page_security_policy_matches_script_and_style(trained):
         assert f"{kind}-src 'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'" in policy
 
 
+@pytest.mark.medium
 def test_page_hostile_text_is_escaped(tmp_path):
     """This includes names of runs, settings, anomalies and the title."""
     row = {

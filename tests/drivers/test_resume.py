@@ -106,6 +106,7 @@ def test_checkpoints_only_newest_two_are_resumable(tmp_path):
     assert find_checkpoint(tmp_path) is None
 
 
+@pytest.mark.medium
 def test_stop_between_checkpoints_saves_last_step(tmp_path):
     """The saved step is resumable. If the last checkpoint already holds it, no second one is written."""
     folder = tmp_path / "run"
@@ -213,6 +214,7 @@ def test_write_leaves_the_cores_to_the_step(tmp_path, monkeypatch):
     assert os.nice(0) == before
 
 
+@pytest.mark.medium
 def test_second_save_waits_for_the_first(tmp_path, monkeypatch):
     """The first write ends a while after the second save has asked for its end."""
     import drivers.training.checkpointer as program
@@ -263,6 +265,7 @@ def test_failed_write_is_reported_at_the_end_of_the_next_step(tmp_path, monkeypa
     assert find_checkpoint(tmp_path / "run").name == "checkpoint-4"
 
 
+@pytest.mark.medium
 def test_stop_during_write_waits_for_it(tmp_path, monkeypatch):
     """The checkpoint in progress holds all updates, so that no other is saved."""
     go, _ = hold_write(monkeypatch, 2)
@@ -276,6 +279,7 @@ def test_stop_during_write_waits_for_it(tmp_path, monkeypatch):
     assert find_damage(tmp_path / "run/checkpoint-2") is None
 
 
+@pytest.mark.medium
 def test_interrupt_during_write_waits_for_it_and_keeps_the_lock(tmp_path, monkeypatch):
     """Ctrl-C before the first update of the next step ends the run at once, but not the thread."""
     folder, seen = tmp_path / "run", []
@@ -412,6 +416,7 @@ def test_checkpoint_is_skipped_while_log_lines_wait(tmp_path, monkeypatch, capsy
     assert [row["step"] for row in read_logged_numbers(folder) if row["phase"] == "train"] == [1, 2, 3]
 
 
+@pytest.mark.medium
 def test_resume_with_unfinished_link_removes_link_only(tmp_path):
     """A kill while the best checkpoint was linked leaves such a link."""
     folder = tmp_path / "run"
@@ -485,6 +490,7 @@ def test_read_tensors_missing_shard_raises(tmp_path):
         read_tensors(tmp_path, {"rows": torch.zeros(4, 3)})
 
 
+@pytest.mark.medium
 def test_resume_with_more_steps_takes_their_learning_rates(tmp_path):
     """A schedule has no state: the rates after the checkpoint are those of a run of the new length."""
     folder, falling = tmp_path / "run", {"lr_schedule": "linear", "learning_rate": 1e-2, "eval_steps": 100}
@@ -584,6 +590,7 @@ def test_checkpoint_full_disk_at_last_step_drops_older_states(tmp_path, monkeypa
     assert find_damage(folder / "final_model") is None
 
 
+@pytest.mark.medium
 def test_checkpoint_failure_warns_once_while_it_lasts(tmp_path, monkeypatch):
     """The disk is not full, so nothing is deleted and nothing is tried again before the next checkpoint."""
     import drivers.training.checkpointer as program

@@ -331,6 +331,7 @@ def test_describe_environment_without_git_works(monkeypatch):
     assert describe_environment()["commit"] is None
 
 
+@pytest.mark.medium
 def test_wandb_without_login_is_offline(tmp_path, monkeypatch):
     import wandb
 

@@ -153,6 +153,7 @@ def check(url, last_id=97, longest=20, deadline_s=60.0):
     TeacherServer(url, deadline_s).check(make_tiny_tokenizer(), last_id, longest)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("inserts", [False, True], ids=["completions", "conversations"])
 def test_server_gives_the_advantages_of_the_model_that_it_holds(teacher, stub, inserts):
     config, parts = make_tiny_config(**TAUGHT), make_tiny_parts()

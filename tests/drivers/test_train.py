@@ -75,6 +75,7 @@ def test_accumulation_steps_do_not_change_the_gradient(aggregation):
         assert_close(gradient, gradients[0], rtol=1e-4, atol=1e-6 * gradients[0].abs().max().item())
 
 
+@pytest.mark.medium
 def test_accumulation_steps_do_not_change_the_trajectory(tmp_path):
     settings = {"aggregation": "token_mean"}
     reference = train_weights(tmp_path / "a", gradient_accumulation_steps=4, **settings)
@@ -135,6 +136,7 @@ def test_off_policy_updates_per_train_batch_and_epoch(tmp_path, monkeypatch):
     assert len(made) == 2 * 3 * 2
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("aggregation", get_args(Aggregation))
 def test_gradient_of_repeated_passes_is_that_of_one(aggregation):
     """An optimizer step on four copies of a rollout batch, all scored by the same weights."""
@@ -207,6 +209,7 @@ def test_train_same_seed_is_bit_identical(tmp_path):
     assert not torch.equal(first, train_weights(tmp_path / "c", seed=1))
 
 
+@pytest.mark.medium
 def test_skipping_zero_signal_groups_is_exact(tmp_path, monkeypatch):
     """A zero-signal group has gradient zero: skipping it saves time and changes no weight."""
 
@@ -254,6 +257,7 @@ def test_loss_of_zero_has_a_gradient(tmp_path):
         assert row["grad_norm"] > 0.1
 
 
+@pytest.mark.medium
 def test_train_checkpoints_and_evaluates_on_schedule(tmp_path):
     _, _, evaluations = run_training(tmp_path, n_grpo_steps=5, eval_steps=2, checkpoint_steps=2)
     assert [row["step"] for row in evaluations] == [0, 2, 4, 5]

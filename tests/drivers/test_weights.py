@@ -112,6 +112,7 @@ def test_policy_weights_have_engine_dtype_and_model_names():
     assert {m.dtype for m in weights.metadata()} == {torch.bfloat16}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["Qwen3Moe", "Mixtral", "Glm4Moe", "GptOss", "Phi3", "GPT2"])
 @pytest.mark.parametrize("is_loaded", [True, False], ids=["loaded", "from_config"])
 def test_policy_weights_are_those_that_the_saver_writes(name, is_loaded, tmp_path):

@@ -443,6 +443,7 @@ def test_rounding_errors_stay_within_those_of_float32(dtype, of_values, of_slope
         assert (leaf.grad - truth.grad).abs().max() < of_slopes * truth.grad.abs().max()
 
 
+@pytest.mark.medium
 def test_sums_over_blocks_are_float32():
     """A thousand blocks of bfloat16 gradients: rounding each sum would lose what comes late."""
     hidden = torch.ones(1, 1000, 2, dtype=torch.bfloat16)

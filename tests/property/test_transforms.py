@@ -29,6 +29,7 @@ def total(name, case):
     return lambda policy: losses_of(name, case, policy)[0].sum()
 
 
+@pytest.mark.medium
 @EACH_MEMBER
 @few
 @given(st.data())
@@ -48,6 +49,7 @@ def is_smooth(case):
     return far_from_kinks(case) and ("kl_coef" not in case.hyper or (penalized.abs() > 1e-3).all())
 
 
+@pytest.mark.medium
 @EACH_MEMBER
 @few
 @given(st.data())
