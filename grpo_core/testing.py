@@ -80,7 +80,7 @@ def check_objective(
     Args:
         function: the objective.
         laws: names of the laws to check. Default: all. drivers/train.py requires `REQUIRED_LAWS` and warns of others.
-        token_advantages: give each token an advantage of its own, instead of one to each response.
+        token_advantages: give each token its own advantage, instead of one to each response.
         settings: other arguments of the function, by parameter.
 
     Returns:

@@ -89,7 +89,7 @@ def sample(policy, tokenizer, prompts: list[str], group_size: int, max_tokens: i
 def count_response_tokens(tokenizer, token_ids: list[int]) -> int:
     """Return the length of the response in a padded row, the end token or stop string included.
 
-    The padding cannot be told from the response by its token alone: here the end token serves as padding too.
+    A token alone does not show whether it is padding, because the end token serves as padding too.
     """
     for n in range(1, len(token_ids) + 1):
         if token_ids[n - 1] == tokenizer.eos_token_id or STOP in tokenizer.decode(token_ids[:n]):

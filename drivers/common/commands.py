@@ -1,4 +1,4 @@
-"""Spell commands that a message tells the user to run, so that they work as they are printed."""
+"""Spell the commands in messages so that they work as they are printed."""
 
 import os
 import shutil

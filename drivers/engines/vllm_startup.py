@@ -111,7 +111,7 @@ def _preserved_torch_state(policy_device: torch.device) -> Iterator[None]:
 def _preserved_classes() -> Iterator[None]:
     """Keep vLLM from changing classes of transformers, which the policy in this process has too.
 
-    For an architecture without a model of its own, vLLM takes that of transformers and makes its class one that
+    For an architecture without its own model, vLLM takes that of transformers and makes its class one that
     compiles itself and needs vLLM's configuration. Without that, this model is not compiled.
     """
     change = Base._decorate_cls_for_torch_compile

@@ -76,7 +76,7 @@ def find_untouched(model: Any, *, is_tied: bool) -> list[str]:
     """Return the parameters of a worker's model that the current push has not reached.
 
     vLLM buffers what `load_weights` gives to the parameters of a layer and forgets a layer once all of them are there.
-    A head that `is_tied` to the embedding gets no weight of its own.
+    A head that `is_tied` to the embedding gets no weight.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info

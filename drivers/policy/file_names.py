@@ -23,7 +23,7 @@ class WeightGroup(NamedTuple):
 def group_weights(policy: nn.Module, weights: Mapping[str, Tensor]) -> list[WeightGroup]:
     """Return small groups, in the order of `weights`, that can be converted one after the other.
 
-    `weights` are tensors on the meta device. One that is only renamed is a group of its own; all other
+    `weights` are tensors on the meta device. One that is only renamed is its own group; all other
     weights of a layer form one group. A UsageError is raised if the groups do not give what all weights give together.
     """
     whole = to_files(policy, dict(weights))

@@ -23,7 +23,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def _gather_on_default_stream(tensor: Any) -> Tensor:
     """Gather on the stream that all ranks gather on, and finish before the caller goes on.
 
-    vLLM's sender reads weights on streams of its own, between broadcasts of another communicator. Gathers there and
+    vLLM's sender reads weights on its own streams, between broadcasts of another communicator. Gathers there and
     broadcasts could wait for each other, because ranks other than 0 gather on their default stream.
     """
     caller, default = torch.cuda.current_stream(tensor.device), torch.cuda.default_stream(tensor.device)

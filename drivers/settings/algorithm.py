@@ -210,7 +210,7 @@ def _check_importance(settings: AlgorithmSettings) -> None:
         )
     if settings.importance_measure != "ratio" and not settings.is_changed("importance_high"):
         raise UsageError(
-            f"{settings.flag('importance_measure')}: needs a bound of its own, because the default of "
+            f"{settings.flag('importance_measure')}: needs its own bound, because the default of "
             "--importance-high bounds a ratio; pass --importance-high"
         )
     if settings.objective.has_response_loss and settings.second_moment_threshold is not None:

@@ -23,7 +23,7 @@ MOST_USED = (
     "n_examples", "n_samples", "loss_type", "advantage", "kl_coef", "sampling_max_tokens", "engine", "seed",
     "save_dir", "output_dir", "resume", "compare_to", "show",
 )  # fmt: skip
-"""Flags that stand first in `--help`, under a heading of their own."""
+"""Flags that stand first in `--help`, under their own heading."""
 HEADINGS = (
     "most used", "model", "data", "grading", "sampling", "objective", "importance correction", "KL and entropy",
     "teacher", "optimizer", "evaluation", "engine", "run", "safety",

@@ -68,7 +68,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # Programs: their default objective and learning rate; group sizes, batches and lengths stay those of the base.
     # docs/parity.md lists what cannot be set.
     "cs336": {"learning_rate": 1e-5, "loss_type": "reinforce_with_baseline", "aggregation": "sequence_mean"},
-    "cs336-2026": {  # the edition of 2026 has a model, data and sizes of its own
+    "cs336-2026": {  # the edition of 2026 has its own model, data and sizes
         "model_path": "allenai/OLMo-2-0425-1B",
         "data_path": "data/gsm8k/train-6400.jsonl",
         "val_data_path": ("data/gsm8k/test.jsonl",),

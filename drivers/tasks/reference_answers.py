@@ -32,8 +32,8 @@ class BadRowError(ValueError):
 def read_answer(key: str, value: Any, *, is_solution: bool = False, accepts_text: bool = False) -> Any:
     r"""Return the answer in a value: a text, a number, or a list of alternatives.
 
-    A solution must state its answer. `accepts_text` is for keys that the user has named: prose and JSON may be what a
-    reward of their own reads.
+    A solution must state its answer. `accepts_text` is for keys that the user has named: prose and JSON may be what
+    their own reward reads.
     """
     if isinstance(value, list):
         if not value or any(isinstance(one, list | dict) for one in value):

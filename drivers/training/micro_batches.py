@@ -16,7 +16,7 @@ from drivers.training.batch import RolloutBatch
 from drivers.training.shortcuts import packs_rows, shares_rows
 
 MASKED_ATTENTION_COST = {"cuda": 2.0}
-"""Cost of attention with a mask of its own, relative to the causal mask, by type of device; 1 elsewhere. On CUDA such
+"""Cost of attention with its own mask, relative to the causal mask, by type of device; 1 elsewhere. On CUDA such
 a mask rules out flash attention. The factor of the memory-efficient kernel is an estimate, not a measurement."""
 
 

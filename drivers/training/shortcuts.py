@@ -39,7 +39,7 @@ def shares_rows(policy: nn.Module) -> bool:
 
 
 def sharing_obstacle(policy: Any) -> str:
-    """Return what keeps responses from sharing a row, or an empty text. A shared row needs a mask of its own.
+    """Return what keeps responses from sharing a row, or an empty text. A shared row needs its own mask.
 
     The mask replaces a sliding window or a chunk, and hides nothing from a recurrent state. ALiBi counts columns, not
     positions.
@@ -156,7 +156,7 @@ def describe_shortcuts(policy: nn.Module) -> list[str]:
     lines = []
     if not packs_rows(policy) and not shares_rows(policy):
         reason = sharing_obstacle(policy) or "a trial with a mask gives other logits"
-        lines.append(f"note: each response gets a row of its own, because {reason}")
+        lines.append(f"note: each response gets a row to itself, because {reason}")
     if find_head(policy) is None:
         lines.append("note: all logits are computed, because the model does more than multiply by its output layer")
     return lines

@@ -83,7 +83,7 @@ def accumulate_gradients(
         token_values["log_probs"].retain_grad()  # for metrics: the share of the gradient by sign of the advantage
         inputs = LossInputs(micro, token_values["log_probs"], token_values["token_entropy"], entropy_coef)
         outputs = compute_loss(config, inputs)
-        # A rank without a micro-batch of its own repeats another with weight 0: all must take part in each gather.
+        # A rank without its own micro-batch repeats another with weight 0: all must take part in each gather.
         ((loss_scale if is_counted else 0.0) * outputs.loss).backward()  # type: ignore[no-untyped-call]
         if is_counted:
             total += outputs.loss.detach()

@@ -1,7 +1,7 @@
 r"""Split an answer into its value and its unit.
 
 A list decides what a unit is: measures, currencies, and things that are counted. An unknown word behind a number is no
-unit, because it may change the number; a reference may name things of its own.
+unit, because it may change the number; a reference may name its own things.
 """
 
 import re
@@ -221,7 +221,7 @@ def _part_name(part: str, own: frozenset[str], *, letters: bool) -> list[str] | 
 
 
 def _without_place(words: list[str]) -> list[str]:
-    """Remove what tells where: `in total`, or a preposition before known things, as in `miles from home`."""
+    """Remove the place: `in total`, or a preposition before known things, as in `miles from home`."""
     if words[-2:] in (["in", "total"], ["in", "all"]):
         return words[:-2] or ["total"]
     place = next((i for i, word in enumerate(words) if i and word in PREPOSITIONS), len(words))

@@ -20,7 +20,7 @@ def compute_distillation_advantages(
     r"""Return $A_{it} = \operatorname{sg}[\log \pi_T(o_{it}) - \log \pi_\theta(o_{it})]$, an advantage from a teacher.
 
     With these advantages, REINFORCE on the policy's own samples follows the gradient of $\mathrm{KL}(\pi_\theta \Vert
-    \pi_T)$ of each token's distribution, for a fixed prefix: every token has a signal of its own, while a reward gives
+    \pi_T)$ of each token's distribution, for a fixed prefix: every token has its own signal, while a reward gives
     one to the whole response. The log-probs may be those from before the update. To mix both signals, add multiples of
     the advantages of rewards. Detached; 0 outside the mask, where no value is read. A token that the teacher excludes
     has an advantage of $-\infty$.

@@ -261,7 +261,7 @@ def compute_policy_gradient_loss(
 
 
 def _refer_to_function(loss_type: str) -> None:
-    """Raise ValueError if the name is that of an objective with a function of its own."""
+    """Raise ValueError if the name is that of an objective with its own function."""
     name = f"compute_{loss_type}_loss"
     if hasattr(sys.modules["grpo_core"], name):  # the public names, which this module cannot import
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Several ways of doing one thing, each in a process of its own, asked in turn.
+"""Several ways of doing one thing, each in its own process, asked in turn.
 
 A benchmark is a module with a function `build(way, **options)`. It returns the calls to time, by the name of their
 case, and a function that checks them and returns facts to show beside the times. `measure` runs that module in one

@@ -1,6 +1,6 @@
 """Whole training steps on the quickstart's task: `drivers/train.py` and TRL's GRPOTrainer.
 
-`python -m tests.benchmarks training`, in .venv-parity for TRL. Each run is a process of its own, and runs take turns.
+`python -m tests.benchmarks training`, in .venv-parity for TRL. Each run is its own process, and runs take turns.
 Both sides have the same model, questions, prompt template, stop string, reward function, sizes, learning rate and
 objective (the clip loss, averaged over tokens). A step is all that is between two updates of the weights: rollout,
 reward, update, and for ours the push to the engine. Loading, evaluation, checkpoints and each run's first step are

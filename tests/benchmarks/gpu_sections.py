@@ -310,7 +310,7 @@ def run_training(sizes: dict[str, Any]) -> Iterator[Result]:
                 time.sleep(0.2)
                 rows = [row for row in read_rows(folder / "run/metrics.jsonl") if row["phase"] == "train"]
             seconds = time.perf_counter() - begin
-        finally:  # an engine in a process of its own ends with it
+        finally:  # an engine in its own process ends with it
             program.kill()
             program.wait()
         rows = rows[: sizes["steps"]]

@@ -157,7 +157,7 @@ def test_train_with_adapter_pushes_learns(subject, tmp_path):
 
 @pytest.mark.usefixtures("forked_engine")
 def test_adapter_engine_that_died_gets_base_and_adapter(tmp_path):
-    """In a process of its own, to which the frozen weights go by a file in memory."""
+    """In its own process, to which the frozen weights go by a file in memory."""
     import vllm.envs
 
     vllm.envs.disable_envs_cache()  # an engine in this process, of another test, has filled it

@@ -87,7 +87,7 @@ def examine(name):
         assert splits == may_split or (dtype == torch.bfloat16 and may_split)  # Mamba's body returns float32
         found.append((shares, splits))
         notes = "\n".join(describe_shortcuts(model))
-        assert ("a row of its own" in notes) is not shares
+        assert ("a row to itself" in notes) is not shares
         assert ("all logits are computed" in notes) is not splits
         expected, largest = forward_alone(model, completions)
         error = measure_error(model, completions, expected)

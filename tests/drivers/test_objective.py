@@ -843,7 +843,7 @@ ILLEGAL = [
         {"importance": "mask", "importance_measure": "k3"},
         "--importance-measure k3: has no effect with --importance mask",
     ),
-    ({"importance": "reject", "importance_measure": "k2"}, "--importance-measure k2: needs a bound of its own"),
+    ({"importance": "reject", "importance_measure": "k2"}, "--importance-measure k2: needs its own bound"),
     ({"kl_reference_steps": 2}, "--kl-reference-steps 2: has no effect without a reference model"),
     ({"kl_coef": 0.1, "kl_reference_share": 0.5}, "--kl-reference-share 0.5: has no effect on a reference that never"),
     (

@@ -36,7 +36,7 @@ OBJECTIVE_SETTINGS = {name: {"loss_type": name, "entropy_coef": 0.01} for name i
 
 
 def run_apart(function, folder, *arguments, file):
-    """Run a function in a process of its own, because the device stays known to torch; return what it wrote."""
+    """Run a function in its own process, because the device stays known to torch; return what it wrote."""
     program = ForkedProgram(function, str(folder), *arguments, output=folder / "said.txt")
     assert program.wait(300) == 0, program.output
     return json.loads((folder / file).read_text())

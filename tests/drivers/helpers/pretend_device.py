@@ -1,7 +1,7 @@
 """A pretend accelerator: a device of its own whose values lie in host memory, so that it needs no hardware.
 
 It fails where tensors of host and device meet, as CUDA does, and records the operations for which the host would have
-to wait. `install` changes torch for the whole process: call it in a process of its own.
+to wait. `install` changes torch for the whole process: call it in its own process.
 """
 
 import contextlib
