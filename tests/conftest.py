@@ -38,8 +38,8 @@ torch.set_num_threads(1)
 
 # No deadline: the first call of a torch operation takes longer than any useful deadline.
 settings.register_profile("quick", max_examples=3, deadline=None)
-settings.register_profile("dev", max_examples=15, deadline=None)
-settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("dev", max_examples=20, deadline=None)
+settings.register_profile("ci", max_examples=40, deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("nightly", max_examples=2000, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") == "true" else "dev"))
 

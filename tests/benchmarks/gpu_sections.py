@@ -36,7 +36,7 @@ GIB = 2**30
 
 
 class Device:
-    """What differs between CUDA and the CPU, on which this is rehearsed."""
+    """The differences between CUDA and the CPU, on which this is rehearsed."""
 
     def __init__(self, name: str) -> None:
         self.name, self.is_cuda = name, name == "cuda"

@@ -1,4 +1,4 @@
-"""What the programs show on a terminal of any width, and on a pipe."""
+"""The display of the programs on a terminal of any width, and on a pipe."""
 
 import io
 import os

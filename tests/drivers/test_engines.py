@@ -704,7 +704,7 @@ def test_engine_on_cuda_keeps_float32_logits_as_the_policy_does(tmp_path, monkey
 
 @pytest.mark.medium
 def test_handshake_of_weight_transfer_has_a_limit():
-    """An error of the worker reaches nobody, so the deadline of an hour would pass in silence."""
+    """An error of the worker is not reported, so without a limit the wait would last an hour."""
     from drivers.engines.vllm import VLLMEngine
     from drivers.engines.vllm_startup import Placement
 

@@ -276,7 +276,7 @@ def test_options_and_their_answer_earn_the_reward():
 
 
 def test_rows_survive_json():
-    """What is written is read again, and every refusal is one line without the rest of the row."""
+    """Written rows can be read again, and each refusal is one line without the rest of the row."""
     for row, expected in LAYOUTS.values():
         if expected is not None:
             converted = convert_row(row).row

@@ -25,7 +25,7 @@ sent_sizes: list[int] = []
 
 
 class Wire:
-    """What vLLM calls of a PyNcclCommunicator."""
+    """The part of a PyNcclCommunicator that vLLM calls."""
 
     def __init__(self, address, port, rank, world_size, device):
         self._group = StatelessProcessGroup.create(host=address, port=port, rank=rank, world_size=world_size)
