@@ -76,10 +76,10 @@ class Servers:
     def __init__(self, urls: Sequence[str], timeout_s: float) -> None:
         self.urls = [url.rstrip("/") for url in urls]
         self._timeout_s = timeout_s
-        # Use each connection once: vLLM closes it after an error, and when it was idle for some seconds.
-        limits = httpx.Limits(max_keepalive_connections=0)
-        transport = httpx.HTTPTransport(limits=limits, socket_options=keepalive_options())
-        self._client = httpx.Client(transport=transport, trust_env=False)  # no proxy
+        transport = httpx.HTTPTransport(socket_options=keepalive_options())
+        # Use each connection once: vLLM closes it after an error, and when it was idle for some seconds. The header
+        # also closes one that was still being made when the client was closed, which httpx would leave open.
+        self._client = httpx.Client(transport=transport, headers={"Connection": "close"}, trust_env=False)
         self._is_closed = False
         self.n_workers = [1] * len(self.urls)
         self.failure: Exception | None = None

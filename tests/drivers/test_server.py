@@ -433,6 +433,24 @@ def test_server_engine_close_releases_waiting_threads(stub):
     end.set()
 
 
+def test_servers_closed_while_connecting_leave_no_socket(stub, monkeypatch):
+    """A connection that is made after the close must still be closed after its answer."""
+    from drivers.engines.vllm_http import Servers
+
+    servers, connect, made = Servers([stub.url], 60.0), socket.create_connection, []
+
+    def connect_and_close(*arguments, **named):
+        made.append(connect(*arguments, **named))
+        servers.close()
+        return made[0]
+
+    monkeypatch.setattr(socket, "create_connection", connect_and_close)
+    with suppress(TimeoutError):  # the answer is faster, or not
+        servers.post("reset_prefix_cache")
+    wait_until(lambda: made[0].fileno() == -1, 10)
+    assert stub.asked == [("reset_prefix_cache", None)]
+
+
 def test_server_engine_connections_use_keepalive(stub, monkeypatch):
     """This holds for every connection of both clients, and none uses a proxy of the environment."""
     from drivers.engines import vllm_http

@@ -197,6 +197,8 @@ class StubTeacher(StubServer):
 class StubHandler(BaseHTTPRequestHandler):
     """The handler of StubServer's requests."""
 
+    protocol_version = "HTTP/1.1"  # keeps a connection open for more requests, as vLLM does
+
     def do_GET(self):
         path, body = self.path.strip("/"), self.rfile.read(int(self.headers.get("Content-Length") or 0))
         body = json.loads(body or "null")
@@ -204,12 +206,15 @@ class StubHandler(BaseHTTPRequestHandler):
         if path == "update_weights" and (file := body["update_info"].get("path")):
             self.server.received = checksums(load_file(file).items())
         answer = self.server.answer(path, body)
-        if answer is None:  # close the connection without an answer
+        if answer is None:
+            self.close_connection = True
             return
-        self.send_response(answer if isinstance(answer, int) else 200)
+        status, content = (answer, {"error": "no"}) if isinstance(answer, int) else (200, answer)
+        text = (content if isinstance(content, str) else json.dumps(content)).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
         self.end_headers()
-        text = json.dumps(answer if isinstance(answer, dict) else {"error": "no"})
-        self.wfile.write((answer if isinstance(answer, str) else text).encode())
+        self.wfile.write(text)
 
     do_POST = do_GET
 

@@ -290,6 +290,26 @@ MUTANTS = [
         ),
     ),
     *breaks(
+        "Servers",
+        "drivers/engines/vllm_http.py",
+        "tests/drivers/test_server.py -k 'servers_ or interrupted_push or keepalive or start_failure or sender_waits'",
+        ("a socket is left", 'headers={"Connection": "close"}, ', ""),
+        (
+            "a lost host is not noticed",
+            "httpx.HTTPTransport(socket_options=keepalive_options())",
+            "httpx.HTTPTransport()",
+        ),
+        ("servers share ranks", "                offset += size\n", ""),
+        (
+            "this machine has one address",
+            '"master_address": local_address_towards(url)',
+            '"master_address": "127.0.0.1"',
+        ),
+        ("an open push is not finished", 'self._client.post(f"{url}/finish_weight_update", ', "print("),
+        ("an error is not recorded", "self.failure = self.failure or error", "pass"),
+        ("a broken server is a wrong flag", "if error.response.is_server_error:", "if False:"),
+    ),
+    *breaks(
         "format_command",
         "drivers/engines/vllm_server.py",
         "tests/drivers/test_server.py -k format_command",
