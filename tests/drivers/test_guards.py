@@ -198,7 +198,9 @@ def test_check_update_single_token_drift_is_named(tmp_path):
         log_probs[1, 2] = math.nan  # after the end of the response
         scored = {"log_probs": log_probs, "token_entropy": log_probs}
         metrics.add_micro_batch(micro, scored, {"response_tokens": torch.tensor(4.0)})
-    assert metrics.drift()["max_log_ratio"] == 12.25
+    drift = metrics.drift()
+    assert drift["max_log_ratio"] == 12.25
+    assert drift["sampler_log_prob_diff"] == 1.75  # over four tokens without the 12, and four with it
     assert "max_log_ratio" not in metrics.drift()  # in the next update
 
 
@@ -245,10 +247,11 @@ def test_check_update_not_finite_is_unusable(value):
     )
 
 
-def test_check_update_policy_drift_is_named():
+@pytest.mark.parametrize("name", ["approx_kl", "sampler_log_prob_diff"])
+def test_check_update_policy_drift_is_named(name):
     assert check_update(0.1, 1.0, [], NEAR) == []
-    assert list_kinds(check_update(0.1, 1.0, [], {"approx_kl": 1.01 * MAX_DRIFT})) == ["approx_kl"]
-    assert not check_update(0.1, 1.0, [], {"approx_kl": 1.01 * MAX_DRIFT})[0].is_unusable
+    (anomaly,) = check_update(0.1, 1.0, [], NEAR | {name: 1.01 * MAX_DRIFT})
+    assert (anomaly.kind, anomaly.is_unusable) == (name, False)
 
 
 class HugeReward:

@@ -117,6 +117,17 @@ def test_first_update_without_a_gradient_has_a_scale():
     assert optimizer.loss_scale == 2**16
 
 
+def test_float16_scale_doubles_after_400_updates_without_overflow():
+    config, policy, _ = make_batch(HALF)
+    optimizer = PolicyOptimizer(policy, config, scales_loss=True)
+    optimizer.tensors()  # makes the moments, as a resume does
+    optimizer.finish_loading(398, optimizer.scaler_state() | {"_growth_tracker": 398})
+    for scale in (2**16, 2**17, 2**17):  # after 399, 400 and 401 updates
+        optimizer.clip_gradient(1.0)
+        optimizer.step(1e-3)
+        assert optimizer.loss_scale == scale
+
+
 @pytest.mark.medium
 def test_resumed_float16_run_with_overflows_is_bit_identical(tmp_path, monkeypatch):
     """The scale grows after every second update, until gradients overflow before and after the resume."""

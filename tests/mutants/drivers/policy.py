@@ -28,6 +28,7 @@ MUTANTS = [
         "tests/drivers/test_loss_scale.py tests/drivers/test_resume.py -k 'float16 or first_update or goes_on_alike'",
         ("the gradient keeps the scale", "        self._scaler.unscale_(self._adamw)\n", ""),
         ("the scale never changes", "            self._scaler.update()\n", "            pass\n"),
+        ("the scale grows as rarely as torch's", "growth_interval=LOSS_SCALE_GROWTH_INTERVAL", "growth_interval=2000"),
         ("a float16 policy has no scale", "enabled=scales_loss", "enabled=False"),
         ("no scale before a loss", "        self._scaler.scale(torch.zeros((), device=device))", "        pass"),
         ("a resumed run begins with a new scale", "        if scaler_state:\n", "        if False:\n"),

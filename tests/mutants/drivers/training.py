@@ -829,6 +829,11 @@ MUTANTS = [
             "micro.advantages[:, 0] > 0, lengths",
             "micro.advantages[:, 0] >= 0, lengths",
         ),
+        (
+            "the distance to the sampler is not guarded",
+            'for name in ("sampler_log_prob_diff", "approx_kl"):',
+            'for name in ("approx_kl",):',
+        ),
         ("median responses are long", "lengths > lengths.float().median()", "lengths >= lengths.float().median()"),
         (
             "a mean over micro-batches",
