@@ -3,7 +3,9 @@
 import gc
 import importlib.metadata
 import os
+import shutil
 import signal
+import tempfile
 from importlib.util import find_spec
 
 # A background job of a shell, or one under nohup, ignores signals that some tests send, and so would its children.
@@ -23,6 +25,9 @@ for name, value in {
     "WANDB_MODE": "disabled",
 }.items():
     os.environ.setdefault(name, value)
+
+# vLLM leaves three sockets of each engine here.
+SOCKETS = os.environ["VLLM_RPC_BASE_PATH"] = tempfile.mkdtemp(prefix="vllm-")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -122,9 +127,10 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_sessionfinish() -> None:
-    """Undo it, because some libraries complain of objects that are left at the end of the process."""
+    """Unfreeze, because some libraries complain of objects that are left at the end of the process."""
     gc.unfreeze = unfreeze
     unfreeze()
+    shutil.rmtree(SOCKETS, ignore_errors=True)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
