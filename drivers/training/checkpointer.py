@@ -175,6 +175,8 @@ class Checkpointer:
         for n_kept_states, content in attempts:
             try:
                 remove_unfinished(self._folder)
+                if n_kept_states == 0:  # else the last resumable state could go and nothing take its place
+                    self._sync_log()
                 drop_old_states(self._folder, keep=n_kept_states)
                 self._sync_log()
                 save_checkpoint(content, save.folder)

@@ -656,6 +656,13 @@ def test_setup_options_of_the_engine_follow_the_settings(probes):
     assert probes["setup"]({"rollout_url": (url,)})["engine"][1].urls == (url,)
 
 
+def test_setup_plans_memory_for_the_longest_prompt(probes, monkeypatch):
+    plan, planned = setup.configure_memory, []
+    monkeypatch.setattr(setup, "configure_memory", lambda *given: planned.append(given[2]) or plan(*given))
+    seen = probes["setup"]({"sampling_max_tokens": 7})
+    assert planned == [max(len(prompt) for name in ("train_set", "val_set") for prompt, _ in seen[name])]
+
+
 def test_setup_of_several_held_out_sets(probes, capsys):
     """The first is the one of a single set; the engine has room for the longest response of either kind."""
     paths = ("held-out.jsonl", "easy=other.jsonl", "train.jsonl")

@@ -671,7 +671,10 @@ def test_train_unusable_reward_exits_before_model_is_loaded(tmp_path, capsys, mo
 @pytest.mark.parametrize(
     ("mix", "message"),
     [
-        *((one, f"--reward-mix {one}: must be a name and a finite weight") for one in ("a=inf", "a=nan", "a", "=1")),
+        *(
+            (one, f"--reward-mix {one}: must be a name and a finite weight")
+            for one in ("a=inf", "a=nan", "a", "=1", "a-b=1")
+        ),
         ("a=1 a=2", "--reward-mix a=2: each name must be unique"),
         ("reward=1", "--reward-mix reward=1: each name must be unique, and not 'reward'"),
     ],
@@ -852,13 +855,14 @@ def test_run_logs_unscored_responses(tmp_path):
 def test_describe_grades_counts_verdicts():
     graded = [
         Graded({"reward": 1.0, "b": 2.0, "a": 1.0}, "parsed"),
+        Graded({"reward": 0.0, "a": 0.0}, "parsed"),
         Graded({"reward": None, "b": 4.0, "a": None}, "unparsable"),
         *[Graded({"reward": None}, "timeout")] * 2,
         *[Graded({"reward": None}, "error")] * 3,
         *[Graded({"reward": None}, "not_finite")] * 4,
     ]
-    facts = {"unscored": 10 / 11, "grader_timeouts": 2.0, "grader_errors": 3.0, "grader_not_finite": 4.0}
-    assert describe_grades(graded) == facts | {"part_a": 1.0, "part_b": 3.0}
+    facts = {"unscored": 10 / 12, "grader_timeouts": 2.0, "grader_errors": 3.0, "grader_not_finite": 4.0}
+    assert describe_grades(graded) == facts | {"part_a": 0.5, "part_b": 3.0}
 
 
 def test_evaluation_excludes_unscored():

@@ -1,5 +1,6 @@
 """Anomalies of a step: detected, logged, and handled as --on-anomaly says."""
 
+import itertools
 import json
 import math
 from dataclasses import asdict
@@ -234,6 +235,7 @@ def test_check_update_spike_is_relative_to_median_norm(norms, norm):
 def test_check_update_earlier_spikes_do_not_hide_a_spike():
     """They would raise the mean."""
     assert list_kinds(check_update(0.1, 50.0, [1.0] * 10 + [1000.0], NEAR)) == ["grad_norm_spike"]
+    assert list_kinds(check_update(0.1, 50.0, [1.0] * 10, NEAR)) == ["grad_norm_spike"]
     assert check_update(0.1, 50.0, [1.0] * 9, NEAR) == []  # too few to compare with
 
 
@@ -382,7 +384,7 @@ def test_check_update_missing_gradient_says_what_helps():
 @pytest.mark.medium
 @pytest.mark.parametrize("failure", [ValueError("no such key"), None])
 def test_run_reward_that_always_fails_ends_before_first_step(tmp_path, failure):
-    """One that abstains from everything does not fail."""
+    """A reward function that returns None for every response does not end the run."""
 
     def reward(*_):
         if failure is not None:
@@ -395,3 +397,17 @@ def test_run_reward_that_always_fails_ends_before_first_step(tmp_path, failure):
     with pytest.raises(TrainingAbortedError, match=r"--reward r1_zero: failed on all 4 held-out responses"):
         train_on(tmp_path, reward)
     assert read_rows(tmp_path, "train") == []
+
+
+@pytest.mark.medium
+def test_run_reward_that_fails_after_the_first_step_continues(tmp_path):
+    calls = itertools.count()
+
+    def reward(*_):
+        if next(calls) >= 4:  # after the held-out questions
+            raise ValueError("no such key")
+        return {"reward": 1.0}
+
+    train_on(tmp_path, reward, loss_type="reinforce_with_baseline", n_grpo_steps=2, eval_steps=1)
+    rows = read_rows(tmp_path, "eval")
+    assert [(row["step"], row["grader_errors"]) for row in rows] == [(0, 0), (1, 4), (2, 4)]

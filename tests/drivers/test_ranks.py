@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -360,6 +361,17 @@ def test_ranks_more_than_gpus_raises_usage_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UsageError, match="--nproc-per-node 4: this machine has 2 GPUs"):
         distributed.start(60.0)
+
+
+def test_ranks_wait_for_each_other_as_long_as_allowed(monkeypatch):
+    """A rank on a lost machine sends no signal; only the limit ends the wait for it."""
+    started = []
+    monkeypatch.setattr(distributed.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *_, timeout: started.append(timeout))
+    monkeypatch.setattr(distributed.atexit, "register", lambda _: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    distributed.start(7.0, on_gpus=False)
+    assert started == [timedelta(seconds=7)]
 
 
 def test_exit_with_other_rank_prints_if_rank_zero_has_not(monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """A stopped and resumed run equals a run without interruption."""
 
 import errno
+import fcntl
 import json
 import math
 import os
@@ -50,7 +51,7 @@ from tests.drivers.helpers.letters import (
     make_tiny_config,
     make_tiny_parts,
 )
-from tests.drivers.helpers.processes import limit_file_size, wait_until
+from tests.drivers.helpers.processes import end_process_after, limit_file_size, wait_until
 from tests.drivers.helpers.runs import RUN_KINDS, SIX_STEPS, StopRun, assert_same_state, read_logged_numbers, run_grpo
 from tests.tiny import save_tiny
 
@@ -309,6 +310,7 @@ def test_kill_during_write_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     write = checkpoint.write_shards
     pid = os.fork()
     if pid == 0:
+        end_process_after(120)
         half = threading.Event()
 
         def tear(file, shards, offsets):
@@ -416,6 +418,26 @@ def test_checkpoint_is_skipped_while_log_lines_wait(tmp_path, monkeypatch, capsy
     assert [row["step"] for row in read_logged_numbers(folder) if row["phase"] == "train"] == [1, 2, 3]
 
 
+def test_last_checkpoint_is_not_written_while_log_lines_wait(tmp_path, monkeypatch):
+    """Not even where older training states were deleted to make room for it."""
+    import drivers.training.checkpointer as program
+
+    save, wait = program.save_checkpoint, []
+
+    def fail_at_last(content, target):
+        if content.values["step"] == 2 and not wait:
+            wait.append("no room")  # from now on
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return save(content, target)
+
+    monkeypatch.setattr(program, "save_checkpoint", fail_at_last)
+    monkeypatch.setattr(program, "is_full", lambda *_: True)
+    monkeypatch.setattr(JsonlWriter, "flush", lambda lines, flush=JsonlWriter.flush: wait[0] if wait else flush(lines))
+    with pytest.raises(TrainingAbortedError, match="checkpoint-2: the checkpoint cannot be written"):
+        run_grpo(tmp_path / "run", n_grpo_steps=2)
+    assert find_checkpoint(tmp_path / "run").name == "checkpoint-1"
+
+
 @pytest.mark.medium
 def test_resume_with_unfinished_link_removes_link_only(tmp_path):
     """A kill while the best checkpoint was linked leaves such a link."""
@@ -428,7 +450,9 @@ def test_resume_with_unfinished_link_removes_link_only(tmp_path):
 
 
 def test_stop_inside_step_saves_unresumable_weights(tmp_path, monkeypatch):
-    """No step begins with these weights, so the folder lacks the state for a resume."""
+    """No step begins with these weights, so they lack the state for a resume; it begins at the checkpoint before."""
+    settings, folder = {"train_batch_size": 16, "n_grpo_steps": 3}, tmp_path / "run"
+    *whole, _ = run_grpo(tmp_path / "whole", **settings)
     updates, original = [], update_step.accumulate_gradients
 
     def fail(*arguments, **named):
@@ -437,12 +461,19 @@ def test_stop_inside_step_saves_unresumable_weights(tmp_path, monkeypatch):
             raise StopRun
         return original(*arguments, **named)
 
-    monkeypatch.setattr(update_step, "accumulate_gradients", fail)
-    run_grpo(tmp_path / "run", train_batch_size=16, checkpoint_steps=100)
-    (stopped,) = (tmp_path / "run").glob("*-stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr(update_step, "accumulate_gradients", fail)
+        weights, *_ = run_grpo(folder, **settings)
+    (stopped,) = folder.glob("*-stopped")
     assert json.loads((stopped / STATE_VALUES).read_text()) == {"step": 1}
     assert not (stopped / STATE_TENSORS).exists()
-    assert find_checkpoint(tmp_path / "run") is None
+    before = find_checkpoint(folder)
+    assert before == folder / "checkpoint-1"
+    saved, earlier = (flatten_weights(AutoModelForCausalLM.from_pretrained(one)) for one in (stopped, before))
+    assert torch.equal(saved, weights)
+    assert not torch.equal(saved, earlier)
+    *again, _ = run_grpo(folder, before, **settings)
+    assert_same_state(again, whole)
 
 
 @pytest.mark.slow
@@ -817,6 +848,7 @@ def call_in_fork(act):
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
+        end_process_after(120)
         try:
             act()
             os.write(writer, b"1")
@@ -853,6 +885,19 @@ def test_run_lock_admits_one_process(tmp_path):
     assert open_run_folder(config, print) == (folder, None)
     release_run_lock(folder)
     pid, held = call_in_fork(lambda: acquire_run_lock("--resume", folder))
+    kill_fork(pid)
+    assert held
+
+
+def test_run_lock_is_left_out_where_the_file_system_has_none(tmp_path, monkeypatch):
+    """A file in its place would outlive a killed process and refuse the next one."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    acquire_run_lock("--resume", tmp_path)
+    pid, held = call_in_fork(lambda: acquire_run_lock("--resume", tmp_path))
     kill_fork(pid)
     assert held
 

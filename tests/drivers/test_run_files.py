@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from drivers.common.display import clock, one_line
 from drivers.common.errors import UsageError
@@ -212,6 +213,32 @@ def test_run_log_failing_service_warns(tmp_path, monkeypatch, capsys):
     assert "wandb failed (OSError: no network)" in errors
     assert "TensorBoard failed (OSError: disk full)" in errors
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("failing", ["log", "finish"])
+def test_run_log_service_that_fails_later_warns(tmp_path, monkeypatch, capsys, failing):
+    import drivers.runs.log
+
+    def fail(*_):
+        raise OSError("no network")
+
+    service = SimpleNamespace(**{"log": lambda _: None, "finish": lambda: None, failing: fail})
+    monkeypatch.setattr(drivers.runs.log, "_open_wandb", lambda *_: service)
+    log = RunLog(tmp_path, make_tiny_config(wandb_project="p"))
+    log.log("train", 1, {"reward": 1.0})
+    log.close()
+    assert capsys.readouterr().err.count("wandb failed (OSError: no network)") == 1
+
+
+def test_resumed_tensorboard_keeps_the_steps_up_to_the_checkpoint(tmp_path):
+    """What a resumed run repeats is shown once."""
+    for after, steps in ((-1, (1, 2, 3)), (2, (3, 4))):
+        log = RunLog(tmp_path, make_tiny_config(), after=after)
+        for step in steps:
+            log.log("train", step, {"reward": step + after})
+        log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/reward")] == [(1, 0), (2, 1), (3, 5), (4, 6)]
 
 
 def test_run_log_failing_service_warns_once(tmp_path, monkeypatch, capsys):

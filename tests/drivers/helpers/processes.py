@@ -52,6 +52,12 @@ def wait_until(condition, seconds=30.0):
         time.sleep(0.05)
 
 
+def end_process_after(seconds):
+    """End this process, which a test has forked, if the test waits for it in vain."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(seconds)
+
+
 def list_descendants(pid):
     """Return the processes that a process has started, directly or indirectly."""
     try:

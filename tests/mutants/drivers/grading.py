@@ -10,6 +10,7 @@ MUTANTS = [
         "describe_grades",
         "drivers/grading/summary.py",
         f"{GRADING} -k 'describe_grades or evaluation'",
+        ("a 0 does not count", "if value is not None and name", "if value and name"),
         (
             "errors are time-outs",
             '"grader_timeouts": float(statuses.count(GradeStatus.TIMEOUT))',

@@ -143,4 +143,33 @@ MUTANTS = [
         ("nothing is held", "            self._signals.hold()", "            pass"),
         ("the end of the step does not stop", "        self._signals.release()", "        self._signals.discard()"),
     ),
+    *breaks(
+        "atomic_files",
+        "drivers/common/atomic_files.py",
+        f"{CHECKPOINT} -k on_the_disk",
+        ("a text is named first", "        flush_to_disk(unfinished)\n", ""),
+        ("a folder is named first", "        flush_to_disk(file)\n", "        pass\n"),
+        ("its files are not flushed", '(*sorted(unfinished.rglob("*"), reverse=True), unfinished)', "(unfinished,)"),
+        ("the name is not flushed", "    flush_to_disk(folder.parent)\n", ""),
+    ),
+    *breaks(
+        "acquire_run_lock",
+        "drivers/runs/lock.py",
+        f"{RESUME} -k run_lock",
+        ("a file in place of a lock", "fallback_to_soft=False", "fallback_to_soft=True"),
+    ),
+    *breaks(
+        "RunLog",
+        LOG,
+        f"{RUN_FILES} -k 'service or tensorboard'",
+        ("the last step is purged", "purge_step=after + 1", "purge_step=after"),
+        ("repeated steps are kept", "purge_step=after + 1", "purge_step=None"),
+        ("wandb ends the run", 'self._attempt("wandb", self._wandb.finish)', "self._wandb.finish()"),
+    ),
+    *breaks(
+        "distributed.start",
+        "drivers/common/distributed.py",
+        "tests/drivers/test_ranks.py -k wait_for_each_other",
+        ("a wait has another limit", "timeout=timedelta(seconds=timeout_s)", "timeout=timedelta(days=1)"),
+    ),
 ]

@@ -63,6 +63,17 @@ MUTANTS = [
         ("no rates of several responses", "if self.config.eval_samples > 1:", "if False:"),
     ),
     *breaks(
+        "Run.evaluate",
+        RUN,
+        f"{GUARDS} -k run_reward_that",
+        (
+            "a reward that fails ends a run of many steps",
+            "if step == 0 and n_failed == n_asked:",
+            "if n_failed == n_asked:",
+        ),
+        ("a reward that always fails is kept", "if step == 0 and n_failed == n_asked:", "if False:"),
+    ),
+    *breaks(
         "Run.check_engine",
         RUN,
         f"{LOOP} {FLAGS} -k 'check or engine or tolerance'",
@@ -969,6 +980,7 @@ MUTANTS = [
         f"{GUARDS} -k check_update",
         ("the mean of the norms", "SPIKE * median(earlier_norms)", "SPIKE * sum(earlier_norms) / len(earlier_norms)"),
         ("too early", "len(earlier_norms) >= N_NORMS // 2", "len(earlier_norms) >= 1"),
+        ("one norm late", "len(earlier_norms) >= N_NORMS // 2", "len(earlier_norms) > N_NORMS // 2"),
         ("NaN drift is no anomaly", "if not value <= limit:", "if value > limit:"),
         ("one limit for all", 'limit = MAX_LOG_RATIO if name == "max_log_ratio" else MAX_DRIFT', "limit = MAX_DRIFT"),
     ),
@@ -995,12 +1007,22 @@ MUTANTS = [
         "drivers/training/checkpointer.py",
         (
             f"{FLAGS} {RESUME} {DRIVERS}/test_train.py"
-            " -k 'keep_checkpoints or stop_inside or stop_between or full_disk or failure_warns or lines_wait'"
+            " -k 'keep_checkpoints or stop_ or full_disk or failure_warns or lines_wait or last_checkpoint'"
         ),
         (
             "the log is not flushed first",
             "            self._sync_log()\n            if distributed.size() > 1:",
             "            if distributed.size() > 1:",
+        ),
+        (
+            "the last model has no log",
+            "                self._sync_log()\n                save_checkpoint",
+            "                save_checkpoint",
+        ),
+        (
+            "the last state goes for nothing",
+            "                    self._sync_log()\n                drop_old",
+            "                    pass\n                drop_old",
         ),
         ("no older state makes room", "drop_old_states(self._folder, keep=n_kept_states)", "pass"),
         (
@@ -1227,6 +1249,11 @@ MUTANTS = [
         "setup_run",
         "drivers/training/setup.py",
         f"{FLAGS} -k 'test_setup or val_ or deterministic or lora_alpha or attention or system_prompt or chat'",
+        (
+            "the plan counts a response twice",
+            "longest_prompt=longest - config.sampling_max_tokens",
+            "longest_prompt=longest",
+        ),
         (
             "held-out questions are those of the training",
             'load_examples("--val-data-path", path)',
