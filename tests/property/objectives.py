@@ -17,7 +17,7 @@ import grpo_core
 from grpo_core import Aggregation, compute_sequence_weights, compute_token_weights, sum_weighted_losses
 from tests.strategies import SHAPES, floats, masks, response_masks, tensors
 
-# The door to four of the others, by the name of a loss type: tests/property/test_steps.py.
+# Calls four of the others, by the name of a loss type: tests/property/test_steps.py.
 DOORS = {"compute_policy_gradient_loss"}
 # The loss of two responses, not of one: tests/property/test_losses.py.
 OF_PAIRS = {"compute_dpo_loss"}
@@ -45,9 +45,9 @@ EACH = pytest.mark.parametrize(
 )
 EACH_MEMBER = pytest.mark.parametrize("name", sorted(MEMBERS))
 CONSTANT = 7.0
-# Each law runs once per objective and aggregation: as a whole it sees five times the examples of a profile.
+# A law runs for each objective and aggregation, so with fewer examples of each it sees five times those of a profile.
 fewer = settings(max_examples=max(5, settings.default.max_examples // 12))
-# What keeps away from a kink of every clip: on-policy, nothing is clipped and every slope is that of REINFORCE.
+# On-policy, these clip nothing, so that every slope is that of REINFORCE.
 HYPER = {
     "cliprange": st.sampled_from([0.1, 0.2, 0.5]),
     "cliprange_high": st.sampled_from([None, 0.28, 0.05]),
@@ -98,6 +98,8 @@ def cases(draw, name: str) -> Case:
     old = draw(tensors(shape, floats(-4, -1.1)))
     columns = 1 if name in ONE_ADVANTAGE or draw(st.booleans()) else seq
     split = draw(st.integers(0, rows))
+    unknown = PARAMETERS[name] - TENSORS - HYPER.keys()
+    assert not unknown, f"{name}: add {unknown} to HYPER"
     return Case(
         policy=old + draw(tensors(shape, floats(-1, 1))),
         old=old,

@@ -73,7 +73,7 @@ def check_against_the_oracle(name: str, aggregation: str, case: Case) -> None:
 @EACH_MEMBER
 @given(data=st.data())
 def test_family_members_are_those_of_the_oracle(name, data):
-    """Value, slope and flags, with all the examples of the profile: a bound binds in few of them."""
+    """Value, slope and flags, with all the examples of the profile, because a bound binds in few of them."""
     case = data.draw(cases(name))
     assume(far_from_kinks(case))
     check_against_the_oracle(name, data.draw(st.sampled_from([how for member, how in PAIRS if member == name])), case)
@@ -143,7 +143,7 @@ def test_content_outside_mask_is_never_read(name, aggregation, data):
 @fewer
 @given(data=st.data())
 def test_loss_outside_the_mask_is_exactly_zero(name, data):
-    """Weights of 0 would hide what a loss says of padding: here there are none, in value and gradient."""
+    """The losses are summed without weights, because a weight of 0 would hide a wrong loss or gradient on padding."""
     case = data.draw(cases(name))
     mask = case.mask
     garbage = [data.draw(tensors(tuple(mask.shape), GARBAGE)) for _ in range(3)]
@@ -202,7 +202,6 @@ def test_padding_columns_change_nothing(name, aggregation, data):
 @fewer
 @given(data=st.data())
 def test_gradient_matches_finite_differences(name, aggregation, data):
-    """Finite differences."""
     case = data.draw(cases(name))
     assume(far_from_kinks(case))
     if name == "compute_kl_cov_loss":
