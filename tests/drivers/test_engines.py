@@ -553,16 +553,16 @@ def test_receiving_model_error_is_reported_after_all_arrived(loading):
     received, asked = ReceivingModel(loading), []
 
     def send():
-        for name in ("first.weight", "nobody.weight", "second.weight"):
+        for name in ("first.weight", "unknown.weight", "second.weight"):
             asked.append(name)
             yield name, torch.ones(2, 2)
 
     received.load_weights(send())
     received.load_weights([("head.weight", torch.ones(2, 2)), ("another.weight", torch.ones(2, 2))])
     received.finish(is_tied=True)
-    assert asked == ["first.weight", "nobody.weight", "second.weight"]
+    assert asked == ["first.weight", "unknown.weight", "second.weight"]
     assert list(received.checksums()) == [*asked, "head.weight", "another.weight"]
-    assert received.describe_unloaded() == "Loading.load_weights raises ValueError: no place for nobody.weight"
+    assert received.describe_unloaded() == "Loading.load_weights raises ValueError: no place for unknown.weight"
 
 
 @pytest.mark.medium

@@ -212,7 +212,7 @@ def test_sampling_seed_of_each_response_is_used_once(seed, refills, n_prompts):
 
 
 def test_pass_at_k_counts_subsets_of_the_scored_responses():
-    """Of six responses; groups with fewer than k scored ones do not count for k."""
+    """Each group has six responses. A group with fewer than k scored ones does not count for k."""
     rewards = [(1.0, 0.0, 0.0, 1.0, 0.0, 0.0), (0.0, 0.5, 0.0, 0.0, 0.0, 0.0), (1.0, 0.0, None, None, None, None)]
     groups = [Group(None, [], [Graded({"reward": r}, GradeStatus.PARSED) for r in row]) for row in rewards]
     expected = {}
@@ -583,7 +583,7 @@ RISING_AND_FALLING = {"warmup_steps": 1, "lr_schedule": "linear", "learning_rate
     ids=["grpo", "sft", "expert"],
 )
 def test_updates_have_the_learning_rate_of_their_step(tmp_path, monkeypatch, record, settings, n_updates):
-    """Of three steps, the first is the warm-up and the last is half of the way to 0."""
+    """A run has three steps: the first is the warm-up, and the last has half of the rate."""
     made, step = [], PolicyOptimizer.step
     monkeypatch.setattr(PolicyOptimizer, "step", lambda self, rate: made.append(rate) or step(self, rate))
     recorded = record(tmp_path, **RISING_AND_FALLING | settings)

@@ -1,4 +1,4 @@
-"""What a run writes and shows: numbers as docs/metrics.md defines them, and logging that never ends a run."""
+"""Logged numbers are those that docs/metrics.md defines, and a failure of logging never ends a run."""
 
 import io
 import json
@@ -231,7 +231,7 @@ def test_run_log_service_that_fails_later_warns(tmp_path, monkeypatch, capsys, f
 
 
 def test_resumed_tensorboard_keeps_the_steps_up_to_the_checkpoint(tmp_path):
-    """What a resumed run repeats is shown once."""
+    """TensorBoard shows a step once, although the resumed run repeats it."""
     for after, steps in ((-1, (1, 2, 3)), (2, (3, 4))):
         log = RunLog(tmp_path, make_tiny_config(), after=after)
         for step in steps:

@@ -183,7 +183,7 @@ MUTANTS = [
         ("entropy always carries gradient", "entropy.detach() if detach_entropy else entropy", "entropy"),
         ("columns that every row needs", "response_mask.any(dim=0)", "response_mask.all(dim=0)"),
         ("scores of other labels too", "torch.where(mask, values, 0.0))", "values)"),
-        ("labels that nobody asked about", "torch.where(kept, labels[:, columns], 0)", "labels[:, columns]"),
+        ("labels outside the mask are read", "torch.where(kept, labels[:, columns], 0)", "labels[:, columns]"),
         (
             "every column",
             "logits = compute_logits_at(model, input_ids, columns)",
